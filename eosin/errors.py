@@ -1,0 +1,156 @@
+"""Every error that eosin raises on purpose.
+
+```
+EosinError                      code        what it is
+├── SlideError                  slide       one slide cannot be used; carries its path
+│   ├── SlideOpenError          unreadable  also OSError
+│   ├── MissingResolutionError  no-mpp      also ValueError
+│   └── CorruptSlideError       corrupt
+├── FeatureFileError            features    one feature or coordinates file cannot be used; also ValueError
+│   └── FeatureMismatchError    mismatch    encoder, mpp, tile size or width differ
+├── ConfigError                 config      options that make no sense; also ValueError
+│   └── UnknownNameError        unknown     a name that is not registered; also KeyError
+├── CheckpointError             checkpoint  one model folder or foreign checkpoint cannot be used; also ValueError
+├── LabelError                  labels      table of labels or splits; also ValueError
+├── KernelUnavailableError      kernel      a forced kernel backend cannot run here; also RuntimeError
+└── OutputError                 output      disk, permission or device stopped the run; also OSError
+```
+
+A message says what was asked, what was found and what to do. ``code`` is the short, stable reason that
+`run.json` stores; the command line turns an error into one line and the documented exit code.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+
+class EosinError(Exception):
+    """Base of all errors of the package.
+
+    Parameters
+    ----------
+    message : str
+        One sentence: what was asked, what was found, what to do.
+    code : str, optional
+        Reason code; the class's own unless a finer one is given.
+    """
+
+    default_code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+
+    def __str__(self) -> str:
+        """Return the message alone, whatever the builtin parent would print."""
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Rebuild from the instance's state: worker processes send errors back by pickle."""
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(kind: type[EosinError], args: tuple[object, ...], state: dict[str, object]) -> EosinError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class _FileBoundError(EosinError):
+    def __init__(self, path: Path | str, message: str, *, code: str | None = None) -> None:
+        super().__init__(f"{path}: {message}", code=code)
+        self.path = Path(path)
+        self.detail = message
+
+
+class SlideError(_FileBoundError):
+    """One slide cannot be used."""
+
+    default_code = "slide"
+
+
+class SlideOpenError(SlideError, OSError):
+    """The file is missing, or no reader can open it."""
+
+    default_code = "unreadable"
+
+
+class MissingResolutionError(SlideError, ValueError):
+    """The slide states no usable µm/px and the user gave none."""
+
+    default_code = "no-mpp"
+
+
+class CorruptSlideError(SlideError):
+    """The slide opened, but some of its pixels cannot be decoded."""
+
+    default_code = "corrupt"
+
+
+class FeatureFileError(_FileBoundError, ValueError):
+    """A feature or coordinates file is damaged, incomplete or of an unknown layout."""
+
+    default_code = "features"
+
+
+class FeatureMismatchError(FeatureFileError):
+    """Features of another encoder, mpp, tile size or width than asked for."""
+
+    default_code = "mismatch"
+
+
+class ConfigError(EosinError, ValueError):
+    """Options that are unknown, out of range or contradict each other."""
+
+    default_code = "config"
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name that nothing is registered under.
+
+    Parameters
+    ----------
+    kind : str
+        What was looked up, for the message: "encoder", "aggregator", "option of abmil".
+    name : str
+        The name that was asked for.
+    known : iterable of str
+        The names that exist; the nearest are suggested.
+    """
+
+    default_code = "unknown"
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        super().__init__(f"no {kind} named {name!r}; {hint}known: {', '.join(names) or 'none'}")
+        self.name = name
+
+
+class CheckpointError(_FileBoundError, ValueError):
+    """A model folder or a foreign checkpoint that cannot be used."""
+
+    default_code = "checkpoint"
+
+
+class LabelError(EosinError, ValueError):
+    """A table of labels or splits that cannot be used: leakage, missing class, unknown slide, duplicate id."""
+
+    default_code = "labels"
+
+
+class KernelUnavailableError(EosinError, RuntimeError):
+    """A kernel backend was forced that cannot run here."""
+
+    default_code = "kernel"
+
+
+class OutputError(_FileBoundError, OSError):
+    """The environment stopped the run: disk full, no permission, device lost."""
+
+    default_code = "output"

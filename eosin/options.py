@@ -1,0 +1,133 @@
+"""Options: text from outside (YAML, ``--set key=value``, JSON in files) becomes a frozen, checked object.
+
+Every group of options is a subclass of `Options` beside the code that it configures; unknown keys are errors.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eosin.errors import ConfigError, UnknownNameError
+
+MAX_YAML_BYTES = 16 * 2**20
+
+
+class Options(BaseModel):
+    """Base of all option groups: immutable, unknown keys refused, JSON in and out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], *, source: str = "options") -> Self:
+        """Check a plain mapping and return the options.
+
+        Parameters
+        ----------
+        data : mapping
+            Keys and values as read from YAML or JSON.
+        source : str
+            Where the data came from, for the message.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown, missing or has a bad value; every fault is named in one line.
+        """
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise _config_error(cls, error, source) from None
+
+    def to_json(self) -> str:
+        """Return the options as JSON with sorted keys: equal options give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change when any option changes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+            return UnknownNameError(f"option in {source}", where, cls.model_fields)
+        faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}" if where else fault["msg"])
+    return ConfigError(f"{source}: {'; '.join(faults)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, larger than 16 MiB, not YAML or not a mapping.
+    """
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes; a configuration file is far smaller")
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML ({reason})") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, found {type(data).__name__}")
+    return data
+
+
+def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``key=value`` texts to a nested mapping; dots descend, values are read as YAML.
+
+    Parameters
+    ----------
+    data : mapping
+        Left unchanged.
+    assignments : sequence of str
+        For example ``["training.lr=1e-4", "aggregator.gated=false"]``.
+
+    Returns
+    -------
+    dict
+        A copy of `data` with the assignments applied in order.
+
+    Raises
+    ------
+    ConfigError
+        If an assignment has no ``=``, its value is not YAML, or it descends into a value that is no mapping.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(dict(data)))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment!r}: expected key=value")
+        *parents, leaf = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {assignment!r}: {parent!r} is a plain value and has no options below it")
+            node = child
+        node[leaf] = _scalar(text, assignment)
+    return result
+
+
+def _scalar(text: str, assignment: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text because it has no dot
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,21 @@
+"""Fixtures and guards that every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of reference data that lies beside the checkout, or skip."""
+    if not SHARED.is_dir():
+        pytest.skip("the reference data (../shared) is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_threads() -> None:
+    os.environ.setdefault("MPLBACKEND", "Agg")
