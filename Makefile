@@ -1,0 +1,33 @@
+# Every target makes .venv when it is not there; uv installs when it is at hand, pip otherwise.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+OUT ?= demo
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+
+.PHONY: demo test lint check bench clean
+
+demo: $(STAMP)
+	$(BIN)/eosin demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eosin needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -e '.[dev]'
+	touch $(STAMP)

@@ -1,0 +1,433 @@
+"""One function over many slides, and the one way a file is written.
+
+`run_batch` skips what is done, isolates failures (in child processes, also a decoder that kills its process), reports
+one record per slide in `run.json` and stops only when the environment fails. `write_file` makes every output whole or
+absent: temporary name, write, verify, fsync, rename, fsync of the folder.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from eosin import __version__
+from eosin.errors import ConfigError, EosinError, OutputError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Status = Literal["ok", "empty", "failed", "skipped"]
+
+ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+ORPHAN_AGE_S = 3600.0
+LOG_INTERVAL_S = 2.0
+FINGERPRINT_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a work function returns for one slide; a slide that fails raises instead."""
+
+    status: Literal["ok", "empty"] = "ok"
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one slide in one stage: a line of `run.json`."""
+
+    slide_id: str
+    stage: str
+    status: Status
+    reason: str = ""
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The records of one `run_batch` call, in the order of its items."""
+
+    records: tuple[Record, ...]
+
+    def count(self, status: Status) -> int:
+        """Return how many slides ended with this status."""
+        return Counter(record.status for record in self.records)[status]
+
+    @property
+    def failed(self) -> list[Record]:
+        """The records of the slides that failed."""
+        return [record for record in self.records if record.status == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when no slide failed, else 1."""
+        return 1 if self.failed else 0
+
+    def summary(self) -> str:
+        """Return one line: how many slides ended how."""
+        counts = Counter(record.status for record in self.records)
+        parts = [f"{counts[status]} {status}" for status in ("ok", "empty", "skipped", "failed") if counts[status]]
+        return f"{len(self.records)} slides: {', '.join(parts) or 'nothing to do'}"
+
+
+def run_batch(
+    items: Sequence[T],
+    work: Callable[[T], Outcome],
+    *,
+    key: Callable[[T], str],
+    stage: str,
+    is_done: Callable[[T], bool] | None = None,
+    run_json: Path | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    timeout_s: float | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Apply `work` to every item; one bad slide never stops the others.
+
+    Parameters
+    ----------
+    items : sequence
+        One per slide. With `workers` they are pickled.
+    work : callable
+        Returns an `Outcome` or raises. An `EosinError` becomes a failed record with its code; any other exception
+        too, with the code ``internal``.
+    key : callable
+        Gives an item's slide id.
+    stage : str
+        Name of the stage in the records.
+    is_done : callable, optional
+        True when the item's output is present and matches inputs and options; such items are recorded as skipped.
+    run_json : Path, optional
+        File that keeps the last record per stage and slide, merged with what other processes write there.
+    workers : int
+        0 runs in this process; n >= 1 in n spawned processes, where a crash or a time-out costs one slide only.
+    shard : (int, int)
+        Zero-based index and number of shards: this call takes every n-th item.
+    timeout_s : float, optional
+        Wall-clock seconds after which a slide in a child process is given up.
+    progress : callable, optional
+        Called with each record as it is made.
+
+    Raises
+    ------
+    OutputError
+        When the disk, a permission or the device stops the run; finished slides stay finished.
+    ConfigError
+        When two items share a slide id or the shard is impossible.
+    """
+    mine = list(_shard(items, shard))
+    _refuse_duplicates([key(item) for item in items])
+    log = _RunLog(run_json)
+    records: dict[str, Record] = {}
+
+    def note(record: Record) -> None:
+        records[record.slide_id] = record
+        log.add(record)
+        if progress is not None:
+            progress(record)
+
+    try:
+        todo: list[tuple[str, T]] = []
+        for item in mine:
+            if is_done is not None and is_done(item):
+                note(Record(key(item), stage, "skipped", "done"))
+            else:
+                todo.append((key(item), item))
+        made = (
+            _run_here(work, todo, stage) if workers == 0 else _run_in_processes(work, todo, stage, workers, timeout_s)
+        )
+        for record in made:
+            note(record)
+    finally:
+        log.flush()
+    return Report(tuple(records[key(item)] for item in mine))
+
+
+def _shard(items: Sequence[T], shard: tuple[int, int]) -> Sequence[T]:
+    index, count = shard
+    if not 0 <= index < count:
+        raise ConfigError(f"shard {index}/{count}: the index must be at least 0 and below the number of shards")
+    return items[index::count]
+
+
+def _refuse_duplicates(slide_ids: Sequence[str]) -> None:
+    twice = [slide_id for slide_id, number in Counter(slide_ids).items() if number > 1]
+    if twice:
+        raise ConfigError(f"slide ids must be unique; more than one slide is called {', '.join(sorted(twice)[:5])}")
+
+
+def _attempt(work: Callable[[T], Outcome], slide_id: str, item: T, stage: str) -> Record:
+    started = time.monotonic()
+
+    def failed(reason: str, message: str) -> Record:
+        return Record(slide_id, stage, "failed", reason, " ".join(message.split()), _since(started))
+
+    try:
+        outcome = work(item)
+    except OutputError:
+        raise
+    except EosinError as error:
+        return failed(error.code, error.message)
+    except MemoryError:
+        return failed("out-of-memory", "this slide needs more memory than the process may use")
+    except OSError as error:
+        if error.errno in ENVIRONMENT_ERRNOS:
+            raise OutputError(error.filename or slide_id, error.strerror or str(error)) from error
+        return failed("io-error", str(error))
+    except Exception as error:  # whatever one slide provokes must not stop the cohort
+        logger.debug("slide %s failed unexpectedly", slide_id, exc_info=True)
+        return failed("internal", f"{type(error).__name__}: {error}")
+    return Record(slide_id, stage, outcome.status, "", outcome.message, _since(started))
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
+
+
+def _run_here(work: Callable[[T], Outcome], todo: Sequence[tuple[str, T]], stage: str) -> Iterator[Record]:
+    for slide_id, item in todo:
+        yield _attempt(work, slide_id, item, stage)
+
+
+class _Worker:
+    """A spawned process that works on one item at a time and can be replaced when it dies."""
+
+    def __init__(self, work: Callable[[Any], Outcome], stage: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, work, stage), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.slide_id = ""
+        self.started = 0.0
+        self.is_lost = False
+
+    def give(self, slide_id: str, item: object) -> None:
+        self.slide_id, self.started = slide_id, time.monotonic()
+        self.connection.send((slide_id, item))
+
+    def take(self, stage: str) -> Record:
+        """Return the record of the item given last; raise what stopped the run."""
+        try:
+            reply: Record | OutputError = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._given_up(stage, "crashed", f"the process that read it died ({self._cause_of_death()})")
+        if isinstance(reply, OutputError):
+            raise reply
+        return reply
+
+    def time_out(self, stage: str, timeout_s: float) -> Record:
+        self.stop()
+        return self._given_up(stage, "timeout", f"not finished after {timeout_s:g} s")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def _given_up(self, stage: str, reason: str, message: str) -> Record:
+        self.is_lost = True
+        return Record(self.slide_id, stage, "failed", reason, message, _since(self.started))
+
+    def _cause_of_death(self) -> str:
+        self.process.join(timeout=10)
+        code = self.process.exitcode
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+
+def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], Outcome], stage: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it kills its children when it is interrupted
+    while True:
+        try:
+            slide_id, item = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(_attempt(work, slide_id, item, stage))
+        except OutputError as error:
+            connection.send(error)
+
+
+def _run_in_processes(
+    work: Callable[[T], Outcome], todo: Sequence[tuple[str, T]], stage: str, workers: int, timeout_s: float | None
+) -> Iterator[Record]:
+    waiting = deque(todo)
+    busy: list[_Worker] = []
+    try:
+        while waiting and len(busy) < workers:
+            busy.append(_Worker(work, stage))
+            busy[-1].give(*waiting.popleft())
+        while busy:
+            for worker, record in _next_records(busy, stage, timeout_s):
+                yield record
+                busy.remove(worker)
+                if not waiting or worker.is_lost:
+                    worker.stop()
+                if waiting:
+                    busy.append(_Worker(work, stage) if worker.is_lost else worker)
+                    busy[-1].give(*waiting.popleft())
+    finally:
+        for worker in busy:
+            worker.stop()
+
+
+def _next_records(busy: Sequence[_Worker], stage: str, timeout_s: float | None) -> list[tuple[_Worker, Record]]:
+    patience = None if timeout_s is None else max(0.0, min(w.started for w in busy) + timeout_s - time.monotonic())
+    ready = wait([worker.connection for worker in busy], timeout=patience)
+    records = [(worker, worker.take(stage)) for worker in busy if worker.connection in ready]
+    if records or timeout_s is None:
+        return records
+    late = [worker for worker in busy if time.monotonic() - worker.started >= timeout_s]
+    return [(worker, worker.time_out(stage, timeout_s)) for worker in late]
+
+
+class _RunLog:
+    """`run.json`: the last record per stage and slide; merged under a lock, so that shards may share the file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.new: list[Record] = []
+        self.flushed = time.monotonic()
+
+    def add(self, record: Record) -> None:
+        self.new.append(record)
+        if time.monotonic() - self.flushed >= LOG_INTERVAL_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self.flushed = time.monotonic()
+        if self.path is None or not self.new:
+            return
+        with _locked(self.path.with_name(f".{self.path.name}.lock")):
+            records = {(record.stage, record.slide_id): record for record in read_run_json(self.path)}
+            records |= {(record.stage, record.slide_id): record for record in self.new}
+            ordered = [asdict(records[name]) for name in sorted(records)]
+            write_json(self.path, {"schema": 1, "eosin": __version__, "records": ordered})
+        self.new.clear()
+
+
+def read_run_json(path: Path) -> list[Record]:
+    """Read the records of a `run.json`; a missing file has none.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not one of ours; it is never overwritten then.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None
+
+
+class _locked:
+    """Exclusive advisory lock on a file while the block runs; no lock where the platform has none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.handle = self.path.open("w")
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(self.path.parent, f"cannot be written to ({error.strerror or error})") from error
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.close()
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[Path], None] | None = None) -> None:
+    """Write a file so that it is whole or not there, whatever kills the process or fills the disk.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; its folder is made when it is missing.
+    write : callable
+        Writes and closes the temporary file whose path it is given. It should only write: what can fail for other
+        reasons is computed before.
+    verify : callable, optional
+        Opens the temporary file again and raises when it is not what was meant.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written, verified or renamed; nothing is left under either name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_orphans(path)
+    except OSError as error:
+        raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        if verify is not None:
+            verify(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
+        raise OutputError(path, f"could not be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_orphans(path: Path) -> None:
+    """Remove temporary files of this name that a killed process left behind."""
+    for orphan in path.parent.glob(f".{path.name}.*.tmp{path.suffix}"):
+        if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
+            orphan.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with `write_file`."""
+    write_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write indented JSON with `write_file`; NaN and infinity are refused because JSON has none."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return 16 hexadecimal digits from a file's size and its first and last MiB: cheap even for a slide of 5 GB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]

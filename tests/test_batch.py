@@ -1,0 +1,169 @@
+"""run_batch isolates failures and resumes; write_file leaves whole files or none."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from eosin.batch import Outcome, Record, Report, file_fingerprint, read_run_json, run_batch, write_file, write_json
+from eosin.errors import ConfigError, OutputError, SlideOpenError
+
+
+def work(kind: str) -> Outcome:
+    """Behave as the item's name says."""
+    if kind.startswith("bad"):
+        raise SlideOpenError(Path(kind), "cannot be opened")
+    if kind.startswith("bug"):
+        raise RuntimeError("a\nbug")
+    if kind.startswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind.startswith("late"):
+        time.sleep(30)
+    if kind.startswith("full"):
+        raise OutputError(Path("/disk"), "disk full")
+    return Outcome("empty" if kind.startswith("empty") else "ok")
+
+
+def statuses(report: Report) -> dict[str, tuple[str, str]]:
+    return {record.slide_id: (record.status, record.reason) for record in report.records}
+
+
+def test_failures_are_isolated_and_reported_in_order(tmp_path: Path) -> None:
+    seen: list[Record] = []
+    report = run_batch(
+        ["good", "bad", "bug", "empty", "done"],
+        work,
+        key=str,
+        stage="test",
+        is_done=lambda item: item == "done",
+        run_json=tmp_path / "job" / "run.json",
+        progress=seen.append,
+    )
+    assert statuses(report) == {
+        "good": ("ok", ""),
+        "bad": ("failed", "unreadable"),
+        "bug": ("failed", "internal"),
+        "empty": ("empty", ""),
+        "done": ("skipped", "done"),
+    }
+    assert [record.slide_id for record in report.records] == ["good", "bad", "bug", "empty", "done"]
+    assert len(seen) == 5
+    assert report.exit_code == 1
+    assert report.summary() == "5 slides: 1 ok, 1 empty, 1 skipped, 2 failed"
+    assert {record.slide_id for record in read_run_json(tmp_path / "job" / "run.json")} == set(statuses(report))
+    assert "\n" not in report.records[2].message
+
+
+def test_a_process_that_dies_or_hangs_costs_one_slide() -> None:
+    report = run_batch(
+        ["good1", "killed", "late", "good2", "bad", "good3"], work, key=str, stage="test", workers=2, timeout_s=4
+    )
+    assert statuses(report) == {
+        "good1": ("ok", ""),
+        "killed": ("failed", "crashed"),
+        "late": ("failed", "timeout"),
+        "good2": ("ok", ""),
+        "bad": ("failed", "unreadable"),
+        "good3": ("ok", ""),
+    }
+    assert "SIGKILL" in report.records[1].message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_stops_the_run(workers: int, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="disk full"):
+        run_batch(["good", "full", "good2"], work, key=str, stage="t", workers=workers, run_json=tmp_path / "run.json")
+    assert [record.slide_id for record in read_run_json(tmp_path / "run.json")] == ["good"]
+
+
+def test_run_json_merges_stages_and_shards(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for shard in [(0, 2), (1, 2)]:
+        run_batch(["a", "b", "c"], work, key=str, stage="tile", run_json=path, shard=shard)
+    run_batch(["a"], work, key=str, stage="extract", run_json=path)
+    assert [(r.stage, r.slide_id) for r in read_run_json(path)] == [
+        ("extract", "a"),
+        ("tile", "a"),
+        ("tile", "b"),
+        ("tile", "c"),
+    ]
+
+
+def test_a_foreign_run_json_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"not a run\.json"):
+        run_batch(["a"], work, key=str, stage="tile", run_json=tmp_path / "run.json")
+    assert (tmp_path / "run.json").read_text() == "[1, 2]"
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_impossible_shards_are_refused(shard: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="shard"):
+        run_batch(["a"], work, key=str, stage="t", shard=shard)
+
+
+def test_duplicate_ids_are_refused_before_any_work() -> None:
+    with pytest.raises(ConfigError, match=r"unique.*same"):
+        run_batch(["same", "same"], work, key=str, stage="t")
+
+
+def test_write_file_is_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.txt"
+    write_file(target, lambda path: path.write_text("one") and None)
+
+    def fails_late(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    def refuses(path: Path) -> None:
+        raise RuntimeError(f"{path.suffix} does not verify")
+
+    with pytest.raises(OutputError, match="No space left"):
+        write_file(target, fails_late)
+    with pytest.raises(OutputError, match="does not verify"):
+        write_file(target, lambda path: path.write_text("two") and None, verify=refuses)
+    assert target.read_text() == "one"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_quota_leaves_no_partial_file(tmp_path: Path) -> None:
+    target = tmp_path / "big.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        with pytest.raises(OutputError, match="could not be written"):
+            write_json(target, list(range(5_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written to"):
+        write_json(tmp_path / "file" / "below" / "x.json", {})
+
+
+def test_old_orphans_are_swept_and_fresh_ones_kept(tmp_path: Path) -> None:
+    old, fresh = tmp_path / ".x.json.aa.tmp.json", tmp_path / ".x.json.bb.tmp.json"
+    for path in (old, fresh):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_fingerprint_sees_both_ends_and_the_size(tmp_path: Path) -> None:
+    def fingerprint(content: bytes) -> str:
+        (tmp_path / "f").write_bytes(content)
+        return file_fingerprint(tmp_path / "f")
+
+    base = bytes(3 * 2**20)
+    variants = [base, b"1" + base[1:], base[:-1] + b"1", base + b"\0", b""]
+    assert len({fingerprint(content) for content in variants}) == len(variants)
