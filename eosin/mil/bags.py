@@ -1,0 +1,126 @@
+"""The one batch type: bags of any length, packed into one matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBags:
+    """Bags of different lengths, one after the other in one matrix.
+
+    Attributes
+    ----------
+    values : (N, D) float
+        Instances of all bags, bag after bag.
+    cu_seqlens : (B + 1,) int32
+        Row where each bag starts, then N; on the device of `values`.
+    lengths : tuple of int
+        Instances per bag: the host's copy of the differences of `cu_seqlens`, so that no step waits for a device.
+    coords_px0 : (N, 2) int64 or None
+        Top-left corners of the tiles, x then y, level-0 pixels.
+    ids : tuple of str
+        Names of the bags, or empty.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    coords_px0: Tensor | None = None
+    ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise ValueError(f"values must be (N, D), not {tuple(self.values.shape)}")
+        if sum(self.lengths) != self.n_instances or len(self.cu_seqlens) != self.n_bags + 1:
+            raise ValueError(f"lengths {self.lengths} do not add up to {self.n_instances} instances")
+        if self.coords_px0 is not None and len(self.coords_px0) != self.n_instances:
+            raise ValueError(f"{len(self.coords_px0)} coordinates for {self.n_instances} instances")
+        if self.ids and len(self.ids) != self.n_bags:
+            raise ValueError(f"{len(self.ids)} ids for {self.n_bags} bags")
+
+    @classmethod
+    def pack(
+        cls, bags: Sequence[Tensor], *, coords_px0: Sequence[Tensor] | None = None, ids: Sequence[str] = ()
+    ) -> Self:
+        """Pack a list of (n, D) matrices of one width, dtype and device; a bag may have no rows."""
+        if not bags:
+            raise ValueError("a pack needs at least one bag")
+        return cls._of(
+            torch.cat(list(bags)),
+            tuple(len(bag) for bag in bags),
+            coords_px0=None if coords_px0 is None else torch.cat(list(coords_px0)),
+            ids=tuple(ids),
+        )
+
+    @classmethod
+    def _of(cls, values: Tensor, lengths: tuple[int, ...], *, coords_px0: Tensor | None, ids: tuple[str, ...]) -> Self:
+        ends = torch.tensor((0, *lengths)).cumsum(0).to(values.device, torch.int32, non_blocking=True)
+        return cls(values, ends, lengths, coords_px0, ids)
+
+    @property
+    def n_bags(self) -> int:
+        """Number of bags B."""
+        return len(self.lengths)
+
+    @property
+    def n_instances(self) -> int:
+        """Number of instances N of all bags together."""
+        return len(self.values)
+
+    @property
+    def dim(self) -> int:
+        """Feature width D."""
+        return self.values.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest bag."""
+        return max(self.lengths, default=0)
+
+    def bag_index(self) -> Tensor:
+        """Return the bag of each instance, (N,) int64."""
+        lengths = torch.tensor(self.lengths, device=self.values.device)
+        return torch.repeat_interleave(
+            torch.arange(self.n_bags, device=self.values.device), lengths, output_size=self.n_instances
+        )
+
+    def unpack(self, values: Tensor | None = None) -> list[Tensor]:
+        """Return one tensor per bag, views of `values` or of any other tensor with N rows."""
+        rows = self.values if values is None else values
+        return list(torch.split(rows, list(self.lengths)))
+
+    def with_values(self, values: Tensor) -> Self:
+        """Return the same bags with other values, (N, any width)."""
+        return replace(self, values=values)
+
+    def select(self, keep: Tensor) -> Self:
+        """Return the bags without the instances where `keep`, (N,) bool, is false; order stays, a bag may become empty.
+
+        Needs the counts on the host: one device synchronisation.
+        """
+        counts = torch.zeros(self.n_bags, dtype=torch.int64, device=keep.device).index_add_(
+            0, self.bag_index(), keep.to(torch.int64)
+        )
+        coords_px0 = None if self.coords_px0 is None else self.coords_px0[keep]
+        return self._of(self.values[keep], tuple(counts.tolist()), coords_px0=coords_px0, ids=self.ids)
+
+    def to_padded(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return zero-padded values (B, L, D) and the mask of real instances (B, L); L is the longest bag."""
+        rows = self.values if values is None else values
+        lengths = torch.tensor(self.lengths, device=rows.device)
+        mask = torch.arange(self.max_length, device=rows.device) < lengths[:, None]  # (B, L)
+        padded = rows.new_zeros(self.n_bags, self.max_length, *rows.shape[1:])
+        return padded.masked_scatter(mask[..., None], rows), mask
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Return the bags on another device, their values in another dtype if one is given."""
+        return replace(
+            self,
+            values=self.values.to(device, dtype, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            coords_px0=None if self.coords_px0 is None else self.coords_px0.to(device, non_blocking=True),
+        )

@@ -1,0 +1,96 @@
+"""A recipe: which aggregator, loss terms and strategy, with which options and training settings.
+
+As YAML::
+
+    aggregator: {name: abmil, options: {gated: true}}
+    terms: [{name: attention_entropy, weight: 0.1}]
+    strategy: {name: supervised}
+    bag_weight: 1.0
+    training: {lr: 1.0e-4, epochs: 50}
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from eosin.mil.slots import Registry
+from eosin.options import Options
+
+
+class Component(Options):
+    """One registered name and the options that differ from its defaults."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Term(Component):
+    """A loss term and its weight in the objective."""
+
+    weight: float = 1.0
+
+
+class Training(Options):
+    """Settings of the training loop.
+
+    Attributes
+    ----------
+    epochs, patience, min_epochs : int
+        Most passes over the training bags; passes without a better validation value before stopping (0: never stop
+        early); passes before stopping may begin.
+    select : str
+        What the best model has on the validation bags: the lowest ``loss``, the highest of the task's own metric
+        (``metric``), or ``last``, the model after the last pass, whatever the validation says.
+    optimizer, lr, weight_decay, betas
+        The optimizer; `betas` are Adam's.
+    schedule, warmup
+        Course of the learning rate, and passes of linear growth before it.
+    bags_per_step, max_instances_per_step
+        Bags packed into an optimizer step; instances (rows) that are computed at once, so that a step of many large
+        bags is accumulated over several packs (0: no limit).
+    max_instances_per_bag : int
+        A random sample of this many instances of a larger bag in each pass (0: all).
+    clip_norm : float
+        Largest norm of the gradient (0: not clipped).
+    standardize : bool
+        Shift and scale each feature to mean 0 and standard deviation 1, measured on the training bags and stored in the
+        model. On by default: it changes little for encoders with normalised output and rescues unscaled features.
+    seed : int
+        Initial weights, order of bags, dropout.
+    """
+
+    epochs: PositiveInt = 50
+    patience: int = Field(default=10, ge=0)
+    min_epochs: int = Field(default=0, ge=0)
+    select: Literal["loss", "metric", "last"] = "loss"
+    optimizer: Literal["adam", "adamw", "radam", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: NonNegativeFloat = 0.0
+    bags_per_step: PositiveInt = 1
+    max_instances_per_step: int = Field(default=0, ge=0)
+    max_instances_per_bag: int = Field(default=0, ge=0)
+    clip_norm: NonNegativeFloat = 0.0
+    standardize: bool = True
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _passes(self) -> Self:
+        if self.min_epochs > self.epochs:
+            raise ValueError(f"min_epochs {self.min_epochs} is more than epochs {self.epochs}")
+        return self
+
+
+class Recipe(Options):
+    """All that a paper prescribes; the default trains gated attention pooling."""
+
+    aggregator: Component = Component(name="abmil")
+    terms: tuple[Term, ...] = ()
+    strategy: Component = Component(name="supervised")
+    bag_weight: NonNegativeFloat = 1.0
+    training: Training = Training()
+
+
+RECIPES: Registry[Recipe] = Registry("recipe")
