@@ -1,0 +1,1 @@
+"""One family of files from the same numbers and the same colour scale."""

@@ -1,0 +1,228 @@
+"""Pictures: the slide's thumbnail with a heat map over it, outlines, a scale bar and a colour bar in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path as Outlines
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image
+from shapely.geometry.base import BaseGeometry
+
+from eosin.batch import write_file
+from eosin.heatmaps.colour import ColourScale, scale_of
+from eosin.heatmaps.heatmap import Heatmap
+from eosin.wsi.slide import Slide, read_overview
+
+DPI = 100
+TISSUE_COLOUR = "#3c3c3c"
+TRUTH_COLOUR = "#d00000"
+OPACITY = 0.55
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A small picture of a slide and where its pixels lie.
+
+    Parameters
+    ----------
+    image : (h, w, 3) uint8
+    mpp : float
+        Resolution of the image.
+    slide_mpp : float
+        Resolution of level 0.
+    origin_px : tuple of int
+        Where the image starts on the plane of the whole slide at `mpp`: x, y. Not (0, 0) when the slide's file
+        states the box that was scanned and the image shows that box alone.
+    """
+
+    image: NDArray[np.uint8]
+    mpp: float
+    slide_mpp: float
+    origin_px: tuple[int, int] = (0, 0)
+
+    def crop(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the part of a plane of the whole slide at `mpp` that the image shows."""
+        x, y = self.origin_px
+        height, width = self.image.shape[:2]
+        return plane[y : y + height, x : x + width]
+
+
+@dataclass(frozen=True, eq=False)
+class Contour:
+    """An outline to draw: its geometry in level-0 pixels, its colour and its name for the legend."""
+
+    geometry: BaseGeometry
+    colour: str
+    name: str
+
+
+def take_view(slide: Slide, *, longest_px: int = 1600) -> View:
+    """Read a thumbnail of the scanned part of a slide.
+
+    Parameters
+    ----------
+    slide : Slide
+    longest_px : int
+        Longest side of the image; a slide smaller than this is shown at its own resolution.
+    """
+    x, y, width, height = slide.bounds_px0 or (0, 0, *slide.size_px0)
+    mpp = slide.mpp * max(1.0, max(width, height) / longest_px)
+    scale = slide.mpp / mpp
+    left, top = round(x * scale), round(y * scale)
+    image = read_overview(slide, mpp)[top : top + round(height * scale), left : left + round(width * scale)]
+    return View(image=image, mpp=mpp, slide_mpp=slide.mpp, origin_px=(left, top))
+
+
+def blend(view: View, heatmap: Heatmap, scale: ColourScale, *, opacity: float = OPACITY) -> NDArray[np.uint8]:
+    """Lay the colours of a map over a grey copy of the view; outside the tiles the view stays as it is."""
+    plane = view.crop(heatmap.raster(view.mpp))
+    grey = view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+    mixed = (1 - opacity) * grey[..., None] + opacity * scale.rgb(plane)
+    return np.where(np.isnan(plane)[..., None], view.image, mixed.astype(np.uint8))
+
+
+def draw(
+    view: View, image: NDArray[np.uint8], *, contours: Sequence[Contour] = (), scale_bar: bool = True
+) -> NDArray[np.uint8]:
+    """Return `image` with outlines and a scale bar drawn on it, pixel for pixel the same size."""
+    figure, axes = _canvas(image)
+    _draw_contours(axes, view, contours)
+    if scale_bar:
+        _draw_scale_bar(axes, view)
+    return _pixels(figure)
+
+
+def write_png(
+    path: Path,
+    view: View,
+    heatmap: Heatmap,
+    *,
+    title: str = "",
+    contours: Sequence[Contour] = (),
+    scale: ColourScale | None = None,
+    opacity: float = OPACITY,
+) -> None:
+    """Write the picture of a heat map: view, overlay, outlines, scale bar, colour bar in words.
+
+    Parameters
+    ----------
+    path : Path
+    view : View
+        Of `take_view`.
+    heatmap : Heatmap
+    title : str
+        Printed above the image, usually the slide and what the model says.
+    contours : sequence of Contour
+        Tissue, truth or annotation.
+    scale : ColourScale, optional
+        `scale_of(heatmap)` unless given.
+    opacity : float
+        Of the overlay, 0 to 1.
+    """
+    scale = scale or scale_of(heatmap)
+    image = blend(view, heatmap, scale, opacity=opacity)
+    figure, axes = _canvas(image, top=40 if title else 12, right=190, bottom=16 + 22 * bool(contours), left=12)
+    _draw_contours(axes, view, contours)
+    _draw_scale_bar(axes, view)
+    _draw_colour_bar(figure, scale, opacity)
+    _draw_words(figure, title, contours)
+    write_file(path, lambda temporary: Image.fromarray(_pixels(figure)).save(temporary, dpi=(DPI, DPI)))
+
+
+def _canvas(
+    image: NDArray[np.uint8], *, top: int = 0, right: int = 0, bottom: int = 0, left: int = 0
+) -> tuple[Figure, Axes]:
+    height, width = image.shape[:2]
+    full_width, full_height = width + left + right, max(height + top + bottom, 240 if right else 1)
+    figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    box = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
+    axes = figure.add_axes(box)
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+
+
+def _draw_contours(axes: Axes, view: View, contours: Sequence[Contour]) -> None:
+    scale = view.slide_mpp / view.mpp
+    for contour in contours:
+        rings = [ring for polygon in _polygons(contour.geometry) for ring in (polygon.exterior, *polygon.interiors)]
+        if not rings:
+            continue
+        paths = [Outlines(np.asarray(ring.coords)[:, :2] * scale - view.origin_px, closed=True) for ring in rings]
+        outline = Outlines.make_compound_path(*paths)
+        halo = [withStroke(linewidth=2.6, foreground="white", alpha=0.8)]
+        axes.add_patch(PathPatch(outline, fill=False, edgecolor=contour.colour, linewidth=1.2, path_effects=halo))
+
+
+def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
+    parts = getattr(geometry, "geoms", [geometry])
+    return [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
+
+
+def scale_bar_um(width_um: float) -> float:
+    """Return the largest of 1, 2, 5 × 10ᵏ µm that is at most a quarter of the width."""
+    exponent = np.floor(np.log10(width_um / 4))
+    steps = [step * 10.0**exponent for step in (1, 2, 5)]
+    return max(step for step in steps if step <= width_um / 4)
+
+
+def _draw_scale_bar(axes: Axes, view: View) -> None:
+    height, width = view.image.shape[:2]
+    length_um = scale_bar_um(width * view.mpp)
+    words = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    left, bottom, thick = 0.025 * width, height - 0.025 * height, max(3.0, height / 180)
+    bar = Rectangle((left, bottom - thick), length_um / view.mpp, thick, facecolor="black", edgecolor="white")
+    axes.add_patch(bar)
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    axes.text(left, bottom - thick - 4, words, fontsize=9, va="bottom", ha="left", path_effects=halo)
+
+
+def _draw_colour_bar(figure: Figure, scale: ColourScale, opacity: float) -> None:
+    width, height = figure.get_size_inches() * DPI
+    tall = min(300.0, height - 90)
+    axes = figure.add_axes((1 - 170 / width, 1 - (60 + tall) / height, 16 / width, tall / height))
+    levels = np.linspace(scale.low, scale.high, 256)
+    # the bar shows the colours as they look on the overlay over bright tissue
+    shown = opacity * scale.rgb(levels) / 255 + (1 - opacity) * 0.85
+    axes.imshow(levels[::-1, None], aspect="auto", cmap=ListedColormap(shown), norm=Normalize(scale.low, scale.high))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for height_in_bar, words in ((1.0, scale.high_words), (0.0, scale.low_words)):
+        va = "top" if height_in_bar else "bottom"
+        axes.text(1.5, height_in_bar, words, transform=axes.transAxes, fontsize=9, va=va)
+    figure.text(1 - 170 / width, 1 - 50 / height, _wrapped(scale.title), fontsize=9, va="bottom")
+
+
+def _wrapped(words: str, width: int = 26) -> str:
+    lines = [""]
+    for word in words.split():
+        joined = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], joined] if len(joined) <= width else [*lines, word]
+    return "\n".join(lines)
+
+
+def _draw_words(figure: Figure, title: str, contours: Sequence[Contour]) -> None:
+    width, height = figure.get_size_inches() * DPI
+    if title:
+        figure.text(12 / width, 1 - 12 / height, title, fontsize=11, va="top")
+    left = 12.0
+    for contour in contours:
+        figure.text(left / width, 8 / height, "▬ ", color=contour.colour, fontsize=10, va="bottom")
+        text = figure.text((left + 18) / width, 8 / height, contour.name, fontsize=9, va="bottom")
+        left += 36 + text.get_window_extent().width

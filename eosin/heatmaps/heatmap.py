@@ -1,0 +1,131 @@
+"""Scores on a tile grid: the one type that every attribution returns and every export reads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from eosin.wsi.grid import TileGrid
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """One number per tile of a grid.
+
+    Parameters
+    ----------
+    values : (n,) float64
+        The score of each tile, in the order of the grid; finite.
+    grid : TileGrid
+        Where the tiles lie.
+    kind : str
+        What the number is, in one word that files carry: ``attention``, ``attention_percentile``,
+        ``attention_relative``, ``instance_logit``, ``gradient``, ``leave_one_out`` ...
+    label : str
+        The same in words for people, for example "attention (percentile of tiles)".
+    signed : bool
+        Whether zero is the middle of the scale: effects have a direction, weights have not.
+
+    Raises
+    ------
+    ValueError
+        If the number of values differs from the number of tiles, or a value is not finite.
+    """
+
+    values: NDArray[np.float64]
+    grid: TileGrid
+    kind: str
+    label: str
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.float64)
+        if values.shape != (self.grid.n_tiles,):
+            raise ValueError(f"{self.kind}: {values.shape} values for {self.grid.n_tiles} tiles")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self.kind}: {np.count_nonzero(~np.isfinite(values))} values are not finite")
+        object.__setattr__(self, "values", values)
+
+    def percentile(self) -> "Heatmap":
+        """Return average rank / n × 100: the top tile is 100, equal values share a rank.
+
+        The scaling says which tiles rank above which and nothing about how much more they weigh.
+        """
+        n = self.grid.n_tiles
+        values = rankdata(self.values) / max(n, 1) * 100
+        label = f"{self.label} (percentile of tiles)"
+        return replace(self, values=values, kind=f"{self.kind}_percentile", label=label, signed=False)
+
+    def relative(self) -> "Heatmap":
+        """Return weight × n: 1 is the share of an average tile. For weights that sum to 1 over the slide."""
+        values = self.values * self.grid.n_tiles
+        label = f"{self.label} (times the average tile)"
+        return replace(self, values=values, kind=f"{self.kind}_relative", label=label)
+
+    def raster(self, mpp: float) -> NDArray[np.float32]:
+        """Paint the tiles on a plane of the whole slide.
+
+        Parameters
+        ----------
+        mpp : float
+            Resolution of the plane.
+
+        Returns
+        -------
+        (h, w) float32
+            NaN where no tile lies, the mean where tiles overlap. A pixel belongs to a tile when its centre
+            does, so neighbours never overlap or leave a gap; a tile smaller than a pixel marks one pixel.
+        """
+        height, _ = raster_shape(self.grid, mpp)
+        return next(self.raster_strips(mpp, rows=height))
+
+    def raster_strips(self, mpp: float, *, rows: int) -> Iterator[NDArray[np.float32]]:
+        """Yield the plane of `raster` from top to bottom, `rows` rows at a time: memory is one strip."""
+        height, width = raster_shape(self.grid, mpp)
+        boxes = raster_boxes(self.grid, mpp)
+        order = np.argsort(boxes[:, 1], kind="stable")
+        tops = boxes[order, 1]
+        tallest = int((boxes[:, 3] - boxes[:, 1]).max(initial=0))
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            first, last = np.searchsorted(tops, [top - tallest, bottom])
+            here = order[first:last]
+            shift = np.array([0, top, 0, top])
+            yield _mean_of_boxes(boxes[here] - shift, self.values[here], (bottom - top, width))
+
+
+def raster_shape(grid: TileGrid, mpp: float) -> tuple[int, int]:
+    """Return (height, width) in pixels of the whole slide at `mpp`."""
+    width_px0, height_px0 = grid.slide_size_px0
+    scale = grid.slide_mpp / mpp
+    return max(1, round(height_px0 * scale)), max(1, round(width_px0 * scale))
+
+
+def raster_boxes(grid: TileGrid, mpp: float) -> NDArray[np.int64]:
+    """Return the pixels of each tile at `mpp`: (n, 4) x0, y0, x1, y1, half open, at least one pixel each."""
+    height, width = raster_shape(grid, mpp)
+    scale = np.array([width, height, width, height]) / np.tile(grid.slide_size_px0, 2)
+    exact = grid.boxes_px0() * scale
+    # a pixel belongs to the tile that holds its centre; the tolerance keeps x.5 on one side in floating point
+    boxes = np.ceil(exact - 0.5 - 1e-9).astype(np.int64)
+    middle = np.floor((exact[:, :2] + exact[:, 2:]) / 2).astype(np.int64)
+    for axis, size in ((0, width), (1, height)):
+        empty = boxes[:, axis + 2] <= boxes[:, axis]
+        boxes[empty, axis] = np.clip(middle[empty, axis], 0, size - 1)
+        boxes[empty, axis + 2] = boxes[empty, axis] + 1
+    return boxes
+
+
+def _mean_of_boxes(
+    boxes: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    total = np.zeros(shape)
+    count = np.zeros(shape, dtype=np.uint16)
+    for (x0, y0, x1, y1), value in zip(np.maximum(boxes, 0).tolist(), values.tolist(), strict=True):
+        total[y0:y1, x0:x1] += value
+        count[y0:y1, x0:x1] += 1
+    plane = np.full(shape, np.nan, dtype=np.float32)
+    np.divide(total, count, out=plane, where=count > 0, casting="same_kind")
+    return plane
