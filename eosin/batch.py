@@ -1,17 +1,13 @@
-"""One function over many slides, and the one way a file is written.
+"""One function over many slides.
 
 `run_batch` skips what is done, isolates failures (in child processes, also a decoder that kills its process), reports
-one record per slide in `run.json` and stops only when the environment fails. `write_file` makes every output whole or
-absent: temporary name, write, verify, fsync, rename, fsync of the folder.
+one record per slide in `run.json` and stops only when the environment fails.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import multiprocessing
-import os
-import secrets
 import signal
 import time
 from collections import Counter, deque
@@ -23,6 +19,10 @@ from typing import Any, Literal, TypeVar
 
 from eosin import __version__
 from eosin.errors import ConfigError, EosinError, OutputError
+from eosin.files import file_fingerprint as file_fingerprint
+from eosin.files import locked, write_json
+from eosin.files import write_file as write_file
+from eosin.files import write_text as write_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,7 @@ T = TypeVar("T")
 Status = Literal["ok", "empty", "failed", "skipped"]
 
 ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
-ORPHAN_AGE_S = 3600.0
 LOG_INTERVAL_S = 2.0
-FINGERPRINT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ class _RunLog:
         self.flushed = time.monotonic()
         if self.path is None or not self.new:
             return
-        with _locked(self.path.with_name(f".{self.path.name}.lock")):
+        with locked(self.path.with_name(f".{self.path.name}.lock")):
             records = {(record.stage, record.slide_id): record for record in read_run_json(self.path)}
             records |= {(record.stage, record.slide_id): record for record in self.new}
             ordered = [asdict(records[name]) for name in sorted(records)]
@@ -334,100 +332,3 @@ def read_run_json(path: Path) -> list[Record]:
         return [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None
-
-
-class _locked:
-    """Exclusive advisory lock on a file while the block runs; no lock where the platform has none."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = self.path.open("w")
-            fcntl.flock(self.handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OutputError(self.path.parent, f"cannot be written to ({error.strerror or error})") from error
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.close()
-
-
-def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[Path], None] | None = None) -> None:
-    """Write a file so that it is whole or not there, whatever kills the process or fills the disk.
-
-    Parameters
-    ----------
-    path : Path
-        Final name; its folder is made when it is missing.
-    write : callable
-        Writes and closes the temporary file whose path it is given. It should only write: what can fail for other
-        reasons is computed before.
-    verify : callable, optional
-        Opens the temporary file again and raises when it is not what was meant.
-
-    Raises
-    ------
-    OutputError
-        When the file cannot be written, verified or renamed; nothing is left under either name.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_orphans(path)
-    except OSError as error:
-        raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        if verify is not None:
-            verify(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
-        raise OutputError(path, f"could not be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep_orphans(path: Path) -> None:
-    """Remove temporary files of this name that a killed process left behind."""
-    for orphan in path.parent.glob(f".{path.name}.*.tmp{path.suffix}"):
-        if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
-            orphan.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with `write_file`."""
-    write_file(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write indented JSON with `write_file`; NaN and infinity are refused because JSON has none."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def file_fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits from a file's size and its first and last MiB: cheap even for a slide of 5 GB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,130 @@
+"""The one way a file is written: whole, or not there.
+
+Every output of the package passes through `write_file`: temporary name in the target folder, write, verify, fsync,
+rename, fsync of the folder. Nothing else in the package opens a file of the user's for writing.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eosin.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+ORPHAN_AGE_S = 3600.0
+FINGERPRINT_BYTES = 2**20
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[Path], None] | None = None) -> None:
+    """Write a file so that it is whole or not there, whatever kills the process or fills the disk.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; its folder is made when it is missing.
+    write : callable
+        Writes and closes the temporary file whose path it is given. It should only write: what can fail for other
+        reasons is computed before.
+    verify : callable, optional
+        Opens the temporary file again and raises when it is not what was meant.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written, verified or renamed; nothing is left under either name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_orphans(path)
+    except OSError as error:
+        raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        if verify is not None:
+            verify(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        if sys.platform != "win32":
+            _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
+        raise OutputError(path, f"could not be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_orphans(path: Path) -> None:
+    """Remove temporary files of this name that a killed process left behind."""
+    for orphan in path.parent.glob(f".{path.name}.*.tmp{path.suffix}"):
+        if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
+            orphan.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with `write_file`."""
+    write_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write indented JSON with `write_file`; NaN and infinity are refused because JSON has none."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return 16 hexadecimal digits from a file's size and its first and last MiB: cheap even for a slide of 5 GB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive advisory lock on a file while the block runs.
+
+    Where the platform or the file system has no locks the block runs without; a lock saves double work, no output's
+    integrity rests on it.
+
+    Raises
+    ------
+    OutputError
+        When the lock file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("w")
+    except OSError as error:
+        raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
+    with handle:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:
+                logger.warning("%s cannot be locked on this file system", path)
+        yield
