@@ -1,0 +1,42 @@
+"""The `eosin` command: the list of its subcommands."""
+
+from typing import Annotated
+
+import typer
+
+from eosin import __version__
+from eosin.cli import doctor
+
+app = typer.Typer(
+    name="eosin",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --patch_size, as TRIDENT and CLAM spell it
+    },
+)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it with the flag's value
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def eosin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Computational pathology from slide pixels to explained predictions."""
+
+
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the installed script."""
+    app()

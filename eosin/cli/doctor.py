@@ -1,0 +1,107 @@
+"""`eosin doctor`: is this machine fit to run eosin?"""
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eosin.cli._common import Done, command, console
+from eosin.errors import OutputError
+
+PACKAGES = (
+    "eosin", "torch", "triton", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "h5py",
+    "scikit-image", "scikit-learn", "safetensors",
+)  # fmt: skip
+GOLDEN_SIZE_PX = 1024
+GOLDEN_MPP = 0.5
+
+
+@command()
+def doctor(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that must be writable besides this one and the temporary one.")
+    ] = None,
+) -> Done:
+    """Check versions, devices, the slide reader and folders; exit code 3 when something is broken."""
+    from rich.table import Table
+
+    table = Table("check", "result", "detail")
+    broken = []
+    for name, check in _checks(folders or []):
+        try:
+            table.add_row(name, "ok", check())
+        except Exception as error:  # noqa: BLE001 - the doctor reports what is broken, whatever it is
+            broken.append(name)
+            table.add_row(name, "[red]broken[/red]", f"{type(error).__name__}: {error}")
+    console().print(table)
+    if broken:
+        raise OutputError("this machine", f"not fit to run eosin: {', '.join(broken)}; the table says why")
+    return Done()
+
+
+def _checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "python", platform.python_version
+    for package in PACKAGES:
+        yield package, partial(_version_of, package)
+    yield "devices", _devices
+    yield "slide reader", _read_golden_slide
+    for folder in [Path.cwd(), Path(tempfile.gettempdir()), *folders]:
+        yield f"write to {folder}", partial(_write_to, folder)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "triton":  # exists for Linux only; plain torch takes over elsewhere
+            return "not installed"
+        raise
+
+
+def _devices() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return (
+        f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads){''.join(f', cuda: {name}' for name in names)}"
+    )
+
+
+def _read_golden_slide() -> str:
+    """Write a lossless two-level pyramid, read it back through the slide reader and compare every pixel.
+
+    Broken builds of the graphics library below OpenSlide shift or blacken regions without an error.
+    """
+    import numpy as np
+    import tifffile
+
+    from eosin.wsi import open_slide
+
+    pixels = np.random.default_rng(0).integers(0, 256, (GOLDEN_SIZE_PX, GOLDEN_SIZE_PX, 3), dtype=np.uint8)
+    per_cm = 1e4 / GOLDEN_MPP
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "golden.tiff"
+        tifffile.imwrite(
+            path, pixels, tile=(256, 256), photometric="rgb", compression="deflate",
+            resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",
+        )  # fmt: skip
+        with open_slide(path) as slide:
+            for x, y, size in ((0, 0, GOLDEN_SIZE_PX), (37, 101, 300), (255, 511, 2)):
+                read = slide.read((x, y), (size, size), GOLDEN_MPP)
+                if not np.array_equal(read, pixels[y : y + size, x : x + size]):
+                    raise OutputError("slide reader", f"wrong pixels at ({x}, {y}); reinstall openslide-bin")
+            return f"{slide.facts()['reader']}: {GOLDEN_SIZE_PX}×{GOLDEN_SIZE_PX} pixels read back unchanged"
+
+
+def _write_to(folder: Path) -> str:
+    import shutil
+
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(b"eosin")
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
