@@ -1,0 +1,186 @@
+"""The order of the packages and what each may import, read from the source with `ast`."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "eosin"
+
+ORDER = (
+    "errors", "options", "files", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "pipeline", "demo", "cli",
+)  # fmt: skip
+
+LEAST = {"pydantic", "yaml"}
+MAY = {  # third-party packages, beside the standard library
+    "errors": set(),
+    "options": LEAST,
+    "files": set(),
+    "batch": set(),
+    "kernels": {"torch", "triton"},
+}
+MUST_NOT = {
+    "wsi": {"torch", "timm", "sklearn"},
+    "features": {"sklearn"},
+    "mil": {"openslide", "tifffile", "PIL", "timm", "matplotlib", "bokeh"},
+}
+ONLY_IN = {  # third-party package -> the files that may import it
+    "openslide": {"wsi/openslide_impl.py"},
+    "triton": {"kernels/*/triton_impl.py"},
+    "timm": {"features/encoders.py", "features/networks.py"},
+    "h5py": {"wsi/coordinates.py", "features/store.py", "features/interop/*.py"},
+    "typer": {"cli/*.py"},
+}
+ONLY_THESE = {  # (importer, imported package) -> the modules of it that may be imported
+    ("kernels", "eosin"): {"errors", "kernels"},
+    ("mil", "features"): {"bag", "store"},
+    ("mil", "wsi"): {"grid"},
+}
+CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.cli"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of a source file; `top` when it runs with the module, for more than type checking."""
+
+    file: str
+    line: int
+    module: str
+    top: bool
+
+    @property
+    def layer(self) -> str:
+        """The first part of the importer's path."""
+        return self.file.split("/")[0].removesuffix(".py")
+
+    @property
+    def foreign(self) -> str:
+        """The third-party package that is imported, or an empty text."""
+        root = self.module.split(".")[0]
+        return "" if root == "eosin" or root in sys.stdlib_module_names else root
+
+
+def imports(root: Path) -> Iterator[Import]:
+    for path in sorted(root.rglob("*.py")):
+        file = path.relative_to(root).as_posix()
+        for node, top in statements(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                assert node.level == 0, f"{file}:{node.lineno}: relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+            for name in names:
+                yield Import(file, node.lineno, name, top)
+
+
+def statements(tree: ast.AST, top: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, top
+        else:
+            inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+                isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            )
+            yield from statements(node, top and not inner)
+
+
+def faults(root: Path) -> list[str]:
+    found = []
+    for item in imports(root):
+        for fault in (*own_faults(item), *foreign_faults(item)):
+            found.append(f"{item.file}:{item.line}: {fault}")
+    return found
+
+
+def own_faults(item: Import) -> Iterator[str]:
+    parts = item.module.split(".")
+    if parts[0] != "eosin" or item.file == "__init__.py" or len(parts) == 1 or parts[1] == "__version__":
+        return
+    if item.layer not in ORDER or parts[1] not in ORDER:
+        yield f"{item.layer} or {parts[1]} has no place in the order of the packages"
+    elif ORDER.index(parts[1]) > ORDER.index(item.layer):
+        yield f"{item.layer} imports {parts[1]}, which comes after it"
+    allowed = ONLY_THESE.get((item.layer, parts[1]))
+    if allowed and parts[2] not in allowed:
+        yield f"{item.layer} may import only {sorted(allowed)} of {parts[1]}, not {parts[2]}"
+    allowed = ONLY_THESE.get((item.layer, "eosin"))
+    if allowed and parts[1] not in allowed:
+        yield f"{item.layer} may import only {sorted(allowed)}, not {parts[1]}"
+    if item.layer == "cli" and item.top and not is_light(item.module):
+        yield f"{item.module} is imported with the command line instead of inside a function"
+
+
+def is_light(module: str) -> bool:
+    return module in CLI_TOP or any(module.startswith(f"{light}.") for light in CLI_TOP if "." in light)
+
+
+def foreign_faults(item: Import) -> Iterator[str]:
+    if not item.foreign:
+        return
+    if item.layer in MAY and item.foreign not in MAY[item.layer]:
+        yield f"{item.layer} may import only {sorted(MAY[item.layer])}, not {item.foreign}"
+    if item.foreign in MUST_NOT.get(item.layer, set()):
+        yield f"{item.layer} must not import {item.foreign}"
+    places = ONLY_IN.get(item.foreign)
+    if places and not any(Path(item.file).match(place) for place in places):
+        yield f"{item.foreign} may be imported only in {sorted(places)}"
+    if item.layer == "cli" and item.top and item.foreign != "typer":
+        yield f"{item.foreign} is imported with the command line instead of inside a function"
+    if item.foreign == "timm" and item.top:
+        yield "timm is imported at the top instead of where a network is built"
+
+
+def test_every_package_keeps_to_the_order_and_its_imports() -> None:
+    assert faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.iterdir() if path.suffix != ".typed"))
+def test_every_top_level_module_has_a_place_in_the_order(module: str) -> None:
+    assert module in {*ORDER, "__init__", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "told"),
+    [
+        ("wsi/slide.py", "from eosin.features.bag import FeatureBag", "comes after it"),
+        ("wsi/slide.py", "import torch.nn", "must not import torch"),
+        ("wsi/grid.py", "def f():\n    import openslide", "may be imported only in"),
+        ("batch.py", "import numpy", "may import only"),
+        ("kernels/segments.py", "from eosin.options import Options", "not options"),
+        ("mil/train.py", "from eosin.features.encoders import load_encoder", "not encoders"),
+        ("mil/train.py", "from eosin.wsi import open_slide", "not open_slide"),
+        ("mil/train.py", "import matplotlib.pyplot", "must not import matplotlib"),
+        ("features/encoders.py", "import timm", "instead of where a network is built"),
+        ("cli/tile.py", "import numpy", "instead of inside a function"),
+        ("cli/tile.py", "from eosin.wsi.job import tile_slides", "instead of inside a function"),
+        ("heatmaps/png.py", "if TYPE_CHECKING:\n    from eosin.cli import app", "comes after it"),
+        ("extras/x.py", "import eosin.errors", "has no place"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(tmp_path: Path, file: str, source: str, told: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    assert len(faults(tmp_path)) == 1
+    assert told in faults(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("wsi/openslide_impl.py", "import openslide"),
+        ("features/encoders.py", "def load():\n    import timm"),
+        ("kernels/x/triton_impl.py", "import triton.language as tl\nfrom eosin.errors import EosinError"),
+        ("mil/data.py", "from eosin.features.store import read_bag\nfrom eosin.wsi.grid import TileGrid"),
+        ("cli/tile.py", "import typer\nfrom eosin.cli._common import Done\ndef f():\n    import numpy"),
+        ("wsi/job.py", "from eosin import __version__\nfrom eosin.batch import run_batch"),
+    ],
+)
+def test_the_check_lets_a_rightful_import_pass(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    assert faults(tmp_path) == []
