@@ -1,0 +1,1 @@
+"""Slides: read them by µm/px, find their tissue, tile them. No torch in this package."""

@@ -1,0 +1,214 @@
+"""Coordinates files: HDF5 dataset ``coords`` with TRIDENT's attributes and ours.
+
+One definition for the coordinates file of a slide and for the copy inside its feature file. What is ours:
+``encoding-type`` and ``encoding-version``, the tiling as JSON, the true mpp and where it came from, fingerprints of
+the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find what they know beside it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from eosin import __version__
+from eosin.batch import write_file
+from eosin.errors import ConfigError, FeatureFileError
+from eosin.wsi.grid import TileGrid, Tiling
+
+ENCODING_TYPE = "eosin.coords"
+ENCODING_VERSION = "1"
+MAX_ROWS = 10_000_000
+LIBVER = ("v110", "v110")  # checksums the file's own structures
+_MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
+
+
+@dataclass(frozen=True)
+class CoordsFooter:
+    """What a coordinates file says about its making.
+
+    Parameters
+    ----------
+    slide_id : str
+        The slide.
+    mpp_source : str
+        Where the slide's mpp came from.
+    fingerprint : str
+        `eosin.batch.file_fingerprint` of the slide.
+    options_hash : str
+        Fingerprint of everything that decides the rows.
+    """
+
+    slide_id: str
+    mpp_source: str
+    fingerprint: str
+    options_hash: str = ""
+
+
+def write_grid(
+    path: Path,
+    grid: TileGrid,
+    *,
+    slide_id: str,
+    mpp_source: str,
+    fingerprint: str,
+    options_hash: str = "",
+) -> None:
+    """Write a coordinates file; it is whole or it is not there.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    grid : TileGrid
+        Its tiles; none is a normal content.
+    slide_id, mpp_source, fingerprint, options_hash : str
+        See `CoordsFooter`.
+    """
+    footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash)
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w", libver=LIBVER) as file:
+            write_coords(file, grid, footer)
+
+    write_file(path, write, verify=lambda temporary: _require_rows(temporary, grid.n_tiles))
+
+
+def _require_rows(path: Path, n_tiles: int) -> None:
+    if read_grid(path).n_tiles != n_tiles:
+        raise FeatureFileError(path, "the coordinates just written cannot be read back; is the disk sound?")
+
+
+def read_grid(path: Path) -> TileGrid:
+    """Read a coordinates file (or the coordinates of a feature file).
+
+    Raises
+    ------
+    FeatureFileError
+        If it is missing, damaged or not ours.
+    """
+    with _open(path) as file:
+        return read_coords(file, path)
+
+
+def read_footer(path: Path) -> CoordsFooter:
+    """Read only what a coordinates file says about its making.
+
+    Raises
+    ------
+    FeatureFileError
+        If it is missing, damaged or not ours.
+    """
+    with _open(path) as file:
+        attributes = _attributes(file, path)
+        texts = [attributes.get(name, "") for name in ("name", "mpp_source", "slide_fingerprint", "options_hash")]
+        return CoordsFooter(*map(str, texts))
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = "there is no such file" if not Path(path).exists() else "it is damaged or no HDF5 file"
+        raise FeatureFileError(path, f"coordinates cannot be read: {reason}") from error
+
+
+def write_coords(group: h5py.Group, grid: TileGrid, footer: CoordsFooter) -> None:
+    """Write the dataset ``coords`` with its attributes into an open HDF5 group."""
+    rows = np.ascontiguousarray(grid.origins_px0, np.int64)
+    dataset = group.create_dataset("coords", data=rows)
+    for name, value in {**_trident_attributes(grid, footer), **_own_attributes(grid, footer, rows)}.items():
+        dataset.attrs[name] = value
+
+
+def _trident_attributes(grid: TileGrid, footer: CoordsFooter) -> dict[str, str | int]:
+    width, height = grid.slide_size_px0
+    return {
+        "patch_size": grid.tiling.patch_size,
+        "patch_size_level0": grid.tile_px0,
+        "level0_magnification": nominal_magnification(grid.slide_mpp),
+        "target_magnification": nominal_magnification(grid.tiling.mpp),
+        "overlap": grid.tiling.overlap,
+        "name": footer.slide_id,
+        "savetodir": ".",  # a real folder name may carry a patient's name
+        "level0_width": width,
+        "level0_height": height,
+    }
+
+
+def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64]) -> dict[str, str | float]:
+    return {
+        "encoding-type": ENCODING_TYPE,
+        "encoding-version": ENCODING_VERSION,
+        "eosin_version": __version__,
+        "tiling": grid.tiling.to_json(),
+        "slide_mpp": grid.slide_mpp,
+        "delivered_mpp": grid.delivered_mpp,
+        "mpp_source": footer.mpp_source,
+        "slide_fingerprint": footer.fingerprint,
+        "options_hash": footer.options_hash,
+        "coords_sha256": _digest(rows),
+    }
+
+
+def nominal_magnification(mpp: float) -> int:
+    """Return the power that TRIDENT's table gives a resolution: 0.25 µm/px is 40, 0.5 is 20."""
+    for below, power in _MAGNIFICATIONS:
+        if mpp < below:
+            return power
+    return max(1, round(10 / mpp))
+
+
+def _digest(rows: NDArray[np.int64]) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+
+
+def read_coords(group: h5py.Group, path: Path) -> TileGrid:
+    """Read the dataset ``coords`` of an open HDF5 group.
+
+    Raises
+    ------
+    FeatureFileError
+        If it is absent, not ours, of a later version, too large or its rows do not match their checksum.
+    """
+    attributes = _attributes(group, path)
+    rows = _rows(group["coords"], path)
+    if attributes.get("coords_sha256") != _digest(rows):
+        raise FeatureFileError(path, "the coordinates do not match their checksum; tile the slide again")
+    try:
+        return TileGrid(
+            rows,
+            int(attributes["patch_size_level0"]),
+            Tiling.parse(json.loads(attributes["tiling"]), source=f"tiling in {path}"),
+            (int(attributes["level0_width"]), int(attributes["level0_height"])),
+            float(attributes["slide_mpp"]),
+        )
+    except (KeyError, ValueError, TypeError, ConfigError) as error:
+        raise FeatureFileError(path, f"the attributes of its coordinates are damaged ({error})") from error
+
+
+def _rows(dataset: h5py.Dataset, path: Path) -> NDArray[np.int64]:
+    shape = dataset.shape
+    if len(shape) != 2 or shape[1] != 2 or shape[0] > MAX_ROWS or dataset.dtype.kind != "i":
+        raise FeatureFileError(path, f"coords is {dataset.dtype} {shape}, expected at most {MAX_ROWS} rows of (x, y)")
+    try:
+        return np.ascontiguousarray(dataset[()], np.int64)
+    except OSError as error:
+        raise FeatureFileError(path, "the coordinates are damaged; tile the slide again") from error
+
+
+def _attributes(group: h5py.Group, path: Path) -> Mapping[str, Any]:
+    if not isinstance(group.get("coords", getclass=True), type) or not isinstance(group["coords"], h5py.Dataset):
+        raise FeatureFileError(path, "has no dataset named coords")
+    attributes = dict(group["coords"].attrs)
+    kind, version = attributes.get("encoding-type"), attributes.get("encoding-version")
+    if kind != ENCODING_TYPE:
+        raise FeatureFileError(path, "its coordinates were not written by eosin; bring them in with `eosin import`")
+    if version != ENCODING_VERSION:
+        raise FeatureFileError(path, f"coordinates of version {version}, this eosin reads {ENCODING_VERSION}: update")
+    return attributes

@@ -1,0 +1,45 @@
+"""A whole slide as one small picture."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from eosin.errors import ConfigError
+from eosin.wsi.slide import Slide
+
+MAX_OVERVIEW_PX = 100_000_000
+
+
+def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
+    """Return the whole slide at a coarse mpp.
+
+    Parameters
+    ----------
+    slide : Slide
+        Open slide with a known mpp.
+    mpp : float
+        µm per pixel of the result.
+
+    Returns
+    -------
+    (h, w, 3) uint8
+        The last row and column may reach past the slide and hold background there. Memory is bounded by the size of
+        the result plus one block, also on slides with a single level.
+
+    Raises
+    ------
+    ConfigError
+        If the result would have more than 100 million pixels.
+    """
+    width, height = (max(1, math.ceil(side * slide.mpp / mpp - 1e-6)) for side in slide.size_px0)
+    if width * height > MAX_OVERVIEW_PX:
+        raise ConfigError(f"an overview at {mpp:g} µm/px has {width} x {height} pixels; ask for a coarser mpp")
+    return slide.read((0, 0), (width, height), mpp)
+
+
+def read_thumbnail(slide: Slide, longest_px: int = 1000) -> Image.Image:
+    """Return the whole slide as a picture whose longer side is at most `longest_px`; small slides stay as they are."""
+    mpp = max(slide.size_px0) * slide.mpp / longest_px
+    return Image.fromarray(read_overview(slide, max(mpp, slide.mpp)))

@@ -1,0 +1,135 @@
+"""How many µm a level-0 pixel is, and whether to believe it.
+
+Order: the user, the scanner's mpp tags, the TIFF resolution; otherwise the slide is refused. Objective power is only
+used as a check: slides of one nominal power differ by up to a factor of two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eosin.errors import MissingResolutionError
+
+MPP_RANGE = (0.05, 20.0)
+XY_TOLERANCE = 0.05
+POWER_WARN = 1.2
+POWER_REFUSE = 2.0
+UM_PER_PX_AT_POWER_1 = 10.0
+_HOW_TO_STATE = "pass --slide-mpp (µm/px)"
+
+
+@dataclass(frozen=True)
+class StatedMpp:
+    """What one source says.
+
+    Parameters
+    ----------
+    source : str
+        Name of the source.
+    x, y : float
+        µm per level-0 pixel.
+    """
+
+    source: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The outcome of the policy.
+
+    Parameters
+    ----------
+    mpp : float or None
+        µm per level-0 pixel; None when refused.
+    source : str
+        Which source; ``none`` when nothing was stated.
+    note : str
+        Warning to show beside a usable mpp.
+    refusal : str
+        Why it is refused, when it is.
+    code : str
+        Reason code of the refusal.
+    """
+
+    mpp: float | None
+    source: str
+    note: str = ""
+    refusal: str = ""
+    code: str = "no-mpp"
+
+    def require(self, path: Path) -> float:
+        """Return the mpp.
+
+        Raises
+        ------
+        MissingResolutionError
+            If it was refused.
+        """
+        if self.mpp is None:
+            raise MissingResolutionError(path, self.refusal, code=self.code)
+        return self.mpp
+
+
+def resolve_mpp(stated: Sequence[StatedMpp], *, power: float | None, user_mpp: float | None = None) -> Resolution:
+    """Decide the mpp of a slide.
+
+    Parameters
+    ----------
+    stated : sequence of StatedMpp
+        What the file says, best source first; only the first counts.
+    power : float or None
+        Objective power, compared with 10 / mpp.
+    user_mpp : float, optional
+        Overrides the file; the power then only warns.
+
+    Returns
+    -------
+    Resolution
+        Never raises: a slide without mpp can still be looked at.
+    """
+    if user_mpp is not None:
+        return _from_user(user_mpp, power)
+    if not stated:
+        return Resolution(None, "none", refusal=f"the slide states no µm/px; {_HOW_TO_STATE}")
+    first = stated[0]
+    fault = _implausible(first, power)
+    if fault:
+        refusal = f"its {first.source} {fault}; {_HOW_TO_STATE}"
+        return Resolution(None, first.source, refusal=refusal, code="bad-mpp")
+    mpp = (first.x + first.y) / 2
+    return Resolution(mpp, first.source, note=_power_note(mpp, power))
+
+
+def _from_user(mpp: float, power: float | None) -> Resolution:
+    low, high = MPP_RANGE
+    if not low <= mpp <= high:
+        refusal = f"--slide-mpp {mpp:g} is outside {low}-{high} µm/px"
+        return Resolution(None, "user", refusal=refusal, code="bad-mpp")
+    return Resolution(mpp, "user", note=_power_note(mpp, power))
+
+
+def _implausible(stated: StatedMpp, power: float | None) -> str:
+    low, high = MPP_RANGE
+    x, y = stated.x, stated.y
+    if not (low <= x <= high and low <= y <= high):
+        return f"says {x:.4g} x {y:.4g} µm/px, outside {low}-{high}"
+    if abs(x - y) > XY_TOLERANCE * max(x, y):
+        return f"says {x:.4g} µm/px across and {y:.4g} down, which differ by more than {XY_TOLERANCE:.0%}"
+    if _power_ratio((x + y) / 2, power) > POWER_REFUSE:
+        return f"says {x:.4g} µm/px, which contradicts its objective power {power:g}"
+    return ""
+
+
+def _power_note(mpp: float, power: float | None) -> str:
+    if power is None or _power_ratio(mpp, power) <= POWER_WARN:
+        return ""
+    return f"{mpp:.4g} µm/px is unusual for objective power {power:g}"
+
+
+def _power_ratio(mpp: float, power: float | None) -> float:
+    if power is None:
+        return 1.0
+    expected = UM_PER_PX_AT_POWER_1 / power
+    return max(mpp / expected, expected / mpp)

@@ -1,0 +1,132 @@
+"""Where a slide has tissue, at one physical resolution and with thresholds in µm."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+from shapely import MultiPolygon
+
+from eosin.options import Options
+from eosin.wsi.outline import trace_outline
+
+FRACTION_BLOCK = 500_000
+
+
+class TissueOptions(Options):
+    """How tissue is told from glass.
+
+    Parameters
+    ----------
+    mpp : float
+        µm per cell of the mask; finer on slides that would have fewer than 128 cells.
+    min_stain : float or None
+        Optical density by which the strongest and the weakest channel of stained tissue differ;
+        None finds it from the slide.
+    min_area_um2 : float
+        Smaller pieces are dropped; the largest is always kept.
+    max_hole_um2 : float
+        Smaller holes are filled.
+    close_um : float
+        Gaps up to this width are closed before small things are removed.
+    open_um : float
+        Threads up to this width are removed.
+    remove_pen : bool
+        Leave out marker strokes.
+    """
+
+    mpp: Annotated[float, Field(ge=0.25, le=64)] = 8.0
+    min_stain: Annotated[float, Field(gt=0, lt=1)] | None = None
+    min_area_um2: Annotated[float, Field(ge=0)] = 40_000.0
+    max_hole_um2: Annotated[float, Field(ge=0)] = 40_000.0
+    close_um: Annotated[float, Field(ge=0, le=1000)] = 40.0
+    open_um: Annotated[float, Field(ge=0, le=1000)] = 30.0
+    remove_pen: bool = True
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Tissue on a lattice of cells that starts at the slide's corner.
+
+    Parameters
+    ----------
+    mask : (h, w) bool
+        True where tissue is.
+    px0_per_cell : tuple of float
+        Width and height of a cell in level-0 pixels.
+    slide_size_px0 : tuple of int
+        Width and height of the slide; the last cells may reach past it.
+    slide_mpp : float
+        µm per level-0 pixel.
+    notes : tuple of str
+        What a person should know about this mask, for example that pen was removed.
+    """
+
+    mask: NDArray[np.bool_]
+    px0_per_cell: tuple[float, float]
+    slide_size_px0: tuple[int, int]
+    slide_mpp: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def area_um2(self) -> float:
+        """Area of the tissue."""
+        return float(self.mask.sum()) * self.cell_um2
+
+    @property
+    def cell_um2(self) -> float:
+        """Area of one cell."""
+        width, height = self.px0_per_cell
+        return width * height * self.slide_mpp**2
+
+    @property
+    def coverage(self) -> float:
+        """Share of the slide that is tissue."""
+        return float(self.mask.mean()) if self.mask.size else 0.0
+
+    def fraction(self, boxes_px0: ArrayLike) -> NDArray[np.float64]:
+        """Return the share of each box that is tissue.
+
+        Exact for the mask: a box that cuts cells counts the covered part of each.
+
+        Parameters
+        ----------
+        boxes_px0 : (n, 4)
+            x0, y0, x1, y1 in level-0 pixels; what lies outside the slide is not tissue.
+
+        Returns
+        -------
+        (n,) float64
+        """
+        boxes = np.asarray(boxes_px0).reshape(-1, 4)
+        blocks = [self._fraction(boxes[i : i + FRACTION_BLOCK]) for i in range(0, len(boxes), FRACTION_BLOCK)]
+        return np.concatenate(blocks) if blocks else np.zeros(0)
+
+    def _fraction(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        x0, y0, x1, y1 = (boxes / np.tile(self.px0_per_cell, 2)).T  # in cells
+        inside = self._area_to(x1, y1) - self._area_to(x0, y1) - self._area_to(x1, y0) + self._area_to(x0, y0)
+        share = inside / np.maximum((x1 - x0) * (y1 - y0), 1e-12)
+        return np.asarray(np.clip(share, 0.0, 1.0))
+
+    def _area_to(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tissue cells in the rectangle from the corner to (x, y): the integral image, linear within a cell."""
+        table = self._integral
+        height, width = table.shape[0] - 1, table.shape[1] - 1
+        x, y = np.clip(x, 0, width), np.clip(y, 0, height)
+        col, row = np.minimum(x.astype(np.int64), width - 1), np.minimum(y.astype(np.int64), height - 1)
+        dx, dy = x - col, y - row
+        top = table[row, col] * (1 - dx) + table[row, col + 1] * dx
+        bottom = table[row + 1, col] * (1 - dx) + table[row + 1, col + 1] * dx
+        return np.asarray(top * (1 - dy) + bottom * dy)
+
+    @cached_property
+    def _integral(self) -> NDArray[np.int64]:
+        table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int64)
+        table[1:, 1:] = self.mask.cumsum(0, dtype=np.int64).cumsum(1)
+        return table
+
+    def contours(self) -> MultiPolygon:
+        """Return the outline of the tissue in level-0 pixels, within the slide; holes are kept."""
+        return trace_outline(self.mask, self.px0_per_cell, self.slide_size_px0)
