@@ -1,0 +1,1 @@
+"""Tiles to features: encoders, extraction, the feature file and other tools' files."""
