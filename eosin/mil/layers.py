@@ -1,0 +1,132 @@
+"""Parts that more than one method is made of."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from eosin import kernels
+from eosin.kernels import AttentionPool
+from eosin.mil.bags import PackedBags
+
+Activation = Literal["relu", "gelu"]
+Init = Literal["default", "xavier"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def embedding(
+    in_dim: int, widths: tuple[int, ...], *, activation: Activation = "relu", bias: bool = True, dropout: float = 0.0
+) -> nn.Sequential:
+    """Return what turns features into instances: a linear layer, an activation and dropout per width.
+
+    Parameters
+    ----------
+    in_dim : int
+        Feature width D.
+    widths : tuple of int
+        Width after each layer, the last is E; none leaves the features as they are.
+    activation : {"relu", "gelu"}
+        GELU is the exact one.
+    bias : bool
+        Whether the linear layers have one.
+    dropout : float
+        After each activation.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip((in_dim, *widths), widths, strict=False):
+        layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers)
+
+
+class Attention(nn.Module):
+    """Scores of instances, ``w · (act(V h) ⊙ σ(U h))``, one column per head; ungated attention has no U.
+
+    Ilse, Tomczak, Welling, ICML 2018, equations 8 and 9, https://arxiv.org/abs/1802.04712.
+
+    Parameters
+    ----------
+    in_dim : int
+        Width of an instance.
+    hidden : int
+        Width A of the projections.
+    heads : int
+        Columns H of scores that share V and U.
+    gated : bool
+        Whether there is a gate.
+    activation : {"tanh", "relu"}
+        Activation of V.
+    bias : bool
+        Whether the linear maps have one.
+    gate_dropout : float
+        On both projections, in training.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        hidden: int,
+        heads: int = 1,
+        gated: bool = True,
+        activation: Literal["tanh", "relu"] = "tanh",
+        bias: bool = True,
+        gate_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.V = nn.Linear(in_dim, hidden, bias=bias)
+        self.U = nn.Linear(in_dim, hidden, bias=bias) if gated else None
+        self.w = nn.Linear(hidden, heads, bias=bias)
+        self.activation = activation
+        self.gate_dropout = gate_dropout
+
+    def forward(self, instances: Tensor) -> Tensor:
+        """Return scores (N, H) of instances (N, E)."""
+        scores: Tensor = kernels.gated_attention_scores(
+            instances, *self._weights(), gate_dropout=self._dropout(), activation=self.activation
+        )
+        return scores
+
+    def pool(self, instances: Tensor, bags: PackedBags, *, keep: Tensor | None = None) -> AttentionPool:
+        """Return scores (N, H), pooled bags (B, H, E), their log-sum-exp and entropy (B, H).
+
+        Parameters
+        ----------
+        instances : (N, E) float
+        bags : PackedBags
+            Says which instances belong together.
+        keep : (N,) or (N, H) bool, optional
+            False keeps an instance out of a head's softmax.
+        """
+        return kernels.gated_attention_pool(
+            instances,
+            *self._weights(),
+            bags.cu_seqlens,
+            keep=keep,
+            gate_dropout=self._dropout(),
+            activation=self.activation,
+        )
+
+    def _dropout(self) -> float:
+        return self.gate_dropout if self.training else 0.0
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        gate = (None, None) if self.U is None else (self.U.weight, self.U.bias)
+        return (self.V.weight, self.V.bias, *gate, self.w.weight, self.w.bias)
+
+
+def initialise(module: nn.Module, how: Init) -> None:
+    """Set the weights of all linear layers: torch's default as they are, or Xavier normal with zero bias."""
+    if how == "default":
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def as_dtype(values: Tensor, like: Tensor) -> Tensor:
+    """Return pooled values, which are float32 at least, in the dtype of the layer that reads them."""
+    return values if torch.is_autocast_enabled(values.device.type) else values.to(like.dtype)

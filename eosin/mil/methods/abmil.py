@@ -1,0 +1,109 @@
+"""ABMIL: the bag is the attention-weighted mean of its instances.
+
+Ilse, Tomczak, Welling: Attention-based deep multiple instance learning, ICML 2018, https://arxiv.org/abs/1802.04712.
+``h = embed(x)``, ``s = w · (tanh(V h) ⊙ σ(U h))`` (the gate σ(U h) may be left out), ``a = softmax(s)`` within the bag,
+``z = Σ a h``, ``logits = W z + b``.
+
+Deviations: several attention heads are concatenated before the classifier, where the authors' code does not run; the
+probability is not clamped, the loss reads logits.
+
+`PRESETS` are the networks that other repositories call ABMIL; they differ in more than their names.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from eosin.mil.bags import PackedBags
+from eosin.mil.layers import Activation, Attention, Init, as_dtype, embedding, initialise
+from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+
+
+@AGGREGATORS.register("abmil")
+class Abmil(Aggregator):
+    """Attention pooling.
+
+    Parameters
+    ----------
+    in_dim, n_outputs
+        Feature width D and logits K.
+    embed_dims : tuple of int
+        Widths of the layers before the attention; none pools the features themselves.
+    embed_activation, embed_bias, dropout
+        Of those layers.
+    gated, hidden, attention_activation, attention_bias, gate_dropout, heads
+        Of the attention; see `eosin.mil.layers.Attention`.
+    init : {"default", "xavier"}
+        torch's initial weights, or Xavier normal with zero bias.
+    """
+
+    output_type = AttentionOutput
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        embed_dims: tuple[int, ...] = (512,),
+        embed_activation: Activation = "relu",
+        embed_bias: bool = True,
+        dropout: float = 0.25,
+        gated: bool = True,
+        hidden: int = 128,
+        attention_activation: Literal["tanh", "relu"] = "tanh",
+        attention_bias: bool = True,
+        gate_dropout: float = 0.0,
+        heads: int = 1,
+        init: Init = "default",
+    ) -> None:
+        width = (in_dim, *embed_dims)[-1]
+        super().__init__(in_dim, n_outputs, embed_dim=heads * width)
+        self.embed = embedding(in_dim, embed_dims, activation=embed_activation, bias=embed_bias, dropout=dropout)
+        self.attention = Attention(
+            width,
+            hidden=hidden,
+            heads=heads,
+            gated=gated,
+            activation=attention_activation,
+            bias=attention_bias,
+            gate_dropout=gate_dropout,
+        )
+        self.classifier = nn.Linear(self.embed_dim, n_outputs)
+        initialise(self, init)
+
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Return logits, bag embeddings, scores and instances."""
+        instances = self.embed(bags.values)  # (N, E)
+        pool = self.attention.pool(instances, bags)
+        bag = as_dtype(pool.pooled.flatten(1), self.classifier.weight)  # (B, H * E)
+        return AttentionOutput(self.classifier(bag), bag, pool.scores, instances)
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "ilse": {"embed_dims": (), "hidden": 128, "dropout": 0.0},
+    "clam": {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25},
+    "acmil": {"hidden": 128, "embed_bias": False, "dropout": 0.0},
+    "mhim": {
+        "hidden": 128,
+        "gated": False,
+        "attention_activation": "relu",
+        "attention_bias": False,
+        "dropout": 0.25,
+        "init": "xavier",
+    },
+    "packmil": {"embed_activation": "gelu", "hidden": 128, "gated": False, "dropout": 0.25, "init": "xavier"},
+    "millab": {"hidden": 384, "dropout": 0.25},
+}
+
+RECIPE = Recipe(aggregator=Component(name="abmil"))
+RECIPES.add("abmil", RECIPE)
+RECIPES.add(
+    "abmil_ilse",
+    Recipe(
+        aggregator=Component(name="abmil", options=PRESETS["ilse"]),
+        training=Training(optimizer="adam", lr=5e-4, weight_decay=1e-4, epochs=20, schedule="constant", patience=0),
+    ),
+)
+for _name in ("clam", "acmil", "mhim", "packmil", "millab"):
+    RECIPES.add(f"abmil_{_name}", Recipe(aggregator=Component(name="abmil", options=PRESETS[_name])))

@@ -1,0 +1,123 @@
+"""Metrics of predictions, in numpy; one that the data do not define is None, never a neutral number.
+
+All follow scikit-learn's definitions where it has them; they are written here because a bootstrap calls them thousands
+of times.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Metrics = dict[str, float | None]
+
+ECE_BINS = 10
+
+
+def roc_auc(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
+    """Return the area under the ROC curve, ties counted one half; None unless both kinds are there.
+
+    Parameters
+    ----------
+    scores : (n,) float
+        Higher is more positive.
+    positive : (n,) bool
+    """
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if not n_positive or not n_negative:
+        return None
+    rank_sum = float(rankdata(scores)[positive].sum())
+    return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+
+
+def average_precision(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
+    """Return Σ (recall step · precision) over the distinct thresholds; None unless both kinds are there."""
+    if not positive.any() or positive.all():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum(positive[order])[last_of_tie]
+    seen = (np.arange(len(scores)) + 1)[last_of_tie]
+    return float((np.diff(hits, prepend=0) * hits / seen).sum() / positive.sum())
+
+
+def confusion(truth: Ints, predicted: Ints, n_classes: int) -> Ints:
+    """Return counts, (classes, classes): rows are the truth, columns the prediction."""
+    return np.bincount(truth * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def balanced_accuracy(matrix: Ints) -> float | None:
+    """Return the mean recall of the classes; None when a class has no example."""
+    support = matrix.sum(1)
+    return float(np.mean(matrix.diagonal() / support)) if support.all() else None
+
+
+def f1_macro(matrix: Ints) -> float | None:
+    """Return the mean F1 of the classes; None when a class has no example."""
+    if not matrix.sum(1).all():
+        return None
+    return float(np.mean(2 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1))))
+
+
+def kappa(matrix: Ints, *, quadratic: bool = False) -> float | None:
+    """Return Cohen's kappa, with quadratic weights for ordered classes; None when chance alone agrees fully."""
+    classes = np.arange(len(matrix))
+    weights = (classes[:, None] - classes) ** 2 if quadratic else classes[:, None] != classes
+    chance = np.outer(matrix.sum(1), matrix.sum(0)) / max(matrix.sum(), 1)
+    expected = float((weights * chance).sum())
+    return 1 - float((weights * matrix).sum()) / expected if expected else None
+
+
+def expected_calibration_error(confidence: Floats, correct: NDArray[np.bool_], *, bins: int = ECE_BINS) -> float:
+    """Return the mean gap between confidence and accuracy over equal-width bins, weighted by their counts."""
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, classes: tuple[str, ...]) -> Metrics:
+    """Return all metrics of single-label predictions.
+
+    Parameters
+    ----------
+    probabilities : (n, classes) float
+    truth, predicted : (n,) int
+        Class numbers.
+    classes : tuple of str
+        Names; two classes are scored by the second, more by the mean over one class against the others.
+
+    Returns
+    -------
+    dict
+        accuracy, balanced_accuracy, f1, kappa, auc, average_precision, log_loss, brier, ece, and ``auc_<class>`` of
+        each of three or more classes.
+    """
+    matrix = confusion(truth, predicted, len(classes))
+    one_hot = truth[:, None] == np.arange(len(classes))
+    scored = range(1, 2) if len(classes) == 2 else range(len(classes))
+    areas = [roc_auc(probabilities[:, k], one_hot[:, k]) for k in scored]
+    precisions = [average_precision(probabilities[:, k], one_hot[:, k]) for k in scored]
+    likelihood = np.clip(probabilities[np.arange(len(truth)), truth], 1e-12, None)
+    top = probabilities.argmax(1)
+    metrics: Metrics = {
+        "accuracy": float(np.mean(predicted == truth)),
+        "balanced_accuracy": balanced_accuracy(matrix),
+        "f1": f1_macro(matrix),
+        "kappa": kappa(matrix),
+        "auc": mean_if_defined(areas),
+        "average_precision": mean_if_defined(precisions),
+        "log_loss": float(-np.log(likelihood).mean()),
+        "brier": float(((probabilities - one_hot) ** 2).sum(1).mean()),
+        "ece": expected_calibration_error(probabilities.max(1), top == truth),
+    }
+    if len(classes) > 2:
+        metrics |= {f"auc_{name}": area for name, area in zip(classes, areas, strict=True)}
+    return metrics
+
+
+def mean_if_defined(values: list[float | None]) -> float | None:
+    """Return the mean; None when any value is undefined."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None

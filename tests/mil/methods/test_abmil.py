@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.abmil import PRESETS, Abmil
+from eosin.mil.recipe import RECIPES
+from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks import Binary
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-10), (torch.float32, 2e-4, 2e-5)])
+def test_outputs_and_gradients_are_the_authors(shared, gated, dtype, rtol, atol):
+    golden = np.load(shared / f"golden/abmil_{'gated' if gated else 'plain'}.npz")
+    width, hidden = golden["x"].shape[1], golden["attention.V.weight"].shape[0]
+    model = Abmil(width, 1, embed_dims=(), gated=gated, hidden=hidden, dropout=0.0).to(dtype)
+    names = {name for name in golden.files if name.split(".")[0] in ("attention", "classifier") and "." in name}
+    model.load_state_dict({name: torch.from_numpy(golden[name]) for name in names})
+    x = torch.from_numpy(golden["x"]).to(dtype).requires_grad_()
+    bags = PackedBags.pack([x, x.detach()[:0]])
+
+    output = model(bags)
+    target = torch.from_numpy(golden["label"]).long()
+    loss = Binary(classes=("0", "1")).loss(output.logits[:1], target)
+    loss.backward()
+
+    def check(found, wanted):
+        np.testing.assert_allclose(found.detach().double(), golden[wanted], rtol=rtol, atol=atol)
+
+    check(output.scores[:, 0], "attention_logits")
+    check(output.scores[:, 0].softmax(0), "attention")
+    check(output.embedding[0], "bag_embedding")
+    check(output.logits[0], "logit")
+    check(output.logits[0].sigmoid(), "prob")
+    check(loss, "loss")
+    check(x.grad, "grad.x")
+    for name, parameter in model.named_parameters():
+        check(parameter.grad, f"grad.{name}")
+
+
+def test_presets_differ_where_the_repositories_do():
+    built = {name: AGGREGATORS.build("abmil", 1024, 2, options=options) for name, options in PRESETS.items()}
+    assert built["clam"].attention.w.in_features == 256
+    assert built["acmil"].embed[0].bias is None
+    assert built["mhim"].attention.U is None
+    assert built["mhim"].attention.activation == "relu"
+    assert not built["mhim"].embed[0].bias.any()
+    assert isinstance(built["packmil"].embed[1], torch.nn.GELU)
+    assert built["millab"].attention.w.in_features == 384
+    assert all(f"abmil_{name}" in RECIPES for name in PRESETS)
+
+
+def test_heads_are_concatenated():
+    torch.manual_seed(0)
+    model = Abmil(5, 3, embed_dims=(4,), heads=2, hidden=6, dropout=0.0)
+    bag = torch.randn(7, 5)
+    output = model(PackedBags.pack([bag]))
+    instances = model.embed(bag)
+    by_hand = functional.softmax(model.attention(instances), dim=0).T @ instances
+    torch.testing.assert_close(output.embedding[0], by_hand.flatten())

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.pooling import Pooling
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "lse"])
+def test_pooling_is_the_formula_and_an_empty_bag_pools_to_zero(mode):
+    bags = [torch.randn(5, 3), torch.randn(0, 3), torch.randn(1, 3)]
+    model = Pooling(3, 2, mode=mode, sharpness=2.0, embed_dims=(), dropout=0.0)
+    found = model(PackedBags.pack(bags)).embedding
+    formula = {
+        "mean": lambda bag: bag.mean(0),
+        "max": lambda bag: bag.amax(0),
+        "lse": lambda bag: (2 * bag).exp().mean(0).log() / 2,
+    }[mode]
+    torch.testing.assert_close(found[0], formula(bags[0]))
+    torch.testing.assert_close(found[2], formula(bags[2]))
+    assert not found[1].any()
+
+
+def test_smooth_maximum_lies_between_mean_and_maximum():
+    bag = torch.randn(9, 4)
+    pooled = [
+        Pooling(4, 2, mode="lse", sharpness=r, embed_dims=(), dropout=0.0)(PackedBags.pack([bag])).embedding[0]
+        for r in (1e-3, 3.0, 1e3)
+    ]
+    torch.testing.assert_close(pooled[0], bag.mean(0), atol=2e-3, rtol=0)
+    torch.testing.assert_close(pooled[2], bag.amax(0), atol=5e-3, rtol=0)
+    assert (pooled[0] <= pooled[1]).all()
+    assert (pooled[1] <= pooled[2]).all()
+
+
+def test_gradients_of_an_empty_bag_are_finite():
+    model = Pooling(3, 2, mode="lse", dropout=0.0)
+    model(PackedBags.pack([torch.randn(0, 3), torch.randn(2, 3)])).logits.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
