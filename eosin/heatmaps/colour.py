@@ -51,9 +51,10 @@ class ColourScale:
         blank = np.isnan(position)
         return np.where(blank, 256, np.minimum(np.where(blank, 0, position) * 256, 255)).astype(np.intp)
 
-    def stops(self, n: int = 9) -> list[str]:
-        """Return `n` colours from low to high as ``#rrggbb``."""
-        return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in self.rgb(np.linspace(self.low, self.high, n))]
+    def stops(self, n: int = 9, *, opacity: float = 1.0, ground: float = 0.85) -> list[str]:
+        """Return `n` colours from low to high as ``#rrggbb``, as they look at `opacity` over a grey of `ground`."""
+        colours = opacity * self.rgb(np.linspace(self.low, self.high, n)) + (1 - opacity) * ground * 255
+        return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours.round().astype(int).tolist()]
 
 
 def scale_of(heatmap: Heatmap) -> ColourScale:
@@ -71,5 +72,5 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
         return ColourScale(
             -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.label
         )
-    low, high = np.quantile(heatmap.values, [0.01, 0.99]).tolist() if heatmap.values.size else (0.0, 1.0)
+    low, high = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
     return ColourScale(low, high, SEQUENTIAL, f"{low:.3g}", f"{high:.3g}", heatmap.label)

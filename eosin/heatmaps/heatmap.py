@@ -1,5 +1,6 @@
 """Scores on a tile grid: the one type that every attribution returns and every export reads."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -97,25 +98,41 @@ class Heatmap:
 
 
 def raster_shape(grid: TileGrid, mpp: float) -> tuple[int, int]:
-    """Return (height, width) in pixels of the whole slide at `mpp`."""
-    width_px0, height_px0 = grid.slide_size_px0
-    scale = grid.slide_mpp / mpp
-    return max(1, round(height_px0 * scale)), max(1, round(width_px0 * scale))
+    """Return (height, width) in pixels of the whole slide at `mpp`, as `eosin.wsi.overview.read_overview` delivers."""
+    width, height = (max(1, math.ceil(side * grid.slide_mpp / mpp - 1e-6)) for side in grid.slide_size_px0)
+    return height, width
 
 
 def raster_boxes(grid: TileGrid, mpp: float) -> NDArray[np.int64]:
     """Return the pixels of each tile at `mpp`: (n, 4) x0, y0, x1, y1, half open, at least one pixel each."""
     height, width = raster_shape(grid, mpp)
-    scale = np.array([width, height, width, height]) / np.tile(grid.slide_size_px0, 2)
-    exact = grid.boxes_px0() * scale
+    exact = _cells_px0(grid) * (grid.slide_mpp / mpp)
     # a pixel belongs to the tile that holds its centre; the tolerance keeps x.5 on one side in floating point
     boxes = np.ceil(exact - 0.5 - 1e-9).astype(np.int64)
     middle = np.floor((exact[:, :2] + exact[:, 2:]) / 2).astype(np.int64)
     for axis, size in ((0, width), (1, height)):
+        boxes[:, axis + 2] = np.minimum(boxes[:, axis + 2], size)
         empty = boxes[:, axis + 2] <= boxes[:, axis]
         boxes[empty, axis] = np.clip(middle[empty, axis], 0, size - 1)
         boxes[empty, axis + 2] = boxes[empty, axis] + 1
     return boxes
+
+
+def _cells_px0(grid: TileGrid) -> NDArray[np.float64]:
+    """Return the tiles' boxes before their origins were rounded, when the grid is our lattice without overlap.
+
+    Rounded neighbours may lie one level-0 pixel apart, which a raster would show as a line through the map.
+    """
+    boxes = grid.boxes_px0().astype(np.float64)
+    step = grid.tiling.patch_size * grid.delivered_mpp / grid.slide_mpp
+    places = np.round(grid.origins_px0 / step)
+    if (
+        grid.tiling.overlap
+        or abs(step - grid.tile_px0) > 0.5
+        or (np.abs(places * step - grid.origins_px0) > 0.51).any()
+    ):
+        return boxes
+    return np.concatenate([places, places + 1], axis=1) * step
 
 
 def _mean_of_boxes(

@@ -25,9 +25,10 @@ from sklearn.metrics import auc, roc_curve
 from eosin import __version__
 from eosin.batch import write_text
 from eosin.heatmaps.colour import ColourScale, scale_of
-from eosin.heatmaps.export.png import TRUTH_COLOUR, Contour, blend, draw, take_view
+from eosin.heatmaps.export.png import OPACITY, TRUTH_COLOUR, Contour, blend, draw, take_view
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.wsi.slide import Slide
+from eosin.wsi.tissue import TissueMask
 
 JPEG_QUALITY = 88
 
@@ -177,7 +178,12 @@ class _Card:
 
 
 def slide_pictures(
-    slide: Slide, heatmap: Heatmap, *, truth: BaseGeometry | None = None, longest_px: int = 720
+    slide: Slide,
+    heatmap: Heatmap,
+    *,
+    tissue: TissueMask | None = None,
+    truth: BaseGeometry | None = None,
+    longest_px: int = 720,
 ) -> tuple[Picture, ...]:
     """Return the pictures of a slide card: thumbnail, heat map and, when it is known, the true outline.
 
@@ -186,20 +192,21 @@ def slide_pictures(
     slide : Slide
     heatmap : Heatmap
         Usually the percentile map of the attention.
+    tissue : TissueMask, optional
+        The map is blank outside of it.
     truth : geometry, optional
-        Polygons of the annotated region in level-0 pixels; drawn on the thumbnail. An empty geometry means
+        Polygons of the annotated region in level-0 pixels; drawn on the slide and on the map. An empty geometry means
         that the slide is known to hold none.
     longest_px : int
         Longest side of each picture.
     """
     view = take_view(slide, longest_px=longest_px)
     scale = scale_of(heatmap)
-    pictures = [
-        Picture(draw(view, view.image), "Slide"),
-        Picture(draw(view, blend(view, heatmap, scale)), heatmap.label.capitalize(), scale),
-    ]
+    contours = [] if truth is None else [Contour(truth, TRUTH_COLOUR, "truth")]
+    overlay = draw(view, blend(view, heatmap, scale, tissue=tissue), contours=contours)
+    pictures = [Picture(draw(view, view.image), "Slide"), Picture(overlay, heatmap.label.capitalize(), scale)]
     if truth is not None:
-        outline = draw(view, view.image, contours=[Contour(truth, TRUTH_COLOUR, "truth")])
+        outline = draw(view, view.image, contours=contours)
         pictures.append(Picture(outline, "True outline" if not truth.is_empty else "True outline: none on this slide"))
     return tuple(pictures)
 
@@ -224,6 +231,7 @@ def write_report(path: Path, data: ReportData) -> None:
         cards=[_card(card) for card in data.slides],
         number=_cell,
         interval=_interval,
+        opacity=OPACITY,
     )
     write_text(path, text)
 

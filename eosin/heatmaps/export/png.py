@@ -1,5 +1,6 @@
 """Pictures: the slide's thumbnail with a heat map over it, outlines, a scale bar and a colour bar in words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,18 @@ from shapely.geometry.base import BaseGeometry
 from eosin.batch import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.wsi.slide import Slide, read_overview
+from eosin.wsi.slide import Slide
+from eosin.wsi.tissue import TissueMask
 
 DPI = 100
-TISSUE_COLOUR = "#3c3c3c"
-TRUTH_COLOUR = "#d00000"
-OPACITY = 0.55
+TISSUE_COLOUR = "#2f6fb5"
+TRUTH_COLOUR = "#000000"
+OPACITY = 0.6
+MARGIN_PX = 12
+TITLE_PX = 30
+COLOUR_BAR_PX = 190
+LEGEND_PX = 24
+BRIGHT_TISSUE = 0.85  # colour bars show the colours as they look over tissue of this brightness
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +59,18 @@ class View:
         """Return the part of a plane of the whole slide at `mpp` that the image shows."""
         x, y = self.origin_px
         height, width = self.image.shape[:2]
-        return plane[y : y + height, x : x + width]
+        part = plane[y : y + height, x : x + width]
+        missing = ((0, height - part.shape[0]), (0, width - part.shape[1]))
+        return np.pad(part, missing, constant_values=np.nan)
+
+    def show_mask(self, tissue: TissueMask) -> NDArray[np.bool_]:
+        """Return, for each pixel of the image, whether the cell of the mask that holds its centre is tissue."""
+        columns, rows = (
+            ((np.arange(count) + start + 0.5) * self.mpp / self.slide_mpp / cell_px0).astype(np.int64)
+            for count, start, cell_px0 in zip(self.image.shape[1::-1], self.origin_px, tissue.px0_per_cell, strict=True)
+        )
+        last_row, last_column = tissue.mask.shape[0] - 1, tissue.mask.shape[1] - 1
+        return tissue.mask[np.minimum(rows, last_row)][:, np.minimum(columns, last_column)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,23 +95,36 @@ def take_view(slide: Slide, *, longest_px: int = 1600) -> View:
     mpp = slide.mpp * max(1.0, max(width, height) / longest_px)
     scale = slide.mpp / mpp
     left, top = round(x * scale), round(y * scale)
-    image = read_overview(slide, mpp)[top : top + round(height * scale), left : left + round(width * scale)]
+    size_px = max(1, round(width * scale)), max(1, round(height * scale))
+    image = slide.read((round(left / scale), round(top / scale)), size_px, mpp)
     return View(image=image, mpp=mpp, slide_mpp=slide.mpp, origin_px=(left, top))
 
 
-def blend(view: View, heatmap: Heatmap, scale: ColourScale, *, opacity: float = OPACITY) -> NDArray[np.uint8]:
-    """Lay the colours of a map over a grey copy of the view; outside the tiles the view stays as it is."""
+def blend(
+    view: View,
+    heatmap: Heatmap,
+    scale: ColourScale,
+    *,
+    tissue: TissueMask | None = None,
+    opacity: float = OPACITY,
+) -> NDArray[np.uint8]:
+    """Lay the colours of a map over a grey copy of the view, so that every colour belongs to the map.
+
+    Blank where no tile lies and, when `tissue` is given, where none is: tiles reach over the edge of the tissue.
+    """
     plane = view.crop(heatmap.raster(view.mpp))
-    grey = view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
-    mixed = (1 - opacity) * grey[..., None] + opacity * scale.rgb(plane)
-    return np.where(np.isnan(plane)[..., None], view.image, mixed.astype(np.uint8))
+    if tissue is not None:
+        plane = np.where(view.show_mask(tissue), plane, np.nan)
+    grey = (view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32))[..., None]
+    mixed = (1 - opacity) * grey + opacity * scale.rgb(plane)
+    return np.where(np.isnan(plane)[..., None], grey, mixed).round().astype(np.uint8)
 
 
 def draw(
     view: View, image: NDArray[np.uint8], *, contours: Sequence[Contour] = (), scale_bar: bool = True
 ) -> NDArray[np.uint8]:
     """Return `image` with outlines and a scale bar drawn on it, pixel for pixel the same size."""
-    figure, axes = _canvas(image)
+    figure, (axes,) = _canvas([image])
     _draw_contours(axes, view, contours)
     if scale_bar:
         _draw_scale_bar(axes, view)
@@ -106,11 +137,12 @@ def write_png(
     heatmap: Heatmap,
     *,
     title: str = "",
+    tissue: TissueMask | None = None,
     contours: Sequence[Contour] = (),
     scale: ColourScale | None = None,
     opacity: float = OPACITY,
 ) -> None:
-    """Write the picture of a heat map: view, overlay, outlines, scale bar, colour bar in words.
+    """Write the picture of a heat map: slide and overlay side by side, outlines, scale bar, colour bar in words.
 
     Parameters
     ----------
@@ -120,37 +152,49 @@ def write_png(
     heatmap : Heatmap
     title : str
         Printed above the image, usually the slide and what the model says.
+    tissue : TissueMask, optional
+        Outlined, and the overlay is blank outside of it.
     contours : sequence of Contour
-        Tissue, truth or annotation.
+        Truth or annotation.
     scale : ColourScale, optional
         `scale_of(heatmap)` unless given.
     opacity : float
         Of the overlay, 0 to 1.
     """
     scale = scale or scale_of(heatmap)
-    image = blend(view, heatmap, scale, opacity=opacity)
-    figure, axes = _canvas(image, top=40 if title else 12, right=190, bottom=16 + 22 * bool(contours), left=12)
-    _draw_contours(axes, view, contours)
-    _draw_scale_bar(axes, view)
+    images = [view.image, blend(view, heatmap, scale, tissue=tissue, opacity=opacity)]
+    if tissue is not None:
+        contours = [Contour(tissue.contours(), TISSUE_COLOUR, "tissue found"), *contours]
+    top, bottom = MARGIN_PX + TITLE_PX * bool(title), MARGIN_PX + LEGEND_PX * bool(contours)
+    figure, panels = _canvas(images, top=top, right=COLOUR_BAR_PX, bottom=bottom, left=MARGIN_PX)
+    for axes in panels:
+        _draw_contours(axes, view, contours)
+        _draw_scale_bar(axes, view)
     _draw_colour_bar(figure, scale, opacity)
     _draw_words(figure, title, contours)
     write_file(path, lambda temporary: Image.fromarray(_pixels(figure)).save(temporary, dpi=(DPI, DPI)))
 
 
 def _canvas(
-    image: NDArray[np.uint8], *, top: int = 0, right: int = 0, bottom: int = 0, left: int = 0
-) -> tuple[Figure, Axes]:
-    height, width = image.shape[:2]
-    full_width, full_height = width + left + right, max(height + top + bottom, 240 if right else 1)
+    images: Sequence[NDArray[np.uint8]], *, top: int = 0, right: int = 0, bottom: int = 0, left: int = 0
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with images of one size side by side, each pixel of an image one pixel of the figure."""
+    height, width = images[0].shape[:2]
+    full_width = left + len(images) * width + (len(images) - 1) * MARGIN_PX + right
+    full_height = max(top + height + bottom, 240 if right else 1)
     figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    box = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
-    axes = figure.add_axes(box)
-    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.set_axis_off()
-    return figure, axes
+    panels = []
+    for number, image in enumerate(images):
+        x = left + number * (width + MARGIN_PX)
+        box = (x / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
+        axes = figure.add_axes(box)
+        axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        axes.set_axis_off()
+        panels.append(axes)
+    return figure, panels
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
@@ -166,8 +210,8 @@ def _draw_contours(axes: Axes, view: View, contours: Sequence[Contour]) -> None:
             continue
         paths = [Outlines(np.asarray(ring.coords)[:, :2] * scale - view.origin_px, closed=True) for ring in rings]
         outline = Outlines.make_compound_path(*paths)
-        halo = [withStroke(linewidth=2.6, foreground="white", alpha=0.8)]
-        axes.add_patch(PathPatch(outline, fill=False, edgecolor=contour.colour, linewidth=1.2, path_effects=halo))
+        halo = [withStroke(linewidth=3.0, foreground="white", alpha=0.85)]
+        axes.add_patch(PathPatch(outline, fill=False, edgecolor=contour.colour, linewidth=1.3, path_effects=halo))
 
 
 def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
@@ -177,8 +221,8 @@ def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
 
 def scale_bar_um(width_um: float) -> float:
     """Return the largest of 1, 2, 5 × 10ᵏ µm that is at most a quarter of the width."""
-    exponent = np.floor(np.log10(width_um / 4))
-    steps = [step * 10.0**exponent for step in (1, 2, 5)]
+    exponent = math.floor(math.log10(width_um / 4))
+    steps = [step * 10.0**exponent for step in (1.0, 2.0, 5.0)]
     return max(step for step in steps if step <= width_um / 4)
 
 
@@ -198,8 +242,7 @@ def _draw_colour_bar(figure: Figure, scale: ColourScale, opacity: float) -> None
     tall = min(300.0, height - 90)
     axes = figure.add_axes((1 - 170 / width, 1 - (60 + tall) / height, 16 / width, tall / height))
     levels = np.linspace(scale.low, scale.high, 256)
-    # the bar shows the colours as they look on the overlay over bright tissue
-    shown = opacity * scale.rgb(levels) / 255 + (1 - opacity) * 0.85
+    shown = opacity * scale.rgb(levels) / 255 + (1 - opacity) * BRIGHT_TISSUE
     axes.imshow(levels[::-1, None], aspect="auto", cmap=ListedColormap(shown), norm=Normalize(scale.low, scale.high))
     axes.set_xticks([])
     axes.set_yticks([])
