@@ -1,10 +1,20 @@
-"""The job folder: where every result of a run lies (the layout that TRIDENT users know).
+"""The job folder (the layout that TRIDENT users know) and the stage that fills its first part."""
 
-The stage that fills its first part, `tile_slides`, is in `eosin.wsi.stage`.
-"""
-
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from eosin.batch import Outcome, Record, Report, file_fingerprint, run_batch, write_text
+from eosin.errors import EosinError
+from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
+from eosin.wsi.geojson import outline_to_geojson, qupath_origin
+from eosin.wsi.grid import TileGrid, Tiling, make_grid
+from eosin.wsi.overview import read_thumbnail
+from eosin.wsi.picture import draw_outline, write_jpeg
+from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue
 
 
 @dataclass(frozen=True)
@@ -51,3 +61,143 @@ class JobFolder:
     def run_json(self) -> Path:
         """One record per slide and stage."""
         return self.root / "run.json"
+
+
+def tile_slides(
+    slides: Sequence[SlideFile],
+    job: JobFolder,
+    tiling: Tiling | None = None,
+    *,
+    tissue: TissueOptions | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Find the tissue of every slide and write its tile coordinates.
+
+    Per slide: thumbnail, contour picture, contours for QuPath, coordinates file. A slide whose coordinates file
+    was made from the same file with the same options is skipped. A slide without tissue ends as ``empty`` with a
+    coordinates file of no rows.
+
+    Parameters
+    ----------
+    slides : sequence of SlideFile
+        From `eosin.wsi.slide.find_slides`.
+    job : JobFolder
+        Where results go.
+    tiling : Tiling, optional
+        The defaults otherwise.
+    tissue : TissueOptions, optional
+        The defaults otherwise.
+    workers : int
+        0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
+    shard : tuple of int
+        Which part of how many, for several machines.
+    progress : callable, optional
+        Called with every finished record.
+
+    Returns
+    -------
+    Report
+        Also merged into ``run.json``.
+
+    Raises
+    ------
+    OutputError
+        If the job folder cannot be written.
+    """
+    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions())
+    return run_batch(
+        slides,
+        partial(_tile, plan),
+        key=_slide_id,
+        stage="tile",
+        is_done=partial(_is_tiled, plan),
+        run_json=job.run_json,
+        workers=workers,
+        shard=shard,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What is done to every slide: picklable, sent to workers.
+
+    Parameters
+    ----------
+    job : JobFolder
+        Where results go.
+    tiling : Tiling
+        Lattice.
+    tissue : TissueOptions
+        Mask.
+    """
+
+    job: JobFolder
+    tiling: Tiling
+    tissue: TissueOptions
+
+    def patches(self, slide_id: str) -> Path:
+        """Coordinates file of a slide."""
+        return self.job.patches(self.tiling.folder, slide_id)
+
+    def options_hash(self, slide: SlideFile) -> str:
+        """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
+        parts = [ENCODING_VERSION, self.tiling.to_json(), self.tissue.to_json(), repr(slide.mpp)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _slide_id(slide: SlideFile) -> str:
+    return slide.slide_id
+
+
+def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
+    outputs = [plan.job.thumbnail, plan.job.contours, plan.job.contours_geojson, plan.patches]
+    if not all(output(slide.slide_id).is_file() for output in outputs):
+        return False
+    try:
+        footer = read_footer(plan.patches(slide.slide_id))
+        return footer.options_hash == plan.options_hash(slide) and footer.fingerprint == file_fingerprint(slide.path)
+    except (EosinError, OSError):
+        return False
+
+
+def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
+    with open_slide(item.path, mpp=item.mpp) as slide:
+        mask = find_tissue(slide, plan.tissue)
+        size, mpp = slide.size_px0, slide.mpp
+        grid = make_grid(mask, plan.tiling, slide_size_px0=size, slide_mpp=mpp, path=item.path)
+        _write_pictures(plan.job, item.slide_id, slide, mask)
+        write_grid(
+            plan.patches(item.slide_id),
+            grid,
+            slide_id=item.slide_id,
+            mpp_source=slide.mpp_source,
+            fingerprint=file_fingerprint(item.path),
+            options_hash=plan.options_hash(item),
+        )
+        return _outcome(grid, mask, str(slide.facts().get("mpp_note") or ""))
+
+
+def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask) -> None:
+    outline = mask.contours()
+    thumbnail = read_thumbnail(slide)
+    write_jpeg(job.thumbnail(slide_id), thumbnail)
+    write_jpeg(job.contours(slide_id), draw_outline(thumbnail, outline, slide.size_px0))
+    origin = qupath_origin(slide.bounds_px0)
+    text = outline_to_geojson(outline, slide_id=slide_id, qupath_origin_px0=origin)
+    write_text(job.contours_geojson(slide_id), text)
+
+
+def _outcome(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
+    notes = [note for note in (mpp_note, *mask.notes) if note]
+    if grid.n_tiles:
+        return Outcome("ok", "; ".join([f"{grid.n_tiles} tiles", *notes]))
+    if not mask.mask.any():
+        return Outcome("empty", "; ".join(["no tissue was found", *notes]))
+    width, height = grid.slide_size_px0
+    if min(width, height) < grid.tile_px0:
+        return Outcome("empty", f"the slide ({width} x {height} px) is smaller than one tile ({grid.tile_px0} px)")
+    reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue"
+    return Outcome("empty", "; ".join([reason, *notes]))
