@@ -1,0 +1,66 @@
+"""Definition of attention scores and attention pooling.
+
+Attention-based pooling and its gate: Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning",
+ICML 2018, https://arxiv.org/abs/1802.04712, equations 8 and 9. For an instance x and head h
+
+    t = act(V x + b_V),   g = σ(U x + b_U) (absent without a gate),   r_h = w_h · (t ⊙ g) + b_h,
+    s_h = r_h / temperature + mask_h   (-inf where the instance is dropped).
+
+Gate dropout zeroes entries of t and of g with probability p and scales the rest by 1 / (1 - p).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from eosin.kernels._checks import accumulation_dtype
+from eosin.kernels.gated_attention.dropout import keep_mask
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+def gated_attention_scores(
+    values: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    *,
+    gate_dropout: float = 0.0,
+    seed: int = 0,
+    activation: str = "tanh",
+) -> Tensor:
+    """Score every instance for every head: (N, D) -> (N, H)."""
+    dtype = accumulation_dtype(values.dtype)
+    x = values.to(dtype)
+    hidden = ACTIVATIONS[activation](linear(x, v_weight.to(dtype), _cast(v_bias, dtype)))
+    hidden = _dropped(hidden, gate_dropout, seed, branch=0)
+    if u_weight is not None:
+        gate = torch.sigmoid(linear(x, u_weight.to(dtype), _cast(u_bias, dtype)))
+        hidden = hidden * _dropped(gate, gate_dropout, seed, branch=1)
+    return linear(hidden, w_weight.to(dtype), _cast(w_bias, dtype))
+
+
+def masked_scores(raw: Tensor, temperature: float | Tensor, score_mask: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Apply temperature, additive mask and keep mask to raw scores: (N, H) -> (N, H)."""
+    scores = raw / temperature
+    if score_mask is not None:
+        scores = scores + _per_head(score_mask)
+    return scores if keep is None else scores.masked_fill(~_per_head(keep), float("-inf"))
+
+
+def _per_head(mask: Tensor) -> Tensor:
+    return mask[:, None] if mask.dim() == 1 else mask
+
+
+def _dropped(hidden: Tensor, probability: float, seed: int, branch: int) -> Tensor:
+    if probability == 0:
+        return hidden
+    keep = keep_mask(seed, hidden.shape[0], hidden.shape[1], probability, branch=branch, device=hidden.device)
+    return hidden * keep / (1 - probability)
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
