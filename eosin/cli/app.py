@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from eosin import __version__
-from eosin.cli import doctor
+from eosin.cli import doctor, extract, info, methods, tile
 
 app = typer.Typer(
     name="eosin",
@@ -34,7 +34,14 @@ def eosin(
     """Computational pathology from slide pixels to explained predictions."""
 
 
-app.command("doctor")(doctor.doctor)
+for command in (
+    doctor.doctor,
+    info.info,
+    tile.tile,
+    extract.extract,
+    methods.methods,
+):
+    app.command()(command)
 
 
 def main() -> None:

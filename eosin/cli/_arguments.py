@@ -1,0 +1,88 @@
+"""Arguments and options that several commands take, spelled and explained once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eosin.errors import ConfigError
+
+Slides = Annotated[list[Path], typer.Argument(metavar="SLIDES...", help="Slides, and folders that are searched.")]
+Job = Annotated[Path, typer.Option(help="Job folder; holds the results of every slide.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one per slide.")]
+Labels = Annotated[Path, typer.Option(help="Table of slides, patients and labels (CSV).")]
+SlideMpp = Annotated[
+    str | None,
+    typer.Option(metavar="X|TABLE", help="µm/px of all slides, or a CSV table with the columns slide and mpp."),
+]
+Mpp = Annotated[
+    float | None, typer.Option(help="µm per pixel of the tiles.", show_default="0.5", rich_help_panel="Tiling")
+]
+Magnification = Annotated[
+    float | None, typer.Option(help="Instead of --mpp; 20 is taken as 0.5 µm/px.", rich_help_panel="Tiling")
+]
+PatchSize = Annotated[
+    int | None, typer.Option(help="Side of a tile in pixels.", show_default="256", rich_help_panel="Tiling")
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Pixels that neighbours share.", show_default="0", rich_help_panel="Tiling")
+]
+MinTissue = Annotated[
+    float | None,
+    typer.Option(help="Smallest share of a tile that is tissue.", show_default="0.25", rich_help_panel="Tiling"),
+]
+EncoderName = Annotated[str, typer.Option(help="Encoder by name; `eosin encoders` lists them.")]
+Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights, for work offline.")]
+BatchSize = Annotated[int, typer.Option(help="Tiles that are encoded at once.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
+Workers = Annotated[int, typer.Option(help="Child processes; a crash in one costs one slide. 0: none.")]
+Shard = Annotated[
+    str, typer.Option(metavar="I/N", help="Take every N-th slide, starting with number I (from 0): one job of many.")
+]
+RecipeName = Annotated[str, typer.Option(help="Recipe by name (`eosin methods` lists them) or a YAML file.")]
+TaskKind = Annotated[str, typer.Option("--task", help="What the labels mean, e.g. classification.")]
+
+MPP_AT_1X = 10.0
+
+
+def tile_mpp(mpp: float | None, magnification: float | None) -> float | None:
+    """Return the µm/px of the tiles from the two ways to ask for it.
+
+    Raises
+    ------
+    ConfigError
+        If both are given, or the magnification is not positive.
+    """
+    if magnification is None:
+        return mpp
+    if mpp is not None:
+        raise ConfigError(f"--mpp {mpp:g} and --magnification {magnification:g} were both given; give one")
+    if magnification <= 0:
+        raise ConfigError(f"--magnification {magnification:g}: must be more than 0")
+    return MPP_AT_1X / magnification
+
+
+def slide_mpp_source(text: str | None) -> float | Path | None:
+    """Return the value of --slide-mpp: a number, or the path of a table."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
+
+
+def shard_numbers(text: str) -> tuple[int, int]:
+    """Return index and count of ``I/N``.
+
+    Raises
+    ------
+    ConfigError
+        If the text is not two numbers.
+    """
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal():
+        raise ConfigError(f"--shard {text!r}: expected I/N, two whole numbers, such as 0/4")
+    return int(index), int(count)

@@ -1,0 +1,86 @@
+"""`eosin methods`: the registered recipes, aggregators, loss terms and strategies."""
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eosin.cli._common import Done, command, console
+
+if TYPE_CHECKING:
+    from eosin.mil.recipe import Recipe
+    from eosin.mil.slots import ModuleRegistry
+
+
+@command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this one: what it computes, its source, options.")] = None,
+) -> Done:
+    """List the methods that can be trained, or explain one."""
+    if name is None:
+        _list()
+    else:
+        _explain(name)
+    return Done()
+
+
+def _registries() -> "tuple[ModuleRegistry[Any], ...]":
+    import eosin.mil.methods  # noqa: F401 - registers the methods
+    from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
+
+    return AGGREGATORS, LOSS_TERMS, STRATEGIES
+
+
+def _list() -> None:
+    from rich.table import Table
+
+    from eosin.mil.recipe import RECIPES
+
+    table = Table("slot", "name", "what it is")
+    for registry in _registries():
+        for name in registry:
+            table.add_row(registry.kind, name, _first_line(registry[name]))
+        table.add_section()
+    for name in RECIPES:
+        table.add_row(RECIPES.kind, name, _ingredients(RECIPES[name]))
+    console().print(table)
+
+
+def _ingredients(recipe: "Recipe") -> str:
+    parts = [recipe.aggregator, *recipe.terms, recipe.strategy]
+    return " + ".join(part.name for part in parts)
+
+
+def _explain(name: str) -> None:
+    from eosin.errors import UnknownNameError
+    from eosin.mil.recipe import RECIPES
+
+    places = [registry for registry in _registries() if name in registry]
+    if not places and name not in RECIPES:
+        known = {*RECIPES, *(known for registry in _registries() for known in registry)}
+        raise UnknownNameError("method", name, known)
+    for registry in places:
+        _explain_part(registry, name)
+    if name in RECIPES:
+        typer.echo(f"recipe {name}\n")
+        typer.echo(_yaml({"recipe": RECIPES[name].model_dump(mode="json")}))
+
+
+def _explain_part(registry: "ModuleRegistry[Any]", name: str) -> None:
+    part = registry[name]
+    typer.echo(f"{registry.kind} {name}\n")
+    if part.__module__.startswith("eosin.mil.methods."):  # there the module's docstring is about the paper
+        typer.echo(f"{inspect.getdoc(sys.modules[part.__module__])}\n")
+    typer.echo(f"{inspect.getdoc(part)}\n")
+    typer.echo(_yaml({"options": registry.defaults(name)}))
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _first_line(part: object) -> str:
+    return (inspect.getdoc(part) or "").partition("\n")[0]
