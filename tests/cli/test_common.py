@@ -183,8 +183,8 @@ SLEEPER = """
 import sys, time, typer
 from eosin.cli._common import Done, command
 def sleep() -> Done:
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("cleaned up", flush=True)

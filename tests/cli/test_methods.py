@@ -1,0 +1,38 @@
+"""What `eosin methods` lists and explains."""
+
+import pytest
+
+import eosin.mil.methods
+from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
+
+from .conftest import Run
+
+assert eosin.mil.methods.__doc__  # importing it registers the methods
+
+
+def test_every_registered_name_is_listed(run: Run) -> None:
+    result = run("methods")
+    assert result.exit_code == 0
+    for registry in (AGGREGATORS, LOSS_TERMS, STRATEGIES, RECIPES):
+        for name in registry:
+            assert f" {name} " in result.stdout
+
+
+@pytest.mark.parametrize("name", ["abmil", "supervised"])
+def test_a_part_is_explained_with_its_options(run: Run, name: str) -> None:
+    result = run("methods", name)
+    assert result.exit_code == 0
+    assert "options:" in result.stdout
+
+
+def test_the_printed_recipe_can_be_used_as_a_configuration(run: Run) -> None:
+    import yaml
+
+    text = run("methods", "abmil").stdout
+    printed = yaml.safe_load(text[text.index("recipe:") :])
+    assert Recipe.parse(printed["recipe"]) == RECIPES["abmil"]
+
+
+def test_an_unknown_name_suggests_the_nearest(refused: Run) -> None:
+    assert "did you mean abmil" in refused("methods", "abmill")
