@@ -1,0 +1,30 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+Golden = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def golden(shared) -> Callable[[str], Golden]:
+    """Read a file of numbers from the authors' implementations, as float64 and int64 tensors."""
+
+    def read(name: str) -> Golden:
+        with np.load(shared / f"golden/{name}.npz") as arrays:
+            tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+
+    return read
+
+
+@pytest.fixture
+def same() -> Callable[[dict[str, torch.Tensor], Golden], None]:
+    """Compare named tensors with a golden file's, to the accuracy of float64."""
+
+    def check(found: dict[str, torch.Tensor], wanted: Golden, *, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+        for name, value in found.items():
+            np.testing.assert_allclose(value.detach().numpy(), wanted[name].numpy(), rtol, atol, err_msg=name)
+
+    return check
