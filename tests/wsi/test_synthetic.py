@@ -109,10 +109,9 @@ def test_nothing_but_the_tumour_tells_the_label(seed: int) -> None:
 
 
 def test_normal_tissue_does_not_depend_on_tumour() -> None:
-    bare, sick = (lay_out((1200, 1000), tumour_fraction=f, rng=np.random.default_rng(5)) for f in (0.0, 0.1))
+    bare, sick = (lay_out((600, 500), tumour_fraction=f, rng=np.random.default_rng(5)) for f in (0.0, 0.1))
     np.testing.assert_array_equal(bare.tissue, sick.tissue)
     np.testing.assert_array_equal(bare.lymphoid, sick.lymphoid)
-    assert set(sick.rings) < set(bare.rings)
     assert not (bare.tumour > 0).any()
 
 
