@@ -72,5 +72,5 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
         return ColourScale(
             -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.label
         )
-    low, high = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
-    return ColourScale(low, high, SEQUENTIAL, f"{low:.3g}", f"{high:.3g}", heatmap.label)
+    bottom, top = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
+    return ColourScale(bottom, top, SEQUENTIAL, f"{bottom:.3g}", f"{top:.3g}", heatmap.label)

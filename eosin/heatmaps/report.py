@@ -125,7 +125,7 @@ class ReportData:
         One paragraph: what was asked, on what data, what came out.
     metrics : tuple of Metric
     roc : tuple of RocInput
-        One curve each.
+        One curve each; those whose truth has a single class have no curve and are left out.
     slides : tuple of SlideCard
     predictions : DataFrame or None
         One row per slide, columns as they should be printed.
@@ -225,7 +225,7 @@ def write_report(path: Path, data: ReportData) -> None:
         data=data,
         version=__version__,
         sections=_sections(data),
-        roc=_roc_svg(data.roc) if data.roc else "",
+        roc=_roc_svg([curve for curve in data.roc if len(np.unique(curve.truth)) == 2]),
         tables=[(heading, _Grid.of(frame)) for heading, frame in data.tables.items()],
         predictions=None if data.predictions is None else _Grid.of(data.predictions),
         cards=[_card(card) for card in data.slides],
@@ -279,6 +279,8 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _roc_svg(inputs: Sequence[RocInput]) -> str:
+    if not inputs:
+        return ""
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -291,6 +293,6 @@ def _roc_svg(inputs: Sequence[RocInput]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "eosin"}):
+    with mpl.rc_context({"svg.hashsalt": "eosin", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _data_uri("image/svg+xml", buffer.getvalue())

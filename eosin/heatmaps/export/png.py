@@ -70,7 +70,7 @@ class View:
             for count, start, cell_px0 in zip(self.image.shape[1::-1], self.origin_px, tissue.px0_per_cell, strict=True)
         )
         last_row, last_column = tissue.mask.shape[0] - 1, tissue.mask.shape[1] - 1
-        return tissue.mask[np.minimum(rows, last_row)][:, np.minimum(columns, last_column)]
+        return np.asarray(tissue.mask[np.minimum(rows, last_row)][:, np.minimum(columns, last_column)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,10 +230,11 @@ def _draw_scale_bar(axes: Axes, view: View) -> None:
     height, width = view.image.shape[:2]
     length_um = scale_bar_um(width * view.mpp)
     words = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
-    left, bottom, thick = 0.025 * width, height - 0.025 * height, max(3.0, height / 180)
-    bar = Rectangle((left, bottom - thick), length_um / view.mpp, thick, facecolor="black", edgecolor="white")
-    axes.add_patch(bar)
+    left, bottom, thick = round(0.025 * width), height - round(0.025 * height), max(3, height // 180)
     halo = [withStroke(linewidth=2.5, foreground="white")]
+    bar = Rectangle((left, bottom - thick), length_um / view.mpp, thick, facecolor="black", linewidth=0)
+    bar.set_path_effects(halo)
+    axes.add_patch(bar)
     axes.text(left, bottom - thick - 4, words, fontsize=9, va="bottom", ha="left", path_effects=halo)
 
 
