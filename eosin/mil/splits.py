@@ -1,0 +1,296 @@
+"""Who is trained on, who selects the model and who tests it.
+
+A patient is never on two sides. Strata, the labels of a class task, are dealt out patient by patient, so that each part
+gets its share; a class that a training part would lack is an error, not a surprise.
+"""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from eosin.batch import write_text
+from eosin.errors import LabelError
+from eosin.mil.data import read_table, shown, slide_id
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One fold: ids of slides; `val` may be empty, then a part of `train` is taken where a model must be selected."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Return the parts by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What a split must know of each slide.
+
+    Attributes
+    ----------
+    slide_ids, patient_ids, strata : tuple of str
+        One per slide; the strata of slides of one patient may differ.
+    sites : tuple of str
+        One per slide or empty; a site that is given is never on two sides.
+    """
+
+    slide_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    strata: tuple[str, ...]
+    sites: tuple[str, ...] = ()
+
+    def groups(self) -> dict[str, list[int]]:
+        """Return the rows of each group that must stay together: a patient, or a site with all its patients."""
+        keys = self.sites or self.patient_ids
+        groups: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            groups.setdefault(key, []).append(row)
+        return groups
+
+    def select(self, slide_ids: Iterable[str]) -> "Cohort":
+        """Return the rows of these slides."""
+        kept = set(slide_ids)
+        rows = [row for row, slide in enumerate(self.slide_ids) if slide in kept]
+        return Cohort(
+            tuple(self.slide_ids[row] for row in rows),
+            tuple(self.patient_ids[row] for row in rows),
+            tuple(self.strata[row] for row in rows),
+            tuple(self.sites[row] for row in rows) if self.sites else (),
+        )
+
+
+def make_splits(
+    cohort: Cohort,
+    *,
+    folds: int = 5,
+    kind: Literal["kfold", "monte-carlo"] = "kfold",
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> list[Split]:
+    """Make three-way splits, grouped and stratified by patient (or site).
+
+    Parameters
+    ----------
+    cohort : Cohort
+    folds : int
+        Number of splits, at least 2 for k-fold.
+    kind : {"kfold", "monte-carlo"}
+        Every slide tested once, or independent draws.
+    val_fraction, test_fraction : float
+        Share of all patients that select the model; share that test it in a Monte-Carlo draw.
+    seed : int
+
+    Raises
+    ------
+    LabelError
+        If a class has fewer patients than folds (k-fold) or than parts, or a part would be empty or lack a class in
+        training.
+    """
+    if kind == "kfold" and folds < 2:
+        raise LabelError(f"{folds} fold: cross-validation needs at least 2; use --kind monte-carlo for a single split")
+    _require_groups(cohort, max(folds if kind == "kfold" else 2, 2 + (val_fraction > 0)))
+    rng = np.random.default_rng(seed)
+    draws = (_draw(cohort, test_fraction, rng) for _ in range(folds))
+    splits = []
+    for test in _deal(cohort, folds, rng) if kind == "kfold" else draws:
+        rest = cohort.select(set(cohort.slide_ids) - set(test))
+        val = _draw(rest, val_fraction / (1 - len(test) / len(cohort.slide_ids)), rng) if val_fraction else ()
+        splits.append(_ordered(cohort, val=val, test=test))
+    check_splits(splits, cohort)
+    parts = ("val", "test") if val_fraction else ("test",)
+    if not all(split.parts()[part] for split in splits for part in parts):
+        raise LabelError(f"too few patients for {folds} folds with {' and '.join(parts)} parts; use fewer folds")
+    return splits
+
+
+def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15, seed: int = 0) -> Split:
+    """Return the split as it is, or with a validation part taken from its training patients when it has none.
+
+    Raises
+    ------
+    LabelError
+        If a class has fewer than two training patients to share.
+    """
+    if split.val:
+        return split
+    train = cohort.select(split.train)
+    _require_groups(train, 2)
+    val = _draw(train, val_fraction, np.random.default_rng(seed))
+    return _ordered(cohort.select((*split.train, *split.test)), val=val, test=split.test)
+
+
+def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
+    """Refuse splits that would give wrong figures.
+
+    Raises
+    ------
+    LabelError
+        If a slide is unknown or twice in a fold, a patient (or site) is on two sides, a training part is empty, or it
+        lacks a class that the cohort has. The message names the first fold that is wrong and who is.
+    """
+    patient = dict(zip(cohort.slide_ids, cohort.patient_ids, strict=True))
+    stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
+    for number, split in enumerate(splits):
+        everyone = [slide for part in split.parts().values() for slide in part]
+        unknown = [slide for slide in everyone if slide not in patient]
+        if unknown:
+            raise LabelError(f"fold {number}: slides that are not in the label table: {shown(unknown)}")
+        twice = [slide for slide, count in Counter(everyone).items() if count > 1]
+        if twice:
+            raise LabelError(f"fold {number}: slides named more than once: {shown(twice)}")
+        _refuse_leakage(number, split, patient, "patients")
+        if cohort.sites:
+            _refuse_leakage(number, split, dict(zip(cohort.slide_ids, cohort.sites, strict=True)), "sites")
+        if not split.train:
+            raise LabelError(f"fold {number}: nobody to train on")
+        absent = sorted({stratum[slide] for slide in everyone} - {stratum[slide] for slide in split.train})
+        if absent:
+            raise LabelError(
+                f"fold {number}: no training slide of {shown(absent)}; use fewer folds, or leave the class out"
+            )
+
+
+def _refuse_leakage(number: int, split: Split, group: Mapping[str, str], kind: str) -> None:
+    sides = {name: {group[slide] for slide in part} for name, part in split.parts().items()}
+    for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
+        both = sorted(sides[first] & sides[second])
+        if both:
+            raise LabelError(
+                f"fold {number}: {kind} in both {first} and {second}: {shown(both)}; split by patient (`eosin split`)"
+            )
+
+
+def _require_groups(cohort: Cohort, least: int) -> None:
+    members: dict[str, set[str]] = {}
+    for key, stratum in zip(cohort.sites or cohort.patient_ids, cohort.strata, strict=True):
+        members.setdefault(stratum, set()).add(key)
+    kind = "sites" if cohort.sites else "patients"
+    for stratum, keys in sorted(members.items()):
+        if len(keys) < least:
+            raise LabelError(
+                f"class {stratum!r} has {len(keys)} {kind}, at least {least} are needed to have it on every side; "
+                "use fewer folds, or leave the class out"
+            )
+
+
+def _deal(cohort: Cohort, parts: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
+    """Deal the groups into parts: each goes where its strata are most wanted, large and rare ones first."""
+    groups = cohort.groups()
+    names = sorted(set(cohort.strata))
+    numbers = [names.index(stratum) for stratum in cohort.strata]
+    counts = {key: np.bincount([numbers[row] for row in rows], minlength=len(names)) for key, rows in groups.items()}
+    totals = np.bincount(numbers, minlength=len(names))
+    order = rng.permutation(sorted(groups)).tolist()
+    order.sort(key=lambda key: -(counts[key] / totals).max())
+    filled = np.zeros((parts, len(names)))
+    members: list[list[str]] = [[] for _ in range(parts)]
+    for key in order:
+        share = counts[key] / totals
+        crowding = ((filled + share) ** 2).sum(1) - (filled**2).sum(1)
+        emptiest = np.flatnonzero(np.isclose(crowding, crowding.min()))
+        part = min(rng.permutation(emptiest).tolist(), key=lambda p: len(members[p]))
+        filled[part] += share
+        members[part].append(key)
+    return [tuple(cohort.slide_ids[row] for key in part for row in groups[key]) for part in members]
+
+
+def _draw(cohort: Cohort, fraction: float, rng: np.random.Generator) -> tuple[str, ...]:
+    """Draw about this fraction of the groups of each stratum, at least one and never all."""
+    groups = cohort.groups()
+    of_stratum: dict[str, list[str]] = {}
+    for key, rows in groups.items():
+        kinds = Counter(cohort.strata[row] for row in rows)
+        of_stratum.setdefault("\0".join(sorted(kinds)), []).append(key)
+    drawn: list[str] = []
+    for _, keys in sorted(of_stratum.items()):
+        wanted = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
+        drawn += rng.permutation(sorted(keys)).tolist()[:wanted]
+    return tuple(cohort.slide_ids[row] for key in drawn for row in groups[key])
+
+
+def _ordered(cohort: Cohort, *, val: Iterable[str], test: Iterable[str]) -> Split:
+    in_val, in_test = set(val), set(test)
+    return Split(
+        tuple(slide for slide in cohort.slide_ids if slide not in in_val | in_test),
+        tuple(slide for slide in cohort.slide_ids if slide in in_val),
+        tuple(slide for slide in cohort.slide_ids if slide in in_test),
+    )
+
+
+def write_splits(folder: Path, splits: Sequence[Split], cohort: Cohort) -> None:
+    """Write ``splits_<i>.csv`` with the columns train, val, test as CLAM does, and counts in ``_descriptor.csv``."""
+    for number, split in enumerate(splits):
+        write_text(folder / f"splits_{number}.csv", _as_csv(split))
+        write_text(folder / f"splits_{number}_descriptor.csv", _descriptor(split, cohort))
+
+
+def _as_csv(split: Split) -> str:
+    length = max(len(part) for part in split.parts().values())
+    columns = [[*part, *[""] * (length - len(part))] for part in split.parts().values()]
+    rows = [["", *PARTS], *([number, *row] for number, row in enumerate(zip(*columns, strict=True)))]
+    return _csv_text(rows)
+
+
+def _descriptor(split: Split, cohort: Cohort) -> str:
+    stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
+    counts = [Counter(stratum[slide] for slide in part) for part in split.parts().values()]
+    names = sorted(set(cohort.strata))
+    return _csv_text([["", *PARTS], *([name, *(count[name] for count in counts)] for name in names)])
+
+
+def _csv_text(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def read_splits(path: Path) -> list[Split]:
+    """Read splits of this or another tool.
+
+    Parameters
+    ----------
+    path : Path
+        A folder with ``splits_<i>.csv`` as CLAM and `write_splits` make them, or one such file; CLAM's
+        ``splits_<i>_bool.csv`` is read when it is named.
+
+    Raises
+    ------
+    LabelError
+        If there is no such file or it is not a split.
+    """
+    if path.is_dir():
+        files = sorted(
+            (int(match[1]), file) for file in path.iterdir() if (match := re.fullmatch(r"splits_(\d+)\.csv", file.name))
+        )
+        if not files:
+            raise LabelError(f"{path}: has no splits_<i>.csv; make them with `eosin split`")
+        return [_read_csv(file) for _, file in files]
+    return [_read_csv(path)]
+
+
+def _read_csv(path: Path) -> Split:
+    table = read_table(path)
+    if not {"train", "test"} <= set(table):
+        raise LabelError(f"{path}: is no split; expected the columns train, val, test, found {', '.join(table)}")
+    columns = [table.get(part, ()) for part in PARTS]
+    if all(value in ("True", "False", "") for column in columns for value in column):
+        names = [slide_id(name) for name in next(iter(table.values()))]
+        columns = [
+            tuple(name for name, flag in zip(names, column, strict=True) if flag == "True") if column else ()
+            for column in columns
+        ]
+    return Split(*(tuple(slide_id(value) for value in column if value) for column in columns))

@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eosin.errors import LabelError
+from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
+
+
+def a_cohort(n_patients=40, n_classes=2, seed=0, mixed=0.1, n_sites=0):
+    rng = np.random.default_rng(seed)
+    slides, patients, strata, sites = [], [], [], []
+    for patient in range(n_patients):
+        label, site = rng.integers(n_classes), f"site{rng.integers(max(n_sites, 1))}"
+        for slide in range(rng.integers(1, 4)):
+            slides.append(f"s.{patient:03d}.{slide}")
+            patients.append(f"{patient:03d}")
+            strata.append(str(rng.integers(n_classes) if rng.random() < mixed else label))
+            sites.append(site)
+    return Cohort(tuple(slides), tuple(patients), tuple(strata), tuple(sites) if n_sites else ())
+
+
+def sides(split, key_of):
+    return [{key_of[slide] for slide in part} for part in split.parts().values()]
+
+
+COHORTS = st.builds(
+    a_cohort,
+    n_patients=st.integers(2, 60),
+    n_classes=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    mixed=st.sampled_from([0.0, 0.1, 0.5]),
+    n_sites=st.sampled_from([0, 0, 3, 12]),
+)
+
+
+def holds(cohort, folds, kind, seed):
+    try:
+        splits = make_splits(cohort, folds=folds, kind=kind, seed=seed)
+    except LabelError:
+        return
+    patient = dict(zip(cohort.slide_ids, cohort.patient_ids, strict=True))
+    stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
+    for split in splits:
+        train, val, test = sides(split, patient)
+        assert not train & val
+        assert not train & test
+        assert not val & test
+        assert {stratum[slide] for slide in split.train} == set(cohort.strata)
+        assert val
+        assert test
+    if kind == "kfold":
+        assert sorted(slide for split in splits for slide in split.test) == sorted(cohort.slide_ids)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(COHORTS, st.integers(2, 10), st.sampled_from(["kfold", "monte-carlo"]), st.integers(0, 99))
+def test_no_patient_is_on_two_sides_and_no_class_is_missing(cohort, folds, kind, seed):
+    holds(cohort, folds, kind, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(COHORTS, st.integers(2, 10), st.sampled_from(["kfold", "monte-carlo"]), st.integers(0, 99))
+def test_no_patient_is_on_two_sides_in_ten_thousand_cohorts(cohort, folds, kind, seed):
+    holds(cohort, folds, kind, seed)
+
+
+def test_folds_are_balanced_and_repeatable():
+    cohort = a_cohort(200, 3, mixed=0.0)
+    splits = make_splits(cohort, folds=5, seed=3)
+    stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
+    for name in set(cohort.strata):
+        counts = [sum(stratum[slide] == name for slide in split.test) for split in splits]
+        assert max(counts) - min(counts) <= 4
+    assert splits == make_splits(cohort, folds=5, seed=3)
+    assert splits != make_splits(cohort, folds=5, seed=4)
+
+
+def test_sites_stay_together():
+    cohort = a_cohort(80, 2, n_sites=12)
+    site = dict(zip(cohort.slide_ids, cohort.sites, strict=True))
+    for split in make_splits(cohort, folds=3):
+        train, val, test = sides(split, site)
+        assert not train & val
+        assert not (train | val) & test
+
+
+def test_a_class_with_too_few_patients_is_an_error():
+    cohort = Cohort(tuple("abcdef"), tuple("123456"), ("x", "x", "x", "x", "y", "y"))
+    with pytest.raises(LabelError, match="class 'y' has 2 patients, at least 3"):
+        make_splits(cohort, folds=3)
+
+
+def test_leakage_is_an_error_that_names_the_patients():
+    cohort = Cohort(("a1", "a2", "b1", "c1"), ("A", "A", "B", "C"), ("0", "1", "0", "1"))
+    with pytest.raises(LabelError, match="fold 0: patients in both train and test: A;"):
+        check_splits([Split(("a1", "b1"), (), ("a2", "c1"))], cohort)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (Split(("a1", "a2", "zz"), (), ("b1",)), "not in the label table: zz"),
+        (Split(("a1", "a1", "a2"), (), ("b1",)), "more than once: a1"),
+        (Split((), ("b1",), ("c1",)), "nobody to train on"),
+        (Split(("b1",), (), ("c1",)), "no training slide of 1"),
+    ],
+)
+def test_splits_that_would_give_wrong_figures_are_refused(split, message):
+    cohort = Cohort(("a1", "a2", "b1", "c1"), ("A", "A", "B", "C"), ("0", "1", "0", "1"))
+    with pytest.raises(LabelError, match=message):
+        check_splits([split], cohort)
+
+
+def test_validation_is_taken_from_training_alone():
+    cohort = a_cohort(60)
+    split = make_splits(cohort, folds=3, val_fraction=0.0)[0]
+    assert not split.val
+    with_val = with_validation(split, cohort)
+    assert set(with_val.train) | set(with_val.val) == set(split.train)
+    assert with_val.test == split.test
+    assert with_val.val
+    check_splits([with_val], cohort)
+    assert with_validation(with_val, cohort) is with_val
+
+
+def test_what_is_written_is_read(tmp_path):
+    cohort = a_cohort(50)
+    splits = make_splits(cohort, folds=11, kind="monte-carlo")
+    write_splits(tmp_path, splits, cohort)
+    assert read_splits(tmp_path) == splits
+    assert (tmp_path / "splits_0_descriptor.csv").read_text().startswith(",train,val,test\n0,")
+    assert (tmp_path / "splits_0.csv").read_text().startswith(f",train,val,test\n0,{splits[0].train[0]},")
+
+
+def test_the_two_layouts_of_clam_say_the_same(shared):
+    folder = shared / "data/interop/splits"
+    ragged = read_splits(folder / "clam-task1-splits_0.csv")[0]
+    flags = read_splits(folder / "clam-task1-splits_0_bool.csv")[0]
+    assert [len(part) for part in ragged.parts().values()] == [300, 51, 48]
+    assert {name: set(part) for name, part in ragged.parts().items()} == {
+        name: set(part) for name, part in flags.parts().items()
+    }
+
+
+def test_what_is_no_split_is_refused(tmp_path):
+    (tmp_path / "splits_0.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(LabelError, match="is no split"):
+        read_splits(tmp_path)
+    with pytest.raises(LabelError, match=r"has no splits_<i>\.csv"):
+        read_splits(tmp_path / "..")
