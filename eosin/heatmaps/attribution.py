@@ -11,6 +11,7 @@ from eosin.errors import ConfigError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods.clam import ClassAttentionOutput
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.wsi.grid import TileGrid
 
@@ -90,7 +91,7 @@ def attribution_maps(model: Aggregator, bag: FeatureBag, *, classes: Sequence[st
     weights = torch.softmax(output.scores.double(), dim=0).cpu().numpy()
     maps = [Heatmap(weights.mean(axis=1), grid, "attention", "attention")]
     if weights.shape[1] > 1:
-        names = _branch_names(model, weights.shape[1], classes)
+        names = _branch_names(output, classes)
         maps += [
             Heatmap(weights[:, branch], grid, f"attention_{name}", f"attention of {name}")
             for branch, name in enumerate(names)
@@ -118,9 +119,11 @@ def class_names(n_outputs: int, classes: Sequence[str]) -> list[str]:
     return [f"output {k}" for k in range(n_outputs)]
 
 
-def _branch_names(model: Aggregator, branches: int, classes: Sequence[str]) -> list[str]:
-    is_per_class = getattr(model, "branch_per_class", False)
-    return class_names(branches, classes) if is_per_class else [f"branch {branch}" for branch in range(branches)]
+def _branch_names(output: AttentionOutput, classes: Sequence[str]) -> list[str]:
+    branches = output.scores.shape[1]
+    if isinstance(output, ClassAttentionOutput):
+        return class_names(branches, classes)
+    return [f"branch {branch}" for branch in range(branches)]
 
 
 def require_grid(bag: FeatureBag) -> TileGrid:

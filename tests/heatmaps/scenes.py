@@ -7,6 +7,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.wsi.grid import TileGrid, Tiling
 
@@ -96,3 +97,11 @@ class PixelSlide:
 
     def __exit__(self, *unused: object) -> None:
         pass
+
+
+def feature_bag(features: NDArray[np.floating], grid: TileGrid | None) -> FeatureBag:
+    """Return features of an encoder that exists in tests only."""
+    tiling = None if grid is None else grid.tiling
+    mpp, patch_size = (None, None) if tiling is None else (tiling.mpp, tiling.patch_size)
+    spec = FeatureSpec(encoder="test", dim=features.shape[1], mpp=mpp, patch_size=patch_size)
+    return FeatureBag(features, spec, "slide-1", grid)

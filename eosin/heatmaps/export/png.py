@@ -232,8 +232,9 @@ def _draw_scale_bar(axes: Axes, view: View) -> None:
     words = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
     left, bottom, thick = round(0.025 * width), height - round(0.025 * height), max(3, height // 180)
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    bar = Rectangle((left, bottom - thick), length_um / view.mpp, thick, facecolor="black", linewidth=0)
-    bar.set_path_effects(halo)
+    bar = Rectangle(
+        (left, bottom - thick), length_um / view.mpp, thick, facecolor="black", linewidth=0, path_effects=halo
+    )
     axes.add_patch(bar)
     axes.text(left, bottom - thick - 4, words, fontsize=9, va="bottom", ha="left", path_effects=halo)
 
