@@ -1,0 +1,235 @@
+"""Attention between the instances of a bag and a few tokens of that bag, in memory that does not grow with the map.
+
+The two directions are what ISAB and PMA (Set Transformer), Nyström attention (TransMIL) and GDAT (CoMEL) are made of:
+`bag_attention` lets m tokens read n instances, `instance_attention` lets n instances read m tokens. A pack is cut
+into blocks of one bag each; a few blocks are computed at a time and again in the backward pass. The only loop runs
+over these chunks, of which a pack of small bags has one.
+
+The letters of the project: B bags, N instances, H heads; m tokens of a bag, d and e widths of a head.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+BLOCK_ROWS = 1024  # most instances of one bag that are computed as one block
+CHUNK_ELEMENTS = 2**23  # most entries of an attention map that exist at one time
+CHECKPOINT_ROWS = 2**15  # from this many instances on, layers are computed again in the backward pass
+
+
+def recomputed(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+    """Return ``function(*tensors)``; with many rows its intermediates are computed again in backward."""
+    if rows < CHECKPOINT_ROWS or not torch.is_grad_enabled():
+        return function(*tensors)
+    result: Tensor = checkpoint(function, *tensors, use_reentrant=False)
+    return result
+
+
+def bag_product(values: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the inner products of each instance with the tokens of its own bag: (N, d), (B, m, d) -> (N, m)."""
+    if len(lengths) == 1:
+        return values @ tokens[0].T
+    products = [
+        (blocks.gather(values) @ tokens[blocks.bag].mT)[blocks.filled]
+        for blocks in _blocks(lengths, 1, values.device, limit=None)
+    ]
+    return torch.cat(products) if products else values.new_zeros(0, tokens.shape[1])
+
+
+def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Let the tokens of each bag attend to the instances of that bag.
+
+    Memory is that of a few blocks of the attention map, forward and backward; softmax and sums are held in float32 at
+    least. Differentiable once, in the first three arguments.
+
+    Parameters
+    ----------
+    query : (B, m, H, d)
+        Tokens of each bag.
+    key, value : (N, H, d), (N, H, e)
+        Instances.
+    lengths : tuple of int
+        Instances per bag.
+    scale : float
+        Multiplies the inner products before the softmax.
+
+    Returns
+    -------
+    (B, m, H, e)
+        0 for an empty bag.
+    """
+    out: Tensor = _BagAttention.apply(query, key, value, lengths, scale)
+    return out
+
+
+def instance_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Let each instance attend to the tokens of its own bag; memory and derivatives as `bag_attention`.
+
+    Parameters
+    ----------
+    query : (N, H, d)
+        Instances.
+    key, value : (B, m, H, d), (B, m, H, e)
+        Tokens of each bag.
+    lengths : tuple of int
+        Instances per bag.
+    scale : float
+        Multiplies the inner products before the softmax.
+
+    Returns
+    -------
+    (N, H, e)
+    """
+    out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Some rows of a pack, cut into c blocks of R places; each block belongs to one bag, the last of a bag is not full.
+
+    rows (c, R) int64 is the packed row of each place, filled (c, R) whether the place is used, bag (c,) the bag;
+    start and stop bound the packed rows of all the blocks.
+    """
+
+    rows: Tensor
+    filled: Tensor
+    bag: Tensor
+    start: int
+    stop: int
+
+    def gather(self, packed: Tensor) -> Tensor:
+        """Return (c, R, ...); a place that is not filled holds some other row."""
+        return packed[self.rows]
+
+    def scatter(self, blocks: Tensor, packed: Tensor) -> None:
+        """Write the filled places of (c, R, ...) to their rows."""
+        packed[self.start : self.stop] = blocks[self.filled].to(packed.dtype)
+
+
+def _blocks(
+    lengths: Sequence[int], entries: int, device: torch.device, *, limit: int | None = CHUNK_ELEMENTS
+) -> Iterator[_Blocks]:
+    """Yield the blocks of a pack in chunks, so that rows times `entries` stays below `limit`."""
+    size = min(BLOCK_ROWS, max(16, max(lengths, default=0)))
+    length = torch.tensor(lengths, dtype=torch.int64)
+    count = (length + size - 1) // size  # (B,) blocks of each bag
+    bag = torch.repeat_interleave(torch.arange(len(lengths)), count)
+    number = torch.arange(len(bag)) - (count.cumsum(0) - count)[bag]  # of the block within its bag
+    start = (length.cumsum(0) - length)[bag] + number * size
+    fill = (length[bag] - number * size).clamp(max=size)
+    place = torch.arange(size)
+    chunk = len(bag) if limit is None else max(1, limit // (entries * size))
+    for part in torch.split(torch.arange(len(bag)), chunk) if len(bag) else ():
+        filled = place < fill[part, None]
+        rows = start[part, None] + torch.where(filled, place, 0)
+        stop = int(start[part[-1]] + fill[part[-1]])
+        yield _Blocks(rows.to(device), filled.to(device), bag[part].to(device), int(start[part[0]]), stop)
+
+
+class _BagAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        n_bags, m, heads, _ = query.shape
+        wide = _wide(query)
+        top = query.new_full((n_bags, heads, m), float("-inf"), dtype=wide)  # running maximum
+        total = torch.zeros_like(top)
+        out = query.new_zeros(n_bags, heads, m, value.shape[-1], dtype=wide)
+        for blocks in _blocks(lengths, heads * m, query.device):
+            scores = _bag_scores(query, key, blocks, scale)
+            owner = blocks.bag[:, None, None].expand(-1, heads, m)
+            peak = top.scatter_reduce(0, owner, scores.amax(-1), "amax")
+            shrink = torch.where(top == float("-inf"), 0, (top - peak).exp())
+            weights = scores.sub_(peak[blocks.bag][..., None]).exp_()
+            part = weights @ blocks.gather(value).to(wide).transpose(1, 2)  # (c, H, m, e)
+            total = total * shrink + _per_bag(weights.sum(-1), blocks.bag, n_bags)
+            out = out * shrink[..., None] + _per_bag(part, blocks.bag, n_bags)
+            top = peak
+        seen = total > 0
+        out = out / torch.where(seen, total, 1)[..., None]
+        ctx.save_for_backward(query, key, value, out, torch.where(seen, top + total.log(), 0))
+        ctx.lengths, ctx.scale = lengths, scale
+        return out.transpose(1, 2).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        wide = _wide(query)
+        grad = grad.transpose(1, 2).to(wide)  # (B, H, m, e)
+        level = (grad * out).sum(-1)
+        dquery = query.new_zeros(query.shape, dtype=wide)
+        dkey, dvalue = torch.empty_like(key), torch.empty_like(value)
+        for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
+            bag = blocks.bag
+            weights = _bag_scores(query, key, blocks, ctx.scale).sub_(lse[bag][..., None]).exp_()  # (c, H, m, R)
+            blocks.scatter((weights.mT @ grad[bag]).transpose(1, 2), dvalue)
+            dscores = grad[bag] @ blocks.gather(value).to(wide).permute(0, 2, 3, 1)
+            dscores.sub_(level[bag][..., None]).mul_(weights).mul_(ctx.scale)
+            dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
+            dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
+            blocks.scatter((dscores.mT @ query[bag].to(wide).transpose(1, 2)).transpose(1, 2), dkey)
+        return dquery.to(query.dtype), dkey, dvalue, None, None
+
+
+class _InstanceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for blocks in _blocks(lengths, key.shape[1] * key.shape[2], query.device):
+            weights = _instance_weights(query, key, blocks, scale)
+            blocks.scatter((weights @ value[blocks.bag].to(weights.dtype).transpose(1, 2)).transpose(1, 2), out)
+        ctx.save_for_backward(query, key, value)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        wide = _wide(query)
+        dquery = torch.empty_like(query)
+        dkey, dvalue = (torch.zeros_like(kept, dtype=wide) for kept in (key, value))
+        for blocks in _blocks(ctx.lengths, key.shape[1] * key.shape[2], query.device):
+            bag = blocks.bag
+            weights = _instance_weights(query, key, blocks, ctx.scale)  # (c, H, R, m)
+            grads = blocks.gather(grad).to(wide) * blocks.filled[..., None, None]
+            grads = grads.transpose(1, 2)  # (c, H, R, e)
+            dvalue += _per_bag((weights.mT @ grads).transpose(1, 2), bag, len(value))
+            dscores = grads @ value[bag].to(wide).permute(0, 2, 3, 1)
+            dscores.sub_((dscores * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
+            dkeys = dscores.mT @ blocks.gather(query).to(wide).transpose(1, 2)  # (c, H, m, d)
+            dkey += _per_bag(dkeys.transpose(1, 2), bag, len(key))
+            blocks.scatter((dscores @ key[bag].to(wide).transpose(1, 2)).transpose(1, 2), dquery)
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None
+
+
+def _bag_scores(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Tensor:
+    """Return (c, H, m, R), -inf in places that are not filled."""
+    wide = _wide(query)
+    keys = blocks.gather(key).to(wide).permute(0, 2, 3, 1)
+    scores = (query[blocks.bag].to(wide).transpose(1, 2) @ keys).mul_(scale)
+    return scores.masked_fill_(~blocks.filled[:, None, None], float("-inf"))
+
+
+def _instance_weights(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Tensor:
+    """Return (c, H, R, m)."""
+    wide = _wide(query)
+    keys = key[blocks.bag].to(wide).permute(0, 2, 3, 1)
+    return (blocks.gather(query).to(wide).transpose(1, 2) @ keys).mul_(scale).softmax(-1)
+
+
+def _per_bag(parts: Tensor, bag: Tensor, n_bags: int) -> Tensor:
+    """Sum blocks of the same bag, (c, ...) -> (B, ...), as a product: deterministic on every device."""
+    member = torch.zeros(n_bags, len(bag), dtype=parts.dtype, device=parts.device)
+    member[bag, torch.arange(len(bag), device=bag.device)] = 1
+    return (member @ parts.flatten(1)).view(n_bags, *parts.shape[1:])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
