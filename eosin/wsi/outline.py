@@ -2,10 +2,10 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from scipy import ndimage
-from shapely import MultiPolygon, Polygon, affinity, box, make_valid
+from shapely import LinearRing, MultiPolygon, Polygon, affinity, box, make_valid
 from shapely.geometry.base import BaseGeometry
+from skimage.draw import polygon
 from skimage.measure import find_contours
 
 
@@ -34,7 +34,7 @@ def trace_outline(
         for number, where in enumerate(ndimage.find_objects(labels), start=1)
     ]
     width, height = px0_per_cell
-    outline = MultiPolygon([polygon for piece in pieces for polygon in polygons_of(piece)])
+    outline = MultiPolygon([part for piece in pieces for part in polygons_of(piece)])
     scaled = affinity.scale(outline, width, height, origin=(0, 0))
     inside = make_valid(scaled).intersection(box(0, 0, *slide_size_px0))
     return MultiPolygon(polygons_of(inside))
@@ -48,15 +48,15 @@ def _trace_piece(piece: NDArray[np.bool_], origin_cells: tuple[int, int]) -> Bas
     shapes = sorted((Polygon(ring) for ring in points), key=lambda shape: shape.area, reverse=True)
     if not shapes:
         return MultiPolygon()
-    polygon = Polygon(shapes[0].exterior, [hole.exterior for hole in shapes[1:]])
-    return make_valid(polygon.simplify(0.4))
+    whole = Polygon(shapes[0].exterior, [hole.exterior for hole in shapes[1:]])
+    return make_valid(whole.simplify(0.4))
 
 
 def polygons_of(shape: BaseGeometry) -> list[Polygon]:
     """Return the polygons with an area among the parts of any shape."""
     if isinstance(shape, Polygon):
         return [shape] if shape.area > 0 else []
-    return [polygon for part in getattr(shape, "geoms", ()) for polygon in polygons_of(part)]
+    return [piece for part in getattr(shape, "geoms", ()) for piece in polygons_of(part)]
 
 
 def fill_outline(outline: MultiPolygon, px0_per_cell: tuple[float, float], shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -76,11 +76,17 @@ def fill_outline(outline: MultiPolygon, px0_per_cell: tuple[float, float], shape
     (h, w) bool
     """
     mask = np.zeros(shape, bool)
-    for polygon in polygons_of(outline):
-        canvas = Image.new("1", (shape[1], shape[0]))
-        draw = ImageDraw.Draw(canvas)
-        for value, ring in [(1, polygon.exterior), *((0, hole) for hole in polygon.interiors)]:
-            cells = np.asarray(ring.coords)[:, :2] / px0_per_cell - 0.5
-            draw.polygon([(x, y) for x, y in cells.tolist()], fill=value, outline=value)
-        mask |= np.asarray(canvas)
+    for piece in polygons_of(outline):
+        inside = _cells_in(piece.exterior, px0_per_cell, shape)
+        for hole in piece.interiors:
+            inside &= ~_cells_in(hole, px0_per_cell, shape)
+        mask |= inside
     return mask
+
+
+def _cells_in(ring: LinearRing, px0_per_cell: tuple[float, float], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    inside = np.zeros(shape, bool)
+    x, y = (np.asarray(ring.coords)[:, :2] / px0_per_cell - 0.5).T
+    rows, columns = polygon(y, x, shape)  # type: ignore[no-untyped-call]
+    inside[rows, columns] = True
+    return inside

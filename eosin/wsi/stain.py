@@ -7,13 +7,16 @@ from skimage.filters import threshold_otsu
 
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
-STAIN_RANGE = (0.022, 0.05)
+STAIN_RANGE = (0.022, 0.04)
 GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
 PEN_SHARE_LIMIT = 0.67
 PEN_MIN_UM2 = 20_000.0
-PEN_GROW_UM = 24.0
+PEN_GROW_UM = 16.0
+FLAT_UM = 40.0
+FLAT_MAX_MPP = 12.0
+FLAT_VARIATION = 0.02
 
 
 def is_dark(rgb: NDArray[np.uint8]) -> bool:
@@ -104,7 +107,8 @@ def find_pen(density: NDArray[np.float32], candidates: NDArray[np.bool_], mpp: f
     -------
     (h, w) bool
     """
-    inks = _ink_of_any_stain(density) | _red_ink(density, candidates, mpp)
+    like_stain = _flat_ink(density, mpp) | _red_ink(density)
+    inks = _ink_of_no_stain(density) | _pieces_on_glass(like_stain, candidates, mpp)
     pen = _pieces_from(inks, PEN_MIN_UM2 / mpp**2)
     if not pen.any():
         return pen
@@ -114,30 +118,47 @@ def find_pen(density: NDArray[np.float32], candidates: NDArray[np.bool_], mpp: f
     return np.asarray(grown)
 
 
-def _ink_of_any_stain(density: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _ink_of_no_stain(density: NDArray[np.float32]) -> NDArray[np.bool_]:
     red, green, blue = np.moveaxis(density, -1, 0)
     strongest = density.max(axis=2)
     strong = strongest > 0.3
-    blue_ink = (red > 1.25 * green) & (red - green > 0.1)
+    blue_ink = (red > 1.25 * green) & (red - green > 0.1) | (red > 1.12 * green) & (red > 0.6)
     green_ink = (green < 0.85 * red) & (green < 0.85 * blue)
     yellow_ink = (green < 0.5 * blue) & (red < 0.4 * blue)
     black_ink = (density.min(axis=2) > 0.85 * strongest) & (strongest > 0.5)
     return np.asarray(strong & (blue_ink | green_ink | yellow_ink | black_ink))
 
 
-def _red_ink(density: NDArray[np.float32], candidates: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
-    """Red ink has the colour of packed red blood cells; unlike them it lies on glass, not inside tissue."""
+def _flat_ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
+    """Ink of the stains' own colours: strong and even over 40 µm, which tissue with its nuclei is not."""
+    if mpp > FLAT_MAX_MPP:
+        return np.zeros(density.shape[:2], bool)
+    strongest = density.max(axis=2).astype(np.float64)
+    side = max(3, round(FLAT_UM / mpp))
+    mean = ndimage.uniform_filter(strongest, side)
+    variance = ndimage.uniform_filter(strongest**2, side) - mean**2
+    flat = (mean > 0.4) & (variance < (FLAT_VARIATION * mean) ** 2)
+    return np.asarray(ndimage.binary_dilation(flat, iterations=side // 2))
+
+
+def _red_ink(density: NDArray[np.float32]) -> NDArray[np.bool_]:
     red, green, blue = np.moveaxis(density, -1, 0)
-    colour: NDArray[np.bool_] = np.asarray(
-        (green > 0.35) & (blue > 0.62 * green) & (red < 0.3 * green) & (blue < 1.25 * green)
-    )
-    labels, count = ndimage.label(colour)
+    return np.asarray((green > 0.35) & (blue > 0.62 * green) & (red < 0.3 * green) & (blue < 1.25 * green))
+
+
+def _pieces_on_glass(ink: NDArray[np.bool_], candidates: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
+    """Keep the pieces that lie mostly on glass: packed red blood cells look like ink but lie inside tissue."""
+    labels, count = ndimage.label(ink)
     if count == 0:
-        return colour
-    other = candidates & ~(ndimage.distance_transform_edt(~colour) <= 2)
-    near = ndimage.distance_transform_edt(~other) <= max(2.0, 40.0 / mpp)
-    touching = ndimage.mean(near, labels, np.arange(1, count + 1))
-    on_glass = np.concatenate([[False], np.asarray(touching) < 0.5])
+        return ink
+    around = max(2.0, 40.0 / mpp)
+    distance, nearest = ndimage.distance_transform_edt(~ink, return_indices=True)
+    rim = (distance > 2) & (distance <= around)
+    owner = labels[tuple(nearest)]
+    rims = np.bincount(owner[rim], minlength=count + 1)
+    in_tissue = np.bincount(owner[rim & candidates], minlength=count + 1)
+    on_glass = in_tissue < 0.5 * np.maximum(rims, 1)
+    on_glass[0] = False
     return np.asarray(on_glass[labels])
 
 
