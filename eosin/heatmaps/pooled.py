@@ -1,0 +1,291 @@
+"""What a softmax-pooling model would say about any subset of its instances, without running it again.
+
+A model of this kind embeds every instance alone, weighs the instances of a bag by softmax and is linear afterwards:
+``logits = bias + Σ_h Σ_i α_hi p_ih`` with ``α_h = softmax(scores_h)`` over the bag and ``p_ih`` the logits that
+instance i contributes through branch h. ABMIL, CLAM and models that average attention branches are of this kind;
+models with BatchNorm, with positions or with attention between instances are not.
+
+Removing or adding instances only changes the sums ``Z_h = Σ w_hi`` and ``P_h = Σ w_hi p_ih`` with ``w = exp(score)``,
+so every counterfactual is exact at the price of those sums. Everything here is float64.
+
+The questions asked are those of HIPPO (Kaczmarzyk, Saltz, Koo, https://arxiv.org/abs/2409.03080); the best set of a
+given size follows Dinkelbach (Management Science 1967, https://doi.org/10.1287/mnsc.13.7.492).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logsumexp
+
+Floats = NDArray[np.float64]
+Direction = Literal["min", "max", "least"]
+
+REFRESH_ROUNDS = 256
+REFRESH_SHARE = 1e-3
+HEAVY = 0.5
+DINKELBACH_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Target:
+    """The one number of a prediction that a counterfactual is about.
+
+    Parameters
+    ----------
+    output : int
+        Index of the logit. A model of two classes with one logit has output 0 only, that of its second class.
+    on : {"log_odds", "probability", "logit"}
+        Log-odds are the default: probabilities saturate at 1, where all effects look like none.
+    """
+
+    output: int
+    on: Literal["log_odds", "probability", "logit"] = "log_odds"
+
+    def of(self, logits: ArrayLike) -> Floats:
+        """Return the number for logits (..., K), shape (...)."""
+        values = np.asarray(logits, dtype=np.float64)
+        chosen = np.asarray(values[..., self.output])
+        if self.on == "logit":
+            return chosen
+        rest = np.delete(values, self.output, axis=-1)
+        log_odds = chosen - logsumexp(rest, axis=-1) if rest.shape[-1] else chosen
+        return np.asarray(expit(log_odds) if self.on == "probability" else log_odds)
+
+    def direction(self, n_outputs: int) -> Floats | None:
+        """Return the vector (K,) whose product with logits is the number, or None where it is not linear."""
+        if self.on == "probability" or (self.on == "log_odds" and n_outputs > 2):
+            return None
+        vector = np.zeros(n_outputs)
+        if self.on == "log_odds":
+            vector[:] = -1.0
+        vector[self.output] = 1.0
+        return vector
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A greedy search.
+
+    Parameters
+    ----------
+    order : (R,) int64
+        Instances in the order in which they were removed.
+    logits : (R + 1, K) float64
+        The prediction before the first round and after each.
+    evaluations : int
+        Candidate bags that were judged.
+    """
+
+    order: NDArray[np.int64]
+    logits: Floats
+    evaluations: int
+
+
+@dataclass(frozen=True, eq=False)
+class PooledBag:
+    """A bag as a softmax-pooling model sees it.
+
+    Parameters
+    ----------
+    scores : (n, H) float64
+        Unnormalised attention of each instance in each branch.
+    terms : (n, H, K) float64
+        The logits that an instance contributes when a branch attends to it alone.
+    bias : (K,) float64
+        The logits of an empty bag.
+    """
+
+    scores: Floats
+    terms: Floats
+    bias: Floats
+
+    @property
+    def n_instances(self) -> int:
+        """Number of instances n."""
+        return len(self.scores)
+
+    @cached_property
+    def weights(self) -> Floats:
+        """``exp(score - largest score)``, (n, H)."""
+        return np.asarray(np.exp(self.scores - self.scores.max(axis=0, initial=-np.inf)))
+
+    @cached_property
+    def attention(self) -> Floats:
+        """Softmax of the scores over the instances, (n, H)."""
+        return self.weights / self.weights.sum(axis=0)
+
+    def select(self, index: ArrayLike) -> "PooledBag":
+        """Return the bag of the instances at `index`."""
+        chosen = np.asarray(index)
+        return PooledBag(self.scores[chosen], self.terms[chosen], self.bias)
+
+    def join(self, donor: "PooledBag") -> "PooledBag":
+        """Return the bag with the instances of a donor, seen by the same model, added."""
+        scores = np.concatenate([self.scores, donor.scores])
+        return PooledBag(scores, np.concatenate([self.terms, donor.terms]), self.bias)
+
+    def logits(self) -> Floats:
+        """Return the prediction, (K,)."""
+        return np.asarray(self.bias + self._branch_means().sum(axis=0))
+
+    def _branch_means(self) -> Floats:
+        if not self.n_instances:
+            return np.zeros(self.terms.shape[1:])
+        return np.einsum("nh,nhk->hk", self.attention, self.terms)
+
+    def keep_only(self, index: ArrayLike) -> Floats:
+        """Return the prediction for the instances at `index` alone, (K,)."""
+        return self.select(np.asarray(index, dtype=np.int64)).logits()
+
+    def remove(self, index: ArrayLike) -> Floats:
+        """Return the prediction without the instances at `index`, (K,): sums over the rest, never differences."""
+        rest = np.ones(self.n_instances, dtype=bool)
+        rest[np.asarray(index, dtype=np.int64)] = False
+        return self.select(rest).logits()
+
+    def add(self, donor: "PooledBag") -> Floats:
+        """Return the prediction with all instances of a donor added, (K,)."""
+        return self.join(donor).logits()
+
+    def add_one(self, donor: "PooledBag") -> Floats:
+        """Return the prediction with each single instance of a donor added, (n of the donor, K).
+
+        ``f + α* (p* - F)`` in each branch, with α* the weight that the new instance would have.
+        """
+        top = np.maximum(self.scores.max(axis=0, initial=-np.inf), donor.scores.max(axis=0, initial=-np.inf))
+        total = np.exp(self.scores - top).sum(axis=0)  # (H,)
+        new = np.exp(donor.scores - top)  # (m, H)
+        shift = (new / (total + new))[..., None] * (donor.terms - self._branch_means())
+        return np.asarray(self.logits() + shift.sum(axis=1))
+
+    def only_one(self) -> Floats:
+        """Return the prediction for each instance as a bag of its own, (n, K)."""
+        return np.asarray(self.bias + self.terms.sum(axis=1))
+
+    def leave_one_out(self) -> Floats:
+        """Return the change of the logits when each single instance is removed, (n, K).
+
+        ``-α / (1 - α) (p - F)`` in each branch: an instance with much attention and contributions like the
+        average has no effect.
+        """
+        if self.n_instances < 2:
+            return np.asarray(self.bias - self.logits() + np.zeros((self.n_instances, 1)))
+        return self._changes(self.weights, self._branch_means()).sum(axis=1)
+
+    def _changes(self, weights: Floats, means: Floats) -> Floats:
+        """Return the change of each branch's mean, (n, H, K), when one instance of non-zero weight leaves."""
+        total = weights.sum(axis=0)
+        rest = total - weights
+        with np.errstate(divide="ignore", invalid="ignore"):
+            changes = -(weights / rest)[..., None] * (self.terms - means)
+        for instance, branch in np.argwhere(weights > HEAVY * total):  # at most one per branch: 1 - α would cancel
+            others = self.scores[:, branch].copy()
+            others[weights[:, branch] == 0] = -np.inf
+            others[instance] = -np.inf
+            share = np.exp(others - others.max())
+            changes[instance, branch] = share @ self.terms[:, branch] / share.sum() - means[branch]
+        return changes
+
+    def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
+        """Remove one instance per round: the one that lowers, raises or changes the target least.
+
+        Parameters
+        ----------
+        target : Target
+        direction : {"min", "max", "least"}
+        rounds : int
+            At most n - 1.
+
+        Returns
+        -------
+        Search
+            The first of equal candidates is taken. A round costs one pass over the n × H × K numbers.
+        """
+        rounds = min(rounds, self.n_instances - 1)
+        state = _Removal(self)
+        order, logits = [], [self.logits()]
+        for _ in range(rounds):
+            candidates = target.of(logits[-1] + state.changes())  # (n,)
+            order.append(_choose(candidates, float(target.of(logits[-1])), direction, state.alive))
+            logits.append(state.remove(order[-1]))
+        n = self.n_instances
+        return Search(np.array(order, dtype=np.int64), np.array(logits), rounds * n - rounds * (rounds - 1) // 2)
+
+    def best_set(self, target: Target, direction: Literal["min", "max"], size: int) -> NDArray[np.int64]:
+        """Return the `size` instances whose removal lowers or raises the target most, over all sets of that size.
+
+        The rest has the smallest weighted mean of all sets of its size, which Dinkelbach's iteration finds: keep the
+        n - size instances with the smallest ``w_i (q_i - λ)``, where λ is the mean of those kept before.
+
+        Raises
+        ------
+        ValueError
+            If the model has several branches, the target is not linear in the logits or no instance would remain.
+        """
+        vector = target.direction(len(self.bias))
+        if vector is None or self.scores.shape[1] != 1:
+            raise ValueError("the best set is known for one branch and a target that is linear in the logits")
+        if not 0 <= size < self.n_instances:
+            raise ValueError(f"{size} of {self.n_instances} instances cannot be removed; at least one must remain")
+        sign = 1.0 if direction == "min" else -1.0
+        q = sign * (self.terms[:, 0] @ vector)
+        keep = np.arange(self.n_instances)
+        mean = np.inf
+        for _ in range(DINKELBACH_STEPS):
+            new_mean = _weighted_mean(q[keep], self.scores[keep, 0])
+            if new_mean >= mean:
+                break
+            mean = new_mean
+            gain = self.weights[:, 0] * (q - mean)
+            keep = np.argsort(gain, kind="stable")[: self.n_instances - size]
+        removed = np.ones(self.n_instances, dtype=bool)
+        removed[keep] = False
+        return np.flatnonzero(removed)
+
+
+class _Removal:
+    """Running sums while instances leave one by one, refreshed before rounding errors can add up."""
+
+    def __init__(self, bag: PooledBag) -> None:
+        self.bag = bag
+        self.alive = np.ones(bag.n_instances, dtype=bool)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        scores = np.where(self.alive[:, None], self.bag.scores, -np.inf)
+        self.weights = np.exp(scores - scores.max(axis=0))
+        self.total = self.weights.sum(axis=0)  # (H,)
+        self.products = np.einsum("nh,nhk->hk", self.weights, self.bag.terms)
+        self.total_at_refresh = self.total
+        self.rounds = 0
+
+    def changes(self) -> Floats:
+        """Return the change of the logits when each instance leaves now, (n, K); meaningless for those gone."""
+        return self.bag._changes(self.weights, self.products / self.total[:, None]).sum(axis=1)
+
+    def remove(self, instance: int) -> Floats:
+        """Take one instance out and return the logits of what is left, (K,)."""
+        self.alive[instance] = False
+        weight = self.weights[instance]
+        is_heavy = bool((weight > HEAVY * self.total).any())
+        self.total = self.total - weight
+        self.products = self.products - weight[:, None] * self.bag.terms[instance]
+        self.weights[instance] = 0.0
+        self.rounds += 1
+        is_light = bool((self.total < REFRESH_SHARE * self.total_at_refresh).any())
+        if is_heavy or is_light or self.rounds >= REFRESH_ROUNDS:
+            self._refresh()
+        return np.asarray(self.bag.bias + (self.products / self.total[:, None]).sum(axis=0))
+
+
+def _choose(candidates: Floats, current: float, direction: Direction, alive: NDArray[np.bool_]) -> int:
+    cost = {"min": candidates, "max": -candidates, "least": np.abs(candidates - current)}[direction]
+    return int(np.argmin(np.where(alive, cost, np.inf)))
+
+
+def _weighted_mean(values: Floats, scores: Floats) -> float:
+    share = np.exp(scores - scores.max())
+    return float(share @ values / share.sum())
