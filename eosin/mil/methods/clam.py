@@ -230,15 +230,15 @@ class ClamInstance(LossTerm):
         self, instances: Tensor, ranks: Tensor, bags: PackedBags, counts: tuple[int, ...], *, largest: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the bags of the T chosen instances and their losses for either target, (K, T, 2)."""
-        k = torch.tensor(counts, device=ranks.device)
+        k = torch.tensor(counts)
         chosen = segment_topk_mask(ranks, bags.cu_seqlens, k, largest=largest).T  # (1 or K, N)
         places = torch.nonzero_static(chosen, size=len(chosen) * sum(counts))
         rows = places[:, 1].view(len(chosen), -1).expand(len(self.weight), -1)  # (K, T)
         picked = instances[rows]  # (K, T, E)
         wide = torch.promote_types(picked.dtype, torch.float32)
         logits = torch.baddbmm(self.bias[:, None].to(wide), picked.to(wide), self.weight.mT.to(wide)).to(wide)
-        bag = torch.repeat_interleave(torch.arange(bags.n_bags, device=ranks.device), k, output_size=sum(counts))
-        return bag, self._instance_loss(logits)
+        bag = torch.repeat_interleave(torch.arange(bags.n_bags), k)
+        return bag.to(ranks.device), self._instance_loss(logits)
 
     def _instance_loss(self, logits: Tensor) -> Tensor:
         """Return the loss for target 0 and for target 1 beside each other, (..., 2) -> (..., 2)."""
