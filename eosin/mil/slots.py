@@ -100,10 +100,15 @@ class LossTerm(nn.Module):
     def __init__(self, model: Aggregator, task: Task) -> None:
         super().__init__()
         require_output(self, model)
+        self.progress = 0.0
 
     def forward(self, output: AggregatorOutput, bags: PackedBags, target: Tensor) -> Tensor:
         """Return a scalar, unchanged when the batch is duplicated."""
         raise NotImplementedError
+
+    def start_step(self, progress: float) -> None:
+        """Hear from the loop, before each step, the fraction of the training that is done, 0 to 1: for schedules."""
+        self.progress = progress
 
 
 @dataclass(frozen=True, eq=False)
