@@ -7,7 +7,8 @@ the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from eosin import __version__
 from eosin.batch import write_file
-from eosin.errors import ConfigError, FeatureFileError
+from eosin.errors import FeatureFileError
 from eosin.wsi.grid import TileGrid, Tiling
 
 ENCODING_TYPE = "eosin.coords"
@@ -177,35 +178,42 @@ def read_coords(group: h5py.Group, path: Path) -> TileGrid:
         If it is absent, not ours, of a later version, too large or its rows do not match their checksum.
     """
     attributes = _attributes(group, path)
-    rows = _rows(group["coords"], path)
-    if attributes.get("coords_sha256") != _digest(rows):
-        raise FeatureFileError(path, "the coordinates do not match their checksum; tile the slide again")
-    try:
+    with _damage_as_error(path):
+        rows = _rows(group["coords"], path)
+        if attributes.get("coords_sha256") != _digest(rows):
+            raise FeatureFileError(path, "the coordinates do not match their checksum; tile the slide again")
         return TileGrid(
             rows,
             int(attributes["patch_size_level0"]),
-            Tiling.parse(json.loads(attributes["tiling"]), source=f"tiling in {path}"),
+            Tiling.parse(json.loads(attributes["tiling"]), source="tiling"),
             (int(attributes["level0_width"]), int(attributes["level0_height"])),
             float(attributes["slide_mpp"]),
         )
-    except (KeyError, ValueError, TypeError, ConfigError) as error:
-        raise FeatureFileError(path, f"the attributes of its coordinates are damaged ({error})") from error
+
+
+@contextmanager
+def _damage_as_error(path: Path) -> Iterator[None]:
+    """Turn what h5py raises on damaged structures, and what damaged attributes lead to, into one error."""
+    try:
+        yield
+    except FeatureFileError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FeatureFileError(path, f"the coordinates are damaged; tile the slide again ({error})") from error
 
 
 def _rows(dataset: h5py.Dataset, path: Path) -> NDArray[np.int64]:
     shape = dataset.shape
     if len(shape) != 2 or shape[1] != 2 or shape[0] > MAX_ROWS or dataset.dtype.kind != "i":
         raise FeatureFileError(path, f"coords is {dataset.dtype} {shape}, expected at most {MAX_ROWS} rows of (x, y)")
-    try:
-        return np.ascontiguousarray(dataset[()], np.int64)
-    except OSError as error:
-        raise FeatureFileError(path, "the coordinates are damaged; tile the slide again") from error
+    return np.ascontiguousarray(dataset[()], np.int64)
 
 
 def _attributes(group: h5py.Group, path: Path) -> Mapping[str, Any]:
-    if not isinstance(group.get("coords", getclass=True), type) or not isinstance(group["coords"], h5py.Dataset):
-        raise FeatureFileError(path, "has no dataset named coords")
-    attributes = dict(group["coords"].attrs)
+    with _damage_as_error(path):
+        if "coords" not in group or not isinstance(group["coords"], h5py.Dataset):
+            raise FeatureFileError(path, "has no dataset named coords")
+        attributes = dict(group["coords"].attrs)
     kind, version = attributes.get("encoding-type"), attributes.get("encoding-version")
     if kind != ENCODING_TYPE:
         raise FeatureFileError(path, "its coordinates were not written by eosin; bring them in with `eosin import`")

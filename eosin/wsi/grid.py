@@ -103,7 +103,8 @@ class TileGrid:
 
     def select(self, index: ArrayLike) -> Self:
         """Return the grid of the tiles at `index`, in that order; a boolean mask is accepted too."""
-        chosen = np.ascontiguousarray(self.origins_px0[np.asarray(index)])
+        rows = np.asarray(index)
+        chosen = np.ascontiguousarray(self.origins_px0[rows if rows.size else np.zeros(0, np.int64)])
         return type(self)(chosen, self.tile_px0, self.tiling, self.slide_size_px0, self.slide_mpp)
 
 

@@ -96,7 +96,7 @@ def test_pen_is_kept_on_request_and_when_it_is_the_stain(scene):
 
 
 def test_red_cells_inside_tissue_are_no_pen(scene):
-    picture, inside = scene
+    picture, _ = scene
     bleeding = picture.copy()
     rng = np.random.default_rng(0)
     bleeding[120:180, 90:150] = (np.array([190, 45, 65]) + rng.normal(0, 6, (60, 60, 3))).clip(0, 255)

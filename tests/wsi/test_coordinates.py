@@ -1,0 +1,127 @@
+import h5py
+import numpy as np
+import pytest
+
+from eosin.errors import FeatureFileError
+from eosin.wsi.coordinates import CoordsFooter, nominal_magnification, read_footer, read_grid, write_grid
+from eosin.wsi.grid import TileGrid, Tiling
+
+
+@pytest.fixture
+def grid():
+    origins = np.array([[0, 0], [512, 0], [0, 512]], np.int64)
+    return TileGrid(origins, 512, Tiling(mpp=0.5, patch_size=256), (5000, 4000), 0.2501)
+
+
+@pytest.fixture
+def path(tmp_path, grid):
+    path = tmp_path / "a b_patches.h5"
+    write_grid(path, grid, slide_id="a b", mpp_source="user", fingerprint="f" * 16, options_hash="0" * 16)
+    return path
+
+
+def test_round_trip(path, grid):
+    found = read_grid(path)
+    assert np.array_equal(found.origins_px0, grid.origins_px0)
+    assert (found.tile_px0, found.tiling, found.slide_size_px0, found.slide_mpp) == (
+        grid.tile_px0, grid.tiling, grid.slide_size_px0, grid.slide_mpp,
+    )  # fmt: skip
+    assert read_footer(path) == CoordsFooter("a b", "user", "f" * 16, "0" * 16)
+
+
+def test_trident_finds_its_attributes(path):
+    with h5py.File(path) as file:
+        coords, attributes = file["coords"], dict(file["coords"].attrs)
+        assert coords.dtype == np.int64
+        assert coords.shape == (3, 2)
+    expected = {
+        "patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20,
+        "overlap": 0, "name": "a b", "level0_width": 5000, "level0_height": 4000,
+    }  # fmt: skip
+    assert {name: attributes[name] for name in expected} == expected
+    assert attributes["savetodir"] == "."  # folder names can be names of people
+
+
+def test_no_tiles_is_a_normal_content(tmp_path, grid):
+    path = tmp_path / "empty.h5"
+    write_grid(path, grid.select([]), slide_id="e", mpp_source="user", fingerprint="")
+    assert read_grid(path).origins_px0.shape == (0, 2)
+
+
+def test_one_writing_equals_the_next(tmp_path, grid, path):
+    again = tmp_path / "again.h5"
+    write_grid(again, grid, slide_id="a b", mpp_source="user", fingerprint="f" * 16, options_hash="0" * 16)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_every_flipped_byte_of_the_rows_is_noticed(path, grid):
+    data = bytearray(path.read_bytes())
+    start = bytes(data).find(grid.origins_px0.tobytes())
+    assert start > 0
+    for position in range(start, start + grid.origins_px0.nbytes, 5):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(FeatureFileError, match="checksum"):
+            read_grid(path)
+
+
+def test_flipped_bits_anywhere_are_noticed_or_harmless(path, grid):
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(data), 150).tolist():
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found = read_grid(path)
+        except FeatureFileError:
+            continue
+        assert np.array_equal(found.origins_px0, grid.origins_px0)
+
+
+def test_truncated_missing_and_foreign_files_are_refused(path, tmp_path):
+    with pytest.raises(FeatureFileError, match="no such file"):
+        read_grid(tmp_path / "none.h5")
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(FeatureFileError, match="damaged"):
+        read_grid(path)
+    foreign = tmp_path / "clam.h5"
+    with h5py.File(foreign, "w") as file:
+        file["coords"] = np.zeros((3, 2), np.int64)
+    with pytest.raises(FeatureFileError, match="eosin import"):
+        read_grid(foreign)
+    with h5py.File(foreign, "w") as file:
+        file["features"] = np.zeros((3, 2))
+    with pytest.raises(FeatureFileError, match="no dataset named coords"):
+        read_footer(foreign)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("encoding-version", "9", "version 9"),
+        ("tiling", "{", "damaged"),
+        ("tiling", '{"overlap": 900}', "damaged"),
+    ],
+)
+def test_other_versions_and_damaged_attributes_are_refused(path, name, value, words):
+    with h5py.File(path, "r+") as file:
+        file["coords"].attrs[name] = value
+    with pytest.raises(FeatureFileError, match=words):
+        read_grid(path)
+
+
+def test_a_declared_size_beyond_the_limit_is_refused_before_reading(path):
+    with h5py.File(path, "r+") as file:
+        attributes = dict(file["coords"].attrs)
+        del file["coords"]
+        bomb = file.create_dataset("coords", (10**12, 2), np.int64, chunks=(1024, 2))
+        bomb.attrs.update(attributes)
+    with pytest.raises(FeatureFileError, match="at most"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize(("mpp", "power"), [(0.12, 80), (0.25, 40), (0.5, 20), (1.0, 10), (2.0, 5), (8.0, 1)])
+def test_nominal_magnification(mpp, power):
+    assert nominal_magnification(mpp) == power

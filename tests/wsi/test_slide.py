@@ -1,0 +1,100 @@
+import pytest
+
+from eosin.errors import ConfigError, SlideOpenError
+from eosin.wsi.slide import SlideFile, find_slides, open_slide
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def ids(slides):
+    return [slide.slide_id for slide in slides]
+
+
+def test_folders_are_searched_and_known_extensions_found(tmp_path):
+    touch(tmp_path, "b.svs", "sub/a.NDPI", "sub/c.ome.tif", "notes.txt", ".hidden.svs", ".trash/d.svs", "e.dcm")
+    assert ids(find_slides([tmp_path])) == ["a", "b", "c", "e"]
+
+
+def test_files_are_taken_as_they_are_once(tmp_path):
+    touch(tmp_path, "a.svs", "odd.dat")
+    slides = find_slides([tmp_path, tmp_path / "a.svs", tmp_path / "odd.dat"])
+    assert slides == [SlideFile(tmp_path / "a.svs", "a"), SlideFile(tmp_path / "odd.dat", "odd.dat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [
+        ("TCGA-3L-01Z-00-DX1.96FB.svs", "TCGA-3L-01Z-00-DX1.96FB"),
+        ("name with (387) and µ.tiff", "name with (387) and µ"),
+        ("x.ome.tif", "x"),
+        ("1.10.svs", "1.10"),
+        (".svs.tif", ".svs"),
+    ],
+)
+def test_ids(tmp_path, name, slide_id):
+    touch(tmp_path, name)
+    assert ids(find_slides([tmp_path / name])) == [slide_id]
+
+
+def test_a_picture_beside_a_slide_keeps_its_extension(tmp_path):
+    touch(tmp_path, "boxes.png", "boxes.tiff", "alone.jpg")
+    assert ids(find_slides([tmp_path])) == ["alone", "boxes", "boxes.png"]
+
+
+def test_same_names_in_two_folders_are_refused_with_both_paths(tmp_path):
+    touch(tmp_path, "a/x.svs", "b/x.svs", "b/y.svs")
+    with pytest.raises(ConfigError, match=r"x \(.*a/x\.svs.*b/x\.svs\)") as caught:
+        find_slides([tmp_path])
+    assert "y" not in caught.value.message.split("x (")[1].split(")")[1]
+
+
+def test_missing_paths_and_folders_without_slides_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        find_slides([tmp_path / "none"])
+    with pytest.raises(ConfigError, match="no slide in this folder"):
+        find_slides([tmp_path])
+    with pytest.raises(ConfigError, match="no slides were given"):
+        find_slides([])
+
+
+def test_links_that_lead_back_end(tmp_path):
+    touch(tmp_path, "a/x.svs")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert ids(find_slides([tmp_path])) == ["x"]
+
+
+def test_one_mpp_for_all_or_a_table(tmp_path):
+    touch(tmp_path, "s/a.svs", "s/b.svs", "s/c.svs")
+    assert {slide.mpp for slide in find_slides([tmp_path / "s"], slide_mpp=0.25)} == {0.25}
+    table = tmp_path / "mpp.csv"
+    table.write_text("\ufeffslide,mpp,note\na,0.25,\nb.svs, 0.5,x\nother,1,\nc,,\n")
+    slides = find_slides([tmp_path / "s"], slide_mpp=table)
+    assert [slide.mpp for slide in slides] == [0.25, 0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("wsi,mpp\na,1\n", "needs the columns"), ("slide,mpp\na,fine\n", "no number"), ("", "columns")]
+)
+def test_bad_tables_are_refused(tmp_path, text, words):
+    touch(tmp_path, "a.svs")
+    table = tmp_path / "mpp.csv"
+    table.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        find_slides([tmp_path / "a.svs"], slide_mpp=table)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find_slides([tmp_path / "a.svs"], slide_mpp=tmp_path / "none.csv")
+
+
+def test_opening_what_is_missing_or_no_slide(tmp_path):
+    with pytest.raises(SlideOpenError, match="no such file") as caught:
+        open_slide(tmp_path / "none.svs")
+    assert caught.value.code == "missing"
+    touch(tmp_path, "a.svs")
+    with pytest.raises(SlideOpenError) as caught:
+        open_slide(tmp_path / "a.svs")
+    assert caught.value.code == "unsupported"
