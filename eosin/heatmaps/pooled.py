@@ -115,7 +115,7 @@ class PooledBag:
     @cached_property
     def attention(self) -> Floats:
         """Softmax of the scores over the instances, (n, H)."""
-        return self.weights / self.weights.sum(axis=0)
+        return np.asarray(self.weights / self.weights.sum(axis=0))
 
     def select(self, index: ArrayLike) -> "PooledBag":
         """Return the bag of the instances at `index`."""
@@ -134,7 +134,7 @@ class PooledBag:
     def _branch_means(self) -> Floats:
         if not self.n_instances:
             return np.zeros(self.terms.shape[1:])
-        return np.einsum("nh,nhk->hk", self.attention, self.terms)
+        return np.asarray(np.einsum("nh,nhk->hk", self.attention, self.terms))
 
     def keep_only(self, index: ArrayLike) -> Floats:
         """Return the prediction for the instances at `index` alone, (K,)."""
@@ -173,7 +173,7 @@ class PooledBag:
         """
         if self.n_instances < 2:
             return np.asarray(self.bias - self.logits() + np.zeros((self.n_instances, 1)))
-        return self._changes(self.weights, self._branch_means()).sum(axis=1)
+        return np.asarray(self._changes(self.weights, self._branch_means()).sum(axis=1))
 
     def _changes(self, weights: Floats, means: Floats) -> Floats:
         """Return the change of each branch's mean, (n, H, K), when one instance of non-zero weight leaves."""
@@ -187,7 +187,7 @@ class PooledBag:
             others[instance] = -np.inf
             share = np.exp(others - others.max())
             changes[instance, branch] = share @ self.terms[:, branch] / share.sum() - means[branch]
-        return changes
+        return np.asarray(changes)
 
     def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
         """Remove one instance per round: the one that lowers, raises or changes the target least.
@@ -264,7 +264,7 @@ class _Removal:
 
     def changes(self) -> Floats:
         """Return the change of the logits when each instance leaves now, (n, K); meaningless for those gone."""
-        return self.bag._changes(self.weights, self.products / self.total[:, None]).sum(axis=1)
+        return np.asarray(self.bag._changes(self.weights, self.products / self.total[:, None]).sum(axis=1))
 
     def remove(self, instance: int) -> Floats:
         """Take one instance out and return the logits of what is left, (K,)."""

@@ -1,0 +1,131 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scenes import feature_bag, lattice, marked_pixels, write_slide
+
+from eosin.batch import file_fingerprint
+from eosin.errors import EosinError, FeatureMismatchError, SlideError, UnknownNameError
+from eosin.features.bag import FeatureBag
+from eosin.heatmaps.explain import FORMATS, explain_slide
+from eosin.heatmaps.export.geojson import check_geojson
+from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
+from eosin.mil.checkpoint import ModelCard, build_model, load_model, save_model
+from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.tasks import make_task
+from eosin.wsi.slide import SlideFile
+
+DIM = 6
+TILE = 5 * 16 + 9
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A slide with one marked tile, features that are large there, and a model that attends to large features."""
+    folder = tmp_path_factory.mktemp("scene")
+    grid = lattice(size_px0=(640, 480), slide_mpp=0.5, patch_size=40)
+    write_slide(folder / "slide-1.tiff", marked_pixels(grid, TILE), mpp=0.5)
+    features = np.random.default_rng(0).uniform(0, 0.1, size=(grid.n_tiles, DIM)).astype(np.float32)
+    features[TILE] = 1.0
+    bag = feature_bag(features, grid)
+    slide = SlideFile(folder / "slide-1.tiff", "slide-1")
+    provenance = {"input_fingerprint": file_fingerprint(slide.path)}
+    return folder, slide, FeatureBag(features, bag.spec, "slide-1", grid, provenance)
+
+
+@pytest.fixture(scope="module")
+def model_folder(scene):
+    folder, _, bag = scene
+    options = {"embed_dims": (), "gated": False, "hidden": 1, "attention_bias": False}
+    recipe = Recipe(aggregator=Component(name="abmil", options=options), training=Training(standardize=False))
+    task = make_task("classification", [{"label": "normal"}, {"label": "tumour"}])
+    model = build_model(recipe, task, DIM)
+    with torch.no_grad():
+        model.attention.V.weight.fill_(1.0)
+        model.attention.w.weight.fill_(3.0)
+    save_model(folder / "model", model, ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=bag.spec))
+    return folder / "model"
+
+
+def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path):
+    _, slide, bag = scene
+    paths = explain_slide(model_folder, slide, bag, tmp_path, formats=FORMATS)
+    assert [path.name for path in paths] == [f"slide-1_attention.{name}" for name in FORMATS]
+    by_format = dict(zip(FORMATS, paths, strict=True))
+    box = bag.grid.boxes_px0()[TILE].tolist()
+
+    table = pd.read_csv(by_format["csv"])
+    assert len(table) == bag.n_instances
+    assert table.attention.idxmax() == TILE
+    assert table.attention.sum() == pytest.approx(1)
+    assert table.loc[TILE, ["x_px0", "y_px0"]].tolist() == box[:2]
+
+    features = check_geojson(by_format["geojson"], size_px=(640, 480))
+    lit = max(features, key=lambda feature: feature["properties"]["measurements"]["attention"])
+    assert lit["geometry"]["coordinates"][0][0] == box[:2]
+    assert lit["geometry"]["coordinates"][0][2] == box[2:]
+
+    with Image.open(by_format["png"]) as picture:
+        image = np.asarray(picture).astype(int)
+    left, top = image.shape[1] - COLOUR_BAR_PX - 640, MARGIN_PX + TITLE_PX
+    overlay = image[top : top + 480, left : left + 640].reshape(12, 40, 16, 40, 3)
+    middle = overlay[:, 12:28, :, 12:28].mean((1, 3))  # (12, 16, 3), away from outlines
+    assert (middle[..., 0] - middle[..., 2]).argmax() == TILE
+
+    page = by_format["html"].read_text(encoding="utf-8")
+    assert "prob_tumour" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_loaded_model_gives_the_same_files_as_its_folder(scene, model_folder, tmp_path):
+    _, slide, bag = scene
+    (first,) = explain_slide(model_folder, slide, bag, tmp_path / "a", formats=["geojson"])
+    (second,) = explain_slide(load_model(model_folder), slide, bag, tmp_path / "b", formats=["geojson"])
+    assert first.read_bytes() == second.read_bytes()
+
+
+def other_slide(tmp_path, scene, size_px0):
+    bag = scene[2]
+    grid = lattice(size_px0=size_px0, slide_mpp=0.5, patch_size=40)
+    write_slide(tmp_path / "other.tiff", marked_pixels(grid, 0), mpp=0.5)
+    return SlideFile(tmp_path / "other.tiff", "slide-1"), bag
+
+
+def other_encoder(scene):
+    _, slide, bag = scene
+    spec = bag.spec.model_copy(update={"encoder": "another"})
+    return slide, FeatureBag(bag.features, spec, "slide-1", bag.grid)
+
+
+def no_tiles(scene):
+    _, slide, bag = scene
+    empty = feature_bag(np.asarray(bag.features)[:0], bag.grid.select(np.zeros(0, dtype=int)))
+    return slide, empty
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "words"),
+    [
+        ("size", FeatureMismatchError, "pass the slide that they came from"),
+        ("content", FeatureMismatchError, "another file"),
+        ("encoder", FeatureMismatchError, "encoder another"),
+        ("empty", SlideError, "no tiles"),
+        ("format", UnknownNameError, "heat-map format"),
+        ("missing", EosinError, "no such file"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error_and_leaves_nothing(scene, model_folder, tmp_path, case, error, words):
+    _, slide, bag = scene
+    formats = ["jpg"] if case == "format" else ["png"]
+    if case in ("size", "content"):
+        slide, bag = other_slide(tmp_path, scene, (800, 480) if case == "size" else (640, 480))
+    elif case == "encoder":
+        slide, bag = other_encoder(scene)
+    elif case == "empty":
+        slide, bag = no_tiles(scene)
+    elif case == "missing":
+        slide = SlideFile(tmp_path / "gone.tiff", "slide-1")
+    with pytest.raises(error, match=words):
+        explain_slide(model_folder, slide, bag, tmp_path / "out", formats=formats)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
