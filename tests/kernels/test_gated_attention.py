@@ -151,18 +151,18 @@ def test_half_precision_instances_meet_float32_parameters():
 
 
 def test_dropout_mask_depends_on_seed_row_column_and_branch_only():
-    whole = keep_mask(5, 100, 7, 0.3, branch=0, device=torch.device("cpu"))
-    block = keep_mask(5, 40, 7, 0.3, branch=0, device=torch.device("cpu"), first_row=60)
+    whole = keep_mask(5, (100, 7), 0.3, branch=0, device=torch.device("cpu"))
+    block = keep_mask(5, (40, 7), 0.3, branch=0, device=torch.device("cpu"), first_row=60)
     assert torch.equal(whole[60:], block)
     for other in (
-        keep_mask(6, 100, 7, 0.3, branch=0, device=torch.device("cpu")),
-        keep_mask(5, 100, 7, 0.3, branch=1, device=torch.device("cpu")),
+        keep_mask(6, (100, 7), 0.3, branch=0, device=torch.device("cpu")),
+        keep_mask(5, (100, 7), 0.3, branch=1, device=torch.device("cpu")),
     ):
         assert (whole != other).float().mean() > 0.3
 
 
 def test_dropout_mask_is_statistically_independent():
-    keep = keep_mask(11, 20_000, 64, 0.25, branch=0, device=torch.device("cpu")).double()
+    keep = keep_mask(11, (20_000, 64), 0.25, branch=0, device=torch.device("cpu")).double()
     assert keep.mean().item() == pytest.approx(0.75, abs=0.002)
     centred = keep - keep.mean()
     columns = (centred.T @ centred) / len(keep) / 0.1875

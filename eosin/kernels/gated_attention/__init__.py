@@ -14,9 +14,9 @@ from eosin.kernels._checks import (
     check_unit_interval,
 )
 from eosin.kernels._dispatch import choose
-from eosin.kernels.gated_attention import reference, torch_impl
+from eosin.kernels._products import product_dtype
+from eosin.kernels.gated_attention import ops, reference
 from eosin.kernels.gated_attention.dropout import draw_seed
-from eosin.kernels.segment_pool import attention_pool
 
 
 class AttentionPool(NamedTuple):
@@ -40,6 +40,7 @@ def gated_attention_scores(
     gate_dropout: float = 0.0,
     generator: torch.Generator | None = None,
     activation: str = "tanh",
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Score every instance for every head: ``w · (act(V x + b_V) ⊙ σ(U x + b_U)) + b``.
 
@@ -59,6 +60,9 @@ def gated_attention_scores(
         Draws the seed of the dropout mask, which is a hash of seed, row and column, equal on all devices.
     activation : {"tanh", "relu"}, optional
         Activation of the first projection.
+    memory_budget : int, optional
+        Bytes that may be kept between the forward and the backward pass, without limit unless given. What does not
+        fit is computed again.
 
     Returns
     -------
@@ -70,24 +74,19 @@ def gated_attention_scores(
     TypeError, ValueError
         Wrong type, shape or device; the message names the argument.
     """
-    _check_parameters(values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    check_unit_interval("gate_dropout", gate_dropout)
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation: expected tanh or relu, given {activation!r}")
+    check_floating("values", values, ("N", "D"))
+    parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    _check_gate(values, values.shape[1], *parameters)
+    _check_options(activation, gate_dropout=gate_dropout)
     seed = draw_seed(generator) if gate_dropout else 0
-    implementation = reference if choose(values) == "reference" else torch_impl
-    scores: Tensor = implementation.gated_attention_scores(
-        values,
-        v_weight,
-        v_bias,
-        u_weight,
-        u_bias,
-        w_weight,
-        w_bias,
-        gate_dropout=gate_dropout,
-        seed=seed,
-        activation=activation,
-    )
+    if choose(values) == "reference":
+        return reference.gated_attention_scores(
+            values, *parameters, gate_dropout=gate_dropout, seed=seed, activation=activation
+        )
+    dtype = product_dtype(values, v_weight)
+    _, keep_branches = _what_fits(memory_budget, values, dtype, None, v_weight, u_weight)
+    scores: Tensor
+    scores, _ = ops.gated_scores(values, *parameters, gate_dropout, seed, activation, keep_branches, dtype)
     return scores
 
 
@@ -107,13 +106,17 @@ def gated_attention_pool(
     gate_dropout: float = 0.0,
     generator: torch.Generator | None = None,
     activation: str = "tanh",
+    embed_weight: Tensor | None = None,
+    embed_bias: Tensor | None = None,
+    embed_dropout: float = 0.0,
+    memory_budget: int | None = None,
 ) -> AttentionPool:
     """Score the instances and pool each bag with the softmax of the scores.
 
     Parameters
     ----------
-    values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, gate_dropout, generator, activation
-        As in `gated_attention_scores`.
+    values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, gate_dropout, generator, activation, memory_budget
+        As in `gated_attention_scores`; D is E where the instances are embedded.
     cu_seqlens : (B+1,) int32
         Offsets of the bags, on the device of ``values``.
     temperature : float or scalar tensor, optional
@@ -122,11 +125,15 @@ def gated_attention_pool(
         Added to the scores after the temperature; differentiable.
     keep : (N,) or (N, H) bool, optional
         False gives the instance a score of -inf.
+    embed_weight, embed_bias : (E, D), (E,) or None, optional
+        Score and pool ``h = dropout(relu(W x + b))`` instead of x, without h of all instances in memory at once.
+    embed_dropout : float, optional
+        Chance of an entry of h to be dropped; 0 outside training.
 
     Returns
     -------
     AttentionPool
-        ``scores (N, H)`` after temperature and masks, ``pooled (B, H, D)``, ``lse (B, H)`` and ``entropy (B, H)``;
+        ``scores (N, H)`` after temperature and masks, ``pooled (B, H, D or E)``, ``lse (B, H)``, ``entropy (B, H)``;
         float32 at least, all differentiable. An empty or fully masked bag pools to 0 with entropy 0 and lse -inf.
 
     Raises
@@ -134,27 +141,49 @@ def gated_attention_pool(
     TypeError, ValueError
         Wrong type, shape or device, inconsistent offsets; the message names the argument.
     """
-    check_floating("values", values, ("N", "D"))
+    width = _check_embedding(values, embed_weight, embed_bias)
     check_offsets(cu_seqlens, values.shape[0], values)
-    raw = gated_attention_scores(
-        values,
-        v_weight,
-        v_bias,
-        u_weight,
-        u_bias,
-        w_weight,
-        w_bias,
-        gate_dropout=gate_dropout,
-        generator=generator,
-        activation=activation,
+    gate = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    _check_gate(values, width, *gate)
+    _check_options(activation, gate_dropout=gate_dropout, embed_dropout=embed_dropout)
+    _check_masks((values.shape[0], w_weight.shape[0]), values, temperature, score_mask, keep)
+    seed = draw_seed(generator) if gate_dropout or embed_dropout else 0
+    divisor = temperature if isinstance(temperature, Tensor) else values.new_tensor(temperature, dtype=torch.float64)
+    tensors = (values, embed_weight, embed_bias, *gate, divisor, score_mask, keep, cu_seqlens)
+    if choose(values) == "reference":
+        return AttentionPool(
+            *reference.gated_attention_pool(
+                *tensors, embed_dropout=embed_dropout, gate_dropout=gate_dropout, seed=seed, activation=activation
+            )
+        )
+    dtype = product_dtype(values, v_weight)
+    keep_instances, keep_branches = _what_fits(memory_budget, values, dtype, embed_weight, v_weight, u_weight)
+    results = ops.gated_pool(
+        *tensors, embed_dropout, keep_instances, gate_dropout, seed, activation, keep_branches, dtype
     )
-    _check_masks(raw, temperature, score_mask, keep)
-    scores = reference.masked_scores(raw, temperature, score_mask, keep)
-    return AttentionPool(scores, *attention_pool(scores, values, cu_seqlens))
+    return AttentionPool(*results[:4])
 
 
-def _check_parameters(
+def _what_fits(
+    budget: int | None,
     values: Tensor,
+    dtype: torch.dtype,
+    embed_weight: Tensor | None,
+    v_weight: Tensor,
+    u_weight: Tensor | None,
+) -> tuple[bool, bool]:
+    """Return whether embedded instances and branches may be kept; each saves as much work per byte as the other."""
+    left = float("inf") if budget is None else budget
+    size = values.shape[0] * dtype.itemsize
+    instances = 0 if embed_weight is None else size * embed_weight.shape[0]
+    branches = size * v_weight.shape[0] * (1 if u_weight is None else 2)
+    keeps_instances = 0 < instances <= left
+    return keeps_instances, branches <= left - instances * keeps_instances
+
+
+def _check_gate(
+    values: Tensor,
+    width: int,
     v_weight: Tensor,
     v_bias: Tensor | None,
     u_weight: Tensor | None,
@@ -162,12 +191,11 @@ def _check_parameters(
     w_weight: Tensor,
     w_bias: Tensor | None,
 ) -> None:
-    check_floating("values", values, ("N", "D"))
-    check_floating("v_weight", v_weight, ("A", values.shape[1]), values)
+    check_floating("v_weight", v_weight, ("A", width), values)
     hidden = v_weight.shape[0]
     check_floating("w_weight", w_weight, ("H", hidden), values)
     if u_weight is not None:
-        check_floating("u_weight", u_weight, (hidden, values.shape[1]), values)
+        check_floating("u_weight", u_weight, (hidden, width), values)
     elif u_bias is not None:
         raise ValueError("u_bias: expected None because u_weight is None, given a tensor")
     sized = {"v_bias": (v_bias, hidden), "u_bias": (u_bias, hidden), "w_bias": (w_bias, w_weight.shape[0])}
@@ -179,14 +207,39 @@ def _check_parameters(
     )
 
 
-def _check_masks(scores: Tensor, temperature: float | Tensor, score_mask: Tensor | None, keep: Tensor | None) -> None:
+def _check_embedding(values: Tensor, embed_weight: Tensor | None, embed_bias: Tensor | None) -> int:
+    """Return the width of the instances that are scored and pooled."""
+    check_floating("values", values, ("N", "D"))
+    if embed_weight is None:
+        if embed_bias is not None:
+            raise ValueError("embed_bias: expected None because embed_weight is None, given a tensor")
+        return values.shape[1]
+    check_floating("embed_weight", embed_weight, ("E", values.shape[1]), values)
+    if embed_bias is not None:
+        check_floating("embed_bias", embed_bias, (embed_weight.shape[0],), values)
+    return embed_weight.shape[0]
+
+
+def _check_options(activation: str, **dropouts: float) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation: expected tanh or relu, given {activation!r}")
+    for name, probability in dropouts.items():
+        check_unit_interval(name, probability)
+
+
+def _check_masks(
+    shape: tuple[int, int],
+    values: Tensor,
+    temperature: float | Tensor,
+    score_mask: Tensor | None,
+    keep: Tensor | None,
+) -> None:
     if isinstance(temperature, Tensor):
-        check_floating("temperature", temperature, ())
+        check_floating("temperature", temperature, (), values)
     elif not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, given {temperature}")
-    shape = scores.shape
     if score_mask is not None:
-        check_floating("score_mask", score_mask, shape[: score_mask.dim()], scores)
+        check_floating("score_mask", score_mask, shape[: score_mask.dim()], values)
         check_no_nan("score_mask", score_mask)
     if keep is not None:
-        check_bool("keep", keep, shape[: keep.dim()], scores)
+        check_bool("keep", keep, shape[: keep.dim()], values)

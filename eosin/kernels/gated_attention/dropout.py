@@ -14,8 +14,7 @@ _COLUMN_SALT = 0x5BD1E995
 
 def keep_mask(
     seed: int,
-    n_rows: int,
-    n_columns: int,
+    shape: tuple[int, ...],
     probability: float,
     *,
     branch: int,
@@ -28,12 +27,12 @@ def keep_mask(
     ----------
     seed : int
         31-bit seed of this call.
-    n_rows, n_columns : int
-        Size of the block.
+    shape : tuple of int
+        Rows and columns of the block.
     probability : float
         Chance of an entry to be dropped.
     branch : int
-        0 for the tanh branch, 1 for the gate.
+        0 for the activated branch, 1 for the gate, 2 for the embedding.
     device : torch.device
         Where the mask is wanted.
     first_row : int, optional
@@ -44,6 +43,7 @@ def keep_mask(
     (n_rows, n_columns) bool
         True where kept.
     """
+    n_rows, n_columns = shape
     rows = row_hash(seed, branch, torch.arange(first_row, first_row + n_rows, device=device))
     columns = column_hash(seed, branch, torch.arange(n_columns, device=device))
     bits = _mixed(rows[:, None] ^ columns[None, :])
@@ -62,7 +62,7 @@ def row_hash(seed: int, branch: int, rows: Tensor) -> Tensor:
 
 def column_hash(seed: int, branch: int, columns: Tensor) -> Tensor:
     """Return the int32 hash of hidden column numbers."""
-    return _mixed(_mixed(columns.to(torch.int32) + _COLUMN_SALT) ^ (seed ^ (branch + 2)))
+    return _mixed(_mixed(columns.to(torch.int32) + _COLUMN_SALT) ^ (seed ^ (branch + 4)))
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

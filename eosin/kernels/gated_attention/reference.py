@@ -6,7 +6,8 @@ ICML 2018, https://arxiv.org/abs/1802.04712, equations 8 and 9. For an instance 
     t = act(V x + b_V),   g = σ(U x + b_U) (absent without a gate),   r_h = w_h · (t ⊙ g) + b_h,
     s_h = r_h / temperature + mask_h   (-inf where the instance is dropped).
 
-Gate dropout zeroes entries of t and of g with probability p and scales the rest by 1 / (1 - p).
+An embedding in front, ``h = dropout(relu(W x + b))`` as in CLAM (Lu et al., 2021), takes the place of x in all of it.
+Dropout zeroes entries of h, of t and of g with probability p and scales the rest by 1 / (1 - p).
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels.gated_attention.dropout import keep_mask
+from eosin.kernels.segment_pool.reference import attention_pool
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -33,7 +35,7 @@ def gated_attention_scores(
     activation: str = "tanh",
 ) -> Tensor:
     """Score every instance for every head: (N, D) -> (N, H)."""
-    dtype = accumulation_dtype(values.dtype)
+    dtype = accumulation_dtype(torch.promote_types(values.dtype, v_weight.dtype))
     x = values.to(dtype)
     hidden = ACTIVATIONS[activation](linear(x, v_weight.to(dtype), _cast(v_bias, dtype)))
     hidden = _dropped(hidden, gate_dropout, seed, branch=0)
@@ -43,7 +45,56 @@ def gated_attention_scores(
     return linear(hidden, w_weight.to(dtype), _cast(w_bias, dtype))
 
 
-def masked_scores(raw: Tensor, temperature: float | Tensor, score_mask: Tensor | None, keep: Tensor | None) -> Tensor:
+def embedded(
+    values: Tensor, embed_weight: Tensor | None, embed_bias: Tensor | None, *, embed_dropout: float, seed: int
+) -> Tensor:
+    """Return ``dropout(relu(W x + b))``, or the values themselves without W: (N, D) -> (N, E)."""
+    if embed_weight is None:
+        return values
+    dtype = accumulation_dtype(torch.promote_types(values.dtype, embed_weight.dtype))
+    instances = torch.relu(linear(values.to(dtype), embed_weight.to(dtype), _cast(embed_bias, dtype)))
+    return _dropped(instances, embed_dropout, seed, branch=2)
+
+
+def gated_attention_pool(
+    values: Tensor,
+    embed_weight: Tensor | None,
+    embed_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    temperature: Tensor,
+    score_mask: Tensor | None,
+    keep: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    embed_dropout: float = 0.0,
+    gate_dropout: float = 0.0,
+    seed: int = 0,
+    activation: str = "tanh",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scores (N, H), pooled (B, H, E), log-sum-exp (B, H) and entropy (B, H)."""
+    instances = embedded(values, embed_weight, embed_bias, embed_dropout=embed_dropout, seed=seed)
+    raw = gated_attention_scores(
+        instances,
+        v_weight,
+        v_bias,
+        u_weight,
+        u_bias,
+        w_weight,
+        w_bias,
+        gate_dropout=gate_dropout,
+        seed=seed,
+        activation=activation,
+    )
+    scores = masked_scores(raw, temperature, score_mask, keep)
+    return scores, *attention_pool(scores, instances, cu_seqlens)
+
+
+def masked_scores(raw: Tensor, temperature: Tensor, score_mask: Tensor | None, keep: Tensor | None) -> Tensor:
     """Apply temperature, additive mask and keep mask to raw scores: (N, H) -> (N, H)."""
     scores = raw / temperature
     if score_mask is not None:
@@ -58,7 +109,7 @@ def _per_head(mask: Tensor) -> Tensor:
 def _dropped(hidden: Tensor, probability: float, seed: int, branch: int) -> Tensor:
     if probability == 0:
         return hidden
-    keep = keep_mask(seed, hidden.shape[0], hidden.shape[1], probability, branch=branch, device=hidden.device)
+    keep = keep_mask(seed, hidden.shape, probability, branch=branch, device=hidden.device)
     return hidden * keep / (1 - probability)
 
 

@@ -1,199 +1,432 @@
-"""Attention scores by blocks of rows: nothing of size (N, A) outlives its block, in the forward or the backward pass.
+"""Attention scores and pooling by blocks of rows: nothing of size (N, A) outlives its block unless asked to.
 
-The backward pass projects each block again. Products run in the wider of the instances' and the parameters' types,
-the gate and all sums over instances in float32 at least.
+Each block is projected, gated, scored and added to its bags' running sums while it is in the cache. The state of a
+bag is (m, l, e, Z) = (max s, Σ e^(s-m), Σ e^(s-m)(s-m), Σ e^(s-m) h), and two states merge associatively. The backward
+pass goes over the same blocks; what was not kept is computed again. Products run in one type, the gate's derivative,
+the softmax and all sums over instances in float32 at least.
 """
 
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eosin.kernels._checks import accumulation_dtype
-from eosin.kernels.gated_attention import reference
+from eosin.kernels._checks import host_offsets
+from eosin.kernels._products import affine, product, transposed_product
 from eosin.kernels.gated_attention.dropout import keep_mask
 
-ROWS = 8192  # rows per block: 16 MB of float32 projections at A = 256
+ROWS = 2048  # rows per block: 2 MB of float32 per branch at A = 256, about the L2 cache
+NEVER = float("-inf")
+GATE_BRANCHES = (0, 1)
+EMBEDDING_BRANCH = 2
 
 
-def gated_attention_scores(
-    values: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    *,
-    gate_dropout: float = 0.0,
-    seed: int = 0,
-    activation: str = "tanh",
-) -> Tensor:
-    """Score every instance for every head, as `reference.gated_attention_scores`."""
-    tensors = (values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    scores: Tensor = _GatedScores.apply(*tensors, gate_dropout, seed, activation)
-    return scores
+@dataclass(frozen=True)
+class Embedding:
+    """The instances that are scored and pooled: the values themselves, or ``h = dropout(relu(W x + b))``.
+
+    Parameters
+    ----------
+    weight, bias : (E, D) or None, (E,) or None
+        The projection; None leaves the values as they are.
+    dropout : float
+        Chance of an entry of h to be dropped.
+    seed : int
+        Seed of the dropout mask.
+    dtype : torch.dtype
+        Type in which products run.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    dropout: float
+    seed: int
+    dtype: torch.dtype
+
+    def rows(self, values: Tensor, first: int) -> Tensor:
+        """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E)."""
+        values = values.to(self.dtype)
+        if self.weight is None:
+            return values
+        embedded = affine(values, self.weight, self.bias, "relu")
+        if self.dropout:
+            keep = keep_mask(
+                self.seed,
+                embedded.shape,
+                self.dropout,
+                branch=EMBEDDING_BRANCH,
+                device=embedded.device,
+                first_row=first,
+            )
+            embedded *= keep
+            embedded /= 1 - self.dropout
+        return embedded
+
+    def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
+        """Return the gradient of ``W x + b``; where h is 0 it was cut off or dropped, and its gradient is 0."""
+        gradient = d_embedded * (embedded > 0)
+        return gradient.div_(1 - self.dropout) if self.dropout else gradient
+
+    def to_values(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
+        return gradient if self.weight is None else product(gradient.to(self.dtype), self.weight)
 
 
-class _GatedScores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (dropout, seed, activation) = arguments[:7], arguments[7:]
-        gate = Gate(*tensors[1:6], dropout=dropout, seed=seed, activation=activation, like=tensors[0])
-        values, w_weight, w_bias = tensors[0], tensors[5], tensors[6]
-        scores: Tensor = values.new_empty((len(values), len(w_weight)), dtype=gate.dtype)
-        for first in range(0, len(values), ROWS):
-            hidden = gate.hidden(values[first : first + ROWS], first)
-            torch.mm(hidden, w_weight.to(gate.dtype).T, out=scores[first : first + ROWS])
-        ctx.save_for_backward(*tensors)
-        ctx.options = dropout, seed, activation
-        if w_bias is not None:
-            scores += w_bias
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:7]
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            return *_composite_gradient(needs, grad, tensors, ctx.options), None, None, None
-        return *_chunked_gradient(needs, grad, tensors, ctx.options), None, None, None
-
-
+@dataclass(frozen=True)
 class Gate:
     """The hidden layer of the attention for one block of rows at a time, and its derivative.
 
     Parameters
     ----------
-    v_weight, v_bias, u_weight, u_bias, w_weight
-        As in the public function; the two projections run as one product.
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
+        As in the public function, the first and third in the type of the products.
     dropout, seed, activation
         As in the reference.
-    like : (N, D) Tensor
-        The instances, for the type of the products.
     """
 
-    def __init__(
-        self,
-        v_weight: Tensor,
-        v_bias: Tensor | None,
-        u_weight: Tensor | None,
-        u_bias: Tensor | None,
-        w_weight: Tensor,
-        *,
-        dropout: float,
-        seed: int,
-        activation: str,
-        like: Tensor,
-    ) -> None:
-        self.width = len(v_weight)
-        self.gated = u_weight is not None
-        self.dropout, self.seed, self.activation = dropout, seed, activation
-        self.product_dtype = torch.promote_types(like.dtype, v_weight.dtype)
-        self.dtype = accumulation_dtype(self.product_dtype)
-        stacked = v_weight if u_weight is None else torch.cat([v_weight, u_weight])
-        self.weight = stacked.to(self.product_dtype)  # (A or 2A, D)
-        self.w_weight = w_weight.to(self.dtype)
-        self.bias = self._stacked_bias(v_bias, u_bias)
+    v_weight: Tensor
+    v_bias: Tensor | None
+    u_weight: Tensor | None
+    u_bias: Tensor | None
+    w_weight: Tensor
+    w_bias: Tensor | None
+    dropout: float
+    seed: int
+    activation: str
 
-    def _stacked_bias(self, v_bias: Tensor | None, u_bias: Tensor | None) -> Tensor | None:
-        if v_bias is None and u_bias is None:
-            return None
-        parts = [v_bias, u_bias] if self.gated else [v_bias]
-        zeros = self.weight.new_zeros(self.width, dtype=self.dtype)
-        return torch.cat([zeros if part is None else part.to(self.dtype) for part in parts])
+    def branches(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return act(V h + b) and σ(U h + b) before dropout, in the type of the products: -> (n, A), (n, A)."""
+        hidden = affine(rows, self.v_weight, self.v_bias, self.activation)
+        return hidden, None if self.u_weight is None else affine(rows, self.u_weight, self.u_bias, "sigmoid")
 
-    def branches(self, rows: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-        """Return act(V x + b) and σ(U x + b) of a block, before dropout: (n, D) -> (n, A), (n, A)."""
-        projected = (rows.to(self.product_dtype) @ self.weight.T).to(self.dtype)
-        if self.bias is not None:
-            projected += self.bias
-        hidden = projected[:, : self.width]
-        hidden = hidden.tanh_() if self.activation == "tanh" else hidden.relu_()
-        return hidden, projected[:, self.width :].sigmoid_() if self.gated else None
-
-    def hidden(self, rows: Tensor, first: int) -> Tensor:
-        """Return the gated hidden layer of a block whose first row is ``first`` in the pack: (n, D) -> (n, A)."""
-        hidden, gate = self.branches(rows, first)
-        scale = self._dropout_scales(len(rows), first)
+    def scores(self, hidden: Tensor, gate: Tensor | None, first: int) -> Tensor:
+        """Return the raw scores of a block from its branches: (n, A), (n, A) -> (n, H)."""
+        layer = hidden.to(self.w_weight.dtype)
         if gate is not None:
-            hidden = hidden * gate
-        return hidden if scale is None else hidden * scale
+            layer = layer * gate
+        if self.dropout:
+            layer = layer * self._dropout_scales(len(hidden), first)
+        scores = layer @ self.w_weight.T
+        return scores if self.w_bias is None else scores.add_(self.w_bias)
 
-    def derivative(self, rows: Tensor, first: int, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden layer and the gradient of the projections: -> (n, A), (n, A or 2A)."""
-        hidden, gate = self.branches(rows, first)
-        scale = self._dropout_scales(len(rows), first)
-        d_hidden = d_scores @ self.w_weight
-        if scale is not None:
-            d_hidden *= scale
-        slope = 1 - hidden * hidden if self.activation == "tanh" else (hidden > 0).to(self.dtype)
-        if gate is None:
-            layer, d_projected = hidden, d_hidden * slope
-        else:
-            layer = hidden * gate
-            d_projected = torch.cat([d_hidden * gate * slope, d_hidden * layer * (1 - gate)], dim=1)
-        return (layer if scale is None else layer * scale), d_projected
+    def backward(
+        self, d_scores: Tensor, hidden: Tensor, gate: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of w, V h + b and U h + b: (n, H), (n, A), (n, A) -> (H, A), (n, A), (n, A)."""
+        dtype = self.w_weight.dtype
+        hidden = hidden.to(dtype)
+        d_layer = d_scores * self.w_weight if len(self.w_weight) == 1 else d_scores @ self.w_weight
+        layer = hidden if gate is None else hidden * gate
+        d_weight = None
+        if self.dropout:
+            scales = self._dropout_scales(len(hidden), first)
+            d_layer = d_layer.mul_(scales)
+            d_weight = d_scores.T @ (layer * scales)
+        d_weight = d_scores.T @ layer if d_weight is None else d_weight
+        d_gate = None if gate is None else (d_layer * layer).mul_(1 - gate.to(dtype))
+        d_hidden = d_layer if gate is None else d_layer.mul_(gate)
+        return d_weight, self._slope(hidden).mul_(d_hidden), d_gate
 
-    def _dropout_scales(self, n_rows: int, first: int) -> Tensor | None:
-        """Return what dropout multiplies the product of the branches with; tanh and σ are dropped apart."""
-        if self.dropout == 0:
-            return None
-        scale = torch.ones((), dtype=self.dtype, device=self.weight.device)
-        for branch in range(1 + self.gated):
+    def to_rows(self, d_hidden: Tensor, d_gate: Tensor | None) -> Tensor:
+        """Return the gradient of a block's instances through the projections: (n, A), (n, A) -> (n, E)."""
+        rows = product(d_hidden.to(self.v_weight.dtype), self.v_weight)
+        if d_gate is not None and self.u_weight is not None:
+            rows += product(d_gate.to(self.v_weight.dtype), self.u_weight)
+        return rows
+
+    def _slope(self, hidden: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return (hidden > 0).to(hidden.dtype)
+        return (hidden * hidden).neg_().add_(1)
+
+    def _dropout_scales(self, n_rows: int, first: int) -> Tensor:
+        """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""
+        scales = self.w_weight.new_full((n_rows, len(self.v_weight)), 1.0)
+        for branch in GATE_BRANCHES[: 1 if self.u_weight is None else 2]:
             keep = keep_mask(
-                self.seed,
-                n_rows,
-                self.width,
-                self.dropout,
-                branch=branch,
-                device=self.weight.device,
-                first_row=first,
+                self.seed, scales.shape, self.dropout, branch=branch, device=scales.device, first_row=first
             )
-            scale = scale * keep / (1 - self.dropout)
-        return scale
+            scales = scales.mul_(keep).div_(1 - self.dropout)
+        return scales
 
 
-def _chunked_gradient(
-    needs: tuple[bool, ...], grad: Tensor, tensors: tuple[Any, ...], options: tuple[float, int, str]
-) -> tuple[Tensor | None, ...]:
-    values, v_weight, v_bias, u_weight, u_bias, w_weight = tensors[:6]
-    dropout, seed, activation = options
-    gate = Gate(
-        v_weight, v_bias, u_weight, u_bias, w_weight, dropout=dropout, seed=seed, activation=activation, like=values
-    )
-    d_values = torch.empty_like(values) if needs[0] else None
-    d_weight = torch.zeros_like(gate.weight, dtype=gate.dtype)
-    d_bias = d_weight.new_zeros(len(d_weight))
-    d_w = torch.zeros_like(gate.w_weight)
-    for first in range(0, len(values), ROWS):
-        block = slice(first, first + ROWS)
-        hidden, d_projected = gate.derivative(values[block], first, grad[block])
-        d_w.addmm_(grad[block].T, hidden)
-        d_bias += d_projected.sum(0)
-        narrow = d_projected.to(gate.product_dtype)
-        d_weight += narrow.T @ values[block].to(gate.product_dtype)
+@dataclass(frozen=True)
+class Masks:
+    """What turns raw scores into scores: ``s = r / temperature + added``, -inf where not kept."""
+
+    temperature: Tensor
+    added: Tensor | None
+    keep: Tensor | None
+
+    def scores(self, raw: Tensor, block: slice) -> Tensor:
+        """Return the scores of a block from its raw ones."""
+        scores = raw / self.temperature
+        if self.added is not None:
+            scores += _per_head(self.added[block])
+        return scores if self.keep is None else scores.masked_fill_(~_per_head(self.keep[block]), NEVER)
+
+    def unmasked(self, scores: Tensor) -> Tensor:
+        """Return ``r / temperature`` from the scores, 0 where an instance is dropped."""
+        unmasked = scores if self.added is None else scores - _per_head(self.added)
+        return torch.where(scores == NEVER, 0, unmasked)
+
+    def passed(self, d_scores: Tensor, block: slice) -> Tensor:
+        """Return the gradient of a block's scores with nothing where an instance is dropped."""
+        return d_scores if self.keep is None else d_scores.masked_fill_(~_per_head(self.keep[block]), 0)
+
+
+class GateGradients:
+    """Running sums of the gradients of a gate's parameters."""
+
+    def __init__(self, gate: Gate) -> None:
+        dtype = gate.w_weight.dtype
+        self.gate = gate
+        self.v_weight = torch.zeros_like(gate.v_weight, dtype=dtype)
+        self.v_bias = self.v_weight.new_zeros(len(gate.v_weight))
+        self.u_weight = torch.zeros_like(self.v_weight)
+        self.u_bias = torch.zeros_like(self.v_bias)
+        self.w_weight = torch.zeros_like(gate.w_weight)
+
+    def add(
+        self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add a block; return the gradients of its projections V h + b and U h + b: (n, A), (n, A)."""
+        d_weight, d_hidden, d_gate = self.gate.backward(d_scores, hidden, opening, first)
+        self.w_weight += d_weight
+        self.v_weight += transposed_product(d_hidden.to(rows.dtype), rows)
+        self.v_bias += d_hidden.sum(0)
+        if d_gate is not None:
+            self.u_weight += transposed_product(d_gate.to(rows.dtype), rows)
+            self.u_bias += d_gate.sum(0)
+        return d_hidden, d_gate
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the forward pass leaves for the backward pass; a buffer of 0 rows is computed again instead.
+
+    Parameters
+    ----------
+    instances : (N, E) or (0, E)
+        Embedded instances.
+    branches : (N, A or 2A) or (0, ...)
+        act(V h + b) and σ(U h + b).
+    """
+
+    instances: Tensor
+    branches: Tensor
+
+    def put_instances(self, block: slice, rows: Tensor) -> None:
+        """Store a block's instances if they are kept."""
+        if len(self.instances):
+            self.instances[block] = rows
+
+    def put_branches(self, block: slice, hidden: Tensor, opening: Tensor | None) -> None:
+        """Store a block's branches if they are kept."""
+        if len(self.branches):
+            self.branches[block, : hidden.shape[1]] = hidden
+            if opening is not None:
+                self.branches[block, hidden.shape[1] :] = opening
+
+    def instances_of(self, block: slice, values: Tensor, embedding: Embedding) -> Tensor:
+        """Return a block's instances, kept or computed again."""
+        return self.instances[block] if len(self.instances) else embedding.rows(values[block], block.start)
+
+    def branches_of(self, block: slice, rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
+        """Return a block's branches, kept or computed again."""
+        if not len(self.branches):
+            return gate.branches(rows)
+        width = len(gate.v_weight)
+        return self.branches[block, :width], None if gate.u_weight is None else self.branches[block, width:]
+
+
+class SoftmaxGradient:
+    """The gradient of pooling within each bag.
+
+    Parameters
+    ----------
+    upstream : tuple of Tensor
+        Gradients of pooled (B, H, E), log-sum-exp (B, H) and entropy (B, H).
+    results : tuple of Tensor
+        The three themselves.
+    """
+
+    def __init__(self, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        self.d_pooled, d_lse, self.d_entropy = upstream
+        pooled, lse, entropy = results
+        self.level = d_lse - (pooled * self.d_pooled).sum(2)  # (B, H)
+        self.lse = torch.where(lse == NEVER, 0, lse)
+        self.middle = entropy - self.lse
+
+    def scores(self, bag: int, scores: Tensor, rows: Tensor) -> Tensor:
+        """Return the gradient of scores of one bag: (n, H), (n, E) -> (n, H)."""
+        weights = (scores - self.lse[bag]).exp_()
+        surprise = torch.where(weights > 0, scores + self.middle[bag], 0)
+        projected = rows.to(weights.dtype) @ self.d_pooled[bag].T
+        return weights * (projected + self.level[bag] - self.d_entropy[bag] * surprise)
+
+    def rows(self, bag: int, scores: Tensor) -> Tensor:
+        """Return the gradient of the pooled instances of one bag: (n, H) -> (n, E)."""
+        weights = (scores - self.lse[bag]).exp_()
+        return weights * self.d_pooled[bag] if weights.shape[1] == 1 else weights @ self.d_pooled[bag]
+
+
+class BagStates:
+    """Running (m, l, e, Z) of every bag while blocks of rows go by.
+
+    Parameters
+    ----------
+    n_bags, heads, width : int
+        B, H and E.
+    like : Tensor
+        A tensor on the device and of the accumulation type.
+    """
+
+    def __init__(self, n_bags: int, heads: int, width: int, like: Tensor) -> None:
+        self.top = like.new_full((n_bags, heads), NEVER)
+        self.total, self.spread = like.new_zeros(n_bags, heads), like.new_zeros(n_bags, heads)
+        self.weighted = like.new_zeros(n_bags, heads, width)
+
+    def add(self, bag: int, scores: Tensor, rows: Tensor) -> None:
+        """Merge rows of one bag into its state: (n, H), (n, E)."""
+        old = self.top[bag].clone()
+        top = torch.maximum(old, scores.amax(0))
+        shift = torch.where(top == NEVER, 0, top)
+        weights = (scores - shift).exp_()
+        relative = torch.where(weights > 0, scores - shift, 0)  # 0 · -inf would be NaN
+        decay = (old - shift).exp_()
+        lowered = torch.where(decay > 0, old - shift, 0)
+        self.spread[bag] = (self.spread[bag] + lowered * self.total[bag]) * decay + (weights * relative).sum(0)
+        self.total[bag] = self.total[bag] * decay + weights.sum(0)
+        self.weighted[bag].mul_(decay[:, None]).add_(weights.T @ rows.to(weights.dtype))
+        self.top[bag] = top
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pooled (B, H, E), log-sum-exp (B, H) and entropy (B, H)."""
+        seen = self.total > 0
+        total = torch.where(seen, self.total, 1)
+        lse = torch.where(seen, self.top + total.log(), NEVER)
+        return self.weighted / total[:, :, None], lse, total.log() - self.spread / total
+
+
+def pieces(offsets: list[int], block: slice) -> Iterator[tuple[int, slice]]:
+    """Yield the bags that a block of rows touches, each with its rows within the block."""
+    bag = bisect_right(offsets, block.start) - 1
+    while bag < len(offsets) - 1 and offsets[bag] < block.stop:
+        begin, end = max(offsets[bag], block.start), min(offsets[bag + 1], block.stop)
+        if begin < end:
+            yield bag, slice(begin - block.start, end - block.start)
+        bag += 1
+
+
+def blocks(n_rows: int) -> Iterator[slice]:
+    """Yield the rows of each block."""
+    for first in range(0, n_rows, ROWS):
+        yield slice(first, min(first + ROWS, n_rows))
+
+
+def score_forward(values: Tensor, gate: Gate, kept: Kept) -> Tensor:
+    """Return raw scores: (N, D) -> (N, H)."""
+    scores = values.new_empty((len(values), len(gate.w_weight)), dtype=gate.w_weight.dtype)
+    for block in blocks(len(values)):
+        branches = gate.branches(values[block].to(gate.v_weight.dtype))
+        scores[block] = gate.scores(*branches, block.start)
+        kept.put_branches(block, *branches)
+    return scores
+
+
+def score_backward(
+    d_scores: Tensor, values: Tensor, gate: Gate, kept: Kept, *, needs_values: bool
+) -> tuple[Tensor | None, GateGradients]:
+    """Return the gradient of the values (if needed) and of the gate's parameters."""
+    d_values = torch.empty_like(values) if needs_values else None
+    gradients = GateGradients(gate)
+    for block in blocks(len(values)):
+        rows = values[block].to(gate.v_weight.dtype)
+        hidden, opening = kept.branches_of(block, rows, gate)
+        d_branches = gradients.add(d_scores[block], rows, hidden, opening, block.start)
         if d_values is not None:
-            d_values[block] = narrow @ gate.weight
-    found = (
-        d_values,
-        d_weight[: gate.width],
-        d_bias[: gate.width],
-        d_weight[gate.width :],
-        d_bias[gate.width :],
-        d_w,
-        grad.sum(0),
-    )
-    return tuple(
-        gradient.to(tensor.dtype) if need and tensor is not None and gradient is not None else None
-        for need, tensor, gradient in zip(needs, tensors, found, strict=True)
-    )
+            d_values[block] = gate.to_rows(*d_branches)
+    return d_values, gradients
 
 
-def _composite_gradient(
-    needs: tuple[bool, ...], grad: Tensor, tensors: tuple[Any, ...], options: tuple[float, int, str]
-) -> tuple[Tensor | None, ...]:
-    dropout, seed, activation = options
-    scores = reference.gated_attention_scores(*tensors, gate_dropout=dropout, seed=seed, activation=activation)
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(scores, wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
+def pool_forward(
+    values: Tensor, embedding: Embedding, gate: Gate, masks: Masks, cu_seqlens: Tensor, kept: Kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scores, pooled, log-sum-exp and entropy, filling the buffers of ``kept``."""
+    offsets = host_offsets(cu_seqlens)
+    heads, width = gate.w_weight.shape[0], gate.v_weight.shape[1]
+    scores = values.new_empty((len(values), heads), dtype=gate.w_weight.dtype)
+    states = BagStates(len(offsets) - 1, heads, width, like=scores)
+    for block in blocks(len(values)):
+        rows = embedding.rows(values[block], block.start)
+        hidden, opening = gate.branches(rows)
+        scores[block] = masks.scores(gate.scores(hidden, opening, block.start), block)
+        for bag, part in pieces(offsets, block):
+            states.add(bag, scores[block][part], rows[part])
+        kept.put_instances(block, rows)
+        kept.put_branches(block, hidden, opening)
+    return scores, *states.finish()
+
+
+@dataclass(frozen=True)
+class PoolGradients:
+    """Gradients that `pool_backward` found; None where not needed."""
+
+    values: Tensor | None
+    embed_weight: Tensor | None
+    embed_bias: Tensor | None
+    gate: GateGradients
+    scores: Tensor  # (N, H), of the scores after temperature and masks
+
+
+def pool_backward(
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    values: Tensor,
+    embedding: Embedding,
+    gate: Gate,
+    masks: Masks,
+    cu_seqlens: Tensor,
+    kept: Kept,
+    *,
+    needs_values: bool,
+) -> PoolGradients:
+    """Return the gradients of everything from those of scores, pooled, log-sum-exp and entropy.
+
+    With c = h·g_z, ``ds = a (c - z·g_z + g_lse - g_E (s - lse + E)) + g_s``: the sum over instances in the softmax's
+    gradient is z·g_z and needs no pass of its own.
+    """
+    offsets = host_offsets(cu_seqlens)
+    softmax = SoftmaxGradient(upstream[1:], results[1:])
+    gradients, d_scores = GateGradients(gate), torch.empty_like(results[0])
+    d_values = torch.empty_like(values) if needs_values else None
+    d_weight = None if embedding.weight is None else values.new_zeros(embedding.weight.shape, dtype=d_scores.dtype)
+    d_bias = None if d_weight is None else d_weight.new_zeros(len(d_weight))
+    needs_rows = needs_values or d_weight is not None
+    for block in blocks(len(values)):
+        rows = kept.instances_of(block, values, embedding)
+        hidden, opening = kept.branches_of(block, rows, gate)
+        d_rows = rows.new_empty(rows.shape, dtype=d_scores.dtype) if needs_rows else None
+        for bag, part in pieces(offsets, block):
+            d_scores[block][part] = softmax.scores(bag, results[0][block][part], rows[part])
+            if d_rows is not None:
+                d_rows[part] = softmax.rows(bag, results[0][block][part])
+        d_scores[block] = masks.passed(d_scores[block] + upstream[0][block], block)
+        d_branches = gradients.add(d_scores[block] / masks.temperature, rows, hidden, opening, block.start)
+        if d_rows is None:
+            continue
+        d_rows += gate.to_rows(*d_branches)
+        if d_weight is not None and d_bias is not None:
+            d_rows = embedding.backward(d_rows, rows)
+            d_bias += d_rows.sum(0)
+            d_weight += transposed_product(d_rows.to(embedding.dtype), values[block].to(embedding.dtype))
+        if d_values is not None:
+            d_values[block] = embedding.to_values(d_rows)
+    return PoolGradients(d_values, d_weight, d_bias, gradients, d_scores)
+
+
+def _per_head(mask: Tensor) -> Tensor:
+    return mask[:, None] if mask.dim() == 1 else mask

@@ -1,0 +1,256 @@
+"""The memory-bounded paths as `torch.library` operators, so that `torch.compile` and `torch.export` see one node each.
+
+Every optional tensor that is absent, and every gradient that is not needed, is an empty tensor in the outputs: an
+operator's outputs are fixed. Second derivatives differentiate the plain definition.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eosin.kernels._checks import accumulation_dtype
+from eosin.kernels.gated_attention import reference
+from eosin.kernels.gated_attention.torch_impl import (
+    Embedding,
+    Gate,
+    GateGradients,
+    Kept,
+    Masks,
+    pool_backward,
+    pool_forward,
+    score_backward,
+    score_forward,
+)
+
+N_GATE = 6  # v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
+N_POOL_GRADIENTS = N_GATE + 5  # also values, embed_weight, embed_bias, temperature, score_mask
+_GATE = "Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias"
+_SCORE_OPTIONS = "float gate_dropout, int seed, str activation, bool keep_branches, ScalarType product_dtype"
+_SCORE_INPUTS = f"Tensor values, {_GATE}, {_SCORE_OPTIONS}"
+_POOL_TENSORS = (
+    f"Tensor values, Tensor? embed_weight, Tensor? embed_bias, {_GATE}, "
+    "Tensor temperature, Tensor? score_mask, Tensor? keep, Tensor cu_seqlens"
+)
+_POOL_INPUTS = f"{_POOL_TENSORS}, float embed_dropout, bool keep_instances, {_SCORE_OPTIONS}"
+
+
+@torch.library.custom_op(
+    "eosin::gated_scores", mutates_args=(), schema=f"({_SCORE_INPUTS}) -> (Tensor scores, Tensor branches)"
+)
+def gated_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return raw scores (N, H) and the branches kept for the backward pass."""
+    parameters, (dropout, seed, activation, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
+    gate = _gate(parameters, dropout, seed, activation, dtype)
+    kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
+    return score_forward(values, gate, kept), kept.branches
+
+
+@torch.library.custom_op(
+    "eosin::gated_scores_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor branches, bool needs_values, {_SCORE_INPUTS}) -> Tensor[]",
+)
+def gated_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+    """Return the gradients of the values and the six parameters, empty where absent."""
+    values, parameters = inputs[0], inputs[1 : 1 + N_GATE]
+    dropout, seed, activation, _, dtype = inputs[1 + N_GATE :]
+    gate = _gate(parameters, dropout, seed, activation, dtype)
+    kept = Kept(values.new_empty(0, 0), branches)
+    d_values, found = score_backward(grad, values, gate, kept, needs_values=needs_values)
+    return _dense([d_values, *_gate_gradients(found, grad)], inputs[: 1 + N_GATE])
+
+
+@torch.library.custom_op(
+    "eosin::gated_pool",
+    mutates_args=(),
+    schema=f"({_POOL_INPUTS}) -> "
+    "(Tensor scores, Tensor pooled, Tensor lse, Tensor entropy, Tensor instances, Tensor branches)",
+)
+def gated_pool(*inputs: Any) -> tuple[Tensor, ...]:
+    """Return scores (N, H), pooled (B, H, E), lse (B, H), entropy (B, H) and what the backward pass reads again."""
+    call = _PoolCall(*inputs)
+    kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
+    results = pool_forward(call.values, call.embedding, call.gate, call.masks, call.cu_seqlens, kept)
+    return *results, kept.instances, kept.branches
+
+
+@torch.library.custom_op(
+    "eosin::gated_pool_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] upstream, Tensor[] results, bool needs_values, {_POOL_INPUTS}) -> Tensor[]",
+)
+def gated_pool_backward(
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs_values: bool,  # noqa: FBT001
+    *inputs: Any,
+) -> list[Tensor]:
+    """Return the gradients of the first eleven tensors of `gated_pool`, empty where absent."""
+    call = _PoolCall(*inputs)
+    found = pool_backward(
+        (upstream[0], upstream[1], upstream[2], upstream[3]),
+        (results[0], results[1], results[2], results[3]),
+        call.values,
+        call.embedding,
+        call.gate,
+        call.masks,
+        call.cu_seqlens,
+        Kept(results[4], results[5]),
+        needs_values=needs_values,
+    )
+    d_raw = found.scores / call.masks.temperature
+    d_temperature = -(d_raw * call.masks.unmasked(results[0])).sum()
+    d_mask = found.scores.sum(1) if call.masks.added is not None and call.masks.added.dim() == 1 else found.scores
+    gradients = [found.values, found.embed_weight, found.embed_bias, *_gate_gradients(found.gate, d_raw)]
+    return _dense([*gradients, d_temperature, d_mask], inputs[:N_POOL_GRADIENTS])
+
+
+class _PoolCall:
+    """The flat arguments of `gated_pool`, put together."""
+
+    def __init__(self, *inputs: Any) -> None:
+        self.values, embed_weight, embed_bias = inputs[:3]
+        self.parameters = inputs[3 : 3 + N_GATE]
+        temperature, score_mask, keep, self.cu_seqlens, embed_dropout, self.keep_instances = inputs[9:15]
+        gate_dropout, seed, activation, self.keep_branches, self.dtype = inputs[15:]
+        self.gate = _gate(self.parameters, gate_dropout, seed, activation, self.dtype)
+        wide = self.gate.w_weight.dtype
+        self.embedding = Embedding(
+            _to(embed_weight, self.dtype), _to(embed_bias, wide), embed_dropout, seed, self.dtype
+        )
+        self.masks = Masks(temperature.to(wide), _to(score_mask, wide), keep)
+
+
+def _gate(parameters: tuple[Any, ...], dropout: float, seed: int, activation: str, dtype: torch.dtype) -> Gate:
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
+    wide = accumulation_dtype(dtype)
+    return Gate(
+        v_weight.to(dtype),
+        _to(v_bias, wide),
+        _to(u_weight, dtype),
+        _to(u_bias, wide),
+        w_weight.to(wide),
+        _to(w_bias, wide),
+        dropout=dropout,
+        seed=seed,
+        activation=activation,
+    )
+
+
+def _kept(values: Tensor, parameters: tuple[Any, ...], dtype: torch.dtype, *, instances: bool, branches: bool) -> Kept:
+    v_weight, u_weight = parameters[0], parameters[2]
+    n_rows = len(values)
+    n_branches = len(v_weight) * (1 if u_weight is None else 2)
+    return Kept(
+        values.new_empty((n_rows if instances else 0, v_weight.shape[1]), dtype=dtype),
+        values.new_empty((n_rows if branches else 0, n_branches), dtype=dtype),
+    )
+
+
+def _gate_gradients(found: GateGradients, d_raw: Tensor) -> list[Tensor | None]:
+    return [found.v_weight, found.v_bias, found.u_weight, found.u_bias, found.w_weight, d_raw.sum(0)]
+
+
+def _dense(gradients: list[Tensor | None], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Give each gradient its tensor's type; an empty tensor stands for none."""
+    anchor = inputs[0]
+    return [
+        anchor.new_empty(0) if gradient is None or tensor is None else gradient.to(tensor.dtype).reshape(tensor.shape)
+        for gradient, tensor in zip(gradients, inputs, strict=True)
+    ]
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+@gated_scores.register_fake
+def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    parameters, (_, _, _, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
+    kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
+    return values.new_empty((len(values), len(parameters[4])), dtype=accumulation_dtype(dtype)), kept.branches
+
+
+@gated_scores_backward.register_fake
+def _(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+    return _empty_gradients(inputs[: 1 + N_GATE], needs_values)
+
+
+@gated_pool.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    call = _PoolCall(*inputs)
+    kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
+    heads, width = call.gate.w_weight.shape[0], call.gate.v_weight.shape[1]
+    wide, n_bags = call.gate.w_weight, call.cu_seqlens.shape[0] - 1
+    sizes = ((len(call.values), heads), (n_bags, heads, width), (n_bags, heads), (n_bags, heads))
+    return *(wide.new_empty(size) for size in sizes), kept.instances, kept.branches
+
+
+@gated_pool_backward.register_fake
+def _(upstream: list[Tensor], results: list[Tensor], needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+    return _empty_gradients(inputs[:N_POOL_GRADIENTS], needs_values)
+
+
+def _empty_gradients(tensors: tuple[Any, ...], needs_values: bool) -> list[Tensor]:  # noqa: FBT001
+    values, *others = tensors
+    gradients = [torch.empty_like(values) if needs_values else values.new_empty(0)]
+    return gradients + [values.new_empty(0) if other is None else torch.empty_like(other) for other in others]
+
+
+def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[: 1 + N_GATE], output[1])
+    ctx.options = inputs[1 + N_GATE :]
+
+
+def _scores_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, branches = ctx.saved_tensors
+    nothing = (None,) * len(ctx.options)
+    if grad is None:
+        return (None,) * len(tensors) + nothing
+    if torch.is_grad_enabled():
+        dropout, seed, activation = ctx.options[:3]
+        scores = reference.gated_attention_scores(*tensors, gate_dropout=dropout, seed=seed, activation=activation)
+        return *_second_order(ctx, (scores,), tensors, (grad,)), *nothing
+    needs_values = ctx.needs_input_grad[0]
+    found = gated_scores_backward(grad.contiguous(), branches, needs_values, *tensors, *ctx.options)
+    return *_wanted(ctx, found), *nothing
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    n_tensors = N_POOL_GRADIENTS + 2
+    ctx.save_for_backward(*inputs[:n_tensors], *output)
+    ctx.n_tensors, ctx.options = n_tensors, inputs[n_tensors:]
+
+
+def _pool_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, results = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+    nothing = (None,) * (len(ctx.options) + 2)  # also keep and cu_seqlens
+    upstream = [
+        torch.zeros_like(result) if grad is None else grad for grad, result in zip(grads[:4], results[:4], strict=True)
+    ]
+    if torch.is_grad_enabled():
+        embed_dropout, _, gate_dropout, seed, activation = ctx.options[:5]
+        outputs = reference.gated_attention_pool(
+            *tensors, embed_dropout=embed_dropout, gate_dropout=gate_dropout, seed=seed, activation=activation
+        )
+        return *_second_order(ctx, outputs, tensors[:N_POOL_GRADIENTS], upstream), *nothing
+    found = gated_pool_backward(upstream, list(results), ctx.needs_input_grad[0], *tensors, *ctx.options)
+    return *_wanted(ctx, found), *nothing
+
+
+def _wanted(ctx: Any, found: list[Tensor]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(found, ctx.needs_input_grad, strict=False)]
+
+
+def _second_order(ctx: Any, outputs: Any, tensors: Any, upstream: Any) -> list[Tensor | None]:
+    needs = ctx.needs_input_grad[: len(tensors)]
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+gated_scores.register_autograd(_scores_gradient, setup_context=_save_scores)
+gated_pool.register_autograd(_pool_gradient, setup_context=_save_pool)
