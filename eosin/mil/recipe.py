@@ -50,8 +50,13 @@ class Training(Options):
         bags is accumulated over several packs (0: no limit).
     max_instances_per_bag : int
         A random sample of this many instances of a larger bag in each pass (0: all).
+    balance : str
+        ``sampling`` draws bags with replacement so that classes are equally frequent, ``weights`` weighs their losses
+        instead.
     clip_norm : float
         Largest norm of the gradient (0: not clipped).
+    ema : float
+        Decay per step of a moving average of the weights, which then is validated and deployed (0: none).
     standardize : bool
         Shift and scale each feature to mean 0 and standard deviation 1, measured on the training bags and stored in the
         model. On by default: it changes little for encoders with normalised output and rescues unscaled features.
@@ -72,7 +77,9 @@ class Training(Options):
     bags_per_step: PositiveInt = 1
     max_instances_per_step: int = Field(default=0, ge=0)
     max_instances_per_bag: int = Field(default=0, ge=0)
+    balance: Literal["none", "sampling", "weights"] = "none"
     clip_norm: NonNegativeFloat = 0.0
+    ema: float = Field(default=0.0, ge=0, lt=1)
     standardize: bool = True
     seed: int = Field(default=0, ge=0)
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from eosin.batch import write_text
 from eosin.errors import LabelError
+from eosin.files import write_text
 from eosin.mil.data import read_table, shown, slide_id
 
 PARTS = ("train", "val", "test")

@@ -53,6 +53,10 @@ class Task(Options):
         """Return the targets of rows of a label table, first dimension B; `LabelError` for a value of no meaning."""
         raise NotImplementedError
 
+    def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the values of each of `columns` again, from encoded targets."""
+        raise NotImplementedError
+
     def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each bag, (B,) float32 or wider, from logits (B, K)."""
         raise NotImplementedError
@@ -60,6 +64,9 @@ class Task(Options):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean of `bag_losses`, a scalar."""
         return self.bag_losses(logits, target).mean()
+
+    def require_trainable(self, target: Tensor) -> None:
+        """Raise `LabelError` when the targets of a training part leave something that could not be learnt."""
 
     def memberships(self, target: Tensor) -> Tensor:
         """Return (B, K) float: 1 where the class of an output is true, for terms that label instances or branches.
@@ -70,6 +77,16 @@ class Task(Options):
             If the task has no classes.
         """
         raise ConfigError(f"task {self.kind} has no classes; the method asked for them works with classification only")
+
+    def balance(self, target: Tensor) -> Tensor:
+        """Return a weight per example, (B,) with mean 1, that gives each class the same sum.
+
+        Raises
+        ------
+        ConfigError
+            If the task has no classes.
+        """
+        raise ConfigError(f"task {self.kind} has no classes to balance; set training.balance to none")
 
     def activate(self, logits: Tensor) -> Floats:
         """Return what the logits say, (B, outputs) float64; the mean of it over several models is an ensemble."""
@@ -104,6 +121,10 @@ class _ClassTask(Task):
         """Return class numbers, (B,) int64."""
         return torch.tensor([self._number(row[self.target]) for row in rows], dtype=torch.int64)
 
+    def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the names of the classes."""
+        return [np.asarray(self.classes)[target]]
+
     def _number(self, value: str) -> int:
         if value not in self.classes:
             raise LabelError(
@@ -111,6 +132,19 @@ class _ClassTask(Task):
                 "correct the label table"
             )
         return self.classes.index(value)
+
+    def require_trainable(self, target: Tensor) -> None:
+        """Refuse targets without an example of each class."""
+        counts = target.bincount(minlength=len(self.classes)).tolist()
+        absent = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if absent:
+            raise LabelError(f"no training slide of class {', '.join(absent)}; use fewer folds, or leave the class out")
+
+    def balance(self, target: Tensor) -> Tensor:
+        """Return weights proportional to one over the count of the example's class."""
+        counts = target.bincount(minlength=len(self.classes))
+        weights = 1 / counts[target].double()
+        return (weights / weights.mean()).float()
 
     def table(self, outputs: Floats) -> Columns:
         """Return ``prob_<class>`` columns and ``predicted``, the most probable class."""

@@ -1,0 +1,192 @@
+"""Cross-validation: a model per fold, out-of-fold predictions, and metrics over folds and over patients."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eosin.files import write_json, write_text
+from eosin.mil.data import Examples
+from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outputs, summarise_folds
+from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.recipe import Recipe
+from eosin.mil.splits import Cohort, Split, check_splits, with_validation
+from eosin.mil.tasks import Task
+from eosin.mil.train import fit
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.csv"
+VAL_FRACTION = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What a fold's model says of its test slides.
+
+    Attributes
+    ----------
+    number : int
+    ids, patient_ids : tuple of str
+    outputs : (n, outputs) float
+    targets : (n, ...) array
+    metrics : dict
+    """
+
+    number: int
+    ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    outputs: Floats
+    targets: NDArray[Any]
+    metrics: Metrics
+
+
+def cohort_of(examples: Examples, task: Task, rows: Sequence[Mapping[str, str]], *, site: str | None = None) -> Cohort:
+    """Return what splits must know of examples.
+
+    Parameters
+    ----------
+    examples : Examples
+    task : Task
+    rows : sequence of mappings
+        The rows of the label table of these examples, in their order.
+    site : str, optional
+        Column of sites that must not be on two sides.
+    """
+    sites = tuple(row[site] for row in rows) if site else ()
+    return Cohort(examples.ids, examples.patient_ids, tuple(task.strata(rows)), sites)
+
+
+def crossval(
+    recipe: Recipe,
+    task: Task,
+    examples: Examples,
+    splits: Sequence[Split],
+    cohort: Cohort,
+    out: Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    val_fraction: float = VAL_FRACTION,
+    resamples: int = RESAMPLES,
+    progress: Callable[[Fold], None] | None = None,
+) -> dict[str, Any]:
+    """Train and test every fold.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Fold `i` trains with seed ``training.seed + i``.
+    task : Task
+    examples : Examples
+        All labelled bags.
+    splits : sequence of Split
+        A fold without a validation part gets one from its training part, unless the recipe selects the last epoch.
+        Nothing is ever selected by a test part.
+    cohort : Cohort
+        Of these examples, see `cohort_of`.
+    out : Path
+        Receives ``fold_<i>/`` with each model, ``predictions.csv`` and ``metrics.json``. Folds that are there already,
+        of the same recipe and data, are not trained again.
+    device, precision
+        As in `eosin.mil.train.fit`.
+    val_fraction : float
+        Share of the training patients that select the model where a split has none.
+    resamples : int
+        Of the bootstrap over patients.
+    progress : callable, optional
+        Is given each fold when it is done.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds: ``metrics`` over folds (mean, standard_deviation, standard_error, interval,
+        n_folds), ``out_of_fold`` over all test predictions with intervals of a bootstrap over patients, and ``folds``.
+
+    Raises
+    ------
+    LabelError
+        If the splits leak, name unknown slides or leave a class out of a training part.
+    """
+    check_splits(splits, cohort)
+    plan = _Plan(recipe, task, examples, out, device, precision)
+    folds = []
+    for number, split in enumerate(splits):
+        fold = plan.run(number, _complete(split, recipe, cohort, val_fraction, number))
+        folds.append(fold)
+        if progress is not None:
+            progress(fold)
+    write_text(out / PREDICTIONS, _predictions(task, folds))
+    summary = _summary(recipe, task, folds, resamples)
+    write_json(out / METRICS, summary)
+    return summary
+
+
+def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
+    if recipe.training.select == "last":
+        return split
+    return with_validation(split, cohort, val_fraction=val_fraction, seed=recipe.training.seed + number)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What all folds have in common."""
+
+    recipe: Recipe
+    task: Task
+    examples: Examples
+    out: Path
+    device: str
+    precision: str
+
+    def run(self, number: int, split: Split) -> Fold:
+        """Train a fold and test it."""
+        training = self.recipe.training
+        seeded = training.model_copy(update={"seed": training.seed + number})
+        fitted = fit(
+            self.recipe.model_copy(update={"training": seeded}),
+            self.task,
+            self.examples.subset(split.train),
+            self.examples.subset(split.val),
+            folder=self.out / f"fold_{number}",
+            device=self.device,
+            precision=self.precision,
+        )
+        test = self.examples.subset(split.test)
+        outputs = predict_outputs(fitted.model, self.task, test.bags, test.ids, device=choose_device(self.device))
+        targets = test.targets.numpy()
+        return Fold(number, test.ids, test.patient_ids, outputs, targets, self.task.metrics(outputs, targets))
+
+
+def _predictions(task: Task, folds: Sequence[Fold]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(task.table(folds[0].outputs))
+    writer.writerow(["fold", "slide_id", "patient_id", *task.columns, *names])
+    for fold in folds:
+        columns = [*task.decode(fold.targets), *task.table(fold.outputs).values()]
+        for row, (slide, patient) in enumerate(zip(fold.ids, fold.patient_ids, strict=True)):
+            writer.writerow([fold.number, slide, patient, *(column[row] for column in columns)])
+    return text.getvalue()
+
+
+def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+    pooled = bootstrap(
+        task,
+        np.concatenate([fold.outputs for fold in folds]),
+        np.concatenate([fold.targets for fold in folds]),
+        [patient for fold in folds for patient in fold.patient_ids],
+        resamples=resamples,
+    )
+    return {
+        "task": task.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "n_folds": len(folds),
+        "metrics": summarise_folds([fold.metrics for fold in folds]),
+        "out_of_fold": {name: estimate.as_json() for name, estimate in pooled.items()},
+        "folds": [{"fold": fold.number, "n_test": len(fold.ids), **fold.metrics} for fold in folds],
+    }

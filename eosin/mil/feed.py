@@ -1,0 +1,105 @@
+"""From bags in files to packs on a device: which bags are computed together, and in which order."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eosin.mil.bags import PackedBags
+from eosin.mil.data import BagSource, Examples
+
+EVALUATION_INSTANCES = 100_000
+KEPT_BYTES = 256 * 2**20
+
+
+def pack_bags(
+    bags: BagSource, ids: Sequence[str], *, most_per_bag: int = 0, generator: torch.Generator | None = None
+) -> PackedBags:
+    """Load bags and pack them, in their stored dtype, on the host.
+
+    Parameters
+    ----------
+    bags : BagSource
+    ids : sequence of str
+    most_per_bag : int
+        A random sample of this many instances stands for a larger bag; 0 takes all.
+    generator : torch.Generator, optional
+        Draws the samples.
+    """
+    return PackedBags.pack([_load(bags, name, most_per_bag, generator) for name in ids], ids=tuple(ids))
+
+
+def _load(bags: BagSource, name: str, most: int, generator: torch.Generator | None) -> Tensor:
+    length = bags.length(name)
+    if not most or length <= most:
+        return bags.load(name)
+    return bags.load(name, torch.randperm(length, generator=generator)[:most].sort().values)
+
+
+def group_by_budget(lengths: Sequence[int], most_instances: int) -> list[list[int]]:
+    """Group consecutive bags; a group exceeds the budget of instances only if its single bag does; 0: one group.
+
+    Returns
+    -------
+    list of lists of int
+        Positions in `lengths`; every position once, in order.
+    """
+    groups: list[list[int]] = []
+    filled = 0
+    for position, length in enumerate(lengths):
+        if not groups or (most_instances and filled + length > most_instances):
+            groups.append([])
+            filled = 0
+        groups[-1].append(position)
+        filled += length
+    return groups
+
+
+class EvaluationPacks:
+    """All examples in packs, made again at each pass, or kept on the device when they are small.
+
+    Parameters
+    ----------
+    bags : BagSource
+    ids : sequence of str
+    device : torch.device
+    most_instances : int
+        Per pack.
+    """
+
+    def __init__(
+        self, bags: BagSource, ids: Sequence[str], device: torch.device, *, most_instances: int = EVALUATION_INSTANCES
+    ) -> None:
+        lengths = [bags.length(name) for name in ids]
+        self._bags = bags
+        self._groups = [[ids[place] for place in group] for group in group_by_budget(lengths, most_instances)]
+        self._device = device
+        self._kept: list[PackedBags] = []
+        self._keep = 4 * sum(lengths) * bags.spec.dim <= KEPT_BYTES
+
+    def __iter__(self) -> Iterator[PackedBags]:
+        if self._kept:
+            yield from self._kept
+            return
+        for group in self._groups:
+            pack = on_device(pack_bags(self._bags, group), self._device)
+            if self._keep:
+                self._kept.append(pack)
+            yield pack
+
+
+def on_device(bags: PackedBags, device: torch.device) -> PackedBags:
+    """Return the bags on a device with float32 values (float64 stays), converted after the transfer."""
+    moved = bags.to(device)
+    return moved if moved.values.dtype == torch.float64 else moved.with_values(moved.values.float())
+
+
+def draw_order(
+    examples: Examples, weights: Tensor | None, generator: torch.Generator, *, bags_per_step: int
+) -> list[list[int]]:
+    """Return the examples of each step of a pass: all once in random order, or drawn with replacement by weight."""
+    if weights is None:
+        order = torch.randperm(len(examples), generator=generator)
+    else:
+        order = torch.multinomial(weights, len(examples), replacement=True, generator=generator)
+    return [step.tolist() for step in order.split(bags_per_step)]  # type: ignore[no-untyped-call]

@@ -1,0 +1,96 @@
+"""The state of an unfinished training, in one file that is whole or absent: tensors, and facts as JSON beside them."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from eosin.files import write_file, write_text
+
+STATE = "state.safetensors"
+LOG = "log.csv"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything from which a training continues to the same weights.
+
+    Attributes
+    ----------
+    tensors : mapping of str to Tensor
+    facts : mapping
+        JSON; ``fingerprint`` says which training it is of.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Write the state; `OutputError` when the folder cannot be written."""
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
+    metadata = {"state": json.dumps(dict(state.facts), allow_nan=False)}
+    data = save(tensors, metadata)
+    write_file(folder / STATE, lambda path: _write_bytes(path, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def forget_state(folder: Path) -> None:
+    """Remove the state of a training that is finished."""
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def read_state(folder: Path, fingerprint: str) -> State | None:
+    """Read the state of this very training; None when there is none, or it is of other options, bags or labels."""
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); training starts anew", path, error)
+        return None
+    if facts.get("fingerprint") != fingerprint:
+        logger.warning("%s is of another training; training starts anew", path)
+        return None
+    return State(tensors, facts)
+
+
+def write_log(folder: Path, history: Sequence[Mapping[str, float | int | None]]) -> None:
+    """Write one line per pass as ``log.csv``; an undefined value is an empty cell."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for epoch in history for name in epoch))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(folder / LOG, text.getvalue())
+
+
+def read_log(folder: Path) -> tuple[dict[str, float | int | None], ...]:
+    """Read ``log.csv`` again; empty when there is none."""
+    path = folder / LOG
+    if not path.exists():
+        return ()
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple({name: _number(text) for name, text in row.items()} for row in csv.DictReader(file))
+
+
+def _number(text: str) -> float | int | None:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)

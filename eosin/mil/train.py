@@ -1,0 +1,466 @@
+"""The training loop; it exists once and names no method.
+
+A step: the strategy's forward on each pack of the step, backward, clipping, the optimizer, `after_step`. A pass ends
+with the validation of `inference_model`. Every random draw of a pass comes from the seed and the number of the pass, so
+a run that was killed continues from its last state to the same weights.
+"""
+
+import copy
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
+from eosin.mil.bags import PackedBags
+from eosin.mil.checkpoint import CARD, ModelCard, build_model, load_model, save_model
+from eosin.mil.data import Examples, shown
+from eosin.mil.evaluate import choose_device, compute_logits
+from eosin.mil.feed import EVALUATION_INSTANCES, EvaluationPacks, draw_order, group_by_budget, on_device, pack_bags
+from eosin.mil.recipe import Recipe, Training
+from eosin.mil.resume import State, forget_state, read_log, read_state, write_log, write_state
+from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
+from eosin.mil.standardize import Standardized, Standardizer
+from eosin.mil.tasks import Task
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+STATE_INTERVAL_S = 60.0
+
+Epoch = dict[str, float | int | None]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained model and how it came about.
+
+    Attributes
+    ----------
+    model : Aggregator
+        The chosen model in evaluation mode; takes features as they come from their files.
+    card : ModelCard
+    history : tuple of dict
+        One per pass: learning rate, each part of the objective by name, validation loss and metrics.
+    """
+
+    model: Aggregator
+    card: ModelCard
+    history: tuple[Epoch, ...]
+
+    def save(self, folder: Path) -> ModelCard:
+        """Write the model folder; see `eosin.mil.checkpoint.save_model`."""
+        return save_model(folder, self.model, self.card)
+
+
+class Objective(nn.Module):
+    """What is minimised: the strategy's step, the task's loss and the loss terms, with all their parameters.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    model : Aggregator
+    task : Task
+    """
+
+    def __init__(self, recipe: Recipe, model: Aggregator, task: Task) -> None:
+        super().__init__()
+        self.strategy: Strategy = STRATEGIES.build(recipe.strategy.name, model, task, options=recipe.strategy.options)
+        self.terms = nn.ModuleList(
+            LOSS_TERMS.build(term.name, model, task, options=term.options) for term in recipe.terms
+        )
+        self._names = [term.name for term in recipe.terms]
+        self._weights = [term.weight for term in recipe.terms]
+        self._bag_weight = recipe.bag_weight
+        self._task = task
+
+    def forward(
+        self, bags: PackedBags, target: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Step, dict[str, Tensor]]:
+        """Return the objective, the step, and each part by name; `weights` (B,) weigh the bag losses."""
+        step: Step = self.strategy(bags, target)
+        if weights is None:
+            bag = self._task.loss(step.output.logits, target)
+        else:
+            bag = (self._task.bag_losses(step.output.logits, target) * weights).mean()
+        parts = {"bag": bag, **step.extra}
+        total = self._bag_weight * bag + sum(step.extra.values(), start=torch.zeros_like(bag))
+        for name, weight, term in zip(self._names, self._weights, self.terms, strict=True):
+            parts[name] = term(step.output, step.bags, target)
+            total = total + weight * parts[name]
+        return total, step, {name: part.detach() for name, part in parts.items()}
+
+    def start_step(self, progress: float) -> None:
+        """Tell the strategy and the terms which fraction of the training is done."""
+        for part in (self.strategy, *self.terms):
+            part.start_step(progress)
+
+
+def fit(
+    recipe: Recipe,
+    task: Task,
+    train: Examples,
+    val: Examples | None = None,
+    *,
+    folder: Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    progress: Callable[[Epoch], None] | None = None,
+    state_interval_s: float = STATE_INTERVAL_S,
+) -> Fitted:
+    """Train a model.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    task : Task
+    train, val : Examples
+        Bags to learn from, and bags by which the epoch is chosen and training is stopped early; without `val`, the
+        recipe must select the last epoch.
+    folder : Path, optional
+        Receives ``model.safetensors``, ``model.json``, ``log.csv`` and the state to resume from; a run with the same
+        recipe and examples that was killed continues there.
+    device : str
+        ``auto``, ``cpu``, ``cuda``.
+    precision : {"fp32", "bf16"}
+        bf16 is autocast; losses stay in float32.
+    progress : callable, optional
+        Is given each pass's line of the history.
+    state_interval_s : float
+        Seconds between two saved states.
+
+    Raises
+    ------
+    ConfigError
+        If a name or option of the recipe does not exist, or parts of it do not fit together.
+    LabelError
+        If training bags lack a class, or there are no bags to select by.
+    EosinError
+        With code ``diverged``: a loss is not finite; the message names the bags.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known; use {' or '.join(PRECISIONS)}")
+    _require_examples(recipe.training, task, train, val)
+    fingerprint = _fingerprint(recipe, task, train, val, f"{precision} {choose_device(device).type}")
+    done = None if folder is None else _finished(folder, fingerprint)
+    if done is not None:
+        return done
+    with _own_randomness(recipe.training.seed, device):
+        run = _Run(recipe, task, train, val, device=device, precision=precision)
+        run.fingerprint = fingerprint
+        if folder is not None:
+            run.resume(read_state(folder, fingerprint))
+        saved = time.monotonic()
+        for epoch in run.passes():
+            if progress is not None:
+                progress(epoch)
+            if folder is not None and time.monotonic() - saved > state_interval_s:
+                write_state(folder, run.state())
+                saved = time.monotonic()
+    fitted = run.result()
+    if folder is not None:
+        write_log(folder, fitted.history)
+        fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
+        forget_state(folder)
+    return fitted
+
+
+def _finished(folder: Path, fingerprint: str) -> Fitted | None:
+    """Return the model that an earlier call with the same arguments left in the folder, if any."""
+    if not (folder / CARD).exists():
+        return None
+    try:
+        model, card = load_model(folder)
+    except CheckpointError as error:
+        logger.warning("%s; training starts anew", error)
+        return None
+    return Fitted(model, card, read_log(folder)) if card.training.get("fingerprint") == fingerprint else None
+
+
+def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | None, machine: str) -> str:
+    """Return a hash of everything that determines the result."""
+    digest = hashlib.sha256(machine.encode())
+    for part in (recipe, task, train.bags.spec):
+        digest.update(part.to_json().encode())
+    for examples in (train, val):
+        if examples is not None:
+            digest.update(repr((examples.ids, examples.targets.tolist())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _require_examples(training: Training, task: Task, train: Examples, val: Examples | None) -> None:
+    if not len(train):
+        raise LabelError("there are no slides to train on")
+    if training.select != "last" and (val is None or not len(val)):
+        raise LabelError(
+            f"training.select is {training.select!r}, but there are no validation slides; give some, or select 'last'"
+        )
+    task.require_trainable(train.targets)
+
+
+@contextmanager
+def _own_randomness(seed: int, device: str) -> Iterator[None]:
+    """Seed torch for the block and leave the caller's generators as they were."""
+    gpus = [torch.cuda.current_device()] if choose_device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Run:
+    """One training: its parts, and how far it has come."""
+
+    def __init__(
+        self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, device: str, precision: str
+    ) -> None:
+        place = choose_device(device)
+        index = [place.index or 0] if place.type == "cuda" else 1
+        self.fabric = Fabric(accelerator=place.type, devices=index, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+        self.recipe, self.task, self.train, self.val = recipe, task, train, val
+        self.options = recipe.training
+        device_ = self.fabric.device
+        self.objective = Objective(recipe, build_model(recipe, task, train.bags.spec.dim), task).to(device_)
+        self.standardizer: Standardizer | None = None
+        if self.options.standardize:
+            self.standardizer = Standardizer.measure(train.bags, train.ids).to(device_)
+        self.average = copy.deepcopy(self.objective.strategy.inference_model()) if self.options.ema else None
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.options, self.parameters)
+        balance = task.balance(train.targets) if self.options.balance != "none" else None
+        self.draw_weights = balance if self.options.balance == "sampling" else None
+        self.loss_weights = balance.to(device_) if balance is not None and self.draw_weights is None else None
+        self.targets = train.targets.to(device_)
+        self.val_packs = None if val is None or not len(val) else self._evaluation_packs(val)
+        self.history: list[Epoch] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch = 0
+        self.fingerprint = ""
+        self.best_value: tuple[float, ...] = ()
+
+    def _evaluation_packs(self, val: Examples) -> EvaluationPacks:
+        most = self.options.max_instances_per_step or EVALUATION_INSTANCES
+        return EvaluationPacks(val.bags, val.ids, self.fabric.device, most_instances=most)
+
+    def passes(self) -> Iterator[Epoch]:
+        """Train and validate until the recipe's last pass or the early stop."""
+        while not self.finished():
+            epoch = self._train_pass(len(self.history)) | self._validate()
+            self.history.append(epoch)
+            self._keep_best(epoch)
+            yield epoch
+
+    def finished(self) -> bool:
+        """Return whether the last pass is done or the model has not become better for long enough."""
+        done = len(self.history)
+        if done >= self.options.epochs:
+            return True
+        patient = not self.options.patience or self.options.select == "last" or done < self.options.min_epochs
+        return not patient and done - self.best_epoch >= self.options.patience
+
+    def deployed(self) -> Aggregator:
+        """Return the model that is validated and saved, reading features as they come."""
+        model = self.average or self.objective.strategy.inference_model()
+        return model if self.standardizer is None else Standardized(self.standardizer, model)
+
+    def _train_pass(self, number: int) -> Epoch:
+        seed = int.from_bytes(hashlib.sha256(f"{self.options.seed} {number}".encode()).digest()[:7], "big")
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.objective.train()
+        steps = draw_order(self.train, self.draw_weights, generator, bags_per_step=self.options.bags_per_step)
+        logged: list[dict[str, Tensor]] = []
+        packs: list[tuple[str, ...]] = []
+        for place, members in enumerate(steps):
+            self._schedule(number + place / len(steps), len(steps))
+            for share, pack, rows in self._packs(members, generator):
+                logged.append(self._backward(pack, rows, share))
+                packs.append(pack.ids)
+            self._update()
+        rates: Epoch = {"epoch": number + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        return rates | self._averages(logged, packs)
+
+    def _packs(
+        self, members: Sequence[int], generator: torch.Generator
+    ) -> Iterator[tuple[float, PackedBags, list[int]]]:
+        """Yield the packs of a step: share of the step's bags, the bags on the device, their rows in the examples."""
+        bags, most = self.train.bags, self.options.max_instances_per_bag
+        lengths = [bags.length(self.train.ids[row]) for row in members]
+        capped = [min(length, most) if most else length for length in lengths]
+        for group in group_by_budget(capped, self.options.max_instances_per_step):
+            rows = [members[place] for place in group]
+            pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
+            moved = on_device(pack, self.fabric.device)
+            yield len(rows) / len(members), moved, rows
+
+    def _backward(self, pack: PackedBags, rows: list[int], share: float) -> dict[str, Tensor]:
+        weights = None if self.loss_weights is None else self.loss_weights[rows]
+        with self.fabric.autocast():
+            bags = pack if self.standardizer is None else self.standardizer(pack)
+            total, self.step, parts = self.objective(bags, self.targets[rows], weights)
+        self.fabric.backward(total * share)
+        logged: dict[str, Tensor] = {"objective": total.detach(), **parts}
+        return logged
+
+    def _update(self) -> None:
+        if self.options.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.strategy.after_step(self.step)
+        if self.average is not None:
+            move_average(self.average, self.objective.strategy.inference_model(), self.options.ema)
+
+    def _schedule(self, done: float, steps_per_pass: int) -> None:
+        """Set the learning rate and the strategy's progress from the number of passes that are done."""
+        rate = self.options.lr * rate_factor(self.options, done, step=1 / steps_per_pass)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.objective.start_step(done / self.options.epochs)
+
+    def _averages(self, logged: list[dict[str, Tensor]], packs: list[tuple[str, ...]]) -> Epoch:
+        """Return the mean of each part over the packs of a pass; the first wait for the device, and the check of it."""
+        columns = {name: torch.stack([parts[name].float() for parts in logged]).cpu() for name in logged[0]}
+        finite = columns["objective"].isfinite()
+        if not finite.all():
+            self._refuse(packs[int(finite.int().argmin())])
+        return {f"train_{name}": float(values.mean()) for name, values in columns.items()}
+
+    def _refuse(self, ids: Sequence[str]) -> None:
+        bad = [name for name in ids if not self.train.bags.load(name).isfinite().all()]
+        if bad:
+            raise EosinError(f"features of {shown(bad)} are not finite; extract them again", code="not-finite")
+        raise EosinError(
+            f"the loss is not finite at {shown(ids)}; use a lower learning rate or clip_norm", code="diverged"
+        )
+
+    def _validate(self) -> Epoch:
+        if self.val_packs is None or self.val is None:
+            return {}
+        with self.fabric.autocast():
+            logits = compute_logits(self.deployed(), self.val_packs)
+        metrics = self.task.metrics(self.task.activate(logits), self.val.targets.numpy())
+        loss = float(self.task.loss(logits, self.val.targets))
+        return {"val_loss": loss} | {f"val_{name}": value for name, value in metrics.items()}
+
+    def _keep_best(self, epoch: Epoch) -> None:
+        if self.options.select == "last":
+            self.best_epoch = len(self.history)
+            return
+        value = self._value(epoch)
+        if value > self.best_value:
+            self.best_value, self.best_epoch = value, len(self.history)
+            self.best = {name: tensor.detach().clone() for name, tensor in self.deployed().state_dict().items()}
+
+    def _value(self, epoch: Epoch) -> tuple[float, ...]:
+        """Return what is higher for a better model; an undefined metric counts as worst, the loss breaks ties."""
+        loss = epoch["val_loss"]
+        lower_is_better = -math.inf if loss is None or math.isnan(loss) else -loss
+        if self.options.select == "loss":
+            return (lower_is_better,)
+        metric = epoch[f"val_{self.task.selection_metric}"]
+        return (-math.inf if metric is None else metric, lower_is_better)
+
+    def result(self) -> Fitted:
+        """Return the chosen model."""
+        model = copy.deepcopy(self.deployed())
+        if self.best:
+            model.load_state_dict(self.best)
+        chosen = self.history[self.best_epoch - 1]
+        facts = {
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
+            "validation": {name[4:]: value for name, value in chosen.items() if name.startswith("val_")},
+            "n_train": len(self.train),
+            "n_train_patients": len(set(self.train.patient_ids)),
+            "n_val": len(self.val) if self.val is not None else 0,
+            "fingerprint": self.fingerprint,
+        }
+        card = ModelCard(
+            recipe=self.recipe, task=self.task.model_dump(mode="json"), features=self.train.bags.spec, training=facts
+        )
+        return Fitted(model.eval().cpu(), card, tuple(self.history))
+
+    def state(self) -> State:
+        """Return what `resume` needs; only between two passes."""
+        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        facts = {
+            "fingerprint": self.fingerprint,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_value": list(self.best_value),
+        }
+        return State(tensors, facts)
+
+    def resume(self, state: State | None) -> None:
+        """Continue where a state was left; nothing happens without one."""
+        if state is None:
+            return
+        self.objective.load_state_dict(_under("objective.", state.tensors))
+        if self.average is not None:
+            self.average.load_state_dict(_under("average.", state.tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _under("optimizer.", state.tensors).items():
+            number, name = key.split(".", 1)
+            moments.setdefault(int(number), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.best = {name: tensor.to(self.fabric.device) for name, tensor in _under("best.", state.tensors).items()}
+        self.history = list(state.facts["history"])
+        self.best_epoch = state.facts["best_epoch"]
+        self.best_value = tuple(state.facts["best_value"])
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def make_optimizer(options: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of a recipe."""
+    settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=options.betas[0], **settings)
+    kinds: dict[str, type[torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "radam": torch.optim.RAdam,
+    }
+    settings["betas"] = options.betas
+    return kinds[options.optimizer](parameters, **settings)
+
+
+def rate_factor(options: Training, done: float, *, step: float) -> float:
+    """Return the learning rate of the step after so many passes, as a fraction of its highest value.
+
+    It grows linearly over the passes of the warm-up, then stays or falls to 0 along half a cosine; `step` is the length
+    of a step in passes.
+    """
+    if done < options.warmup:
+        return min((done + step) / options.warmup, 1.0)
+    if options.schedule == "constant":
+        return 1.0
+    course = (done - options.warmup) / max(options.epochs - options.warmup, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * min(course, 1.0)))
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the weights of `average` towards those of `model`; buffers that are no floats are copied."""
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
