@@ -10,6 +10,8 @@ from scipy.stats import rankdata
 
 from eosin.wsi.grid import TileGrid
 
+Window = tuple[int, int, int, int]
+
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
@@ -65,13 +67,15 @@ class Heatmap:
         label = f"{self.label} (times the average tile)"
         return replace(self, values=values, kind=f"{self.kind}_relative", label=label)
 
-    def raster(self, mpp: float) -> NDArray[np.float32]:
-        """Paint the tiles on a plane of the whole slide.
+    def raster(self, mpp: float, *, window_px0: Window | None = None) -> NDArray[np.float32]:
+        """Paint the tiles on a plane.
 
         Parameters
         ----------
         mpp : float
             Resolution of the plane.
+        window_px0 : (x, y, w, h), optional
+            The part of the slide that the plane shows, level-0 pixels; the whole slide unless given.
 
         Returns
         -------
@@ -79,43 +83,56 @@ class Heatmap:
             NaN where no tile lies, the mean where tiles overlap. A pixel belongs to a tile when its centre
             does, so neighbours never overlap or leave a gap; a tile smaller than a pixel marks one pixel.
         """
-        height, _ = raster_shape(self.grid, mpp)
-        return next(self.raster_strips(mpp, rows=height))
+        height, _ = raster_shape(self.grid, mpp, window_px0)
+        return next(self.raster_strips(mpp, rows=height, window_px0=window_px0))
 
-    def raster_strips(self, mpp: float, *, rows: int) -> Iterator[NDArray[np.float32]]:
+    def raster_strips(
+        self, mpp: float, *, rows: int, window_px0: Window | None = None
+    ) -> Iterator[NDArray[np.float32]]:
         """Yield the plane of `raster` from top to bottom, `rows` rows at a time: memory is one strip."""
-        height, width = raster_shape(self.grid, mpp)
-        boxes = raster_boxes(self.grid, mpp)
+        height, width = raster_shape(self.grid, mpp, window_px0)
+        boxes, tiles = raster_boxes(self.grid, mpp, window_px0)
         order = np.argsort(boxes[:, 1], kind="stable")
-        tops = boxes[order, 1]
+        boxes, values = boxes[order], self.values[tiles[order]]
         tallest = int((boxes[:, 3] - boxes[:, 1]).max(initial=0))
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            first, last = np.searchsorted(tops, [top - tallest, bottom])
-            here = order[first:last]
+            first, last = np.searchsorted(boxes[:, 1], [top - tallest, bottom])
             shift = np.array([0, top, 0, top])
-            yield _mean_of_boxes(boxes[here] - shift, self.values[here], (bottom - top, width))
+            yield _mean_of_boxes(boxes[first:last] - shift, values[first:last], (bottom - top, width))
 
 
-def raster_shape(grid: TileGrid, mpp: float) -> tuple[int, int]:
-    """Return (height, width) in pixels of the whole slide at `mpp`, as `eosin.wsi.overview.read_overview` delivers."""
-    width, height = (max(1, math.ceil(side * grid.slide_mpp / mpp - 1e-6)) for side in grid.slide_size_px0)
+def raster_shape(grid: TileGrid, mpp: float, window_px0: Window | None = None) -> tuple[int, int]:
+    """Return (height, width) in pixels of the slide, or of a window of it, as `read_overview` delivers at `mpp`."""
+    sides = grid.slide_size_px0 if window_px0 is None else window_px0[2:]
+    width, height = (max(1, math.ceil(side * grid.slide_mpp / mpp - 1e-6)) for side in sides)
     return height, width
 
 
-def raster_boxes(grid: TileGrid, mpp: float) -> NDArray[np.int64]:
-    """Return the pixels of each tile at `mpp`: (n, 4) x0, y0, x1, y1, half open, at least one pixel each."""
-    height, width = raster_shape(grid, mpp)
-    exact = _cells_px0(grid) * (grid.slide_mpp / mpp)
+def raster_boxes(
+    grid: TileGrid, mpp: float, window_px0: Window | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pixels that tiles cover at `mpp` and which tiles these are.
+
+    Returns
+    -------
+    boxes : (m, 4) int64
+        x0, y0, x1, y1, half open, inside the plane, at least one pixel each.
+    tiles : (m,) int64
+        Their indices in the grid; tiles outside the window are left out.
+    """
+    height, width = raster_shape(grid, mpp, window_px0)
+    corner = np.tile((0, 0) if window_px0 is None else window_px0[:2], 2)
+    exact = (_cells_px0(grid) - corner) * (grid.slide_mpp / mpp)
     # a pixel belongs to the tile that holds its centre; the tolerance keeps x.5 on one side in floating point
     boxes = np.ceil(exact - 0.5 - 1e-9).astype(np.int64)
     middle = np.floor((exact[:, :2] + exact[:, 2:]) / 2).astype(np.int64)
-    for axis, size in ((0, width), (1, height)):
-        boxes[:, axis + 2] = np.minimum(boxes[:, axis + 2], size)
-        empty = boxes[:, axis + 2] <= boxes[:, axis]
-        boxes[empty, axis] = np.clip(middle[empty, axis], 0, size - 1)
-        boxes[empty, axis + 2] = boxes[empty, axis] + 1
-    return boxes
+    holds_none = boxes[:, 2:] <= boxes[:, :2]
+    boxes[:, :2] = np.where(holds_none, middle, boxes[:, :2])
+    boxes[:, 2:] = np.where(holds_none, middle + 1, boxes[:, 2:])
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    tiles = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    return boxes[tiles], tiles
 
 
 def _cells_px0(grid: TileGrid) -> NDArray[np.float64]:

@@ -76,11 +76,33 @@ def test_boxes_stay_inside_the_plane():
     grid = lattice(size_px0=(1001, 999), slide_mpp=0.25, mpp=0.25, patch_size=8)
     for mpp in (0.25, 0.4, 5.0, 200.0):
         height, width = raster_shape(grid, mpp)
-        boxes = raster_boxes(grid, mpp)
+        boxes, tiles = raster_boxes(grid, mpp)
+        assert tiles.tolist() == list(range(grid.n_tiles))
         assert (boxes >= 0).all()
         assert (boxes[:, 2] <= width).all()
         assert (boxes[:, 3] <= height).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize("mpp", [0.2428, 1.0, 3.9])
+def test_window_is_that_part_of_the_plane(mpp):
+    grid = lattice(size_px0=(2000, 1500), slide_mpp=0.2428, mpp=0.5, patch_size=33)
+    heatmap = Heatmap(np.arange(grid.n_tiles) + 1.0, grid, "attention", "attention")
+    x, y = 301, 203
+    part = heatmap.raster(mpp, window_px0=(x, y, 703, 511))
+    assert part.shape == raster_shape(grid, mpp, (x, y, 703, 511))
+    assert not np.isnan(part).any()
+    rows, columns = np.indices(part.shape)
+    centre = np.stack([columns, rows], -1) * mpp / 0.2428 + 0.5 * mpp / 0.2428 + (x, y)
+    boxes = grid.boxes_px0()[part.astype(int) - 1]
+    assert ((centre > boxes[..., :2] - 1) & (centre < boxes[..., 2:] + 1)).all()
+
+
+def test_tiles_outside_the_window_are_not_shown():
+    grid = lattice(size_px0=(1000, 1000), slide_mpp=0.5, patch_size=100).select([0, 55])
+    heatmap = Heatmap(np.array([3.0, 5.0]), grid, "attention", "attention")
+    assert np.isnan(heatmap.raster(0.5, window_px0=(100, 100, 400, 400))).all()
+    assert (heatmap.raster(0.5, window_px0=(450, 450, 100, 100))[50:, 50:] == 5).all()
 
 
 def test_percentile_shares_ranks_and_tops_at_100():

@@ -60,7 +60,7 @@ def test_scanned_box_is_shown_and_the_map_follows():
     heatmap = marked_map(grid, tile).percentile()
     overlay = blend(view, heatmap, scale_of(heatmap))
 
-    assert view.image.shape == (251, 350, 3)
+    assert view.image.shape == (252, 350, 3)
     assert np.abs(lit_box(overlay) - dark_box(view.image)).max() <= 1
     x0, y0, x1, y1 = grid.boxes_px0()[tile] - (307, 211, 307, 211)
     assert np.abs(lit_box(overlay) - np.array([x0, y0, x1, y1]) * 350 / 701).max() <= 1.5

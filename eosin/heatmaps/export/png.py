@@ -19,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 
 from eosin.batch import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
-from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.heatmap import Heatmap, Window
 from eosin.wsi.slide import Slide
 from eosin.wsi.tissue import TissueMask
 
@@ -45,29 +45,27 @@ class View:
         Resolution of the image.
     slide_mpp : float
         Resolution of level 0.
-    origin_px : tuple of int
-        Where the image starts on the plane of the whole slide at `mpp`: x, y. Not (0, 0) when the slide's file
-        states the box that was scanned and the image shows that box alone.
+    window_px0 : (x, y, w, h)
+        The part of the slide that the image shows: all of it, or the box that was scanned when the file states one.
     """
 
     image: NDArray[np.uint8]
     mpp: float
     slide_mpp: float
-    origin_px: tuple[int, int] = (0, 0)
+    window_px0: Window
 
-    def crop(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the part of a plane of the whole slide at `mpp` that the image shows."""
-        x, y = self.origin_px
-        height, width = self.image.shape[:2]
-        part = plane[y : y + height, x : x + width]
-        missing = ((0, height - part.shape[0]), (0, width - part.shape[1]))
-        return np.pad(part, missing, constant_values=np.nan)
+    @property
+    def px_per_px0(self) -> float:
+        """Pixels of the image per level-0 pixel."""
+        return self.slide_mpp / self.mpp
 
     def show_mask(self, tissue: TissueMask) -> NDArray[np.bool_]:
         """Return, for each pixel of the image, whether the cell of the mask that holds its centre is tissue."""
         columns, rows = (
-            ((np.arange(count) + start + 0.5) * self.mpp / self.slide_mpp / cell_px0).astype(np.int64)
-            for count, start, cell_px0 in zip(self.image.shape[1::-1], self.origin_px, tissue.px0_per_cell, strict=True)
+            (((np.arange(count) + 0.5) / self.px_per_px0 + start) / cell_px0).astype(np.int64)
+            for count, start, cell_px0 in zip(
+                self.image.shape[1::-1], self.window_px0, tissue.px0_per_cell, strict=False
+            )
         )
         last_row, last_column = tissue.mask.shape[0] - 1, tissue.mask.shape[1] - 1
         return np.asarray(tissue.mask[np.minimum(rows, last_row)][:, np.minimum(columns, last_column)])
@@ -82,7 +80,7 @@ class Contour:
     name: str
 
 
-def take_view(slide: Slide, *, longest_px: int = 1600) -> View:
+def take_view(slide: Slide, *, longest_px: int = 1200) -> View:
     """Read a thumbnail of the scanned part of a slide.
 
     Parameters
@@ -93,11 +91,9 @@ def take_view(slide: Slide, *, longest_px: int = 1600) -> View:
     """
     x, y, width, height = slide.bounds_px0 or (0, 0, *slide.size_px0)
     mpp = slide.mpp * max(1.0, max(width, height) / longest_px)
-    scale = slide.mpp / mpp
-    left, top = round(x * scale), round(y * scale)
-    size_px = max(1, round(width * scale)), max(1, round(height * scale))
-    image = slide.read((round(left / scale), round(top / scale)), size_px, mpp)
-    return View(image=image, mpp=mpp, slide_mpp=slide.mpp, origin_px=(left, top))
+    size_px = [max(1, math.ceil(side * slide.mpp / mpp - 1e-6)) for side in (width, height)]
+    image = slide.read((x, y), (size_px[0], size_px[1]), mpp)
+    return View(image=image, mpp=mpp, slide_mpp=slide.mpp, window_px0=(x, y, width, height))
 
 
 def blend(
@@ -112,7 +108,7 @@ def blend(
 
     Blank where no tile lies and, when `tissue` is given, where none is: tiles reach over the edge of the tissue.
     """
-    plane = view.crop(heatmap.raster(view.mpp))
+    plane = heatmap.raster(view.mpp, window_px0=view.window_px0)
     if tissue is not None:
         plane = np.where(view.show_mask(tissue), plane, np.nan)
     grey = (view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32))[..., None]
@@ -203,12 +199,12 @@ def _pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def _draw_contours(axes: Axes, view: View, contours: Sequence[Contour]) -> None:
-    scale = view.slide_mpp / view.mpp
+    corner = np.array(view.window_px0[:2])
     for contour in contours:
         rings = [ring for polygon in _polygons(contour.geometry) for ring in (polygon.exterior, *polygon.interiors)]
         if not rings:
             continue
-        paths = [Outlines(np.asarray(ring.coords)[:, :2] * scale - view.origin_px, closed=True) for ring in rings]
+        paths = [Outlines((np.asarray(ring.coords)[:, :2] - corner) * view.px_per_px0, closed=True) for ring in rings]
         outline = Outlines.make_compound_path(*paths)
         halo = [withStroke(linewidth=3.0, foreground="white", alpha=0.85)]
         axes.add_patch(PathPatch(outline, fill=False, edgecolor=contour.colour, linewidth=1.3, path_effects=halo))
@@ -236,7 +232,7 @@ def _draw_scale_bar(axes: Axes, view: View) -> None:
         (left, bottom - thick), length_um / view.mpp, thick, facecolor="black", linewidth=0, path_effects=halo
     )
     axes.add_patch(bar)
-    axes.text(left, bottom - thick - 4, words, fontsize=9, va="bottom", ha="left", path_effects=halo)
+    axes.text(left, bottom - thick - 4, words, fontsize=10, va="bottom", ha="left", path_effects=halo)
 
 
 def _draw_colour_bar(figure: Figure, scale: ColourScale, opacity: float) -> None:
@@ -250,8 +246,8 @@ def _draw_colour_bar(figure: Figure, scale: ColourScale, opacity: float) -> None
     axes.set_yticks([])
     for height_in_bar, words in ((1.0, scale.high_words), (0.0, scale.low_words)):
         va = "top" if height_in_bar else "bottom"
-        axes.text(1.5, height_in_bar, words, transform=axes.transAxes, fontsize=9, va=va)
-    figure.text(1 - 170 / width, 1 - 50 / height, _wrapped(scale.title), fontsize=9, va="bottom")
+        axes.text(1.5, height_in_bar, words, transform=axes.transAxes, fontsize=10, va=va)
+    figure.text(1 - 170 / width, 1 - 50 / height, _wrapped(scale.title), fontsize=10, va="bottom")
 
 
 def _wrapped(words: str, width: int = 26) -> str:
@@ -269,5 +265,5 @@ def _draw_words(figure: Figure, title: str, contours: Sequence[Contour]) -> None
     left = 12.0
     for contour in contours:
         figure.text(left / width, 8 / height, "▬ ", color=contour.colour, fontsize=10, va="bottom")
-        text = figure.text((left + 18) / width, 8 / height, contour.name, fontsize=9, va="bottom")
+        text = figure.text((left + 18) / width, 8 / height, contour.name, fontsize=10, va="bottom")
         left += 36 + text.get_window_extent().width
