@@ -60,7 +60,8 @@ class ColourScale:
 def scale_of(heatmap: Heatmap) -> ColourScale:
     """Return the scale of a map: 0 to 100 for percentiles, symmetric for signed effects, else its own range.
 
-    The ends of its own range are the 1st and 99th percentile, so that one extreme tile does not turn the rest flat.
+    The ends of its own range are the 1st and 99th percentile, so that one extreme tile does not turn the rest flat;
+    minimum and maximum where these two are equal.
     """
     if heatmap.kind.endswith("_percentile"):
         subject = heatmap.kind.removesuffix("_percentile")
@@ -73,4 +74,6 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
             -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.label
         )
     bottom, top = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
+    if bottom == top:
+        bottom, top = float(heatmap.values.min()), float(heatmap.values.max())
     return ColourScale(bottom, top, SEQUENTIAL, f"{bottom:.3g}", f"{top:.3g}", heatmap.label)

@@ -12,6 +12,7 @@ from eosin.heatmaps.attribution import attribution_maps, pack_bag, require_grid
 from eosin.heatmaps.export.geojson import write_geojson
 from eosin.heatmaps.export.png import take_view, write_png
 from eosin.heatmaps.export.table import write_csv
+from eosin.heatmaps.export.tiff import write_tiff
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.report import ReportData, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import ModelCard, load_model
@@ -20,7 +21,7 @@ from eosin.mil.slots import Aggregator
 from eosin.wsi.slide import Slide, SlideFile, open_slide
 from eosin.wsi.tissue import TissueMask, find_tissue
 
-FORMATS = ("png", "geojson", "csv", "html")
+FORMATS = ("png", "geojson", "tiff", "csv", "html")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +162,8 @@ def _write(name: str, explanation: Explanation, path: Path) -> Path:
         write_png(path, take_view(slide), maps[0], title=title, tissue=explanation.tissue)
     elif name == "geojson":
         write_geojson(path, maps, slide_id=explanation.slide_id, bounds_px0=slide.bounds_px0)
+    elif name == "tiff":
+        write_tiff(path, maps[0], window_px0=slide.bounds_px0)
     elif name == "csv":
         write_csv(path, maps)
     else:

@@ -14,7 +14,7 @@ from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
 from eosin.mil.checkpoint import ModelCard, build_model, load_model, save_model
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import make_task
-from eosin.wsi.slide import SlideFile
+from eosin.wsi.slide import SlideFile, open_slide
 
 DIM = 6
 TILE = 5 * 16 + 9
@@ -73,6 +73,12 @@ def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path
     middle = overlay[:, 12:28, :, 12:28].mean((1, 3))  # (12, 16, 3), away from outlines
     red, green, blue = np.moveaxis(middle, -1, 0)
     assert np.where(red - blue > 100, red - green, -255).argmax() == TILE  # the last, reddest yellow of the scale
+
+    with open_slide(by_format["tiff"]) as drawn:
+        cell = drawn.mpp / 0.5
+        colours = drawn.read((0, 0), drawn.size_px0, drawn.mpp).astype(int)
+    x, y = ((box[0] + 20) / cell, (box[1] + 20) / cell)
+    assert np.abs(colours[int(y), int(x)] - [253, 231, 37]).max() <= 3
 
     page = by_format["html"].read_text(encoding="utf-8")
     assert "prob_tumour" in page
