@@ -66,12 +66,12 @@ class Embedding:
 
     def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
         """Return the gradient of ``W x + b``; where h is 0 it was cut off or dropped, and its gradient is 0."""
-        gradient = d_embedded * (embedded > 0)
+        gradient: Tensor = torch.ops.aten.threshold_backward(d_embedded, embedded, 0)
         return gradient.div_(1 - self.dropout) if self.dropout else gradient
 
     def to_values(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
-        return gradient if self.weight is None else product(gradient.to(self.dtype), self.weight)
+        return gradient if self.weight is None else product(gradient, self.weight)
 
 
 @dataclass(frozen=True)
@@ -115,31 +115,31 @@ class Gate:
         self, d_scores: Tensor, hidden: Tensor, gate: Tensor | None, first: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of w, V h + b and U h + b: (n, H), (n, A), (n, A) -> (H, A), (n, A), (n, A)."""
-        dtype = self.w_weight.dtype
-        hidden = hidden.to(dtype)
-        d_layer = d_scores * self.w_weight if len(self.w_weight) == 1 else d_scores @ self.w_weight
+        narrow = d_scores.to(hidden.dtype)
+        d_layer = _outer(narrow, self.w_weight.to(hidden.dtype))
         layer = hidden if gate is None else hidden * gate
-        d_weight = None
         if self.dropout:
-            scales = self._dropout_scales(len(hidden), first)
-            d_layer = d_layer.mul_(scales)
-            d_weight = d_scores.T @ (layer * scales)
-        d_weight = d_scores.T @ layer if d_weight is None else d_weight
-        d_gate = None if gate is None else (d_layer * layer).mul_(1 - gate.to(dtype))
+            scales = self._dropout_scales(len(hidden), first).to(hidden.dtype)
+            d_layer *= scales
+            layer = layer * scales
+        d_gate = None if gate is None else torch.ops.aten.sigmoid_backward(d_layer * hidden, gate)
         d_hidden = d_layer if gate is None else d_layer.mul_(gate)
-        return d_weight, self._slope(hidden).mul_(d_hidden), d_gate
+        return transposed_product(narrow, layer), self._through_activation(d_hidden, hidden), d_gate
 
     def to_rows(self, d_hidden: Tensor, d_gate: Tensor | None) -> Tensor:
         """Return the gradient of a block's instances through the projections: (n, A), (n, A) -> (n, E)."""
-        rows = product(d_hidden.to(self.v_weight.dtype), self.v_weight)
+        rows = product(d_hidden, self.v_weight)
         if d_gate is not None and self.u_weight is not None:
-            rows += product(d_gate.to(self.v_weight.dtype), self.u_weight)
+            rows += product(d_gate, self.u_weight)
         return rows
 
-    def _slope(self, hidden: Tensor) -> Tensor:
+    def _through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
+        result: Tensor
         if self.activation == "relu":
-            return (hidden > 0).to(hidden.dtype)
-        return (hidden * hidden).neg_().add_(1)
+            result = torch.ops.aten.threshold_backward(gradient, hidden, 0)
+        else:
+            result = torch.ops.aten.tanh_backward(gradient, hidden)
+        return result
 
     def _dropout_scales(self, n_rows: int, first: int) -> Tensor:
         """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""
@@ -195,11 +195,11 @@ class GateGradients:
         """Add a block; return the gradients of its projections V h + b and U h + b: (n, A), (n, A)."""
         d_weight, d_hidden, d_gate = self.gate.backward(d_scores, hidden, opening, first)
         self.w_weight += d_weight
-        self.v_weight += transposed_product(d_hidden.to(rows.dtype), rows)
-        self.v_bias += d_hidden.sum(0)
+        self.v_weight += transposed_product(d_hidden, rows)
+        self.v_bias += d_hidden.sum(0, dtype=self.v_bias.dtype)
         if d_gate is not None:
-            self.u_weight += transposed_product(d_gate.to(rows.dtype), rows)
-            self.u_bias += d_gate.sum(0)
+            self.u_weight += transposed_product(d_gate, rows)
+            self.u_bias += d_gate.sum(0, dtype=self.u_bias.dtype)
         return d_hidden, d_gate
 
 
@@ -267,10 +267,14 @@ class SoftmaxGradient:
         projected = rows.to(weights.dtype) @ self.d_pooled[bag].T
         return weights * (projected + self.level[bag] - self.d_entropy[bag] * surprise)
 
-    def rows(self, bag: int, scores: Tensor) -> Tensor:
-        """Return the gradient of the pooled instances of one bag: (n, H) -> (n, E)."""
-        weights = (scores - self.lse[bag]).exp_()
-        return weights * self.d_pooled[bag] if weights.shape[1] == 1 else weights @ self.d_pooled[bag]
+    def add_rows(self, bag: int, scores: Tensor, d_rows: Tensor) -> None:
+        """Add the gradient of the pooled instances of one bag: (n, H), to (n, E)."""
+        weights = (scores - self.lse[bag]).exp_().to(d_rows.dtype)
+        d_pooled = self.d_pooled[bag].to(d_rows.dtype)
+        if len(d_pooled) == 1:
+            d_rows.addcmul_(weights, d_pooled)
+        else:
+            d_rows.addmm_(weights, d_pooled)
 
 
 class BagStates:
@@ -409,23 +413,27 @@ def pool_backward(
     for block in blocks(len(values)):
         rows = kept.instances_of(block, values, embedding)
         hidden, opening = kept.branches_of(block, rows, gate)
-        d_rows = rows.new_empty(rows.shape, dtype=d_scores.dtype) if needs_rows else None
         for bag, part in pieces(offsets, block):
             d_scores[block][part] = softmax.scores(bag, results[0][block][part], rows[part])
-            if d_rows is not None:
-                d_rows[part] = softmax.rows(bag, results[0][block][part])
         d_scores[block] = masks.passed(d_scores[block] + upstream[0][block], block)
         d_branches = gradients.add(d_scores[block] / masks.temperature, rows, hidden, opening, block.start)
-        if d_rows is None:
+        if not needs_rows:
             continue
-        d_rows += gate.to_rows(*d_branches)
+        d_rows = gate.to_rows(*d_branches)
+        for bag, part in pieces(offsets, block):
+            softmax.add_rows(bag, results[0][block][part], d_rows[part])
         if d_weight is not None and d_bias is not None:
             d_rows = embedding.backward(d_rows, rows)
-            d_bias += d_rows.sum(0)
-            d_weight += transposed_product(d_rows.to(embedding.dtype), values[block].to(embedding.dtype))
+            d_bias += d_rows.sum(0, dtype=d_bias.dtype)
+            d_weight += transposed_product(d_rows, values[block].to(embedding.dtype))
         if d_values is not None:
             d_values[block] = embedding.to_values(d_rows)
     return PoolGradients(d_values, d_weight, d_bias, gradients, d_scores)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right, without a product's overhead for one head: (n, H), (H, A) -> (n, A)."""
+    return left * right if len(right) == 1 else product(left, right)
 
 
 def _per_head(mask: Tensor) -> Tensor:
