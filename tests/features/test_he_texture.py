@@ -26,7 +26,8 @@ def feature(rows: np.ndarray, name: str) -> np.ndarray:
 
 def discs(radius: float, spacing: int, amount: float = 0.8) -> np.ndarray:
     y, x = np.mgrid[:TILE_PX, :TILE_PX] % spacing - spacing // 2
-    return amount * (np.hypot(x, y) < radius)
+    away = np.hypot(x, y) / radius
+    return amount * (1 - 0.3 * away**2) * (away < 1)
 
 
 @pytest.fixture(scope="module")
