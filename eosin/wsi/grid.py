@@ -1,5 +1,6 @@
 """Which squares of a slide become tiles: pure geometry in level-0 pixels."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -31,7 +32,8 @@ class Tiling(Options):
     max_upsampling : float
         Largest factor by which a slide may be coarser than `mpp`.
     tolerance : float
-        A slide whose own mpp is within this relative distance of `mpp` is delivered unresampled.
+        A slide whose own mpp, or a power of two times that, is within this relative distance of `mpp` is delivered
+        unresampled, or as plain averages.
     """
 
     mpp: Annotated[float, Field(ge=0.05, le=50)] = 0.5
@@ -53,9 +55,13 @@ class Tiling(Options):
         return f"{self.mpp:g}mpp_{self.patch_size}px_{self.overlap}px_overlap"
 
     def delivered_mpp(self, slide_mpp: float) -> float:
-        """Return the mpp that tiles of a slide really have: its own when that is within the tolerance."""
-        close = abs(slide_mpp / self.mpp - 1) <= self.tolerance
-        return slide_mpp if close else self.mpp
+        """Return the mpp that tiles of a slide really have.
+
+        Its own, or its own times a power of two, when that is within the tolerance; else what was asked for.
+        """
+        doublings = max(0, round(math.log2(self.mpp / slide_mpp)))
+        own = slide_mpp * 2**doublings
+        return own if abs(own / self.mpp - 1) <= self.tolerance else self.mpp
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMas
 def _outcome(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
     notes = [note for note in (mpp_note, *mask.notes) if note]
     if grid.n_tiles:
-        return Outcome("ok", "; ".join([f"{grid.n_tiles} tiles", *notes]))
+        return Outcome("ok", "; ".join([f"{grid.n_tiles} tile{'s' * (grid.n_tiles != 1)}", *notes]))
     if not mask.mask.any():
         return Outcome("empty", "; ".join(["no tissue was found", *notes]))
     width, height = grid.slide_size_px0

@@ -38,56 +38,63 @@ class OpenSlideReader:
         width, height = self._handle.dimensions
         self.size_px0: tuple[int, int] = (int(width), int(height))
         self.bounds_px0 = _bounds(properties)
-        self._downsamples = [float(value) for value in self._handle.level_downsamples]
-        self._background = _background(properties)
+        self.vendor: str = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
+        self.level_sizes: list[tuple[int, int]] = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
+        self.downsamples = [float(value) for value in self._handle.level_downsamples]
+        self.background = _background(properties)
         self._power = _number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-        self._resolution = _resolution(properties, self._power, mpp)
+        self.resolution = _resolution(properties, self._power, mpp)
 
     @property
     def mpp(self) -> float:
         """µm per level-0 pixel."""
-        return self._resolution.require(self.path)
+        return self.resolution.require(self.path)
 
     @property
     def mpp_source(self) -> str:
         """Where `mpp` comes from."""
-        return self._resolution.source
+        return self.resolution.source
 
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
-        return read_scaled(self._read_level, self._downsamples, origin_px0, size_px, mpp / self.mpp)
+        return read_scaled(self.read_level, self.downsamples, origin_px0, size_px, mpp / self.mpp)
 
-    def _read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
-        downsample = self._downsamples[level]
+    def read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return pixels of one stored level, in that level's pixels; background outside."""
+        downsample = self.downsamples[level]
         location = (round(corner[0] * downsample), round(corner[1] * downsample))
         try:
             image = self._handle.read_region(location, level, size)
         except openslide.OpenSlideError:
             image = self._read_again(location, level, size)
-        return flatten(image, self._background)
+        return flatten(image, self.background)
 
     def _read_again(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """Read after opening anew: one failed read makes an OpenSlide handle useless."""
-        self._handle.close()
-        self._handle = _open(self.path)
+        """Read with a new handle: one failed read makes an OpenSlide handle useless.
+
+        The old handle is not closed here, because another thread may be reading with it.
+        """
+        fresh = _open(self.path)
         try:
-            return self._handle.read_region(location, level, size)
+            image = fresh.read_region(location, level, size)
         except openslide.OpenSlideError as error:
             self._handle = _open(self.path)
             where = f"level {level}, {size[0]} x {size[1]} px at level-0 ({location[0]}, {location[1]})"
             raise CorruptSlideError(self.path, f"stored pixels cannot be decoded ({where}): {error}") from error
+        self._handle = fresh
+        return image
 
     def facts(self) -> dict[str, str | int | float | list[int] | list[float] | None]:
         """Return what may be shown about the slide; raw properties can hold names and dates."""
         return {
             "reader": f"openslide {openslide.__library_version__}",
-            "vendor": self._handle.properties.get(openslide.PROPERTY_NAME_VENDOR),
+            "vendor": self.vendor,
             "width_px0": self.size_px0[0],
             "height_px0": self.size_px0[1],
-            "level_downsamples": [round(value, 4) for value in self._downsamples],
-            "mpp": self._resolution.mpp,
-            "mpp_source": self._resolution.source,
-            "mpp_note": self._resolution.note or self._resolution.refusal,
+            "level_downsamples": [round(value, 4) for value in self.downsamples],
+            "mpp": self.resolution.mpp,
+            "mpp_source": self.resolution.source,
+            "mpp_note": self.resolution.note or self.resolution.refusal,
             "objective_power": self._power,
         }
 

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 NATIVE_SLACK_PX = 0.5
-WHOLE_RATIO_SLACK = 1e-3
 BLOCK_PX = 4096
 WHITE = (255, 255, 255)
 ReadLevel = Callable[[int, tuple[int, int], tuple[int, int]], NDArray[np.uint8]]
@@ -35,6 +34,11 @@ def flatten(rgba: Image.Image, background: tuple[int, int, int]) -> NDArray[np.u
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
         rgba = Image.alpha_composite(canvas, rgba)
     return np.asarray(rgba.convert("RGB"))
+
+
+def is_native(ratio: float, longest_px: int) -> bool:
+    """Return whether pixels `ratio` times as fine as delivered are within half a delivered pixel over the region."""
+    return abs(ratio - 1) * longest_px <= NATIVE_SLACK_PX
 
 
 def choose_level(downsamples: list[float], wanted: float, longest_px: int) -> int:
@@ -89,7 +93,7 @@ def read_scaled(
     level = choose_level(downsamples, downsample, max(size_px))
     ratio = downsample / downsamples[level]
     x, y = (position / downsamples[level] for position in origin_px0)
-    if abs(ratio - 1) * max(size_px) <= NATIVE_SLACK_PX:
+    if is_native(ratio, max(size_px)):
         return read_level(level, (round(x), round(y)), size_px)
     result = np.empty((size_px[1], size_px[0], 3), np.uint8)
     for left, top, width, height in _blocks(size_px, max(1, int(BLOCK_PX / ratio))):

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
+from eosin.wsi.array_impl import open_picture
 from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.tiff_impl import open_direct, open_plain
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SLIDE_SUFFIXES = (
@@ -115,6 +117,9 @@ class SlideFile:
 def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
     """Open a slide with the first reader that can.
 
+    Tiled JPEG slides are decoded directly, pictures (PNG, JPEG) are held in memory, TIFFs that OpenSlide refuses are
+    read with tifffile, all else with OpenSlide.
+
     Parameters
     ----------
     path : Path
@@ -130,7 +135,19 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
     path = Path(path)
     if not path.is_file():
         raise SlideOpenError(path, "there is no such file", code="missing")
-    return OpenSlideReader(path, mpp=mpp)
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        return open_picture(path, mpp=mpp)
+    try:
+        reference = OpenSlideReader(path, mpp=mpp)
+    except SlideOpenError as error:
+        if error.code != "unsupported":
+            raise
+        return open_plain(path, mpp=mpp)
+    direct = open_direct(path, reference)
+    if direct is None:
+        return reference
+    reference.close()
+    return direct
 
 
 def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None) -> list[SlideFile]:

@@ -63,6 +63,15 @@ def test_the_own_mpp_of_a_slide_is_delivered_within_the_tolerance():
     assert (far.tile_px0, far.delivered_mpp) == (267, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("own", "delivered", "tile_px0"), [(0.252, 0.504, 512), (0.1255, 0.502, 1024), (0.24, 0.5, 533)]
+)
+def test_powers_of_two_of_the_own_mpp_are_delivered_as_plain_averages(own, delivered, tile_px0):
+    grid = grid_of(4000, 4000, own, Tiling())
+    assert grid.delivered_mpp == pytest.approx(delivered)
+    assert grid.tile_px0 == tile_px0
+
+
 def test_true_mpp_decides_the_size_on_the_slide():
     assert grid_of(3000, 3000, 0.23, Tiling(mpp=0.5)).tile_px0 == round(256 * 0.5 / 0.23)
 

@@ -1,0 +1,501 @@
+"""Slides in TIFF files, decoded without OpenSlide in between: each stored tile once, in the caller's threads.
+
+`open_direct` takes the tiled JPEG slides that OpenSlide reads too (SVS, generic pyramids, Philips-like) and leaves the
+metadata to OpenSlide, so both readers agree on sizes and mpp; before a file is accepted, stored tiles of each level are
+compared with OpenSlide's pixels. `open_plain` takes what OpenSlide refuses: OME-TIFF, strips, other compressions.
+
+Between two stored levels the JPEG decoder can deliver 1/2, 1/4 and 1/8 of the size at a fraction of the cost. These
+scaled decodings act as further levels. Against decode-then-average they differ by less than 0.5 grey levels in the
+mean on real slides (docs/slides.md, measured by a test); they are exact in position.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from eosin.errors import CorruptSlideError, EosinError, SlideOpenError
+from eosin.wsi.cache import SegmentCache
+from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.pixels import WHITE, is_native, read_scaled
+from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
+
+CACHE_BYTES = 192 * 2**20
+MAX_SEGMENT_PX = 64 * 2**20
+DIRECT_VENDORS = ("aperio", "generic-tiff", "philips")
+SHRINKS = (2, 4, 8)
+END_OF_IMAGE = b"\xff\xd9"
+RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+YCBCR_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
+_UNITS_UM = {1: None, 2: 25400.0, 3: 10000.0}
+_OME_LENGTHS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+Facts = dict[str, str | int | float | list[int] | list[float] | None]
+
+
+class _DecodeError(Exception):
+    """Stored bytes that are no picture of the size that the file states."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the file: a lattice of segments (tiles, or strips as wide as the picture).
+
+    Parameters
+    ----------
+    page : TiffPage
+        Directory of the file that holds it.
+    number : int
+        Identifies the stored level in the cache.
+    size_px, segment_px : tuple of int
+        Width and height.
+    offsets, counts : (n,) int64
+        Where each segment lies; a count of 0 means that it is missing.
+    downsample : float
+        Level-0 pixels per pixel.
+    shrink : int
+        Factor by which the JPEG decoder reduces the stored pixels.
+    """
+
+    page: Any
+    number: int
+    size_px: tuple[int, int]
+    segment_px: tuple[int, int]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    downsample: float
+    shrink: int = 1
+
+    @property
+    def across(self) -> int:
+        """Segments in a row."""
+        return -(-self.size_px[0] // self.segment_px[0])
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Whether segments can be decoded at a fraction of their size."""
+        return bool(self.page.compression == 7 and self.page.is_tiled)
+
+    def shrunk(self, factor: int) -> "Level":
+        """Return the level that the JPEG decoder makes of this one."""
+        width, height = (-(-side // factor) for side in self.size_px)
+        segment = (self.segment_px[0] // factor, self.segment_px[1] // factor)
+        return Level(
+            self.page, self.number, (width, height), segment, self.offsets, self.counts,
+            self.downsample * factor, factor,
+        )  # fmt: skip
+
+
+class TiffReader:
+    """A slide read segment by segment; implements `eosin.wsi.slide.Slide`. Made by `open_direct` and `open_plain`.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    tiff : TiffFile
+        Open; closed with the reader.
+    levels : sequence of Level
+        Stored levels, finest first.
+    resolution : Resolution
+        Outcome of the mpp policy.
+    background : tuple of int
+        RGB of missing pixels.
+    bounds_px0 : tuple of int or None
+        Scanned part.
+    facts : mapping
+        What may be shown about the file, without the reader.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tiff: tifffile.TiffFile,
+        levels: Sequence[Level],
+        resolution: Resolution,
+        *,
+        background: tuple[int, int, int] = WHITE,
+        bounds_px0: tuple[int, int, int, int] | None = None,
+        facts: Facts,
+    ) -> None:
+        self.path = path
+        self.size_px0: tuple[int, int] = levels[0].size_px
+        self.bounds_px0 = bounds_px0
+        self._tiff = tiff
+        self._file: BinaryIO = path.open("rb")
+        self._file_lock = Lock()
+        self._levels = sorted(_with_shrunk(levels), key=lambda level: (level.downsample, -level.shrink))
+        self._resolution = resolution
+        self._background = background
+        self._facts = facts
+        self._cache = SegmentCache(CACHE_BYTES)
+
+    @property
+    def mpp(self) -> float:
+        """µm per level-0 pixel."""
+        return self._resolution.require(self.path)
+
+    @property
+    def mpp_source(self) -> str:
+        """Where `mpp` comes from."""
+        return self._resolution.source
+
+    def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
+        """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
+        downsample = mpp / self.mpp
+        levels = [level for level in self._levels if _serves(level, downsample, max(size_px))]
+
+        def read_level(number: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+            return self._read_level(levels[number], corner, size)
+
+        return read_scaled(read_level, [level.downsample for level in levels], origin_px0, size_px, downsample)
+
+    def _read_level(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return pixels of one level, in that level's pixels; background outside."""
+        (left, top), (width, height) = corner, size
+        result = np.empty((height, width, 3), np.uint8)
+        right, bottom = min(left + width, level.size_px[0]), min(top + height, level.size_px[1])
+        if left < 0 or top < 0 or right < left + width or bottom < top + height:
+            result[:] = self._background
+        across, (segment_w, segment_h) = level.across, level.segment_px
+        for row in range(max(top, 0) // segment_h, -(-bottom // segment_h)):
+            for column in range(max(left, 0) // segment_w, -(-right // segment_w)):
+                x, y = column * segment_w, row * segment_h
+                x0, y0, x1, y1 = max(x, left, 0), max(y, top, 0), min(x + segment_w, right), min(y + segment_h, bottom)
+                segment = self._segment(level, row * across + column)
+                target = result[y0 - top : y1 - top, x0 - left : x1 - left]
+                target[:] = self._background if segment is None else segment[y0 - y : y1 - y, x0 - x : x1 - x]
+        return result
+
+    def _segment(self, level: Level, index: int) -> NDArray[np.uint8] | None:
+        if index >= len(level.counts) or level.counts[index] == 0 or level.offsets[index] == 0:
+            return None
+        return self._cache.get((level.number, level.shrink, index), lambda: self._decode(level, index))
+
+    def _decode(self, level: Level, index: int) -> NDArray[np.uint8]:
+        try:
+            return decode_segment(level, index, self._stored_bytes(level, index))
+        except (_DecodeError, OSError) as error:
+            x, y = (index % level.across) * level.segment_px[0], (index // level.across) * level.segment_px[1]
+            place = ", ".join(str(round(value * level.downsample)) for value in (x, y))
+            raise CorruptSlideError(
+                self.path, f"stored pixels cannot be decoded (segment {index} at level-0 ({place})): {error}"
+            ) from error
+
+    def _stored_bytes(self, level: Level, index: int) -> bytes:
+        offset, count = int(level.offsets[index]), int(level.counts[index])
+        if count > 8 * MAX_SEGMENT_PX:
+            raise _DecodeError(f"{count} bytes are stated for it")
+        with self._file_lock:
+            self._file.seek(offset)
+            data = self._file.read(count)
+        if len(data) != count:
+            raise _DecodeError("the file ends before it")
+        return data
+
+    def facts(self) -> Facts:
+        """Return what may be shown about the slide."""
+        return {"reader": "direct TIFF", **self._facts}
+
+    def close(self) -> None:
+        """Release the file."""
+        self._tiff.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serves(level: Level, downsample: float, longest_px: int) -> bool:
+    """Scaled decodings are used as they are, or averaged further when they are at least twice as fine as wanted."""
+    ratio = downsample / level.downsample
+    return level.shrink == 1 or ratio >= 2 or is_native(ratio, longest_px)
+
+
+def _with_shrunk(levels: Sequence[Level]) -> Iterator[Level]:
+    for number, level in enumerate(levels):
+        yield level
+        following = levels[number + 1].downsample if number + 1 < len(levels) else float("inf")
+        for factor in SHRINKS:
+            divides = all(side % factor == 0 for side in level.segment_px)
+            if level.is_jpeg and divides and level.downsample * factor < 0.97 * following:
+                yield level.shrunk(factor)
+
+
+def decode_segment(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
+    """Decode one stored segment.
+
+    Returns
+    -------
+    (h, w, 3) uint8
+        As large as the level's segments; strips and tiles at the edge may be smaller.
+
+    Raises
+    ------
+    _DecodeError
+        If the bytes are no picture of the stated size.
+    """
+    try:
+        if not level.is_jpeg:
+            return _decode_any(level, index, data)
+        if END_OF_IMAGE not in data[-64:]:
+            raise _DecodeError("the JPEG is cut off")
+        return _decode_jpeg(level, data) if level.shrink == 1 else _decode_shrunk(level, index, data)
+    except (ValueError, RuntimeError, KeyError, TypeError, SyntaxError, UnidentifiedImageError) as error:
+        raise _DecodeError(str(error) or type(error).__name__) from error
+    except Image.DecompressionBombError as error:
+        raise _DecodeError(str(error)) from error
+
+
+def _decode_jpeg(level: Level, data: bytes) -> NDArray[np.uint8]:
+    width, height = level.segment_px
+    pixels: NDArray[np.uint8] = np.empty((height, width, 3), np.uint8)
+    colours = "YCBCR" if _is_ycbcr(level, data) else "RGB"
+    tables = level.page.jpegtables
+    imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colours, outcolorspace="RGB", out=pixels)
+    return pixels
+
+
+def _is_ycbcr(level: Level, data: bytes) -> bool:
+    """Return the colours of the stored JPEG: the TIFF tag, unless a JFIF header contradicts it (JFIF is YCbCr)."""
+    return bool(level.page.photometric == 6) or data[6:10] == b"JFIF"
+
+
+def _decode_shrunk(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
+    width, height = level.segment_px
+    marker = YCBCR_MARKER if _is_ycbcr(level, data) else RGB_MARKER
+    tables = (level.page.jpegtables or b"")[2:-2]  # without start and end of image
+    with Image.open(io.BytesIO(data[:2] + marker + tables + data[2:]), formats=("JPEG",)) as image:
+        if image.size != (width * level.shrink, height * level.shrink):
+            raise _DecodeError(f"it is {image.width} x {image.height} px")
+        image.draft("RGB", (width, height))
+        pixels = np.asarray(image)
+    return _without_padding(level, index, pixels)
+
+
+def _without_padding(level: Level, index: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Replace averages over what lies beyond the picture's edge by their neighbours inside."""
+    row, column = divmod(index, level.across)
+    stored = level.page.imagewidth, level.page.imagelength
+    whole = [stored[axis] // level.shrink - place * level.segment_px[axis] for axis, place in enumerate((column, row))]
+    partial = [0 < count < level.segment_px[axis] for axis, count in enumerate(whole)]
+    if any(partial):
+        pixels = pixels.copy()
+    if partial[0]:
+        pixels[:, whole[0]] = pixels[:, whole[0] - 1]
+    if partial[1]:
+        pixels[whole[1]] = pixels[whole[1] - 1]
+    return pixels
+
+
+def _decode_any(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
+    decoded, _, _ = level.page.decode(data, index, jpegtables=level.page.jpegtables)
+    if decoded is None or decoded.ndim != 4 or decoded.shape[-1] < 3 or decoded.dtype != np.uint8:
+        raise _DecodeError("it is no 8-bit RGB picture")
+    pixels: NDArray[np.uint8] = decoded[0]
+    if pixels.shape[-1] == 4:
+        raise _DecodeError("it has an alpha channel")
+    return pixels
+
+
+def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
+    """Return a direct reader for a slide that OpenSlide has open, or None when the file does not qualify.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    reference : OpenSlideReader
+        The same file; gives sizes, mpp and background, and pixels to compare with.
+    """
+    if reference.vendor not in DIRECT_VENDORS:
+        return None
+    try:
+        tiff = tifffile.TiffFile(path)
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    try:
+        levels = _levels_like(tiff, reference)
+        if levels and _pixels_agree(path, levels, reference):
+            return TiffReader(
+                path, tiff, levels, reference.resolution,
+                background=reference.background, bounds_px0=reference.bounds_px0, facts=_facts_like(reference),
+            )  # fmt: skip
+    except (EosinError, _DecodeError, OSError, ValueError, KeyError, TypeError, IndexError):
+        pass  # whatever is odd about the file, OpenSlide's own reader is the one to tell
+    tiff.close()
+    return None
+
+
+def _facts_like(reference: OpenSlideReader) -> Facts:
+    facts = reference.facts()
+    del facts["reader"]
+    return facts
+
+
+def _levels_like(tiff: tifffile.TiffFile, reference: OpenSlideReader) -> list[Level]:
+    pages: dict[tuple[int, int], Any] = {}
+    for page in (page.aspage() for page in tiff.pages):
+        if page.is_tiled:
+            pages.setdefault((page.imagewidth, page.imagelength), page)
+    found = [pages.get(size) for size in reference.level_sizes]
+    if not all(page is not None and _is_rgb_jpeg(page) for page in found):
+        return []
+    return [_level(page, number, reference.downsamples[number]) for number, page in enumerate(found)]
+
+
+def _is_rgb_jpeg(page: Any) -> bool:
+    counts = page.databytecounts
+    is_missing = 0 in counts and page.description.startswith("Aperio")  # Aperio fills these from other levels
+    return bool(
+        page.compression == 7
+        and page.photometric in (2, 6)
+        and page.samplesperpixel == 3
+        and page.bitspersample == 8
+        and page.planarconfig == 1
+        and page.tilewidth * page.tilelength <= MAX_SEGMENT_PX
+        and not is_missing
+    )
+
+
+def _level(page: Any, number: int, downsample: float) -> Level:
+    size = (page.imagewidth, page.imagelength)
+    segment = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    offsets = np.asarray(page.dataoffsets, np.int64)
+    counts = np.asarray(page.databytecounts, np.int64)
+    return Level(page, number, size, segment, offsets, counts, downsample)
+
+
+def _pixels_agree(path: Path, levels: Sequence[Level], reference: OpenSlideReader) -> bool:
+    """Compare the first stored segment of every level, and of level 0 the middle one too, with OpenSlide's pixels."""
+    middle = (levels[0].across * (-(-levels[0].size_px[1] // levels[0].segment_px[1]))) // 2
+    probes = [(levels[0], middle), *((level, 0) for level in levels)]
+    with path.open("rb") as file:
+        for level, index in probes:
+            if level.counts[index] == 0:
+                continue
+            file.seek(int(level.offsets[index]))
+            decoded = decode_segment(level, index, file.read(int(level.counts[index])))
+            row, column = divmod(index, level.across)
+            x, y = column * level.segment_px[0], row * level.segment_px[1]
+            width, height = (min(level.segment_px[i], level.size_px[i] - (x, y)[i]) for i in (0, 1))
+            wanted = reference.read_level(level.number, (x, y), (width, height))
+            if not np.array_equal(decoded[:height, :width], wanted):
+                return False
+    return True
+
+
+def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
+    """Open a TIFF that OpenSlide refuses.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    mpp : float, optional
+        The user's µm per level-0 pixel.
+
+    Raises
+    ------
+    SlideOpenError
+        If it is no TIFF, holds no 8-bit RGB picture, or would have to be decoded whole.
+    """
+    try:
+        tiff = tifffile.TiffFile(path)
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise SlideOpenError(path, "no reader knows this format", code="unsupported") from error
+    try:
+        levels = _levels_of_series(path, tiff)
+        resolution = _plain_resolution(tiff, mpp)
+        return TiffReader(path, tiff, levels, resolution, facts=_plain_facts(tiff, levels, resolution))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        tiff.close()
+        if isinstance(error, EosinError):
+            raise
+        raise SlideOpenError(path, f"the TIFF is damaged: {error}") from error
+
+
+def _levels_of_series(path: Path, tiff: tifffile.TiffFile) -> list[Level]:
+    pages = [level.keyframe for level in tiff.series[0].levels]
+    first = pages[0]
+    if len(tiff.series[0].pages) > 1 or not _is_rgb(first):
+        channels = len(tiff.series[0].pages) * first.samplesperpixel
+        raise SlideOpenError(
+            path,
+            f"it holds {channels} channel(s) of {first.dtype}; eosin reads 8-bit RGB (bright-field)",
+            code="unsupported-pixels",
+        )
+    levels = [_level(page, number, first.imagewidth / page.imagewidth) for number, page in enumerate(pages)]
+    for level in levels:
+        if level.segment_px[0] * level.segment_px[1] > MAX_SEGMENT_PX:
+            raise SlideOpenError(
+                path,
+                f"its pixels are stored in pieces of {level.segment_px[0]} x {level.segment_px[1]} px; convert it with "
+                f"`vips tiffsave {path.name} out.tif --tile --pyramid --compression jpeg --bigtiff`",
+                code="untiled",
+            )
+    return [level for level in levels if _is_rgb(level.page)]
+
+
+def _is_rgb(page: Any) -> bool:
+    colours = page.photometric in (2, 6) or page.compression in (33003, 33005, 34712)
+    return bool(page.dtype == np.uint8 and page.samplesperpixel == 3 and page.planarconfig == 1 and colours)
+
+
+def _plain_resolution(tiff: tifffile.TiffFile, user_mpp: float | None) -> Resolution:
+    text = tiff.ome_metadata or ""
+    stated = [found for found in (_ome_mpp(text), _tag_mpp(tiff.pages[0])) if found is not None]
+    power = re.search(r'NominalMagnification="([0-9.]+)"', text)
+    return resolve_mpp(stated, power=float(power[1]) if power else None, user_mpp=user_mpp)
+
+
+def _ome_mpp(text: str) -> StatedMpp | None:
+    pixels = re.search(r"<(?:\w+:)?Pixels\s[^>]*>", text)
+    if pixels is None:
+        return None
+    values = []
+    for axis in "XY":
+        size = re.search(rf'PhysicalSize{axis}="([0-9.eE+-]+)"', pixels[0])
+        unit = re.search(rf'PhysicalSize{axis}Unit="([^"]+)"', pixels[0])
+        scale = _OME_LENGTHS_UM.get(unit[1] if unit else "µm")
+        if size is None or scale is None:
+            return None
+        values.append(float(size[1]) * scale)
+    return StatedMpp("ome", values[0], values[1])
+
+
+def _tag_mpp(page: Any) -> StatedMpp | None:
+    per_unit = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
+    unit_um = _UNITS_UM.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    if unit_um is None or any(value is None or 0 in value for value in per_unit):
+        return None
+    x, y = (unit_um * denominator / numerator for numerator, denominator in per_unit)
+    return StatedMpp("tiff-resolution", x, y)
+
+
+def _plain_facts(tiff: tifffile.TiffFile, levels: Sequence[Level], resolution: Resolution) -> Facts:
+    width, height = levels[0].size_px
+    return {
+        "vendor": "ome" if tiff.is_ome else "tiff",
+        "width_px0": width,
+        "height_px0": height,
+        "level_downsamples": [round(level.downsample, 4) for level in levels],
+        "mpp": resolution.mpp,
+        "mpp_source": resolution.source,
+        "mpp_note": resolution.note or resolution.refusal,
+        "objective_power": None,
+    }
