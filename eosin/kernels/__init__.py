@@ -1,4 +1,4 @@
-"""Operations on packed bags: segment reductions, attention scores and pooling.
+"""Operations on packed bags: segment reductions, attention scores and pooling, the selective scan.
 
 Every function checks its arguments and picks an implementation per call: the plain definition (``reference``), a
 memory-bounded torch path, or Triton on a GPU. `use_backend` or the variable ``EOSIN_KERNELS`` forces one.
@@ -17,14 +17,17 @@ from eosin.kernels.segments import (
     segment_sum,
     segment_topk_mask,
 )
+from eosin.kernels.selective_scan import ScanOrder, reversed_order, selective_scan, strided_order
 
 __all__ = [
     "AttentionPool",
+    "ScanOrder",
     "attention_pool",
     "bag_index",
     "choose",
     "gated_attention_pool",
     "gated_attention_scores",
+    "reversed_order",
     "segment_attention_entropy",
     "segment_logsumexp",
     "segment_max",
@@ -33,5 +36,7 @@ __all__ = [
     "segment_softmax",
     "segment_sum",
     "segment_topk_mask",
+    "selective_scan",
+    "strided_order",
     "use_backend",
 ]
