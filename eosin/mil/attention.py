@@ -63,7 +63,8 @@ def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int,
     (B, m, H, e)
         0 for an empty bag.
     """
-    out: Tensor = _BagAttention.apply(query, key, value, lengths, scale)
+    with _full_precision(query):
+        out: Tensor = _BagAttention.apply(query, key, value, lengths, scale)
     return out
 
 
@@ -85,7 +86,35 @@ def instance_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple
     -------
     (N, H, e)
     """
-    out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale)
+    with _full_precision(query):
+        out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale)
+    return out
+
+
+def mixed_weights(query: Tensor, key: Tensor, mix: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Return the weight of each instance in a mixture of the tokens' attention, computed as in `bag_attention`.
+
+    For tokens t the result is ``Σ_t mix_t a_tn`` with a the weights of `bag_attention`.
+
+    Parameters
+    ----------
+    query : (B, m, H, d)
+        Tokens of each bag.
+    key : (N, H, d)
+        Instances.
+    mix : (B, m, H)
+        Share of each token; any sign.
+    lengths : tuple of int
+        Instances per bag.
+    scale : float
+        Multiplies the inner products before the softmax.
+
+    Returns
+    -------
+    (N, H)
+    """
+    with _full_precision(query):
+        out: Tensor = _MixedWeights.apply(query, key, mix, lengths, scale)
     return out
 
 
@@ -135,24 +164,8 @@ def _blocks(
 class _BagAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        n_bags, m, heads, _ = query.shape
-        wide = _wide(query)
-        top = query.new_full((n_bags, heads, m), float("-inf"), dtype=wide)  # running maximum
-        total = torch.zeros_like(top)
-        out = query.new_zeros(n_bags, heads, m, value.shape[-1], dtype=wide)
-        for blocks in _blocks(lengths, heads * m, query.device):
-            scores = _bag_scores(query, key, blocks, scale)
-            owner = blocks.bag[:, None, None].expand(-1, heads, m)
-            peak = top.scatter_reduce(0, owner, scores.amax(-1), "amax")
-            shrink = torch.where(top == float("-inf"), 0, (top - peak).exp())
-            weights = scores.sub_(peak[blocks.bag][..., None]).exp_()
-            part = weights @ blocks.gather(value).to(wide).transpose(1, 2)  # (c, H, m, e)
-            total = total * shrink + _per_bag(weights.sum(-1), blocks.bag, n_bags)
-            out = out * shrink[..., None] + _per_bag(part, blocks.bag, n_bags)
-            top = peak
-        seen = total > 0
-        out = out / torch.where(seen, total, 1)[..., None]
-        ctx.save_for_backward(query, key, value, out, torch.where(seen, top + total.log(), 0))
+        out, lse = _attended(query, key, value, lengths, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
         ctx.lengths, ctx.scale = lengths, scale
         return out.transpose(1, 2).to(query.dtype)
 
@@ -175,6 +188,61 @@ class _BagAttention(torch.autograd.Function):
             dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
             blocks.scatter((dscores.mT @ query[bag].to(wide).transpose(1, 2)).transpose(1, 2), dkey)
         return dquery.to(query.dtype), dkey, dvalue, None, None
+
+
+class _MixedWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, mix: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        _, lse = _attended(query, key, key[..., :0], lengths, scale)
+        out = key.new_empty(key.shape[:2])
+        shares = mix.to(lse.dtype).transpose(1, 2)  # (B, H, m)
+        for blocks in _blocks(lengths, query.shape[1] * query.shape[2], query.device):
+            weights = _bag_scores(query, key, blocks, scale).sub_(lse[blocks.bag][..., None]).exp_()  # (c, H, m, R)
+            blocks.scatter((shares[blocks.bag][:, :, None] @ weights)[:, :, 0].mT, out)
+        ctx.save_for_backward(query, key, mix, lse)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, mix, lse = ctx.saved_tensors
+        wide = lse.dtype
+        shares = mix.to(wide).transpose(1, 2)
+        dmix, _ = _attended(query, key, grad[..., None].to(wide), ctx.lengths, ctx.scale)  # (B, H, m, 1)
+        dquery, dkey = query.new_zeros(query.shape, dtype=wide), torch.empty_like(key)
+        for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
+            bag = blocks.bag
+            dscores = blocks.gather(grad).to(wide).mT[:, :, None] - dmix[bag]  # (c, H, m, R)
+            dscores = dscores * _bag_scores(query, key, blocks, ctx.scale).sub_(lse[bag][..., None]).exp_()
+            dscores.mul_(shares[bag][..., None]).mul_(ctx.scale)
+            dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
+            dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
+            blocks.scatter((dscores.mT @ query[bag].to(wide).transpose(1, 2)).transpose(1, 2), dkey)
+        return dquery.to(query.dtype), dkey, dmix[..., 0].mT.to(mix.dtype), None, None
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the attended values (B, H, m, e) and the logarithm of each softmax's sum (B, H, m), 0 for an empty bag."""
+    n_bags, m, heads, _ = query.shape
+    wide = _wide(query)
+    top = query.new_full((n_bags, heads, m), float("-inf"), dtype=wide)  # running maximum
+    total = torch.zeros_like(top)
+    out = query.new_zeros(n_bags, heads, m, value.shape[-1], dtype=wide)
+    for blocks in _blocks(lengths, heads * m, query.device):
+        scores = _bag_scores(query, key, blocks, scale)
+        owner = blocks.bag[:, None, None].expand(-1, heads, m)
+        peak = top.scatter_reduce(0, owner, scores.amax(-1), "amax")
+        shrink = torch.where(top == float("-inf"), 0, (top - peak).exp())
+        weights = scores.sub_(peak[blocks.bag][..., None]).exp_()
+        part = weights @ blocks.gather(value).to(wide).transpose(1, 2)  # (c, H, m, e)
+        total = total * shrink + _per_bag(weights.sum(-1), blocks.bag, n_bags)
+        out = out * shrink[..., None] + _per_bag(part, blocks.bag, n_bags)
+        top = peak
+    seen = total > 0
+    return out / torch.where(seen, total, 1)[..., None], torch.where(seen, top + total.log(), 0)
 
 
 class _InstanceAttention(torch.autograd.Function):
@@ -229,6 +297,11 @@ def _per_bag(parts: Tensor, bag: Tensor, n_bags: int) -> Tensor:
     member = torch.zeros(n_bags, len(bag), dtype=parts.dtype, device=parts.device)
     member[bag, torch.arange(len(bag), device=bag.device)] = 1
     return (member @ parts.flatten(1)).view(n_bags, *parts.shape[1:])
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """The functions choose their own precision; autocast would undo it."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, bag_product, instance_attention, recomputed
+from eosin.mil.attention import bag_attention, bag_product, instance_attention, mixed_weights, recomputed
 
 LENGTHS = (0, 1, 37, 5, 0, 64)
 HEADS, TOKENS, WIDTH, VALUE = 2, 5, 3, 4
@@ -37,6 +37,14 @@ def plain_instance_attention(query, key, value, lengths, scale):
     return torch.cat(rows)
 
 
+def plain_mixed_weights(query, key, mix, lengths, scale):
+    rows = []
+    for q, k, r in zip(query, key.split(lengths), mix, strict=True):
+        weights = (torch.einsum("mhd,nhd->hmn", q, k) * scale).softmax(-1)
+        rows.append(torch.einsum("hmn,mh->nh", weights, r))
+    return torch.cat(rows)
+
+
 N, B = sum(LENGTHS), len(LENGTHS)
 CASES = [
     (bag_attention, plain_bag_attention, (B, TOKENS, HEADS, WIDTH), (N, HEADS, WIDTH), (N, HEADS, VALUE)),
@@ -47,14 +55,15 @@ CASES = [
         (B, TOKENS, HEADS, WIDTH),
         (B, TOKENS, HEADS, VALUE),
     ),
+    (mixed_weights, plain_mixed_weights, (B, TOKENS, HEADS, WIDTH), (N, HEADS, WIDTH), (B, TOKENS, HEADS)),
 ]
 
 
 @pytest.mark.parametrize("size", [7, 1024])
-@pytest.mark.parametrize(("fast", "plain", "query", "key", "value"), CASES)
-def test_values_and_gradients_are_those_of_a_loop_over_bags(fast, plain, query, key, value, size, monkeypatch):
+@pytest.mark.parametrize(("fast", "plain", "query", "key", "third"), CASES)
+def test_values_and_gradients_are_those_of_a_loop_over_bags(fast, plain, query, key, third, size, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_ROWS", size)
-    inputs = tensors(query, key, value)
+    inputs = tensors(query, key, third)
     found, wanted = fast(*inputs, LENGTHS, 0.7), plain(*inputs, LENGTHS, 0.7)
     torch.testing.assert_close(found, wanted)
     (weight,) = tensors(found.shape)
@@ -83,6 +92,8 @@ def test_half_precision_keeps_its_type_and_sums_in_float32():
     assert found.dtype == torch.bfloat16
     wanted = plain_bag_attention(*(tensor.double() for tensor in inputs), (5000,), 0.3)
     torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(bag_attention(*inputs, (5000,), 0.3), found)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (N,), (0, 0)])

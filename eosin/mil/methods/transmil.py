@@ -1,0 +1,397 @@
+"""TransMIL: a transformer over the bag with Nyström attention and a position convolution on a square grid.
+
+Shao, Bian, Chen, Wang, Zhang, Ji, Zhang: TransMIL: Transformer based correlated multiple instance learning for whole
+slide image classification, NeurIPS 2021, https://arxiv.org/abs/2106.00908. Nyström attention: Xiong et al., AAAI
+2021, https://arxiv.org/abs/2102.03902.
+
+1. ``h = relu(W x + b)``; with s = ⌈√n⌉ the first s² - n rows are repeated at the end; a learned class token goes
+   first.
+2. ``t ← t + attention(LN(t))``, ``t ← PPEG(t)``, ``t ← t + attention(LN(t))``, ``logits = W LN(t_class) + b``.
+3. Nyström attention with m landmarks, scale 1/√d: zeros are put in front until m divides the length; landmarks are
+   the means of consecutive groups of queries and of keys; ``A1 = softmax(Q K̃ᵀ)``, ``A2 = softmax(Q̃ K̃ᵀ)``, ``A3 =
+   softmax(Q̃ Kᵀ)``; the result is ``A1 A2⁺ A3 V`` plus a depthwise convolution of V along the sequence (33 taps),
+   then the output projection and dropout. The zeros are keys like others.
+4. ``A2⁺``: ``Z ← ¼ Z (13 - A Z (15 - A Z (7 - A Z)))`` from ``Z = Aᵀ / (largest row sum · largest column sum)``.
+5. PPEG: the tokens but the class token lie on an s × s grid in the order of the list; ``t + conv7(t) + conv5(t) +
+   conv3(t)``, depthwise. The three kernels are added up to one, which is the same map.
+6. Scores are those of the class token in the first layer, ``log(A1_class A2⁺ A3)`` per head, of an instance and its
+   repeat together. The approximation may give negative weights: they count as 0.
+
+Deviations from the authors' code. The starting point of the pseudo-inverse takes the largest sums of its own bag, the
+code those of the whole batch, so that results do not depend on what is trained beside it; for one bag they agree. Of
+the second layer only the class token is computed, since nothing else is read. The code exports no attention. Training
+is with RAdam without Lookahead.
+
+Bags are never padded to each other: landmarks, attention, convolutions and grids are those of each bag. The only loop
+runs over groups of heads, from `CHECKPOINT_ROWS` instances on, to bound memory.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.mil import attention
+from eosin.mil.attention import bag_attention, instance_attention, mixed_weights, recomputed
+from eosin.mil.bags import PackedBags
+from eosin.mil.layers import embedding
+from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+
+
+@AGGREGATORS.register("transmil")
+class TransMil(Aggregator):
+    """Transformer with Nyström attention, equations 1 to 6.
+
+    Parameters
+    ----------
+    in_dim, n_outputs
+        Feature width D and logits K.
+    width : int
+        Width E of a token.
+    heads : int
+        Attention heads; divides the width.
+    landmarks : int or None
+        Landmarks m; None is half the width.
+    pinv_iterations : int
+        Steps of equation 4.
+    dropout : float
+        After the output projections.
+    """
+
+    output_type = AttentionOutput
+    order_dependent = True
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        width: int = 512,
+        heads: int = 8,
+        landmarks: int | None = None,
+        pinv_iterations: int = 6,
+        dropout: float = 0.1,
+    ) -> None:
+        if width % heads:
+            raise ConfigError(f"transmil: {heads} heads do not divide the width {width}; choose another width")
+        super().__init__(in_dim, n_outputs, embed_dim=width)
+        self.landmarks = max(1, width // 2) if landmarks is None else landmarks
+        self.embed = embedding(in_dim, (width,))
+        self.cls_token = nn.Parameter(torch.randn(1, width))
+        self.layer1, self.layer2 = (
+            NystromLayer(width, heads=heads, pinv_iterations=pinv_iterations, dropout=dropout) for _ in range(2)
+        )
+        self.ppeg = Ppeg(width)
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, n_outputs)
+
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Return logits, class tokens, scores of the first layer and instances."""
+        return self.aggregate(bags.with_values(self.embed(bags.values)))
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        layout = Layout.of(bags.lengths, self.landmarks, bags.values.device)
+        tokens = torch.cat([self.cls_token.to(bags.values.dtype), bags.values])[layout.source]  # (T, E)
+        tokens, weights = self.layer1(tokens, layout)
+        tokens = recomputed(partial(self.ppeg, layout=layout), len(tokens), tokens)
+        bag = self.norm(self.layer2.class_token(tokens, layout))  # (B, E)
+        floor = torch.finfo(weights.dtype).tiny
+        scores = layout.per_instance(weights).clamp_min(floor).log()
+        return AttentionOutput(self.classifier(bag), bag, scores, bags.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of a pack lie: T tokens, of each bag its class token and s² instances; P rows after padding.
+
+    Attributes
+    ----------
+    source : (T,) int64
+        Row of each token in the class token followed by the instances.
+    first : (B,) int64
+        Row of each class token among the T.
+    body : (T - B,) int64
+        Rows of the others.
+    padded : (T,) int64
+        Row of each token among the P.
+    lengths : tuple of int
+        Padded length of each bag, a multiple of m.
+    group : (B * m,) int64
+        Rows that each landmark is the mean of.
+    cell : (T - B,) int64
+        Cell of each token of `body` in one tall grid that holds the grids of all bags, three rows apart.
+    grid : (height, width)
+        Of that grid.
+    copies, originals : (R,) int64
+        Rows among the T of the repeated instances and of what they repeat.
+    instances : (N,) int64
+        Row of each instance among the T.
+    """
+
+    source: Tensor
+    first: Tensor
+    body: Tensor
+    padded: Tensor
+    lengths: tuple[int, ...]
+    group: Tensor
+    cell: Tensor
+    grid: tuple[int, int]
+    copies: Tensor
+    originals: Tensor
+    instances: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], landmarks: int, device: torch.device) -> "Layout":
+        """Lay out bags of these lengths; all on the host, from numbers that it knows."""
+        length = torch.tensor(lengths, dtype=torch.int64)
+        side = torch.tensor([math.isqrt(n - 1) + 1 if n else 0 for n in lengths])
+        count = side * side + 1
+        bag = torch.repeat_interleave(torch.arange(len(lengths)), count)
+        place = torch.arange(len(bag)) - _starts(count)[bag] - 1  # -1 is the class token
+        rows = torch.arange(len(bag))
+        body = rows[place >= 0]
+        wrapped = torch.where(place < length[bag], place, place - length[bag])
+        copied = place >= length[bag]
+        copied &= place >= 0
+        padding = -count % landmarks
+        padded = count + padding
+        top = _starts(side + 3)
+        width = max(1, int(side.max()))
+        place_b, bag_b = place[body], bag[body]
+        cell = (top[bag_b] + place_b // side[bag_b]) * width + place_b % side[bag_b]
+        moved = {
+            "source": torch.where(place < 0, 0, 1 + _starts(length)[bag] + wrapped),
+            "first": _starts(count),
+            "body": body,
+            "padded": _starts(padded)[bag] + padding[bag] + place + 1,
+            "group": torch.repeat_interleave(padded // landmarks, landmarks),
+            "cell": cell,
+            "copies": rows[copied],
+            "originals": (rows - length[bag])[copied],
+            "instances": rows[(place >= 0) & ~copied],
+        }
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}
+        return cls(lengths=tuple(padded.tolist()), grid=(int((side + 3).sum()), width), **tensors)
+
+    def per_instance(self, weights: Tensor) -> Tensor:
+        """Add the weights (T, H) of repeated instances to the instance they repeat: (N, H)."""
+        extra = torch.zeros_like(weights).index_copy(0, self.originals, weights[self.copies])
+        return (weights + extra)[self.instances]
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+class NystromLayer(nn.Module):
+    """Layer norm, Nyström attention and the residual, equations 3 and 4.
+
+    Parameters
+    ----------
+    width, heads, pinv_iterations, dropout
+        As `TransMil`.
+    taps : int
+        Length of the convolution of the values; odd.
+    """
+
+    def __init__(self, width: int, *, heads: int, pinv_iterations: int, dropout: float, taps: int = 33) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width)
+        self.res_conv = nn.Conv2d(heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False)
+        self.heads = heads
+        self.pinv_iterations = pinv_iterations
+        self.dropout = dropout
+        self.scale = (width // heads) ** -0.5
+
+    def forward(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the new tokens (T, E) and the class token's weight of each token (T, H)."""
+        padded = self._padded(tokens, layout)
+        weights, updates = [], []
+        for heads, parts in self._groups(padded, layout):
+            both = recomputed(partial(self._attend, heads=heads, layout=layout), len(tokens), padded, *parts)
+            update, weight = torch.split(both, [self.to_out.in_features, len(heads)], dim=1)
+            updates.append(update)
+            weights.append(weight)
+        return tokens + self._project_out(_total(updates)), torch.cat(weights, 1)
+
+    def class_token(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Return what `forward` makes of the class tokens, (B, E)."""
+        padded = self._padded(tokens, layout)
+        updates = [
+            recomputed(partial(self._attend_class, heads=heads, layout=layout), len(tokens), padded, *parts)
+            for heads, parts in self._groups(padded, layout)
+        ]
+        return tokens[layout.first] + self._project_out(_total(updates))
+
+    def _padded(self, tokens: Tensor, layout: Layout) -> Tensor:
+        normed: Tensor = self.norm(tokens)
+        return normed.new_zeros(sum(layout.lengths), normed.shape[1]).index_copy(0, layout.padded, normed)
+
+    def _project_out(self, update: Tensor) -> Tensor:
+        return functional.dropout(update + self.to_out.bias, self.dropout, self.training)
+
+    def _groups(self, padded: Tensor, layout: Layout) -> list[tuple[range, tuple[Tensor, ...]]]:
+        """Return the heads that are computed at once, with their landmarks' queries, keys and pseudo-inverse."""
+        means = torch.segment_reduce(padded, "mean", lengths=layout.group, axis=0)
+        means = means.view(len(layout.lengths), -1, padded.shape[1])  # (B, m, E)
+        query, key = (self._project(means, part, range(self.heads)) for part in range(2))  # (B, m, H, d)
+        inverse = self._inverse(query, key)  # (B, H, m, m)
+        size = self.heads if len(padded) < attention.CHECKPOINT_ROWS else 2
+        groups = [range(first, min(first + size, self.heads)) for first in range(0, self.heads, size)]
+        return [(h, (query[:, :, _slice(h)], key[:, :, _slice(h)], inverse[:, _slice(h)])) for h in groups]
+
+    def _project(self, rows: Tensor, part: int, heads: range) -> Tensor:
+        """Return the queries (0), keys (1) or values (2) of some heads: (..., E) -> (..., H, d)."""
+        weight = torch.unflatten(self.to_qkv.weight, 0, (3, self.heads, -1))[part, _slice(heads)]
+        projected: Tensor = torch.unflatten(functional.linear(rows, weight.flatten(0, 1)), -1, (len(heads), -1))
+        return projected
+
+    def _inverse(self, query: Tensor, key: Tensor) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = query.to(wide).transpose(1, 2) @ key.to(wide).permute(0, 2, 3, 1) * self.scale
+            return pseudo_inverse(torch.softmax(scores, -1), self.pinv_iterations)
+
+    def _attend(
+        self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
+    ) -> Tensor:
+        """Return the update of some heads before its bias and, beside it, the class token's weights: (T, E + H)."""
+        query, key, value = (self._project(padded, part, heads) for part in range(3))  # (P, H, d)
+        mixed = self._mixed(marks_q, key, value, inverse, layout)
+        out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale)
+        out = (out + self._convolved(value, heads, layout))[layout.padded]  # (T, H, d)
+        shares = self._class_shares(query[layout.padded[layout.first]], marks_k) @ inverse  # (B, H, 1, m)
+        weights = mixed_weights(marks_q, key, shares[:, :, 0].mT, layout.lengths, self.scale)[layout.padded]
+        return torch.cat([self._out(out, heads), weights.to(out.dtype)], 1)
+
+    def _attend_class(
+        self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
+    ) -> Tensor:
+        """Return the class tokens' update of some heads before its bias, (B, E)."""
+        key, value = (self._project(padded, part, heads) for part in (1, 2))
+        mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, m, d)
+        rows = layout.padded[layout.first]  # (B,)
+        out = (self._class_shares(self._project(padded[rows], 0, heads), marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
+        return self._out(out + self._convolved_class(value, rows, heads, layout), heads)
+
+    def _mixed(self, marks_q: Tensor, key: Tensor, value: Tensor, inverse: Tensor, layout: Layout) -> Tensor:
+        read = bag_attention(marks_q, key, value, layout.lengths, self.scale).transpose(1, 2)  # (B, H, m, d)
+        return (inverse @ read.to(inverse.dtype)).transpose(1, 2).to(value.dtype)
+
+    def _class_shares(self, query: Tensor, marks_k: Tensor) -> Tensor:
+        """Return the class token's row of A1, (B, H, 1, m)."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query[:, :, None] @ marks_k.permute(0, 2, 3, 1) * self.scale
+        return torch.softmax(scores.to(wide), -1)
+
+    def _out(self, values: Tensor, heads: range) -> Tensor:
+        weight = torch.unflatten(self.to_out.weight, 1, (self.heads, -1))[:, _slice(heads)]
+        return functional.linear(values.flatten(1), weight.flatten(1))
+
+    def _convolved(self, value: Tensor, heads: range, layout: Layout) -> Tensor:
+        """Return the convolution along each bag: (P, H, d) -> (P, H, d); zeros keep the bags of a pack apart."""
+        reach = self.res_conv.padding[0]
+        lengths = torch.tensor(layout.lengths)
+        rows = torch.arange(len(value)) + int(reach) * torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        rows = rows.to(value.device)
+        spread = value
+        if len(lengths) > 1:
+            spread = value.new_zeros(len(value) + int(reach) * len(lengths), *value.shape[1:]).index_copy(
+                0, rows, value
+            )
+        weight = self.res_conv.weight[_slice(heads)]
+        image = spread.transpose(0, 1)[None]  # (1, H, rows, d)
+        out = functional.conv2d(image, weight, padding=self.res_conv.padding, groups=len(heads))[0].transpose(0, 1)
+        return out if len(lengths) == 1 else out[rows]
+
+    def _convolved_class(self, value: Tensor, rows: Tensor, heads: range, layout: Layout) -> Tensor:
+        """Return the convolution at the class tokens, (B, H, d): in front of them are zeros only."""
+        reach = int(self.res_conv.padding[0])
+        ends = torch.tensor(layout.lengths, device=rows.device).cumsum(0)
+        near = rows[:, None] + torch.arange(reach + 1, device=rows.device)  # (B, taps)
+        inside = near < ends[:, None]
+        window = value[torch.where(inside, near, 0)] * inside[..., None, None]  # (B, taps, H, d)
+        return torch.einsum("bthd,ht->bhd", window, self.res_conv.weight[_slice(heads), 0, reach:, 0])
+
+
+class Ppeg(nn.Module):
+    """Position encoding by convolution on the grid of each bag, equation 5.
+
+    Parameters
+    ----------
+    width : int
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv7, self.conv5, self.conv3 = (
+            nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in (7, 5, 3)
+        )
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Encode positions: (T, E) -> (T, E); class tokens pass unchanged."""
+        kernel = (
+            self.conv7.weight
+            + functional.pad(self.conv5.weight, (1,) * 4)
+            + functional.pad(self.conv3.weight, (2,) * 4)
+        )
+        height, width = layout.grid
+        grid = tokens.new_zeros(height * width, tokens.shape[1]).index_copy(0, layout.cell, tokens[layout.body])
+        image = grid.view(1, height, width, -1).permute(0, 3, 1, 2)
+        coded = functional.conv2d(image, kernel, self._bias(), padding=3, groups=tokens.shape[1])
+        coded = coded.permute(0, 2, 3, 1).flatten(0, 2)[layout.cell]
+        return tokens.index_add(0, layout.body, coded.to(tokens.dtype))
+
+    def _bias(self) -> Tensor:
+        biases = [layer.bias for layer in (self.conv7, self.conv5, self.conv3) if layer.bias is not None]
+        return torch.stack(biases).sum(0)
+
+
+def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
+    """Approximate the Moore-Penrose inverse of each matrix by equation 4: (B, H, m, m) -> (B, H, m, m).
+
+    The starting point depends on the largest row and column sums over the heads of a bag.
+    """
+    size = matrix.abs()
+    largest = size.sum(-1).flatten(1).amax(1) * size.sum(-2).flatten(1).amax(1)  # (B,)
+    inverse = matrix.mT / largest[:, None, None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(iterations):
+        product = matrix @ inverse
+        inverse = 0.25 * inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
+    return inverse
+
+
+def _slice(heads: range) -> slice:
+    return slice(heads.start, heads.stop)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+RECIPE = Recipe(
+    aggregator=Component(name="transmil"),
+    training=Training(
+        optimizer="radam",
+        lr=2e-4,
+        weight_decay=1e-5,
+        epochs=200,
+        patience=10,
+        schedule="constant",
+        bags_per_step=2,
+    ),
+)
+RECIPES.add("transmil", RECIPE)
