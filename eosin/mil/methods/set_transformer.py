@@ -1,0 +1,277 @@
+"""Set Transformer: attention between the instances of a bag and a few learned tokens, in both directions.
+
+Lee, Lee, Kim, Kosiorek, Choi, Teh: Set Transformer: A framework for attention-based permutation-invariant neural
+networks, ICML 2019, https://arxiv.org/abs/1810.00825.
+
+1. ``MAB(X, Y)`` with q, k, v linear maps of X, Y, Y to width d and h heads: ``O_j = q_j + softmax(q_j k_jᵀ / √d)
+   v_j`` for each head j, then ``O ← LN(O)``, ``O ← O + relu(W O + b)``, ``O ← LN(O)``; the norms only with
+   `layer_norm`.
+2. ``SAB(X) = MAB(X, X)``; ``ISAB(X) = MAB(X, MAB(I, X))`` with m learned tokens I; ``PMA(X) = MAB(S, X)`` with
+   learned seeds S, and with `pma_ff` ``MAB(S, X + relu(W X + b))``.
+3. As a classifier of bags: embedding, `isab_layers` ISAB, PMA, `sab_layers` SAB on the seeds, ``logits = W z + b`` on
+   the seeds beside each other.
+4. Scores are the PMA's, one row per seed and head.
+
+The defaults are the authors' code where it differs from the paper: the scale is the root of the whole width and not
+of a head's (`scale="model"`), the residual adds the projected query, no map mixes the heads before the feed-forward
+layer, which is one linear layer, and PMA reads its input directly. Layer norm is on by default, as bags of features
+need it; the code's default is off. The paper has `pma_ff`.
+
+The instances' side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS`
+instances on; the only loop runs over these chunks. In the PMA a seed's query is folded into the key map, so that
+neither keys nor values of the instances are computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x +
+b_v) = W_v Σ a x + b_v``.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.kernels import attention_pool
+from eosin.mil import attention
+from eosin.mil.attention import bag_attention, instance_attention, recomputed
+from eosin.mil.bags import PackedBags
+from eosin.mil.layers import as_dtype, embedding
+from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+
+Scale = Literal["model", "head"]
+
+
+@AGGREGATORS.register("set_transformer")
+class SetTransformer(Aggregator):
+    """Set Transformer for bags, equations 1 to 4.
+
+    Parameters
+    ----------
+    in_dim, n_outputs
+        Feature width D and logits K.
+    embed_dims : tuple of int
+        Widths of layers before the first block; none lets it read the features.
+    width : int
+        Width d of all blocks.
+    heads : int
+        Attention heads; divides the width.
+    tokens : int
+        Learned tokens m of an ISAB.
+    isab_layers, sab_layers : int
+        Blocks before and after the pooling.
+    seeds : int
+        Seeds of the pooling.
+    layer_norm : bool
+        Norms inside the blocks.
+    scale : {"model", "head"}
+        Softmax of ``q k / √d`` with d the width, or that of one head.
+    pma_ff : bool
+        A feed-forward layer before the pooling.
+    dropout : float
+        After the embedding.
+    """
+
+    output_type = AttentionOutput
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        embed_dims: tuple[int, ...] = (512,),
+        width: int = 512,
+        heads: int = 8,
+        tokens: int = 64,
+        isab_layers: int = 2,
+        sab_layers: int = 0,
+        seeds: int = 1,
+        layer_norm: bool = True,
+        scale: Scale = "model",
+        pma_ff: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        if width % heads:
+            raise ConfigError(f"set_transformer: {heads} heads do not divide the width {width}; choose another width")
+        super().__init__(in_dim, n_outputs, embed_dim=seeds * width)
+        self.embed = embedding(in_dim, embed_dims, dropout=dropout)
+        first = (in_dim, *embed_dims)[-1]
+        build = partial(MultiheadBlock, heads=heads, layer_norm=layer_norm, scale=scale)
+        widths = [first, *[width] * isab_layers]
+        self.encoder = nn.ModuleList(
+            InducedBlock(tokens, build(width, before, width), build(before, width, width)) for before in widths[:-1]
+        )
+        self.pool = PoolingBlock(seeds, build(width, widths[-1], width), feed_forward=pma_ff)
+        self.decoder = nn.ModuleList(build(width, width, width) for _ in range(sab_layers))
+        self.classifier = nn.Linear(seeds * width, n_outputs)
+
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Return logits, pooled seeds, the pooling's scores and the instances that it reads."""
+        return self.aggregate(bags.with_values(self.embed(bags.values)))
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        for block in self.encoder:
+            bags = bags.with_values(block(bags))
+        seeds, scores, instances = self.pool(bags)  # (B, k, d)
+        for block in self.decoder:
+            assert isinstance(block, MultiheadBlock)  # for the type checker
+            seeds = block.attend_within(seeds)
+        bag = seeds.flatten(1)
+        return AttentionOutput(self.classifier(bag), bag, scores, instances)
+
+
+class MultiheadBlock(nn.Module):
+    """The block of equation 1.
+
+    Parameters
+    ----------
+    query_dim, key_dim, width : int
+        Widths of X, of Y and of the result.
+    heads, layer_norm, scale
+        As `SetTransformer`.
+    """
+
+    def __init__(
+        self, query_dim: int, key_dim: int, width: int, *, heads: int, layer_norm: bool = False, scale: Scale = "model"
+    ) -> None:
+        super().__init__()
+        self.query = nn.Linear(query_dim, width)
+        self.key = nn.Linear(key_dim, width)
+        self.value = nn.Linear(key_dim, width)
+        self.ff = nn.Linear(width, width)
+        self.norm_attn, self.norm_ff = (nn.LayerNorm(width) if layer_norm else nn.Identity() for _ in range(2))
+        self.heads = heads
+        self.scale = (width if scale == "model" else width // heads) ** -0.5
+
+    def forward(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Let tokens read the instances of their bag: (B, m, X), (N, Y) -> (B, m, d)."""
+        projected = self.query(query)
+        read = bag_attention(
+            self._split(projected), self._split(self.key(keys)), self._split(self.value(keys)), lengths, self.scale
+        )
+        return self._finish(projected + read.flatten(2))
+
+    def read_tokens(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Let instances read the tokens of their bag: (N, X), (B, m, Y) -> (N, d)."""
+        projected = self.query(query)
+        read = instance_attention(
+            self._split(projected), self._split(self.key(keys)), self._split(self.value(keys)), lengths, self.scale
+        )
+        return self._finish(projected + read.flatten(1))
+
+    def attend_within(self, tokens: Tensor) -> Tensor:
+        """Let the tokens of a bag read each other: (B, k, X) -> (B, k, d)."""
+        projected = self.query(tokens)
+        query, key, value = (
+            self._split(part).transpose(1, 2) for part in (projected, self.key(tokens), self.value(tokens))
+        )
+        weights = (query @ key.mT * self.scale).softmax(-1)  # (B, H, k, k)
+        return self._finish(projected + (weights @ value).transpose(1, 2).flatten(2))
+
+    def fold(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows (m * H, Y) and offsets (m * H,) that give the scores of projected queries (m, d)."""
+        query = self._split(query) * self.scale  # (m, H, e)
+        weight, bias = (torch.unflatten(part, 0, (self.heads, -1)) for part in (self.key.weight, self.key.bias))
+        rows = torch.einsum("mhe,hey->mhy", query, weight)
+        return rows.flatten(0, 1), (query * bias).sum(2).flatten()
+
+    def finish_folded(self, query: Tensor, pooled: Tensor) -> Tensor:
+        """Return the block's result for queries (m, d) from what each head pooled: (B, m, H, Y) -> (B, m, d)."""
+        weight = torch.unflatten(self.value.weight, 0, (self.heads, -1))  # (H, e, Y)
+        read = torch.einsum("bmhy,hey->bmhe", pooled, weight).flatten(2) + self.value.bias
+        return self._finish(query + read)
+
+    def _split(self, values: Tensor) -> Tensor:
+        return torch.unflatten(values, -1, (self.heads, -1))
+
+    def _finish(self, values: Tensor) -> Tensor:
+        values = self.norm_attn(values)
+        finished: Tensor = self.norm_ff(values + functional.relu(self.ff(values)))
+        return finished
+
+
+class InducedBlock(nn.Module):
+    """ISAB: the tokens read the instances, the instances read the tokens; equation 2.
+
+    Parameters
+    ----------
+    tokens : int
+        Learned tokens m.
+    inducing, point : MultiheadBlock
+        The two blocks; the tokens are as wide as the first one's query.
+    """
+
+    def __init__(self, tokens: int, inducing: MultiheadBlock, point: MultiheadBlock) -> None:
+        super().__init__()
+        self.tokens = _learned(tokens, inducing.query.in_features)
+        self.inducing = inducing
+        self.point = point
+
+    def forward(self, bags: PackedBags) -> Tensor:
+        """Transform instances: (N, X) -> (N, d)."""
+        rows, lengths = bags.n_instances, bags.lengths
+        tokens = self.tokens.expand(bags.n_bags, -1, -1)
+        summary = recomputed(partial(self.inducing, lengths=lengths), rows, tokens, bags.values)  # (B, m, d)
+        sizes, pieces = _row_chunks(lengths)
+        parts = [
+            recomputed(partial(self.point.read_tokens, lengths=part), rows, values, summary)
+            for part, values in zip(pieces, torch.split(bags.values, sizes), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+class PoolingBlock(nn.Module):
+    """PMA: learned seeds read the instances; equation 2.
+
+    Parameters
+    ----------
+    seeds : int
+    block : MultiheadBlock
+    feed_forward : bool
+        Apply a residual feed-forward layer to the instances first.
+    """
+
+    def __init__(self, seeds: int, block: MultiheadBlock, *, feed_forward: bool = False) -> None:
+        super().__init__()
+        self.seeds = _learned(seeds, block.query.in_features)
+        self.block = block
+        key_dim = block.key.in_features
+        self.ff = nn.Linear(key_dim, key_dim) if feed_forward else None
+
+    def forward(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pooled seeds (B, k, d), scores (N, k * H) and the instances that they weigh (N, X)."""
+        instances = bags.values
+        if self.ff is not None:
+            instances = instances + functional.relu(self.ff(instances))
+        query = self.block.query(self.seeds[0])  # (k, d)
+        scores = functional.linear(instances, *self.block.fold(query))
+        pooled, _, _ = attention_pool(scores, instances, bags.cu_seqlens)  # (B, k * H, X)
+        pooled = torch.unflatten(as_dtype(pooled, self.block.value.weight), 1, (len(query), -1))
+        return self.block.finish_folded(query, pooled), scores, instances
+
+
+def _learned(count: int, width: int) -> nn.Parameter:
+    """Return tokens with the authors' initial spread: Xavier uniform of a (1, m, d) tensor."""
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, count, width)))
+
+
+def _row_chunks(lengths: tuple[int, ...]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Cut a pack at every `CHECKPOINT_ROWS` rows: rows of each chunk, and the rows of each bag within it."""
+    rows = sum(lengths)
+    size = max(1, attention.CHECKPOINT_ROWS)
+    ends = torch.tensor(lengths).cumsum(0)
+    sizes, pieces = [], []
+    for first in range(0, max(rows, 1), size):
+        last = min(first + size, rows)
+        before = ends.clamp(first, last)
+        pieces.append(tuple(torch.diff(before, prepend=torch.tensor([first])).tolist()))
+        sizes.append(last - first)
+    return sizes, pieces
+
+
+RECIPE = Recipe(
+    aggregator=Component(name="set_transformer"),
+    training=Training(optimizer="adam", lr=1e-4, weight_decay=1e-5, epochs=50, patience=10, schedule="cosine"),
+)
+RECIPES.add("set_transformer", RECIPE)
