@@ -209,7 +209,8 @@ class PooledBag:
         order, logits = [], [self.logits()]
         for _ in range(rounds):
             candidates = target.of(logits[-1] + state.changes())  # (n,)
-            order.append(_choose(candidates, float(target.of(logits[-1])), direction, state.alive))
+            current = float(target.of(logits[-1]))
+            order.append(choose(np.where(state.alive, candidates, np.nan), current, direction))
             logits.append(state.remove(order[-1]))
         n = self.n_instances
         return Search(np.array(order, dtype=np.int64), np.array(logits), rounds * n - rounds * (rounds - 1) // 2)
@@ -281,9 +282,10 @@ class _Removal:
         return np.asarray(self.bag.bias + (self.products / self.total[:, None]).sum(axis=0))
 
 
-def _choose(candidates: Floats, current: float, direction: Direction, alive: NDArray[np.bool_]) -> int:
+def choose(candidates: Floats, current: float, direction: Direction) -> int:
+    """Return the first of the best candidates; NaN marks those that are not to be chosen."""
     cost = {"min": candidates, "max": -candidates, "least": np.abs(candidates - current)}[direction]
-    return int(np.argmin(np.where(alive, cost, np.inf)))
+    return int(np.nanargmin(cost))
 
 
 def _weighted_mean(values: Floats, scores: Floats) -> float:
