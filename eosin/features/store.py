@@ -5,6 +5,7 @@ milliseconds whatever its size. HDF5 checks its own metadata (``libver`` v110); 
 of the file, in blocks of 1 MiB, so that no flipped bit goes unseen.
 """
 
+import io
 import json
 import mmap
 import zlib
@@ -82,8 +83,9 @@ def write_bag(path: Path, bag: FeatureBag) -> None:
 
 
 def _write(path: Path, bag: FeatureBag) -> None:
+    image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
     with h5py.File(
-        path,
+        image,
         "w",
         libver=("v110", "v110"),
         alignment_threshold=1,
@@ -97,6 +99,7 @@ def _write(path: Path, bag: FeatureBag) -> None:
             write_coords(file, bag.grid, _coords_footer(bag))
         file.flush()
         offset = _reserve_checksums(file)
+    path.write_bytes(image.getbuffer())
     _seal(path, offset)
 
 

@@ -1,0 +1,262 @@
+"""Tiles of many slides, decoded ahead of the encoder and away from it.
+
+Every reader is a thread with, normally, a child process that does the decoding: a decoder that crashes or hangs costs
+its slide, never the run. Readers take slides from one list and put batches of all of them into one short queue, so
+that a device that encodes finds work also while one slide ends and the next is opened.
+"""
+
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eosin.batch import file_fingerprint
+from eosin.errors import CorruptSlideError, EosinError, SlideError
+from eosin.wsi.coordinates import read_footer, read_grid
+from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi.tiles import iterate_tiles
+
+QUEUED_BATCHES = 4
+HANG_S = 300.0
+POLL_S = 0.2
+JOIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """One slide to read.
+
+    Parameters
+    ----------
+    slide : SlideFile
+        What to open.
+    patches : Path
+        Its coordinates file.
+    batch_size : int
+        Tiles per batch.
+    threads : int
+        Threads that decode.
+    """
+
+    slide: SlideFile
+    patches: Path
+    batch_size: int
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """Some tiles of one slide.
+
+    Parameters
+    ----------
+    slide_id : str
+        The slide.
+    tiles : (b, h, w, 3) uint8
+        Pixels.
+    index : (b,) int64
+        Their rows in the slide's grid.
+    """
+
+    slide_id: str
+    tiles: NDArray[np.uint8]
+    index: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SlideEnd:
+    """No more tiles of this slide; `error` says why when not all of them came."""
+
+    slide_id: str
+    error: EosinError | None = None
+
+
+def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
+    """Read the tiles of one slide in this process.
+
+    Raises
+    ------
+    SlideError
+        When the slide cannot be opened or decoded.
+    FeatureFileError
+        When its coordinates file cannot be read.
+    """
+    grid, stated = read_grid(request.patches), read_footer(request.patches).fingerprint
+    if stated and request.slide.path.is_file() and stated != file_fingerprint(request.slide.path):
+        message = "is not the file that was tiled; run `eosin tile` on it again"
+        raise SlideError(request.slide.path, message, code="changed")
+    with open_slide(request.slide.path, mpp=grid.slide_mpp) as slide:
+        batches = iterate_tiles(slide, grid, batch_size=request.batch_size, threads=request.threads)
+        for tiles, index in batches:
+            yield TileBatch(request.slide.slide_id, tiles, index)
+
+
+class _Child:
+    """A spawned process that reads slides one after another."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def read(self, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
+        self.connection.send(request)
+        while not stopping.is_set():
+            message = self._receive(request, stopping)
+            if isinstance(message, EosinError):
+                raise message
+            if message is None:
+                return
+            index, shape = message
+            tiles = np.empty(shape, np.uint8)
+            self.connection.recv_bytes_into(tiles.reshape(-1).data)
+            yield TileBatch(request.slide.slide_id, tiles, index)
+
+    def _receive(self, request: ReadRequest, stopping: threading.Event) -> Any:
+        patience = time.monotonic() + HANG_S
+        try:
+            while not self.connection.poll(POLL_S):
+                if stopping.is_set():
+                    return None
+                if time.monotonic() > patience:
+                    raise CorruptSlideError(request.slide.path, f"gave no tile for {HANG_S:g} s", code="timeout")
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            message = f"the process that decoded it died ({self._cause_of_death()})"
+            raise CorruptSlideError(request.slide.path, message, code="crashed") from None
+
+    def _cause_of_death(self) -> str:
+        self.process.join(timeout=10)
+        code = self.process.exitcode
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: "Connection[Any, Any]") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    while True:
+        try:
+            request = connection.recv()
+            _send_slide(connection, request)
+        except (EOFError, BrokenPipeError):
+            return
+
+
+def _send_slide(connection: "Connection[Any, Any]", request: ReadRequest) -> None:
+    try:
+        for batch in read_slide(request):
+            connection.send((batch.index, batch.tiles.shape))
+            connection.send_bytes(batch.tiles.reshape(-1).data)
+        connection.send(None)
+    except EosinError as error:
+        connection.send(error)
+    except MemoryError:
+        connection.send(SlideError(request.slide.path, "needs more memory than there is", code="out-of-memory"))
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a decoder raises must reach the parent as this slide's failure
+        connection.send(SlideError(request.slide.path, f"{type(error).__name__}: {error}", code="internal"))
+
+
+class SlideReaders:
+    """Readers that work ahead through a list of slides; a context manager and an iterator over what they read.
+
+    Parameters
+    ----------
+    requests : sequence of ReadRequest
+        Slides in the order in which they are begun.
+    workers : int
+        Number of child processes, each with one slide at a time; 0 reads in a thread of this process.
+    """
+
+    def __init__(self, requests: Sequence[ReadRequest], *, workers: int) -> None:
+        self._requests = deque(requests)
+        self._left = len(requests)
+        self._queue: queue.Queue[TileBatch | SlideEnd] = queue.Queue(QUEUED_BATCHES)
+        self._stopping = threading.Event()
+        count = min(max(1, workers), len(requests))
+        self._isolated = workers > 0
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+
+    def __enter__(self) -> "SlideReaders":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(JOIN_S)
+
+    def __iter__(self) -> Iterator[TileBatch | SlideEnd]:
+        while self._left:
+            item = self._next()
+            self._left -= isinstance(item, SlideEnd)
+            yield item
+
+    def _next(self) -> TileBatch | SlideEnd:
+        while True:
+            working = any(thread.is_alive() for thread in self._threads)
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                if not working:
+                    raise RuntimeError("the readers ended before all slides were read") from None
+
+    def _work(self) -> None:
+        child: _Child | None = None
+        try:
+            while not self._stopping.is_set():
+                try:
+                    request = self._requests.popleft()
+                except IndexError:
+                    return
+                if self._isolated and child is None:
+                    child = _Child()
+                if not self._read(request, child) and child is not None:
+                    child.stop()
+                    child = None
+        finally:
+            if child is not None:
+                child.stop()
+
+    def _read(self, request: ReadRequest, child: _Child | None) -> bool:
+        """Put one slide into the queue; return whether the child can go on to the next."""
+        slide_id = request.slide.slide_id
+        try:
+            for batch in read_slide(request) if child is None else child.read(request, self._stopping):
+                if not self._put(batch):
+                    return False
+        except EosinError as error:
+            self._put(SlideEnd(slide_id, error))
+            return error.code not in ("crashed", "timeout")
+        except Exception as error:  # noqa: BLE001 - a thread that dies silently would stall the run
+            self._put(SlideEnd(slide_id, SlideError(request.slide.path, f"{type(error).__name__}: {error}")))
+            return False
+        return self._put(SlideEnd(slide_id))
+
+    def _put(self, item: TileBatch | SlideEnd) -> bool:
+        while not self._stopping.is_set():
+            try:
+                self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+            return True
+        return False

@@ -1,0 +1,152 @@
+"""Weights from files: found, read without running anything, identified by content."""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eosin.errors import CheckpointError
+
+FILE_NAMES = ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin", "model.pth")
+WRAPPERS = ("teacher", "ema", "state_dict_ema", "model_ema", "state_dict", "model", "student")
+PREFIXES = ("module.", "backbone.", "model.", "encoder.", "trunk.")
+HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "dino_head.", "ibot_head.", "decoder")
+SHOWN_KEYS = 3
+
+
+def find_weights(path: Path) -> Path:
+    """Return the file of weights that a path means.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.safetensors`` or torch file, or a folder that holds one; a folder of the Hugging Face cache
+        (``models--owner--name``) too.
+
+    Raises
+    ------
+    CheckpointError
+        When there is no such file, or a folder holds several candidates.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(path, "no such file or folder of weights", code="missing")
+    snapshots = sorted(path.glob("snapshots/*")) or [path]
+    if len(snapshots) > 1:
+        raise CheckpointError(path, f"holds {len(snapshots)} revisions; pass one of its folders snapshots/<revision>")
+    for name in FILE_NAMES:
+        if (snapshots[0] / name).is_file():
+            return snapshots[0] / name
+    files = [file for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin") for file in snapshots[0].glob(pattern)]
+    if len(files) != 1:
+        raise CheckpointError(path, f"holds {len(files)} files of weights; pass the one that is meant")
+    return files[0]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of weights; nothing in the file is ever executed.
+
+    Parameters
+    ----------
+    path : Path
+        ``.safetensors``, or a torch file, which is read with ``weights_only=True`` and no fallback.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Names without the wrappers of training code (``teacher``, ``model``, ``state_dict``; ``module.``,
+        ``backbone.``).
+
+    Raises
+    ------
+    CheckpointError
+        When the file holds anything but tensors and plain values, or no tensors at all.
+    """
+    state = _unwrapped(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path))
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(path, "holds no tensors; pass a state dict of the encoder")
+    return _without_prefixes(tensors)
+
+
+def _read_safetensors(path: Path) -> Mapping[str, object]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(path, f"cannot be read as safetensors ({error})") from error
+
+
+def _read_torch(path: Path) -> Mapping[str, object]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            path,
+            "holds Python objects besides tensors, which are never executed; convert it to safetensors where it is"
+            " trusted",
+            code="unsafe",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(path, f"cannot be read as a torch file ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, f"holds a {type(content).__name__}; pass a state dict of the encoder")
+    return content
+
+
+def _unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
+    """Descend into the first wrapper that training code puts around a state dict; a teacher is what is deployed."""
+    for name in WRAPPERS:
+        inner = content.get(name)
+        if isinstance(inner, Mapping):
+            return _unwrapped(inner)
+    return content
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        outside = [name for name in state if not name.startswith(prefix) and not name.startswith(HEADS)]
+        if inside and not outside:
+            return _without_prefixes(inside)
+    return state
+
+
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into a network; only heads that the network does not have may be left over.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the first keys that are missing, left over or of another shape.
+    """
+    wanted = network.state_dict()
+    usable = {name: value for name, value in state.items() if name in wanted or not name.startswith(HEADS)}
+    faults = [f"{name} is missing" for name in wanted if name not in usable]
+    faults += [f"{name} is not part of it" for name in usable if name not in wanted]
+    faults += [
+        f"{name} is {tuple(usable[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in usable and usable[name].shape != tensor.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - SHOWN_KEYS} more" if len(faults) > SHOWN_KEYS else ""
+        raise CheckpointError(path, f"does not fit the encoder: {'; '.join(faults[:SHOWN_KEYS])}{more}")
+    network.load_state_dict(usable)
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 over names, types, shapes and values, whatever the file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
