@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype
+from eosin.kernels._library import Operator
 from eosin.kernels.gated_attention import reference
 from eosin.kernels.gated_attention.torch_impl import (
     Embedding,
@@ -35,10 +36,7 @@ _POOL_TENSORS = (
 _POOL_INPUTS = f"{_POOL_TENSORS}, float embed_dropout, bool keep_instances, {_SCORE_OPTIONS}"
 
 
-@torch.library.custom_op(
-    "eosin::gated_scores", mutates_args=(), schema=f"({_SCORE_INPUTS}) -> (Tensor scores, Tensor branches)"
-)
-def gated_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return raw scores (N, H) and the branches kept for the backward pass."""
     parameters, (dropout, seed, activation, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
     gate = _gate(parameters, dropout, seed, activation, dtype)
@@ -46,12 +44,7 @@ def gated_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return score_forward(values, gate, kept), kept.branches
 
 
-@torch.library.custom_op(
-    "eosin::gated_scores_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor branches, bool needs_values, {_SCORE_INPUTS}) -> Tensor[]",
-)
-def gated_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+def _scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
     """Return the gradients of the values and the six parameters, empty where absent."""
     values, parameters = inputs[0], inputs[1 : 1 + N_GATE]
     dropout, seed, activation, _, dtype = inputs[1 + N_GATE :]
@@ -61,13 +54,7 @@ def gated_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *i
     return _dense([d_values, *_gate_gradients(found, grad)], inputs[: 1 + N_GATE])
 
 
-@torch.library.custom_op(
-    "eosin::gated_pool",
-    mutates_args=(),
-    schema=f"({_POOL_INPUTS}) -> "
-    "(Tensor scores, Tensor pooled, Tensor lse, Tensor entropy, Tensor instances, Tensor branches)",
-)
-def gated_pool(*inputs: Any) -> tuple[Tensor, ...]:
+def _pool(*inputs: Any) -> tuple[Tensor, ...]:
     """Return scores (N, H), pooled (B, H, E), lse (B, H), entropy (B, H) and what the backward pass reads again."""
     call = _PoolCall(*inputs)
     kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
@@ -75,12 +62,7 @@ def gated_pool(*inputs: Any) -> tuple[Tensor, ...]:
     return *results, kept.instances, kept.branches
 
 
-@torch.library.custom_op(
-    "eosin::gated_pool_backward",
-    mutates_args=(),
-    schema=f"(Tensor[] upstream, Tensor[] results, bool needs_values, {_POOL_INPUTS}) -> Tensor[]",
-)
-def gated_pool_backward(
+def _pool_backward(
     upstream: list[Tensor],
     results: list[Tensor],
     needs_values: bool,  # noqa: FBT001
@@ -165,20 +147,17 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-@gated_scores.register_fake
-def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     parameters, (_, _, _, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
     kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
     return values.new_empty((len(values), len(parameters[4])), dtype=accumulation_dtype(dtype)), kept.branches
 
 
-@gated_scores_backward.register_fake
-def _(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+def _fake_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
     return _empty_gradients(inputs[: 1 + N_GATE], needs_values)
 
 
-@gated_pool.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
+def _fake_pool(*inputs: Any) -> tuple[Tensor, ...]:
     call = _PoolCall(*inputs)
     kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
     heads, width = call.gate.w_weight.shape[0], call.gate.v_weight.shape[1]
@@ -187,8 +166,12 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     return *(wide.new_empty(size) for size in sizes), kept.instances, kept.branches
 
 
-@gated_pool_backward.register_fake
-def _(upstream: list[Tensor], results: list[Tensor], needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
+def _fake_pool_backward(
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs_values: bool,  # noqa: FBT001
+    *inputs: Any,
+) -> list[Tensor]:
     return _empty_gradients(inputs[:N_POOL_GRADIENTS], needs_values)
 
 
@@ -252,5 +235,27 @@ def _second_order(ctx: Any, outputs: Any, tensors: Any, upstream: Any) -> list[T
     return [next(found) if need else None for need in needs]
 
 
-gated_scores.register_autograd(_scores_gradient, setup_context=_save_scores)
-gated_pool.register_autograd(_pool_gradient, setup_context=_save_pool)
+gated_scores = Operator(
+    "gated_scores", f"({_SCORE_INPUTS}) -> (Tensor scores, Tensor branches)", run=_scores, fake=_fake_scores
+)
+gated_scores_backward = Operator(
+    "gated_scores_backward",
+    f"(Tensor grad, Tensor branches, bool needs_values, {_SCORE_INPUTS}) -> Tensor[]",
+    run=_scores_backward,
+    fake=_fake_scores_backward,
+)
+gated_pool = Operator(
+    "gated_pool",
+    f"({_POOL_INPUTS}) -> "
+    "(Tensor scores, Tensor pooled, Tensor lse, Tensor entropy, Tensor instances, Tensor branches)",
+    run=_pool,
+    fake=_fake_pool,
+)
+gated_pool_backward = Operator(
+    "gated_pool_backward",
+    f"(Tensor[] upstream, Tensor[] results, bool needs_values, {_POOL_INPUTS}) -> Tensor[]",
+    run=_pool_backward,
+    fake=_fake_pool_backward,
+)
+gated_scores.differentiate(_scores_gradient, _save_scores)
+gated_pool.differentiate(_pool_gradient, _save_pool)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype
+from eosin.kernels._library import Operator
 from eosin.kernels.selective_scan import reference, torch_impl
 from eosin.kernels.selective_scan.torch_impl import LOG2_E, Inputs
 
@@ -15,17 +16,11 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op("eosin::selective_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor out, Tensor states)")
-def selective_scan(*tensors: Any) -> tuple[Tensor, Tensor]:
-    """Return the outputs (N, D) and the states kept for the backward pass."""
+def _forward(*tensors: Any) -> tuple[Tensor, Tensor]:
     return torch_impl.forward(_inputs(tensors[:N_TENSORS]), tensors[N_TENSORS])
 
 
-@torch.library.custom_op(
-    "eosin::selective_scan_backward", mutates_args=(), schema=f"(Tensor grad, Tensor states, {_INPUTS}) -> Tensor[]"
-)
-def selective_scan_backward(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
-    """Return the gradients of the eight tensors, empty where absent."""
+def _backward(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
     given, cu_seqlens = tensors[:N_TENSORS], tensors[N_TENSORS]
     found = torch_impl.backward(grad, _inputs(given), cu_seqlens, states)
     gradients = (found.u, found.delta, found.a.T, found.b, found.c, found.d, found.z, found.delta_bias)
@@ -43,15 +38,13 @@ def _inputs(tensors: tuple[Any, ...]) -> Inputs:
     return Inputs(u, delta, transposed, b, c, d, z, None if delta_bias is None else delta_bias.to(wide))
 
 
-@selective_scan.register_fake
-def _(*tensors: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*tensors: Any) -> tuple[Tensor, Tensor]:
     u, a = tensors[0], tensors[2]
     n_states = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(u), u.new_empty((n_states, a.shape[1], a.shape[0]), dtype=accumulation_dtype(u.dtype))
 
 
-@selective_scan_backward.register_fake
-def _(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
+def _fake_backward(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
     return [grad.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in tensors[:N_TENSORS]]
 
 
@@ -73,4 +66,13 @@ def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
-selective_scan.register_autograd(_gradient, setup_context=_save)
+selective_scan = Operator(
+    "selective_scan", f"({_INPUTS}) -> (Tensor out, Tensor states)", run=_forward, fake=_fake_forward
+)
+selective_scan_backward = Operator(
+    "selective_scan_backward",
+    f"(Tensor grad, Tensor states, {_INPUTS}) -> Tensor[]",
+    run=_backward,
+    fake=_fake_backward,
+)
+selective_scan.differentiate(_gradient, _save)
