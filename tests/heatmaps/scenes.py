@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.pooled import PooledBag
 from eosin.wsi.grid import TileGrid, Tiling
 
 PINK = (226, 170, 200)
@@ -105,3 +106,13 @@ def feature_bag(features: NDArray[np.floating], grid: TileGrid | None) -> Featur
     mpp, patch_size = (None, None) if tiling is None else (tiling.mpp, tiling.patch_size)
     spec = FeatureSpec(encoder="test", dim=features.shape[1], mpp=mpp, patch_size=patch_size)
     return FeatureBag(features, spec, "slide-1", grid)
+
+
+def random_bag(n: int, *, branches: int = 1, outputs: int = 2, spread: float = 1.0, seed: int = 0) -> PooledBag:
+    """Return a bag whose attention spans many orders of magnitude when `spread` is large."""
+    rng = np.random.default_rng(seed)
+    return PooledBag(
+        rng.normal(scale=spread, size=(n, branches)),
+        rng.normal(size=(n, branches, outputs)),
+        rng.normal(size=outputs),
+    )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenes import random_bag
 
 from eosin.heatmaps.pooled import PooledBag, Target
 
@@ -18,15 +19,6 @@ def brute(bag, keep):
         share = np.exp(scores - scores.max())
         logits = logits + (share / share.sum()) @ bag.terms[keep, branch]
     return logits
-
-
-def random_bag(n, *, branches=1, outputs=2, spread=1.0, seed=0):
-    rng = np.random.default_rng(seed)
-    return PooledBag(
-        rng.normal(scale=spread, size=(n, branches)),
-        rng.normal(size=(n, branches, outputs)),
-        rng.normal(size=outputs),
-    )
 
 
 bags = st.builds(

@@ -1,0 +1,298 @@
+"""Interventions on a slide: what the model says without some tiles, with those alone, and with others added.
+
+HIPPO (Kaczmarzyk, Saltz, Koo, https://arxiv.org/abs/2409.03080). Necessity of a set S of tiles is the change of the
+prediction when S is removed; sufficiency is the prediction of S alone, or the change when S is added to another
+slide. Every set is compared with random sets of the same number of tiles, because removing many tiles changes a
+prediction whatever they show.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
+from eosin.heatmaps.subsets import Look, Subsets
+
+Kind = Literal["remove", "keep only", "add"]
+Indices = NDArray[np.int64]
+N_CONTROLS = 50
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One intervention on one slide.
+
+    Parameters
+    ----------
+    kind : {"remove", "keep only", "add"}
+    what : str
+        The tiles in words: "1 % most attended tiles".
+    n_tiles : int
+        How many tiles were removed, kept or added.
+    before, after : float
+        Log-odds of the class.
+    control_mean, control_low, control_high : float or None
+        Mean and 2.5 and 97.5 percentiles of the log-odds after the same intervention with random tiles.
+    control_rank : float or None
+        Share of the random sets that change the log-odds at least as much in the same direction, the set itself
+        counted among them: a one-sided randomisation p value.
+    n_controls : int
+    """
+
+    kind: Kind
+    what: str
+    n_tiles: int
+    before: float
+    after: float
+    control_mean: float | None = None
+    control_low: float | None = None
+    control_high: float | None = None
+    control_rank: float | None = None
+    n_controls: int = 0
+
+    @property
+    def change(self) -> float:
+        """Change of the log-odds."""
+        return self.after - self.before
+
+    @property
+    def probability_before(self) -> float:
+        """Probability of the class before."""
+        return float(expit(self.before))
+
+    @property
+    def probability_after(self) -> float:
+        """Probability of the class after."""
+        return float(expit(self.after))
+
+    @property
+    def is_still_predicted(self) -> bool:
+        """Whether the log-odds stay on the side of zero where they were."""
+        return (self.after > 0) == (self.before > 0)
+
+
+def intervene(
+    subsets: Subsets,
+    target: Target,
+    index: Indices,
+    *,
+    kind: Kind,
+    what: str,
+    controls: int = N_CONTROLS,
+    seed: int = 0,
+) -> Effect:
+    """Remove a set of tiles, or keep it alone, and do the same with random sets of the same number.
+
+    Parameters
+    ----------
+    subsets : Subsets
+        The slide as the model sees it.
+    target : Target
+        The class; effects are in log-odds, whatever the target is on.
+    index : (k,) int64
+        The tiles.
+    kind : {"remove", "keep only"}
+        Necessity or sufficiency; for "add" see `transplant`.
+    what : str
+        The tiles in words.
+    controls : int
+        Random sets; 0 for none.
+    seed : int
+        Of their choice.
+    """
+    act = subsets.remove if kind == "remove" else subsets.keep_only
+    before, after = _value(target, subsets.logits()), _value(target, act(index))
+    rng = np.random.default_rng(seed)
+    n = subsets.n_instances
+    drawn = [act(rng.choice(n, size=len(index), replace=False)) for _ in range(controls if 0 < len(index) < n else 0)]
+    return _with_controls(Effect(kind, what, len(index), before, after), [_value(target, logits) for logits in drawn])
+
+
+def transplant(
+    receiver: PooledBag, donor: PooledBag, target: Target, index: Indices, *, what: str, controls: int = N_CONTROLS,
+    seed: int = 0,
+) -> Effect:  # fmt: skip
+    """Add some tiles of a donor slide to a receiver, both seen by the same model; controls are other donor tiles."""
+    before = _value(target, receiver.logits())
+    after = _value(target, receiver.add(donor.select(index)))
+    rng = np.random.default_rng(seed)
+    sets = [rng.choice(donor.n_instances, size=len(index), replace=False) for _ in range(controls)]
+    values = [_value(target, receiver.add(donor.select(chosen))) for chosen in sets]
+    return _with_controls(Effect("add", what, len(index), before, after), values)
+
+
+def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
+    if not values:
+        return effect
+    low, high = np.quantile(values, [0.025, 0.975])
+    direction = 1.0 if effect.change >= 0 else -1.0
+    as_large = sum(direction * (value - effect.before) >= direction * effect.change for value in values)
+    return Effect(
+        **{name: value for name, value in asdict(effect).items() if not name.startswith(("control", "n_controls"))},
+        control_mean=float(np.mean(values)),
+        control_low=float(low),
+        control_high=float(high),
+        control_rank=(1 + as_large) / (1 + len(values)),
+        n_controls=len(values),
+    )
+
+
+def _value(target: Target, logits: Floats) -> float:
+    return float(Target(target.output).of(logits))
+
+
+def top_tiles(scores: Floats, fraction: float) -> Indices:
+    """Return the ⌈fraction × n⌉ tiles with the highest scores, highest first; the first of equal ones."""
+    count = int(np.ceil(fraction * len(scores) - 1e-9))
+    return np.argsort(-scores, kind="stable")[:count].astype(np.int64)
+
+
+def ablate_top(
+    subsets: Subsets,
+    target: Target,
+    scores: Floats,
+    *,
+    name: str,
+    fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
+    controls: int = N_CONTROLS,
+    seed: int = 0,
+) -> list[Effect]:
+    """Remove the tiles with the highest scores, and keep them alone, for each fraction of the tiles."""
+    kinds: tuple[Kind, Kind] = ("remove", "keep only")
+    return [
+        intervene(
+            subsets,
+            target,
+            top_tiles(scores, fraction),
+            kind=kind,
+            what=f"{100 * fraction:g} % {name} tiles",
+            controls=controls,
+            seed=seed,
+        )
+        for fraction in fractions
+        for kind in kinds
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class SmallestSet:
+    """The fewest tiles that decide a prediction.
+
+    Parameters
+    ----------
+    tiles : (k,) int64
+    is_certain : bool
+        True when no smaller set can do it; False when the set comes from a greedy search.
+    """
+
+    tiles: Indices
+    is_certain: bool
+
+
+def smallest_necessary(subsets: Subsets, target: Target, search: Search) -> SmallestSet | None:
+    """Return the smallest set whose removal turns the prediction, or None if no set is known to.
+
+    With one branch and log-odds that are linear in the logits the best set of every size is known, and its effect
+    grows with its size, so bisection finds the smallest size with certainty. Otherwise the set is read off the
+    greedy search.
+
+    Parameters
+    ----------
+    subsets : Subsets
+    target : Target
+        On log-odds, positive for the slide: the class that is predicted.
+    search : Search
+        Greedy, minimising the target; used where there is no closed form.
+    """
+    if isinstance(subsets, PooledBag) and is_linear(subsets, target):
+        return _bisect(subsets, target)
+    turned = np.flatnonzero(target.of(search.logits) <= 0)
+    return SmallestSet(search.order[: turned[0]], is_certain=False) if len(turned) else None
+
+
+def is_linear(bag: PooledBag, target: Target) -> bool:
+    """Whether `PooledBag.best_set` covers this bag and target."""
+    return bag.scores.shape[1] == 1 and target.direction(len(bag.bias)) is not None
+
+
+def _bisect(bag: PooledBag, target: Target) -> SmallestSet | None:
+    def turns(size: int) -> bool:
+        return _value(target, bag.remove(bag.best_set(target, "min", size))) <= 0
+
+    low, high = 0, bag.n_instances - 1
+    if high < 1 or not turns(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if turns(middle) else (middle, high)
+    return SmallestSet(bag.best_set(target, "min", high), is_certain=True)
+
+
+def certify(bag: PooledBag, target: Target, search: Search) -> tuple[float, float]:
+    """Return the log-odds after a greedy search and after removing the best set of the same size."""
+    best = bag.best_set(target, "min", len(search.order))
+    return _value(target, search.logits[-1]), _value(target, bag.remove(best))
+
+
+def effects_table(effects: Sequence[Effect], columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Return one row per effect: the fields of `Effect`, probabilities and change; `columns` are put in front."""
+    rows = [
+        {
+            **(columns or {}),
+            "kind": effect.kind,
+            "tiles": effect.what,
+            "n_tiles": effect.n_tiles,
+            "probability_before": effect.probability_before,
+            "probability_after": effect.probability_after,
+            "log_odds_before": effect.before,
+            "log_odds_after": effect.after,
+            "change": effect.change,
+            "control_mean": effect.control_mean,
+            "control_low": effect.control_low,
+            "control_high": effect.control_high,
+            "control_rank": effect.control_rank,
+            "n_controls": effect.n_controls,
+        }
+        for effect in effects
+    ]
+    return pd.DataFrame(rows)
+
+
+def in_words(effect: Effect, class_name: str) -> str:
+    """Return an effect as a sentence for a pathologist."""
+    how = {
+        "remove": f"Without the {effect.what}",
+        "keep only": f"With the {effect.what} alone",
+        "add": f"With the {effect.what} added",
+    }[effect.kind]
+    before, after = (_percent(value) for value in (effect.probability_before, effect.probability_after))
+    says = "still says" if effect.before > 0 else "still does not say"
+    turned = "no longer says" if effect.before > 0 else "now says"
+    verdict = f"{says if effect.is_still_predicted else turned} {class_name}"
+    sentence = f"{how} ({effect.n_tiles}) the model {verdict}: {before} → {after}"
+    if effect.control_mean is None:
+        return f"{sentence}."
+    random = _percent(float(expit(effect.control_mean)))
+    return f"{sentence}; with as many random tiles {random} (p = {effect.control_rank:.2g})."
+
+
+def _percent(probability: float) -> str:
+    if probability > 0.9995:
+        return "> 0.999"
+    return "< 0.001" if probability < 0.0005 else f"{probability:.3f}"
+
+
+def describe_method(look: Look, target: Target, search: Search | None) -> str:
+    """Return how the numbers were made, in a sentence that stands in every output."""
+    if look.method == "closed form":
+        return (
+            "All numbers are exact: the model is linear after its softmax pooling, so every prediction follows from "
+            "its sums without running it again."
+        )
+    judged = "" if search is None else f" The search judged {search.evaluations} candidates, a shortlist by gradient."
+    return f"Every number is the model run again on the tiles that remain.{judged}"
