@@ -1,10 +1,12 @@
-"""Operations on packed bags: segment reductions, attention scores and pooling, the selective scan.
+"""Operations on packed bags: segment reductions, attention scores and pooling, the selective scan
+and its convolution.
 
 Every function checks its arguments and picks an implementation per call: the plain definition (``reference``), a
 memory-bounded torch path, or Triton on a GPU. `use_backend` or the variable ``EOSIN_KERNELS`` forces one.
 """
 
 from eosin.kernels._dispatch import choose, use_backend
+from eosin.kernels.causal_conv import causal_conv
 from eosin.kernels.gated_attention import AttentionPool, gated_attention_pool, gated_attention_scores
 from eosin.kernels.segment_pool import attention_pool, segment_pool
 from eosin.kernels.segments import (
@@ -24,6 +26,7 @@ __all__ = [
     "ScanOrder",
     "attention_pool",
     "bag_index",
+    "causal_conv",
     "choose",
     "gated_attention_pool",
     "gated_attention_scores",
