@@ -1,6 +1,7 @@
 """Which tiles a model's prediction rests on: one number per tile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from eosin.errors import ConfigError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.pooled import Target
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClassAttentionOutput
 from eosin.mil.slots import Aggregator, AttentionOutput
@@ -66,6 +68,41 @@ def attention_map(model: Aggregator, bag: FeatureBag, *, branch: int | None = No
     if not 0 <= branch < branches:
         raise ConfigError(f"branch {branch} was asked for; the model has branches 0 to {branches - 1}")
     return Heatmap(weights[:, branch], require_grid(bag), f"attention_{branch}", f"attention of branch {branch}")
+
+
+def gradient_map(model: Aggregator, bag: FeatureBag, target: Target, *, of: str) -> Heatmap:
+    """Return gradient times input of any model: the first-order share of each tile in the target.
+
+    ``x_i · ∂target/∂x_i``, summed over the features. For a model that is linear in its features the values sum to the
+    target without its constant; elsewhere they are a local approximation, unlike the effects of removing tiles.
+
+    Parameters
+    ----------
+    model : Aggregator
+    bag : FeatureBag
+        With a tile grid.
+    target : Target
+    of : str
+        Name of the class, for the label.
+    """
+    pack = pack_bag(model, bag)
+    values = pack.values.requires_grad_()
+    with torch.enable_grad(), in_eval_mode(model):
+        logits = model(pack.with_values(values)).logits[0]
+        (gradient,) = torch.autograd.grad(target.of_tensor(logits), values)
+    shares = (values.detach() * gradient).sum(1).double().cpu().numpy()
+    return Heatmap(shares, require_grid(bag), f"gradient_{of}", f"gradient times input of {of}", signed=True)
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def attribution_maps(model: Aggregator, bag: FeatureBag, *, classes: Sequence[str] = ()) -> list[Heatmap]:
@@ -146,11 +183,8 @@ def pack_bag(model: torch.nn.Module, bag: FeatureBag) -> PackedBags:
 def _attention_output(model: Aggregator, bag: FeatureBag) -> AttentionOutput:
     if not issubclass(model.output_type, AttentionOutput):
         raise ConfigError(f"{type(model).__name__} does not weigh instances, so it has no attention to show")
-    was_training = model.training
-    try:
-        output = model.eval()(pack_bag(model, bag))
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model):
+        output = model(pack_bag(model, bag))
     if not isinstance(output, AttentionOutput):
         raise TypeError(f"{type(model).__name__} returned {type(output).__name__}, not the output type it declares")
     return output

@@ -17,8 +17,10 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
+from torch import Tensor
 
 Floats = NDArray[np.float64]
 Direction = Literal["min", "max", "least"]
@@ -53,6 +55,15 @@ class Target:
         rest = np.delete(values, self.output, axis=-1)
         log_odds = chosen - logsumexp(rest, axis=-1) if rest.shape[-1] else chosen
         return np.asarray(expit(log_odds) if self.on == "probability" else log_odds)
+
+    def of_tensor(self, logits: Tensor) -> Tensor:
+        """Return the number for one row of logits (K,), differentiable."""
+        chosen = logits[self.output]
+        if self.on == "logit":
+            return chosen
+        rest = torch.cat([logits[: self.output], logits[self.output + 1 :]])
+        log_odds = chosen - rest.logsumexp(0) if len(rest) else chosen
+        return log_odds.sigmoid() if self.on == "probability" else log_odds
 
     def direction(self, n_outputs: int) -> Floats | None:
         """Return the vector (K,) whose product with logits is the number, or None where it is not linear."""

@@ -207,7 +207,7 @@ class ForwardBag:
         values = self.pack.values[torch.from_numpy(rows)].detach().requires_grad_()
         with torch.enable_grad():
             logits = self._wide(self.model(PackedBags.pack([values])).logits)[0]
-            (gradient,) = torch.autograd.grad(_of_tensor(target, logits), values)
+            (gradient,) = torch.autograd.grad(target.of_tensor(logits), values)
         guess = np.zeros(self.n_instances)
         guess[rows] = -((values - values.mean(0)) * gradient).sum(1).double().detach().cpu().numpy()
         return guess
@@ -244,15 +244,6 @@ class ForwardBag:
 
     def _wide(self, logits: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.with_zero_logit else logits
-
-
-def _of_tensor(target: Target, logits: Tensor) -> Tensor:
-    chosen = logits[target.output]
-    if target.on == "logit":
-        return chosen
-    rest = torch.cat([logits[: target.output], logits[target.output + 1 :]])
-    log_odds = chosen - rest.logsumexp(0) if len(rest) else chosen
-    return log_odds.sigmoid() if target.on == "probability" else log_odds
 
 
 def _shortlist(guess: Floats, direction: Direction, alive: NDArray[np.bool_], size: int) -> NDArray[np.int64]:

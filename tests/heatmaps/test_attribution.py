@@ -4,7 +4,15 @@ import torch
 from scenes import feature_bag, lattice
 
 from eosin.errors import ConfigError
-from eosin.heatmaps.attribution import attention_map, attention_weights, attribution_maps, class_names, pack_bag
+from eosin.heatmaps.attribution import (
+    attention_map,
+    attention_weights,
+    attribution_maps,
+    class_names,
+    gradient_map,
+    pack_bag,
+)
+from eosin.heatmaps.pooled import Target
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.pooling import Pooling
@@ -96,3 +104,26 @@ def test_smallest_bags(bag, grid, n):
 )
 def test_outputs_are_named_by_class(n_outputs, classes, expected):
     assert class_names(n_outputs, classes) == expected
+
+
+def test_gradients_of_a_linear_model_sum_to_its_logit(bag):
+    torch.manual_seed(0)
+    model = Pooling(DIM, 2, embed_dims=()).train()
+    heatmap = gradient_map(model, bag, Target(1, "logit"), of="tumour")
+    logit = model.eval()(pack_bag(model, bag)).logits[0, 1].item()
+    assert heatmap.values.sum() == pytest.approx(logit - model.classifier.bias[1].item(), rel=1e-4)
+    assert heatmap.signed
+    assert heatmap.label == "gradient times input of tumour"
+
+
+def test_gradient_is_the_slope_of_the_target(bag, grid):
+    model = abmil().double()
+    target = Target(1)
+    heatmap = gradient_map(model, bag, target, of="tumour")
+    step, tile = 1e-4, 5
+    outputs = []
+    for factor in (1 - step, 1 + step):
+        pack = pack_bag(model, bag)
+        pack.values[tile] *= factor
+        outputs.append(float(target.of(model.eval()(pack).logits[0].detach().numpy())))
+    assert heatmap.values[tile] == pytest.approx((outputs[1] - outputs[0]) / (2 * step), rel=1e-5)

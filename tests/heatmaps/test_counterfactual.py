@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scenes import random_bag
 
 from eosin.heatmaps.counterfactual import (
@@ -12,10 +13,14 @@ from eosin.heatmaps.counterfactual import (
     in_words,
     intervene,
     smallest_necessary,
+    tile_effects,
     top_tiles,
     transplant,
 )
 from eosin.heatmaps.pooled import PooledBag, Target
+from eosin.heatmaps.subsets import ForwardBag
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.pooling import Pooling
 
 TUMOUR = Target(1)
 
@@ -146,3 +151,22 @@ def test_certificate_bounds_the_search():
 )
 def test_effects_read_as_sentences(effect, expected):
     assert in_words(effect, "tumour") == expected
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_tile_effects_are_what_each_tile_adds(outputs):
+    bag = random_bag(12, branches=2, outputs=outputs, seed=1)
+    target = Target(0)
+    effects, agreement = tile_effects(bag, target)
+    full = float(target.of(bag.logits()))
+    np.testing.assert_allclose(effects, [full - float(target.of(bag.remove([i]))) for i in range(12)], atol=1e-12)
+    assert agreement == 1
+
+
+def test_tile_effects_of_other_models_say_how_far_to_trust_them():
+    torch.manual_seed(0)
+    values = torch.randn(80, 6, dtype=torch.float64)
+    model = Pooling(6, 2, embed_dims=(16,), dropout=0.0).double().eval()
+    effects, agreement = tile_effects(ForwardBag(model, PackedBags.pack([values])), TUMOUR)
+    assert effects.shape == (80,)
+    assert 0.8 < agreement <= 1

@@ -1,0 +1,111 @@
+"""Attention through several layers: rollout and flow.
+
+Abnar and Zuidema, Quantifying attention flow in transformers, ACL 2020, https://arxiv.org/abs/2005.00928. Both follow
+where the tokens of the last layer come from, through attention maps that are averaged over heads and mixed half and
+half with the identity for the residual path. Neither looks at values, feed-forward layers or classes: what comes out is
+where information may have come from, not what it counted for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import maximum_flow
+
+Floats = NDArray[np.float64]
+
+FLOW_UNIT = 2**24
+MAX_FLOW_TOKENS = 400
+
+
+def with_residual(attention: Floats) -> Floats:
+    """Return attention (m, m) mixed half and half with the identity, rows summing to 1."""
+    mixed = np.asarray(attention, dtype=np.float64) + np.eye(len(attention))
+    return np.asarray(mixed / mixed.sum(axis=1, keepdims=True))
+
+
+def rollout(attention: Sequence[Floats], *, residual: Literal["half", "none"] = "half") -> list[Floats]:
+    """Multiply the attention of the layers, input side first.
+
+    Parameters
+    ----------
+    attention : sequence of (m, m) float
+        One map per layer, averaged over heads, rows summing to 1: row i says where token i looks.
+    residual : {"half", "none"}
+        Whether each map is mixed with the identity.
+
+    Returns
+    -------
+    list of (m, m) float64
+        After each layer; rows are output tokens, columns input tokens, rows sum to 1.
+    """
+    layers = [
+        with_residual(layer) if residual == "half" else np.asarray(layer, dtype=np.float64) for layer in attention
+    ]
+    products = layers[:1]
+    for layer in layers[1:]:
+        products.append(layer @ products[-1])
+    return products
+
+
+def rollout_row(token: Floats, layers: Sequence[Callable[[Floats], Floats]]) -> Floats:
+    """Return one row of the rollout without any n × n matrix.
+
+    Parameters
+    ----------
+    token : (n,) float
+        How much of each token of the last layer is asked about: 1 at the class token, or the weights of a pooling.
+    layers : sequence of callables
+        Input side first; each takes a row r (n,) and returns ``r @ A`` for the attention A of the layer, held whole or
+        as factors (inducing points: ``(r @ A1) @ A0``; Nyström: three factors).
+
+    Returns
+    -------
+    (n,) float64
+        Non-negative and summing to 1. Approximate attention may have negative entries; they are cut to 0.
+    """
+    row = np.asarray(token, dtype=np.float64)
+    for layer in reversed(layers):
+        row = 0.5 * row + 0.5 * np.maximum(layer(row), 0)
+        row = row / row.sum()
+    return np.asarray(row)
+
+
+def flow(attention: Sequence[Floats]) -> Floats:
+    """Return the maximum flow from each token of the last layer to each input token.
+
+    Parameters
+    ----------
+    attention : sequence of (m, m) float
+        As for `rollout`; the residual is mixed in.
+
+    Returns
+    -------
+    (m, m) float64
+        Rows sum to 1. Each pair is a maximum-flow problem of its own over all layers.
+
+    Raises
+    ------
+    ValueError
+        If there are more than 400 tokens: use groups of tiles, or `rollout`.
+    """
+    tokens = len(attention[0])
+    if tokens > MAX_FLOW_TOKENS:
+        raise ValueError(f"flow solves a problem per pair of tokens; {tokens} tokens are more than {MAX_FLOW_TOKENS}")
+    graph = _flow_graph([with_residual(layer) for layer in attention], tokens)
+    top = len(attention) * tokens
+    values = [[maximum_flow(graph, top + i, j).flow_value for j in range(tokens)] for i in range(tokens)]
+    flows = np.array(values, dtype=np.float64)
+    return np.asarray(flows / flows.sum(axis=1, keepdims=True))
+
+
+def _flow_graph(layers: Sequence[Floats], tokens: int) -> coo_array:
+    """Edges from token i of layer l to token j of the layer below; scipy's solver takes whole numbers."""
+    rows, columns = np.indices((tokens, tokens)).reshape(2, -1)
+    starts = np.concatenate([(layer + 1) * tokens + rows for layer in range(len(layers))])
+    ends = np.concatenate([layer * tokens + columns for layer in range(len(layers))])
+    capacities = np.concatenate([np.round(layer.ravel() * FLOW_UNIT) for layer in layers]).astype(np.int32)
+    size = (len(layers) + 1) * tokens
+    return coo_array((capacities, (starts, ends)), shape=(size, size)).tocsr()
