@@ -6,6 +6,7 @@ the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find 
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,8 +75,10 @@ def write_grid(
     footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash)
 
     def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w", libver=LIBVER) as file:
+        image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
+        with h5py.File(image, "w", libver=LIBVER) as file:
             write_coords(file, grid, footer)
+        temporary.write_bytes(image.getbuffer())
 
     write_file(path, write, verify=lambda temporary: _require_rows(temporary, grid.n_tiles))
 

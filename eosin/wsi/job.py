@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from eosin.batch import Outcome, Record, Report, file_fingerprint, run_batch, write_text
 from eosin.errors import EosinError
 from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin
 from eosin.wsi.grid import TileGrid, Tiling, make_grid
-from eosin.wsi.overview import read_thumbnail
+from eosin.wsi.overview import make_thumbnail, read_overview
 from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.slide import Slide, SlideFile, open_slide
-from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue
+from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,12 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
     with open_slide(item.path, mpp=item.mpp) as slide:
-        mask = find_tissue(slide, plan.tissue)
+        overview = read_overview(slide, mask_mpp(slide, plan.tissue))
+        mask = find_tissue(slide, plan.tissue, overview=overview)
         size, mpp = slide.size_px0, slide.mpp
         grid = make_grid(mask, plan.tiling, slide_size_px0=size, slide_mpp=mpp, path=item.path)
-        _write_pictures(plan.job, item.slide_id, slide, mask)
+        thumbnail = make_thumbnail(slide, overview)
+        _write_pictures(plan.job, item.slide_id, slide, mask, thumbnail)
         write_grid(
             plan.patches(item.slide_id),
             grid,
@@ -180,9 +184,8 @@ def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
         return _outcome(grid, mask, str(slide.facts().get("mpp_note") or ""))
 
 
-def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask) -> None:
+def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask, thumbnail: Image.Image) -> None:
     outline = mask.contours()
-    thumbnail = read_thumbnail(slide)
     write_jpeg(job.thumbnail(slide_id), thumbnail)
     write_jpeg(job.contours(slide_id), draw_outline(thumbnail, outline, slide.size_px0))
     origin = qupath_origin(slide.bounds_px0)

@@ -10,6 +10,7 @@ from eosin.errors import ConfigError
 from eosin.wsi.slide import Slide
 
 MAX_OVERVIEW_PX = 100_000_000
+THUMBNAIL_PX = 1000
 
 
 def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
@@ -39,7 +40,19 @@ def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
     return slide.read((0, 0), (width, height), mpp)
 
 
-def read_thumbnail(slide: Slide, longest_px: int = 1000) -> Image.Image:
-    """Return the whole slide as a picture whose longer side is at most `longest_px`; small slides stay as they are."""
-    mpp = max(slide.size_px0) * slide.mpp / longest_px
-    return Image.fromarray(read_overview(slide, max(mpp, slide.mpp)))
+def make_thumbnail(slide: Slide, overview: NDArray[np.uint8] | None = None) -> Image.Image:
+    """Return the whole slide as a picture whose longer side is at most 1000 px; small slides stay as they are.
+
+    Parameters
+    ----------
+    slide : Slide
+        Open slide with a known mpp.
+    overview : (h, w, 3) uint8, optional
+        The slide at some mpp, read already; used when it is large enough.
+    """
+    longest = max(slide.size_px0)
+    mpp = slide.mpp * max(1.0, longest / THUMBNAIL_PX)
+    if overview is None or max(overview.shape) < min(THUMBNAIL_PX, longest):
+        return Image.fromarray(read_overview(slide, mpp))
+    size = [max(1, round(side * slide.mpp / mpp)) for side in slide.size_px0]
+    return Image.fromarray(overview).resize(size, Image.Resampling.BOX)

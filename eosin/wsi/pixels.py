@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 NATIVE_SLACK_PX = 0.5
-BLOCK_PX = 4096
+BLOCK_PX = 2048
 WHITE = (255, 255, 255)
 ReadLevel = Callable[[int, tuple[int, int], tuple[int, int]], NDArray[np.uint8]]
 """``read_level(level, (x, y), (w, h))`` in that level's pixels gives (h, w, 3) RGB, padded with the background."""

@@ -30,7 +30,7 @@ from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.pixels import WHITE, is_native, read_scaled
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
 
-CACHE_BYTES = 192 * 2**20
+CACHE_BYTES = 128 * 2**20
 MAX_SEGMENT_PX = 64 * 2**20
 DIRECT_VENDORS = ("aperio", "generic-tiff", "philips")
 SHRINKS = (2, 4, 8)

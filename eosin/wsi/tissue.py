@@ -12,13 +12,23 @@ from shapely import MultiPolygon
 
 from eosin.errors import SlideError
 from eosin.options import Options
+from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads
 from eosin.wsi.outline import trace_outline
 from eosin.wsi.overview import read_overview
 from eosin.wsi.slide import Slide
-from eosin.wsi.stain import find_glass, find_pen, is_dark, stain_threshold, to_optical_density
+from eosin.wsi.stain import (
+    find_glass,
+    find_pen,
+    is_dark,
+    stain_threshold,
+    strongest_of,
+    to_optical_density,
+    weakest_of,
+)
 
 FRACTION_BLOCK = 500_000
 MIN_CELLS = 128
+BLUR_CELLS = 0.7
 ODD_COVERAGE = (0.001, 0.95)
 
 
@@ -139,7 +149,15 @@ class TissueMask:
         return trace_outline(self.mask, self.px0_per_cell, self.slide_size_px0)
 
 
-def find_tissue(slide: Slide, options: TissueOptions | None = None) -> TissueMask:
+def mask_mpp(slide: Slide, options: TissueOptions) -> float:
+    """Return the µm per cell of the mask: as the options say, finer on small slides, never finer than the slide."""
+    longest_um = max(slide.size_px0) * slide.mpp
+    return max(slide.mpp, min(options.mpp, longest_um / MIN_CELLS))
+
+
+def find_tissue(
+    slide: Slide, options: TissueOptions | None = None, *, overview: NDArray[np.uint8] | None = None
+) -> TissueMask:
     """Tell tissue from glass.
 
     At about 8 µm per cell the colour of the glass is measured on the slide itself; tissue is what absorbs one channel
@@ -153,6 +171,8 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None) -> TissueMas
         Open, with a known mpp.
     options : TissueOptions, optional
         The defaults otherwise.
+    overview : (h, w, 3) uint8, optional
+        The slide at `mask_mpp`, when it was read already.
 
     Returns
     -------
@@ -165,9 +185,8 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None) -> TissueMas
         Code ``dark-background`` for fluorescence and other slides whose background is dark.
     """
     options = options or TissueOptions()
-    longest_um = max(slide.size_px0) * slide.mpp
-    mpp = max(slide.mpp, min(options.mpp, longest_um / MIN_CELLS))
-    rgb = read_overview(slide, mpp)
+    mpp = mask_mpp(slide, options)
+    rgb = read_overview(slide, mpp) if overview is None else overview
     if is_dark(rgb):
         raise SlideError(
             slide.path,
@@ -199,8 +218,9 @@ def detect_tissue(
         What a person should know.
     """
     density = to_optical_density(rgb, find_glass(rgb))
-    density = ndimage.gaussian_filter(density, (0.7, 0.7, 0))
-    stain = density.max(axis=2) - density.min(axis=2)
+    for channel in density:
+        ndimage.gaussian_filter(channel, BLUR_CELLS, output=channel)
+    stain = strongest_of(density) - weakest_of(density)
     candidates = stain > (options.min_stain or stain_threshold(stain))
     notes: list[str] = []
     if options.remove_pen:
@@ -215,41 +235,7 @@ def detect_tissue(
 
 
 def _clean(candidates: NDArray[np.bool_], mpp: float, options: TissueOptions) -> NDArray[np.bool_]:
-    closed = _closing(candidates, options.close_um / 2 / mpp)
-    opened = ~_closing(~closed, options.open_um / 2 / mpp)
-    if not opened.any():
-        opened = closed
-    return _fill_holes(_drop_small(opened, options.min_area_um2 / mpp**2), options.max_hole_um2 / mpp**2)
-
-
-def _closing(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
-    """Fill what a disk of this radius cannot enter from outside; the picture's edge continues outwards."""
-    if radius < 1 or not mask.any() or mask.all():
-        return mask
-    pad = int(np.ceil(radius)) + 1
-    padded = np.pad(mask, pad, mode="edge")
-    grown = ndimage.distance_transform_edt(~padded) <= radius
-    shrunk = ndimage.distance_transform_edt(grown) > radius
-    return np.asarray((shrunk | padded)[pad:-pad, pad:-pad])
-
-
-def _drop_small(mask: NDArray[np.bool_], min_cells: float) -> NDArray[np.bool_]:
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    sizes = np.bincount(labels.ravel())
-    keep = sizes >= min_cells
-    keep[1 + np.argmax(sizes[1:])] = True
-    keep[0] = False
-    return np.asarray(keep[labels])
-
-
-def _fill_holes(mask: NDArray[np.bool_], max_cells: float) -> NDArray[np.bool_]:
-    labels, count = ndimage.label(~mask)
-    if count == 0:
-        return mask
-    fill = np.bincount(labels.ravel()) <= max_cells
-    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        fill[edge] = False
-    fill[0] = True
-    return np.asarray(fill[labels])
+    closed = close_gaps(candidates, options.close_um / 2 / mpp)
+    opened = open_threads(closed, options.open_um / 2 / mpp)
+    large = drop_small(opened if opened.any() else closed, options.min_area_um2 / mpp**2, keep_largest=True)
+    return fill_holes(large, options.max_hole_um2 / mpp**2)

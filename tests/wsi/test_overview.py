@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from eosin.errors import ConfigError
-from eosin.wsi.overview import read_overview, read_thumbnail
+from eosin.wsi.overview import make_thumbnail, read_overview
 from eosin.wsi.slide import open_slide
 
 
@@ -20,8 +20,14 @@ def test_the_whole_slide_at_one_mpp(write_slide, tissue_picture):
 
 def test_thumbnails_keep_the_shape_and_never_grow(write_slide, tissue_picture):
     with open_slide(write_slide("a.tiff", tissue_picture)) as slide:
-        assert read_thumbnail(slide, 400).size == (400, 300)
-        assert read_thumbnail(slide, 4000).size == (1600, 1200)
+        thumbnail = make_thumbnail(slide)
+        assert thumbnail.size == (1000, 750)
+        again = make_thumbnail(slide, read_overview(slide, slide.mpp))
+        unused = make_thumbnail(slide, read_overview(slide, 8 * slide.mpp))
+    assert np.abs(np.asarray(thumbnail, int) - np.asarray(again)).mean() < 3
+    assert np.array_equal(thumbnail, unused)
+    with open_slide(write_slide("b.tiff", tissue_picture[:300, :200])) as slide:
+        assert make_thumbnail(slide).size == (200, 300)
 
 
 def test_an_overview_that_is_no_overview_is_refused(giant_slide):
