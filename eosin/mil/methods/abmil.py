@@ -1,8 +1,8 @@
 """ABMIL: the bag is the attention-weighted mean of its instances.
 
 Ilse, Tomczak, Welling: Attention-based deep multiple instance learning, ICML 2018, https://arxiv.org/abs/1802.04712.
-``h = embed(x)``, ``s = w · (tanh(V h) ⊙ σ(U h))`` (the gate σ(U h) may be left out), ``a = softmax(s)`` within the bag,
-``z = Σ a h``, ``logits = W z + b``.
+``h = embed(x)``, ``s = w · (tanh(V h) ⊙ σ(U h))`` (the gate σ(U h) may be left out), ``a = softmax(s)`` within the
+bag, ``z = Σ a h``, ``logits = W z + b``.
 
 Deviations: several attention heads are concatenated before the classifier, where the authors' code does not run; the
 probability is not clamped, the loss reads logits.
@@ -74,10 +74,13 @@ class Abmil(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, bag embeddings, scores and instances."""
-        instances = self.embed(bags.values)  # (N, E)
-        pool = self.attention.pool(instances, bags)
+        return self.aggregate(bags.with_values(self.embed(bags.values)))
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        pool = self.attention.pool(bags.values, bags)
         bag = as_dtype(pool.pooled.flatten(1), self.classifier.weight)  # (B, H * E)
-        return AttentionOutput(self.classifier(bag), bag, pool.scores, instances)
+        return AttentionOutput(self.classifier(bag), bag, pool.scores, bags.values)
 
 
 PRESETS: dict[str, dict[str, object]] = {

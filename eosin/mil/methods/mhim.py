@@ -1,0 +1,532 @@
+"""MHIM-MIL: a moving-average teacher hides what is easy, and the student learns from the rest.
+
+Version 1: Tang, Huang, Zhang, Zhou, Zhang, Liu: Multiple instance learning framework with masked hard instance mining
+for whole slide image classification, ICCV 2023, https://arxiv.org/abs/2307.15254. Version 2: the same authors'
+extension, Multiple instance learning framework with masked hard instance mining for gigapixel histopathology image
+analysis, IJCV 2025.
+
+Version 1 (`mhim`), for each bag of n instances:
+
+1. The teacher, in training mode and without gradient, reads the whole bag: embedding F_t and attention scores (for
+   DSMIL the largest instance logit instead).
+2. Hidden is the union of three sets, their sizes relative to n: ⌈β_r n⌉ random instances, the ⌈β_l n⌉ lowest, and of
+   the ⌈(β_h / r) n⌉ highest a random ⌈r ·⌉ ("randomly high"; all of the ⌈β_h n⌉ highest for r = 1). With several
+   attention rows each row votes for its highest, the most voted count, and likewise for the lowest.
+3. The student reads the instances that are left. Objective: bag loss ``+ α · (-Σ_j softmax(F_t / τ)_j log
+   softmax(F_s)_j)`` over the features j of the bag embeddings.
+4. After the step ``θ_t ← m θ_t + (1 - m) θ_s``. With `decay`, β_h falls to 0 by half a cosine over the training; with
+   `momentum_schedule="cosine"`, m rises to 1: ``f + ½ (b - f) (1 + cos(π t / T))``.
+
+Version 2 (`mhim_v2`):
+
+5. Instances are ranked by ``p_n = max_c softmax_c(W (a_n h_n))``, the classifier on the weighted instance.
+6. The highest are hidden as in 2 with constant β_h; of the L survivors ``⌊(1 - random_mask_ratio) L⌋`` are kept at
+   random. The others are recycled: k global tokens Q read them, ``Z = out(attention(LN(Q), LN(rest)))`` with shared
+   norm and without biases in q, k, v; the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``.
+
+Deviations from the authors' code. `random_mask_ratio` is the fraction that is removed, 0.8; the code's `merge_ratio`
+is the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in
+the code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it,
+from the mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least
+one instance. The student embeds only what is left, instead of embedding all and then hiding. For DSMIL the term
+`dsmil_max` is added by the recipe. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per
+step for the number of instances left.
+
+The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
+student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.kernels import segment_max, segment_softmax, segment_topk_mask
+from eosin.mil.attention import bag_attention
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
+from eosin.mil.methods.clam import ClassAttentionOutput, instance_width
+from eosin.mil.methods.dsmil import DsmilOutput
+from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.slots import STRATEGIES, Aggregator, AttentionOutput, Step, Strategy
+from eosin.mil.standardize import Standardized
+from eosin.mil.tasks import Task
+
+MomentumSchedule = Literal["constant", "cosine"]
+
+
+@runtime_checkable
+class EmbeddingAggregator(Protocol):
+    """An aggregator that can start from embedded instances: ``forward`` is `embed`, then `aggregate`."""
+
+    embed: nn.Module
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        ...
+
+
+class Teacher(nn.Module):
+    """A moving average of a model, in the same mode as the student and without gradient.
+
+    Parameters
+    ----------
+    model : Aggregator
+    momentum : float
+        m of equation 4.
+    schedule : {"constant", "cosine"}
+        Whether m rises to 1.
+    """
+
+    def __init__(self, model: Aggregator, *, momentum: float, schedule: MomentumSchedule) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ConfigError(f"mhim: momentum {momentum} must lie in [0, 1]")
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.momentum = momentum
+        self.schedule = schedule
+
+    @torch.no_grad()
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Read whole bags."""
+        output = self.model(bags)
+        assert isinstance(output, AttentionOutput)  # checked when built
+        return output
+
+    @torch.no_grad()
+    def follow(self, student: Aggregator, progress: float) -> None:
+        """Move towards the student, equation 4; parameters only."""
+        momentum = cosine(self.momentum, 1.0, progress) if self.schedule == "cosine" else self.momentum
+        for mine, new in zip(self.model.parameters(), student.parameters(), strict=True):
+            mine.lerp_(new.detach(), 1 - momentum)
+
+
+@STRATEGIES.register("mhim")
+class Mhim(Strategy):
+    """Masked hard instance mining, version 1, equations 1 to 4.
+
+    Parameters
+    ----------
+    model : Aggregator
+        The student.
+    task : Task
+    random_ratio, low_ratio, high_ratio : float
+        Fractions β_r, β_l and β_h of a bag that are hidden.
+    high_factor : float
+        r: the highest are drawn from 1 / r times as many.
+    decay : bool
+        β_h falls to 0.
+    consistency : float
+        Weight α of the consistency between the embeddings.
+    temperature : float
+        τ of the teacher.
+    momentum : float
+        m of the teacher.
+    momentum_schedule : {"constant", "cosine"}
+    init_from : path or None
+        Folder of a plainly trained model of the same aggregator.
+    """
+
+    requires = AttentionOutput
+
+    def __init__(
+        self,
+        model: Aggregator,
+        task: Task,
+        *,
+        random_ratio: float = 0.5,
+        low_ratio: float = 0.0,
+        high_ratio: float = 0.01,
+        high_factor: float = 0.5,
+        decay: bool = True,
+        consistency: float = 0.1,
+        temperature: float = 0.1,
+        momentum: float = 0.9999,
+        momentum_schedule: MomentumSchedule = "constant",
+        init_from: Path | None = None,
+    ) -> None:
+        super().__init__(model, task)
+        _check_fractions(random_ratio=random_ratio, low_ratio=low_ratio, high_ratio=high_ratio, high_factor=high_factor)
+        self.ratios = (random_ratio, low_ratio, high_ratio)
+        self.high_factor = high_factor
+        self.decay = decay
+        self.consistency = consistency
+        self.temperature = temperature
+        self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
+
+    def forward(self, bags: PackedBags, target: Tensor) -> Step:
+        """Hide, let the student read the rest, and compare the embeddings."""
+        whole = self.teacher(bags)
+        left = bags.select(~self.hidden(rankings(whole), bags))
+        output = self.model(left)
+        loss = consistency_loss(output.embedding, whole.embedding, self.temperature)
+        return Step(output, left, {"consistency": self.consistency * loss})
+
+    def hidden(self, ranks: Tensor, bags: PackedBags) -> Tensor:
+        """Return which instances are hidden given their scores (N, H): (N,) bool."""
+        random_ratio, low_ratio, high_ratio = self.ratios
+        if self.decay:
+            high_ratio = cosine(high_ratio, 0.0, self.progress)
+        hidden = random_subset(bags, _counts(bags, random_ratio))
+        hidden |= voted(ranks, bags, _counts(bags, low_ratio), largest=False)
+        hidden |= randomly_high(ranks, bags, high_ratio, self.high_factor)[0]
+        return hidden & _leaves_some(hidden, bags)
+
+    def after_step(self, step: Step) -> None:
+        """Let the teacher follow."""
+        self.teacher.follow(self.model, self.progress)
+
+
+@STRATEGIES.register("mhim_v2")
+class MhimV2(Strategy):
+    """Masked hard instance mining, version 2, equations 5 and 6.
+
+    Parameters
+    ----------
+    model : Aggregator
+        The student; must embed instances one by one before it aggregates them.
+    task : Task
+    high_ratio, high_factor : float
+        β_h and r as in version 1, constant.
+    random_mask_ratio : float
+        Fraction of the other instances that is taken away at random and recycled.
+    tokens : int
+        Global tokens k.
+    heads, head_dim : int
+        Of the tokens' attention.
+    token_dropout : float
+        After its output projection.
+    token_momentum : float
+        m_q of the tokens.
+    score_bias : bool
+        Add the classifier's bias in equation 5.
+    consistency, temperature, momentum, momentum_schedule, init_from
+        As in version 1.
+    """
+
+    requires = AttentionOutput
+
+    def __init__(
+        self,
+        model: Aggregator,
+        task: Task,
+        *,
+        high_ratio: float = 0.03,
+        high_factor: float = 1.0,
+        random_mask_ratio: float = 0.8,
+        tokens: int = 10,
+        heads: int = 8,
+        head_dim: int = 64,
+        token_dropout: float = 0.1,
+        token_momentum: float = 0.9999,
+        score_bias: bool = False,
+        consistency: float = 0.5,
+        temperature: float = 0.1,
+        momentum: float = 0.9997,
+        momentum_schedule: MomentumSchedule = "constant",
+        init_from: Path | None = None,
+    ) -> None:
+        super().__init__(model, task)
+        _check_fractions(high_ratio=high_ratio, high_factor=high_factor, random_mask_ratio=random_mask_ratio)
+        if not isinstance(model, EmbeddingAggregator):
+            raise ConfigError(
+                f"mhim_v2 adds tokens to embedded instances, which {type(model).__name__} does not take; "
+                "choose an aggregator with the methods embed and aggregate, or mhim"
+            )
+        require_linear_classifier(model)
+        width = _embedded_width(model)
+        self.high_ratio, self.high_factor = high_ratio, high_factor
+        self.random_mask_ratio = random_mask_ratio
+        self.score_bias = score_bias
+        self.consistency = consistency
+        self.temperature = temperature
+        self.recycle = GlobalRecycle(
+            width, tokens=tokens, heads=heads, head_dim=head_dim, dropout=token_dropout, momentum=token_momentum
+        )
+        self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
+
+    def forward(self, bags: PackedBags, target: Tensor) -> Step:
+        """Hide, recycle, let the student read what is kept with the tokens, and compare the embeddings."""
+        whole = self.teacher(bags)
+        ranks = instance_probability(self.teacher.model, whole, bags, bias=self.score_bias)
+        kept, rest, counts = self.divide(ranks, bags)
+        student = self.model
+        assert isinstance(student, EmbeddingAggregator)  # checked when built
+        embedded = student.embed(bags.values)
+        left = self.recycle(embedded, bags, kept, rest, counts)
+        output = student.aggregate(left)
+        loss = consistency_loss(output.embedding, whole.embedding, self.temperature)
+        return Step(output, left, {"consistency": self.consistency * loss})
+
+    def divide(self, ranks: Tensor, bags: PackedBags) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """Return which instances are kept and which recycled, (N,) bool, and how many of each bag; equation 6."""
+        hidden, taken = randomly_high(ranks, bags, self.high_ratio, self.high_factor)
+        taken = [count if count < length else 0 for count, length in zip(taken, bags.lengths, strict=True)]
+        hidden = hidden & _leaves_some(hidden, bags)
+        left = [length - count for length, count in zip(bags.lengths, taken, strict=True)]
+        keep = [min(count, max(1, math.floor((1 - self.random_mask_ratio) * count + 1e-9))) for count in left]
+        kept = random_subset(bags, keep, among=~hidden)
+        counts = [(stay, survivors - stay) for stay, survivors in zip(keep, left, strict=True)]
+        return kept, ~hidden & ~kept, counts
+
+    def after_step(self, step: Step) -> None:
+        """Let the teacher and the tokens follow."""
+        self.teacher.follow(self.model, self.progress)
+        self.recycle.follow()
+
+
+class GlobalRecycle(nn.Module):
+    """The global recycle network: tokens that read the instances taken away, equation 6.
+
+    Parameters
+    ----------
+    width : int
+        Width E of embedded instances.
+    tokens, heads, head_dim : int
+    dropout, momentum : float
+    """
+
+    queries: Tensor
+
+    def __init__(self, width: int, *, tokens: int, heads: int, head_dim: int, dropout: float, momentum: float) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / (768 + width))
+        self.register_buffer("queries", torch.empty(tokens, width).uniform_(-bound, bound))
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width)
+        self.heads = heads
+        self.dropout = dropout
+        self.momentum = momentum
+        self._read: Tensor | None = None
+
+    def read(self, rest: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Let the tokens read instances: (N, E) -> (B, k, E)."""
+        query = self._split(self.to_q(self.norm(self.queries.to(rest.dtype)))).expand(len(lengths), -1, -1, -1)
+        key, value = (self._split(part) for part in self.to_kv(self.norm(rest)).chunk(2, 1))
+        read = bag_attention(query, key, value, lengths, query.shape[3] ** -0.5).flatten(2)
+        return functional.dropout(self.to_out(read), self.dropout, self.training)
+
+    def forward(
+        self, embedded: Tensor, bags: PackedBags, kept: Tensor, rest: Tensor, counts: list[tuple[int, int]]
+    ) -> PackedBags:
+        """Return bags of the kept instances followed by what the tokens read in the rest."""
+        keep, take = (tuple(column) for column in zip(*counts, strict=True))
+        tokens = self.read(embedded[_rows(rest, sum(take))], take)  # (B, k, E)
+        self._read = tokens.detach()
+        added = tokens.shape[1]
+        lengths = torch.tensor(keep) + added
+        bag = torch.repeat_interleave(torch.arange(bags.n_bags), lengths)
+        place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag]
+        is_token = (place >= torch.tensor(keep)[bag]).to(embedded.device)
+        source = torch.empty(len(bag), dtype=torch.int64, device=embedded.device)
+        last = len(embedded)
+        source[_rows(~is_token, sum(keep))] = _rows(kept, sum(keep))
+        source[_rows(is_token, added * bags.n_bags)] = torch.arange(
+            last, last + added * bags.n_bags, device=embedded.device
+        )
+        values = torch.cat([embedded, tokens.flatten(0, 1).to(embedded.dtype)])[source]
+        ends = functional.pad(lengths.cumsum(0), (1, 0)).to(bags.cu_seqlens)
+        return PackedBags(values, ends, tuple(lengths.tolist()), None, bags.ids)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the tokens towards what they read in the last step, the mean over its bags."""
+        if self._read is not None:
+            self.queries.lerp_(self._read.mean(0).to(self.queries.dtype), 1 - self.momentum)
+            self._read = None
+
+    def _split(self, values: Tensor) -> Tensor:
+        return torch.unflatten(values, -1, (self.heads, -1))
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Return the value at a fraction of half a cosine from `start` to `end`."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the cross-entropy between the softmaxes of bag embeddings (B, E), equation 3; mean over bags."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    wanted = functional.softmax(teacher.detach().to(wide) / temperature, 1)
+    return -(wanted * functional.log_softmax(student.to(wide), 1)).sum(1).mean()
+
+
+def rankings(output: AttentionOutput) -> Tensor:
+    """Return what instances are ranked by, (N, H): attention, for DSMIL the largest instance logit; equation 1."""
+    return output.instance_logits.amax(1, keepdim=True) if isinstance(output, DsmilOutput) else output.scores
+
+
+def instance_probability(model: Aggregator, output: AttentionOutput, bags: PackedBags, *, bias: bool = False) -> Tensor:
+    """Return the largest class probability of each weighted instance, (N, 1), equation 5.
+
+    A model with one output has two classes. Several attention rows: those of CLAM-MB weigh for their class, those that
+    the classifier reads beside each other weigh for their part, others are averaged. For DSMIL it is as in version 1.
+    """
+    if isinstance(output, DsmilOutput):
+        return rankings(output)
+    classifier = require_linear_classifier(model)
+    weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
+    logits = _weighted_logits(classifier.weight, weights, output)
+    if bias and classifier.bias is not None:
+        logits = logits + classifier.bias
+    if logits.shape[1] == 1:
+        logits = functional.pad(logits, (1, 0))
+    return logits.softmax(1).amax(1, keepdim=True)
+
+
+def _weighted_logits(weight: Tensor, attention: Tensor, output: AttentionOutput) -> Tensor:
+    instances = output.instances.to(weight.dtype)
+    if isinstance(output, ClassAttentionOutput):
+        return instances @ weight.T * attention
+    width = instances.shape[1]
+    if weight.shape[1] == width:
+        return instances @ weight.T * attention.mean(1, keepdim=True)
+    by_row = torch.unflatten(weight, 1, (-1, width))  # (K, H, E)
+    products = functional.linear(instances, by_row.flatten(0, 1))  # (N, K * H)
+    return (torch.unflatten(products, 1, by_row.shape[:2]) * attention[:, None]).sum(2)
+
+
+def require_linear_classifier(model: Aggregator) -> nn.Linear:
+    """Return the layer that reads the bag embedding; `ConfigError` if it cannot read single instances."""
+    classifier = getattr(model, "classifier", None)
+    if not isinstance(classifier, nn.Linear) or classifier.in_features % instance_width(model):
+        raise ConfigError(
+            f"mhim_v2 ranks instances with the classifier of the bag; that of {type(model).__name__} reads something "
+            "else; choose another aggregator, or mhim"
+        )
+    return classifier
+
+
+def random_subset(bags: PackedBags, counts: list[int], *, among: Tensor | None = None) -> Tensor:
+    """Draw so many instances of each bag, of those in `among`: (N,) bool."""
+    priority = torch.rand(bags.n_instances, 1, device=bags.values.device)
+    if among is not None:
+        priority = torch.where(among[:, None], priority, -1.0)
+    return segment_topk_mask(priority, bags.cu_seqlens, torch.tensor(counts))[:, 0]
+
+
+def voted(ranks: Tensor, bags: PackedBags, counts: list[int], *, largest: bool = True) -> Tensor:
+    """Return so many instances of each bag with the most votes of the columns, earlier ones on ties: (N,) bool."""
+    k = torch.tensor(counts)
+    chosen = segment_topk_mask(ranks, bags.cu_seqlens, k, largest=largest)
+    if chosen.shape[1] == 1:
+        return chosen[:, 0]
+    votes = chosen.sum(1, keepdim=True).to(torch.float32)
+    return segment_topk_mask(votes, bags.cu_seqlens, k)[:, 0]
+
+
+def randomly_high(ranks: Tensor, bags: PackedBags, ratio: float, factor: float) -> tuple[Tensor, list[int]]:
+    """Draw a fraction of each bag from its highest, equation 2: (N,) bool and how many of each bag."""
+    wide = ratio / factor if factor else 0.0
+    if wide > 1:
+        wide, factor = 1.0, ratio
+    candidates = _counts(bags, wide)
+    high = voted(ranks, bags, candidates)
+    counts = [math.ceil(factor * count) for count in candidates]
+    if factor == 1:
+        return high, counts
+    return random_subset(bags, counts, among=high), counts
+
+
+def _counts(bags: PackedBags, ratio: float) -> list[int]:
+    return [math.ceil(ratio * length) for length in bags.lengths]
+
+
+def _leaves_some(hidden: Tensor, bags: PackedBags) -> Tensor:
+    """Return for each instance whether anything of its bag is left, (N,) bool."""
+    left = segment_max((~hidden)[:, None].float(), bags.cu_seqlens)[:, 0] > 0  # (B,)
+    return left[bags.bag_index()]
+
+
+def _rows(mask: Tensor, count: int) -> Tensor:
+    """Return the rows where a mask of known count is true, without asking the device for the count."""
+    return torch.nonzero_static(mask, size=count)[:, 0]
+
+
+def _embedded_width(model: EmbeddingAggregator) -> int:
+    linear = [layer for layer in model.embed.modules() if isinstance(layer, nn.Linear)]
+    assert isinstance(model, Aggregator)
+    return linear[-1].out_features if linear else model.in_dim
+
+
+def _started(teacher: Teacher, student: Aggregator, folder: Path | None) -> Teacher:
+    """Give the teacher, and the student's embedding, the weights of a plainly trained model."""
+    if folder is None:
+        return teacher
+    from eosin.mil.checkpoint import load_model  # which imports the methods
+
+    plain, _ = load_model(folder)
+    model = plain.aggregator if isinstance(plain, Standardized) else plain
+    state = model.state_dict()
+    if type(model) is not type(student) or _shapes(state.items()) != _shapes(student.state_dict().items()):
+        raise ConfigError(
+            f"init_from {folder} holds a {type(model).__name__} of another kind or size than the "
+            f"{type(student).__name__} that is trained; train a plain model with the same aggregator and options"
+        )
+    teacher.model.load_state_dict(state)
+    embedding = {name: value for name, value in state.items() if name.startswith("embed.")}
+    student.load_state_dict(embedding, strict=False)
+    return teacher
+
+
+def _shapes(state: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state}
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"mhim: {name} {value} must lie in [0, 1]")
+
+
+# Table of the paper's settings: C16 is CAMELYON16, TCGA the two lung cohorts.
+PRESETS: dict[str, dict[str, object]] = {
+    "c16_abmil": {},
+    "c16_transmil": {
+        "random_ratio": 0.0,
+        "low_ratio": 0.8,
+        "high_ratio": 0.03,
+        "momentum_schedule": "cosine",
+    },
+    "tcga_abmil": {
+        "random_ratio": 0.7,
+        "low_ratio": 0.2,
+        "high_ratio": 0.02,
+        "high_factor": 1.0,
+        "consistency": 0.5,
+        "momentum_schedule": "cosine",
+    },
+    "tcga_transmil": {
+        "random_ratio": 0.6,
+        "low_ratio": 0.2,
+        "high_ratio": 0.02,
+        "high_factor": 1.0,
+        "consistency": 0.5,
+    },
+}
+
+_TRAINING = Training(
+    optimizer="adam", lr=2e-4, weight_decay=1e-5, epochs=200, patience=30, min_epochs=130, schedule="cosine"
+)
+RECIPE = Recipe(
+    aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"]),
+    strategy=Component(name="mhim", options=PRESETS["c16_abmil"]),
+    training=_TRAINING,
+)
+RECIPES.add("mhim", RECIPE)
+RECIPES.add(
+    "mhim_v2",
+    Recipe(
+        aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"] | {"embed_activation": "gelu"}),
+        strategy=Component(name="mhim_v2"),
+        training=_TRAINING.model_copy(update={"patience": 20, "min_epochs": 75}),
+    ),
+)

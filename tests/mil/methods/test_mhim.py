@@ -1,0 +1,289 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.features.bag import FeatureSpec
+from eosin.mil.bags import PackedBags
+from eosin.mil.checkpoint import ModelCard, save_model
+from eosin.mil.methods.abmil import Abmil
+from eosin.mil.methods.acmil import Acmil
+from eosin.mil.methods.clam import ClamMultiBranch
+from eosin.mil.methods.dsmil import Dsmil
+from eosin.mil.methods.mhim import (
+    GlobalRecycle,
+    Mhim,
+    MhimV2,
+    Teacher,
+    consistency_loss,
+    cosine,
+    instance_probability,
+    randomly_high,
+    rankings,
+    voted,
+)
+from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.transmil import TransMil
+from eosin.mil.recipe import Recipe
+from eosin.mil.slots import AttentionOutput
+from eosin.mil.tasks import Classification
+
+TASK = Classification(classes=("a", "b", "c"))
+LENGTHS = (30, 1, 0, 2, 17)
+
+
+def model(kind=Abmil, **options):
+    torch.manual_seed(0)
+    small = {"embed_dims": (6,)} if kind in (Abmil, Dsmil) else {"width": 8}
+    return kind(5, 3, **(small | options))
+
+
+def draw(lengths=LENGTHS, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return PackedBags.pack([torch.randn(n, 5, generator=generator) for n in lengths])
+
+
+def one_bag(n):
+    return PackedBags.pack([torch.zeros(n, 5)])
+
+
+def strategy(**options):
+    return Mhim(
+        model(), TASK, **({"random_ratio": 0.0, "high_ratio": 0.0, "high_factor": 1.0, "decay": False} | options)
+    )
+
+
+def test_masks_are_the_authors(golden):
+    golden = golden("mhim_masks")
+    ranks, bags = golden["attention"][:, None], one_bag(101)
+    high, low = float(golden["ratio_high"]), float(golden["ratio_low"])
+    assert torch.equal(strategy(high_ratio=high).hidden(ranks, bags), golden["ham_mask"])
+    assert torch.equal(strategy(low_ratio=low).hidden(ranks, bags), golden["low_mask"])
+    assert torch.equal(strategy(high_ratio=high, low_ratio=low).hidden(ranks, bags), golden["l_ham_mask"])
+
+
+def test_random_masks_have_the_authors_properties(golden):
+    golden = golden("mhim_masks")
+    ranks, bags = golden["attention"][:, None], one_bag(101)
+    drawn, counts = zip(*(randomly_high(ranks, bags, 0.05, 0.5) for _ in range(20)), strict=True)
+    assert set(counts[0]) == {int(golden["rand_high_count"])}
+    assert all(mask.sum() == 6 and not (mask & ~golden["rand_high_candidates"]).any() for mask in drawn)
+    assert torch.equal(torch.stack(drawn).any(0), golden["rand_high_candidates"])
+    r_ham = strategy(random_ratio=0.5, high_ratio=0.05, high_factor=0.5).hidden(ranks, bags)
+    assert 51 <= r_ham.sum() <= 57
+    assert (r_ham & golden["rand_high_candidates"]).sum() >= 6
+    lr_ham = strategy(random_ratio=0.5, low_ratio=0.2, high_ratio=0.05).hidden(ranks, bags)
+    order = golden["attention"].argsort()
+    assert lr_ham[order[:21]].all()
+    assert lr_ham[order[-6:]].all()
+    assert 51 <= lr_ham.sum() <= 78
+
+
+def test_heads_vote(golden):
+    golden = golden("mhim_masks")
+    k = int(golden["head_k"])
+    assert k == math.ceil(golden["head_ratio"] * 101)
+    hidden = voted(golden["head_attention"].T, one_bag(101), [k])
+    place = golden["head_votes"].sort(descending=True).values[k - 1]
+    assert hidden.sum() == k
+    assert hidden[golden["head_votes"] > place].all()
+    assert not hidden[golden["head_votes"] < place].any()
+
+
+def test_schedules_are_the_authors(golden):
+    golden = golden("mhim_masks")
+    for name, start, end in (("high_003_to_0", 0.03, 0.0), ("ema_09997_to_1", 0.9997, 1.0)):
+        found = [cosine(start, end, t / 20) for t in range(20)]
+        assert found == pytest.approx(golden[f"schedule_{name}_T20"].tolist(), rel=1e-9)
+
+
+def test_consistency_is_the_authors(golden, same):
+    golden = golden("mhim_parts")
+    student = golden["cons.student"].requires_grad_()
+    loss = consistency_loss(student, golden["cons.teacher"], float(golden["cons.tau_teacher"]))
+    loss.backward()
+    same({"cons.loss": loss, "cons.grad.student": student.grad}, golden)
+
+
+def test_the_teacher_moves_as_the_authors(golden, same):
+    golden = golden("mhim_parts")
+    student = nn.Module()
+    student.weight = nn.Parameter(golden["ema.student"])
+    teacher = Teacher(student, momentum=float(golden["ema.momentum"]), schedule="constant")
+    with torch.no_grad():
+        teacher.model.weight.copy_(golden["ema.teacher_before"])
+    teacher.follow(student, 0.5)
+    same({"ema.teacher_after": teacher.model.weight}, golden)
+    rising = Teacher(student, momentum=0.0, schedule="cosine")
+    with torch.no_grad():
+        rising.model.weight.zero_()
+    rising.follow(student, 1.0)
+    assert not rising.model.weight.any()  # m is 1 at the end
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scores_are_the_authors(golden, same, bias):
+    golden = golden("mhim_parts")
+    host = Abmil(5, 3, embed_dims=(12,)).double()
+    host.classifier.load_state_dict({part: golden[f"score.classifier.{part}"] for part in ("weight", "bias")})
+    empty = torch.zeros(1, 3).double()
+    output = AttentionOutput(empty, empty, golden["score.attention"].log()[:, None], golden["score.features"])
+    found = instance_probability(host, output, one_bag(20), bias=bias)[:, 0]
+    same({"score.corrected_bias" if bias else "score.official": found}, golden)
+
+
+def test_recycling_is_the_authors(golden, same):
+    golden = golden("mhim_parts")
+    recycle = GlobalRecycle(24, tokens=3, heads=2, head_dim=8, dropout=0.1, momentum=float(golden["grn.momentum"]))
+    recycle.double().eval()
+    weights = ("norm.weight", "norm.bias", "to_q.weight", "to_kv.weight", "to_out.weight", "to_out.bias")
+    recycle.load_state_dict({name: golden[f"grn.{name}"] for name in weights} | {"queries": golden["grn.query_before"]})
+    rest = torch.zeros(25, dtype=torch.bool)
+    rest[golden["grn.merge_index"]] = True
+    bags = PackedBags.pack([golden["grn.x"]])
+    left = recycle(bags.values, bags, ~rest, rest, [(5, 20)])
+    assert torch.equal(golden["grn.keep_index"].sort().values, torch.nonzero(~rest)[:, 0])
+    kept = golden["grn.x"][golden["grn.keep_index"].sort().values]
+    torch.testing.assert_close(left.values[:5], kept)
+    same({"grn.output": torch.cat([golden["grn.x"][golden["grn.keep_index"]], left.values[5:]])}, golden)
+    recycle.follow()
+    same({"grn.query_after": recycle.queries}, golden)
+
+
+def test_bags_of_a_pack_are_recycled_apart():
+    torch.manual_seed(0)
+    recycle = GlobalRecycle(5, tokens=2, heads=2, head_dim=3, dropout=0.0, momentum=0.9)
+    bags = draw((6, 2, 0, 4))
+    kept = torch.zeros(12, dtype=torch.bool)
+    kept[[1, 4, 6, 7, 9]] = True
+    counts = [(2, 4), (2, 0), (0, 0), (1, 3)]
+    left = recycle(bags.values, bags, kept, ~kept, counts)
+    assert left.lengths == (4, 4, 2, 3)
+    rests = [part[~keep] for part, keep in zip(bags.unpack(), kept.split(bags.lengths), strict=True)]
+    keeps = [part[keep] for part, keep in zip(bags.unpack(), kept.split(bags.lengths), strict=True)]
+    for found, keep, rest in zip(left.unpack(), keeps, rests, strict=True):
+        torch.testing.assert_close(found, torch.cat([keep, recycle.read(rest, (len(rest),))[0]]))
+
+
+def test_the_student_learns_from_what_is_left():
+    mhim = strategy(high_ratio=0.2, low_ratio=0.1, consistency=0.5).train()
+    bags = draw()
+    step = mhim(bags, torch.zeros(5, dtype=torch.int64))
+    assert step.bags.lengths == (21, 1, 0, 2, 11)  # 2 of 2 would be hidden: left whole
+    step.output.logits.sum().backward(retain_graph=True)
+    step.extra["consistency"].backward()
+    assert all(parameter.grad is not None for parameter in mhim.model.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in mhim.teacher.parameters())
+    with torch.no_grad():
+        mhim.model.classifier.bias += 1
+    before = mhim.teacher.model.classifier.bias.clone()
+    mhim.after_step(step)
+    torch.testing.assert_close(mhim.teacher.model.classifier.bias, before + 1e-4)
+    assert mhim.inference_model() is mhim.model
+
+
+def test_the_highest_come_back_as_training_ends():
+    mhim = strategy(high_ratio=0.2, decay=True)
+    ranks, bags = torch.arange(50.0)[:, None], one_bag(50)
+    hidden = []
+    for progress in (0.0, 0.5, 0.999, 1.0):
+        mhim.start_step(progress)
+        hidden.append(int(mhim.hidden(ranks, bags).sum()))
+    assert hidden == [10, 5, 1, 0]
+
+
+@pytest.mark.parametrize("random_mask_ratio", [0.0, 0.2, 0.8, 1.0])
+def test_the_ratio_of_version_2_is_what_is_removed(random_mask_ratio):
+    mhim = MhimV2(model(), TASK, high_ratio=0.1, random_mask_ratio=random_mask_ratio, heads=2, head_dim=4)
+    bags = draw((50, 1, 0, 10))
+    ranks = torch.rand(61, 1)
+    kept, rest, counts = mhim.divide(ranks, bags)
+    left = (45, 1, 0, 9)
+    keep = [min(n, max(1, math.floor(round((1 - random_mask_ratio) * n, 6)))) for n in left]
+    assert counts == [(k, n - k) for k, n in zip(keep, left, strict=True)]
+    assert [int(part.sum()) for part in kept.split(bags.lengths)] == keep
+    assert [int(part.sum()) for part in rest.split(bags.lengths)] == [n - k for k, n in zip(keep, left, strict=True)]
+    gone = ~kept[:50] & ~rest[:50]
+    assert ranks[:50][gone].min() >= ranks[:50][~gone].max()
+
+
+@pytest.mark.parametrize("kind", [Abmil, ClamMultiBranch, Dsmil, Acmil, TransMil])
+@pytest.mark.parametrize("version", [Mhim, MhimV2])
+def test_any_attention_may_be_the_host(kind, version):
+    mhim = version(model(kind), TASK).train()
+    target = torch.zeros(len(LENGTHS), dtype=torch.int64)
+    queries = mhim.recycle.queries.clone() if version is MhimV2 else None
+    for seed in range(2):
+        step = mhim(draw(seed=seed), target)
+        loss = TASK.loss(step.output.logits, target) + sum(step.extra.values())
+        loss.backward()
+        mhim.after_step(step)
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in mhim.parameters() if p.grad is not None)
+    if queries is not None:
+        assert mhim.recycle.to_kv.weight.grad.any()
+        assert 0 < (mhim.recycle.queries - queries).abs().max() < 1e-2
+
+
+def test_what_instances_are_ranked_by():
+    bags = draw((6,))
+    dsmil = model(Dsmil)
+    output = dsmil(bags)
+    assert torch.equal(rankings(output)[:, 0], output.instance_logits.amax(1))
+    assert rankings(model(Acmil, branches=3).eval()(bags)).shape == (6, 3)
+
+
+def test_rows_of_attention_weigh_their_own_class_or_part():
+    bags = draw((6,))
+    clam = model(ClamMultiBranch).eval()
+    output = clam(bags)
+    weights, h = output.scores.softmax(0), output.instances
+    by_hand = torch.stack([(weights[:, c : c + 1] * h) @ clam.classifier.weight[c] for c in range(3)], 1)
+    torch.testing.assert_close(instance_probability(clam, output, bags)[:, 0], by_hand.softmax(1).amax(1))
+    heads = model(heads=2).eval()
+    output = heads(bags)
+    weights, h = output.scores.softmax(0), output.instances
+    parts = torch.cat([weights[:, :1] * h, weights[:, 1:] * h], 1)
+    by_hand = functional.linear(parts, heads.classifier.weight)
+    torch.testing.assert_close(instance_probability(heads, output, bags)[:, 0], by_hand.softmax(1).amax(1))
+
+
+def test_one_output_counts_as_two_classes():
+    bags = draw((6,))
+    host = Abmil(5, 1, embed_dims=(6,)).eval()
+    output = host(bags)
+    logit = (output.scores.softmax(0) * output.instances) @ host.classifier.weight[0]
+    torch.testing.assert_close(
+        instance_probability(host, output, bags)[:, 0], logit.sigmoid().maximum(1 - logit.sigmoid())
+    )
+
+
+@pytest.mark.parametrize("version", [Mhim, MhimV2])
+def test_the_teacher_may_start_from_a_plain_run(tmp_path, version):
+    torch.manual_seed(7)
+    options = {"embed_dims": (6,), "hidden": 4}
+    plain = Abmil(5, 3, **options)
+    recipe = Recipe.parse({"aggregator": {"name": "abmil", "options": options}, "training": {"standardize": False}})
+    spec = FeatureSpec(encoder="toy", dim=5)
+    save_model(tmp_path, plain, ModelCard(recipe=recipe, task=TASK.model_dump(mode="json"), features=spec))
+    student = model(hidden=4)
+    mhim = version(student, TASK, init_from=tmp_path)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(mhim.teacher.model.state_dict()[name], value)
+        assert torch.equal(student.state_dict()[name], value) == name.startswith("embed.")
+    with pytest.raises(ConfigError, match="of another kind or size than the Abmil"):
+        version(model(hidden=5), TASK, init_from=tmp_path)
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ConfigError, match="MhimV2 needs an aggregator that returns AttentionOutput"):
+        MhimV2(Pooling(5, 3), TASK)
+    with pytest.raises(ConfigError, match=r"low_ratio 1\.5 must lie in"):
+        Mhim(model(), TASK, low_ratio=1.5)
+    whole = model()
+    whole.classifier = nn.Sequential(whole.classifier)
+    with pytest.raises(ConfigError, match="ranks instances with the classifier"):
+        MhimV2(whole, TASK)
