@@ -1,0 +1,215 @@
+"""What every registered method must keep, whatever paper it is from."""
+
+import copy
+
+import pytest
+import torch
+
+import eosin.mil.methods  # noqa: F401 (registers)
+from eosin.features.bag import FeatureSpec
+from eosin.mil.bags import PackedBags
+from eosin.mil.checkpoint import ModelCard, load_model, save_model
+from eosin.mil.data import Examples, MemoryBags
+from eosin.mil.recipe import RECIPES, Component, Recipe
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
+from eosin.mil.tasks import Classification
+from eosin.mil.train import Objective, fit
+
+DIM, CLASSES = 10, ("a", "b", "c")
+TASK = Classification(classes=CLASSES)
+LENGTHS = (7, 0, 1, 2, 12)
+NAMES = list(AGGREGATORS)
+
+
+SMALL = {"embed_dims": (24,), "width": 24, "hidden": 8}
+
+
+def small(recipe):
+    """Return the recipe with narrow layers: what is tested here does not depend on width, time does."""
+    name, options = recipe.aggregator.name, recipe.aggregator.options
+    narrow = {key: value for key, value in SMALL.items() if AGGREGATORS.defaults(name).get(key)}
+    component = Component(name=name, options=narrow | options)
+    return recipe.model_copy(update={"aggregator": component})
+
+
+def build(name):
+    torch.manual_seed(0)
+    component = small(Recipe(aggregator=Component(name=name))).aggregator
+    return AGGREGATORS.build(name, DIM, len(CLASSES), options=component.options).eval()
+
+
+def objective_of(recipe):
+    torch.manual_seed(0)
+    model = AGGREGATORS.build(recipe.aggregator.name, DIM, len(CLASSES), options=recipe.aggregator.options)
+    return Objective(recipe, model, TASK).train()
+
+
+def some_bags(lengths=LENGTHS, seed=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, DIM, generator=generator, dtype=dtype) for n in lengths]
+
+
+def parts(output):
+    """Every tensor of an output by name: one row per bag, or one per instance."""
+    return {name: value for name, value in vars(output).items() if isinstance(value, torch.Tensor)}
+
+
+def close(first, second):
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_output_type(name):
+    model, bags = build(name), PackedBags.pack(some_bags())
+    output = model(bags)
+    assert type(output) is model.output_type
+    assert output.logits.shape == (bags.n_bags, len(CLASSES))
+    assert output.embedding.shape == (bags.n_bags, model.embed_dim)
+    assert all(value.isfinite().all() for value in (output.logits, output.embedding))
+    if isinstance(output, AttentionOutput):
+        assert output.scores.shape[0] == output.instances.shape[0] == bags.n_instances
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_equals_one_by_one(name):
+    model, bags = build(name).double(), some_bags(dtype=torch.float64)
+    packed = parts(model(PackedBags.pack(bags)))
+    alone = [parts(model(PackedBags.pack([bag]))) for bag in bags]
+    for key, value in packed.items():
+        close(value, torch.cat([output[key] for output in alone]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changing_a_bag_changes_no_other(name):
+    model, bags = build(name).double(), some_bags(dtype=torch.float64)
+    before = model(PackedBags.pack(bags)).logits
+    bags[0] = bags[0] + 100
+    after = model(PackedBags.pack(bags)).logits
+    close(before[1:], after[1:])
+    assert not torch.allclose(before[0], after[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_instances_is_of_no_matter_unless_declared(name):
+    model, (bag, *_) = build(name).double(), some_bags(dtype=torch.float64)
+    order = torch.randperm(len(bag), generator=torch.Generator().manual_seed(3))
+    before, after = (model(PackedBags.pack([rows])).logits for rows in (bag, bag[order]))
+    if model.order_dependent:
+        assert not torch.allclose(before, after)
+    else:
+        close(before, after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_sums_to_one_in_each_bag(name):
+    model, bags = build(name), PackedBags.pack(some_bags())
+    if not issubclass(model.output_type, AttentionOutput):
+        pytest.skip(f"{name} declares no attention")
+    for scores in bags.unpack(model(bags).scores):
+        if len(scores):
+            torch.testing.assert_close(scores.softmax(0).sum(0), torch.ones(scores.shape[1]))
+            assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_is_deterministic(name):
+    model, bags = build(name), PackedBags.pack(some_bags())
+    assert torch.equal(model(bags).logits, model(bags).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_autocast_stays_close(name):
+    model, bags = build(name), PackedBags.pack(some_bags())
+    plain = model(bags).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(bags).logits
+    torch.testing.assert_close(rounded.float(), plain, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_and_options_survive_a_checkpoint(name, tmp_path):
+    model, bags = AGGREGATORS.build(name, DIM, len(CLASSES)).eval(), PackedBags.pack(some_bags())
+    recipe = Recipe.parse({"aggregator": {"name": name}, "training": {"standardize": False}})
+    card = ModelCard(recipe=recipe, task=TASK.model_dump(mode="json"), features=FeatureSpec(encoder="toy", dim=DIM))
+    saved = save_model(tmp_path, model, card)
+    loaded, again = load_model(tmp_path)
+    assert again.to_json() == saved.to_json()
+    assert again.recipe.aggregator.options.keys() == AGGREGATORS.defaults(name).keys()
+    assert torch.equal(model(bags).logits, loaded(bags).logits)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_parameter_of_a_recipe_gets_a_gradient(name):
+    objective = objective_of(small(RECIPES[name]))
+    target = torch.tensor([0, 1, 2, 1, 0])
+    for seed in range(3):
+        total, step, _ = objective(PackedBags.pack(some_bags((30, 25, 40, 33, 28), seed=seed)), target)
+        total.backward()
+        objective.strategy.after_step(step)
+    lost = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lost
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_train_on_tiny_bags(name):
+    """Bags of one instance and an empty one must not break any part of a recipe."""
+    objective = objective_of(small(RECIPES[name]))
+    for lengths in [(1, 2, 1), (3, 0, 1), (1,)]:
+        total, *_ = objective(PackedBags.pack(some_bags(lengths)), torch.arange(len(lengths)) % 3)
+        assert total.isfinite()
+        total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+
+
+@pytest.mark.parametrize("name", list(LOSS_TERMS))
+def test_terms_are_finite_differentiable_and_do_not_grow_with_the_batch(name):
+    recipe = next(
+        recipe for recipe in map(RECIPES.__getitem__, RECIPES) if name in [term.name for term in recipe.terms]
+    )
+    torch.manual_seed(0)
+    model = AGGREGATORS.build(recipe.aggregator.name, DIM, len(CLASSES), options=recipe.aggregator.options)
+    options = next(term.options for term in recipe.terms if term.name == name)
+    term = LOSS_TERMS.build(name, model.eval(), TASK, options=options).eval()
+    bags, target = some_bags((20, 25, 30)), torch.tensor([0, 1, 2])
+
+    def value(bags, target):
+        pack = PackedBags.pack(bags)
+        return term(model(pack), pack, target)
+
+    once = value(bags, target)
+    assert once.shape == ()
+    assert once.isfinite()
+    once.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in (*model.parameters(), *term.parameters()))
+    torch.testing.assert_close(value(bags * 2, target.repeat(2)), once, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_the_deployed_model_does_not_depend_on_the_batch(name):
+    objective = objective_of(small(Recipe(strategy=Component(name=name))))
+    target = torch.tensor([0, 1, 2])
+    total, step, _ = objective(PackedBags.pack(some_bags((20, 30, 25))), target)
+    total.backward()
+    objective.strategy.after_step(step)
+    deployed = copy.deepcopy(objective.strategy.inference_model()).eval().double()
+    bags = some_bags(dtype=torch.float64)
+    close(deployed(PackedBags.pack(bags)).logits[:1], deployed(PackedBags.pack(bags[:1])).logits)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_separable_bags_are_fitted(name):
+    generator = torch.Generator().manual_seed(0)
+    bags = {}
+    for number in range(30):
+        bag = torch.randn(12, DIM, generator=generator)
+        bag[: 4 * (number % 2), :3] += 4
+        bags[str(number)] = bag
+    task = Classification(classes=("a", "b"))
+    ids = tuple(bags)
+    examples = Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=DIM)), ids, ids, torch.arange(30) % 2)
+    recipe = small(RECIPES[name])
+    training = {"epochs": 15, "lr": 1e-2, "bags_per_step": 5, "select": "last", "warmup": 0.0, "optimizer": "adamw"}
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
+    fitted = fit(recipe, task, examples)
+    assert fitted.history[-1]["train_bag"] < 0.35
