@@ -1,7 +1,7 @@
 """The job folder (the layout that TRIDENT users know) and the stage that fills its first part."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,14 +9,14 @@ from pathlib import Path
 from PIL import Image
 
 from eosin.batch import Outcome, Record, Report, file_fingerprint, run_batch, write_text
-from eosin.errors import EosinError
+from eosin.errors import ConfigError, EosinError
 from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
-from eosin.wsi.geojson import outline_to_geojson, qupath_origin
+from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, make_grid
 from eosin.wsi.overview import make_thumbnail, read_overview
-from eosin.wsi.picture import draw_outline, write_jpeg
-from eosin.wsi.slide import Slide, SlideFile, open_slide
-from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp
+from eosin.wsi.picture import draw_grid, draw_outline, write_jpeg
+from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
+from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp, tissue_from_outline
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def tile_slides(
     tiling: Tiling | None = None,
     *,
     tissue: TissueOptions | None = None,
+    overrides: Mapping[str, TissueOptions] | None = None,
+    contours: Path | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[Record], None] | None = None,
@@ -91,6 +93,11 @@ def tile_slides(
         The defaults otherwise.
     tissue : TissueOptions, optional
         The defaults otherwise.
+    overrides : mapping, optional
+        Options of single slides by id, from `read_overrides`.
+    contours : Path, optional
+        Folder of outlines ``<slide>.geojson`` drawn or edited in QuPath; slides without a file in it are found
+        automatically.
     workers : int
         0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
     shard : tuple of int
@@ -105,10 +112,14 @@ def tile_slides(
 
     Raises
     ------
+    ConfigError
+        If there is no folder `contours`.
     OutputError
         If the job folder cannot be written.
     """
-    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions())
+    if contours is not None and not contours.is_dir():
+        raise ConfigError(f"{contours}: there is no such folder of contours")
+    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours)
     return run_batch(
         slides,
         partial(_tile, plan),
@@ -134,19 +145,41 @@ class TilePlan:
         Lattice.
     tissue : TissueOptions
         Mask.
+    overrides : mapping
+        Mask options of single slides.
+    contours : Path or None
+        Folder of outlines.
     """
 
     job: JobFolder
     tiling: Tiling
     tissue: TissueOptions
+    overrides: Mapping[str, TissueOptions]
+    contours: Path | None
 
     def patches(self, slide_id: str) -> Path:
         """Coordinates file of a slide."""
         return self.job.patches(self.tiling.folder, slide_id)
 
+    def tissue_of(self, slide_id: str) -> TissueOptions:
+        """Mask options of a slide."""
+        return self.overrides.get(slide_id, self.tissue)
+
+    def drawn(self, slide_id: str) -> Path | None:
+        """Outline that a person drew, when there is one."""
+        path = self.contours / f"{slide_id}.geojson" if self.contours else None
+        return path if path is not None and path.is_file() else None
+
     def options_hash(self, slide: SlideFile) -> str:
         """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
-        parts = [ENCODING_VERSION, self.tiling.to_json(), self.tissue.to_json(), repr(slide.mpp)]
+        drawn = self.drawn(slide.slide_id)
+        parts = [
+            ENCODING_VERSION,
+            self.tiling.to_json(),
+            self.tissue_of(slide.slide_id).to_json(),
+            repr(slide.mpp),
+            hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -167,8 +200,13 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
     with open_slide(item.path, mpp=item.mpp) as slide:
-        overview = read_overview(slide, mask_mpp(slide, plan.tissue))
-        mask = find_tissue(slide, plan.tissue, overview=overview)
+        tissue, drawn = plan.tissue_of(item.slide_id), plan.drawn(item.slide_id)
+        overview = read_overview(slide, mask_mpp(slide, tissue))
+        if drawn is None:
+            mask = find_tissue(slide, tissue, overview=overview)
+        else:
+            outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
+            mask = tissue_from_outline(slide, outline, tissue)
         size, mpp = slide.size_px0, slide.mpp
         grid = make_grid(mask, plan.tiling, slide_size_px0=size, slide_mpp=mpp, path=item.path)
         thumbnail = make_thumbnail(slide, overview)
@@ -204,3 +242,52 @@ def _outcome(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
         return Outcome("empty", f"the slide ({width} x {height} px) is smaller than one tile ({grid.tile_px0} px)")
     reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue"
     return Outcome("empty", "; ".join([reason, *notes]))
+
+
+def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions]:
+    """Read the tissue options of single slides from a table.
+
+    Parameters
+    ----------
+    path : Path
+        CSV with the column ``slide`` (id) and one column per option of `TissueOptions` to change; empty cells keep
+        the value of `tissue`.
+    tissue : TissueOptions
+        Options of all other slides.
+
+    Raises
+    ------
+    ConfigError
+        If the table cannot be read, has no column ``slide``, or a name or value is not known.
+    """
+    rows = read_table(path, required=("slide",))
+    return {row["slide"]: _overridden(tissue, row, path) for row in rows}
+
+
+def _overridden(tissue: TissueOptions, row: Mapping[str, str], path: Path) -> TissueOptions:
+    changed = {name: value for name, value in row.items() if name != "slide" and value}
+    return TissueOptions.parse({**tissue.model_dump(), **changed}, source=f"{path}, slide {row['slide']}")
+
+
+def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
+    """Return the picture of a slide with the outline of its tissue and its tiles, without writing anything.
+
+    Parameters
+    ----------
+    item : SlideFile
+        The slide.
+    tiling : Tiling, optional
+        The defaults otherwise.
+    tissue : TissueOptions, optional
+        The defaults otherwise.
+
+    Raises
+    ------
+    SlideError
+        If the slide cannot be opened or tiled.
+    """
+    tiling = tiling or Tiling()
+    with open_slide(item.path, mpp=item.mpp) as slide:
+        mask = find_tissue(slide, tissue)
+        grid = make_grid(mask, tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        return draw_grid(draw_outline(make_thumbnail(slide), mask.contours(), slide.size_px0), grid)

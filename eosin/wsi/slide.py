@@ -231,23 +231,36 @@ def _stem(path: Path) -> str:
 
 
 def _read_mpp_table(path: Path) -> dict[str, float]:
+    return dict(_mpp_row(row, path) for row in read_table(path, required=("slide", "mpp")) if row["mpp"])
+
+
+def read_table(path: Path, *, required: Sequence[str]) -> list[dict[str, str]]:
+    """Read a CSV file with a header; values are text without surrounding blanks.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read or a required column is missing.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restkey="", restval="")
             columns = reader.fieldnames or []
-            rows = list(reader)
+            rows = [{name: str(value).strip() for name, value in row.items() if name} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a table of slides and mpp ({error})") from None
-    missing = [name for name in ("slide", "mpp") if name not in columns]
+        raise ConfigError(f"{path}: cannot be read as a table ({error})") from None
+    missing = [name for name in required if name not in columns]
     if missing:
-        raise ConfigError(f"{path}: the table needs the columns slide and mpp; it has {', '.join(columns) or 'none'}")
-    return dict(_mpp_row(row, path) for row in rows if (row["mpp"] or "").strip())
+        raise ConfigError(
+            f"{path}: the table needs the columns {', '.join(required)}; it has {', '.join(columns) or 'none'}"
+        )
+    return rows
 
 
 def _mpp_row(row: Mapping[str, str], path: Path) -> tuple[str, float]:
     try:
-        return row["slide"].strip(), float(row["mpp"])
-    except (ValueError, AttributeError):
+        return row["slide"], float(row["mpp"])
+    except ValueError:
         raise ConfigError(f"{path}: slide {row['slide']!r} has the mpp {row['mpp']!r}, which is no number") from None
 
 

@@ -1,5 +1,6 @@
 """Where a slide has tissue, at one physical resolution and with thresholds in µm."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -13,7 +14,7 @@ from shapely import MultiPolygon
 from eosin.errors import SlideError
 from eosin.options import Options
 from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads
-from eosin.wsi.outline import trace_outline
+from eosin.wsi.outline import fill_outline, trace_outline
 from eosin.wsi.overview import read_overview
 from eosin.wsi.slide import Slide
 from eosin.wsi.stain import (
@@ -232,6 +233,24 @@ def detect_tissue(
     if mask.any() and not ODD_COVERAGE[0] <= mask.mean() <= ODD_COVERAGE[1]:
         notes.append(f"tissue covers {mask.mean():.2%} of the slide; look at its contour picture")
     return mask, tuple(notes)
+
+
+def tissue_from_outline(slide: Slide, outline: MultiPolygon, options: TissueOptions | None = None) -> TissueMask:
+    """Return the mask of an outline that a person drew.
+
+    Parameters
+    ----------
+    slide : Slide
+        Open, with a known mpp.
+    outline : MultiPolygon
+        Level-0 pixels.
+    options : TissueOptions, optional
+        Gives the resolution of the mask.
+    """
+    cell = mask_mpp(slide, options or TissueOptions()) / slide.mpp
+    width, height = (max(1, math.ceil(side / cell - 1e-6)) for side in slide.size_px0)
+    mask = fill_outline(outline, (cell, cell), (height, width))
+    return TissueMask(mask, (cell, cell), slide.size_px0, slide.mpp)
 
 
 def _clean(candidates: NDArray[np.bool_], mpp: float, options: TissueOptions) -> NDArray[np.bool_]:

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eosin.errors import OutputError
+from eosin.errors import ConfigError, OutputError
 from eosin.wsi.coordinates import read_footer, read_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin
 from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.job import JobFolder, preview_slide, read_overrides, tile_slides
 from eosin.wsi.outline import trace_outline
+from eosin.wsi.picture import OUTLINE_COLOUR, TILE_COLOUR
 from eosin.wsi.slide import SlideFile, find_slides
 from eosin.wsi.tissue import TissueOptions
 
@@ -164,3 +165,60 @@ def check_qupath_rules(data, size):
             points = np.array(ring)
             assert (points >= 0).all()
             assert (points <= size).all()
+
+
+def test_edited_contours_are_used_and_a_new_edit_tiles_again(slides, job, tmp_path):
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    good = [slide for slide in slides if slide.slide_id.startswith("good")]
+    drawn = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]]}
+    (folder / "good (1) µ.geojson").write_text(json.dumps({"type": "Feature", "geometry": drawn}))
+    report = tile_slides(slides, job, SMALL, contours=folder)
+    assert by_id(report)["glass"].status == "empty"
+    grid = read_grid(job.patches(SMALL.folder, "good (1) µ"))
+    assert grid.origins_px0.tolist() == [[x, y] for y in (0, 64) for x in (0, 64, 128, 192)]
+    assert tile_slides(good, job, SMALL, contours=folder).count("skipped") == 1
+    (folder / "good (1) µ.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    assert tile_slides(good, job, SMALL, contours=folder).count("empty") == 1
+    (folder / "good (1) µ.geojson").write_text("{")
+    record = tile_slides(good, job, SMALL, contours=folder).records[0]
+    assert (record.status, record.reason) == ("failed", "bad-contours")
+    with pytest.raises(ConfigError, match="no such folder"):
+        tile_slides(good, job, SMALL, contours=tmp_path / "none")
+
+
+def test_our_own_contours_give_the_same_tiles_when_read_back(slides, job, tmp_path):
+    tile_slides(slides, job, SMALL)
+    other = JobFolder(tmp_path / "other")
+    tile_slides(slides, other, SMALL, contours=job.root / "contours_geojson")
+    first, second = (
+        {tuple(row) for row in read_grid(folder.patches(SMALL.folder, "good (1) µ")).origins_px0.tolist()}
+        for folder in (job, other)
+    )
+    assert len(first ^ second) <= 2
+
+
+def test_options_of_single_slides(slides, job, tmp_path):
+    table = tmp_path / "overrides.csv"
+    table.write_text("slide,min_stain,remove_pen,mpp\ngood (1) µ,0.9,,\nother,,false,16\n")
+    overrides = read_overrides(table, TissueOptions(open_um=10))
+    assert overrides["other"] == TissueOptions(open_um=10, remove_pen=False, mpp=16)
+    report = tile_slides(slides, job, SMALL, overrides=overrides)
+    assert by_id(report)["good (1) µ"].status == "empty"
+
+
+@pytest.mark.parametrize("text", ["slide,colour\na,red\n", "slide,mpp\na,-1\n", "name\na\n"])
+def test_bad_overrides_are_refused(tmp_path, text):
+    (tmp_path / "o.csv").write_text(text)
+    with pytest.raises(ConfigError):
+        read_overrides(tmp_path / "o.csv", TissueOptions())
+
+
+def test_a_preview_shows_outline_and_tiles_and_writes_nothing(slides, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    good = next(slide for slide in slides if slide.slide_id.startswith("good"))
+    picture = np.asarray(preview_slide(good, SMALL))
+    assert max(picture.shape) == 1000
+    assert (picture == TILE_COLOUR).all(axis=2).sum() > 1000
+    assert (picture == OUTLINE_COLOUR).all(axis=2).sum() > 500
+    assert sorted(tmp_path.rglob("*")) == before
