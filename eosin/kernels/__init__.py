@@ -7,6 +7,7 @@ memory-bounded torch path, or Triton on a GPU. `use_backend` or the variable ``E
 
 from eosin.kernels._dispatch import choose, use_backend
 from eosin.kernels.causal_conv import causal_conv
+from eosin.kernels.few_query_attention import few_key_attention, few_query_attention
 from eosin.kernels.gated_attention import AttentionPool, gated_attention_pool, gated_attention_scores
 from eosin.kernels.segment_pool import attention_pool, segment_pool
 from eosin.kernels.segments import (
@@ -28,6 +29,8 @@ __all__ = [
     "bag_index",
     "causal_conv",
     "choose",
+    "few_key_attention",
+    "few_query_attention",
     "gated_attention_pool",
     "gated_attention_scores",
     "reversed_order",

@@ -43,7 +43,7 @@ class Convolution:
         return len(self.x) if self.source is None else len(self.source)
 
     def windows(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield blocks: their places, the places from K-1 earlier on, and each place's distance from its bag's start."""
+        """Yield blocks: places, places from K-1 earlier on, and each place's distance from its bag's start."""
         ends = torch.tensor(host_offsets(self.cu_seqlens), device=self.x.device)
         for first in range(0, self.n_places, ROWS):
             block = slice(first, min(first + ROWS, self.n_places))

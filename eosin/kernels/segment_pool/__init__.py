@@ -4,7 +4,7 @@ from torch import Tensor
 
 from eosin.kernels._checks import check_floating, check_no_nan, check_offsets
 from eosin.kernels._dispatch import choose
-from eosin.kernels.segment_pool import reference, torch_impl
+from eosin.kernels.segment_pool import ops, reference
 
 
 def segment_pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -65,7 +65,8 @@ def attention_pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[
     check_no_nan("scores", scores)
     if choose(scores, values) == "reference":
         return reference.attention_pool(scores, values, cu_seqlens)
-    return torch_impl.attention_pool(scores, values, cu_seqlens)
+    pooled, lse, entropy = ops.attention_pool(scores, values, cu_seqlens)
+    return pooled, lse, entropy
 
 
 def _check(per_head: tuple[str, Tensor], values: Tensor, cu_seqlens: Tensor) -> None:

@@ -1,62 +1,43 @@
 """Pooling without autograd's intermediates: half-precision instances are widened one block of rows at a time."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype, host_lengths
-from eosin.kernels.segment_pool import reference
 from eosin.kernels.segments import NEVER, entropy, log_sum_exp, softmax
 
 ROWS = 1024  # rows widened at once: 4 MB at D = 1024, stays in the L2 cache
 
 
-def attention_pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pool each bag with softmax(scores); as `reference.attention_pool`, saving only inputs and results."""
-    pooled, lse, spread = _AttentionPool.apply(scores, values, cu_seqlens)
+def forward(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pooled (B, H, D), log-sum-exp (B, H) and entropy (B, H), as `reference.attention_pool`."""
+    dtype = accumulation_dtype(values.dtype)
+    lengths = host_lengths(cu_seqlens)
+    heads, width = scores.shape[1], values.shape[1]
+    pooled = values.new_empty((len(lengths), heads, width), dtype=dtype)
+    lse, spread = (values.new_empty((len(lengths), heads), dtype=dtype) for _ in range(2))
+    bags = zip(torch.split(scores.to(dtype), lengths), torch.split(values, lengths), strict=True)
+    for number, (score, value) in enumerate(bags):
+        lse[number] = log_sum_exp(score)
+        spread[number] = entropy(score)
+        pooled[number] = weighted_sum(softmax(score), value)
     return pooled, lse, spread
 
 
-class _AttentionPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulation_dtype(values.dtype)
-        lengths = host_lengths(cu_seqlens)
-        heads, width = scores.shape[1], values.shape[1]
-        pooled = values.new_empty((len(lengths), heads, width), dtype=dtype)
-        lse, spread = (values.new_empty((len(lengths), heads), dtype=dtype) for _ in range(2))
-        bags = zip(torch.split(scores.to(dtype), lengths), torch.split(values, lengths), strict=True)
-        for number, (score, value) in enumerate(bags):
-            lse[number] = log_sum_exp(score)
-            spread[number] = entropy(score)
-            pooled[number] = weighted_sum(softmax(score), value)
-        ctx.save_for_backward(scores, values, cu_seqlens, pooled, lse, spread)
-        return pooled, lse, spread
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        scores, values, cu_seqlens = ctx.saved_tensors[:3]
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            return *_composite_gradient(ctx.needs_input_grad, grads, scores, values, cu_seqlens), None
-        return *attention_pool_backward(ctx.needs_input_grad[:2], grads, *ctx.saved_tensors), None
-
-
-def attention_pool_backward(
+def backward(
     needs: tuple[bool, bool],
-    grads: tuple[Tensor, ...],
+    upstream: list[Tensor],
+    results: list[Tensor],
     scores: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
-    pooled: Tensor,
-    lse: Tensor,
-    spread: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients: ``ds = a (x·g_z - z·g_z + g_lse - g_E (s - lse + E))`` and ``dx = a g_z``.
 
     The sum over instances that the softmax's gradient contains is z·g_z, known without another pass.
     """
-    g_pooled, g_lse, g_spread = grads
+    g_pooled, g_lse, g_spread = upstream
+    pooled, lse, spread = results
     lengths = host_lengths(cu_seqlens)
     level = g_lse - (pooled * g_pooled).sum(2)  # (B, H)
     d_scores = torch.empty_like(scores) if needs[0] else None
@@ -100,12 +81,3 @@ def write_product(weight: Tensor, matrix: Tensor, target: Tensor) -> None:
     """Write weight @ matrix into ``target`` in its own type: (n, H), (H, D) -> (n, D)."""
     for part, rows in zip(torch.split(weight, ROWS), torch.split(target, ROWS), strict=True):
         rows.copy_(part @ matrix)
-
-
-def _composite_gradient(
-    needs: tuple[bool, ...], grads: tuple[Tensor, ...], scores: Tensor, values: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    outputs = reference.attention_pool(scores, values, cu_seqlens)
-    wanted = [tensor for tensor, need in zip((scores, values), needs, strict=False) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-    return (next(found) if needs[0] else None), (next(found) if needs[1] else None)
