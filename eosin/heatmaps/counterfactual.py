@@ -306,29 +306,32 @@ def in_words(effect: Effect, class_name: str) -> str:
         "keep only": f"With the {effect.what} alone",
         "add": f"With the {effect.what} added",
     }[effect.kind]
-    before, after = (_percent(value) for value in (effect.probability_before, effect.probability_after))
+    before, after = (as_probability(value) for value in (effect.probability_before, effect.probability_after))
     says = "still says" if effect.before > 0 else "still does not say"
     turned = "no longer says" if effect.before > 0 else "now says"
     verdict = f"{says if effect.is_still_predicted else turned} {class_name}"
     sentence = f"{how} ({effect.n_tiles}) the model {verdict}: {before} → {after}"
     if effect.control_mean is None:
         return f"{sentence}."
-    random = _percent(float(expit(effect.control_mean)))
+    random = as_probability(float(expit(effect.control_mean)))
     return f"{sentence}; with as many random tiles {random} (p = {effect.control_rank:.2g})."
 
 
-def _percent(probability: float) -> str:
+def as_probability(probability: float) -> str:
+    """Return a probability with three digits, and never as 0 or 1."""
     if probability > 0.9995:
         return "> 0.999"
     return "< 0.001" if probability < 0.0005 else f"{probability:.3f}"
 
 
-def describe_method(look: Look, target: Target, search: Search | None) -> str:
+def describe_method(look: Look, search: Search) -> str:
     """Return how the numbers were made, in a sentence that stands in every output."""
     if look.method == "closed form":
         return (
             "All numbers are exact: the model is linear after its softmax pooling, so every prediction follows from "
             "its sums without running it again."
         )
-    judged = "" if search is None else f" The search judged {search.evaluations} candidates, a shortlist by gradient."
-    return f"Every number is the model run again on the tiles that remain.{judged}"
+    return (
+        "Every number is the model run again on the tiles that remain; "
+        f"the search judged {search.evaluations} candidates, a shortlist by gradient in each round."
+    )

@@ -1,51 +1,18 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from scenes import feature_bag, lattice, marked_pixels, write_slide
 
-from eosin.batch import file_fingerprint
 from eosin.errors import EosinError, FeatureMismatchError, SlideError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.explain import FORMATS, explain_slide
 from eosin.heatmaps.export.geojson import check_geojson
 from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
-from eosin.mil.checkpoint import ModelCard, build_model, load_model, save_model
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import make_task
+from eosin.mil.checkpoint import load_model
 from eosin.wsi.slide import SlideFile, open_slide
 
-DIM = 6
 TILE = 5 * 16 + 9
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory):
-    """A slide with one marked tile, features that are large there, and a model that attends to large features."""
-    folder = tmp_path_factory.mktemp("scene")
-    grid = lattice(size_px0=(640, 480), slide_mpp=0.5, patch_size=40)
-    write_slide(folder / "slide-1.tiff", marked_pixels(grid, TILE), mpp=0.5)
-    features = np.random.default_rng(0).uniform(0, 0.1, size=(grid.n_tiles, DIM)).astype(np.float32)
-    features[TILE] = 1.0
-    bag = feature_bag(features, grid)
-    slide = SlideFile(folder / "slide-1.tiff", "slide-1")
-    provenance = {"input_fingerprint": file_fingerprint(slide.path)}
-    return folder, slide, FeatureBag(features, bag.spec, "slide-1", grid, provenance)
-
-
-@pytest.fixture(scope="module")
-def model_folder(scene):
-    folder, _, bag = scene
-    options = {"embed_dims": (), "gated": False, "hidden": 1, "attention_bias": False}
-    recipe = Recipe(aggregator=Component(name="abmil", options=options), training=Training(standardize=False))
-    task = make_task("classification", [{"label": "normal"}, {"label": "tumour"}])
-    model = build_model(recipe, task, DIM)
-    with torch.no_grad():
-        model.attention.V.weight.fill_(1.0)
-        model.attention.w.weight.fill_(3.0)
-    save_model(folder / "model", model, ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=bag.spec))
-    return folder / "model"
 
 
 def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path):

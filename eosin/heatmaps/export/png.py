@@ -124,7 +124,7 @@ def draw(
     _draw_contours(axes, view, contours)
     if scale_bar:
         _draw_scale_bar(axes, view)
-    return _pixels(figure)
+    return render(figure)
 
 
 def write_png(
@@ -168,7 +168,7 @@ def write_png(
         _draw_scale_bar(axes, view)
     _draw_colour_bar(figure, scale, opacity)
     _draw_words(figure, title, contours)
-    write_file(path, lambda temporary: Image.fromarray(_pixels(figure)).save(temporary, dpi=(DPI, DPI)))
+    write_file(path, lambda temporary: Image.fromarray(render(figure)).save(temporary, dpi=(DPI, DPI)))
 
 
 def _canvas(
@@ -193,7 +193,8 @@ def _canvas(
     return figure, panels
 
 
-def _pixels(figure: Figure) -> NDArray[np.uint8]:
+def render(figure: Figure) -> NDArray[np.uint8]:
+    """Return the pixels of a figure that has an Agg canvas, (h, w, 3)."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 

@@ -22,5 +22,9 @@ def write_csv(path: Path, heatmaps: Sequence[Heatmap]) -> None:
     """
     grid = heatmaps[0].grid
     columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
-    frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
+    write_frame(path, pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps}))
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as CSV with nine digits."""
     write_file(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.9g"))
