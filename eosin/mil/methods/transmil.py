@@ -43,6 +43,8 @@ from eosin.mil.layers import embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 
+PPEG_CHANNELS = 128  # channels that are convolved at once in a large pack
+
 
 @AGGREGATORS.register("transmil")
 class TransMil(Aggregator):
@@ -100,7 +102,7 @@ class TransMil(Aggregator):
         layout = Layout.of(bags.lengths, self.landmarks, bags.values.device)
         tokens = torch.cat([self.cls_token.to(bags.values.dtype), bags.values])[layout.source]  # (T, E)
         tokens, weights = self.layer1(tokens, layout)
-        tokens = recomputed(partial(self.ppeg, layout=layout), len(tokens), tokens)
+        tokens = self.ppeg(tokens, layout)
         bag = self.norm(self.layer2.class_token(tokens, layout))  # (B, E)
         floor = torch.finfo(weights.dtype).tiny
         scores = layout.per_instance(weights).clamp_min(floor).log()
@@ -215,29 +217,29 @@ class NystromLayer(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return the new tokens (T, E) and the class token's weight of each token (T, H)."""
         padded = self._padded(tokens, layout)
-        weights, updates = [], []
+        values, weights = [], []
         for heads, parts in self._groups(padded, layout):
             both = recomputed(partial(self._attend, heads=heads, layout=layout), len(tokens), padded, *parts)
-            update, weight = torch.split(both, [self.to_out.in_features, len(heads)], dim=1)
-            updates.append(update)
+            value, weight = torch.split(both, [both.shape[1] - len(heads), len(heads)], dim=1)
+            values.append(value)
             weights.append(weight)
-        return tokens + self._project_out(_total(updates)), torch.cat(weights, 1)
+        return tokens + self._project_out(values), torch.cat(weights, 1)
 
     def class_token(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Return what `forward` makes of the class tokens, (B, E)."""
         padded = self._padded(tokens, layout)
-        updates = [
+        values = [
             recomputed(partial(self._attend_class, heads=heads, layout=layout), len(tokens), padded, *parts)
             for heads, parts in self._groups(padded, layout)
         ]
-        return tokens[layout.first] + self._project_out(_total(updates))
+        return tokens[layout.first] + self._project_out(values)
 
     def _padded(self, tokens: Tensor, layout: Layout) -> Tensor:
         normed: Tensor = self.norm(tokens)
         return normed.new_zeros(sum(layout.lengths), normed.shape[1]).index_copy(0, layout.padded, normed)
 
-    def _project_out(self, update: Tensor) -> Tensor:
-        return functional.dropout(update + self.to_out.bias, self.dropout, self.training)
+    def _project_out(self, values: Sequence[Tensor]) -> Tensor:
+        return functional.dropout(self.to_out(torch.cat(list(values), 1)), self.dropout, self.training)
 
     def _groups(self, padded: Tensor, layout: Layout) -> list[tuple[range, tuple[Tensor, ...]]]:
         """Return the heads that are computed at once, with their landmarks' queries, keys and pseudo-inverse."""
@@ -264,24 +266,24 @@ class NystromLayer(nn.Module):
     def _attend(
         self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
-        """Return the update of some heads before its bias and, beside it, the class token's weights: (T, E + H)."""
+        """Return the values of some heads and, beside them, the class token's weights: (T, H d + H)."""
         query, key, value = (self._project(padded, part, heads) for part in range(3))  # (P, H, d)
         mixed = self._mixed(marks_q, key, value, inverse, layout)
         out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale)
         out = (out + self._convolved(value, heads, layout))[layout.padded]  # (T, H, d)
         shares = self._class_shares(query[layout.padded[layout.first]], marks_k) @ inverse  # (B, H, 1, m)
         weights = mixed_weights(marks_q, key, shares[:, :, 0].mT, layout.lengths, self.scale)[layout.padded]
-        return torch.cat([self._out(out, heads), weights.to(out.dtype)], 1)
+        return torch.cat([out.flatten(1), weights.to(out.dtype)], 1)
 
     def _attend_class(
         self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
-        """Return the class tokens' update of some heads before its bias, (B, E)."""
+        """Return the class tokens' values of some heads, (B, H d)."""
         key, value = (self._project(padded, part, heads) for part in (1, 2))
         mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, m, d)
         rows = layout.padded[layout.first]  # (B,)
         out = (self._class_shares(self._project(padded[rows], 0, heads), marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
-        return self._out(out + self._convolved_class(value, rows, heads, layout), heads)
+        return (out + self._convolved_class(value, rows, heads, layout)).flatten(1)
 
     def _mixed(self, marks_q: Tensor, key: Tensor, value: Tensor, inverse: Tensor, layout: Layout) -> Tensor:
         read = bag_attention(marks_q, key, value, layout.lengths, self.scale).transpose(1, 2)  # (B, H, m, d)
@@ -292,10 +294,6 @@ class NystromLayer(nn.Module):
         wide = torch.promote_types(query.dtype, torch.float32)
         scores = query[:, :, None] @ marks_k.permute(0, 2, 3, 1) * self.scale
         return torch.softmax(scores.to(wide), -1)
-
-    def _out(self, values: Tensor, heads: range) -> Tensor:
-        weight = torch.unflatten(self.to_out.weight, 1, (self.heads, -1))[:, _slice(heads)]
-        return functional.linear(values.flatten(1), weight.flatten(1))
 
     def _convolved(self, value: Tensor, heads: range, layout: Layout) -> Tensor:
         """Return the convolution along each bag: (P, H, d) -> (P, H, d); zeros keep the bags of a pack apart."""
@@ -339,21 +337,28 @@ class Ppeg(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Encode positions: (T, E) -> (T, E); class tokens pass unchanged."""
-        kernel = (
-            self.conv7.weight
-            + functional.pad(self.conv5.weight, (1,) * 4)
-            + functional.pad(self.conv3.weight, (2,) * 4)
-        )
-        height, width = layout.grid
-        grid = tokens.new_zeros(height * width, tokens.shape[1]).index_copy(0, layout.cell, tokens[layout.body])
-        image = grid.view(1, height, width, -1).permute(0, 3, 1, 2)
-        coded = functional.conv2d(image, kernel, self._bias(), padding=3, groups=tokens.shape[1])
-        coded = coded.permute(0, 2, 3, 1).flatten(0, 2)[layout.cell]
-        return tokens.index_add(0, layout.body, coded.to(tokens.dtype))
+        kernel = self.conv7.weight + functional.pad(self.conv5.weight, (1,) * 4)
+        kernel = kernel + functional.pad(self.conv3.weight, (2,) * 4)
+        parts = (tokens, kernel, self._bias())
+        size = tokens.shape[1] if len(tokens) < attention.CHECKPOINT_ROWS else PPEG_CHANNELS
+        columns = zip(*(torch.split(part, size, dim) for part, dim in zip(parts, (1, 0, 0), strict=True)), strict=True)
+        coded = [recomputed(partial(_convolved_grid, layout=layout), len(tokens), *column) for column in columns]
+        return torch.cat(coded, 1)
 
     def _bias(self) -> Tensor:
         biases = [layer.bias for layer in (self.conv7, self.conv5, self.conv3) if layer.bias is not None]
         return torch.stack(biases).sum(0)
+
+
+def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Layout) -> Tensor:
+    """Add the convolution of some channels on each bag's grid, (T, channels)."""
+    height, width = layout.grid
+    body = tokens[layout.body]
+    grid = body.new_zeros(height * width, tokens.shape[1]).index_copy(0, layout.cell, body)
+    image = grid.view(1, height, width, -1).permute(0, 3, 1, 2)
+    coded = functional.conv2d(image, kernel, bias, padding=kernel.shape[2] // 2, groups=len(kernel))
+    coded = coded.permute(0, 2, 3, 1).flatten(0, 2)[layout.cell]
+    return tokens.index_add(0, layout.body, coded.to(tokens.dtype))
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
@@ -373,13 +378,6 @@ def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
 
 def _slice(heads: range) -> slice:
     return slice(heads.start, heads.stop)
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 RECIPE = Recipe(
