@@ -9,6 +9,7 @@ from eosin.kernels._dispatch import choose, use_backend
 from eosin.kernels.causal_conv import causal_conv
 from eosin.kernels.few_query_attention import few_key_attention, few_query_attention
 from eosin.kernels.gated_attention import AttentionPool, gated_attention_pool, gated_attention_scores
+from eosin.kernels.leave_one_out import GreedyPath, greedy_removal, leave_one_out, pooled_without
 from eosin.kernels.segment_pool import attention_pool, segment_pool
 from eosin.kernels.segments import (
     bag_index,
@@ -24,6 +25,7 @@ from eosin.kernels.selective_scan import ScanOrder, reversed_order, selective_sc
 
 __all__ = [
     "AttentionPool",
+    "GreedyPath",
     "ScanOrder",
     "attention_pool",
     "bag_index",
@@ -33,6 +35,9 @@ __all__ = [
     "few_query_attention",
     "gated_attention_pool",
     "gated_attention_scores",
+    "greedy_removal",
+    "leave_one_out",
+    "pooled_without",
     "reversed_order",
     "segment_attention_entropy",
     "segment_logsumexp",
