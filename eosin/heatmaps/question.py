@@ -130,7 +130,9 @@ class Counterfactuals:
 
     def sentences(self) -> list[str]:
         """Return what came out as sentences for a pathologist."""
-        sentences = [in_words(effect, self.class_name) for effect in self.effects if effect.n_tiles]
+        first_kept = next((effect for effect in self.effects if effect.kind == "keep only"), None)
+        told = [e for e in self.effects if e.kind == "remove" or e is first_kept or self.ranking_name not in e.what]
+        sentences = [in_words(effect, self.class_name) for effect in told if effect.n_tiles]
         sentences.append(self._search_in_words())
         if self.effects[0].before > 0:
             sentences.append(self._smallest_in_words())
@@ -250,7 +252,7 @@ def _ask(
         search=search,
         smallest=smallest,
         certificate=_certificate(subsets, target, search),
-        curves=_curves(subsets, target, {name: ranking, "greedy": _greedy_ranking(search, contribution)}, questions),
+        curves=_curves(subsets, target, ranking, name, search, questions),
         ranking=ranking,
         ranking_name=name,
     )
@@ -266,21 +268,19 @@ def _ranking(seen: Look, contribution: Floats) -> tuple[Floats, str]:
     return (contribution, "most effective") if seen.attention is None else (seen.attention, "most attended")
 
 
-def _greedy_ranking(search: Search, contribution: Floats) -> Floats:
-    """Return a score that puts the tiles of the search first, in their order, then the others by effect."""
-    scores: Floats = np.minimum(contribution - contribution.max(initial=0.0), 0.0)
-    scores[search.order] = np.arange(len(search.order), 0, -1)
-    return scores
-
-
-def _curves(subsets: Subsets, target: Target, rankings: Mapping[str, Floats], questions: Questions) -> pd.DataFrame:
+def _curves(
+    subsets: Subsets, target: Target, ranking: Floats, name: str, search: Search, questions: Questions
+) -> pd.DataFrame:
+    n = subsets.n_instances
     rows = []
-    for name, scores in rankings.items():
-        for share in CURVE_SHARES:
-            value = _probability(target, subsets.remove(top_tiles(scores, share)))
-            rows.append((name, share, value, value, value))
+    for share in CURVE_SHARES:
+        value = _probability(target, subsets.remove(top_tiles(ranking, share)))
+        rows.append((name, share, value, value, value))
+    for rounds in sorted({round(share * n) for share in CURVE_SHARES if share * n <= len(search.order)}):
+        value = _probability(target, search.logits[rounds])
+        rows.append(("greedy", rounds / n, value, value, value))
     rng = np.random.default_rng(questions.seed)
-    draws = [rng.random(subsets.n_instances) for _ in range(CURVE_DRAWS)]
+    draws = [rng.random(n) for _ in range(CURVE_DRAWS)]
     for share in CURVE_SHARES:
         values = [_probability(target, subsets.remove(top_tiles(draw, share))) for draw in draws]
         rows.append(("random", share, float(np.mean(values)), min(values), max(values)))
@@ -433,10 +433,11 @@ def counterfactual_report(
         title=f"{found.slide_id}: what if?",
         summary=f"What the prediction of {found.class_name} rests on, asked by taking tiles away.",
         slides=(SlideCard(found.slide_id, prediction, (draw_curves(found), *pictures), sentences),),
-        tables={"Interventions": found.table().drop(columns=["slide", "class"])},
+        tables={f"Interventions on {found.class_name}": _printed_table(found.effects)},
         notes=(
             "Effects are those of this model on this slide; they say what the model uses, not what causes the disease.",
-            "p is the share of random sets of as many tiles that change the prediction at least as much.",
+            f"Every set of tiles is compared with {found.effects[0].n_controls} random sets of as many tiles; p is the "
+            "share of sets, itself included, that change the log-odds at least as much in the same direction.",
         ),
         provenance={
             "eosin": __version__,
@@ -446,3 +447,24 @@ def counterfactual_report(
             "tiles": str(found.n_tiles),
         },
     )
+
+
+def _printed_table(effects: Sequence[Effect]) -> pd.DataFrame:
+    rows = [
+        {
+            "Intervention": f"{effect.kind} {effect.what}",
+            "Tiles": effect.n_tiles,
+            "Probability": f"{as_probability(effect.probability_before)} → {as_probability(effect.probability_after)}",
+            "Log-odds": f"{effect.before:.2f} → {effect.after:.2f}",
+            "Random tiles, log-odds": _printed_range(effect),
+            "p": "–" if effect.control_rank is None else f"{effect.control_rank:.2g}",
+        }
+        for effect in effects
+    ]
+    return pd.DataFrame(rows)
+
+
+def _printed_range(effect: Effect) -> str:
+    if effect.control_mean is None:
+        return "–"
+    return f"{effect.control_mean:.2f} ({effect.control_low:.2f} to {effect.control_high:.2f})"

@@ -102,7 +102,7 @@ class SlideCard:
     pictures : tuple of Picture
         Shown side by side; `slide_pictures` makes thumbnail, heat map and true outline.
     sentences : tuple of str
-        What the model says about the slide, in plain words.
+        What the model says about the slide, in plain words; shown as one paragraph.
     correct : bool or None
         Whether the prediction agrees with the truth; None when there is no truth.
     """
