@@ -80,9 +80,9 @@ def shard_numbers(text: str) -> tuple[int, int]:
     Raises
     ------
     ConfigError
-        If the text is not two numbers.
+        If the text is not two numbers, the first below the second.
     """
     index, slash, count = text.partition("/")
-    if not slash or not index.isdecimal() or not count.isdecimal():
-        raise ConfigError(f"--shard {text!r}: expected I/N, two whole numbers, such as 0/4")
+    if not slash or not index.isdecimal() or not count.isdecimal() or int(index) >= int(count):
+        raise ConfigError(f"--shard {text!r}: expected I/N, for example 0/4, 1/4, 2/4 and 3/4 for four jobs")
     return int(index), int(count)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from eosin import __version__
-from eosin.cli import doctor, extract, info, methods, tile
+from eosin.cli import doctor, encoders, extract, import_, info, methods, tile
 
 app = typer.Typer(
     name="eosin",
@@ -34,14 +34,17 @@ def eosin(
     """Computational pathology from slide pixels to explained predictions."""
 
 
-for command in (
-    doctor.doctor,
-    info.info,
-    tile.tile,
-    extract.extract,
-    methods.methods,
-):
-    app.command()(command)
+COMMANDS = {
+    "doctor": doctor.doctor,
+    "info": info.info,
+    "tile": tile.tile,
+    "extract": extract.extract,
+    "import": import_.import_,
+    "encoders": encoders.encoders,
+    "methods": methods.methods,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """`eosin extract`: tiles → features."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,10 +14,14 @@ from eosin.cli._arguments import (
     SlideMpp,
     Slides,
     Weights,
+    Workers,
     shard_numbers,
     slide_mpp_source,
 )
 from eosin.cli._common import Done, command, progress
+
+if TYPE_CHECKING:
+    from eosin.features.encoders import Precision as PrecisionName
 
 
 @command()
@@ -34,26 +38,30 @@ def extract(
         str | None, typer.Option(help="Which tiling, when the job has several: 0.5mpp_256px_0px_overlap.")
     ] = None,
     slide_mpp: SlideMpp = None,
+    workers: Workers = 1,
     shard: Shard = "0/1",
 ) -> Done:
     """Encode the tiles of slides that `eosin tile` has cut."""
+    from eosin.features.encoders import find_encoder, folder_name
     from eosin.features.extract import extract as extract_features
     from eosin.wsi.job import JobFolder
     from eosin.wsi.slide import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
-    folder = JobFolder(job)
-    with progress("extract", len(files)) as advance:
+    folder, (index, count) = JobFolder(job), shard_numbers(shard)
+    with progress("extract", len(files[index::count])) as advance:
         report = extract_features(
             files,
             folder,
             encoder,
             weights=weights,
             batch_size=batch_size,
-            precision=precision,
+            precision=cast("PrecisionName", precision),
             device=device,
             tiling=tiling,
-            shard=shard_numbers(shard),
+            shard=(index, count),
+            workers=workers,
             progress=advance,
         )
-    return Done([job], report)
+    name = folder_name(find_encoder(encoder).name)
+    return Done([folder.features_dir(tiling or folder.tilings()[0], name)], report)

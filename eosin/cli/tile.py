@@ -35,9 +35,8 @@ def tile(
 ) -> Done:
     """Find the tissue of slides and lay the grid of tiles over it."""
     from eosin.wsi.grid import Tiling
-    from eosin.wsi.job import JobFolder
+    from eosin.wsi.job import JobFolder, tile_slides
     from eosin.wsi.slide import find_slides
-    from eosin.wsi.stage import tile_slides
     from eosin.wsi.tissue import TissueOptions
 
     tiling = settings.parse(
@@ -50,14 +49,15 @@ def tile(
     )
     tissue = settings.parse("tissue", TissueOptions)
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
-    with progress("tile", len(files)) as advance:
+    index, count = shard_numbers(shard)
+    with progress("tile", len(files[index::count])) as advance:
         report = tile_slides(
             files,
             JobFolder(job),
             tiling,
             tissue=tissue,
             workers=workers,
-            shard=shard_numbers(shard),
+            shard=(index, count),
             progress=advance,
         )
     return Done([job / tiling.folder], report)
