@@ -1,0 +1,69 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from eosin.errors import LabelError
+from eosin.mil.crossval import cohort_of, crossval
+from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.splits import Split, make_splits
+from eosin.mil.train import fit
+
+RECIPE = Recipe(
+    aggregator=Component(name="abmil", options={"embed_dims": [16], "hidden": 8}),
+    training=Training(epochs=6, lr=1e-2, bags_per_step=8),
+)
+
+
+def test_every_slide_is_tested_once_and_figures_come_from_test_folds_alone(toy, tmp_path):
+    splits = make_splits(toy.cohort, folds=3, val_fraction=0)
+    seen = []
+    summary = crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=50, progress=seen.append)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["slide_id"] for row in rows) == sorted(toy.examples.ids)
+    tested = {slide: str(number) for number, split in enumerate(splits) for slide in split.test}
+    assert all(tested[row["slide_id"]] == row["fold"] for row in rows)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == summary
+    by_hand = [np.mean([row["predicted"] == row["label"] for row in rows if row["fold"] == str(n)]) for n in range(3)]
+    assert summary["metrics"]["accuracy"]["mean"] == pytest.approx(np.mean(by_hand))
+    assert summary["metrics"]["accuracy"]["standard_error"] == pytest.approx(np.std(by_hand, ddof=1) / np.sqrt(3))
+    assert summary["metrics"]["auc"]["n_folds"] == summary["n_folds"] == 3
+    assert summary["metrics"]["auc"]["mean"] > 0.9
+    assert summary["out_of_fold"]["accuracy"]["lower"] <= summary["out_of_fold"]["accuracy"]["value"]
+    assert [fold.number for fold in seen] == [0, 1, 2]
+
+
+def test_test_slides_never_reach_training(toy, tmp_path, monkeypatch):
+    splits = make_splits(toy.cohort, folds=3, val_fraction=0)
+    used = []
+
+    def spy(recipe, task, train, val, **options):
+        used.append((set(train.ids), set(val.ids)))
+        return fit(recipe, task, train, val, **options)
+
+    monkeypatch.setattr("eosin.mil.crossval.fit", spy)
+    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    for (train, val), split in zip(used, splits, strict=True):
+        assert val
+        assert not train & val
+        assert train | val == set(split.train)
+
+
+def test_finished_folds_are_not_trained_again(toy, tmp_path):
+    splits = make_splits(toy.cohort, folds=3)
+    first = crossval(RECIPE, toy.task, toy.examples, splits[:2], toy.cohort, tmp_path, resamples=2)
+    stamp = (tmp_path / "fold_0" / "model.safetensors").stat().st_mtime_ns
+    again = crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    assert (tmp_path / "fold_0" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert again["folds"][:2] == first["folds"]
+
+
+def test_leaking_splits_stop_before_training(toy, tmp_path):
+    ids = toy.examples.ids
+    cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
+    assert cohort == toy.cohort
+    with pytest.raises(LabelError, match="more than once"):
+        crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort, tmp_path)
+    assert not list(tmp_path.iterdir())
