@@ -21,7 +21,7 @@ from torch import nn
 from eosin.errors import CheckpointError, ConfigError, UnknownNameError
 from eosin.features import he_texture
 from eosin.features.hub import download_weights
-from eosin.features.networks import Pooling, adapt_timm_state, build_timm
+from eosin.features.networks import Pooling, adapt_timm_state, build_ctranspath, build_timm
 from eosin.features.transforms import Interpolation, Transform
 from eosin.features.weights import find_weights, hash_state, load_strictly, read_state
 
@@ -36,6 +36,7 @@ TIMM = "timm:"
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HOPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 LUNIT: tuple[Triple, Triple] = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
 
@@ -107,10 +108,13 @@ class EncoderSpec:
         return Transform(self.input_px, self.mean, self.std, self.interpolation, self.resize_px)
 
 
-def _transformer(architecture: str, pooling: Pooling, *, swiglu: bool = False, **arguments: Any) -> dict[str, Any]:
+def _transformer(
+    architecture: str, pooling: Pooling, *, swiglu: bool = False, eps: float | None = None, **arguments: Any
+) -> dict[str, Any]:
     """Return the fields of a row that describe a timm vision transformer."""
     arguments = {"num_classes": 0} | arguments
-    return {"pooling": pooling, "build": partial(build_timm, architecture, pooling, arguments, swiglu=swiglu)}
+    build = partial(build_timm, architecture, pooling, arguments, swiglu=swiglu, eps=eps)
+    return {"pooling": pooling, "build": build}
 
 
 def _row(name: str, dim: int, statistics: tuple[Triple, Triple], network: dict[str, Any], **fields: Any) -> EncoderSpec:
@@ -197,6 +201,9 @@ _CLAM_RESNET = {
     "build": partial(build_timm, "resnet50", "map_mean", {"features_only": True, "out_indices": (3,)}),
     "dropped": ("layer4.",),
 }
+_CTRANSPATH: dict[str, Any] = {"pooling": "network", "build": build_ctranspath}
+_MIDNIGHT = _transformer("vit_giant_patch14_dinov2", "cls", img_size=224)
+_MIDNIGHT_MEAN = _transformer("vit_giant_patch14_dinov2", "cls_mean", img_size=224)
 _BICUBIC: dict[str, Any] = {"interpolation": "bicubic"}
 _PAIGE = _BICUBIC | {"gated": True, "tile_px": 224}
 _BIOPTIMUS = _BICUBIC | {"tile_px": 224}
@@ -265,6 +272,21 @@ _ROWS: Sequence[EncoderSpec] = (
     _row("lunit_resnet50_swav", 2048, LUNIT, _lunit_resnet("swav"), **_BICUBIC),
     _row("gpfm", 1024, IMAGENET, _transformer("vit_large_patch14_dinov2", "cls", img_size=224, init_values=1e-5),
          source="majiabo/GPFM", file="GPFM.pth", licence=_NC_ND, **_BICUBIC),
+    _row("ctranspath", 768, IMAGENET, _CTRANSPATH, source="https://github.com/Xiyue-Wang/TransPath",
+         licence="GPL-3.0", note="weights are a download of the authors: ctranspath.pth"),
+    _row("chief-ctranspath", 768, IMAGENET, _CTRANSPATH, source="https://github.com/hms-dbmi/CHIEF", mpp=1.0,
+         licence="AGPL-3.0", aliases=("chief_ctranspath",), note="the same network, CHIEF_CTransPath.pth"),
+    _row("phikon", 768, IMAGENET, _transformer("vit_base_patch16_224", "cls", eps=1e-12), source="owkin/phikon",
+         licence="Owkin non-commercial"),
+    _row("phikon_v2", 1024, IMAGENET, _VIT_L16, source="owkin/phikon-v2", licence="Owkin non-commercial",
+         aliases=("phikonv2", "phikon-v2"), note="plain resize to 224 as TRIDENT does"),
+    _row("midnight12k", 1536, HALF, _MIDNIGHT, source="kaiko-ai/midnight", licence="MIT", tile_px=224,
+         aliases=("midnight",), note="class token, TRIDENT's default; midnight12k_mean adds the mean patch"),
+    _row("midnight12k_mean", 3072, HALF, _MIDNIGHT_MEAN, source="kaiko-ai/midnight", licence="MIT", tile_px=224,
+         note="class token and mean patch, as the model card"),
+    _row("plip", 512, CLIP, _transformer("vit_base_patch32_clip_quickgelu_224", "network", num_classes=512),
+         source="vinid/plip", licence="as stated by the authors", tile_px=224, note="the projected image embedding",
+         **_BICUBIC),
     _row("mstar", 1024, IMAGENET, _VIT_L16, source="Wangyh/mSTAR", licence="as stated by the authors", gated=True),
     _row("pathorchestra", 1024, IMAGENET, _VIT_L16, source="AI4Pathology/PathOrchestra", gated=True,
          licence="as stated by the authors"),
@@ -450,10 +472,17 @@ def load_encoder(
         return Encoder(spec, _descriptor_hash(), None)
     network = _random_network(spec)
     if not name.endswith(RANDOM):
-        hub = partial(download_weights, spec.source, file=spec.file, gated=spec.gated)
-        path = hub() if weights is None else find_weights(weights)
-        _load_weights(network, spec, path)
+        _load_weights(network, spec, find_weights(weights or _fetch_weights(spec)))
     return Encoder(spec, hash_state(network.state_dict()), network, precision=precision, device=device)
+
+
+def _fetch_weights(spec: EncoderSpec) -> Path:
+    if spec.source.startswith("https://"):
+        raise ConfigError(
+            f"the weights of {spec.name} are not on the hub; get them at {spec.source} and pass --weights FILE",
+            code="weights",
+        )
+    return download_weights(spec.source, file=spec.file, gated=spec.gated)
 
 
 def _descriptor_hash() -> str:

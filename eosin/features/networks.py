@@ -1,9 +1,12 @@
 """Architectures of encoders: functions from normalised pictures to one row per tile."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from eosin.features.conversions import convert_clip, convert_vit, is_transformers_clip, is_transformers_vit
 
 Pooling = Literal["none", "cls", "cls_mean", "map_mean", "network"]
 
@@ -70,7 +73,45 @@ class WholeNetwork(nn.Module):
         return rows
 
 
-def build_timm(architecture: str, pooling: Pooling, arguments: dict[str, Any], *, swiglu: bool = False) -> nn.Module:
+class ConvStem(nn.Module):
+    """The convolutional patch embedding of CTransPath, in the place of Swin's linear one.
+
+    Wang et al., Medical Image Analysis 81, 2022: two 3x3 convolutions of stride 2 and a 1x1 convolution.
+    """
+
+    def __init__(self, side: int = 224, width: int = 96) -> None:
+        super().__init__()
+        self.grid_size = (side // 4, side // 4)
+        half = width // 8
+        self.proj = nn.Sequential(
+            nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(half, 2 * half, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * half),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(2 * half, width, 1),
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return (b, side / 4, side / 4, width)."""
+        embedded: Tensor = self.norm(self.proj(pictures).permute(0, 2, 3, 1))
+        return embedded
+
+
+def build_ctranspath() -> nn.Module:
+    """Build CTransPath's network without weights: Swin-T with a convolutional stem."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    trunk = SwinTransformer(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), embed_dim=96, num_classes=0)
+    trunk.patch_embed = ConvStem()
+    return WholeNetwork(trunk)
+
+
+def build_timm(
+    architecture: str, pooling: Pooling, arguments: dict[str, Any], *, swiglu: bool = False, eps: float | None = None
+) -> nn.Module:
     """Build a timm architecture without weights.
 
     Parameters
@@ -83,12 +124,16 @@ def build_timm(architecture: str, pooling: Pooling, arguments: dict[str, Any], *
         Constructor arguments that JSON can express.
     swiglu : bool
         Also pass the two arguments that are classes: packed SwiGLU and SiLU.
+    eps : float, optional
+        Of the layer norms, where the authors' differs from timm's.
     """
     import timm
     from timm.layers.mlp import SwiGLUPacked
 
     if swiglu:
         arguments = arguments | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    if eps is not None:
+        arguments = arguments | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
     trunk = timm.create_model(architecture, pretrained=False, **arguments)
     if pooling in ("cls", "cls_mean"):
         return PooledTransformer(trunk, pooling)
@@ -96,10 +141,29 @@ def build_timm(architecture: str, pooling: Pooling, arguments: dict[str, Any], *
 
 
 def adapt_timm_state(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and resample foreign weights of a vision transformer as timm itself does (DINOv2 names, grid size)."""
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+    """Rename and resample foreign weights: names of `transformers` and DINOv2, position grids of another size.
 
-    if isinstance(trunk, VisionTransformer):
-        adapted: dict[str, Tensor] = checkpoint_filter_fn(state, trunk)
-        return adapted
-    return state
+    Parameters
+    ----------
+    trunk : nn.Module
+        The timm network that the weights are for.
+    state : dict of str to Tensor
+        As read from a file.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Under timm's names.
+    """
+    from timm.models import swin_transformer, vision_transformer
+
+    if is_transformers_vit(state):
+        state = convert_vit(state)
+    if is_transformers_clip(state):
+        state = convert_clip(state)
+    adapted: dict[str, Tensor] = state
+    if isinstance(trunk, vision_transformer.VisionTransformer):
+        adapted = vision_transformer.checkpoint_filter_fn(state, trunk)
+    if isinstance(trunk, swin_transformer.SwinTransformer):
+        adapted = swin_transformer.checkpoint_filter_fn(state, trunk)
+    return adapted

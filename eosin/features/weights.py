@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def _read_safetensors(path: Path) -> Mapping[str, object]:
 
 def _read_torch(path: Path) -> Mapping[str, object]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             path,
@@ -93,8 +95,8 @@ def _read_torch(path: Path) -> Mapping[str, object]:
             " trusted",
             code="unsafe",
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise CheckpointError(path, f"cannot be read as a torch file ({reason})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(path, f"holds a {type(content).__name__}; pass a state dict of the encoder")

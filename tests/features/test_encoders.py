@@ -1,0 +1,163 @@
+"""The registry without weights: dimensions, pooling, names, loading."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eosin.errors import CheckpointError, ConfigError, UnknownNameError
+from eosin.features import encoders as module
+from eosin.features import he_texture
+from eosin.features.encoders import ENCODERS, find_encoder, folder_name, load_encoder
+
+SMALL = "timm:test_vit?random"
+NETWORKS = list({id(row.build): name for name, row in ENCODERS.items() if row.build}.values())
+PREFIX_TOKENS = {"uni_v2": 9, "virchow": 1, "virchow2": 5, "hoptimus1": 5, "h0_mini": 5, "gigapath": 1}
+MILLIONS = {
+    "pathorchestra": 303,
+    "uni_v2": 681,
+    "virchow2": 631,
+    "gigapath": 1135,
+    "hoptimus1": 1135,
+    "h0_mini": 86,
+    "kaiko_vits16": 22,
+    "phikon": 86,
+    "chief-ctranspath": 28,
+}
+
+
+def tiles(b: int = 3, side: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (b, side, side, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_gives_the_width_of_its_row(name: str) -> None:
+    row = ENCODERS[name]
+    assert row.build is not None
+    with torch.device("meta"):  # shapes without memory or time
+        network = row.build()
+        rows = network(torch.empty(2, 3, row.input_px, row.input_px))
+    assert {(2, other.dim) for other in ENCODERS.values() if other.build is row.build} == {rows.shape}
+    if name in PREFIX_TOKENS:
+        assert network.trunk.num_prefix_tokens == PREFIX_TOKENS[name]
+    if name in MILLIONS:
+        assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == MILLIONS[name]
+
+
+def test_the_counts_above_are_of_networks_that_are_built() -> None:
+    assert {*PREFIX_TOKENS, *MILLIONS} <= set(NETWORKS)
+
+
+def test_every_row_is_complete() -> None:
+    for name, row in ENCODERS.items():
+        assert row.name == name
+        assert row.source
+        assert row.licence
+        assert row.source.count("/") == 1 or row.source.startswith("https://") or name == "he_texture"
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("uni", "uni_v1"), ("h-optimus-0", "hoptimus0"), ("h0-mini", "h0_mini"), ("kaiko-vitb8", "kaiko_vitb8"),
+     ("phikonv2", "phikon_v2"), ("uni2-h", "uni_v2")],
+)  # fmt: skip
+def test_other_spellings(alias: str, name: str) -> None:
+    assert find_encoder(alias) is ENCODERS[name]
+
+
+def test_aliases_are_unique() -> None:
+    names = [name for row in ENCODERS.values() for name in (row.name, *row.aliases)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("name", "near"), [("uni_v3", "uni_v2"), ("timm:vit_tiny_patch16_22", "vit_tiny_patch16_224")])
+def test_unknown_names_suggest(name: str, near: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"did you mean.*{near}"):
+        find_encoder(name)
+
+
+def test_folder_name() -> None:
+    assert folder_name("timm:vit_tiny_patch16_224.augreg?random") == "timm_vit_tiny_patch16_224.augreg_random"
+
+
+def test_the_descriptor_needs_no_weights() -> None:
+    encoder = load_encoder("he_texture")
+    np.testing.assert_array_equal(encoder.encode(tiles()), he_texture.describe(tiles()))
+    assert encoder.dim == len(he_texture.FEATURE_NAMES)
+    assert encoder.encode(tiles(0)).shape == (0, encoder.dim)
+    with pytest.raises(ConfigError, match="no weights"):
+        load_encoder("he_texture", weights=Path("x.pth"))
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, second = load_encoder(SMALL), load_encoder(SMALL)
+    assert torch.equal(torch.rand(2), expected)
+    assert first.weights_hash == second.weights_hash
+    rows = first.encode(tiles())
+    np.testing.assert_array_equal(rows, second.encode(tiles()))
+    assert rows.shape == (3, 64)
+    assert rows.dtype == np.float32
+
+
+def test_a_row_depends_on_its_tile_alone() -> None:
+    encoder = load_encoder(SMALL)
+    together = encoder.encode(tiles(5))
+    one_by_one = np.concatenate([encoder.encode(tile[None]) for tile in tiles(5)])
+    np.testing.assert_allclose(together, one_by_one, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_is_close_and_float32(precision: module.Precision) -> None:
+    exact = load_encoder(SMALL).encode(tiles())
+    rough = load_encoder(SMALL, precision=precision).encode(tiles())
+    assert rough.dtype == np.float32
+    assert not np.array_equal(rough, exact)
+    np.testing.assert_allclose(rough, exact, atol=0.1)
+    np.testing.assert_array_equal(load_encoder(SMALL, precision=precision).encode(tiles(), precision="fp32"), exact)
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ConfigError, match="fp8"):
+        load_encoder(SMALL, precision="fp8")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_local_weights(tmp_path: Path, wrapped: bool) -> None:
+    network = find_encoder("timm:test_vit").build()
+    state = network.trunk.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "w.pth")
+    encoder = load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+    assert encoder.weights_hash != load_encoder(SMALL).weights_hash
+    with torch.inference_mode():
+        batch = encoder.spec.transform(torch.from_numpy(tiles()))
+        expected = network.eval()(batch).numpy()
+    np.testing.assert_allclose(encoder.encode(tiles()), expected, atol=1e-6)
+
+
+def test_the_truncated_resnet_takes_the_weights_of_the_whole(tmp_path: Path) -> None:
+    import timm
+
+    whole = timm.create_model("resnet50", pretrained=False).eval()
+    torch.save(whole.state_dict(), tmp_path / "resnet50.pth")
+    encoder = load_encoder("resnet50", weights=tmp_path / "resnet50.pth")
+    with torch.inference_mode():
+        batch = encoder.spec.transform(torch.from_numpy(tiles(1)))
+        third = whole.forward_intermediates(batch, indices=[3], intermediates_only=True)[0]
+    np.testing.assert_allclose(encoder.encode(tiles(1)), third.mean((2, 3)).numpy(), atol=1e-5)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    torch.save(find_encoder("timm:test_vit2").build().trunk.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit the encoder: .* more"):
+        load_encoder("timm:test_vit", weights=tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="no weights"):
+        load_encoder(SMALL, weights=tmp_path / "w.pth")
+
+
+def test_weights_that_no_hub_has() -> None:
+    with pytest.raises(ConfigError, match=r"ctranspath.*TransPath.*--weights"):
+        load_encoder("ctranspath")
