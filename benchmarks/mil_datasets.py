@@ -1,0 +1,111 @@
+"""Classic MIL data sets, with the folds of their files: every recipe that is named, beside two baselines.
+
+    python benchmarks/mil_datasets.py musk1 fox --recipes abmil abmil_plain --out benchmarks/results/mil_datasets.csv
+
+Each row is the mean over all folds with its standard error. A model is chosen on a validation part of its training
+folds and never on the test fold; no setting was tuned on any of these sets' test folds. The baselines are a logistic
+regression on the mean and on the maximum of the instances.
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from eosin.features.interop import import_file
+from eosin.mil.crossval import crossval
+from eosin.mil.evaluate import summarise_folds
+from eosin.mil.recipe import RECIPES, Component, Recipe
+from eosin.mil.study import Study, open_study
+from eosin.options import override
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "mil"
+SHOWN = ("accuracy", "auc", "balanced_accuracy", "f1")
+
+
+def recipes(names: list[str], changes: list[str]) -> dict[str, Recipe]:
+    """Return recipes by name; ``abmil_plain`` is ABMIL without its gate."""
+    plain = RECIPES["abmil"].model_copy(update={"aggregator": Component(name="abmil", options={"gated": False})})
+    known = {name: RECIPES[name] for name in RECIPES} | {"abmil_plain": plain}
+    return {name: Recipe.parse(override(known[name].model_dump(mode="json"), changes)) for name in names}
+
+
+def baseline(study: Study, splits, pool) -> dict:
+    """Return the folds' summary of a logistic regression on pooled instances."""
+    bags = np.stack([pool(study.examples.bags.load(name).numpy()) for name in study.examples.ids])
+    place = {name: row for row, name in enumerate(study.examples.ids)}
+    targets = study.examples.targets.numpy()
+    folds = []
+    for split in splits:
+        train, test = ([place[name] for name in part] for part in (split.train, split.test))
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        outputs = model.fit(bags[train], targets[train]).predict_proba(bags[test])
+        folds.append(study.task.metrics(outputs, targets[test]))
+    return summarise_folds(folds)
+
+
+def rows_of(name: str, chosen: dict[str, Recipe], *, most_folds: int | None):
+    """Yield one row of the table per method."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, runs = Path(folder) / "data", Path(folder) / "runs"
+        import_file(DATA / f"{name}.npz", data)
+        study = open_study(data / "features", data / "labels.csv")
+        splits = study.splits(data / "splits")[:most_folds]
+        for label, pool in (("logistic_mean", lambda x: x.mean(0)), ("logistic_max", lambda x: x.max(0))):
+            yield row(name, label, baseline(study, splits, pool), 0.0)
+        for label, recipe in chosen.items():
+            started = time.perf_counter()
+            summary = crossval(
+                recipe, study.task, study.examples, splits, study.cohort, runs / label, resamples=2, device="cpu"
+            )
+            yield row(name, label, summary["metrics"], time.perf_counter() - started)
+
+
+def row(name: str, label: str, metrics: dict, seconds: float) -> dict[str, object]:
+    """Return one line of the table."""
+    figures: dict[str, object] = {"set": name, "method": label, "folds": metrics["accuracy"]["n_folds"]}
+    for metric in SHOWN:
+        for key, short in (("mean", ""), ("standard_error", "_se"), ("standard_deviation", "_sd")):
+            value = metrics[metric][key]
+            figures[f"{metric}{short}"] = "" if value is None else f"{value:.4f}"
+    return figures | {"seconds": f"{seconds:.0f}"}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", help="names of .npz files in ../shared/data/mil")
+    parser.add_argument("--recipes", nargs="+", default=["abmil", "abmil_plain"])
+    parser.add_argument("--folds", type=int, help="only the first folds")
+    parser.add_argument("--set", action="append", default=[], dest="changes", help="key=value of every recipe")
+    parser.add_argument("--out", type=Path, required=True, help="csv; rows of other runs in it stay")
+    arguments = parser.parse_args()
+    table = {}
+    if arguments.out.exists():
+        with arguments.out.open(newline="") as file:
+            table = {(line["set"], line["method"]): line for line in csv.DictReader(file)}
+    chosen = recipes(arguments.recipes, arguments.changes)
+    for name in arguments.sets:
+        for line in rows_of(name, chosen, most_folds=arguments.folds):
+            table[line["set"], line["method"]] = line
+            print(line, flush=True)
+            write(arguments.out, list(table.values()))
+
+
+def write(path: Path, lines: list[dict[str, object]]) -> None:
+    """Write the table, sorted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda line: (str(line["set"]), str(line["method"]))))
+
+
+if __name__ == "__main__":
+    main()
