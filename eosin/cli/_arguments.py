@@ -41,8 +41,21 @@ Workers = Annotated[int, typer.Option(help="Child processes; a crash in one cost
 Shard = Annotated[
     str, typer.Option(metavar="I/N", help="Take every N-th slide, starting with number I (from 0): one job of many.")
 ]
-RecipeName = Annotated[str, typer.Option(help="Recipe by name (`eosin methods` lists them) or a YAML file.")]
-TaskKind = Annotated[str, typer.Option("--task", help="What the labels mean, e.g. classification.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(help="Recipe by name (`eosin methods` lists them) or a YAML file.", show_default="abmil"),
+]
+TaskKind = Annotated[str | None, typer.Option("--task", help="What the labels mean.", show_default="classification")]
+Target = Annotated[str | None, typer.Option(help="Column of the label, when it is not called label.")]
+Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
+Missing = Annotated[str, typer.Option(help="Labels of slides without features: error or drop.")]
+Splits = Annotated[Path | None, typer.Option(help="Folder of splits; `eosin split` makes them.")]
+Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
+TrainPrecision = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Model = Annotated[Path, typer.Option(help="Model folder.")]
+SlidesOption = Annotated[
+    list[Path] | None, typer.Option("--slides", help="Slide, or folder that is searched; repeatable.")
+]
 
 MPP_AT_1X = 10.0
 

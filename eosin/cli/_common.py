@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 
-GROUPS = ("tiling", "tissue", "recipe", "cohort")
+GROUPS = (
+    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
+    "cohort", "pipeline",  # as `eosin.demo.Demo`
+)  # fmt: skip
 USAGE, ENVIRONMENT = 2, 3
 PIPE_WIDTH = 200
 
@@ -100,6 +103,22 @@ class Settings:
     def parse(self, name: str, kind: type[OptionsT], **flags: Any) -> OptionsT:
         """Return one group as the library's checked options object."""
         return kind.parse(self.group(name, **flags), source=name)
+
+    def choose(self, name: str, flag: Any, default: Any) -> Any:
+        """Return a plain option: the flag when it was given, else what file or ``--set`` say, else the default."""
+        return self.data.get(name, default) if flag is None else flag
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested options with changes applied; a part that gets another name loses the options of the old one."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        same = (
+            isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", "") in ("", old.get("name"))
+        )
+        result[key] = merge(old, value) if same and isinstance(old, Mapping) else value
+    return result
 
 
 def command(*groups: str) -> Callable[[Callable[..., Done]], Callable[..., None]]:

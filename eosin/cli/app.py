@@ -5,7 +5,22 @@ from typing import Annotated
 import typer
 
 from eosin import __version__
-from eosin.cli import doctor, encoders, extract, import_, info, methods, tile
+from eosin.cli import (
+    crossval,
+    demo,
+    doctor,
+    encoders,
+    extract,
+    heatmap,
+    import_,
+    info,
+    methods,
+    predict,
+    run,
+    split,
+    tile,
+    train,
+)
 
 app = typer.Typer(
     name="eosin",
@@ -35,10 +50,17 @@ def eosin(
 
 
 COMMANDS = {
+    "demo": demo.demo,
     "doctor": doctor.doctor,
     "info": info.info,
+    "run": run.run,
     "tile": tile.tile,
     "extract": extract.extract,
+    "split": split.split,
+    "train": train.train,
+    "crossval": crossval.crossval,
+    "predict": predict.predict,
+    "heatmap": heatmap.heatmap,
     "import": import_.import_,
     "encoders": encoders.encoders,
     "methods": methods.methods,

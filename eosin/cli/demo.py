@@ -1,0 +1,31 @@
+"""`eosin demo`: the whole way on slides that are made on the spot."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eosin.cli._arguments import Device, Workers
+from eosin.cli._common import Done, Settings, command, merge, progress
+
+
+@command("cohort", "pipeline")
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for slides and results.")] = Path("demo"),
+    device: Device = "auto",
+    workers: Workers = 0,
+    settings: Settings,
+) -> Done:
+    """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
+    from eosin.demo import Demo, run_demo
+    from eosin.pipeline import Machine
+
+    wanted = {name: settings.data[name] for name in ("cohort", "pipeline") if name in settings.data}
+    options = Demo.parse(merge(Demo().model_dump(mode="json"), wanted), source="demo")
+    summary = run_demo(out, options, machine=Machine(workers=workers, device=device), progress=progress)
+    typer.echo(f"slides: {summary.n_slides}")
+    typer.echo(f"slide AUC: {summary.slide_auc:.3f}")
+    typer.echo(f"localisation AUC: {summary.localisation_auc:.3f}")
+    typer.echo(f"seconds: {summary.seconds:.0f}")
+    return Done([out / "summary.json", out / "report.html"], summary.report)

@@ -1,0 +1,117 @@
+"""`eosin heatmap`: model + slides → what the model looked at, as files to open."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eosin.cli._arguments import Device, Model, Out, SlideMpp, Weights, Workers, slide_mpp_source
+from eosin.cli._common import Done, Settings, command, progress
+from eosin.errors import SlideError, UnknownNameError
+
+if TYPE_CHECKING:
+    from eosin.batch import Outcome, Report
+    from eosin.mil.checkpoint import ModelCard
+    from eosin.mil.slots import Aggregator
+    from eosin.wsi.slide import SlideFile
+
+DEFAULT_FORMATS = ("png", "geojson")
+
+
+@command("formats")
+def heatmap(
+    *,
+    model: Model,
+    slide: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
+    features: Annotated[
+        Path | None, typer.Option(help="The slide's feature file, or the folder that it is in.")
+    ] = None,
+    out: Out,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="png, geojson, tiff, csv, html.", show_default="png,geojson")
+    ] = None,
+    job: Annotated[Path | None, typer.Option(help="Job folder for features that are made now; OUT/job.")] = None,
+    slide_mpp: SlideMpp = None,
+    weights: Weights = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+    settings: Settings,
+) -> Done:
+    """Draw which tiles a model weighed, for people and for QuPath."""
+    from eosin.cli._encode import encode_like, worst
+    from eosin.mil.checkpoint import load_model
+    from eosin.wsi.slide import find_slides
+
+    formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
+    loaded = load_model(model)
+    slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp))
+    reports = []
+    if features is None:
+        spec = loaded[1].features
+        encoded = encode_like(spec, slides, job or out / "job", weights=weights, workers=workers, device=device)
+        files, reports = encoded.files, [encoded.report]
+    elif features.suffix == ".h5" and len(slides) == 1:
+        files = {slides[0].slide_id: features}
+    else:
+        files = {file.slide_id: features / f"{file.slide_id}.h5" for file in slides}
+    broken = {record.slide_id for report in reports for record in report.failed}
+    usable = [file for file in slides if file.slide_id not in broken]
+    reports.append(_explain_all(loaded, usable, files, out, formats))
+    return Done(
+        [
+            out / f"{record.slide_id}_attention.{name}"
+            for record in reports[-1].records
+            if record.status == "ok"
+            for name in formats
+        ],
+        worst(reports),
+    )
+
+
+def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
+    from eosin.heatmaps.explain import FORMATS
+
+    for name in wanted:
+        if name not in FORMATS:
+            raise UnknownNameError("heat-map format", str(name), FORMATS)
+    return tuple(wanted)
+
+
+def _explain_all(
+    loaded: "tuple[Aggregator, ModelCard]",
+    slides: "Sequence[SlideFile]",
+    features: Mapping[str, Path],
+    out: Path,
+    formats: Sequence[str],
+) -> "Report":
+    """Explain a batch; one slide alone raises what is wrong with it."""
+    from eosin.batch import Record, Report, run_batch
+
+    work = partial(_explain, loaded, features, out, formats)
+    with progress("heat maps", len(slides)) as advance:
+        if len(slides) == 1:
+            outcome = work(slides[0])
+            return Report((Record(slides[0].slide_id, "heatmap", outcome.status, "", outcome.message),))
+        return run_batch(slides, work, key=lambda slide: slide.slide_id, stage="heatmap", progress=advance)
+
+
+def _explain(
+    loaded: "tuple[Aggregator, ModelCard]",
+    features: Mapping[str, Path],
+    out: Path,
+    formats: Sequence[str],
+    slide: "SlideFile",
+) -> "Outcome":
+    from eosin.batch import Outcome
+    from eosin.features.store import read_bag
+    from eosin.heatmaps.explain import explain_slide
+
+    try:
+        explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats)
+    except SlideError as error:
+        if error.code == "empty":
+            return Outcome("empty", error.detail)
+        raise
+    return Outcome()

@@ -1,0 +1,45 @@
+"""`eosin predict`: features or slides → one row of predictions per slide."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eosin.cli._arguments import Device, SlideMpp, SlidesOption, Weights, Workers, slide_mpp_source
+from eosin.cli._common import Done, command, progress
+
+
+@command()
+def predict(
+    *,
+    model: Annotated[list[Path], typer.Option(help="Model folder; several are averaged. Repeatable.")],
+    features: Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")] = None,
+    slides: SlidesOption = None,
+    out: Annotated[Path, typer.Option(help="Table of predictions (CSV).")],
+    job: Annotated[Path | None, typer.Option(help="Job folder for what is made from --slides.")] = None,
+    slide_mpp: SlideMpp = None,
+    weights: Weights = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+) -> Done:
+    """Predict slides with a trained model or an ensemble; a bad slide is a row with its reason."""
+    from eosin.cli._encode import encode_like, worst
+    from eosin.errors import ConfigError
+    from eosin.features.store import find_bags
+    from eosin.mil.checkpoint import load_card
+    from eosin.mil.predict import predict as predict_files
+    from eosin.wsi.slide import find_slides
+
+    reports = []
+    if features is not None and not slides:
+        files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)
+    elif slides and features is None and job is not None:
+        found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
+        spec = load_card(model[0]).features
+        encoded = encode_like(spec, found, job, weights=weights, workers=workers, device=device)
+        files, reports = encoded.files, [encoded.report]
+    else:
+        raise ConfigError("what is to be predicted? pass --features FOLDER, or --slides SLIDES with --job JOB")
+    with progress("predict", len(files)) as advance:
+        reports.append(predict_files(model, files, out, device=device, progress=advance))
+    return Done([out], worst(reports))

@@ -1,0 +1,78 @@
+"""`eosin run`: slides + labels → everything, in one job folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from eosin.cli._arguments import (
+    BatchSize,
+    Device,
+    Job,
+    Labels,
+    Missing,
+    Precision,
+    RecipeName,
+    SlideMpp,
+    Splits,
+    Target,
+    TaskKind,
+    Weights,
+    Workers,
+    slide_mpp_source,
+)
+from eosin.cli._common import Done, Settings, command, progress
+
+if TYPE_CHECKING:
+    from eosin.features.encoders import Precision as PrecisionName
+
+
+@command("tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats")
+def run(
+    *,
+    slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
+    labels: Labels,
+    encoder: Annotated[str | None, typer.Option(help="Encoder by name.", show_default="he_texture")] = None,
+    recipe: RecipeName = None,
+    job: Job,
+    task: TaskKind = None,
+    target: Target = None,
+    splits: Splits = None,
+    folds: Annotated[int | None, typer.Option(help="Folds when no splits are given.", show_default="5")] = None,
+    missing: Missing = "error",
+    slide_mpp: SlideMpp = None,
+    weights: Weights = None,
+    batch_size: BatchSize = 64,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    workers: Workers = 0,
+    settings: Settings,
+) -> Done:
+    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report."""
+    from eosin.cli._study import choose_recipe, missing_policy
+    from eosin.pipeline import Machine, Pipeline, run_pipeline
+    from eosin.wsi.job import JobFolder
+
+    flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}
+    given = {key: settings.choose(key, flag, None) for key, flag in flags.items()}
+    options = {key: value for key, value in given.items() if value is not None}
+    groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
+    chosen = choose_recipe(recipe, settings).model_dump(mode="json")
+    result = run_pipeline(
+        slides,
+        labels,
+        JobFolder(job),
+        Pipeline.parse({**groups, **options, "recipe": chosen}, source="run"),
+        machine=Machine(
+            workers=workers,
+            device=device,
+            batch_size=batch_size,
+            precision=cast("PrecisionName", precision),
+            weights=weights,
+        ),
+        slide_mpp=slide_mpp_source(slide_mpp),
+        splits=splits,
+        missing=missing_policy(missing),
+        progress=progress,
+    )
+    return Done([result.crossval / "metrics.json", result.model, result.heatmaps, job / "report.html"], result.report)

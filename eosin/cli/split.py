@@ -1,0 +1,53 @@
+"""`eosin split`: label table → splits by patient."""
+
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from eosin.cli._arguments import Group, Labels, Out, Target, TaskKind
+from eosin.cli._common import Done, Settings, command, say
+
+if TYPE_CHECKING:
+    SplitKind = Literal["kfold", "monte-carlo"]
+
+KINDS = ("kfold", "monte-carlo")
+
+
+@command("task", "target", "folds")
+def split(
+    *,
+    labels: Labels,
+    folds: Annotated[int | None, typer.Option(help="Number of splits.", show_default="5")] = None,
+    group: Group = "patient",
+    out: Out,
+    task: TaskKind = None,
+    target: Target = None,
+    kind: Annotated[str, typer.Option(help="kfold tests every slide once; monte-carlo draws independently.")] = "kfold",
+    val_fraction: Annotated[float, typer.Option(help="Share of the patients that selects the model.")] = 0.15,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    settings: Settings,
+) -> Done:
+    """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
+    from eosin.cli._study import Labelled
+    from eosin.errors import UnknownNameError
+    from eosin.mil.splits import make_splits, write_splits
+
+    if kind not in KINDS:
+        raise UnknownNameError("kind of split", kind, KINDS)
+    labelled = Labelled.read(
+        labels,
+        task=settings.choose("task", task, "classification"),
+        target=settings.choose("target", target, None),
+        group=group,
+    )
+    cohort = labelled.cohort()
+    splits = make_splits(
+        cohort,
+        folds=settings.choose("folds", folds, 5),
+        kind=cast("SplitKind", kind),
+        val_fraction=val_fraction,
+        seed=seed,
+    )
+    write_splits(out, splits, cohort)
+    say("; ".join(labelled.table.notes))
+    return Done([out])
