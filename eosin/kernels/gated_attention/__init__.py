@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from eosin.kernels._checks import (
     check_bool,
@@ -16,7 +17,8 @@ from eosin.kernels._checks import (
 from eosin.kernels._dispatch import choose
 from eosin.kernels._products import product_dtype
 from eosin.kernels.gated_attention import ops, reference
-from eosin.kernels.gated_attention.dropout import draw_seed
+from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, draw_seed, keep_mask
+from eosin.kernels.segment_pool import ops as pool_ops
 
 
 class AttentionPool(NamedTuple):
@@ -79,14 +81,15 @@ def gated_attention_scores(
     _check_gate(values, values.shape[1], *parameters)
     _check_options(activation, gate_dropout=gate_dropout)
     seed = draw_seed(generator) if gate_dropout else 0
-    if choose(values) == "reference":
+    backend = choose(values)
+    if backend == "reference":
         return reference.gated_attention_scores(
             values, *parameters, gate_dropout=gate_dropout, seed=seed, activation=activation
         )
     dtype = product_dtype(values, v_weight)
     _, keep_branches = _what_fits(memory_budget, values, dtype, None, v_weight, u_weight)
     scores: Tensor
-    scores, _ = ops.gated_scores(values, *parameters, gate_dropout, seed, activation, keep_branches, dtype)
+    scores, _ = ops.gated_scores(values, *parameters, gate_dropout, seed, activation, keep_branches, dtype, backend)
     return scores
 
 
@@ -150,7 +153,8 @@ def gated_attention_pool(
     seed = draw_seed(generator) if gate_dropout or embed_dropout else 0
     divisor = temperature if isinstance(temperature, Tensor) else values.new_tensor(temperature, dtype=torch.float64)
     tensors = (values, embed_weight, embed_bias, *gate, divisor, score_mask, keep, cu_seqlens)
-    if choose(values) == "reference":
+    backend = choose(values)
+    if backend == "reference":
         return AttentionPool(
             *reference.gated_attention_pool(
                 *tensors, embed_dropout=embed_dropout, gate_dropout=gate_dropout, seed=seed, activation=activation
@@ -158,10 +162,34 @@ def gated_attention_pool(
         )
     dtype = product_dtype(values, v_weight)
     keep_instances, keep_branches = _what_fits(memory_budget, values, dtype, embed_weight, v_weight, u_weight)
+    if backend == "triton":
+        instances = _embedded(values, embed_weight, embed_bias, embed_dropout, seed, dtype)
+        raw, _ = ops.gated_scores(instances, *gate, gate_dropout, seed, activation, keep_branches, dtype, backend)
+        scores = reference.masked_scores(raw, divisor, score_mask, keep)
+        return AttentionPool(scores, *pool_ops.attention_pool(scores, instances, cu_seqlens, backend))
     results = ops.gated_pool(
         *tensors, embed_dropout, keep_instances, gate_dropout, seed, activation, keep_branches, dtype
     )
     return AttentionPool(*results[:4])
+
+
+def _embedded(
+    values: Tensor,
+    embed_weight: Tensor | None,
+    embed_bias: Tensor | None,
+    dropout: float,
+    seed: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the embedded instances of the whole pack; on a GPU the library's product is hard to better."""
+    if embed_weight is None:
+        return values
+    bias = None if embed_bias is None else embed_bias.to(dtype)
+    embedded = torch.relu(linear(values.to(dtype), embed_weight.to(dtype), bias))
+    if not dropout:
+        return embedded
+    keep = keep_mask(seed, embedded.shape, dropout, branch=EMBEDDING_BRANCH, device=embedded.device)
+    return embedded * keep / (1 - dropout)
 
 
 def _what_fits(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 BITS = 24
+GATE_BRANCHES = (0, 1)  # the activated projection and the gate
+EMBEDDING_BRANCH = 2
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # the second as a signed 32-bit integer
 _COLUMN_SALT = 0x5BD1E995
 

@@ -27,31 +27,43 @@ from eosin.kernels.gated_attention.torch_impl import (
 N_GATE = 6  # v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
 N_POOL_GRADIENTS = N_GATE + 5  # also values, embed_weight, embed_bias, temperature, score_mask
 _GATE = "Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias"
-_SCORE_OPTIONS = "float gate_dropout, int seed, str activation, bool keep_branches, ScalarType product_dtype"
-_SCORE_INPUTS = f"Tensor values, {_GATE}, {_SCORE_OPTIONS}"
+_OPTIONS = "float gate_dropout, int seed, str activation, bool keep_branches, ScalarType product_dtype"
+_SCORE_INPUTS = f"Tensor values, {_GATE}, {_OPTIONS}, str backend"
 _POOL_TENSORS = (
     f"Tensor values, Tensor? embed_weight, Tensor? embed_bias, {_GATE}, "
     "Tensor temperature, Tensor? score_mask, Tensor? keep, Tensor cu_seqlens"
 )
-_POOL_INPUTS = f"{_POOL_TENSORS}, float embed_dropout, bool keep_instances, {_SCORE_OPTIONS}"
+_POOL_INPUTS = f"{_POOL_TENSORS}, float embed_dropout, bool keep_instances, {_OPTIONS}"
 
 
 def _scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return raw scores (N, H) and the branches kept for the backward pass."""
-    parameters, (dropout, seed, activation, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
+    parameters, (dropout, seed, activation, keep_branches, dtype, backend) = arguments[:N_GATE], arguments[N_GATE:]
     gate = _gate(parameters, dropout, seed, activation, dtype)
     kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
+    if backend == "triton":
+        from eosin.kernels.gated_attention import triton_impl
+
+        return triton_impl.score_forward(values, gate, kept.branches), kept.branches
     return score_forward(values, gate, kept), kept.branches
 
 
 def _scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
-    """Return the gradients of the values and the six parameters, empty where absent."""
     values, parameters = inputs[0], inputs[1 : 1 + N_GATE]
-    dropout, seed, activation, _, dtype = inputs[1 + N_GATE :]
+    dropout, seed, activation, _, dtype, backend = inputs[1 + N_GATE :]
     gate = _gate(parameters, dropout, seed, activation, dtype)
+    tensors = inputs[: 1 + N_GATE]
+    if backend == "triton":
+        from eosin.kernels.gated_attention import triton_impl
+
+        d_values, (d_weight, d_bias, d_w) = triton_impl.score_backward(
+            grad, values, gate, branches, needs_values=needs_values
+        )
+        hidden = len(parameters[0])
+        halves = [d_weight[:hidden], d_bias[:hidden], d_weight[hidden:], d_bias[hidden:]]
+        return _dense([d_values, *halves, d_w, grad.sum(0)], tensors)
     kept = Kept(values.new_empty(0, 0), branches)
     d_values, found = score_backward(grad, values, gate, kept, needs_values=needs_values)
-    return _dense([d_values, *_gate_gradients(found, grad)], inputs[: 1 + N_GATE])
+    return _dense([d_values, *_gate_gradients(found, grad)], tensors)
 
 
 def _pool(*inputs: Any) -> tuple[Tensor, ...]:
@@ -138,7 +150,9 @@ def _dense(gradients: list[Tensor | None], inputs: tuple[Any, ...]) -> list[Tens
     """Give each gradient its tensor's type; an empty tensor stands for none."""
     anchor = inputs[0]
     return [
-        anchor.new_empty(0) if gradient is None or tensor is None else gradient.to(tensor.dtype).reshape(tensor.shape)
+        anchor.new_empty(0)
+        if gradient is None or tensor is None
+        else gradient.to(tensor.dtype).reshape(tensor.shape).contiguous()
         for gradient, tensor in zip(gradients, inputs, strict=True)
     ]
 
@@ -148,7 +162,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _fake_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    parameters, (_, _, _, keep_branches, dtype) = arguments[:N_GATE], arguments[N_GATE:]
+    parameters, (_, _, _, keep_branches, dtype, _) = arguments[:N_GATE], arguments[N_GATE:]
     kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
     return values.new_empty((len(values), len(parameters[4])), dtype=accumulation_dtype(dtype)), kept.branches
 

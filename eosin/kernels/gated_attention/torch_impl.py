@@ -15,12 +15,10 @@ from torch import Tensor
 
 from eosin.kernels._checks import host_offsets
 from eosin.kernels._products import affine, product, transposed_product
-from eosin.kernels.gated_attention.dropout import keep_mask
+from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, GATE_BRANCHES, keep_mask
 
 ROWS = 2048  # rows per block: 2 MB of float32 per branch at A = 256, about the L2 cache
 NEVER = float("-inf")
-GATE_BRANCHES = (0, 1)
-EMBEDDING_BRANCH = 2
 
 
 @dataclass(frozen=True)

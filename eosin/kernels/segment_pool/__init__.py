@@ -30,8 +30,11 @@ def segment_pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
         Wrong type, shape or device, inconsistent offsets.
     """
     _check(("weights", weights), values, cu_seqlens)
-    choose(weights, values)
-    return reference.segment_pool(weights, values, cu_seqlens)
+    backend = choose(weights, values)
+    if backend == "reference":
+        return reference.segment_pool(weights, values, cu_seqlens)
+    pooled: Tensor = ops.segment_pool(weights, values, cu_seqlens, backend)
+    return pooled
 
 
 def attention_pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,9 +66,10 @@ def attention_pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[
     """
     _check(("scores", scores), values, cu_seqlens)
     check_no_nan("scores", scores)
-    if choose(scores, values) == "reference":
+    backend = choose(scores, values)
+    if backend == "reference":
         return reference.attention_pool(scores, values, cu_seqlens)
-    pooled, lse, entropy = ops.attention_pool(scores, values, cu_seqlens)
+    pooled, lse, entropy = ops.attention_pool(scores, values, cu_seqlens, backend)
     return pooled, lse, entropy
 
 

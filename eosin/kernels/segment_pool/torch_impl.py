@@ -57,6 +57,35 @@ def backward(
     return d_scores, d_values
 
 
+def weighted_forward(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return Σ weight · value of each bag (B, H, D), as `reference.segment_pool`."""
+    dtype = accumulation_dtype(values.dtype)
+    lengths = host_lengths(cu_seqlens)
+    pooled = values.new_empty((len(lengths), weights.shape[1], values.shape[1]), dtype=dtype)
+    bags = zip(torch.split(weights.to(dtype), lengths), torch.split(values, lengths), strict=True)
+    for number, (weight, value) in enumerate(bags):
+        pooled[number] = weighted_sum(weight, value)
+    return pooled
+
+
+def weighted_backward(
+    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, values: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of given weights and of values: ``dw = x·g_z`` and ``dx = w g_z``."""
+    lengths = host_lengths(cu_seqlens)
+    d_weights = torch.empty_like(weights) if needs[0] else None
+    d_values = torch.empty_like(values) if needs[1] else None
+    begin = 0
+    for bag, length in enumerate(lengths):
+        rows = slice(begin, begin + length)
+        begin += length
+        if d_weights is not None:
+            d_weights[rows] = widened_product(values[rows], g_pooled[bag].T)
+        if d_values is not None:
+            write_product(weights[rows].to(g_pooled.dtype), g_pooled[bag], d_values[rows])
+    return d_weights, d_values
+
+
 def weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
     """Return weightᵀ value in the type of ``weight``: (n, H), (n, D) -> (H, D)."""
     if value.dtype == weight.dtype:

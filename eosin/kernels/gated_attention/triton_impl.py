@@ -1,0 +1,272 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""The gate of the attention on a GPU, between two products that the vendor's library runs.
+
+The projections ``P = [V h, U h]`` are one matrix product; a kernel turns a block of P's rows into raw scores. The
+backward kernel turns P and the scores' gradient into the gradient of P, from which two products give the rest. With
+P kept nothing is projected twice; without, rows go by in chunks that stay in the L2 cache and are projected again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eosin.kernels.gated_attention.dropout import threshold
+from eosin.kernels.gated_attention.torch_impl import Gate
+
+RECOMPUTED_ROWS = 132 * 128  # projected again at once: one wave of tiles on an H200, 33 MB of instances at D = 1024
+BACKWARD_PROGRAMS = 264
+RELU, TANH = tl.constexpr(0), tl.constexpr(1)
+
+
+def launch_sizes(hidden: int, heads: int) -> dict[str, int]:
+    """Return block sizes: a plain function of the shapes, so that results never change."""
+    return {
+        "ROW_BLOCK": 32,
+        "HIDDEN_BLOCK": min(64, max(16, triton.next_power_of_2(hidden))),
+        "HEAD_BLOCK": 1 if heads == 1 else max(16, triton.next_power_of_2(heads)),
+        "num_warps": 4,
+    }
+
+
+def score_forward(values: Tensor, gate: Gate, kept: Tensor) -> Tensor:
+    """Return raw scores (N, H); P goes into ``kept`` (N, A or 2A) where that has rows."""
+    scores = values.new_empty((len(values), len(gate.w_weight)), dtype=torch.float32)
+    weight = _stacked(gate)
+    for first, part in _chunks(values, kept):
+        projected = part.to(weight.dtype) @ weight.T
+        if len(kept):
+            kept.copy_(projected)
+        _score(projected, gate, scores[first : first + len(part)], first)
+    return scores
+
+
+def score_backward(
+    d_scores: Tensor, values: Tensor, gate: Gate, kept: Tensor, *, needs_values: bool
+) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """Return the gradient of the values and of (stacked weight, stacked bias, w)."""
+    weight = _stacked(gate)
+    d_values = torch.empty_like(values) if needs_values else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32)
+    d_bias = d_weight.new_zeros(len(weight))
+    d_w = torch.zeros_like(gate.w_weight)
+    for first, part in _chunks(values, kept):
+        rows = part.to(weight.dtype)
+        projected = kept if len(kept) else rows @ weight.T
+        d_projected, part_bias, part_w = _score_gradient(
+            projected, gate, d_scores[first : first + len(part)].contiguous(), first
+        )
+        d_bias += part_bias
+        d_w += part_w
+        d_weight += _wide_product(d_projected.T, rows)
+        if d_values is not None:
+            d_values[first : first + len(part)] = d_projected @ weight
+    return d_values, (d_weight, d_bias, d_w)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right in float32 without rounding the result to half precision on the way."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def _chunks(values: Tensor, kept: Tensor) -> list[tuple[int, Tensor]]:
+    if not len(values):
+        return []
+    size = len(values) if len(kept) else RECOMPUTED_ROWS
+    return [(first, values[first : first + size]) for first in range(0, len(values), size)]
+
+
+def _stacked(gate: Gate) -> Tensor:
+    return gate.v_weight if gate.u_weight is None else torch.cat([gate.v_weight, gate.u_weight])
+
+
+def _stacked_bias(gate: Gate) -> Tensor:
+    hidden = len(gate.v_weight)
+    parts = [gate.v_bias] if gate.u_weight is None else [gate.v_bias, gate.u_bias]
+    zeros = gate.w_weight.new_zeros(hidden)
+    return torch.cat([zeros if part is None else part for part in parts])
+
+
+def _options(gate: Gate, first_row: int) -> dict[str, int | float | bool]:
+    return {
+        "seed": gate.seed,
+        "first_row": first_row,
+        "dropped": threshold(gate.dropout),
+        "keep_scale": 1 / (1 - gate.dropout),
+        "GATED": gate.u_weight is not None,
+        "ACTIVATION": 1 if gate.activation == "tanh" else 0,
+        "DROPOUT": gate.dropout > 0,
+    }
+
+
+def _score(projected: Tensor, gate: Gate, scores: Tensor, first_row: int) -> None:
+    hidden, heads = len(gate.v_weight), len(gate.w_weight)
+    sizes = launch_sizes(hidden, heads)
+    bias = scores.new_zeros(heads) if gate.w_bias is None else gate.w_bias
+    gate_scores[(triton.cdiv(len(projected), sizes["ROW_BLOCK"]),)](
+        projected, _stacked_bias(gate), gate.w_weight.contiguous(), bias, scores, len(projected), hidden, heads,
+        **_options(gate, first_row), **sizes,
+    )  # fmt: skip
+
+
+def _score_gradient(projected: Tensor, gate: Gate, d_scores: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of P (n, A or 2A), of the stacked bias and of w (H, A)."""
+    hidden, heads = len(gate.v_weight), len(gate.w_weight)
+    sizes = launch_sizes(hidden, heads)
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(len(projected), sizes["ROW_BLOCK"]))
+    d_projected = torch.empty_like(projected)
+    d_bias = d_scores.new_empty((programs, projected.shape[1]))
+    d_w = d_scores.new_empty((programs, heads, hidden))
+    gate_gradient[(programs, triton.cdiv(hidden, sizes["HIDDEN_BLOCK"]))](
+        projected, _stacked_bias(gate), gate.w_weight.contiguous(), d_scores, d_projected, d_bias, d_w,
+        len(projected), hidden, heads, **_options(gate, first_row), **sizes,
+    )  # fmt: skip
+    return d_projected, d_bias.sum(0), d_w.sum(0)
+
+
+@triton.jit
+def mixed(bits):
+    """Scramble 32-bit integers, as `dropout._mixed`."""
+    bits = bits ^ (bits >> 16)
+    bits = bits * 0x7FEB352D
+    bits = bits ^ (bits >> 15)
+    bits = bits * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def kept_scale(seed, branch: tl.constexpr, rows, columns, dropped, keep_scale):
+    """Return what dropout multiplies a tile with: rows of the pack, hidden columns -> (rows, columns)."""
+    mixed_rows = mixed(mixed(rows.to(tl.uint32)) ^ (seed ^ branch).to(tl.uint32))
+    mixed_columns = mixed(mixed(columns.to(tl.uint32) + 0x5BD1E995) ^ (seed ^ (branch + 4)).to(tl.uint32))
+    bits = mixed(mixed_rows[:, None] ^ mixed_columns[None, :])
+    return tl.where((bits & 0xFFFFFF).to(tl.int32) >= dropped, keep_scale, 0.0)
+
+
+@triton.jit
+def activated(p, ACTIVATION: tl.constexpr):
+    """Return tanh(p) or relu(p)."""
+    if ACTIVATION == TANH:
+        decayed = tl.exp2(tl.abs(p) * -2.885390081777927)  # e^(-2|p|)
+        magnitude = (1 - decayed) / (1 + decayed)
+        small = p * (1 - p * p * (1 / 3 - p * p * (2 / 15)))  # 1 - e^(-2|p|) loses its digits near 0
+        t = tl.where(tl.abs(p) < 0.03, small, tl.where(p < 0, -magnitude, magnitude))
+    else:
+        t = tl.maximum(p, 0.0)
+    return t
+
+
+@triton.jit
+def gate_scores(
+    projected, bias, w, w_bias, scores, n_rows, hidden, heads, seed, first_row, dropped, keep_scale,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the raw scores of a block of rows."""
+    rows = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    head = tl.arange(0, HEAD_BLOCK)
+    width = hidden * (2 if GATED else 1)
+    s = tl.zeros([ROW_BLOCK, HEAD_BLOCK], tl.float32)
+    for first in range(0, hidden, HIDDEN_BLOCK):
+        columns = first + tl.arange(0, HIDDEN_BLOCK)
+        inside = (rows[:, None] < n_rows) & (columns[None, :] < hidden)
+        source = projected + rows[:, None].to(tl.int64) * width + columns[None, :]
+        p = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        p += tl.load(bias + columns, mask=columns < hidden, other=0.0)[None, :]
+        y = activated(p, ACTIVATION)
+        if DROPOUT:
+            y *= kept_scale(seed, 0, rows + first_row, columns, dropped, keep_scale)
+        if GATED:
+            q = tl.load(source + hidden, mask=inside, other=0.0).to(tl.float32)
+            q += tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :]
+            y *= tl.sigmoid(q)
+            if DROPOUT:
+                y *= kept_scale(seed, 1, rows + first_row, columns, dropped, keep_scale)
+        weight = tl.load(
+            w + head[:, None] * hidden + columns[None, :],
+            mask=(head[:, None] < heads) & (columns[None, :] < hidden),
+            other=0.0,
+        )
+        if HEAD_BLOCK == 1:
+            s += tl.sum(y * tl.reshape(weight, [1, HIDDEN_BLOCK]), 1)[:, None]
+        else:
+            s += tl.dot(y, tl.trans(weight), input_precision="ieee")
+    s += tl.load(w_bias + head, mask=head < heads, other=0.0)[None, :]
+    tl.store(
+        scores + rows[:, None].to(tl.int64) * heads + head[None, :],
+        s,
+        mask=(rows[:, None] < n_rows) & (head[None, :] < heads),
+    )
+
+
+@triton.jit
+def gate_gradient(
+    projected, bias, w, d_scores, d_projected, d_bias, d_w, n_rows, hidden, heads,
+    seed, first_row, dropped, keep_scale,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of P for one block of hidden columns, every so many rows, and this program's sums."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.program_id(1) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
+    head = tl.arange(0, HEAD_BLOCK)
+    width = hidden * (2 if GATED else 1)
+    weight = tl.load(
+        w + head[:, None] * hidden + columns[None, :],
+        mask=(head[:, None] < heads) & (columns[None, :] < hidden),
+        other=0.0,
+    )
+    p_bias = tl.load(bias + columns, mask=columns < hidden, other=0.0)
+    sum_p = tl.zeros([HIDDEN_BLOCK], tl.float32)
+    sum_q = tl.zeros([HIDDEN_BLOCK], tl.float32)
+    sum_w = tl.zeros([HEAD_BLOCK, HIDDEN_BLOCK], tl.float32)
+    for first in range(program * ROW_BLOCK, n_rows, programs * ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        inside = (rows[:, None] < n_rows) & (columns[None, :] < hidden)
+        place = rows[:, None].to(tl.int64) * width + columns[None, :]
+        p = tl.load(projected + place, mask=inside, other=0.0).to(tl.float32) + p_bias[None, :]
+        t = activated(p, ACTIVATION)
+        ds = tl.load(
+            d_scores + rows[:, None].to(tl.int64) * heads + head[None, :],
+            mask=(rows[:, None] < n_rows) & (head[None, :] < heads),
+            other=0.0,
+        )
+        if HEAD_BLOCK == 1:
+            d = ds * tl.reshape(weight, [1, HIDDEN_BLOCK])
+        else:
+            d = tl.dot(ds, weight, input_precision="ieee")
+        y = t
+        if DROPOUT:
+            scale = kept_scale(seed, 0, rows + first_row, columns, dropped, keep_scale)
+            d *= scale
+            y *= scale
+        if GATED:
+            q = tl.load(projected + place + hidden, mask=inside, other=0.0).to(tl.float32)
+            g = tl.sigmoid(q + tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :])
+            if DROPOUT:
+                scale = kept_scale(seed, 1, rows + first_row, columns, dropped, keep_scale)
+                d *= scale
+                y *= scale
+            y *= g
+            d_q = tl.where(inside, d * t * g * (1 - g), 0.0)
+            tl.store(d_projected + place + hidden, d_q, mask=inside)
+            sum_q += tl.sum(d_q, 0)
+            d *= g
+        slope = 1 - t * t if ACTIVATION == TANH else (p > 0).to(tl.float32)
+        d_p = tl.where(inside, d * slope, 0.0)
+        tl.store(d_projected + place, d_p, mask=inside)
+        sum_p += tl.sum(d_p, 0)
+        if HEAD_BLOCK == 1:
+            sum_w += tl.sum(ds * y, 0)[None, :]
+        else:
+            sum_w += tl.dot(tl.trans(ds), y, input_precision="ieee")
+    tl.store(d_bias + program * width + columns, sum_p, mask=columns < hidden)
+    if GATED:
+        tl.store(d_bias + program * width + hidden + columns, sum_q, mask=columns < hidden)
+    tl.store(
+        d_w + (program * heads + head)[:, None] * hidden + columns[None, :],
+        sum_w,
+        mask=(head[:, None] < heads) & (columns[None, :] < hidden),
+    )

@@ -1,0 +1,346 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Pooling within bags on a GPU: partial sums per chunk of rows, merged in a fixed order.
+
+One program holds a chunk's running (m, l, e, Z) for a block of columns and a block of heads; a second kernel merges
+the chunks of each bag. The backward pass reads the instances once for the scores' gradient and writes theirs once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eosin.kernels._chunks import chunk_table
+from eosin.kernels._dispatch import interpreting
+
+NEVER = tl.constexpr(float("-inf"))
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def launch_sizes(n_rows: int, heads: int, width: int) -> dict[str, int]:
+    """Return rows per chunk and block sizes: a plain function of the shapes, so that results never change."""
+    head_block = 1 if heads == 1 else min(64, max(16, triton.next_power_of_2(heads)))
+    column_block = 128 if head_block == 64 else 256
+    return {
+        "rows": 256 if n_rows < 8192 else 1024,
+        "ROW_BLOCK": 32,
+        "HEAD_BLOCK": head_block,
+        "COLUMN_BLOCK": min(column_block, max(16, triton.next_power_of_2(width))),
+        "num_warps": 4,
+    }
+
+
+def forward(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pooled (B, H, D), log-sum-exp (B, H) and entropy (B, H) in float32."""
+    scores, values = scores.contiguous(), values.contiguous()
+    pooled, lse, entropy = _pool(scores, values, cu_seqlens, softmax=True)
+    return pooled, lse, entropy
+
+
+def weighted_forward(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return Σ weight · value of each bag: (B, H, D) in float32."""
+    return _pool(weights.contiguous(), values.contiguous(), cu_seqlens, softmax=False)[0]
+
+
+def _pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor, *, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, heads = scores.shape
+    width, n_bags = values.shape[1], cu_seqlens.shape[0] - 1
+    sizes = launch_sizes(n_rows, heads, width)
+    table = chunk_table(cu_seqlens, sizes["rows"])
+    top, total, spread = (_floats(values, table.n_chunks, heads) for _ in range(3))
+    weighted = _floats(values, table.n_chunks, heads, width)
+    pooled = _floats(values, n_bags, heads, width)
+    lse, entropy = _floats(values, n_bags, heads), _floats(values, n_bags, heads)
+    columns = max(1, triton.cdiv(width, sizes["COLUMN_BLOCK"]))  # without values there is still a sum to take
+    head_blocks = triton.cdiv(heads, sizes["HEAD_BLOCK"])
+    if table.n_chunks:
+        pool_partial[(table.n_chunks, columns, head_blocks)](
+            scores, values, table.start, table.end, top, total, spread, weighted, heads, width,
+            ROW_BLOCK=sizes["ROW_BLOCK"], HEAD_BLOCK=sizes["HEAD_BLOCK"], COLUMN_BLOCK=sizes["COLUMN_BLOCK"],
+            SOFTMAX=softmax, NARROW=not interpreting(), num_warps=sizes["num_warps"],
+        )  # fmt: skip
+    if n_bags:
+        pool_combine[(n_bags, heads, columns)](
+            top, total, spread, weighted, table.first, pooled, lse, entropy, heads, width,
+            COLUMN_BLOCK=sizes["COLUMN_BLOCK"], SOFTMAX=softmax, num_warps=sizes["num_warps"],
+        )  # fmt: skip
+    return pooled, lse, entropy
+
+
+def backward(
+    needs: tuple[bool, bool],
+    upstream: list[Tensor],
+    results: list[Tensor],
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of scores and values, as `torch_impl.backward`."""
+    g_pooled, g_lse, g_entropy = (gradient.contiguous() for gradient in upstream)
+    pooled, lse, entropy = results
+    level = g_lse - (pooled * g_pooled).sum(2)
+    scores, values = scores.contiguous(), values.contiguous()
+    return _gradients(needs, scores, values, cu_seqlens, g_pooled, (level, lse, entropy, g_entropy))
+
+
+def weighted_backward(
+    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, values: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of given weights and of values: ``dw = x·g_z`` and ``dx = w g_z``."""
+    g_pooled, weights, values = g_pooled.contiguous(), weights.contiguous(), values.contiguous()
+    unused = g_pooled.new_empty(1)
+    return _gradients(needs, weights, values, cu_seqlens, g_pooled, (unused,) * 4, softmax=False)
+
+
+def _gradients(
+    needs: tuple[bool, bool],
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    g_pooled: Tensor,
+    per_bag: tuple[Tensor, ...],
+    *,
+    softmax: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    n_rows, heads = scores.shape
+    width = values.shape[1]
+    sizes = launch_sizes(n_rows, heads, width)
+    table = chunk_table(cu_seqlens, sizes["rows"])
+    d_scores = torch.empty_like(scores) if needs[0] else None
+    d_values = torch.empty_like(values) if needs[1] else None
+    blocks = {name: sizes[name] for name in ("ROW_BLOCK", "HEAD_BLOCK", "COLUMN_BLOCK", "num_warps")}
+    head_blocks = triton.cdiv(heads, sizes["HEAD_BLOCK"])
+    if d_scores is not None and table.n_chunks:
+        score_gradient[(table.n_chunks, head_blocks)](
+            scores, values, table.bag, table.start, table.end, g_pooled, *per_bag, d_scores, heads, width,
+            SOFTMAX=softmax, NARROW=not interpreting(), **blocks,
+        )  # fmt: skip
+    if d_values is not None and table.n_chunks:
+        value_gradient[(table.n_chunks, triton.cdiv(width, sizes["COLUMN_BLOCK"]))](
+            scores, table.bag, table.start, table.end, g_pooled, per_bag[1], d_values, heads, width,
+            SOFTMAX=softmax, **blocks,
+        )  # fmt: skip
+    return d_scores, d_values
+
+
+def softmax(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return attention weights (N, H), log-sum-exp (B, H) and entropy (B, H) of each bag in float32."""
+    scores = scores.contiguous()
+    no_values = scores.new_empty(scores.shape[0], 0)
+    n_rows, heads = scores.shape
+    sizes = launch_sizes(n_rows, heads, 1)
+    table = chunk_table(cu_seqlens, sizes["rows"])
+    _, lse, entropy = _pool(scores, no_values, cu_seqlens, softmax=True)
+    weights = torch.empty_like(scores, dtype=torch.float32)
+    if table.n_chunks:
+        normalise[(table.n_chunks, triton.cdiv(heads, sizes["HEAD_BLOCK"]))](
+            scores, lse, table.bag, table.start, table.end, weights, heads,
+            ROW_BLOCK=sizes["ROW_BLOCK"], HEAD_BLOCK=sizes["HEAD_BLOCK"], num_warps=sizes["num_warps"],
+        )  # fmt: skip
+    return weights, lse, entropy
+
+
+def _floats(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+@triton.jit
+def product(left, right, NARROW: tl.constexpr):
+    """Return left right with sums in float32, in half precision where one of them is and the device can."""
+    dtype = left.dtype if left.dtype != tl.float32 else right.dtype
+    if not NARROW:  # the interpreter multiplies bfloat16 as integers
+        dtype = tl.float32
+    return tl.dot(left.to(dtype), right.to(dtype), input_precision="ieee")
+
+
+@triton.jit
+def pool_partial(
+    scores, values, starts, ends, top, total, spread, weighted, heads, width,
+    ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Reduce one chunk for one block of columns and of heads."""
+    chunk = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    head = tl.program_id(2) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    m = tl.full([HEAD_BLOCK], NEVER, tl.float32)
+    mass = tl.zeros([HEAD_BLOCK], tl.float32)
+    e = tl.zeros([HEAD_BLOCK], tl.float32)
+    z = tl.zeros([HEAD_BLOCK, COLUMN_BLOCK], tl.float32)
+    for first in range(start, end, ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        inside = (rows[:, None] < end) & (head[None, :] < heads)
+        s = tl.load(scores + rows[:, None].to(tl.int64) * heads + head[None, :], mask=inside, other=NEVER)
+        s = s.to(tl.float32)
+        if SOFTMAX:
+            new = tl.maximum(m, tl.max(s, 0))
+            shift = tl.where(new == NEVER, 0.0, new)
+            p = tl.exp2((s - shift[None, :]) * LOG2_E)
+            decay = tl.exp2((m - shift) * LOG2_E)
+            lowered = tl.where(decay > 0, m - shift, 0.0)
+            relative = tl.where(p > 0, s - shift[None, :], 0.0)
+            e = (e + lowered * mass) * decay + tl.sum(p * relative, 0)
+            mass = mass * decay + tl.sum(p, 0)
+            z = z * decay[:, None]
+            m = new
+        else:
+            p = tl.where(inside, s, 0.0)
+        x = tl.load(
+            values + rows[:, None].to(tl.int64) * width + columns[None, :],
+            mask=(rows[:, None] < end) & (columns[None, :] < width),
+            other=0.0,
+        )
+        if HEAD_BLOCK == 1:
+            z += tl.sum(tl.reshape(p, [ROW_BLOCK, 1]) * x.to(tl.float32), 0)[None, :]
+        else:
+            z += product(tl.trans(p), x, NARROW)
+    place = chunk.to(tl.int64) * heads + head
+    if SOFTMAX and tl.program_id(1) == 0:
+        tl.store(top + place, m, mask=head < heads)
+        tl.store(total + place, mass, mask=head < heads)
+        tl.store(spread + place, e, mask=head < heads)
+    tl.store(
+        weighted + place[:, None] * width + columns[None, :],
+        z,
+        mask=(head[:, None] < heads) & (columns[None, :] < width),
+    )
+
+
+@triton.jit
+def pool_combine(
+    top, total, spread, weighted, first, pooled, lse, entropy, heads, width,
+    COLUMN_BLOCK: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks of one bag and head for one block of columns, in order."""
+    bag, head = tl.program_id(0), tl.program_id(1)
+    columns = tl.program_id(2) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    m = tl.full([1], NEVER, tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    e = tl.zeros([1], tl.float32)
+    z = tl.zeros([COLUMN_BLOCK], tl.float32)
+    for chunk in range(tl.load(first + bag), tl.load(first + bag + 1)):
+        place = (tl.zeros([1], tl.int64) + chunk) * heads + head
+        part = tl.load(weighted + place * width + columns, mask=columns < width, other=0.0)
+        if SOFTMAX:
+            other = tl.load(top + place)
+            other_mass = tl.load(total + place)
+            other_spread = tl.load(spread + place)
+            new = tl.maximum(m, other)
+            shift = tl.where(new == NEVER, 0.0, new)
+            mine, theirs = tl.exp2((m - shift) * LOG2_E), tl.exp2((other - shift) * LOG2_E)
+            my_lead, their_lead = tl.where(mine > 0, m - shift, 0.0), tl.where(theirs > 0, other - shift, 0.0)
+            e = (e + my_lead * mass) * mine + (other_spread + their_lead * other_mass) * theirs
+            mass = mass * mine + other_mass * theirs
+            z = z * mine + part * theirs
+            m = new
+        else:
+            z += part
+    place = (tl.zeros([1], tl.int64) + bag) * heads + head
+    if SOFTMAX:
+        safe = tl.where(mass > 0, mass, 1.0)
+        z = z / safe
+        if tl.program_id(2) == 0:
+            tl.store(lse + place, tl.where(mass > 0, m + tl.log(safe), NEVER))
+            tl.store(entropy + place, tl.log(safe) - e / safe)
+    tl.store(pooled + place * width + columns, z, mask=columns < width)
+
+
+@triton.jit
+def score_gradient(
+    scores, values, bags, starts, ends, g_pooled, level, lse, entropy, g_entropy, d_scores, heads, width,
+    SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one chunk's scores (or given weights) for one block of heads."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    bag = tl.load(bags + chunk).to(tl.int64)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    place = bag * heads + head
+    for first in range(start, end, ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        c = tl.zeros([ROW_BLOCK, HEAD_BLOCK], tl.float32)
+        for column in range(0, width, COLUMN_BLOCK):
+            columns = column + tl.arange(0, COLUMN_BLOCK)
+            x = tl.load(
+                values + rows[:, None].to(tl.int64) * width + columns[None, :],
+                mask=(rows[:, None] < end) & (columns[None, :] < width),
+                other=0.0,
+            )
+            g = tl.load(
+                g_pooled + place[:, None] * width + columns[None, :],
+                mask=(head[:, None] < heads) & (columns[None, :] < width),
+                other=0.0,
+            )
+            if HEAD_BLOCK == 1:
+                c += tl.sum(x.to(tl.float32) * tl.reshape(g, [1, COLUMN_BLOCK]), 1)[:, None]
+            else:
+                c += product(x, tl.trans(g), NARROW)
+        inside = (rows[:, None] < end) & (head[None, :] < heads)
+        target = rows[:, None].to(tl.int64) * heads + head[None, :]
+        if SOFTMAX:
+            s = tl.load(scores + target, mask=inside, other=NEVER).to(tl.float32)
+            base = tl.load(lse + place, mask=head < heads, other=0.0)
+            base = tl.where(base == NEVER, 0.0, base)
+            a = tl.exp2((s - base[None, :]) * LOG2_E)
+            middle = tl.load(entropy + place, mask=head < heads, other=0.0) - base
+            surprise = tl.where(a > 0, s + middle[None, :], 0.0)
+            offset = tl.load(level + place, mask=head < heads, other=0.0)
+            g_e = tl.load(g_entropy + place, mask=head < heads, other=0.0)
+            c = a * (c + offset[None, :] - g_e[None, :] * surprise)
+        tl.store(d_scores + target, c, mask=inside)
+
+
+@triton.jit
+def value_gradient(
+    scores, bags, starts, ends, g_pooled, lse, d_values, heads, width,
+    SOFTMAX: tl.constexpr, ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one chunk's instances for one block of columns."""
+    chunk = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    bag = tl.load(bags + chunk).to(tl.int64)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    for first in range(start, end, ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        d = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
+        for head_start in range(0, heads, HEAD_BLOCK):
+            head = head_start + tl.arange(0, HEAD_BLOCK)
+            inside = (rows[:, None] < end) & (head[None, :] < heads)
+            s = tl.load(scores + rows[:, None].to(tl.int64) * heads + head[None, :], mask=inside, other=NEVER)
+            s = s.to(tl.float32)
+            if SOFTMAX:
+                base = tl.load(lse + bag * heads + head, mask=head < heads, other=0.0)
+                a = tl.exp2((s - tl.where(base == NEVER, 0.0, base)[None, :]) * LOG2_E)
+            else:
+                a = tl.where(inside, s, 0.0)
+            g = tl.load(
+                g_pooled + (bag * heads + head)[:, None] * width + columns[None, :],
+                mask=(head[:, None] < heads) & (columns[None, :] < width),
+                other=0.0,
+            )
+            if HEAD_BLOCK == 1:
+                d += tl.reshape(a, [ROW_BLOCK, 1]) * tl.reshape(g, [1, COLUMN_BLOCK])
+            else:
+                d += tl.dot(a, g, input_precision="ieee")
+        tl.store(
+            d_values + rows[:, None].to(tl.int64) * width + columns[None, :],
+            d,
+            mask=(rows[:, None] < end) & (columns[None, :] < width),
+        )
+
+
+@triton.jit
+def normalise(scores, lse, bags, starts, ends, weights, heads, ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr):
+    """Write the attention weights of one chunk for one block of heads."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    base = tl.load(lse + tl.load(bags + chunk).to(tl.int64) * heads + head, mask=head < heads, other=0.0)
+    base = tl.where(base == NEVER, 0.0, base)
+    for first in range(tl.load(starts + chunk), tl.load(ends + chunk), ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        inside = (rows[:, None] < tl.load(ends + chunk)) & (head[None, :] < heads)
+        target = rows[:, None].to(tl.int64) * heads + head[None, :]
+        s = tl.load(scores + target, mask=inside, other=NEVER).to(tl.float32)
+        tl.store(weights + target, tl.exp2((s - base[None, :]) * LOG2_E), mask=inside)
