@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eosin.batch import Outcome, Record, Report, file_fingerprint, run_batch
+from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, FeatureFileError, OutputError, SlideError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import Encoder, Precision, folder_name, load_encoder
 from eosin.features.reading import ReadRequest, SlideEnd, SlideReaders, TileBatch
 from eosin.features.store import read_footer, write_bag
+from eosin.files import file_fingerprint
 from eosin.wsi.coordinates import CoordsFooter, read_grid
 from eosin.wsi.coordinates import read_footer as read_coords_footer
 from eosin.wsi.grid import TileGrid

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.batch import file_fingerprint
 from eosin.errors import CorruptSlideError, EosinError, SlideError
+from eosin.files import file_fingerprint
 from eosin.wsi.coordinates import read_footer, read_grid
 from eosin.wsi.slide import SlideFile, open_slide
 from eosin.wsi.tiles import iterate_tiles

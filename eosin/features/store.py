@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin import __version__
-from eosin.batch import write_file
 from eosin.errors import ConfigError, EosinError, FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.files import write_file
 from eosin.wsi.coordinates import CoordsFooter, read_coords, write_coords
 
 ENCODING_TYPE = "eosin-features"

@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eosin.errors import CheckpointError
@@ -67,7 +69,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     CheckpointError
         When the file holds anything but tensors and plain values, or no tensors at all.
     """
-    state = _unwrapped(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, f"holds a {type(content).__name__}; pass a state dict of the encoder")
+    state = _unwrapped(content)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(path, "holds no tensors; pass a state dict of the encoder")
@@ -84,7 +89,7 @@ def _read_safetensors(path: Path) -> Mapping[str, object]:
         raise CheckpointError(path, f"cannot be read as safetensors ({error})") from error
 
 
-def _read_torch(path: Path) -> Mapping[str, object]:
+def _read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,9 +103,22 @@ def _read_torch(path: Path) -> Mapping[str, object]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise CheckpointError(path, f"cannot be read as a torch file ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(path, f"holds a {type(content).__name__}; pass a state dict of the encoder")
     return content
+
+
+def read_tensor_file(path: Path) -> NDArray[np.generic]:
+    """Read a torch file that is one tensor; nothing in it is ever executed.
+
+    Raises
+    ------
+    CheckpointError
+        When it holds anything else.
+    """
+    content = _read_torch(path)
+    if not isinstance(content, Tensor):
+        raise CheckpointError(path, f"holds a {type(content).__name__}; expected one tensor of features")
+    array: NDArray[np.generic] = (content.float() if content.is_floating_point() else content).numpy()
+    return array
 
 
 def _unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:

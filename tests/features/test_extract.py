@@ -14,7 +14,6 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 
-from eosin.batch import file_fingerprint
 from eosin.errors import ConfigError, OutputError
 from eosin.features import extract as module
 from eosin.features import reading
@@ -22,6 +21,7 @@ from eosin.features.encoders import Encoder, find_encoder, load_encoder
 from eosin.features.extract import TolerantEncoder, extract
 from eosin.features.reading import ReadRequest, TileBatch
 from eosin.features.store import read_bag, read_footer
+from eosin.files import file_fingerprint
 from eosin.wsi.coordinates import write_grid
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder

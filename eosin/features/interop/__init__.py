@@ -1,18 +1,28 @@
-"""Other tools' files, recognised by their content.
+"""Other tools' files, recognised by their content, and ours in other tools' layouts.
 
 Each module knows one tool's layout; this one opens a file safely and finds the module that knows it.
 """
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.errors import FeatureFileError
-from eosin.features.interop import npz
-from eosin.features.store import MAX_BYTES
+from eosin.errors import ConfigError, FeatureFileError
+from eosin.features.interop import clam, npz, others, stamp, trident
+from eosin.features.interop.foreign import Foreign, ImportOptions, Places, SlideFacts, store, table_text
+from eosin.features.store import MAX_BYTES, open_hdf5, read_bag
+from eosin.files import write_text
+
+__all__ = ["ImportOptions", "Imported", "export_bag", "import_file"]
+
+Layout = Literal["trident", "clam"]
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Imported:
     paths: tuple[Path, ...]
 
 
-def import_file(path: Path, out: Path) -> Imported:
+def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> Imported:
     """Turn a file of another tool into files of ours.
 
     Parameters
@@ -39,7 +49,9 @@ def import_file(path: Path, out: Path) -> Imported:
     path : Path
         The file; what it is follows from its content.
     out : Path
-        Folder of the results.
+        Features go to ``OUT/features``, coordinates to ``OUT/<tiling>/patches``: then `OUT` is a job folder.
+    options : ImportOptions, optional
+        What the file does not say; asked for by name when it is needed.
 
     Returns
     -------
@@ -48,19 +60,81 @@ def import_file(path: Path, out: Path) -> Imported:
     Raises
     ------
     FeatureFileError
-        When the file is missing, damaged or of no known layout, or lacks something that only the user knows.
+        When the file is missing, damaged or of no known layout; with the code ``incomplete`` when it lacks something
+        that only the user knows.
     """
+    options = options or ImportOptions()
     if not path.is_file():
         raise FeatureFileError(path, "no such file", code="missing")
     if path.suffix == ".npz":
-        return _import_npz(path, out)
-    raise FeatureFileError(path, "is of no layout that eosin imports; it reads .npz data sets of bags")
+        return _import_npz(path, out, options)
+    kind, slides = _read(path, options)
+    written = [store(slide, path, out, options) for slide in slides]
+    labels = [(slide.slide_id, slide.slide_id, slide.label) for slide in slides if slide.label is not None]
+    if labels:
+        written.append(out / "labels.csv")
+        write_text(written[-1], table_text(["patient_id", "slide_id", "label"], labels))
+    return Imported(kind, tuple(written))
 
 
-def _import_npz(path: Path, out: Path) -> Imported:
+def _read(path: Path, options: ImportOptions) -> tuple[str, Sequence[Foreign]]:
+    facts = SlideFacts.from_options(options)
+    if path.suffix in HDF5_SUFFIXES:
+        with open_hdf5(path) as file:
+            return _read_hdf5(file, path, options, facts)
+    if path.suffix == ".pt":
+        return "tensor of features", [_with_places(others.read_tensor(path, facts), options)]
+    if path.suffix == ".csv":
+        return "table of tiles", [others.read_table(path)]
+    raise FeatureFileError(path, "is of no kind that eosin imports (.h5, .npz, .pt, .csv)")
+
+
+def _read_hdf5(file: h5py.File, path: Path, options: ImportOptions, facts: SlideFacts) -> tuple[str, Sequence[Foreign]]:
+    if "encoding-type" in file.attrs or ("coords" in file and "encoding-type" in file["coords"].attrs):
+        raise FeatureFileError(path, "is eosin's own already; use it as it is")
+    if stamp.is_stamp(file):
+        return "feature file of STAMP", [stamp.read(file, path, facts)]
+    if trident.is_trident(file):
+        return "file of TRIDENT", [trident.read(file, path)]
+    if clam.is_coordinates(file):
+        return "coordinates file of CLAM", [clam.read_coordinates(file, path)]
+    if others.is_wsinfer(file):
+        return "coordinates file of wsinfer", [others.read_wsinfer(file, path, facts)]
+    if clam.is_pixels(file):
+        return "coordinates of CLAM with pixels", [clam.read_pixels(file, path)]
+    if clam.is_features(file):
+        return "feature file of CLAM", [clam.read_features(file, path, _read_places(options))]
+    if others.is_acmil(file):
+        return "feature file of ACMIL", others.read_acmil(file, path)
+    if "attention_scores" in file:
+        raise FeatureFileError(path, "holds attention scores of CLAM; import its features instead")
+    raise FeatureFileError(path, f"has {', '.join(list(file)[:5]) or 'nothing'}; this is no layout that eosin knows")
+
+
+def _with_places(slide: Foreign, options: ImportOptions) -> Foreign:
+    return replace(slide, places=slide.places or _read_places(options))
+
+
+def _read_places(options: ImportOptions) -> Places | None:
+    """Read the coordinates file that the user names."""
+    if options.coords is None:
+        return None
+    with open_hdf5(options.coords) as file:
+        if trident.is_trident(file):
+            return trident.places(file, options.coords)
+        if clam.is_coordinates(file):
+            return clam.places(file, options.coords)
+    raise FeatureFileError(options.coords, "is no coordinates file of CLAM, TRIDENT or eosin")
+
+
+def _import_npz(path: Path, out: Path, options: ImportOptions) -> Imported:
     arrays = _read_npz(path)
     if npz.is_bags(arrays):
         return Imported("data set of bags", tuple(npz.import_bags(arrays, path, out)))
+    if {"x", "y", "tile_index"} <= set(arrays):
+        slide, spacing = others.read_hs2p(arrays, path)
+        options = options.model_copy(update={"slide_mpp": options.slide_mpp or spacing})
+        return Imported("coordinates file of hs2p", (store(slide, path, out, options),))
     raise FeatureFileError(
         path, f"has the arrays {', '.join(arrays)}; a data set of bags has {', '.join(npz.REQUIRED)}"
     )
@@ -78,3 +152,33 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         if isinstance(error, FeatureFileError):
             raise
         raise FeatureFileError(path, f"cannot be read as .npz ({error})") from error
+
+
+def export_bag(path: Path, out: Path, layout: Layout) -> list[Path]:
+    """Write a feature file of ours in the layout of another tool.
+
+    Parameters
+    ----------
+    path : Path
+        Feature file.
+    out : Path
+        Job folder of TRIDENT, or feature folder of CLAM.
+    layout : "trident" or "clam"
+        Whose.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    FeatureFileError
+        When the file is damaged or has no places.
+    ConfigError
+        When there is no such layout.
+    """
+    writers = {"trident": trident.export, "clam": clam.export}
+    if layout not in writers:
+        raise ConfigError(f"no layout {layout!r} to export to; choose one of {', '.join(writers)}")
+    return writers[layout](read_bag(path, verify=True), out)

@@ -4,18 +4,17 @@ Read are the arrays ``instances`` (n, d), ``bag_index`` (n,), ``bag_label`` (bag
 ``cv_train_mask`` (repeats, folds, bags), True where a bag belongs to the training part.
 """
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.batch import write_text
 from eosin.errors import FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features.interop.foreign import table_text
 from eosin.features.store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, write_bag
+from eosin.files import write_text
 
 REQUIRED = ("instances", "bag_index", "bag_label")
 
@@ -56,7 +55,7 @@ def import_bags(arrays: Mapping[str, NDArray[np.generic]], path: Path, out: Path
     for bag, slide_id in enumerate(ids):
         rows = instances[starts[bag] : starts[bag + 1]]
         write_bag(out / "features" / f"{slide_id}{SUFFIX}", FeatureBag(rows, spec, slide_id))
-    write_text(out / "labels.csv", _table(["patient_id", "slide_id", "label"], zip(ids, ids, labels, strict=True)))
+    write_text(out / "labels.csv", table_text(["patient_id", "slide_id", "label"], zip(ids, ids, labels, strict=True)))
     written = [out / "features", out / "labels.csv"]
     if "cv_train_mask" in arrays:
         _write_splits(_checked_folds(arrays["cv_train_mask"], len(labels), path), ids, out / "splits")
@@ -100,12 +99,4 @@ def _split_table(train: list[str], test: list[str]) -> str:
     rows = []
     for row in range(max(len(train), len(test))):
         rows.append([row, *("".join(part[row : row + 1]) for part in (train, [], test))])
-    return _table(["", "train", "val", "test"], rows)
-
-
-def _table(header: list[str], rows: object) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)  # type: ignore[arg-type]
-    return text.getvalue()
+    return table_text(["", "train", "val", "test"], rows)

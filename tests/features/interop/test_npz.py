@@ -88,7 +88,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("a.npz", "arrays x"),
         ("b.npz", "cannot be read"),
         ("c.npz", "cannot"),
-        ("d.txt", "no layout"),
+        ("d.txt", "of no kind"),
     ):
         with pytest.raises(FeatureFileError, match=message):
             import_file(tmp_path / name, tmp_path / "out")

@@ -1,0 +1,114 @@
+"""CLAM: coordinates, features, and their layout for export.
+
+A coordinates file has the tile side at one pyramid level and that level's downsample; µm per pixel are nowhere. A
+feature file has no attributes at all: its tile size comes from the coordinates file beside it.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from eosin.errors import FeatureFileError
+from eosin.features.bag import FeatureBag
+from eosin.features.interop.foreign import Foreign, Places, safe_id
+from eosin.features.store import require_dataset
+from eosin.files import write_file
+
+
+def is_coordinates(file: h5py.File) -> bool:
+    """Tell whether an open file holds CLAM's coordinates."""
+    return _has_level(file, "coords") and "features" not in file
+
+
+def is_pixels(file: h5py.File) -> bool:
+    """Tell whether an open file is CLAM's old one, which keeps the pixels of its tiles."""
+    return _has_level(file, "imgs")
+
+
+def is_features(file: h5py.File) -> bool:
+    """Tell whether an open file holds CLAM's features."""
+    return "features" in file and "coords" in file and not dict(file["coords"].attrs)
+
+
+def _has_level(file: h5py.File, name: str) -> bool:
+    return name in file and "patch_level" in file[name].attrs and "patch_spacing_um_px" not in file[name].attrs
+
+
+def read_coordinates(file: h5py.File, path: Path) -> Foreign:
+    """Read a coordinates file."""
+    coords = require_dataset(file, "coords", path)
+    return Foreign(safe_id(coords.attrs.get("name", path.stem), path), places=places(file, path))
+
+
+def places(file: h5py.File, path: Path) -> Places:
+    """Return where the tiles of a coordinates file lie."""
+    coords = require_dataset(file, "coords", path)
+    attributes = coords.attrs
+    try:
+        downsample = np.asarray(attributes.get("downsample", 1.0), np.float64).reshape(-1)
+        extra = int(attributes.get("custom_downsample", 1))
+        patch_size = int(attributes["patch_size"])
+        size = None
+        if "level_dim" in attributes:
+            width, height = (np.asarray(attributes["level_dim"]) * downsample).round().astype(int).tolist()
+            size = (width, height)
+        return Places(coords[:], patch_size * int(downsample[0]) * extra, patch_size, slide_size_px0=size)
+    except (KeyError, ValueError, TypeError) as error:
+        raise FeatureFileError(path, f"the attributes of its coordinates are incomplete ({error})") from error
+
+
+def read_pixels(file: h5py.File, path: Path) -> Foreign:
+    """Refuse the old layout, or read its coordinates."""
+    if "coords" not in file:
+        raise FeatureFileError(path, "holds pixels of tiles without places; tile the slide with `eosin tile`")
+    attributes = file["imgs"].attrs
+    downsample = np.asarray(attributes.get("downsample", 1.0), np.float64).reshape(-1)
+    patch_size = int(require_dataset(file, "imgs", path).shape[1])
+    coords = require_dataset(file, "coords", path)
+    name = safe_id(attributes.get("wsi_name", path.stem), path)
+    return Foreign(name, places=Places(coords[:], patch_size * int(downsample[0]), patch_size))
+
+
+def read_features(file: h5py.File, path: Path, where: Places | None) -> Foreign:
+    """Read a feature file; `where` comes from the coordinates file that belongs to it."""
+    rows, coords = require_dataset(file, "features", path)[:], require_dataset(file, "coords", path)[:]
+    if where is not None and not np.array_equal(np.asarray(where.origins_px0), coords):
+        raise FeatureFileError(path, "has other coordinates than the file given as --coords")
+    return Foreign(path.stem, features=rows, places=where)
+
+
+def export(bag: FeatureBag, out: Path) -> list[Path]:
+    """Write a bag as CLAM does.
+
+    Parameters
+    ----------
+    bag : FeatureBag
+        With places.
+    out : Path
+        Receives ``h5_files/<slide>.h5`` and ``pt_files/<slide>.pt``.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    FeatureFileError
+        When the bag has no places.
+    """
+    import torch
+
+    if bag.grid is None:
+        raise FeatureFileError(out, f"{bag.slide_id} has features without places, which CLAM's layout needs")
+    rows, coords = bag.features.astype(np.float32), bag.grid.origins_px0.astype(np.int32)
+
+    def write_h5(temporary: Path) -> None:
+        with h5py.File(temporary, "w") as file:
+            for name, values in (("features", rows), ("coords", coords)):
+                file.create_dataset(name, data=values, chunks=(32, values.shape[1]), maxshape=(None, values.shape[1]))
+
+    tensor, h5 = out / "pt_files" / f"{bag.slide_id}.pt", out / "h5_files" / f"{bag.slide_id}.h5"
+    write_file(h5, write_h5)
+    write_file(tensor, lambda temporary: torch.save(torch.from_numpy(rows), temporary))
+    return [h5, tensor]

@@ -1,0 +1,261 @@
+"""What every foreign file is reduced to, what only the user can add, and how the result is written."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from eosin.errors import FeatureFileError, UnknownNameError
+from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features.encoders import find_encoder
+from eosin.features.store import MAX_DIM, MAX_ROWS, SUFFIX, write_bag
+from eosin.files import file_fingerprint
+from eosin.options import Options
+from eosin.wsi.coordinates import write_grid
+from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi.job import JobFolder
+from eosin.wsi.slide import open_slide
+
+Numbers = NDArray[np.generic]
+
+
+class ImportOptions(Options):
+    """What files of other tools may not say.
+
+    Parameters
+    ----------
+    encoder : str, optional
+        Name of the encoder that made the features; wins over the file's own.
+    slide_mpp : float, optional
+        µm per level-0 pixel of the slide.
+    slide : Path, optional
+        The slide itself, for its mpp, size and fingerprint.
+    coords : Path, optional
+        Coordinates file that belongs to features without places.
+    """
+
+    encoder: str | None = None
+    slide_mpp: Annotated[float, Field(gt=0.01, lt=100)] | None = None
+    slide: Path | None = None
+    coords: Path | None = None
+
+
+@dataclass(frozen=True)
+class SlideFacts:
+    """What is known about the slide that a file belongs to.
+
+    Parameters
+    ----------
+    mpp : float or None
+        µm per level-0 pixel.
+    size_px0 : (int, int) or None
+        Width and height.
+    fingerprint : str
+        Of the slide's file; empty when it is not at hand.
+    """
+
+    mpp: float | None = None
+    size_px0: tuple[int, int] | None = None
+    fingerprint: str = ""
+
+    @classmethod
+    def from_options(cls, options: ImportOptions) -> "SlideFacts":
+        """Collect them from the slide, where it is at hand, and the options."""
+        if options.slide is None:
+            return cls(options.slide_mpp)
+        with open_slide(options.slide, mpp=options.slide_mpp) as slide:
+            return cls(slide.mpp, slide.size_px0, file_fingerprint(options.slide))
+
+    def require_mpp(self, path: Path) -> float:
+        """Return the slide's mpp.
+
+        Raises
+        ------
+        FeatureFileError
+            When nobody has said it.
+        """
+        if self.mpp is None:
+            message = "does not say the slide's µm/px; pass --slide-mpp X or --slide FILE"
+            raise FeatureFileError(path, message, code="incomplete")
+        return self.mpp
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where foreign tiles lie.
+
+    Parameters
+    ----------
+    origins_px0 : (n, 2)
+        Top-left corners, level-0 pixels.
+    tile_px0 : int
+        Side in level-0 pixels.
+    patch_size : int
+        Side of the tile that was encoded, in its own pixels.
+    overlap : int
+        Pixels of such a tile that neighbours share.
+    slide_size_px0 : (int, int) or None
+        Width and height of the slide where the file says it.
+    """
+
+    origins_px0: Numbers
+    tile_px0: int
+    patch_size: int
+    overlap: int = 0
+    slide_size_px0: tuple[int, int] | None = None
+
+    def grid(self, slide: SlideFacts, path: Path) -> TileGrid:
+        """Return the places as a grid of ours.
+
+        Raises
+        ------
+        FeatureFileError
+            When sizes make no sense or the slide's mpp is unknown.
+        """
+        origins = np.asarray(np.rint(np.asarray(self.origins_px0, np.float64)), np.int64).reshape(-1, 2)
+        if self.tile_px0 < 1 or self.patch_size < 1 or (origins < 0).any():
+            raise FeatureFileError(path, f"has tiles of {self.tile_px0} px or corners below 0, which cannot be")
+        mpp = slide.require_mpp(path)
+        extent = origins.max(axis=0, initial=0) + self.tile_px0
+        size = slide.size_px0 or self.slide_size_px0 or (int(extent[0]), int(extent[1]))
+        tiling = Tiling.parse(
+            {
+                "mpp": round(mpp * self.tile_px0 / self.patch_size, 6),
+                "patch_size": self.patch_size,
+                "overlap": min(self.overlap, self.patch_size - 1),
+                "min_tissue": 0.0,
+            },
+            source=str(path),
+        )
+        return TileGrid(origins, self.tile_px0, tiling, size, mpp)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One slide's worth of a foreign file.
+
+    Parameters
+    ----------
+    slide_id : str
+        The slide.
+    features : (n, D) or (D,), optional
+        None for files of coordinates.
+    places : Places, optional
+        None for features without places.
+    encoder : str, optional
+        As the file names it.
+    label : str, optional
+        Where the file has one.
+    facts : mapping of str to str
+        For the provenance.
+    """
+
+    slide_id: str
+    features: Numbers | None = None
+    places: Places | None = None
+    encoder: str | None = None
+    label: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def table_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def safe_id(name: object, path: Path) -> str:
+    """Return a slide id that is a plain file name.
+
+    Raises
+    ------
+    FeatureFileError
+        When the file's name for its slide would lead elsewhere.
+    """
+    text = str(name)
+    if not text or Path(text).name != text or text.startswith(".") or "\\" in text or "\0" in text:
+        raise FeatureFileError(path, f"calls its slide {text!r}, which is no file name", code="unsafe")
+    return text
+
+
+def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Path:
+    """Write one slide as a file of ours.
+
+    Parameters
+    ----------
+    foreign : Foreign
+        What was read.
+    path : Path
+        Where from, for messages.
+    out : Path
+        Features go to ``OUT/features``, coordinates to ``OUT/<tiling>/patches``.
+    options : ImportOptions
+        What the user added.
+
+    Returns
+    -------
+    Path
+        The new file.
+
+    Raises
+    ------
+    FeatureFileError
+        When something is missing, contradictory or not finite.
+    """
+    slide = SlideFacts.from_options(options)
+    if foreign.features is None:
+        return _store_coordinates(foreign, path, out, slide)
+    grid = foreign.places.grid(slide, path) if foreign.places else None
+    rows = _checked(foreign.features, path, alone=grid is None)
+    if grid is not None and grid.n_tiles != len(rows):
+        raise FeatureFileError(path, f"has {len(rows)} rows of features for {grid.n_tiles} places")
+    spec = FeatureSpec(
+        encoder=_encoder(options.encoder or foreign.encoder, path),
+        dim=rows.shape[1],
+        mpp=grid.tiling.mpp if grid else None,
+        patch_size=grid.tiling.patch_size if grid else None,
+    )
+    facts = {"imported_from": path.name, "mpp_source": "user", **foreign.facts}
+    if slide.fingerprint:
+        facts["input_fingerprint"] = slide.fingerprint
+    target = out / "features" / f"{safe_id(foreign.slide_id, path)}{SUFFIX}"
+    write_bag(target, FeatureBag(rows, spec, foreign.slide_id, grid, facts))
+    return target
+
+
+def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFacts) -> Path:
+    assert foreign.places is not None
+    grid = foreign.places.grid(slide, path)
+    target = JobFolder(out).patches(grid.tiling.folder, safe_id(foreign.slide_id, path))
+    write_grid(target, grid, slide_id=foreign.slide_id, mpp_source="user", fingerprint=slide.fingerprint)
+    return target
+
+
+def _checked(features: Numbers, path: Path, *, alone: bool) -> NDArray[np.float16] | NDArray[np.float32]:
+    """Return rows (n, D); one vector without places is a bag of one row."""
+    rows = features[None] if features.ndim == 1 and alone and features.size else features
+    if rows.ndim == 1 and rows.size == 0:
+        raise FeatureFileError(path, "has no tiles and does not say how wide its features are", code="empty")
+    if rows.ndim != 2 or len(rows) > MAX_ROWS or rows.shape[1] > MAX_DIM or rows.dtype.kind not in "fiu":
+        raise FeatureFileError(path, f"features are {rows.shape} of {rows.dtype}; expected (n, D) numbers")
+    if not np.isfinite(rows).all():
+        raise FeatureFileError(path, "holds features that are not finite", code="non-finite")
+    return rows.astype(np.float16) if rows.dtype == np.float16 else rows.astype(np.float32)
+
+
+def _encoder(name: str | None, path: Path) -> str:
+    if not name:
+        raise FeatureFileError(path, "does not say which encoder made it; pass --encoder NAME", code="incomplete")
+    try:
+        return find_encoder(name).name
+    except UnknownNameError:
+        return name

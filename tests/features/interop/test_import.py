@@ -1,0 +1,274 @@
+"""Files of other tools: recognised, converted, refused with one sentence."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from eosin.errors import EosinError, FeatureFileError
+from eosin.features.interop import Imported, ImportOptions, import_file
+from eosin.features.store import find_bags, read_bag
+from eosin.wsi.coordinates import read_grid
+from eosin.wsi.grid import TileGrid
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(5, 8)).astype(np.float32)
+CORNERS = np.stack([np.arange(5) * 512, np.arange(5) * 256], axis=1).astype(np.int64)
+CLAM_ATTRIBUTES = {
+    "patch_size": 256,
+    "patch_level": 1,
+    "downsample": np.array([2.0, 2.0]),
+    "level_dim": np.array([2000, 1500]),
+    "name": "s.1",
+}
+TRIDENT_ATTRIBUTES = {
+    "patch_size": 256,
+    "patch_size_level0": 512.0,
+    "overlap": 16,
+    "name": "s.1",
+    "level0_width": 4000,
+    "level0_height": 3000,
+    "target_magnification": 20,
+    "savetodir": "None",
+}
+
+
+def write_h5(path: Path, datasets: dict[str, np.ndarray], **attributes: dict[str, object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]) if values.ndim > 1 else None)
+        for name, values in attributes.items():
+            (file if name == "root" else file[name]).attrs.update(values)
+    return path
+
+
+def grid_of(done: Imported) -> TileGrid:
+    return read_grid(done.paths[0])
+
+
+def test_clam_coordinates(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES)
+    with pytest.raises(FeatureFileError, match="--slide-mpp") as caught:
+        import_file(path, tmp_path / "out")
+    assert caught.value.code == "incomplete"
+    done = import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
+    assert done.paths == (tmp_path / "out" / "0.5mpp_256px_0px_overlap" / "patches" / "s.1_patches.h5",)
+    grid = grid_of(done)
+    np.testing.assert_array_equal(grid.origins_px0, CORNERS)
+    assert (grid.tile_px0, grid.slide_size_px0, grid.slide_mpp, grid.tiling.mpp) == (512, (4000, 3000), 0.25, 0.5)
+
+
+def test_clam_features_with_and_without_places(tmp_path: Path) -> None:
+    coords = write_h5(tmp_path / "patches" / "a.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES)
+    path = write_h5(tmp_path / "a.h5", {"features": ROWS, "coords": CORNERS.astype(np.int32)})
+    with pytest.raises(FeatureFileError, match="--encoder"):
+        import_file(path, tmp_path / "out")
+    bare = read_bag(import_file(path, tmp_path / "out", ImportOptions(encoder="resnet50_trunc")).paths[0])
+    assert (bare.spec.encoder, bare.spec.mpp, bare.grid) == ("resnet50", None, None)
+    options = ImportOptions(encoder="resnet50", coords=coords, slide_mpp=0.25)
+    bag = read_bag(import_file(path, tmp_path / "out", options).paths[0], verify=True)
+    np.testing.assert_array_equal(bag.features, ROWS)
+    assert (bag.slide_id, bag.spec.mpp, bag.spec.patch_size) == ("a", 0.5, 256)
+    other = write_h5(tmp_path / "b.h5", {"features": ROWS, "coords": CORNERS.astype(np.int32) + 1})
+    with pytest.raises(FeatureFileError, match="other coordinates"):
+        import_file(other, tmp_path / "out", options)
+
+
+def test_trident_tile_features(tmp_path: Path) -> None:
+    path = write_h5(
+        tmp_path / "features_uni_v1" / "s.1.h5",
+        {"features": ROWS.astype(np.float16), "coords": CORNERS},
+        coords=TRIDENT_ATTRIBUTES,
+    )
+    done = import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
+    assert done.kind == "file of TRIDENT"
+    bag = read_bag(done.paths[0])
+    assert bag.features.dtype == np.float16
+    assert (bag.spec.encoder, bag.spec.mpp, bag.spec.patch_size) == ("uni_v1", 0.5, 256)
+    assert bag.grid is not None
+    assert (bag.grid.tile_px0, bag.grid.tiling.overlap, bag.grid.slide_size_px0) == (512, 16, (4000, 3000))
+
+
+def test_trident_coordinates_and_slide_features(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "s.1_patches.h5", {"coords": CORNERS}, coords=TRIDENT_ATTRIBUTES | {"name": "None"})
+    done = import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
+    assert done.paths[0].name == "s.1_patches.h5"
+    whole = write_h5(
+        tmp_path / "slide_features_titan" / "s.1.h5",
+        {"features": ROWS[0], "coords": CORNERS},
+        coords=TRIDENT_ATTRIBUTES,
+    )
+    bag = read_bag(import_file(whole, tmp_path / "out").paths[0])
+    assert (bag.features.shape, bag.spec.encoder, bag.grid) == ((1, 8), "titan", None)
+
+
+def test_stamp(tmp_path: Path) -> None:
+    root = {"extractor": "uni2-h", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "stamp_version": "2.5.0"}
+    um = (CORNERS * 0.25).astype(np.float32)
+    path = write_h5(tmp_path / "s.h5", {"feats": ROWS.astype(np.float16), "coords": um}, root=root)
+    with pytest.raises(FeatureFileError, match="--slide-mpp"):
+        import_file(path, tmp_path / "out")
+    bag = read_bag(import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25)).paths[0])
+    assert bag.grid is not None
+    np.testing.assert_array_equal(bag.grid.origins_px0, CORNERS)
+    assert (bag.grid.tile_px0, bag.spec.patch_size, bag.spec.encoder) == (1024, 224, "uni_v2")
+    assert bag.spec.mpp == pytest.approx(256 / 224, abs=1e-5)
+    whole = write_h5(tmp_path / "p.h5", {"feats": ROWS[0]}, root={"encoder": "titan", "feat_type": "slide"})
+    assert read_bag(import_file(whole, tmp_path / "out").paths[0]).features.shape == (1, 8)
+
+
+def test_old_stamp(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "s.h5", {"feats": ROWS, "coords": CORNERS // 512 * 224}, root={"extractor": "ctp"})
+    bag = read_bag(import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.5)).paths[0])
+    assert bag.grid is not None
+    assert bag.grid.tile_px0 == 512
+    np.testing.assert_array_equal(bag.grid.origins_px0[:, 0], CORNERS[:, 0])
+
+
+def test_acmil(tmp_path: Path) -> None:
+    path = tmp_path / "all.h5"
+    with h5py.File(path, "w") as file:
+        for i in range(3):
+            group = file.create_group(f"s{i}")
+            group["feat"], group["coords"] = ROWS[: i + 1], CORNERS[: i + 1]
+            group.attrs["label"] = i % 2
+    done = import_file(path, tmp_path / "out", ImportOptions(encoder="x"))
+    assert [len(read_bag(bag).features) for bag in find_bags(tmp_path / "out" / "features").values()] == [1, 2, 3]
+    assert done.paths[-1].read_text().splitlines()[:2] == ["patient_id,slide_id,label", "s0,s0,0"]
+
+
+def test_wsinfer(tmp_path: Path) -> None:
+    attributes = {"patch_size": 350, "patch_level": 0, "patch_spacing_um_px": 0.5}
+    path = write_h5(tmp_path / "s.h5", {"coords": CORNERS}, coords=attributes)
+    grid = grid_of(import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25)))
+    assert (grid.tile_px0, grid.tiling.patch_size, grid.tiling.mpp) == (350, 175, 0.5)
+
+
+def test_tensors(tmp_path: Path) -> None:
+    torch.save(torch.from_numpy(ROWS), tmp_path / "s.pt")
+    coords = write_h5(tmp_path / "c.h5", {"coords": CORNERS}, coords=TRIDENT_ATTRIBUTES)
+    options = ImportOptions(encoder="uni", coords=coords, slide_mpp=0.25)
+    bag = read_bag(import_file(tmp_path / "s.pt", tmp_path / "out", options).paths[0])
+    assert bag.grid is not None
+    assert bag.spec.encoder == "uni_v1"
+    torch.save({"a": 1}, tmp_path / "d.pt")
+    with pytest.raises(EosinError, match="holds a dict"):
+        import_file(tmp_path / "d.pt", tmp_path / "out", options)
+
+
+def test_slideflow(tmp_path: Path) -> None:
+    torch.save(torch.from_numpy(ROWS), tmp_path / "s.pt")
+    np.savez(tmp_path / "s.index.npz", CORNERS + 256)
+    config = {"extractor": {"class": "uni"}, "tile_px": 256, "tile_um": 128.0}
+    (tmp_path / "bags_config.json").write_text(json.dumps(config))
+    bag = read_bag(import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(slide_mpp=0.25)).paths[0])
+    assert bag.grid is not None
+    np.testing.assert_array_equal(bag.grid.origins_px0, CORNERS)
+    assert (bag.grid.tile_px0, bag.spec.encoder, bag.spec.mpp) == (512, "uni_v1", 0.5)
+
+
+@pytest.mark.parametrize("with_header", [True, False])
+def test_dsmil_table(tmp_path: Path, with_header: bool) -> None:
+    lines = [",".join(f"{value:.4f}" for value in row) for row in ROWS]
+    header = [",".join(map(str, range(8)))] if with_header else []
+    (tmp_path / "s.csv").write_text("\n".join(header + lines))
+    bag = read_bag(import_file(tmp_path / "s.csv", tmp_path / "out", ImportOptions(encoder="x")).paths[0])
+    np.testing.assert_allclose(bag.features, ROWS, atol=1e-4)
+
+
+def test_old_clam_pixels_give_their_coordinates(tmp_path: Path) -> None:
+    attributes = {"patch_level": 0, "wsi_name": "s", "downsample": np.array([1.0, 1.0])}
+    path = write_h5(tmp_path / "s.h5", {"imgs": np.zeros((5, 64, 64, 3), np.uint8), "coords": CORNERS}, imgs=attributes)
+    assert grid_of(import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.5))).tile_px0 == 64
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "", "a\\b"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES | {"name": name})
+    with pytest.raises(FeatureFileError, match="no file name"):
+        import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    options = ImportOptions(encoder="x", slide_mpp=0.5)
+    bad_rows = ROWS.copy()
+    bad_rows[1, 1] = np.nan
+    cases = {
+        "attention": write_h5(tmp_path / "a.h5", {"attention_scores": ROWS, "coords": CORNERS}),
+        "no layout that eosin knows": write_h5(tmp_path / "b.h5", {"x": ROWS}),
+        "not finite": write_h5(tmp_path / "c.h5", {"features": bad_rows, "coords": CORNERS}),
+        "6 rows|5 rows of features for 4": write_h5(
+            tmp_path / "d.h5", {"features": ROWS, "coords": CORNERS[:4]}, coords=TRIDENT_ATTRIBUTES
+        ),
+        "incomplete": write_h5(tmp_path / "e.h5", {"coords": CORNERS}, coords={"patch_level": 0}),
+        "below 0": write_h5(tmp_path / "f.h5", {"coords": CORNERS - 9}, coords=CLAM_ATTRIBUTES),
+        "cannot be read": tmp_path / "g.h5",
+        "no table of features": tmp_path / "h.csv",
+        "predictions of wsinfer": tmp_path / "i.csv",
+        "no kind": tmp_path / "j.parquet",
+    }
+    (tmp_path / "g.h5").write_bytes(b"damaged")
+    (tmp_path / "h.csv").write_text("slide,label\na,b\n")
+    (tmp_path / "i.csv").write_text("minx,miny,width,height,prob_a\n0,0,1,1,0.5\n")
+    (tmp_path / "j.parquet").write_bytes(b"PAR1")
+    for message, path in cases.items():
+        with pytest.raises(FeatureFileError, match=message):
+            import_file(path, tmp_path / "out", options)
+
+
+def test_a_pickle_in_a_tensor_file_never_runs(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    (tmp_path / "s.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    with pytest.raises(EosinError, match="never executed"):
+        import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(encoder="x"))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_our_own_files_are_recognised(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES)
+    ours = import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25)).paths[0]
+    with pytest.raises(FeatureFileError, match="eosin's own"):
+        import_file(ours, tmp_path / "again")
+
+
+@pytest.mark.shared
+def test_real_coordinates_of_clam(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "interop" / "clam_h5"
+    slide = shared / "data" / "slides" / "CMU-1-Small-Region.svs"
+    done = import_file(folder / "CMU-1-Small-Region.patch_level0.h5", tmp_path, ImportOptions(slide=slide))
+    grid = grid_of(done)
+    assert (grid.n_tiles, grid.tile_px0, grid.slide_size_px0) == (50, 256, (2220, 2967))
+    assert grid.slide_mpp == pytest.approx(0.499)
+    other = folder / "tcga-cr-7395-01a-01-ts1.patch_level0.h5"
+    with pytest.raises(FeatureFileError, match="--slide-mpp"):
+        import_file(other, tmp_path)
+    assert grid_of(import_file(other, tmp_path, ImportOptions(slide_mpp=0.5))).n_tiles == 169
+
+
+@pytest.mark.shared
+def test_real_outputs_of_other_pipelines(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "interop" / "pipeline_outputs"
+    grid = grid_of(import_file(folder / "hs2p-test-wsi.coordinates.npz", tmp_path))
+    assert (grid.n_tiles, grid.tile_px0, grid.tiling.patch_size) == (459, 444, 224)
+    assert grid.slide_mpp == pytest.approx(0.252)
+    assert grid.tiling.mpp == pytest.approx(0.5, rel=0.002)
+    grid = grid_of(import_file(folder / "luna-123.tiles.csv", tmp_path, ImportOptions(slide_mpp=0.25)))
+    assert (grid.tile_px0, grid.tiling.patch_size, grid.tiling.mpp) == (512, 256, 0.5)
+    bag = read_bag(
+        import_file(folder / "slide2vec-test-wsi.pt", tmp_path, ImportOptions(encoder="virchow_cls")).paths[0]
+    )
+    assert bag.features.shape == (1, 1280)
+    for name in ("luna-123.tiles.h5", "luna-123.tiles.parquet", "luna-tile_scores_and_labels.csv",
+                 "wsinfer-breast-tumor-resnet34.purple.csv"):  # fmt: skip
+        with pytest.raises(FeatureFileError):
+            import_file(folder / name, tmp_path, ImportOptions(encoder="x", slide_mpp=0.5))
