@@ -235,11 +235,11 @@ def _outcome(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
     notes = [note for note in (mpp_note, *mask.notes) if note]
     if grid.n_tiles:
         return Outcome("ok", "; ".join([f"{grid.n_tiles} tile{'s' * (grid.n_tiles != 1)}", *notes]))
-    if not mask.mask.any():
-        return Outcome("empty", "; ".join(["no tissue was found", *notes]))
     width, height = grid.slide_size_px0
     if min(width, height) < grid.tile_px0:
         return Outcome("empty", f"the slide ({width} x {height} px) is smaller than one tile ({grid.tile_px0} px)")
+    if not mask.mask.any():
+        return Outcome("empty", "; ".join(["no tissue was found", *notes]))
     reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue"
     return Outcome("empty", "; ".join([reason, *notes]))
 

@@ -5,13 +5,16 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 Mask = NDArray[np.bool_]
-SMALL_RADIUS = 6
+SMALL_RADIUS = 3.0
+LARGE_RADIUS = 12.0
 
 
 def grow(mask: Mask, radius: float) -> Mask:
-    """Return the cells within `radius` cells of a true one."""
-    if radius > SMALL_RADIUS:
+    """Return the cells within `radius` cells of a true one; between 3 and 12 the disk is composed of smaller ones."""
+    if radius > LARGE_RADIUS:
         return np.asarray(ndimage.distance_transform_edt(~mask) <= radius) if mask.any() else mask.copy()
+    if radius > SMALL_RADIUS:
+        return grow(grow(mask, SMALL_RADIUS), radius - SMALL_RADIUS)
     reach = int(radius)
     grown = mask.copy()
     for down in range(-reach, reach + 1):
@@ -48,6 +51,15 @@ def drop_small(mask: Mask, min_cells: float, *, keep_largest: bool) -> Mask:
     keep = sizes >= min_cells
     if keep_largest:
         keep[1 + np.argmax(sizes[1:])] = True
+    keep[0] = False
+    return np.asarray(keep[labels])
+
+
+def pieces_touching(mask: Mask, seeds: Mask) -> Mask:
+    """Return the pieces of a mask that hold at least one seed."""
+    labels, count = ndimage.label(mask)
+    keep = np.zeros(count + 1, bool)
+    keep[labels[seeds]] = True
     keep[0] = False
     return np.asarray(keep[labels])
 

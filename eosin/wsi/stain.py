@@ -18,9 +18,10 @@ GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
 PEN_SHARE_LIMIT = 0.67
-PEN_MIN_UM2 = 20_000.0
-PEN_GROW_UM = 16.0
+PEN_MIN_UM2 = 10_000.0
+PEN_GROW_UM = 24.0
 RIM_UM = 40.0
+ON_GLASS_SHARE = 0.65
 FLAT_UM = 40.0
 FLAT_MAX_MPP = 12.0
 FLAT_VARIATION = 0.02
@@ -186,14 +187,25 @@ def _even_and_strong(strongest: NDArray[np.float32], mpp: float) -> Mask:
 
 
 def _pieces_on_glass(ink: Mask, candidates: Mask, mpp: float) -> Mask:
-    """Keep the large pieces whose surroundings are mostly glass."""
-    labels, _ = ndimage.label(drop_small(ink, PEN_MIN_UM2 / mpp**2, keep_largest=False))
-    reach = max(3, round(RIM_UM / mpp))
+    """Keep the parts of large pieces that lie on glass, to be told by most of their rim."""
+    least, reach = PEN_MIN_UM2 / mpp**2, max(4, round(RIM_UM / mpp))
+    labels, _ = ndimage.label(drop_small(ink, least, keep_largest=False))
     kept = np.zeros_like(ink)
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         window = tuple(slice(max(0, side.start - reach), side.stop + reach) for side in place)
-        piece = labels[window] == number
-        rim = grow(piece, reach) & ~grow(piece, 2) & ~ink[window]
-        if (candidates[window] & rim).sum() < 0.5 * max(rim.sum(), 1):
-            kept[window] |= piece
+        kept[window] |= _part_on_glass(labels[window] == number, candidates[window], reach, least)
+    return kept
+
+
+def _part_on_glass(piece: Mask, tissue: Mask, reach: int, least: float) -> Mask:
+    """Cut a piece where its surroundings change from glass to tissue; return the parts with glass around."""
+    blurred_rim = 2
+    nearest = ndimage.distance_transform_edt(grow(piece, blurred_rim), return_distances=False, return_indices=True)
+    parts, _ = ndimage.label(drop_small(piece & ~tissue[tuple(nearest)], least, keep_largest=False))
+    kept = np.zeros_like(piece)
+    for number in range(1, parts.max(initial=0) + 1):
+        part = parts == number
+        rim = grow(part, reach) & ~grow(part, blurred_rim)
+        if (rim & ~tissue & ~piece).sum() > ON_GLASS_SHARE * rim.sum():
+            kept |= part
     return kept

@@ -13,7 +13,7 @@ from shapely import MultiPolygon
 
 from eosin.errors import SlideError
 from eosin.options import Options
-from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads
+from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads, pieces_touching
 from eosin.wsi.outline import fill_outline, trace_outline
 from eosin.wsi.overview import read_overview
 from eosin.wsi.slide import Slide
@@ -29,7 +29,10 @@ from eosin.wsi.stain import (
 
 FRACTION_BLOCK = 500_000
 MIN_CELLS = 128
-BLUR_CELLS = 0.7
+BLUR_UM = 4.0
+WEAK_SHARE = 0.55
+MESH_SHARE = 0.12
+LEAST_UM2 = 2_500.0
 ODD_COVERAGE = (0.001, 0.95)
 
 
@@ -59,7 +62,7 @@ class TissueOptions(Options):
     min_stain: Annotated[float, Field(gt=0, lt=1)] | None = None
     min_area_um2: Annotated[float, Field(ge=0)] = 40_000.0
     max_hole_um2: Annotated[float, Field(ge=0)] = 40_000.0
-    close_um: Annotated[float, Field(ge=0, le=1000)] = 40.0
+    close_um: Annotated[float, Field(ge=0, le=1000)] = 80.0
     open_um: Annotated[float, Field(ge=0, le=1000)] = 30.0
     remove_pen: bool = True
 
@@ -219,17 +222,14 @@ def detect_tissue(
         What a person should know.
     """
     density = to_optical_density(rgb, find_glass(rgb))
-    for channel in density:
-        ndimage.gaussian_filter(channel, BLUR_CELLS, output=channel)
+    if mpp < BLUR_UM:
+        for channel in density:
+            ndimage.gaussian_filter(channel, BLUR_UM / mpp / 2, output=channel)
     stain = strongest_of(density) - weakest_of(density)
-    candidates = stain > (options.min_stain or stain_threshold(stain))
-    notes: list[str] = []
-    if options.remove_pen:
-        pen = find_pen(density, candidates, mpp)
-        if pen.any():
-            notes.append("pen marks were left out")
-        candidates &= ~pen
-    mask = _clean(candidates, mpp, options)
+    threshold = options.min_stain or stain_threshold(stain)
+    pen = find_pen(density, stain > threshold, mpp) if options.remove_pen else np.zeros(stain.shape, bool)
+    mask = _clean(stain, threshold, pen, mpp, options)
+    notes = ["pen marks were left out"] if pen.any() else []
     if mask.any() and not ODD_COVERAGE[0] <= mask.mean() <= ODD_COVERAGE[1]:
         notes.append(f"tissue covers {mask.mean():.2%} of the slide; look at its contour picture")
     return mask, tuple(notes)
@@ -253,8 +253,28 @@ def tissue_from_outline(slide: Slide, outline: MultiPolygon, options: TissueOpti
     return TissueMask(mask, (cell, cell), slide.size_px0, slide.mpp)
 
 
-def _clean(candidates: NDArray[np.bool_], mpp: float, options: TissueOptions) -> NDArray[np.bool_]:
-    closed = close_gaps(candidates, options.close_um / 2 / mpp)
-    opened = open_threads(closed, options.open_um / 2 / mpp)
-    large = drop_small(opened if opened.any() else closed, options.min_area_um2 / mpp**2, keep_largest=True)
+def _clean(
+    stain: NDArray[np.float32], threshold: float, pen: NDArray[np.bool_], mpp: float, options: TissueOptions
+) -> NDArray[np.bool_]:
+    """Close gaps, remove threads, specks and small holes.
+
+    Weakly stained cells count where they lie close together and touch tissue, as the thin membranes of fat do.
+    """
+    gap, thread = options.close_um / 2 / mpp, options.open_um / 2 / mpp
+    sure = open_threads(close_gaps((stain > threshold) & ~pen, gap), thread)
+    meshes = _meshes((stain > WEAK_SHARE * threshold) & ~pen, sure, options.close_um / mpp)
+    weak = open_threads(close_gaps(meshes, gap), 2 * thread)
+    found = (sure | pieces_touching(weak, sure)) & ~pen
+    if not found.any():
+        least = min(options.min_area_um2, LEAST_UM2) / mpp**2
+        found = drop_small(close_gaps((stain > threshold) & ~pen, gap) & ~pen, least, keep_largest=False)
+    large = drop_small(found, options.min_area_um2 / mpp**2, keep_largest=True)
     return fill_holes(large, options.max_hole_um2 / mpp**2)
+
+
+def _meshes(weak: NDArray[np.bool_], sure: NDArray[np.bool_], window: float) -> NDArray[np.bool_]:
+    """Return the weak cells that are no lone specks: a share of the glass around them is weakly stained too."""
+    side = max(3, round(window))
+    glass = ndimage.uniform_filter((~sure).astype(np.float32), side)
+    stained = ndimage.uniform_filter((weak & ~sure).astype(np.float32), side)
+    return np.asarray(sure | (weak & (stained > MESH_SHARE * glass)))

@@ -3,8 +3,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eosin.errors import SlideError
+from eosin.wsi.histology import lay_out
+from eosin.wsi.morphology import grow
+from eosin.wsi.overview import read_overview
 from eosin.wsi.slide import open_slide
 from eosin.wsi.stain import is_dark
+from eosin.wsi.synthetic import SlidePlan, make_slide
 from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
 
 MPP = 8.0
@@ -182,6 +186,29 @@ def test_find_tissue_works_at_a_physical_resolution(write_slide, tissue_picture)
         assert mask.area_um2 == pytest.approx(np.pi * (400 * mpp) ** 2, rel=0.08)
         assert max(mask.mask.shape) >= 128
         assert mask.coverage == pytest.approx(np.pi * 400**2 / tissue_picture[..., 0].size, rel=0.08)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_planted_tissue_is_found_with_pen_marks_present(tmp_path, seed):
+    size, mpp = (3000, 2400), 0.5
+    for name, pen in (("clean", False), ("inked", True)):
+        make_slide(tmp_path / f"{name}.tiff", size_px0=size, mpp=mpp, pen=pen, seed=seed)
+    plan = SlidePlan("clean", size_um=(size[0] * mpp, size[1] * mpp), mpp=mpp, seed=(seed,))
+    layout = lay_out(plan.size_um, tumour_fraction=0.0, rng=plan.rng("layout"))
+    with open_slide(tmp_path / "clean.tiff") as clean, open_slide(tmp_path / "inked.tiff") as inked:
+        mask = find_tissue(inked)
+        cell = mask.px0_per_cell[0] * mpp
+        difference = read_overview(inked, cell).astype(int) - read_overview(clean, cell)
+        ink = np.abs(difference).max(axis=2) > 20
+        unmarked = find_tissue(clean).mask
+    planted = layout.resized(layout.tissue, cell) > 0
+    height, width = (min(sides) for sides in zip(planted.shape, ink.shape, strict=True))
+    found, truth, ink = mask.mask[:height, :width], planted[:height, :width], ink[:height, :width]
+    off_ink = ~grow(ink, 4)
+    assert ink.mean() > 0.01
+    assert iou(unmarked[:height, :width], truth) > 0.9
+    assert iou(found & off_ink, truth & off_ink) > 0.9
+    assert (found & ~truth & ink).sum() < 0.1 * ink.sum()
 
 
 def test_fraction_is_the_exact_area(write_slide):

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, grow, open_threads, pieces_touching
+
+
+def dot(shape=(61, 61), at=(30, 30)):
+    mask = np.zeros(shape, bool)
+    mask[at] = True
+    return mask
+
+
+@pytest.mark.parametrize("radius", [0, 1, 1.5, 2.9, 3, 5, 8.4, 12, 14.5, 20])
+def test_growing_makes_disks(radius):
+    exact = ndimage.distance_transform_edt(~dot()) <= radius
+    found = grow(dot(), radius)
+    assert (found ^ exact).sum() <= 0.13 * exact.sum()
+    if radius <= 3 or radius > 12:
+        assert np.array_equal(found, exact)
+    assert not grow(np.zeros((5, 5), bool), radius).any()
+
+
+def test_growing_at_the_edge_does_not_wrap():
+    assert grow(dot(at=(0, 0)), 2).sum() == 6
+    assert not grow(dot(at=(0, 0)), 2)[-1].any()
+
+
+def test_gaps_close_and_threads_open_also_at_the_edge():
+    mask = np.ones((40, 40), bool)
+    mask[:, 18:22] = False
+    assert close_gaps(mask, 3).all()
+    assert not close_gaps(mask, 1)[:, 20].any()
+    thread = ~mask
+    assert not open_threads(thread, 3).any()
+    assert np.array_equal(open_threads(thread, 1.5), thread)
+    assert np.array_equal(close_gaps(thread, 0.5), thread)
+
+
+def test_small_pieces_and_holes():
+    mask = np.zeros((20, 30), bool)
+    mask[2:12, 2:12] = True
+    mask[5:7, 5:7] = False
+    mask[3, 20:23] = True
+    assert drop_small(mask, 10, keep_largest=False).sum() == 96
+    assert drop_small(mask, 1000, keep_largest=True).sum() == 96
+    assert not drop_small(mask, 1000, keep_largest=False).any()
+    assert not drop_small(np.zeros((4, 4), bool), 1, keep_largest=True).any()
+    assert fill_holes(mask, 4).sum() == mask.sum() + 4
+    assert np.array_equal(fill_holes(mask, 3), mask)
+    assert np.array_equal(fill_holes(mask, 1000), fill_holes(mask, 4))  # the outside is no hole
+    assert fill_holes(np.ones((3, 3), bool), 1).all()
+
+
+def test_pieces_with_a_seed_are_kept_whole():
+    mask = np.zeros((9, 20), bool)
+    mask[2:6, 2:6] = mask[2:6, 10:16] = True
+    assert pieces_touching(mask, dot((9, 20), (3, 3))).sum() == 16
+    assert not pieces_touching(mask, dot((9, 20), (8, 19))).any()
