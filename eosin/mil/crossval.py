@@ -157,9 +157,10 @@ class _Plan:
             precision=self.precision,
         )
         test = self.examples.subset(split.test)
-        outputs = predict_outputs(fitted.model, self.task, test.bags, test.ids, device=choose_device(self.device))
+        task = fitted.card.load_task()
+        outputs = predict_outputs(fitted.model, task, test.bags, test.ids, device=choose_device(self.device))
         targets = test.targets.numpy()
-        return Fold(number, test.ids, test.patient_ids, outputs, targets, self.task.metrics(outputs, targets))
+        return Fold(number, test.ids, test.patient_ids, outputs, targets, task.metrics(outputs, targets))
 
 
 def _predictions(task: Task, folds: Sequence[Fold]) -> str:

@@ -25,6 +25,7 @@ from eosin.wsi.slide import SLIDE_SUFFIXES
 
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id")
+SURVIVAL_COLUMNS = (("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"))
 OTHER_COLUMNS = ("site", "split", "fold")
 FILE_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt", ".hdf5")
 MISSING = frozenset({"", "nan", "na", "n/a", "<na>"})
@@ -104,14 +105,20 @@ class LabelTable:
     def target_column(self, name: str | None = None) -> str:
         """Return the column that holds the label: the one that is asked for, ``label``, or the only one there is.
 
+        Several, separated by commas, may be asked for. A pair of survival columns is found as ``time,event``.
+
         Raises
         ------
         LabelError
             If it does not exist, or several could be meant.
         """
         if name is not None or "label" in self.values:
-            self.require([name or "label"])
+            self.require(part.strip() for part in (name or "label").split(","))
             return name or "label"
+        pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
+        if pair is not None:
+            self.require(pair)
+            return ",".join(pair)
         candidates = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
         if len(candidates) != 1:
             raise LabelError(

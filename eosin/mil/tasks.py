@@ -1,108 +1,36 @@
-"""What a label means: its encoding, loss, predicted columns and metrics. Nothing else in the package knows.
+"""The tasks: what a label means. Nothing else in the package knows.
 
 A task is a frozen options object, so a model folder stores it as JSON and builds it again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
 from eosin.errors import ConfigError, LabelError, UnknownNameError
-from eosin.mil.metrics import Floats, Metrics, classification_metrics
-from eosin.options import Options
-
-Row = Mapping[str, str]
-Columns = dict[str, NDArray[Any]]
-
-
-class Task(Options):
-    """Base of all tasks.
-
-    Attributes
-    ----------
-    kind : str
-        Name of the task on the command line and in files.
-    columns : tuple of str
-        Columns of the label table that the target is made of.
-    n_outputs : int
-        Logits K that an aggregator must give.
-    selection_metric : str
-        The metric, higher is better, by which ``training.select: metric`` chooses a model.
-    """
-
-    kind: str
-    selection_metric: ClassVar[str]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of the label table that the target is made of."""
-        raise NotImplementedError
-
-    @property
-    def n_outputs(self) -> int:
-        """Logits K per bag."""
-        raise NotImplementedError
-
-    def encode(self, rows: Sequence[Row]) -> Tensor:
-        """Return the targets of rows of a label table, first dimension B; `LabelError` for a value of no meaning."""
-        raise NotImplementedError
-
-    def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
-        """Return the values of each of `columns` again, from encoded targets."""
-        raise NotImplementedError
-
-    def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each bag, (B,) float32 or wider, from logits (B, K)."""
-        raise NotImplementedError
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the mean of `bag_losses`, a scalar."""
-        return self.bag_losses(logits, target).mean()
-
-    def require_trainable(self, target: Tensor) -> None:
-        """Raise `LabelError` when the targets of a training part leave something that could not be learnt."""
-
-    def memberships(self, target: Tensor) -> Tensor:
-        """Return (B, K) float: 1 where the class of an output is true, for terms that label instances or branches.
-
-        Raises
-        ------
-        ConfigError
-            If the task has no classes.
-        """
-        raise ConfigError(f"task {self.kind} has no classes; the method asked for them works with classification only")
-
-    def balance(self, target: Tensor) -> Tensor:
-        """Return a weight per example, (B,) with mean 1, that gives each class the same sum.
-
-        Raises
-        ------
-        ConfigError
-            If the task has no classes.
-        """
-        raise ConfigError(f"task {self.kind} has no classes to balance; set training.balance to none")
-
-    def activate(self, logits: Tensor) -> Floats:
-        """Return what the logits say, (B, outputs) float64; the mean of it over several models is an ensemble."""
-        raise NotImplementedError
-
-    def table(self, outputs: Floats) -> Columns:
-        """Return the columns of a prediction table, each with B values, from activated outputs."""
-        raise NotImplementedError
-
-    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
-        """Return every metric of activated outputs by name; None where the data do not define it."""
-        raise NotImplementedError
-
-    def strata(self, rows: Sequence[Row]) -> list[str]:
-        """Return the stratum of each row, to balance splits; the values of a class label, bins of a number."""
-        raise NotImplementedError
+from eosin.mil.metrics import (
+    Floats,
+    Metrics,
+    average_precision,
+    classification_metrics,
+    confusion,
+    kappa,
+    mean_if_defined,
+    roc_auc,
+)
+from eosin.mil.survival import Cox, DiscreteSurvival
+from eosin.mil.task import Columns as Columns
+from eosin.mil.task import Row as Row
+from eosin.mil.task import Task as Task
+from eosin.mil.task import number, rank_bins, to_numpy
+from eosin.mil.task import wide as wide
 
 
 class _ClassTask(Task):
@@ -111,6 +39,20 @@ class _ClassTask(Task):
     selection_metric: ClassVar[str] = "auc"
     classes: tuple[str, ...] = Field(min_length=2)
     target: str = "label"
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
+        """Make the task whose classes are the values of a column, in order of number or text."""
+        classes = sorted_labels({row[target] for row in rows})
+        if len(classes) < 2:
+            raise LabelError(
+                f"column {target!r} has only the label {', '.join(classes)!r}; at least two classes are needed to train"
+            )
+        return cls._of(classes, target)
+
+    @classmethod
+    def _of(cls, classes: tuple[str, ...], target: str) -> Self:
+        return cls(classes=classes, target=target)  # type: ignore[call-arg]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -204,6 +146,12 @@ class Binary(_ClassTask):
     kind: Literal["binary"] = "binary"
     classes: tuple[str, ...] = Field(min_length=2, max_length=2)
 
+    @classmethod
+    def _of(cls, classes: tuple[str, ...], target: str) -> Self:
+        if len(classes) > 2:
+            raise LabelError(f"column {target!r} has {len(classes)} classes; use --task classification")
+        return super()._of(classes, target)
+
     @property
     def n_outputs(self) -> int:
         """One logit."""
@@ -224,19 +172,254 @@ class Binary(_ClassTask):
         return to_numpy(torch.cat([1 - positive, positive], 1))
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least: losses and probabilities do not follow the autocast of the model."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+class Ordinal(_ClassTask):
+    """Ordered classes, such as grades: one logit per step from a class to the next.
+
+    Logit k says whether the class is above k, given that it is at least k (CORN; Shi, Cao, Raschka, 2021,
+    https://arxiv.org/abs/2111.08851): the products of these probabilities fall with k by construction. The loss of a
+    bag is the sum of the sigmoid cross-entropies of the steps up to its class, divided by the number of steps.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        From lowest to highest.
+    target : str
+        The label column.
+    """
+
+    selection_metric: ClassVar[str] = "quadratic_kappa"
+    kind: Literal["ordinal"] = "ordinal"
+
+    @property
+    def n_outputs(self) -> int:
+        """One logit per step."""
+        return len(self.classes) - 1
+
+    def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each bag."""
+        steps = torch.arange(self.n_outputs, device=target.device)
+        above = (target[:, None] > steps).to(wide(logits).dtype)  # (B, K)
+        reached = target[:, None] >= steps
+        losses = functional.binary_cross_entropy_with_logits(wide(logits), above, reduction="none")
+        return (losses * reached).sum(1) / self.n_outputs
+
+    def memberships(self, target: Tensor) -> Tensor:
+        """Return 1 for each step that the class is above, (B, K)."""
+        return (target[:, None] > torch.arange(self.n_outputs, device=target.device)).float()
+
+    def activate(self, logits: Tensor) -> Floats:
+        """Return the probability of each class, (B, classes)."""
+        above = wide(logits).sigmoid().cumprod(1)
+        ones = above.new_ones(len(above), 1)
+        return to_numpy(torch.cat([ones, above], 1) - torch.cat([above, 0 * ones], 1))
+
+    def table(self, outputs: Floats) -> Columns:
+        """Return ``prob_<class>`` columns and ``predicted``, the median class."""
+        columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.classes)}
+        return columns | {"predicted": np.asarray(self.classes)[_median_class(outputs)]}
+
+    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
+        """Return quadratic_kappa, mean_absolute_error in classes, and the metrics of a classification."""
+        predicted = _median_class(outputs)
+        matrix = confusion(target, predicted, len(self.classes))
+        ordered: Metrics = {
+            "quadratic_kappa": kappa(matrix, quadratic=True),
+            "mean_absolute_error": float(np.abs(target - predicted).mean()),
+        }
+        return ordered | classification_metrics(outputs, target, predicted, self.classes)
 
 
-def to_numpy(values: Tensor) -> Floats:
-    """Return a tensor as float64 on the host."""
-    array: Floats = values.detach().double().cpu().numpy()
-    return array
+def _median_class(outputs: Floats) -> NDArray[np.int64]:
+    return np.asarray((outputs.cumsum(1) < 0.5).sum(1).clip(max=outputs.shape[1] - 1), np.int64)
 
 
-AnyTask = Annotated[Classification | Binary, Field(discriminator="kind")]
-TASKS: dict[str, type[Task]] = {"classification": Classification, "binary": Binary}
+class MultiLabel(Task):
+    """Several yes-or-no labels at once: sigmoid cross-entropy, one logit each.
+
+    Attributes
+    ----------
+    targets : tuple of str
+        The label columns.
+    positives : tuple of str
+        The value of each column that is positive: the last of its two.
+    negatives : tuple of str
+        The other values.
+    """
+
+    selection_metric: ClassVar[str] = "auc"
+    kind: Literal["multilabel"] = "multilabel"
+    targets: tuple[str, ...] = Field(min_length=1)
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
+        """Make the task of columns with two values each."""
+        columns = tuple(name.strip() for name in target.split(","))
+        values = [sorted_labels({row[name] for row in rows}) for name in columns]
+        for name, found in zip(columns, values, strict=True):
+            if len(found) != 2:
+                raise LabelError(f"column {name!r} has {len(found)} values; a label of several must have two")
+        return cls(targets=columns, negatives=tuple(v[0] for v in values), positives=tuple(v[1] for v in values))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The label columns."""
+        return self.targets
+
+    @property
+    def n_outputs(self) -> int:
+        """One logit per label."""
+        return len(self.targets)
+
+    def encode(self, rows: Sequence[Row]) -> Tensor:
+        """Return 0 or 1 per label, (B, K) int64."""
+        return torch.tensor([[self._flag(row, k) for k in range(self.n_outputs)] for row in rows], dtype=torch.int64)
+
+    def _flag(self, row: Row, label: int) -> int:
+        value, known = row[self.targets[label]], (self.negatives[label], self.positives[label])
+        if value not in known:
+            raise LabelError(f"{value!r} in column {self.targets[label]!r} is neither {known[0]} nor {known[1]}")
+        return known.index(value)
+
+    def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the values of each column."""
+        return [self._names(target[:, k], k) for k in range(self.n_outputs)]
+
+    def _names(self, flags: NDArray[Any], label: int) -> NDArray[Any]:
+        return np.asarray((self.negatives[label], self.positives[label]))[flags.astype(np.int64)]
+
+    def require_trainable(self, target: Tensor) -> None:
+        """Refuse a label that has one value only."""
+        for name, column in zip(self.targets, target.T, strict=True):
+            if column.min() == column.max():
+                raise LabelError(f"all training slides have the same {name!r}; use fewer folds, or leave the label out")
+
+    def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over the labels of the sigmoid cross-entropy."""
+        logit = wide(logits)
+        return functional.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none").mean(1)
+
+    def memberships(self, target: Tensor) -> Tensor:
+        """Return the labels as float."""
+        return target.float()
+
+    def activate(self, logits: Tensor) -> Floats:
+        """Return the probability of each label."""
+        return to_numpy(wide(logits).sigmoid())
+
+    def table(self, outputs: Floats) -> Columns:
+        """Return ``prob_<label>`` and ``predicted_<label>`` columns."""
+        columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.targets)}
+        return columns | {
+            f"predicted_{name}": self._names(outputs[:, k] >= 0.5, k) for k, name in enumerate(self.targets)
+        }
+
+    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
+        """Return auc and average_precision, each also per label, and accuracy, each the mean over labels."""
+        areas = [roc_auc(outputs[:, k], target[:, k] == 1) for k in range(self.n_outputs)]
+        precisions = [average_precision(outputs[:, k], target[:, k] == 1) for k in range(self.n_outputs)]
+        found: Metrics = {
+            "auc": mean_if_defined(areas),
+            "average_precision": mean_if_defined(precisions),
+            "accuracy": float(((outputs >= 0.5) == target).mean()),
+        }
+        return found | {f"auc_{name}": area for name, area in zip(self.targets, areas, strict=True)}
+
+    def strata(self, rows: Sequence[Row]) -> list[str]:
+        """Return the rarest positive label of each row, so that every label is shared out."""
+        flags = self.encode(rows).numpy()
+        order = np.argsort(flags.sum(0), kind="stable")
+        return [next((self.targets[k] for k in order if row[k]), "none") for row in flags]
+
+
+class Regression(Task):
+    """A number: squared error in units of the training part's standard deviation.
+
+    Attributes
+    ----------
+    target : str
+        The label column.
+    mean, deviation : float
+        Of the training part; see `fit_to`.
+    """
+
+    selection_metric: ClassVar[str] = "r2"
+    kind: Literal["regression"] = "regression"
+    target: str = "label"
+    mean: float = 0.0
+    deviation: float = Field(default=1.0, gt=0)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
+        """Make the task of a column of numbers."""
+        if len({number(row[target], target) for row in rows}) < 2:
+            raise LabelError(f"every value in column {target!r} is the same; there is nothing to learn")
+        return cls(target=target)
+
+    def fit_to(self, target: Tensor) -> Self:
+        """Return the task with mean and deviation of these targets."""
+        deviation = float(target.std(correction=0))
+        return self.model_copy(update={"mean": float(target.mean()), "deviation": deviation or 1.0})
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The label column."""
+        return (self.target,)
+
+    @property
+    def n_outputs(self) -> int:
+        """One number."""
+        return 1
+
+    def encode(self, rows: Sequence[Row]) -> Tensor:
+        """Return the numbers, (B,) float64."""
+        return torch.tensor([number(row[self.target], self.target) for row in rows], dtype=torch.float64)
+
+    def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the numbers."""
+        return [target]
+
+    def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return half the squared error of each bag, in squared deviations."""
+        output = wide(logits)[:, 0]
+        return (output - ((target - self.mean) / self.deviation).to(output.dtype)).square() / 2
+
+    def activate(self, logits: Tensor) -> Floats:
+        """Return the numbers, (B, 1)."""
+        return to_numpy(wide(logits)) * self.deviation + self.mean
+
+    def table(self, outputs: Floats) -> Columns:
+        """Return the column ``predicted``."""
+        return {"predicted": outputs[:, 0]}
+
+    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
+        """Return mean_absolute_error, rmse, r2, pearson and spearman."""
+        error = outputs[:, 0] - target
+        spread = float(((target - target.mean()) ** 2).sum())
+        varies = len(target) > 1 and spread > 0 and float(np.ptp(outputs)) > 0
+        return {
+            "mean_absolute_error": float(np.abs(error).mean()),
+            "rmse": float(np.sqrt((error**2).mean())),
+            "r2": 1 - float((error**2).sum()) / spread if spread else None,
+            "pearson": float(np.corrcoef(outputs[:, 0], target)[0, 1]) if varies else None,
+            "spearman": float(stats.spearmanr(outputs[:, 0], target).statistic) if varies else None,
+        }
+
+    def strata(self, rows: Sequence[Row]) -> list[str]:
+        """Return quarters by rank."""
+        return rank_bins(self.encode(rows).numpy(), 4)
+
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "binary": Binary,
+    "ordinal": Ordinal,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "survival": DiscreteSurvival,
+    "cox": Cox,
+}
 
 
 def load_task(data: Mapping[str, Any]) -> Task:
@@ -247,42 +430,34 @@ def load_task(data: Mapping[str, Any]) -> Task:
     ConfigError
         If the description fits no task.
     """
-    try:
-        task: Task = TypeAdapter(AnyTask).validate_python(dict(data))
-    except ValidationError as error:
-        raise ConfigError(f"the description of the task is damaged: {error.errors()[0]['msg']}") from None
-    return task
+    kind = data.get("kind")
+    if kind not in TASKS:
+        raise ConfigError(f"the description of the task is damaged: no task is called {kind!r}")
+    return TASKS[kind].parse(data, source="the description of the task")
 
 
 def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
-    """Make a task whose classes are those of a label table.
+    """Make the task that a label table poses.
 
     Parameters
     ----------
     kind : str
-        ``classification`` or ``binary``.
+        ``classification``, ``binary``, ``ordinal``, ``multilabel``, ``regression``, ``survival`` or ``cox``.
     rows : sequence of mappings
         Rows of the label table, values as text.
     target : str
-        The label column.
+        The label column; ``a,b,c`` for the columns of ``multilabel``, ``time,event`` for survival.
 
     Raises
     ------
     UnknownNameError
         If there is no such task.
     LabelError
-        If the labels have fewer than two values, or more than the task can tell apart.
+        If the labels do not pose such a task.
     """
     if kind not in TASKS:
         raise UnknownNameError("task", kind, TASKS)
-    classes = sorted_labels({row[target] for row in rows})
-    if len(classes) < 2:
-        raise LabelError(
-            f"column {target!r} has only the label {', '.join(classes)!r}; at least two classes are needed to train"
-        )
-    if kind == "binary" and len(classes) > 2:
-        raise LabelError(f"column {target!r} has {len(classes)} classes; use --task classification")
-    return TASKS[kind](kind=kind, classes=classes, target=target)  # type: ignore[call-arg]
+    return TASKS[kind].from_rows(rows, target)
 
 
 def sorted_labels(values: set[str]) -> tuple[str, ...]:

@@ -154,6 +154,7 @@ def fit(
     done = None if folder is None else _finished(folder, fingerprint)
     if done is not None:
         return done
+    task = task.fit_to(train.targets)
     with _own_randomness(recipe.training.seed, device):
         run = _Run(recipe, task, train, val, device=device, precision=precision)
         run.fingerprint = fingerprint

@@ -73,3 +73,76 @@ def test_balance_gives_each_class_the_same_sum():
     weights = task.balance(target)
     sums = [weights[target == k].sum().item() for k in range(3)]
     assert sums == pytest.approx([7 / 3] * 3)
+
+
+def test_ordered_classes_are_predicted_by_their_median():
+    task = make_task("ordinal", rows("2", "0", "1", "10"))
+    assert task.classes == ("0", "1", "2", "10")
+    assert task.n_outputs == 3
+    outputs = task.activate(torch.tensor([[5.0, 5.0, -5.0], [-5.0, 9.0, 9.0], [0.1, 0.1, 0.1]]))
+    np.testing.assert_allclose(outputs.sum(1), 1)
+    assert (outputs >= 0).all()
+    assert task.table(outputs)["predicted"].tolist() == ["2", "0", "1"]
+    target = torch.tensor([2, 0, 3])
+    assert task.metrics(outputs, target.numpy())["mean_absolute_error"] == pytest.approx(2 / 3)
+    assert task.memberships(target).tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
+
+
+def test_the_ordinal_loss_is_the_likelihood_of_the_steps():
+    task = make_task("ordinal", rows("a", "b", "c"))
+    logits = torch.randn(5, 2, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2, 1, 0])
+    likelihood = torch.from_numpy(task.activate(logits))[range(5), target]
+    torch.testing.assert_close(task.bag_losses(logits, target), -likelihood.log() / 2)
+
+
+def table_of(**columns):
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_several_labels_at_once():
+    data = table_of(er=["neg", "pos", "pos", "neg"], pr=["0", "0", "1", "0"])
+    task = make_task("multilabel", data, target="er, pr")
+    assert task.columns == ("er", "pr")
+    target = task.encode(data)
+    assert target.tolist() == [[0, 0], [1, 0], [1, 1], [0, 0]]
+    assert [column.tolist() for column in task.decode(target.numpy())] == [
+        ["neg", "pos", "pos", "neg"],
+        ["0", "0", "1", "0"],
+    ]
+    logits = torch.where(target == 1, 3.0, -3.0)
+    outputs = task.activate(logits)
+    assert task.table(outputs)["predicted_er"].tolist() == ["neg", "pos", "pos", "neg"]
+    assert task.metrics(outputs, target.numpy())["auc"] == 1.0
+    assert task.metrics(outputs[:2], target.numpy()[:2])["auc_pr"] is None
+    assert task.metrics(outputs[:2], target.numpy()[:2])["auc"] is None
+    assert task.strata(data) == ["none", "er", "pr", "none"]
+    with pytest.raises(LabelError, match="same 'pr'"):
+        task.require_trainable(target[:2])
+    with pytest.raises(LabelError, match="column 'x' has 3 values"):
+        make_task("multilabel", table_of(x=list("abc")), target="x")
+
+
+def test_numbers_are_learnt_in_units_of_the_training_part():
+    data = table_of(label=["10", "20", "30", "40"])
+    task = make_task("regression", data)
+    target = task.encode(data)
+    fitted = task.fit_to(target[:3])
+    assert fitted.mean == 20
+    assert load_task(fitted.model_dump(mode="json")) == fitted
+    perfect = ((target - 20) / fitted.deviation)[:, None]
+    assert fitted.bag_losses(perfect, target).max() < 1e-12
+    outputs = fitted.activate(perfect)
+    np.testing.assert_allclose(outputs[:, 0], [10, 20, 30, 40])
+    found = fitted.metrics(outputs + 1, target.numpy())
+    assert found["mean_absolute_error"] == pytest.approx(1)
+    assert found["pearson"] == found["spearman"] == pytest.approx(1)
+    assert found["r2"] == pytest.approx(1 - 4 / 500)
+    assert fitted.metrics(outputs[:1], target.numpy()[:1])["r2"] is None
+    assert task.strata(data) == ["0", "1", "2", "3"]
+    with pytest.raises(LabelError, match=r"'n\.a\.' in column 'label' is no number"):
+        make_task("regression", table_of(label=["1", "n.a."]))
+    with pytest.raises(ConfigError, match="no classes to balance"):
+        task.balance(target)
+    with pytest.raises(ConfigError, match="works with classification only"):
+        task.memberships(target)

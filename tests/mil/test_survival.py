@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from eosin.errors import LabelError
+from eosin.mil.data import LabelTable
+from eosin.mil.survival import Cox, DiscreteSurvival, concordance, survival_losses
+from eosin.mil.tasks import load_task, make_task
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_the_loss_and_its_gradient_are_the_authors(shared, alpha):
+    golden = np.load(shared / "golden/nll_surv.npz")
+    logits = torch.from_numpy(golden["logits"]).requires_grad_()
+    event = 1 - torch.from_numpy(golden["censored"])
+    loss = survival_losses(logits, torch.from_numpy(golden["time_bin"]), event, alpha=alpha).mean()
+    loss.backward()
+    np.testing.assert_allclose(loss.detach(), golden[f"loss_alpha{alpha}"], rtol=1e-12)
+    np.testing.assert_allclose(logits.grad, golden[f"grad_logits_alpha{alpha}"], rtol=1e-9, atol=1e-12)
+    task = DiscreteSurvival()
+    np.testing.assert_allclose(task.activate(logits), golden["survival"], rtol=1e-12)
+    np.testing.assert_allclose(task.risk(task.activate(logits)), golden["risk"], rtol=1e-12)
+
+
+def test_concordance_is_scikit_survivals(shared):
+    golden = np.load(shared / "golden/cindex.npz")
+    found = concordance(golden["risk"], golden["time"], ~golden["censored"], tied=float(golden["tied_tol"]))
+    assert found == pytest.approx(float(golden["cindex"]), abs=1e-15)
+
+
+def test_concordance_is_one_minus_itself_when_risk_is_turned_round():
+    rng = np.random.default_rng(0)
+    risk, time, event = rng.normal(size=50), rng.exponential(size=50), rng.random(50) < 0.6
+    assert concordance(risk, time, event) == pytest.approx(1 - concordance(-risk, time, event))
+    assert concordance(-time, time, np.ones(50, bool)) == 1.0
+    assert concordance(risk, time, np.zeros(50, bool)) is None
+
+
+def rows(*pairs, event="event"):
+    return [{"time": str(time), event: str(flag)} for time, flag in pairs]
+
+
+def test_bins_hold_equal_numbers_of_the_training_parts_events():
+    task = make_task("survival", rows((1, 1), (9, 0)), target="time,event")
+    target = torch.tensor([[t, t % 3 != 0] for t in range(1, 60)], dtype=torch.float64)
+    fitted = task.fit_to(target)
+    events = target[target[:, 1] == 1, 0]
+    counts = torch.bucketize(events, torch.tensor(fitted.edges, dtype=torch.float64), right=True).bincount()
+    assert counts.max() - counts.min() <= 1
+    assert load_task(fitted.model_dump(mode="json")) == fitted
+    early = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[1.0, 1.0]]).double())
+    late = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[59.0, 1.0]]).double())
+    assert early < 0.01 < 5 < late
+
+
+def test_a_censorship_column_is_turned_round():
+    usual = make_task("survival", rows((3, 1), (5, 0)), target="time,event")
+    clam = make_task("survival", rows((3, 0), (5, 1), event="censorship"), target="time,censorship")
+    assert clam.one_is_censored
+    assert torch.equal(usual.encode(rows((3, 1), (5, 0))), clam.encode(rows((3, 0), (5, 1), event="censorship")))
+    assert clam.decode(np.array([[3.0, 1.0], [5.0, 0.0]]))[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(1, 0), (2, 0)], "holds no event.*rename the column"),
+        ([(-1, 1)], "a time cannot be negative"),
+        ([(1, "maybe")], "is neither 0 nor 1"),
+        ([("x", 1)], "is no number"),
+    ],
+)
+def test_bad_survival_tables_are_refused(pairs, message):
+    with pytest.raises(LabelError, match=message):
+        make_task("cox", rows(*pairs), target="time,event")
+
+
+def test_two_columns_are_needed_and_found():
+    with pytest.raises(LabelError, match="survival needs two columns"):
+        make_task("survival", rows((1, 1)), target="time")
+    values = {"survival_months": ("1", "2"), "censorship": ("0", "1"), "age": ("50", "60")}
+    assert LabelTable(("a", "b"), ("1", "2"), values).target_column() == "survival_months,censorship"
+
+
+def test_the_partial_likelihood_by_hand():
+    task = Cox()
+    risk = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
+    target = torch.tensor([[2.0, 1], [3.0, 0], [1.0, 1]], dtype=torch.float64)
+    losses = task.bag_losses(risk[:, None], target)
+    expected = [torch.logsumexp(risk[:2], 0) - risk[0], torch.tensor(0.0), torch.logsumexp(risk, 0) - risk[2]]
+    torch.testing.assert_close(losses, torch.stack([value.double() for value in expected]))
+
+
+@pytest.mark.parametrize("kind", ["survival", "cox"])
+def test_strata_and_metrics(kind):
+    task = make_task(kind, rows(*[(t, t % 2) for t in range(12)]), target="time,event")
+    strata = task.strata(rows(*[(t, t % 2) for t in range(12)]))
+    assert set(strata) == {f"{seen}-{third}" for seen in ("event", "censored") for third in "012"}
+    target = torch.tensor([[1.0, 1], [2.0, 1], [3.0, 0]]).double()
+    logits = -target[:, :1].expand(-1, task.n_outputs).float()
+    outputs = task.activate(logits)
+    assert task.metrics(outputs, target.numpy())["cindex"] == 1.0
+    assert "risk" in task.table(outputs)
+    with pytest.raises(LabelError, match="no training slide has an event"):
+        task.require_trainable(target[2:])
