@@ -1,0 +1,459 @@
+"""PackMIL: many slides per step, each halved at random, and a second branch that reads packs of slides as one.
+
+Tang, Fang and others: Revisiting pre-processing and batching for multiple instance learning in computational
+pathology, 2025, https://arxiv.org/abs/2509.20923.
+
+1. Sampling. A slide of n instances is shuffled; the first ⌊τ n⌋ instances go to the main branch, the rest to the
+   residual branch. Below m·r instances both get all of it. With `top_up`, a side shorter than m·r is filled from the
+   other side. A side is cut to L·r instances; L doubles for a step when ``⌊⌊n_max (1 - τ)⌋ / r⌋ > L``.
+2. Main branch: the slides, packed and never mixed. Residual branch: neighbouring slides join a pack until the next
+   would exceed L; each pack is one bag, a hyperslide, read by the same network.
+3. Hyperslide labels. Classes: counts / largest count, focal loss ``mean ¼ (1 - e^{-b})² b`` with b the sigmoid
+   cross-entropy. Grades (ISUP 0 to 5): mean primary and secondary Gleason pattern weighted by instances, their sum
+   interpolated between 0→0, 6→1, 7→2 or 3, 8→4, 9→5 and rounded; loss ``-(1 - p) log p``. Survival: the earliest
+   slide's bin; if that slide is censored, also the earliest event's bin, and the fraction of censored slides as a
+   soft c in ``-(1 - c) (log S_{Y-1} + log h_Y) - c log S_{Y_c}``. Objective: ``main + λ residual``.
+4. Attention-driven downsampler (aggregator `downsampled` around any other): ``a = softmax(w tanh(V x))``, ``x ← x (1
+   + a)``, in training pad with zeros to a multiple of r, shuffle, ``gelu(W_1 x)``, reduce groups of r, ``W_2``. Bags
+   up to m·r and all bags at inference are not reduced.
+
+Deviations from the authors' code. Slides are isolated for every aggregator; the code mixes those of a pack when the
+aggregator has a class token. There is no padding, hence no dependence on the longest pack. A side never becomes
+empty: then both get the whole slide, where the code attends to other slides. Benign slides alone make a benign
+hyperslide; the code calls it grade 1. The random reduction picks one row per channel; the code's subset of slots
+drifts across channels. Instances keep their order within a side, for aggregators that read it. Batch norms of the
+code's networks are left out. Sampling is with masks and known counts; there is no loop over instances.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.kernels import segment_softmax
+from eosin.mil import attention
+from eosin.mil.attention import recomputed
+from eosin.mil.bags import PackedBags
+from eosin.mil.layers import Attention
+from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
+from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
+from eosin.mil.survival import DiscreteSurvival
+from eosin.mil.tasks import Task
+
+Labels = Literal["classes", "grades", "survival"]
+PRIMARY, SECONDARY = (2.0, 3.0, 3.0, 4.0, 4.0, 5.0), (2.0, 3.0, 4.0, 3.0, 4.0, 5.0)  # Gleason patterns of ISUP 0 to 5
+
+
+@AGGREGATORS.register("downsampled")
+class Downsampled(Aggregator):
+    """Another aggregator behind the attention-driven downsampler, equation 4.
+
+    Parameters
+    ----------
+    in_dim, n_outputs
+        Feature width D and logits K.
+    host : str
+        Name of the other aggregator.
+    host_options : dict
+        Its options.
+    factor : int
+        Instances r that become one, in training under `packmil`.
+    reduce : {"max", "random"}
+        Largest value, or that of a random row of the group, for each channel.
+    hidden : int
+        Width of the attention's hidden layer.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        host: str = "abmil",
+        host_options: dict[str, object] | None = None,
+        factor: int = 4,
+        reduce: Literal["max", "random"] = "max",
+        hidden: int = 128,
+    ) -> None:
+        if factor < 1:
+            raise ConfigError(f"downsampled: factor {factor} must be at least 1")
+        inner = AGGREGATORS.build(host, in_dim, n_outputs, options=host_options or {})
+        super().__init__(in_dim, n_outputs, embed_dim=inner.embed_dim)
+        self.attention = Attention(in_dim, hidden=hidden, gated=False)
+        self.first = nn.Linear(in_dim, in_dim)
+        self.second = nn.Linear(in_dim, in_dim)
+        self.host = inner
+        self.factor = factor
+        self.reduce = reduce
+        self.output_type = inner.output_type  # type: ignore[misc]
+        self.order_dependent = inner.order_dependent  # type: ignore[misc]
+
+    def forward(self, bags: PackedBags) -> AggregatorOutput:
+        """Return the other aggregator's output for all instances."""
+        output: AggregatorOutput = self.host(self.downsample(bags, longer_than=None))
+        return output
+
+    def downsample(self, bags: PackedBags, *, longer_than: int | None) -> PackedBags:
+        """Return the bags it makes, those longer than a limit with groups of `factor` instances reduced to one.
+
+        Parameters
+        ----------
+        bags : PackedBags
+        longer_than : int or None
+            The limit; None reduces no bag.
+        """
+        weights = segment_softmax(self.attention(bags.values), bags.cu_seqlens).to(bags.values.dtype)
+        values = bags.values
+        rows = max(1, attention.CHECKPOINT_ROWS)
+        pieces = zip(torch.split(values, rows), torch.split(weights, rows), strict=True)
+        hidden = torch.cat([recomputed(self._hidden, len(values), *piece) for piece in pieces])
+        if longer_than is None or self.factor == 1:
+            return bags.with_values(self.second(hidden))
+        reduced, lengths = self._reduced(hidden, bags.lengths, longer_than)
+        ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
+        return PackedBags(self.second(reduced), ends, lengths, None, bags.ids)
+
+    def _hidden(self, values: Tensor, weights: Tensor) -> Tensor:
+        return functional.gelu(self.first(values * (1 + weights)))
+
+    def _reduced(self, hidden: Tensor, lengths: tuple[int, ...], limit: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Reduce shuffled groups of the bags above a limit; padding rows are what a row of zeros becomes."""
+        r = self.factor
+        groups = [-(-n // r) if n > limit else 0 for n in lengths]
+        length, group = torch.tensor(lengths), torch.tensor(groups)
+        after = torch.where(group > 0, group, length)
+        blank = functional.gelu(self.first(hidden.new_zeros(1, hidden.shape[1]))).to(hidden.dtype)
+        source = torch.cat([hidden, blank])
+        slots = _group_rows(length, group, r).to(hidden.device)  # (G, r), row of each slot
+        picked = source[slots]  # (G, r, D)
+        if self.reduce == "max":
+            pooled = picked.amax(1)
+        else:
+            choice = torch.randint(r, (len(slots), 1, hidden.shape[1]), device=hidden.device)
+            pooled = picked.gather(1, choice)[:, 0]
+        bag = torch.repeat_interleave(torch.arange(len(lengths)), after)
+        place = torch.arange(len(bag)) - (after.cumsum(0) - after)[bag]
+        plain = (length.cumsum(0) - length)[bag] + place
+        grouped = len(hidden) + (group.cumsum(0) - group)[bag] + place
+        rows = torch.where(group[bag] > 0, grouped, plain).to(hidden.device)
+        return torch.cat([hidden, pooled])[rows], tuple(after.tolist())
+
+
+@STRATEGIES.register("packmil")
+class PackMil(Strategy):
+    """Sampling, packing and the residual branch, equations 1 to 3; works with every aggregator.
+
+    Parameters
+    ----------
+    model : Aggregator
+    task : Task
+    main_fraction : float
+        τ, the fraction of a slide that the main branch reads.
+    pack_length : int
+        L, the most instances of a hyperslide.
+    min_length : int
+        m: slides of fewer than m·r instances are not split.
+    top_up : bool
+        Fill short sides from the other side.
+    residual_weight : float
+        λ; 0 leaves the residual branch out.
+    labels : {"classes", "grades", "survival"}
+        What hyperslides are labelled with.
+    own_classifier : bool
+        The residual branch has a classifier of its own.
+    """
+
+    requires = AggregatorOutput
+
+    def __init__(
+        self,
+        model: Aggregator,
+        task: Task,
+        *,
+        main_fraction: float = 0.5,
+        pack_length: int = 2400,
+        min_length: int = 128,
+        top_up: bool = False,
+        residual_weight: float = 0.2,
+        labels: Labels = "classes",
+        own_classifier: bool = False,
+    ) -> None:
+        super().__init__(model, task)
+        if not 0 < main_fraction < 1 or pack_length < 1 or min_length < 0:
+            raise ConfigError(
+                f"packmil: main_fraction {main_fraction} must lie between 0 and 1, pack_length {pack_length} be at "
+                f"least 1 and min_length {min_length} at least 0"
+            )
+        if residual_weight:
+            _require_labels(task, labels)
+        self.main_fraction = main_fraction
+        self.pack_length = pack_length
+        self.min_length = min_length
+        self.top_up = top_up
+        self.residual_weight = residual_weight
+        self.labels = labels
+        self.classifier = nn.Linear(model.embed_dim, task.n_outputs) if own_classifier and residual_weight else None
+        self.factor = model.factor if isinstance(model, Downsampled) else 1
+
+    def forward(self, bags: PackedBags, target: Tensor) -> Step:
+        """Read one side of each slide in the main branch and the other in hyperslides."""
+        longest = self._longest(bags.lengths)
+        sizes = [self._sides(length, longest * self.factor) for length in bags.lengths]
+        rank = random_rank(bags)
+        length = torch.tensor(bags.lengths)
+        main = _taken(bags, rank, [first for first, _ in sizes], torch.zeros_like(length))
+        output, read = self._run(main)
+        if not self.residual_weight:
+            return Step(output, read)
+        rest_sizes = [second for _, second in sizes]
+        rest = self._prepared(_taken(bags, rank, rest_sizes, length - torch.tensor(rest_sizes)))
+        pack_of = next_fit(rest.lengths, longest)
+        hyper: AggregatorOutput = self._host()(merged(rest, pack_of))
+        logits = hyper.logits if self.classifier is None else self.classifier(hyper.embedding)
+        loss = residual_loss(self.task, self.labels, logits, target, pack_of, rest_sizes)
+        return Step(output, read, {"residual": self.residual_weight * loss})
+
+    def _longest(self, lengths: Sequence[int]) -> int:
+        """Return L of this step."""
+        rest = int(max(lengths, default=0) * (1 - self.main_fraction))
+        return self.pack_length * (2 if rest // self.factor > self.pack_length else 1)
+
+    def _sides(self, length: int, most: int) -> tuple[int, int]:
+        """Return how many instances of a slide the branches get, equation 1."""
+        least = self.min_length * self.factor
+        first = int(self.main_fraction * length)
+        second = length - first
+        if length < least or not first or not second:
+            first = second = length
+        elif self.top_up and length < least / min(self.main_fraction, 1 - self.main_fraction):
+            first, second = max(first, least), max(second, least)
+        return min(first, most), min(second, most)
+
+    def _host(self) -> Aggregator:
+        return self.model.host if isinstance(self.model, Downsampled) else self.model
+
+    def _prepared(self, bags: PackedBags) -> PackedBags:
+        if isinstance(self.model, Downsampled):
+            return self.model.downsample(bags, longer_than=self.min_length * self.factor)
+        return bags
+
+    def _run(self, bags: PackedBags) -> tuple[AggregatorOutput, PackedBags]:
+        read = self._prepared(bags)
+        return self._host()(read), read
+
+
+def random_rank(bags: PackedBags) -> Tensor:
+    """Return the place of each instance in a random order of its bag, (N,) int64."""
+    bag = bags.bag_index()
+    order = torch.rand(bags.n_instances, device=bags.values.device).argsort()
+    order = order[bag[order].argsort(stable=True)]  # bag after bag, random within
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return rank - bags.cu_seqlens[:-1].to(torch.int64)[bag]
+
+
+def _taken(bags: PackedBags, rank: Tensor, counts: Sequence[int], first: Tensor) -> PackedBags:
+    """Return so many instances of each bag, from a first random rank on, in their own order."""
+    count = torch.tensor(counts)
+    low, high = first.to(rank.device), (first + count).to(rank.device)
+    bag = bags.bag_index()
+    rows = torch.nonzero_static((rank >= low[bag]) & (rank < high[bag]), size=sum(counts))[:, 0]
+    ends = functional.pad(count.cumsum(0), (1, 0)).to(bags.cu_seqlens)
+    coords_px0 = None if bags.coords_px0 is None else bags.coords_px0[rows]
+    return PackedBags(bags.values[rows], ends, tuple(counts), coords_px0, bags.ids)
+
+
+def next_fit(lengths: Sequence[int], limit: int) -> list[int]:
+    """Return the pack of each bag: neighbours join until the next one would exceed the limit, equation 2."""
+    packs: list[int] = []
+    number, filled = 0, 0
+    for length in lengths:
+        if packs and filled + length > limit:
+            number, filled = number + 1, 0
+        packs.append(number)
+        filled += length
+    return packs
+
+
+def merged(bags: PackedBags, pack_of: Sequence[int]) -> PackedBags:
+    """Return bags in which neighbours with the same pack number are one."""
+    lengths = [0] * (pack_of[-1] + 1)
+    for number, length in zip(pack_of, bags.lengths, strict=True):
+        lengths[number] += length
+    ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
+    return PackedBags(bags.values, ends, tuple(lengths), bags.coords_px0)
+
+
+def residual_loss(
+    task: Task, labels: Labels, logits: Tensor, target: Tensor, pack_of: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    """Return the loss of hyperslides, equation 3; mean over hyperslides, for classes also over the classes.
+
+    Parameters
+    ----------
+    task : Task
+    labels : {"classes", "grades", "survival"}
+    logits : (P, K) float
+        Of the hyperslides.
+    target : (B, ...)
+        The slides' targets.
+    pack_of : sequence of int
+        Hyperslide of each slide.
+    counts : sequence of int
+        Instances of each slide.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    member = membership(pack_of, wide)  # (P, B)
+    if labels == "classes":
+        return focal_loss(wide, class_shares(member, task.memberships(target).to(wide)))
+    if labels == "grades":
+        weights = torch.tensor(counts, dtype=wide.dtype, device=wide.device)
+        return asymmetric_loss(wide, hyperslide_grade(member, target, weights).argmax(1))
+    assert isinstance(task, DiscreteSurvival)  # checked when built
+    return survival_loss(wide, *hyperslide_survival(member, *_bins_and_censored(task, target)))
+
+
+def membership(pack_of: Sequence[int], like: Tensor) -> Tensor:
+    """Return which slides a hyperslide holds, (P, B) of zeros and ones."""
+    numbers = torch.tensor(pack_of, device=like.device)
+    packs = torch.arange(pack_of[-1] + 1, device=like.device)
+    return (packs[:, None] == numbers).to(like.dtype)
+
+
+def class_shares(member: Tensor, memberships: Tensor) -> Tensor:
+    """Return class counts over the largest count, (P, K); with one output the other class is counted too."""
+    counts = member @ memberships
+    others = member.sum(1, keepdim=True) - counts if counts.shape[1] == 1 else counts[:, :0]
+    return counts / torch.cat([counts, others], 1).amax(1, keepdim=True).clamp_min(1e-12)
+
+
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return ``mean ¼ (1 - e^{-b})² b`` with b the sigmoid cross-entropy with soft targets, all (P, K)."""
+    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (0.25 * (1 - torch.exp(-entropy)).square() * entropy).mean()
+
+
+def hyperslide_grade(member: Tensor, grade: Tensor, counts: Tensor, *, benign_is_zero: bool = True) -> Tensor:
+    """Return the two neighbouring ISUP grades of a hyperslide, weighted: (P, B), (B,) int64, (B,) -> (P, 6).
+
+    With ``benign_is_zero=False`` benign slides alone give two thirds of grade 1, as in the authors' code.
+    """
+    weights = member * counts
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
+    primary, secondary = (
+        weights @ grade.new_tensor(table, dtype=member.dtype)[grade] for table in (PRIMARY, SECONDARY)
+    )
+    total = primary + secondary
+    seven = torch.where(secondary >= primary, 2.0, 3.0).to(total.dtype)
+    value = torch.where(total <= 6, total / 6, 1 + (total - 6) * (seven - 1))
+    value = torch.where(total > 7, seven + (total - 7) * (4 - seven), value)
+    value = torch.where(total > 8, 4 + (total - 8), value).clamp(0, 5)
+    if benign_is_zero:
+        value = torch.where((member @ (grade > 0).to(member.dtype)) > 0, value, 0)
+    distance = (value[:, None] - torch.arange(6, device=value.device)).abs()
+    return (1 - distance).clamp_min(0)
+
+
+def asymmetric_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of ``-(1 - p) log p`` with p the probability of the target (P,)."""
+    logs = functional.log_softmax(logits, 1).gather(1, target[:, None])
+    return -((1 - logs.exp()) * logs).mean()
+
+
+def hyperslide_survival(member: Tensor, time_bin: Tensor, censored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return event bin Y, soft censoring c and censoring bin Y_c of hyperslides, (P,) each.
+
+    Parameters
+    ----------
+    member : (P, B) of zeros and ones
+    time_bin : (B,) int64
+    censored : (B,) of zeros and ones
+    """
+    never = int(1e9)
+    holds = member > 0
+    bins = torch.where(holds, time_bin, never)  # (P, B)
+    first = bins.argmin(1)  # the first of ties
+    earliest = bins.gather(1, first[:, None])[:, 0]
+    event = torch.where(holds & (censored == 0), time_bin, never).amin(1)
+    is_censored = censored[first] > 0
+    share = (member @ censored.to(member.dtype)) / member.sum(1)
+    event_bin = torch.where(is_censored & (event < never), event, earliest)
+    return event_bin, torch.where(is_censored, share, 0), earliest
+
+
+def survival_loss(logits: Tensor, event_bin: Tensor, censored: Tensor, censored_bin: Tensor) -> Tensor:
+    """Return the mean of ``-(1 - c) (log S_{Y-1} + log h_Y) - c log S_{Y_c}``, probabilities clamped at 1e-7."""
+    hazard = logits.sigmoid()
+    survival = functional.pad((1 - hazard).cumprod(1), (1, 0), value=1.0)  # S_{-1}, S_0, ...
+    before = survival.gather(1, event_bin[:, None]).clamp_min(1e-7).log()
+    event = hazard.gather(1, event_bin[:, None]).clamp_min(1e-7).log()
+    after = survival.gather(1, censored_bin[:, None] + 1).clamp_min(1e-7).log()
+    soft = censored[:, None]
+    return (-(1 - soft) * (before + event) - soft * after).mean()
+
+
+def _group_rows(length: Tensor, group: Tensor, r: int) -> Tensor:
+    """Draw the rows of shuffled groups, padding included: (G, r) int64; the row after the last stands for padding."""
+    size = group * r
+    bag = torch.repeat_interleave(torch.arange(len(length)), size)
+    place = torch.arange(len(bag)) - (size.cumsum(0) - size)[bag]
+    rows = torch.where(place < length[bag], (length.cumsum(0) - length)[bag] + place, int(length.sum()))
+    order = torch.rand(len(rows)).argsort()
+    order = order[bag[order].argsort(stable=True)]
+    return rows[order].view(-1, r)
+
+
+def _require_labels(task: Task, labels: Labels) -> None:
+    classes = type(task).memberships is not Task.memberships
+    fits = {
+        "classes": classes,
+        "grades": classes and task.n_outputs == 6,
+        "survival": isinstance(task, DiscreteSurvival),
+    }
+    if not fits[labels]:
+        need = {"classes": "classes", "grades": "six grades as classes", "survival": "survival times in bins"}
+        raise ConfigError(
+            f"packmil labels hyperslides by {labels}, which needs a task with {need[labels]}; task {task.kind} is "
+            "another; choose other labels or residual_weight 0"
+        )
+
+
+def _bins_and_censored(task: DiscreteSurvival, target: Tensor) -> tuple[Tensor, Tensor]:
+    edges = torch.tensor(task.edges, dtype=target.dtype, device=target.device)
+    return torch.bucketize(target[:, 0].contiguous(), edges, right=True), 1 - target[:, 1]
+
+
+# The paper's settings: prostate grading (PANDA), breast subtyping (BRCA), survival.
+PRESETS: dict[str, dict[str, object]] = {
+    "panda": {"main_fraction": 0.4, "pack_length": 600, "min_length": 0, "labels": "grades"},
+    "brca": {"pack_length": 2400, "min_length": 128},
+    "survival": {
+        "pack_length": 3200,
+        "min_length": 256,
+        "top_up": True,
+        "residual_weight": 0.5,
+        "labels": "survival",
+    },
+}
+
+RECIPE = Recipe(
+    aggregator=Component(
+        name="downsampled", options={"host": "abmil", "host_options": ABMIL_PRESETS["packmil"], "factor": 4}
+    ),
+    strategy=Component(name="packmil", options=PRESETS["brca"]),
+    training=Training(
+        optimizer="adam",
+        lr=5e-4,
+        weight_decay=1e-5,
+        epochs=75,
+        patience=20,
+        min_epochs=30,
+        schedule="cosine",
+        bags_per_step=32,
+    ),
+)
+RECIPES.add("packmil", RECIPE)

@@ -1,0 +1,306 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.mil import attention
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.abmil import Abmil
+from eosin.mil.methods.packmil import (
+    Downsampled,
+    PackMil,
+    asymmetric_loss,
+    class_shares,
+    focal_loss,
+    hyperslide_grade,
+    hyperslide_survival,
+    membership,
+    merged,
+    next_fit,
+    random_rank,
+    survival_loss,
+)
+from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.transmil import TransMil
+from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
+from eosin.mil.survival import DiscreteSurvival
+from eosin.mil.tasks import Binary, Classification
+
+TASK = Classification(classes=("a", "b", "c"))
+GRADES = Classification(classes=tuple("012345"))
+
+
+class Mean(Aggregator):
+    """Logits that say which instances were read: the mean of the bag."""
+
+    def __init__(self, in_dim, n_outputs):
+        super().__init__(in_dim, n_outputs, embed_dim=in_dim)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def forward(self, bags):
+        self.seen.append(bags)
+        mean = torch.stack([bag.sum(0) / max(len(bag), 1) for bag in bags.unpack()]) * self.scale
+        return AggregatorOutput(mean[:, : self.n_outputs], mean)
+
+
+def numbered(*lengths):
+    """Bags whose first feature is the row in the pack."""
+    values = torch.zeros(sum(lengths), 3)
+    values[:, 0] = torch.arange(len(values))
+    return PackedBags.pack(list(values.split(lengths)))
+
+
+def rows(bags):
+    return [bag[:, 0].tolist() for bag in bags.unpack()]
+
+
+def run(bags, n_targets=None, task=TASK, **options):
+    torch.manual_seed(0)
+    strategy = PackMil(Mean(3, task.n_outputs), task, **({"min_length": 0} | options))
+    step = strategy(bags, torch.arange(n_targets or bags.n_bags) % task.n_outputs)
+    return strategy, step
+
+
+def test_packed_bags_and_hyperslides_are_the_authors(golden, same):
+    golden = golden("packmil_abmil")
+    model = Abmil(20, 3, embed_dims=(24,), embed_activation="gelu", hidden=12, gated=False, dropout=0).double()
+    files = {name: name.replace("embed.0", "embed") for name in model.state_dict()}
+    model.load_state_dict({name: golden[file] for name, file in files.items()})
+    bags = PackedBags.pack([golden[f"bag{number}"] for number in range(3)])
+    packs = next_fit(bags.lengths, int(golden["L_multi"]))
+    assert packs == golden["multi.pack_of_bag"].tolist()
+    output = model(bags)
+    loss = functional.cross_entropy(output.logits, golden["labels"])
+    loss.backward()
+    found = {"logits": output.logits, "multi.logits": output.logits, "loss": loss}
+    found["hyperslide.logits"] = model(merged(bags, packs)).logits
+    same(found | {f"grad.{files[name]}": value.grad for name, value in model.named_parameters()}, golden)
+
+
+def test_packs_are_filled_as_the_authors_do(golden):
+    golden = golden("packmil_labels")
+    assert next_fit(golden["seq_lengths"].tolist(), int(golden["seq_L"])) == golden["seq_pack_id"].tolist()
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_class_labels_are_the_authors(golden, same, case):
+    golden = golden("packmil_labels")
+    labels, wanted = golden[f"subtype{case}.labels"], golden[f"subtype{case}.multilabel"]
+    member = membership([0] * len(labels), wanted)
+    shares = class_shares(member, functional.one_hot(labels, len(wanted)).double())
+    same({f"subtype{case}.multilabel": shares[0]}, golden)
+
+
+def test_one_output_counts_the_other_class_too():
+    member = membership([0, 0, 0, 1, 1], torch.zeros(()))
+    positive = torch.tensor([1.0, 0, 0, 1, 1])[:, None]
+    assert class_shares(member, positive).tolist() == [[0.5], [1.0]]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_grades_are_the_authors(golden, case):
+    golden = golden("packmil_labels")
+    labels, counts = golden[f"grade{case}.labels"], golden[f"grade{case}.counts"]
+    member = membership([0] * len(labels), counts)
+    found = hyperslide_grade(member, labels, counts, benign_is_zero=False)[0]
+    torch.testing.assert_close(found, golden[f"grade{case}.two_hot"], rtol=0, atol=1e-6)
+    assert found.argmax() == golden[f"grade{case}.hard"]
+    ours = hyperslide_grade(member, labels, counts)[0]
+    assert ours.argmax() == (0 if not labels.any() else golden[f"grade{case}.hard"])
+
+
+def test_survival_labels_and_loss_are_the_authors(golden, same):
+    golden = golden("packmil_labels")
+    slides = [golden[f"surv{case}.bin_and_censored"] for case in range(4)]
+    packs = [case for case, table in enumerate(slides) for _ in table]
+    table = torch.cat(slides)
+    member = membership(packs, golden["surv.Y"])
+    parts = hyperslide_survival(member, table[:, 0], table[:, 1])
+    logits = golden["surv.logits"].requires_grad_()
+    loss = survival_loss(logits, *parts)
+    loss.backward()
+    names = ("surv.Y", "surv.c", "surv.Y_censored")
+    found = {name: part[:, None] for name, part in zip(names, parts, strict=True)}
+    same(found | {"surv.loss": loss, "surv.grad.logits": logits.grad}, golden)
+
+
+def test_focal_loss_is_the_authors(golden, same):
+    golden = golden("packmil_labels")
+    logits = golden["focal.logits"].requires_grad_()
+    loss = focal_loss(logits, golden["focal.targets"])
+    loss.backward()
+    same({"focal.loss": loss, "focal.grad.logits": logits.grad}, golden)
+
+
+def test_asymmetric_loss_weighs_by_what_is_missing():
+    logits = torch.randn(4, 6)
+    p = logits.softmax(1)[torch.arange(4), [0, 2, 5, 2]]
+    torch.testing.assert_close(asymmetric_loss(logits, torch.tensor([0, 2, 5, 2])), ((p - 1) * p.log()).mean())
+
+
+def test_the_sides_of_a_slide_are_random_halves_that_share_nothing():
+    bags = numbered(10, 7, 40)
+    firsts = []
+    for _ in range(2):
+        strategy, step = run(bags, main_fraction=0.4)
+        main, hyper = strategy.model.seen
+        assert step.bags is main
+        assert main.lengths == (4, 2, 16)
+        assert hyper.lengths == (35,)
+        both = sorted(row for bag in rows(main) + rows(hyper) for row in bag)
+        assert both == list(range(57))
+        assert all(bag == sorted(bag) for bag in rows(main))  # order within a side is kept
+        firsts.append(rows(main))
+    torch.manual_seed(1)
+    ranks = torch.stack([random_rank(bags) for _ in range(400)])
+    for part in ranks.split(bags.lengths, dim=1):
+        assert all(sorted(row) == list(range(len(row))) for row in part[:5].tolist())
+        assert (part.float().mean(0) - (part.shape[1] - 1) / 2).abs().max() < part.shape[1] * 0.1
+
+
+def test_small_slides_go_whole_to_both_branches():
+    strategy, _ = run(numbered(9, 10, 1, 0), min_length=10)
+    main, hyper = strategy.model.seen
+    assert main.lengths == (9, 5, 1, 0)
+    assert hyper.lengths == (9 + 5 + 1 + 0,)
+    strategy, _ = run(numbered(3, 1), main_fraction=0.1)  # a side would be empty
+    assert strategy.model.seen[0].lengths == (3, 1)
+
+
+def test_short_sides_are_topped_up():
+    strategy, _ = run(numbered(12, 30), min_length=10, top_up=True, main_fraction=0.4)
+    main, hyper = strategy.model.seen
+    assert main.lengths == (10, 12)
+    assert hyper.lengths == (10 + 18,)
+    assert len(set(rows(hyper)[0])) == 28
+
+
+def test_long_sides_are_cut_and_packs_stay_below_the_limit():
+    strategy, _ = run(numbered(30, 8, 8, 8), pack_length=20)
+    main, hyper = strategy.model.seen
+    assert main.lengths == (15, 4, 4, 4)
+    assert hyper.lengths == (19, 8)
+    strategy, _ = run(numbered(100), pack_length=20)  # ⌊100 · ½⌋ > 20: the limit doubles for this step
+    assert strategy.model.seen[0].lengths == (40,)
+
+
+def test_the_residual_loss_is_that_of_the_hyperslides():
+    bags = PackedBags.pack(list(torch.randn(40, 3).split((20, 10, 10))))
+    strategy, step = run(bags, pack_length=16, residual_weight=0.7)
+    hyper = strategy.model.seen[1]
+    assert hyper.lengths == (15, 5)
+    logits = Mean(3, 3)(hyper).logits
+    wanted = focal_loss(logits, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(step.extra["residual"], 0.7 * wanted)
+    assert not run(bags, residual_weight=0.0)[1].extra
+    own, step = run(bags, own_classifier=True)
+    step.extra["residual"].backward()
+    assert own.classifier.weight.grad.any()
+    assert run(numbered(6, 8), task=GRADES, labels="grades")[1].extra["residual"].isfinite()
+    binary = PackMil(Mean(3, 1), Binary(classes=("a", "b")), min_length=0)
+    assert binary(numbered(6, 8), torch.tensor([0, 1])).extra["residual"].isfinite()
+
+
+def test_survival_reads_bins_from_the_task():
+    years = DiscreteSurvival(edges=(1.0, 2.0))
+    strategy = PackMil(Mean(3, 3), years, min_length=0, labels="survival")
+    step = strategy(numbered(8, 10), torch.tensor([[2.5, 1.0], [1.5, 0.0]]))  # event in bin 2, censored in bin 1
+    logits = Mean(3, 3)(strategy.model.seen[1]).logits
+    wanted = survival_loss(logits, torch.tensor([2]), torch.tensor([0.5]), torch.tensor([1]))
+    torch.testing.assert_close(step.extra["residual"], 0.2 * wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("transmil", {"width": 16}),
+        ("dsmil", {}),
+        ("acmil", {}),
+        ("clam_mb", {"width": 16}),
+        ("set_transformer", {"width": 16}),
+    ],
+)
+def test_slides_of_a_pack_never_mix_whatever_the_aggregator(name, options):
+    """Executed on the authors' code, a TransMIL slide answers to its neighbour and not to itself."""
+    torch.manual_seed(0)
+    model = AGGREGATORS.build(name, 6, 3, options=options).double().eval()
+    bags = [torch.randn(n, 6, dtype=torch.float64) for n in (9, 14, 6)]
+    before = model(PackedBags.pack(bags)).logits
+    moved = torch.stack(
+        [
+            (model(PackedBags.pack([bag + (j == i) for i, bag in enumerate(bags)])).logits - before).abs().amax(1)
+            for j in range(3)
+        ]
+    )
+    assert torch.equal(moved > 1e-12, torch.eye(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("rows_at_once", [2**15, 5])
+def test_the_downsampler_scores_and_transforms_every_instance(rows_at_once, monkeypatch):
+    monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows_at_once)
+    torch.manual_seed(0)
+    model = Downsampled(4, 3, host="pooling", host_options={"embed_dims": ()}, hidden=3)
+    bags = PackedBags.pack([torch.randn(n, 4) for n in (7, 0, 9)])
+    found = model.downsample(bags, longer_than=None)
+    for part, bag in zip(found.unpack(), bags.unpack(), strict=True):
+        weights = model.attention(bag).softmax(0)
+        torch.testing.assert_close(part, model.second(functional.gelu(model.first(bag * (1 + weights)))))
+    torch.testing.assert_close(model(bags).logits, model.host(found).logits)
+
+
+@pytest.mark.parametrize("reduce", ["max", "random"])
+def test_groups_of_long_bags_are_reduced(reduce):
+    torch.manual_seed(0)
+    model = Downsampled(4, 3, host="pooling", host_options={"embed_dims": ()}, factor=3, reduce=reduce)
+    model.second = nn.Identity()
+    bags = PackedBags.pack([torch.randn(n, 4) for n in (7, 5, 0, 9)])
+    whole = model.downsample(bags, longer_than=None).unpack()
+    reduced = model.downsample(bags, longer_than=5)
+    assert reduced.lengths == (3, 5, 0, 3)
+    torch.testing.assert_close(reduced.unpack()[1], whole[1])
+    blank = functional.gelu(model.first(torch.zeros(1, 4)))
+    for number, padding in ((0, 2), (3, 0)):
+        rows_, pool = reduced.unpack()[number], torch.cat([whole[number], blank.expand(padding, 4)])
+        matches = torch.isclose(rows_[:, None], pool).any(1)
+        assert matches.all()  # every value is that channel's value of some row
+        if reduce == "max":
+            torch.testing.assert_close(rows_.amax(0), pool.amax(0))
+
+
+def test_the_strategy_reduces_and_inference_does_not():
+    torch.manual_seed(0)
+    model = Downsampled(3, 3, host="abmil", host_options={"embed_dims": (4,), "hidden": 2}, factor=4)
+    strategy = PackMil(model, TASK, min_length=2).train()
+    bags = PackedBags.pack([torch.randn(n, 3) for n in (40, 12, 4)])
+    step = strategy(bags, torch.tensor([0, 1, 2]))
+    assert step.bags.lengths == (5, 6, 4)
+    assert step.output.scores.shape[0] == 15
+    (TASK.loss(step.output.logits, torch.tensor([0, 1, 2])) + step.extra["residual"]).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in strategy.parameters())
+    assert strategy.inference_model() is model
+    assert model.eval()(bags).scores.shape[0] == 56
+
+
+@pytest.mark.parametrize("kind", [Pooling, TransMil])
+def test_any_aggregator_may_be_the_host(kind):
+    options = {"width": 16} if kind is TransMil else {}
+    strategy = PackMil(kind(5, 3, **options), TASK, min_length=2).train()
+    bags = PackedBags.pack([torch.randn(n, 5) for n in (20, 1, 0, 7)])
+    step = strategy(bags, torch.tensor([0, 1, 2, 1]))
+    loss = TASK.loss(step.output.logits, torch.tensor([0, 1, 2, 1])) + step.extra["residual"]
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ConfigError, match="main_fraction 1"):
+        PackMil(Mean(3, 3), TASK, main_fraction=1.0)
+    with pytest.raises(ConfigError, match="needs a task with six grades"):
+        PackMil(Mean(3, 3), TASK, labels="grades")
+    with pytest.raises(ConfigError, match="needs a task with survival times"):
+        PackMil(Mean(3, 3), TASK, labels="survival")
+    with pytest.raises(ConfigError, match="factor 0"):
+        Downsampled(3, 3, factor=0)
+    PackMil(Mean(3, 3), TASK, labels="grades", residual_weight=0.0)
