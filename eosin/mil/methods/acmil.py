@@ -307,7 +307,7 @@ class AcmilDiversity(LossTerm):
 
 def default_width(in_dim: int) -> int:
     """Return the width E that the authors give features of width D, in steps of 32 where they give none."""
-    return 128 if in_dim == 384 else max(32, 32 * round(in_dim / 64))
+    return max(128, 32 * round(in_dim / 64)) if in_dim != 384 else 128
 
 
 def _recipe(aggregator: str) -> Recipe:

@@ -271,7 +271,10 @@ def _row_chunks(lengths: tuple[int, ...]) -> tuple[list[int], list[tuple[int, ..
 
 
 RECIPE = Recipe(
-    aggregator=Component(name="set_transformer"),
+    aggregator=Component(
+        name="set_transformer",
+        options={"embed_dims": (), "width": 128, "heads": 4, "tokens": 32, "sab_layers": 2},
+    ),
     training=Training(optimizer="adam", lr=1e-4, weight_decay=1e-5, epochs=50, patience=10, schedule="cosine"),
 )
 RECIPES.add("set_transformer", RECIPE)

@@ -174,7 +174,7 @@ def test_one_branch_and_empty_bags_are_defined(kind):
 
 def test_widths_are_the_authors():
     assert [default_width(d) for d in (384, 512, 768, 1024, 1536)] == [128, 256, 384, 512, 768]
-    assert default_width(3) == 32
+    assert default_width(3) == 128
 
 
 def test_what_makes_no_sense_is_refused():
