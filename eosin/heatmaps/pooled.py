@@ -22,12 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
 from torch import Tensor
 
+from eosin import kernels
+
 Floats = NDArray[np.float64]
 Direction = Literal["min", "max", "least"]
 
-REFRESH_ROUNDS = 256
-REFRESH_SHARE = 1e-3
-HEAVY = 0.5
 DINKELBACH_STEPS = 100
 
 
@@ -53,7 +52,8 @@ class Target:
         if self.on == "logit":
             return chosen
         rest = np.delete(values, self.output, axis=-1)
-        log_odds = chosen - logsumexp(rest, axis=-1) if rest.shape[-1] else chosen
+        others = rest[..., 0] if rest.shape[-1] == 1 else logsumexp(rest, axis=-1) if rest.size else 0.0
+        log_odds = chosen - others
         return np.asarray(expit(log_odds) if self.on == "probability" else log_odds)
 
     def of_tensor(self, logits: Tensor) -> Tensor:
@@ -182,23 +182,19 @@ class PooledBag:
         ``-α / (1 - α) (p - F)`` in each branch: an instance with much attention and contributions like the
         average has no effect.
         """
-        if self.n_instances < 2:
-            return np.asarray(self.bias - self.logits() + np.zeros((self.n_instances, 1)))
-        return np.asarray(self._changes(self.weights, self._branch_means()).sum(axis=1))
+        without = kernels.leave_one_out(*self._kernel_arguments(), self._offsets())
+        return np.asarray(without.numpy() - self.logits())
 
-    def _changes(self, weights: Floats, means: Floats) -> Floats:
-        """Return the change of each branch's mean, (n, H, K), when one instance of non-zero weight leaves."""
-        total = weights.sum(axis=0)
-        rest = total - weights
-        with np.errstate(divide="ignore", invalid="ignore"):
-            changes = -(weights / rest)[..., None] * (self.terms - means)
-        for instance, branch in np.argwhere(weights > HEAVY * total):  # at most one per branch: 1 - α would cancel
-            others = self.scores[:, branch].copy()
-            others[weights[:, branch] == 0] = -np.inf
-            others[instance] = -np.inf
-            share = np.exp(others - others.max())
-            changes[instance, branch] = share @ self.terms[:, branch] / share.sum() - means[branch]
-        return np.asarray(changes)
+    def _kernel_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return scores, values, head and bias of an equal model whose values are the terms themselves."""
+        n, branches, outputs = self.terms.shape
+        values = torch.from_numpy(np.ascontiguousarray(self.terms.reshape(n, branches * outputs)))
+        head = torch.eye(branches * outputs, dtype=torch.float64).view(branches, outputs, -1).transpose(0, 1)
+        scores, bias = (torch.from_numpy(np.ascontiguousarray(array)) for array in (self.scores, self.bias))
+        return scores, values, head.contiguous(), bias
+
+    def _offsets(self) -> Tensor:
+        return torch.tensor([0, self.n_instances], dtype=torch.int32)
 
     def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
         """Remove one instance per round: the one that lowers, raises or changes the target least.
@@ -215,16 +211,15 @@ class PooledBag:
         Search
             The first of equal candidates is taken. A round costs one pass over the n × H × K numbers.
         """
-        rounds = min(rounds, self.n_instances - 1)
-        state = _Removal(self)
-        order, logits = [], [self.logits()]
-        for _ in range(rounds):
-            candidates = target.of(logits[-1] + state.changes())  # (n,)
-            current = float(target.of(logits[-1]))
-            order.append(choose(np.where(state.alive, candidates, np.nan), current, direction))
-            logits.append(state.remove(order[-1]))
+        rounds = max(0, min(rounds, self.n_instances - 1))
+
+        def cost(candidates: Tensor, now: Tensor) -> Tensor:
+            values, current = target.of(candidates.numpy()), float(target.of(now.numpy()))
+            return torch.from_numpy(_cost(values, current, direction))
+
+        path = kernels.greedy_removal(*self._kernel_arguments(), rounds=rounds, objective=cost)
         n = self.n_instances
-        return Search(np.array(order, dtype=np.int64), np.array(logits), rounds * n - rounds * (rounds - 1) // 2)
+        return Search(path.order.numpy(), path.logits.numpy(), rounds * n - rounds * (rounds - 1) // 2)
 
     def best_set(self, target: Target, direction: Literal["min", "max"], size: int) -> NDArray[np.int64]:
         """Return the `size` instances whose removal lowers or raises the target most, over all sets of that size.
@@ -258,45 +253,14 @@ class PooledBag:
         return np.flatnonzero(removed)
 
 
-class _Removal:
-    """Running sums while instances leave one by one, refreshed before rounding errors can add up."""
-
-    def __init__(self, bag: PooledBag) -> None:
-        self.bag = bag
-        self.alive = np.ones(bag.n_instances, dtype=bool)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        scores = np.where(self.alive[:, None], self.bag.scores, -np.inf)
-        self.weights = np.exp(scores - scores.max(axis=0))
-        self.total = self.weights.sum(axis=0)  # (H,)
-        self.products = np.einsum("nh,nhk->hk", self.weights, self.bag.terms)
-        self.total_at_refresh = self.total
-        self.rounds = 0
-
-    def changes(self) -> Floats:
-        """Return the change of the logits when each instance leaves now, (n, K); meaningless for those gone."""
-        return np.asarray(self.bag._changes(self.weights, self.products / self.total[:, None]).sum(axis=1))
-
-    def remove(self, instance: int) -> Floats:
-        """Take one instance out and return the logits of what is left, (K,)."""
-        self.alive[instance] = False
-        weight = self.weights[instance]
-        is_heavy = bool((weight > HEAVY * self.total).any())
-        self.total = self.total - weight
-        self.products = self.products - weight[:, None] * self.bag.terms[instance]
-        self.weights[instance] = 0.0
-        self.rounds += 1
-        is_light = bool((self.total < REFRESH_SHARE * self.total_at_refresh).any())
-        if is_heavy or is_light or self.rounds >= REFRESH_ROUNDS:
-            self._refresh()
-        return np.asarray(self.bag.bias + (self.products / self.total[:, None]).sum(axis=0))
+def _cost(candidates: Floats, current: float, direction: Direction) -> Floats:
+    costs = {"min": candidates, "max": -candidates, "least": np.abs(candidates - current)}
+    return np.asarray(costs[direction], dtype=np.float64)
 
 
 def choose(candidates: Floats, current: float, direction: Direction) -> int:
-    """Return the first of the best candidates; NaN marks those that are not to be chosen."""
-    cost = {"min": candidates, "max": -candidates, "least": np.abs(candidates - current)}[direction]
-    return int(np.nanargmin(cost))
+    """Return the first of the best candidates."""
+    return int(np.argmin(_cost(candidates, current, direction)))
 
 
 def _weighted_mean(values: Floats, scores: Floats) -> float:
