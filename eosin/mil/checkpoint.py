@@ -50,8 +50,6 @@ class ModelCard(Options):
         SHA-256 of ``model.safetensors``; its first 16 digits name the model.
     training : dict
         Facts of the training: epochs, the chosen epoch, validation metrics, numbers of slides and patients.
-    threshold : float or None
-        Probability of the second class from which it is predicted, chosen on validation data; None: the most probable.
     """
 
     schema_version: Literal[1] = 1
@@ -61,7 +59,6 @@ class ModelCard(Options):
     features: FeatureSpec
     weights_hash: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
-    threshold: float | None = None
 
     @property
     def model_id(self) -> str:

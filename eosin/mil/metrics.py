@@ -77,6 +77,34 @@ def expected_calibration_error(confidence: Floats, correct: NDArray[np.bool_], *
     return float(np.abs(gaps).sum() / len(confidence))
 
 
+def calibration_curve(confidence: Floats, correct: NDArray[np.bool_], *, bins: int = ECE_BINS) -> Floats:
+    """Return the calibration curve over equal-width bins.
+
+    Returns
+    -------
+    (filled bins, 3) float
+        Mean confidence, fraction correct, and count of each bin that is not empty.
+    """
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, correct.astype(np.float64))]
+    filled = counts > 0
+    return np.stack([sums[0][filled] / counts[filled], sums[1][filled] / counts[filled], counts[filled]], 1)
+
+
+def best_threshold(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Return the threshold, halfway between two scores, with the highest balanced accuracy (Youden's index).
+
+    Of equally good thresholds the middle one is returned, for a small part has many.
+    """
+    ordered = np.unique(scores)
+    between = np.concatenate([[0.0], (ordered[1:] + ordered[:-1]) / 2, [1.0]])
+    above = scores[None, :] >= between[:, None]  # (thresholds, n)
+    index = above[:, positive].mean(1) - above[:, ~positive].mean(1)
+    best = between[np.isclose(index, index.max())]
+    return float(best[(len(best) - 1) // 2])
+
+
 def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, classes: tuple[str, ...]) -> Metrics:
     """Return all metrics of single-label predictions.
 

@@ -32,14 +32,24 @@ class Ensemble:
     ----------
     models : tuple of Aggregator
     cards : tuple of ModelCard
-    task : Task
+    tasks : tuple of Task
+        The same question; each with what its own training and validation parts taught.
     device : torch.device
     """
 
     models: tuple[Aggregator, ...]
     cards: tuple[ModelCard, ...]
-    task: Task
+    tasks: tuple[Task, ...]
     device: torch.device
+
+    @property
+    def task(self) -> Task:
+        """The first model's task; a threshold is the mean of the models'."""
+        thresholds = [getattr(task, "threshold", None) for task in self.tasks]
+        known = [value for value in thresholds if value is not None]
+        if not known or len(known) < len(thresholds):
+            return self.tasks[0]
+        return self.tasks[0].model_copy(update={"threshold": float(np.mean(known))})
 
     @property
     def model_id(self) -> str:
@@ -51,7 +61,12 @@ class Ensemble:
         features = torch.from_numpy(np.array(bag.features))
         bags = MemoryBags({bag.slide_id: features}, bag.spec)
         ids = [bag.slide_id]
-        return np.concatenate([predict_outputs(m, self.task, bags, ids, device=self.device) for m in self.models])
+        return np.concatenate(
+            [
+                predict_outputs(model, task, bags, ids, device=self.device)
+                for model, task in zip(self.models, self.tasks, strict=True)
+            ]
+        )
 
 
 def load_ensemble(folders: Sequence[Path], *, device: str = "auto") -> Ensemble:
@@ -70,13 +85,14 @@ def load_ensemble(folders: Sequence[Path], *, device: str = "auto") -> Ensemble:
         raise ConfigError("no model was given; pass at least one model folder")
     loaded = [load_model(folder) for folder in folders]
     first = loaded[0][1]
-    for folder, (_, card) in zip(folders, loaded, strict=True):
-        if card.task != first.task:
+    tasks = tuple(card.load_task() for _, card in loaded)
+    for folder, task, (_, card) in zip(folders, tasks, loaded, strict=True):
+        if not task.same_question(tasks[0]):
             raise ConfigError(f"{folder} and {folders[0]} answer different questions; predict with each on its own")
         first.features.require_match(card.features, folder)
     place = choose_device(device)
     models = tuple(model.to(place) for model, _ in loaded)
-    return Ensemble(models, tuple(card for _, card in loaded), first.load_task(), place)
+    return Ensemble(models, tuple(card for _, card in loaded), tasks, place)
 
 
 def predict(

@@ -57,6 +57,8 @@ class Training(Options):
         Largest norm of the gradient (0: not clipped).
     ema : float
         Decay per step of a moving average of the weights, which then is validated and deployed (0: none).
+    threshold, temperature : bool
+        Whether the threshold between two classes, and a temperature of the logits, are chosen on the validation bags.
     standardize : bool
         Shift and scale each feature to mean 0 and standard deviation 1, measured on the training bags and stored in the
         model. On by default: it changes little for encoders with normalised output and rescues unscaled features.
@@ -80,6 +82,8 @@ class Training(Options):
     balance: Literal["none", "sampling", "weights"] = "none"
     clip_norm: NonNegativeFloat = 0.0
     ema: float = Field(default=0.0, ge=0, lt=1)
+    threshold: bool = False
+    temperature: bool = False
     standardize: bool = True
     seed: int = Field(default=0, ge=0)
 

@@ -115,6 +115,7 @@ class DiscreteSurvival(_Survival):
     """
 
     kind: Literal["survival"] = "survival"
+    learnt: ClassVar[frozenset[str]] = frozenset({"edges"})
     bins: int = Field(default=4, ge=2)
     alpha: float = Field(default=0.0, ge=0, le=1)
     edges: tuple[float, ...] = ()

@@ -29,10 +29,31 @@ class Task(Options):
         Logits K that an aggregator must give.
     selection_metric : str
         The metric, higher is better, by which ``training.select: metric`` chooses a model.
+    learnt : frozenset of str
+        Fields that come from training or validation parts.
     """
 
     kind: str
     selection_metric: ClassVar[str]
+    learnt: ClassVar[frozenset[str]] = frozenset()
+
+    def same_question(self, other: "Task") -> bool:
+        """Return whether two tasks differ at most in what was learnt from training or validation parts."""
+        return self.model_dump(exclude=set(self.learnt)) == other.model_dump(exclude=set(other.learnt))
+
+    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
+        """Return the task with what it takes from a model's logits on the validation part; see the task's own text.
+
+        Raises
+        ------
+        ConfigError
+            If the task has no threshold or temperature.
+        """
+        if threshold or temperature:
+            raise ConfigError(
+                f"task {self.kind} has no threshold or temperature; set training.threshold and temperature to false"
+            )
+        return self
 
     @property
     def columns(self) -> tuple[str, ...]:

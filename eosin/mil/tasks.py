@@ -3,6 +3,7 @@
 A task is a frozen options object, so a model folder stores it as JSON and builds it again.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from eosin.mil.metrics import (
     Floats,
     Metrics,
     average_precision,
+    best_threshold,
     classification_metrics,
     confusion,
     kappa,
@@ -37,8 +39,11 @@ class _ClassTask(Task):
     """What single-label classification shares, whatever the number of logits."""
 
     selection_metric: ClassVar[str] = "auc"
+    learnt: ClassVar[frozenset[str]] = frozenset({"threshold", "temperature"})
     classes: tuple[str, ...] = Field(min_length=2)
     target: str = "label"
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
@@ -88,14 +93,46 @@ class _ClassTask(Task):
         weights = 1 / counts[target].double()
         return (weights / weights.mean()).float()
 
+    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
+        """Return the task with a temperature and, of two classes, a threshold from the validation part.
+
+        The temperature divides the logits and minimises the loss (Guo et al., ICML 2017,
+        https://arxiv.org/abs/1706.04599); the threshold on the probability of the second class has the highest balanced
+        accuracy. Neither is changed by a validation part that lacks a class.
+        """
+        if threshold and len(self.classes) > 2:
+            raise ConfigError("a threshold needs two classes; set training.threshold to false")
+        if len(set(target.tolist())) < len(self.classes):
+            return self
+        result = self
+        if temperature:
+            result = result.model_copy(update={"temperature": self._best_temperature(logits, target)})
+        if threshold:
+            positive = result.activate(logits)[:, 1]
+            result = result.model_copy(update={"threshold": best_threshold(positive, target.numpy() == 1)})
+        return result
+
+    def _best_temperature(self, logits: Tensor, target: Tensor) -> float:
+        def loss(log_temperature: float) -> float:
+            return float(self.loss(logits.double() / math.exp(log_temperature), target))
+
+        return math.exp(float(optimize.minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
+
+    def decide(self, outputs: Floats) -> NDArray[np.int64]:
+        """Return class numbers: the most probable, or by the threshold on the probability of the second."""
+        if self.threshold is None:
+            return np.asarray(outputs.argmax(1), np.int64)
+        return np.asarray(outputs[:, 1] >= self.threshold, np.int64)
+
     def table(self, outputs: Floats) -> Columns:
-        """Return ``prob_<class>`` columns and ``predicted``, the most probable class."""
-        columns: Columns = {f"prob_{name}": outputs[:, number] for number, name in enumerate(self.classes)}
-        return columns | {"predicted": np.asarray(self.classes)[outputs.argmax(1)]}
+        """Return ``prob_<class>`` columns, ``predicted``, and ``threshold`` if there is one."""
+        columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.classes)}
+        columns["predicted"] = np.asarray(self.classes)[self.decide(outputs)]
+        return columns if self.threshold is None else columns | {"threshold": np.full(len(outputs), self.threshold)}
 
     def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
         """Return the metrics of `eosin.mil.metrics.classification_metrics`."""
-        return classification_metrics(outputs, target, outputs.argmax(1), self.classes)
+        return classification_metrics(outputs, target, self.decide(outputs), self.classes)
 
     def strata(self, rows: Sequence[Row]) -> list[str]:
         """Return the labels."""
@@ -111,6 +148,10 @@ class Classification(_ClassTask):
         Values of the label column, in the order of the logits.
     target : str
         The label column.
+    threshold : float or None
+        Probability of the second of two classes from which it is predicted; None: the most probable.
+    temperature : float
+        Divides the logits.
     """
 
     kind: Literal["classification"] = "classification"
@@ -130,7 +171,7 @@ class Classification(_ClassTask):
 
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of each class."""
-        return to_numpy(wide(logits).softmax(1))
+        return to_numpy((wide(logits) / self.temperature).softmax(1))
 
 
 class Binary(_ClassTask):
@@ -168,7 +209,7 @@ class Binary(_ClassTask):
 
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of each class, (B, 2)."""
-        positive = wide(logits).sigmoid()
+        positive = (wide(logits) / self.temperature).sigmoid()
         return to_numpy(torch.cat([1 - positive, positive], 1))
 
 
@@ -190,6 +231,12 @@ class Ordinal(_ClassTask):
     selection_metric: ClassVar[str] = "quadratic_kappa"
     kind: Literal["ordinal"] = "ordinal"
 
+    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
+        """Return the task with a temperature; ordered classes are decided by their median and have no threshold."""
+        if threshold:
+            raise ConfigError("ordered classes have no threshold; set training.threshold to false")
+        return super().tuned(logits, target, temperature=temperature)
+
     @property
     def n_outputs(self) -> int:
         """One logit per step."""
@@ -209,28 +256,23 @@ class Ordinal(_ClassTask):
 
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of each class, (B, classes)."""
-        above = wide(logits).sigmoid().cumprod(1)
+        above = (wide(logits) / self.temperature).sigmoid().cumprod(1)
         ones = above.new_ones(len(above), 1)
         return to_numpy(torch.cat([ones, above], 1) - torch.cat([above, 0 * ones], 1))
 
-    def table(self, outputs: Floats) -> Columns:
-        """Return ``prob_<class>`` columns and ``predicted``, the median class."""
-        columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.classes)}
-        return columns | {"predicted": np.asarray(self.classes)[_median_class(outputs)]}
+    def decide(self, outputs: Floats) -> NDArray[np.int64]:
+        """Return the number of the median class."""
+        return np.asarray((outputs.cumsum(1) < 0.5).sum(1).clip(max=outputs.shape[1] - 1), np.int64)
 
     def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
         """Return quadratic_kappa, mean_absolute_error in classes, and the metrics of a classification."""
-        predicted = _median_class(outputs)
+        predicted = self.decide(outputs)
         matrix = confusion(target, predicted, len(self.classes))
         ordered: Metrics = {
             "quadratic_kappa": kappa(matrix, quadratic=True),
             "mean_absolute_error": float(np.abs(target - predicted).mean()),
         }
         return ordered | classification_metrics(outputs, target, predicted, self.classes)
-
-
-def _median_class(outputs: Floats) -> NDArray[np.int64]:
-    return np.asarray((outputs.cumsum(1) < 0.5).sum(1).clip(max=outputs.shape[1] - 1), np.int64)
 
 
 class MultiLabel(Task):
@@ -346,6 +388,7 @@ class Regression(Task):
 
     selection_metric: ClassVar[str] = "r2"
     kind: Literal["regression"] = "regression"
+    learnt: ClassVar[frozenset[str]] = frozenset({"mean", "deviation"})
     target: str = "label"
     mean: float = 0.0
     deviation: float = Field(default=1.0, gt=0)

@@ -205,6 +205,8 @@ def _require_examples(training: Training, task: Task, train: Examples, val: Exam
         raise LabelError(
             f"training.select is {training.select!r}, but there are no validation slides; give some, or select 'last'"
         )
+    if (training.threshold or training.temperature) and (val is None or not len(val)):
+        raise LabelError("a threshold or temperature is chosen on validation slides, but there are none; give some")
     task.require_trainable(train.targets)
 
 
@@ -376,6 +378,7 @@ class _Run:
         if self.best:
             model.load_state_dict(self.best)
         chosen = self.history[self.best_epoch - 1]
+        task = self._tuned_task(model)
         facts = {
             "epochs": len(self.history),
             "best_epoch": self.best_epoch,
@@ -386,9 +389,16 @@ class _Run:
             "fingerprint": self.fingerprint,
         }
         card = ModelCard(
-            recipe=self.recipe, task=self.task.model_dump(mode="json"), features=self.train.bags.spec, training=facts
+            recipe=self.recipe, task=task.model_dump(mode="json"), features=self.train.bags.spec, training=facts
         )
         return Fitted(model.eval().cpu(), card, tuple(self.history))
+
+    def _tuned_task(self, model: Aggregator) -> Task:
+        options = self.options
+        if self.val_packs is None or self.val is None or not (options.threshold or options.temperature):
+            return self.task
+        logits = compute_logits(model, self.val_packs)
+        return self.task.tuned(logits, self.val.targets, threshold=options.threshold, temperature=options.temperature)
 
     def state(self) -> State:
         """Return what `resume` needs; only between two passes."""

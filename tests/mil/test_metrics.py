@@ -7,6 +7,8 @@ from sklearn import metrics as reference
 from eosin.mil.metrics import (
     average_precision,
     balanced_accuracy,
+    best_threshold,
+    calibration_curve,
     classification_metrics,
     confusion,
     expected_calibration_error,
@@ -75,3 +77,18 @@ def test_calibration_error_by_hand():
     correct = np.array([True, False, True, True])
     by_bin = [abs(0.95 + 0.95 + 1.0 - 2), abs(0.65 - 1)]
     assert expected_calibration_error(confidence, correct) == pytest.approx(sum(by_bin) / 4)
+
+
+def test_the_calibration_curve_counts_every_prediction():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(500)
+    curve = calibration_curve(confidence, rng.random(500) < confidence)
+    assert curve[:, 2].sum() == 500
+    assert np.abs(curve[:, 0] - curve[:, 1]).max() < 0.15
+    assert calibration_curve(np.array([1.0]), np.array([True])).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_the_threshold_separates_what_can_be_separated():
+    scores = np.array([0.1, 0.2, 0.6, 0.7])
+    assert best_threshold(scores, scores > 0.5) == pytest.approx(0.4)
+    assert best_threshold(scores, scores < 0.5) in (0.0, 1.0)

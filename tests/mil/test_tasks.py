@@ -146,3 +146,34 @@ def test_numbers_are_learnt_in_units_of_the_training_part():
         task.balance(target)
     with pytest.raises(ConfigError, match="works with classification only"):
         task.memberships(target)
+
+
+def test_threshold_and_temperature_come_from_validation():
+    task = Binary(classes=("x", "y"))
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(400) % 2
+    logits = 2.0 * (2 * target[:, None] - 1) + 2.0 * torch.randn(400, 1, generator=generator) + 3.0
+    tuned = task.tuned(logits, target, threshold=True)
+    assert tuned.threshold == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item(), abs=0.05)
+    before, after = (t.metrics(t.activate(logits), target.numpy()) for t in (task, tuned))
+    assert after["balanced_accuracy"] > before["balanced_accuracy"] + 0.1
+    assert after["auc"] == before["auc"]
+    assert list(tuned.table(tuned.activate(logits)))[-1] == "threshold"
+    assert tuned.same_question(task)
+    assert not tuned.same_question(Binary(classes=("x", "z")))
+
+    loud = 5 * (logits - 3.0)
+    warm = task.tuned(loud, target, temperature=True)
+    assert warm.temperature > 3
+    cold, warmed = (t.metrics(t.activate(loud), target.numpy()) for t in (task, warm))
+    assert warmed["log_loss"] < cold["log_loss"]
+    assert warmed["ece"] < cold["ece"]
+    assert task.tuned(logits[::2], target[::2], threshold=True, temperature=True) == task
+
+
+def test_tasks_without_a_threshold_say_so():
+    for task in (Classification(classes=("a", "b", "c")), make_task("ordinal", rows("1", "2"))):
+        with pytest.raises(ConfigError, match="threshold"):
+            task.tuned(torch.zeros(3, 2), torch.arange(3), threshold=True)
+    with pytest.raises(ConfigError, match="has no threshold or temperature"):
+        make_task("regression", rows("1", "2")).tuned(torch.zeros(1, 1), torch.zeros(1), temperature=True)

@@ -271,3 +271,14 @@ def test_optimizers_take_the_recipes_settings(name):
     assert type(optimizer).__name__.lower() == name
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_threshold_and_temperature_are_chosen_on_validation_bags(toy):
+    train, val = toy.parts()
+    fitted = fit(quick(epochs=6, lr=1e-2, threshold=True, temperature=True), toy.task, train, val)
+    task = fitted.card.load_task()
+    assert task.threshold is not None
+    assert task.temperature != 1.0
+    assert task.same_question(toy.task)
+    with pytest.raises(LabelError, match="chosen on validation slides"):
+        fit(quick(select="last", threshold=True), toy.task, train)
