@@ -17,7 +17,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
-from eosin.heatmaps.subsets import ForwardBag, Look, Subsets
+from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Look, Subsets
 
 Kind = Literal["remove", "keep only", "add"]
 Indices = NDArray[np.int64]
@@ -192,15 +192,15 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     Returns
     -------
     effects : (n,) float64
-        Log-odds with the tile minus log-odds without it. Exact for a `PooledBag`; for a model that has to be run
-        again, a first-order guess from its gradient.
+        Log-odds with the tile minus log-odds without it. Exact for a `PooledBag` and a `CriticalBag`; for
+        a model that has to be run again, a first-order guess from its gradient.
     agreement : float
         Spearman correlation of the guess with the exact effects of 64 random tiles; 1 where all are exact.
     """
     log_odds = Target(target.output)
-    if isinstance(subsets, PooledBag):
+    if isinstance(subsets, PooledBag | CriticalBag):
         changes = subsets.leave_one_out()
-        vector = log_odds.direction(len(subsets.bias))
+        vector = log_odds.direction(changes.shape[1])
         if vector is not None:
             return -(changes @ vector), 1.0
         logits = subsets.logits()
@@ -330,6 +330,11 @@ def describe_method(look: Look, search: Search) -> str:
         return (
             "All numbers are exact: the model is linear after its softmax pooling, so every prediction follows from "
             "its sums without running it again."
+        )
+    if look.method == "closed form but for critical tiles":
+        return (
+            "All numbers are exact: predictions follow from the sums of the model's softmax pooling, and the model was "
+            "run again where a tile is taken that it compares all others with."
         )
     return (
         "Every number is the model run again on the tiles that remain; "

@@ -1,9 +1,9 @@
 """How to ask a model about subsets of a bag: exactly from sums where its form allows, else by running it again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.clam import ClamMultiBranch, ClamSingleBranch
+from eosin.mil.methods.dsmil import Dsmil, DsmilOutput
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.mil.standardize import Standardized
 
 CLOSE = 1e-4
 SHORTLIST = 256
 INSTANCES_PER_PASS = 200_000
+
+
+Method = Literal["closed form", "closed form but for critical tiles", "re-evaluation"]
 
 
 class Subsets(Protocol):
@@ -52,19 +56,19 @@ class Look:
     Parameters
     ----------
     subsets : Subsets
-    method : {"closed form", "re-evaluation"}
-        Closed form: exact for every set at once. Re-evaluation: every set is a forward pass, exact too, and searches
-        judge a shortlist only.
+    method : {"closed form", "closed form but for critical tiles", "re-evaluation"}
+        Closed form: exact for every set at once, for DSMIL unless a set takes a critical tile, when the model is run
+        again. Re-evaluation: every set is a forward pass, exact too, and searches judge a shortlist only.
     attention : (n,) float64 or None
         Mean weight of each tile over the branches, None for models without attention.
     """
 
     subsets: Subsets
-    method: Literal["closed form", "re-evaluation"]
+    method: Method
     attention: Floats | None
 
 
-def look(model: Aggregator, bag: FeatureBag, *, single_logit_is_second_class: bool = False) -> Look:
+def look(model: Aggregator, bag: FeatureBag | PackedBags, *, single_logit_is_second_class: bool = False) -> Look:
     """Choose how to ask a model about a bag.
 
     The closed form is taken for the methods that have one, after its prediction has been compared with the model's.
@@ -72,11 +76,12 @@ def look(model: Aggregator, bag: FeatureBag, *, single_logit_is_second_class: bo
     Parameters
     ----------
     model : Aggregator
-    bag : FeatureBag
+    bag : FeatureBag or PackedBags
+        A pack holds one bag.
     single_logit_is_second_class : bool
         Give a model of two classes and one logit two logits, the first of them 0, so that classes have an index each.
     """
-    pack = pack_bag(model, bag)
+    pack = bag if isinstance(bag, PackedBags) else pack_bag(model, bag)
     again = ForwardBag(model.eval(), pack, with_zero_logit=single_logit_is_second_class)
     with torch.no_grad():
         output = model(pack)
@@ -89,6 +94,9 @@ def look(model: Aggregator, bag: FeatureBag, *, single_logit_is_second_class: bo
         return Look(again, "re-evaluation", attention)
     pooled = PooledBag(scores, *form)
     exact = _with_zero_logit(pooled) if single_logit_is_second_class else pooled
+    if isinstance(output, DsmilOutput):
+        critical = CriticalBag(exact, again, _array(output.instance_logits).argmax(axis=0))
+        return Look(critical, "closed form but for critical tiles", attention)
     return Look(exact, "closed form", attention) if _agree(exact, again) else Look(again, "re-evaluation", attention)
 
 
@@ -122,6 +130,12 @@ def contributions(model: nn.Module, output: AttentionOutput) -> tuple[Floats, Fl
 def _of_concatenated_heads(model: Abmil, output: AttentionOutput) -> tuple[Floats, Floats]:
     heads = output.scores.shape[1]
     weights = model.classifier.weight.view(model.n_outputs, heads, -1)  # (K, H, E)
+    return _terms("ne,khe->nhk", output.instances, weights), _array(model.classifier.bias)
+
+
+@contributions.register(Dsmil)
+def _of_critical_instances(model: Dsmil, output: AttentionOutput) -> tuple[Floats, Floats]:
+    weights = model.classifier.weight.view(model.n_outputs, model.n_outputs, -1)  # (K, H, E)
     return _terms("ne,khe->nhk", output.instances, weights), _array(model.classifier.bias)
 
 
@@ -227,6 +241,12 @@ class ForwardBag:
             evaluations += len(candidates)
         return Search(np.array(order, dtype=np.int64), np.array(logits), evaluations)
 
+    def select(self, index: NDArray[np.int64]) -> "ForwardBag":
+        """Return the bag of the instances at `index`."""
+        keep = torch.zeros(self.n_instances, dtype=torch.bool, device=self.pack.values.device)
+        keep[torch.from_numpy(index).to(keep.device)] = True
+        return replace(self, pack=self.pack.select(keep))
+
     def _rest(self, index: ArrayLike) -> NDArray[np.int64]:
         return np.setdiff1d(np.arange(self.n_instances), np.asarray(index, dtype=np.int64))
 
@@ -244,6 +264,75 @@ class ForwardBag:
 
     def _wide(self, logits: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.with_zero_logit else logits
+
+
+@dataclass(frozen=True, eq=False)
+class CriticalBag:
+    """A bag of DSMIL: softmax pooling whose scores hang on one critical instance per class.
+
+    Sets that leave the critical instances in place follow from the sums; the others are forward passes, at most one per
+    class when single instances are asked about.
+
+    Parameters
+    ----------
+    pooled : PooledBag
+        With the scores of the whole bag.
+    again : ForwardBag
+    critical : (K,) int64
+        The instance of each class that all others are compared with.
+    """
+
+    pooled: PooledBag
+    again: ForwardBag
+    critical: NDArray[np.int64]
+
+    @property
+    def n_instances(self) -> int:
+        """Number of instances n."""
+        return self.pooled.n_instances
+
+    def logits(self) -> Floats:
+        """Return the prediction, (K,)."""
+        return self.pooled.logits()
+
+    def keep_only(self, index: ArrayLike) -> Floats:
+        """Return the prediction for these instances alone, (K,)."""
+        keeps_all = bool(np.isin(self.critical, index).all())
+        return self.pooled.keep_only(index) if keeps_all else self.again.keep_only(index)
+
+    def remove(self, index: ArrayLike) -> Floats:
+        """Return the prediction without these instances, (K,)."""
+        return self.keep_only(np.setdiff1d(np.arange(self.n_instances), np.asarray(index, dtype=np.int64)))
+
+    def leave_one_out(self) -> Floats:
+        """Return the change of the logits when each single instance is removed, (n, K)."""
+        changes = self.pooled.leave_one_out()
+        critical = np.unique(self.critical)
+        changes[critical] = self.again.remove_each(critical) - self.logits()
+        return changes
+
+    def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
+        """Remove one instance per round, judging all that remain."""
+        here = np.arange(self.n_instances)
+        bag: CriticalBag = self
+        order, logits, evaluations = [], [self.logits()], 0
+        for _ in range(min(rounds, self.n_instances - 1)):
+            predictions = logits[-1] + bag.leave_one_out()
+            best = choose(target.of(predictions), float(target.of(logits[-1])), direction)
+            order.append(int(here[best]))
+            logits.append(predictions[best])
+            evaluations += len(here)
+            here = np.delete(here, best)
+            bag = bag._without(best)
+        return Search(np.array(order, dtype=np.int64), np.array(logits), evaluations)
+
+    def _without(self, instance: int) -> "CriticalBag":
+        rest = np.delete(np.arange(self.n_instances), instance)
+        again = self.again.select(rest)
+        if instance in self.critical:
+            seen = look(self.again.model, again.pack, single_logit_is_second_class=self.again.with_zero_logit)
+            return cast(CriticalBag, seen.subsets)
+        return CriticalBag(self.pooled.select(rest), again, self.critical - (self.critical > instance))
 
 
 def _shortlist(guess: Floats, direction: Direction, alive: NDArray[np.bool_], size: int) -> NDArray[np.int64]:

@@ -134,3 +134,40 @@ def test_dropout_is_off(bag):
     assert any(isinstance(module, nn.Dropout) for module in model.modules())
     answers = look(model.train(), bag).subsets
     np.testing.assert_array_equal(answers.logits(), answers.logits())
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dsmil_is_exact_with_and_without_its_critical_instances(n_outputs, seed):
+    model = build("dsmil", {"hidden": 6}, n_outputs)
+    features = np.random.default_rng(seed).normal(size=(N, DIM)).astype(np.float32)
+    bag = feature_bag(features, None)
+    seen = look(model, bag)
+    assert seen.method == "closed form but for critical tiles"
+    everything = np.arange(N)
+    critical = int(seen.subsets.critical[0])
+    for gone in ([critical], [critical, 0, 1], np.setdiff1d([2, 3, 4], seen.subsets.critical)):
+        expected = forward(model, bag, np.setdiff1d(everything, gone))
+        np.testing.assert_allclose(seen.subsets.remove(gone), expected, rtol=1e-9, atol=1e-11)
+    full = forward(model, bag, everything)
+    changes = [forward(model, bag, np.delete(everything, i)) - full for i in everything]
+    np.testing.assert_allclose(seen.subsets.leave_one_out(), changes, rtol=1e-7, atol=1e-11)
+
+
+@pytest.mark.parametrize("direction", ["min", "max", "least"])
+def test_dsmil_search_is_that_of_re_evaluation(bag, direction):
+    model = build("dsmil", {"hidden": 6}, 2)
+    pack = PackedBags.pack([torch.from_numpy(np.asarray(bag.features)).double()])
+    first = look(model, bag).subsets.greedy(Target(1), direction, 10)
+    second = ForwardBag(model, pack).greedy(Target(1), direction, 10)
+    assert first.order.tolist() == second.order.tolist()
+    np.testing.assert_allclose(first.logits, second.logits, atol=1e-10)
+
+
+def test_dsmil_with_one_logit_speaks_of_two_classes(bag):
+    model = build("dsmil", {"hidden": 6}, 1)
+    answers = look(model, bag, single_logit_is_second_class=True).subsets
+    critical = int(answers.critical[0])
+    expected = forward(model, bag, np.delete(np.arange(N), critical))[0]
+    np.testing.assert_allclose(answers.remove([critical]), [0.0, expected])
+    assert answers.greedy(Target(1), "min", N - 1).order.shape == (N - 1,)
