@@ -5,10 +5,13 @@ Sums are held in float32 at least. Bags never see each other. What an empty bag 
 All functions but the masks are differentiable any number of times, and deterministic.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype, check_floating, check_no_nan, check_offsets, host_lengths
+from eosin.kernels._dispatch import choose
 
 NEVER = float("-inf")  # score of an instance that takes no part
 
@@ -37,6 +40,9 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the sum of each bag's instances: (N, D) -> (B, D) in float32 at least; 0 for an empty bag."""
     _check_packed("values", values, cu_seqlens)
     dtype = accumulation_dtype(values.dtype)
+    if choose(values) == "triton":
+        pooled: Tensor = _pool_ops().segment_pool(values.new_ones(len(values), 1), values, cu_seqlens, "triton")
+        return pooled[:, 0]
     sums = [bag.sum(0, dtype=dtype) for bag in _bags(values, cu_seqlens)]
     return _stack(sums, values, dtype)
 
@@ -62,6 +68,8 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 def segment_logsumexp(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return log Σ exp(score) over each bag: (N, H) -> (B, H); -inf for an empty or fully masked bag."""
     _check_scores(scores, cu_seqlens)
+    if choose(scores) == "triton":
+        return _attention_statistics(scores, cu_seqlens)[0]
     return _stack([log_sum_exp(bag) for bag in _bags(_accumulated(scores), cu_seqlens)], _accumulated(scores))
 
 
@@ -83,6 +91,10 @@ def segment_softmax(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
         Wrong type, shape or device, inconsistent offsets, NaN in a score on the CPU.
     """
     _check_scores(scores, cu_seqlens)
+    if choose(scores) == "triton":
+        lse, _ = _attention_statistics(scores, cu_seqlens)
+        base = torch.where(lse == NEVER, 0, lse)[bag_index(cu_seqlens, len(scores))]
+        return (_accumulated(scores) - base).exp()
     return _concatenate([softmax(bag) for bag in _bags(_accumulated(scores), cu_seqlens)], _accumulated(scores))
 
 
@@ -92,6 +104,8 @@ def segment_attention_entropy(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
     Masked instances contribute exactly 0; an empty or fully masked bag has entropy 0.
     """
     _check_scores(scores, cu_seqlens)
+    if choose(scores) == "triton":
+        return _attention_statistics(scores, cu_seqlens)[1]
     return _stack([entropy(bag) for bag in _bags(_accumulated(scores), cu_seqlens)], _accumulated(scores))
 
 
@@ -117,6 +131,11 @@ def segment_topk_mask(scores: Tensor, cu_seqlens: Tensor, k: int | Tensor, *, la
         True where chosen.
     """
     _check_scores(scores, cu_seqlens)
+    if choose(scores) == "triton":
+        from eosin.kernels.segment_pool import triton_impl
+
+        per_bag = _counts_on_device(k, cu_seqlens)
+        return triton_impl.topk_mask(scores.detach(), per_bag, cu_seqlens, largest=largest)
     counts = _counts(k, cu_seqlens)
     ordered = scores.detach() if largest else -scores.detach()
     masks = [topk_mask(bag, count) for bag, count in zip(_bags(ordered, cu_seqlens), counts, strict=True)]
@@ -186,11 +205,36 @@ def _accumulated(scores: Tensor) -> Tensor:
     return scores.to(accumulation_dtype(scores.dtype))
 
 
+def _attention_statistics(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-sum-exp and entropy (B, H) from the pooling kernel, with no values to pool."""
+    no_values = scores.new_empty(len(scores), 0)
+    _, lse, spread = _pool_ops().attention_pool(scores, no_values, cu_seqlens, "triton")
+    return lse, spread
+
+
+def _pool_ops() -> ModuleType:
+    from eosin.kernels.segment_pool import ops  # which builds on this module
+
+    return ops
+
+
+def _counts_on_device(k: int | Tensor, cu_seqlens: Tensor) -> Tensor:
+    n_bags = cu_seqlens.numel() - 1
+    if isinstance(k, Tensor) and k.is_cuda:  # its values are not looked at: that would stall the device
+        _check_counts_shape(k, n_bags)
+        return k.clamp(min=0).to(torch.int32)
+    return torch.tensor(_counts(k, cu_seqlens), dtype=torch.int32).to(cu_seqlens.device)
+
+
+def _check_counts_shape(k: Tensor, n_bags: int) -> None:
+    if k.is_floating_point() or k.dtype == torch.bool or tuple(k.shape) != (n_bags,):
+        raise ValueError(f"k: expected an int or integers of shape ({n_bags},), given {k.dtype} {tuple(k.shape)}")
+
+
 def _counts(k: int | Tensor, cu_seqlens: Tensor) -> list[int]:
     n_bags = cu_seqlens.numel() - 1
     if isinstance(k, Tensor):
-        if k.is_floating_point() or k.dtype == torch.bool or tuple(k.shape) != (n_bags,):
-            raise ValueError(f"k: expected an int or integers of shape ({n_bags},), given {k.dtype} {tuple(k.shape)}")
+        _check_counts_shape(k, n_bags)
         counts = [int(count) for count in k.tolist()]
     else:
         counts = [k] * n_bags

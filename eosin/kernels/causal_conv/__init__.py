@@ -61,7 +61,8 @@ def causal_conv(
         if source.dtype != torch.int64:
             raise TypeError(f"order.source: expected torch.int64, given {source.dtype}")
         check_offsets(offsets, source.shape[0], x)
-    if choose(x) == "reference":
+    backend = choose(x)
+    if backend == "reference":
         return reference.causal_conv(x, weight, bias, source, offsets, activation=activation)
-    out: Tensor = ops.causal_conv(x, weight, bias, source, offsets, activation)
+    out: Tensor = ops.causal_conv(x, weight, bias, source, offsets, activation, backend)
     return out

@@ -15,6 +15,7 @@ from eosin.kernels._dispatch import interpreting
 
 NEVER = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
+TOPK_ROWS = 1024
 
 
 def launch_sizes(n_rows: int, heads: int, width: int) -> dict[str, int]:
@@ -123,21 +124,16 @@ def _gradients(
     return d_scores, d_values
 
 
-def softmax(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return attention weights (N, H), log-sum-exp (B, H) and entropy (B, H) of each bag in float32."""
-    scores = scores.contiguous()
-    no_values = scores.new_empty(scores.shape[0], 0)
-    n_rows, heads = scores.shape
-    sizes = launch_sizes(n_rows, heads, 1)
-    table = chunk_table(cu_seqlens, sizes["rows"])
-    _, lse, entropy = _pool(scores, no_values, cu_seqlens, softmax=True)
-    weights = torch.empty_like(scores, dtype=torch.float32)
-    if table.n_chunks:
-        normalise[(table.n_chunks, triton.cdiv(heads, sizes["HEAD_BLOCK"]))](
-            scores, lse, table.bag, table.start, table.end, weights, heads,
-            ROW_BLOCK=sizes["ROW_BLOCK"], HEAD_BLOCK=sizes["HEAD_BLOCK"], num_warps=sizes["num_warps"],
-        )  # fmt: skip
-    return weights, lse, entropy
+def topk_mask(scores: Tensor, counts: Tensor, cu_seqlens: Tensor, *, largest: bool) -> Tensor:
+    """Return which instances are among the ``counts`` (B,) highest or lowest of their bag and head: (N, H) bool."""
+    scores = scores.to(torch.float32).contiguous()
+    chosen = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    grid = (cu_seqlens.shape[0] - 1, scores.shape[1])
+    if all(grid):
+        radix_select[grid](
+            scores, cu_seqlens, counts, chosen, scores.shape[1], LARGEST=largest, ROW_BLOCK=TOPK_ROWS, num_warps=8
+        )
+    return chosen
 
 
 def _floats(like: Tensor, *size: int) -> Tensor:
@@ -332,15 +328,42 @@ def value_gradient(
 
 
 @triton.jit
-def normalise(scores, lse, bags, starts, ends, weights, heads, ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr):
-    """Write the attention weights of one chunk for one block of heads."""
-    chunk = tl.program_id(0)
-    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
-    base = tl.load(lse + tl.load(bags + chunk).to(tl.int64) * heads + head, mask=head < heads, other=0.0)
-    base = tl.where(base == NEVER, 0.0, base)
-    for first in range(tl.load(starts + chunk), tl.load(ends + chunk), ROW_BLOCK):
+def sortable(scores, rows, end, heads, head, LARGEST: tl.constexpr):
+    """Return scores as unsigned integers in the same (or the opposite) order, NaN as the last choice."""
+    s = tl.load(scores + rows.to(tl.int64) * heads + head, mask=rows < end, other=0.0)
+    s = tl.where(s == 0, 0.0, s if LARGEST else -s)  # -0 equals 0
+    bits = s.to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+    return tl.where(s == s, keys, keys * 0)
+
+
+@triton.jit
+def radix_select(scores, offsets, counts, chosen, heads, LARGEST: tl.constexpr, ROW_BLOCK: tl.constexpr):
+    """Mark the chosen rows of one bag and head: find the last chosen score 8 bits at a time, then share out ties."""
+    bag, head = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    wanted = tl.minimum(tl.load(counts + bag), end - begin)
+    left = wanted
+    bins = tl.arange(0, 256)
+    prefix = tl.zeros([1], tl.uint32)
+    for digit in tl.static_range(4):
+        shift: tl.constexpr = 24 - 8 * digit
+        histogram = tl.zeros([256], tl.int32)
+        for first in range(begin, end, ROW_BLOCK):
+            rows = first + tl.arange(0, ROW_BLOCK)
+            keys = sortable(scores, rows, end, heads, head, LARGEST)
+            same = (rows < end) & (((keys ^ prefix) >> shift) < 256)
+            histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=same)
+        at_least = tl.cumsum(histogram, 0, reverse=True)
+        here = (at_least >= left) & (at_least - histogram < left)
+        prefix |= tl.sum(tl.where(here, bins, 0), 0).to(tl.uint32) << shift
+        left -= tl.sum(tl.where(here, at_least - histogram, 0), 0)
+    seen = left * 0
+    for first in range(begin, end, ROW_BLOCK):
         rows = first + tl.arange(0, ROW_BLOCK)
-        inside = (rows[:, None] < tl.load(ends + chunk)) & (head[None, :] < heads)
-        target = rows[:, None].to(tl.int64) * heads + head[None, :]
-        s = tl.load(scores + target, mask=inside, other=NEVER).to(tl.float32)
-        tl.store(weights + target, tl.exp2((s - base[None, :]) * LOG2_E), mask=inside)
+        keys = sortable(scores, rows, end, heads, head, LARGEST)
+        tied = ((keys == prefix) & (rows < end)).to(tl.int32)
+        place = tl.cumsum(tied, 0) + seen
+        mark = ((keys > prefix) | ((tied > 0) & (place <= left))) & (rows * 0 + wanted > 0)
+        tl.store(chosen + rows.to(tl.int64) * heads + head, mark, mask=rows < end)
+        seen += tl.sum(tied, 0)

@@ -66,8 +66,9 @@ def selective_scan(
             check_floating(name, vector, (width,), u)
     check_offsets(cu_seqlens, n_rows, u)
     tensors = (u, delta, a, b, c, d, z, delta_bias, cu_seqlens)
-    if choose(u) == "reference":
+    backend = choose(u)
+    if backend == "reference":
         return reference.selective_scan(*tensors)
     out: Tensor
-    out, _ = ops.selective_scan(*tensors)
+    out, _ = ops.selective_scan(*tensors, backend)
     return out

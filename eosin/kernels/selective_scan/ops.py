@@ -12,17 +12,28 @@ from eosin.kernels.selective_scan.torch_impl import LOG2_E, Inputs
 
 N_TENSORS = 8  # u, delta, a, b, c, d, z, delta_bias
 _INPUTS = (
-    "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? delta_bias, Tensor cu_seqlens"
+    "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? delta_bias, "
+    "Tensor cu_seqlens, str backend"
 )
 
 
 def _forward(*tensors: Any) -> tuple[Tensor, Tensor]:
-    return torch_impl.forward(_inputs(tensors[:N_TENSORS]), tensors[N_TENSORS])
+    inputs, (cu_seqlens, backend) = _inputs(tensors[:N_TENSORS]), tensors[N_TENSORS:]
+    if backend == "triton":
+        from eosin.kernels.selective_scan import triton_impl
+
+        return triton_impl.forward(inputs, cu_seqlens)
+    return torch_impl.forward(inputs, cu_seqlens)
 
 
 def _backward(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
-    given, cu_seqlens = tensors[:N_TENSORS], tensors[N_TENSORS]
-    found = torch_impl.backward(grad, _inputs(given), cu_seqlens, states)
+    given, (cu_seqlens, backend) = tensors[:N_TENSORS], tensors[N_TENSORS:]
+    if backend == "triton":
+        from eosin.kernels.selective_scan import triton_impl
+
+        found = triton_impl.backward(grad, _inputs(given), cu_seqlens, states)
+    else:
+        found = torch_impl.backward(grad, _inputs(given), cu_seqlens, states)
     gradients = (found.u, found.delta, found.a.T, found.b, found.c, found.d, found.z, found.delta_bias)
     return [
         grad.new_empty(0) if tensor is None else gradient.to(tensor.dtype).contiguous()
@@ -50,20 +61,21 @@ def _fake_backward(grad: Tensor, states: Tensor, *tensors: Any) -> list[Tensor]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:-1], output[1])
+    ctx.backend = inputs[-1]
 
 
 def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, states = ctx.saved_tensors
     if grad is None:
-        return (None,) * len(tensors)
+        return (None,) * (N_TENSORS + 2)
     needs = ctx.needs_input_grad[:N_TENSORS]
     if torch.is_grad_enabled():  # a second derivative is asked for
         wanted = [tensor for tensor, need in zip(tensors[:N_TENSORS], needs, strict=True) if need]
         found = iter(torch.autograd.grad(reference.selective_scan(*tensors), wanted, grad, create_graph=True))
-        return *(next(found) if need else None for need in needs), None
-    gradients = selective_scan_backward(grad, states, *tensors)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
+        return *(next(found) if need else None for need in needs), None, None
+    gradients = selective_scan_backward(grad, states, *tensors, ctx.backend)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
 
 
 selective_scan = Operator(
