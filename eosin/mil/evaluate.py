@@ -135,11 +135,12 @@ def bootstrap(
         The interval is None when less than half of the draws define the metric.
     """
     values = task.metrics(outputs, targets)
-    draws = [task.metrics(outputs[rows], targets[rows]) for rows in _patient_draws(patients, resamples, seed)]
+    draws = [task.metrics(outputs[rows], targets[rows]) for rows in patient_draws(patients, resamples, seed)]
     return {name: _estimate(value, [draw.get(name) for draw in draws], level) for name, value in values.items()}
 
 
-def _patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:
+def patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:
+    """Yield the rows of each bootstrap draw: as many patients as there are, with replacement, each with all rows."""
     names, number = np.unique(np.asarray(patients), return_inverse=True)
     order = np.argsort(number, kind="stable")
     starts = np.append(np.searchsorted(number[order], np.arange(len(names))), len(order))

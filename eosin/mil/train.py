@@ -443,13 +443,15 @@ def make_optimizer(options: Training, parameters: Sequence[nn.Parameter]) -> tor
     """Return the optimizer of a recipe."""
     settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=options.betas[0], **settings)
+        return torch.optim.SGD(parameters, momentum=options.betas[0], fused=True, **settings)
     kinds: dict[str, type[torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "radam": torch.optim.RAdam,
     }
     settings["betas"] = options.betas
+    if options.optimizer != "radam":
+        settings["fused"] = True
     return kinds[options.optimizer](parameters, **settings)
 
 

@@ -1,0 +1,137 @@
+"""Two models on the same slides: is the difference more than chance?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from eosin.errors import LabelError
+from eosin.mil.evaluate import LEVEL, RESAMPLES, patient_draws
+from eosin.mil.metrics import Floats
+from eosin.mil.task import Task
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of two models and what separates them; None where it is undefined.
+
+    Attributes
+    ----------
+    first, second, difference : float or None
+        The metric of each, and first minus second.
+    lower, upper : float or None
+        Confidence interval of the difference.
+    p_value : float or None
+        Two-sided, for no difference.
+    """
+
+    first: float | None
+    second: float | None
+    difference: float | None
+    lower: float | None
+    upper: float | None
+    p_value: float | None
+
+
+def delong(first: Floats, second: Floats, positive: NDArray[np.bool_], *, level: float = LEVEL) -> Difference:
+    """Compare two areas under the ROC curve of the same cases.
+
+    DeLong, DeLong, Clarke-Pearson, Biometrics 1988, in the rank form of Sun and Xu, IEEE Signal Processing Letters
+    2014. Cases are taken as independent: use `paired_bootstrap` for several slides per patient.
+
+    Parameters
+    ----------
+    first, second : (n,) float
+        Scores of the two models, higher is more positive.
+    positive : (n,) bool
+    level : float
+        Coverage of the interval.
+    """
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return Difference(None, None, None, None, None, None)
+    areas, v_positive, v_negative = zip(*(_placements(scores, positive) for scores in (first, second)), strict=True)
+    difference = areas[0] - areas[1]
+    variance = _variance(v_positive[0] - v_positive[1]) + _variance(v_negative[0] - v_negative[1])
+    deviation = float(np.sqrt(variance))
+    half = float(stats.norm.ppf((1 + level) / 2)) * deviation
+    p_value = float(2 * stats.norm.sf(abs(difference) / deviation)) if deviation else float(difference == 0)
+    return Difference(areas[0], areas[1], difference, difference - half, difference + half, p_value)
+
+
+def _placements(scores: Floats, positive: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
+    """Return the area, and how each positive and each negative case stands among the others."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    ranks = stats.rankdata(scores)
+    among_negatives = (ranks[positive] - stats.rankdata(scores[positive])) / n_negative
+    among_positives = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / n_positive
+    return float(among_negatives.mean()), among_negatives, among_positives
+
+
+def _variance(placements: Floats) -> float:
+    return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.0
+
+
+def paired_bootstrap(
+    task: Task,
+    first: Floats,
+    second: Floats,
+    targets: NDArray[Any],
+    patients: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Compare every metric of two models by drawing the same patients for both.
+
+    Parameters
+    ----------
+    task : Task
+    first, second : (n, outputs) float
+        Activated outputs of the two models for the same rows.
+    targets : (n, ...) array
+    patients : sequence of str
+        Patient of each row; a patient is drawn with all rows.
+    resamples, level, seed
+        Number of draws, coverage, seed.
+
+    Returns
+    -------
+    dict of str to Difference
+        The p-value is twice the smaller share of draws on one side of zero, at least ``1 / (resamples + 1)``.
+
+    Raises
+    ------
+    LabelError
+        If the two are not about the same rows.
+    """
+    if not len(first) == len(second) == len(targets) == len(patients):
+        raise LabelError(
+            f"{len(first)} and {len(second)} predictions for {len(targets)} slides; compare the same slides"
+        )
+    values = task.metrics(first, targets), task.metrics(second, targets)
+    draws: dict[str, list[float]] = {name: [] for name in values[0]}
+    for rows in patient_draws(patients, resamples, seed):
+        one, two = task.metrics(first[rows], targets[rows]), task.metrics(second[rows], targets[rows])
+        for name, drawn in draws.items():
+            a, b = one[name], two[name]
+            if a is not None and b is not None:
+                drawn.append(a - b)
+    return {name: _difference(values[0][name], values[1][name], draws[name], resamples, level) for name in draws}
+
+
+def _difference(
+    first: float | None, second: float | None, draws: list[float], resamples: int, level: float
+) -> Difference:
+    if first is None or second is None or 2 * len(draws) < resamples:
+        return Difference(first, second, None, None, None, None)
+    drawn = np.asarray(draws)
+    tail = (1 - level) / 2
+    lower, upper = np.quantile(drawn, [tail, 1 - tail])
+    side = min((drawn <= 0).mean(), (drawn >= 0).mean())
+    p_value = min(max(2 * float(side), 1 / (resamples + 1)), 1.0)
+    return Difference(first, second, first - second, float(lower), float(upper), p_value)
