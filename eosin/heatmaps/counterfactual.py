@@ -8,7 +8,7 @@ prediction whatever they show.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Look, Subsets
 
 Kind = Literal["remove", "keep only", "add"]
 Indices = NDArray[np.int64]
+SubsetsT = TypeVar("SubsetsT", bound=Subsets)
 N_CONTROLS = 50
 AGREEMENT_TILES = 64
 
@@ -119,7 +120,21 @@ def transplant(
     receiver: PooledBag, donor: PooledBag, target: Target, index: Indices, *, what: str, controls: int = N_CONTROLS,
     seed: int = 0,
 ) -> Effect:  # fmt: skip
-    """Add some tiles of a donor slide to a receiver, both seen by the same model; controls are other donor tiles."""
+    """Add some tiles of a donor slide to a receiver, both seen by the same model: sufficiency.
+
+    Parameters
+    ----------
+    receiver, donor : Subsets
+        Of the same type.
+    target : Target
+    index : (k,) int64
+        Tiles of the donor.
+    what : str
+        These tiles in words.
+    controls : int
+        Random sets of as many tiles of the donor.
+    seed : int
+    """
     before = _value(target, receiver.logits())
     after = _value(target, receiver.add(donor.select(index)))
     rng = np.random.default_rng(seed)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,12 @@ class Subsets(Protocol):
 
     def remove(self, index: ArrayLike) -> Floats:
         """Return the prediction without these instances, (K,)."""
+
+    def select(self, index: NDArray[np.int64]) -> Self:
+        """Return the bag of these instances."""
+
+    def add(self, donor: Self) -> Floats:
+        """Return the prediction with all instances of a donor, seen by the same model, added, (K,)."""
 
     def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
         """Remove one instance per round, the one that changes the target most in a direction, or least."""
@@ -242,10 +248,16 @@ class ForwardBag:
         return Search(np.array(order, dtype=np.int64), np.array(logits), evaluations)
 
     def select(self, index: NDArray[np.int64]) -> "ForwardBag":
-        """Return the bag of the instances at `index`."""
+        """Return the bag of the instances at `index`, in ascending order."""
         keep = torch.zeros(self.n_instances, dtype=torch.bool, device=self.pack.values.device)
         keep[torch.from_numpy(index).to(keep.device)] = True
         return replace(self, pack=self.pack.select(keep))
+
+    def add(self, donor: "ForwardBag") -> Floats:
+        """Return the prediction with all instances of a donor added, (K,); it has no places, they are of two slides."""
+        values = torch.cat([self.pack.values, donor.pack.values])
+        with torch.no_grad():
+            return np.asarray(_array(self._wide(self.model(PackedBags.pack([values])).logits))[0])
 
     def _rest(self, index: ArrayLike) -> NDArray[np.int64]:
         return np.setdiff1d(np.arange(self.n_instances), np.asarray(index, dtype=np.int64))
@@ -304,6 +316,19 @@ class CriticalBag:
         """Return the prediction without these instances, (K,)."""
         return self.keep_only(np.setdiff1d(np.arange(self.n_instances), np.asarray(index, dtype=np.int64)))
 
+    def select(self, index: NDArray[np.int64]) -> "CriticalBag":
+        """Return the bag of the instances at `index`, in ascending order."""
+        again = self.again.select(index)
+        kept = np.unique(index)
+        if np.isin(self.critical, kept).all():
+            return CriticalBag(self.pooled.select(kept), again, np.searchsorted(kept, self.critical))
+        seen = look(again.model, again.pack, single_logit_is_second_class=again.with_zero_logit)
+        return cast(CriticalBag, seen.subsets)
+
+    def add(self, donor: "CriticalBag") -> Floats:
+        """Return the prediction with all instances of a donor added, (K,)."""
+        return self.again.add(donor.again)
+
     def leave_one_out(self) -> Floats:
         """Return the change of the logits when each single instance is removed, (n, K)."""
         changes = self.pooled.leave_one_out()
@@ -323,16 +348,8 @@ class CriticalBag:
             logits.append(predictions[best])
             evaluations += len(here)
             here = np.delete(here, best)
-            bag = bag._without(best)
+            bag = bag.select(np.delete(np.arange(bag.n_instances), best))
         return Search(np.array(order, dtype=np.int64), np.array(logits), evaluations)
-
-    def _without(self, instance: int) -> "CriticalBag":
-        rest = np.delete(np.arange(self.n_instances), instance)
-        again = self.again.select(rest)
-        if instance in self.critical:
-            seen = look(self.again.model, again.pack, single_logit_is_second_class=self.again.with_zero_logit)
-            return cast(CriticalBag, seen.subsets)
-        return CriticalBag(self.pooled.select(rest), again, self.critical - (self.critical > instance))
 
 
 def _shortlist(guess: Floats, direction: Direction, alive: NDArray[np.bool_], size: int) -> NDArray[np.int64]:

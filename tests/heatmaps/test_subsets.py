@@ -171,3 +171,22 @@ def test_dsmil_with_one_logit_speaks_of_two_classes(bag):
     expected = forward(model, bag, np.delete(np.arange(N), critical))[0]
     np.testing.assert_allclose(answers.remove([critical]), [0.0, expected])
     assert answers.greedy(Target(1), "min", N - 1).order.shape == (N - 1,)
+
+
+@pytest.mark.parametrize("name", ["abmil", "dsmil", "pooling"])
+def test_instances_of_another_slide_are_added(bag, name):
+    model = build(name, {"abmil": CLOSED["abmil"], "dsmil": {"hidden": 6}, "pooling": OTHERS["pooling"]}[name])
+    donor = feature_bag(np.random.default_rng(7).normal(size=(9, DIM)).astype(np.float32), None)
+    both = feature_bag(np.concatenate([bag.features, np.asarray(donor.features)[[2, 5]]]), None)
+    answer = look(model, bag).subsets.add(look(model, donor).subsets.select(np.array([2, 5])))
+    np.testing.assert_allclose(answer, forward(model, both, np.arange(N + 2)), rtol=1e-9, atol=1e-11)
+
+
+def test_selected_dsmil_bag_knows_its_critical_instances(bag):
+    model = build("dsmil", {"hidden": 6})
+    whole = look(model, bag).subsets
+    for index in (np.setdiff1d(np.arange(N), whole.critical), np.union1d(whole.critical, [0, 1])):
+        part = whole.select(index)
+        expected = look(model, feature_bag(np.asarray(bag.features)[index], None)).subsets
+        assert part.critical.tolist() == expected.critical.tolist()
+        np.testing.assert_allclose(part.leave_one_out(), expected.leave_one_out(), atol=1e-11)
