@@ -11,8 +11,10 @@ mean on real slides (docs/slides.md, measured by a test); they are exact in posi
 
 import io
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -22,15 +24,15 @@ import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from eosin.errors import CorruptSlideError, EosinError, SlideOpenError
 from eosin.wsi.cache import SegmentCache
 from eosin.wsi.openslide_impl import OpenSlideReader
-from eosin.wsi.pixels import WHITE, is_native, read_scaled
+from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
 
-CACHE_BYTES = 128 * 2**20
+CACHE_BYTES = (16 * 2**20, 192 * 2**20)
 MAX_SEGMENT_PX = 64 * 2**20
 DIRECT_VENDORS = ("aperio", "generic-tiff", "philips")
 SHRINKS = (2, 4, 8)
@@ -137,7 +139,8 @@ class TiffReader:
         self._resolution = resolution
         self._background = background
         self._facts = facts
-        self._cache = SegmentCache(CACHE_BYTES)
+        self._cache = SegmentCache(_cache_bytes(levels[0]))
+        self._plan = lru_cache(maxsize=8)(self._plan_reading)
 
     @property
     def mpp(self) -> float:
@@ -152,12 +155,17 @@ class TiffReader:
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
         downsample = mpp / self.mpp
-        levels = [level for level in self._levels if _serves(level, downsample, max(size_px))]
+        read_level, downsamples = self._plan(downsample, max(size_px))
+        return read_scaled(read_level, downsamples, origin_px0, size_px, downsample)
+
+    def _plan_reading(self, downsample: float, longest_px: int) -> tuple[ReadLevel, list[float]]:
+        """Choose the levels that may serve a request; the same for every tile of a grid."""
+        levels = [level for level in self._levels if _serves(level, downsample, longest_px)]
 
         def read_level(number: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
             return self._read_level(levels[number], corner, size)
 
-        return read_scaled(read_level, [level.downsample for level in levels], origin_px0, size_px, downsample)
+        return read_level, [level.downsample for level in levels]
 
     def _read_level(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return pixels of one level, in that level's pixels; background outside."""
@@ -220,6 +228,12 @@ class TiffReader:
         self.close()
 
 
+def _cache_bytes(level: Level) -> int:
+    """Return room for three rows of segments, within bounds: tiles come row by row and share segments with the next."""
+    row = 3 * level.across * level.segment_px[0] * level.segment_px[1]
+    return int(np.clip(3 * row, *CACHE_BYTES))
+
+
 def _serves(level: Level, downsample: float, longest_px: int) -> bool:
     """Scaled decodings are used as they are, or averaged further when they are at least twice as fine as wanted."""
     ratio = downsample / level.downsample
@@ -255,10 +269,8 @@ def decode_segment(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
         if END_OF_IMAGE not in data[-64:]:
             raise _DecodeError("the JPEG is cut off")
         return _decode_jpeg(level, data) if level.shrink == 1 else _decode_shrunk(level, index, data)
-    except (ValueError, RuntimeError, KeyError, TypeError, SyntaxError, UnidentifiedImageError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, IndexError, SyntaxError, struct.error) as error:
         raise _DecodeError(str(error) or type(error).__name__) from error
-    except Image.DecompressionBombError as error:
-        raise _DecodeError(str(error)) from error
 
 
 def _decode_jpeg(level: Level, data: bytes) -> NDArray[np.uint8]:
@@ -279,11 +291,11 @@ def _decode_shrunk(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
     width, height = level.segment_px
     marker = YCBCR_MARKER if _is_ycbcr(level, data) else RGB_MARKER
     tables = (level.page.jpegtables or b"")[2:-2]  # without start and end of image
-    with Image.open(io.BytesIO(data[:2] + marker + tables + data[2:]), formats=("JPEG",)) as image:
+    with JpegImageFile(io.BytesIO(data[:2] + marker + tables + data[2:])) as image:
         if image.size != (width * level.shrink, height * level.shrink):
             raise _DecodeError(f"it is {image.width} x {image.height} px")
         image.draft("RGB", (width, height))
-        pixels = np.asarray(image)
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, 3)
     return _without_padding(level, index, pixels)
 
 

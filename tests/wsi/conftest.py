@@ -70,13 +70,13 @@ def giant_slide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def write(name: str, side_px: int, *, mpp: float, n_levels: int) -> Path:
         path = folder / name
         if not path.exists():
-            path.write_bytes(_sparse_bigtiff(side_px, mpp, n_levels))
+            path.write_bytes(sparse_bigtiff(side_px, mpp, n_levels))
         return path
 
     return write
 
 
-def _sparse_bigtiff(side_px: int, mpp: float, n_levels: int) -> bytes:
+def sparse_bigtiff(side_px: int, mpp: float, n_levels: int) -> bytes:
     body = bytearray(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
     glass, tissue = (_append(body, _jpeg(picture)) for picture in _tile_pictures())
     previous = 8
