@@ -1,0 +1,372 @@
+"""`eosin import`, `split`, `train`, `crossval`, `predict`, `heatmap` on small input, and every bad input."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features.store import find_bags, read_bag, write_bag
+from eosin.mil.checkpoint import load_card
+from eosin.mil.splits import read_splits
+from eosin.wsi.synthetic import make_slide
+
+from .conftest import Run
+
+QUICK = ("--set", "recipe.training.epochs=2", "--set", "recipe.aggregator.options.embed_dims=[16]")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(path: Path, lines: list[str], *, header: str = "patient_id,slide_id,label") -> Path:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def labels(cohort: Path) -> Path:
+    return cohort / "labels.csv"
+
+
+@pytest.fixture(scope="session")
+def splits(labels: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("splits")
+    result = run("split", "--labels", labels, "--folds", 3, "--out", out)
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(features: Path, labels: Path, splits: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "run"
+    arguments = ("--features", features, "--labels", labels, "--splits", splits, "--fold", 0, "--out", out)
+    result = run("train", *arguments, "--recipe", "abmil", *QUICK)
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    return out
+
+
+def test_splits_keep_patients_together_and_test_every_slide_once(splits: Path, labels: Path) -> None:
+    patient = {row["slide_id"]: row["patient_id"] for row in rows(labels)}
+    parts = read_splits(splits)
+    assert len(parts) == 3
+    for split in parts:
+        sides = [{patient[slide] for slide in part} for part in (split.train, split.val, split.test)]
+        assert all(sides)
+        assert sum(map(len, sides)) == len(set.union(*sides)) == 6
+    assert sorted(slide for split in parts for slide in split.test) == sorted(patient)
+
+
+def test_a_model_folder_is_complete_and_told_by_info(model: Path, run: Run) -> None:
+    assert {"model.safetensors", "model.json"} <= {path.name for path in model.iterdir()}
+    assert load_card(model).features.encoder == "he_texture"
+    result = run("info", model)
+    assert result.exit_code == 0
+    assert {"kind: model", "schema_version: 1"} <= set(result.stdout.splitlines())
+
+
+def test_options_of_the_recipe_reach_the_model(model: Path) -> None:
+    recipe = load_card(model).recipe
+    assert recipe.training.epochs == 2
+    assert list(recipe.aggregator.options["embed_dims"]) == [16]
+
+
+def test_a_recipe_can_come_from_a_file_and_changes_from_a_configuration(
+    features: Path, labels: Path, model: Path, run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("aggregator: {name: abmil, options: {embed_dims: [16]}}\ntraining: {epochs: 2}\n")
+    config = tmp_path / "config.yaml"
+    config.write_text("recipe: {aggregator: {options: {embed_dims: [16]}}, training: {epochs: 2}}\ntiling: {mpp: 1}\n")
+    for name, arguments in {"file": ["--recipe", file], "config": ["--config", config]}.items():
+        result = run("train", "--features", features, "--labels", labels, "--out", tmp_path / name, *arguments)
+        assert result.exit_code == 0
+        recipe = load_card(tmp_path / name).recipe
+        assert (recipe.training.epochs, list(recipe.aggregator.options["embed_dims"])) == (2, [16])
+    assert load_card(tmp_path / "config").recipe == load_card(model).recipe
+
+
+def test_crossval_writes_models_predictions_metrics_and_a_report(
+    features: Path, labels: Path, splits: Path, run: Run, tmp_path: Path
+) -> None:
+    arguments = ("--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path)
+    result = run("crossval", *arguments, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        str(tmp_path / name) for name in ("metrics.json", "predictions.csv", "report.html")
+    ]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"mean", "standard_error", "interval", "n_folds"} <= set(metrics["metrics"]["accuracy"])
+    assert metrics["n_folds"] == 3
+    assert sorted(row["slide_id"] for row in rows(tmp_path / "predictions.csv")) == [f"S{i:03d}" for i in range(12)]
+    page = (tmp_path / "report.html").read_text()
+    assert "Area under the ROC curve" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for fold in range(3):
+        assert load_card(tmp_path / f"fold_{fold}").features.encoder == "he_texture"
+
+
+def test_predict_gives_a_row_per_slide(model: Path, features: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "p.csv"
+    result = run("predict", "--model", model, "--model", model, "--features", features, "--out", out)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{out}\n", "12 slides: 12 ok\n")
+    table = rows(out)
+    assert [row["slide_id"] for row in table] == [f"S{i:03d}" for i in range(12)]
+    for row in table:
+        assert row["status"] == "ok"
+        assert math.isclose(float(row["prob_normal"]) + float(row["prob_tumour"]), 1, abs_tol=1e-6)
+        assert row["predicted"] in ("normal", "tumour")
+
+
+def test_predict_from_slides_equals_predict_from_their_features(
+    model: Path, cohort: Path, features: Path, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "slides").mkdir()
+    for name in ("S000.tiff", "S001.tiff"):
+        (tmp_path / "slides" / name).symlink_to(cohort / "slides" / name)
+    (tmp_path / "slides/bad.svs").write_bytes(b"no slide" * 100)
+    arguments = ("--slides", tmp_path / "slides", "--job", tmp_path / "job", "--out", tmp_path / "a.csv")
+    result = run("predict", "--model", model, *arguments)
+    assert result.exit_code == 1
+    assert "failed: bad: " in result.stderr
+    assert "no reader knows this format" in result.stderr
+    assert run("predict", "--model", model, "--features", features, "--out", tmp_path / "b.csv").exit_code == 0
+    made, kept = ({row["slide_id"]: row for row in rows(tmp_path / name)} for name in ("a.csv", "b.csv"))
+    assert {name: row["status"] for name, row in made.items()} == {"S000": "ok", "S001": "ok", "bad": "failed"}
+    for name in ("S000", "S001"):
+        assert float(made[name]["prob_tumour"]) == pytest.approx(float(kept[name]["prob_tumour"]), abs=1e-5)
+
+
+def test_heatmap_writes_what_it_prints(model: Path, cohort: Path, features: Path, run: Run, tmp_path: Path) -> None:
+    slide = cohort / "slides/S003.tiff"
+    result = run("heatmap", "--model", model, "--slide", slide, "--features", features, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    png, geojson = map(Path, result.stdout.splitlines())
+    with Image.open(png) as picture:
+        assert min(picture.size) > 50
+    objects = json.loads(geojson.read_text())["features"]
+    assert len(objects) == len(read_bag(features / "S003.h5").features)
+    assert all("measurements" in item["properties"] for item in objects)
+
+
+def test_heatmap_makes_the_features_that_it_lacks(model: Path, cohort: Path, run: Run, tmp_path: Path) -> None:
+    slide = cohort / "slides/S003.tiff"
+    result = run("heatmap", "--model", model, "--slide", slide, "--out", tmp_path, "--format", "csv")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path}/S003_attention.csv\n"
+    assert len(find_bags(tmp_path / "job/0.5mpp_128px_0px_overlap/features_he_texture")) == 1
+
+
+def npz(path: Path, *, bags: int = 24) -> Path:
+    rng = np.random.default_rng(0)
+    index = np.repeat(np.arange(bags), 5)
+    label = (np.arange(bags) % 2).astype(np.int8)
+    instances = rng.normal(size=(len(index), 8)).astype(np.float32) + label[index][:, None]
+    masks = np.ones((2, 3, bags), bool)
+    for repeat in range(2):
+        for fold, test in enumerate(np.array_split(rng.permutation(bags), 3)):
+            masks[repeat, fold, test] = False
+    np.savez(path, instances=instances, bag_index=index.astype(np.int32), bag_label=label, cv_train_mask=masks)
+    return path
+
+
+def test_import_then_crossval_with_the_files_own_folds(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    result = run("import", npz(tmp_path / "set.npz"), "--out", data)
+    assert result.stdout.splitlines() == [str(data / name) for name in ("features", "labels.csv", "splits")]
+    arguments = ("--features", data / "features", "--labels", data / "labels.csv", "--splits", data / "splits")
+    result = run("crossval", *arguments, "--out", tmp_path / "cv", "--recipe", "mean_pool", *QUICK[:2])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "cv/metrics.json").read_text())["n_folds"] == 6
+
+
+@pytest.mark.shared
+def test_a_part_of_musk1_is_imported_and_trained_on(run: Run, shared: Path, tmp_path: Path) -> None:
+    first, last = 27, 67  # 20 positive and 20 negative bags
+    with np.load(shared / "data/mil/musk1.npz") as whole:
+        kept = (whole["bag_index"] >= first) & (whole["bag_index"] < last)
+        part = {"instances": whole["instances"][kept], "bag_index": whole["bag_index"][kept] - first}
+        labels, masks = whole["bag_label"][first:last], whole["cv_train_mask"][:1, :2, first:last]
+    np.savez(tmp_path / "musk.npz", bag_label=labels, cv_train_mask=masks, **part)
+    assert run("import", tmp_path / "musk.npz", "--out", tmp_path).exit_code == 0
+    assert len(find_bags(tmp_path / "features")) == 40
+    arguments = ("--features", tmp_path / "features", "--labels", tmp_path / "labels.csv")
+    quick = ("--splits", tmp_path / "splits", "--set", "recipe.training.epochs=3", "--recipe", "abmil")
+    result = run("crossval", *arguments, "--out", tmp_path / "cv", *quick)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "cv/metrics.json").read_text())["metrics"]["accuracy"]["n_folds"] == 2
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("patient_id,scan,label", "slide_id"),
+        ("who,slide_id,label", "--group slide"),
+        ("patient_id,slide_id,x,y", "x, y"),
+    ],
+)
+def test_a_label_table_without_the_columns(refused: Run, tmp_path: Path, header: str, told: str) -> None:
+    lines = [f"p{i},s{i},{i % 2},0"[: None if header.endswith("y") else -2] for i in range(8)]
+    path = table(tmp_path / "l.csv", lines, header=header)
+    assert told in refused("split", "--labels", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_for_an_unknown_slide(refused: Run, features: Path, labels: Path, run: Run, tmp_path: Path) -> None:
+    lines = [*labels.read_text().splitlines()[1:], "P99,S999,tumour"]
+    path = table(tmp_path / "l.csv", lines)
+    arguments = ("--features", features, "--labels", path, "--out", tmp_path / "out")
+    line = refused("train", *arguments)
+    assert "S999" in line
+    assert "--missing drop" in line
+    assert not (tmp_path / "out").exists()
+    assert run("train", *arguments, "--missing", "drop", *QUICK).exit_code == 0
+
+
+def test_a_class_that_a_training_fold_lacks(refused: Run, features: Path, labels: Path, tmp_path: Path) -> None:
+    one = [row["slide_id"] for row in rows(labels) if row["label"] == "tumour"]
+    zero = [row["slide_id"] for row in rows(labels) if row["label"] == "normal"]
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    pairs = zip(zero, one, strict=True)
+    (splits / "splits_0.csv").write_text("train,val,test\n" + "".join(f"{b},,{a}\n" for a, b in pairs))
+    assert zero
+    assert one
+    arguments = ("--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path / "out")
+    for command in ("train", "crossval"):
+        assert "no training slide of normal" in refused(command, *arguments)
+        assert not (tmp_path / "out").exists()
+
+
+def test_fewer_patients_than_folds(refused: Run, labels: Path, tmp_path: Path) -> None:
+    line = refused("split", "--labels", labels, "--folds", 5, "--out", tmp_path / "out")
+    assert "patients" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_that_leak_a_patient(refused: Run, features: Path, labels: Path, tmp_path: Path) -> None:
+    text = "train,val,test\nS000,,S001\nS002,,S003\n"
+    (tmp_path / "splits_0.csv").write_text(text)
+    arguments = ("--features", features, "--labels", labels, "--splits", tmp_path, "--out", tmp_path / "out")
+    assert "patients in both train and test" in refused("crossval", *arguments)
+
+
+def test_features_of_another_encoder(refused: Run, run: Run, model: Path, cohort: Path, tmp_path: Path) -> None:
+    make_slide(tmp_path / "a.tiff", size_px0=(512, 512))
+    write_bag(
+        tmp_path / "other/a.h5",
+        FeatureBag(np.ones((4, 16), np.float32), FeatureSpec(encoder="uni_v1", dim=16, mpp=0.5, patch_size=128), "a"),
+    )
+    line = refused("predict", "--model", model, "--features", tmp_path / "other", "--out", tmp_path / "p.csv")
+    assert "encoder uni_v1, not he_texture" in line
+    assert not (tmp_path / "p.csv").exists()
+    arguments = ("--slide", tmp_path / "a.tiff", "--features", tmp_path / "other", "--out", tmp_path / "hm")
+    assert "encoder uni_v1, not he_texture" in refused("heatmap", "--model", model, *arguments)
+    assert not (tmp_path / "hm").exists()
+
+
+def test_features_of_two_encoders_in_one_folder(refused: Run, features: Path, labels: Path, tmp_path: Path) -> None:
+    for path in features.glob("*.h5"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spec = FeatureSpec(encoder="uni_v1", dim=16, mpp=0.5, patch_size=128)
+    write_bag(tmp_path / "S000.h5", FeatureBag(np.ones((4, 16), np.float32), spec, "S000"))
+    line = refused("train", "--features", tmp_path, "--labels", labels, "--out", tmp_path / "out")
+    assert "uni_v1" in line
+    assert "he_texture" in line
+
+
+def test_a_damaged_feature_file_is_a_row_with_its_reason(model: Path, features: Path, run: Run, tmp_path: Path) -> None:
+    for name in ("S000.h5", "S001.h5"):
+        (tmp_path / name).write_bytes((features / name).read_bytes())
+    (tmp_path / "S001.h5").write_bytes((features / "S001.h5").read_bytes()[:1000])
+    result = run("predict", "--model", model, "--features", tmp_path, "--out", tmp_path / "p.csv")
+    assert result.exit_code == 1
+    assert "failed: S001: " in result.stderr
+    assert [row["status"] for row in rows(tmp_path / "p.csv")] == ["ok", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--recipe", "abmill"], "did you mean abmil"),
+        (["--recipe", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--task", "classify"], "did you mean classification"),
+        (["--target", "grade"], "no column 'grade'"),
+        (["--group", "house"], "no group named 'house'"),
+        (["--missing", "ignore"], "known: drop, error"),
+        (["--device", "toaster"], "toaster"),
+        (["--precision", "fp8"], "fp8"),
+        (["--set", "recipe.training.learning_rate=1"], "training.learning_rate"),
+        (["--set", "recipe.training.lr=-1"], "training.lr"),
+        (["--set", "recipe.aggregator.name=abmill"], "did you mean abmil"),
+        (["--set", "recipe.aggregator.options.gate=1"], "did you mean gated"),
+        (["--set", "recipe.terms=[{name: entropy}]"], "no loss term named 'entropy'"),
+        (["--set", "tiling.mpp=1"], "no group of options"),
+        (["--splits", "nowhere"], "nowhere"),
+    ],
+)
+def test_training_options_that_make_no_sense(
+    refused: Run, features: Path, labels: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    base = ("--features", features, "--labels", labels, "--out", tmp_path / "out")
+    assert told in refused("train", *base, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fold_must_be_chosen_and_exist(
+    refused: Run, features: Path, labels: Path, splits: Path, tmp_path: Path
+) -> None:
+    base = ("--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path)
+    assert "choose one with --fold" in refused("train", *base)
+    assert "folds 0 to 2" in refused("train", *base, "--fold", 3)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--features", "f", "--slides", "s"], ["--slides", "s"]])
+def test_predict_must_know_what_to_predict(refused: Run, model: Path, tmp_path: Path, arguments: list[str]) -> None:
+    assert "--job JOB" in refused("predict", "--model", model, "--out", tmp_path / "p.csv", *arguments)
+
+
+def test_a_folder_that_is_no_model(refused: Run, features: Path, tmp_path: Path) -> None:
+    line = refused("predict", "--model", tmp_path, "--features", features, "--out", tmp_path / "p.csv")
+    assert "is no model folder" in line
+    assert "is no model folder" in refused("info", tmp_path)
+
+
+def test_heatmap_formats_are_checked_before_any_work(refused: Run, model: Path, cohort: Path, tmp_path: Path) -> None:
+    slide = cohort / "slides/S003.tiff"
+    arguments = ("--slide", slide, "--out", tmp_path / "out", "--format", "png,jpg")
+    assert "no heat-map format named 'jpg'" in refused("heatmap", "--model", model, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_that_cannot_be_written(
+    refused: Run, model: Path, features: Path, labels: Path, cohort: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    out = tmp_path / "file/out"
+    slide = cohort / "slides/S003.tiff"
+    commands: list[tuple[object, ...]] = [
+        ("split", "--labels", labels, "--folds", 3, "--out", out),
+        ("train", "--features", features, "--labels", labels, *QUICK, "--out", out),
+        ("crossval", "--features", features, "--labels", labels, "--folds", 3, *QUICK, "--out", out),
+        ("predict", "--model", model, "--features", features, "--out", out / "p.csv"),
+        ("heatmap", "--model", model, "--slide", slide, "--features", features, "--out", out),
+        ("import", npz(tmp_path / "set.npz"), "--out", out),
+    ]
+    for command in commands:
+        assert str(tmp_path / "file") in refused(*command, code=3)
+
+
+def test_what_import_does_not_know(refused: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    assert "instances" in refused("import", tmp_path / "x.npz", "--out", tmp_path / "out")
+    assert "no such file" in refused("import", tmp_path / "missing.npz", "--out", tmp_path / "out")
