@@ -197,8 +197,8 @@ def read_labels(
         If there is no such column, an id is empty, or a slide has two rows.
     """
     frame = read_table(path)
-    slides = slide_column or _detect(frame, SLIDE_COLUMNS)
-    patients = slides if group == "slide" else patient_column or _detect(frame, PATIENT_COLUMNS)
+    slides = slide_column or detect_column(frame, SLIDE_COLUMNS)
+    patients = slides if group == "slide" else patient_column or detect_column(frame, PATIENT_COLUMNS)
     found = f"found {', '.join(frame)}"
     if slides is None or slides not in frame:
         raise LabelError(f"{path}: no column of slide ids{_named(slides)}; {found}; expected slide_id")
@@ -231,7 +231,8 @@ def normalised(column: str) -> str:
     return column.strip().lower().replace(" ", "_")
 
 
-def _detect(frame: Table, names: Sequence[str]) -> str | None:
+def detect_column(frame: Table, names: Sequence[str]) -> str | None:
+    """Return the column that has the first of these normalised names that is there, or None."""
     by_name = {normalised(column): column for column in frame}
     return next((by_name[name] for name in names if name in by_name), None)
 
