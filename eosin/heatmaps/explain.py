@@ -51,7 +51,7 @@ class Explanation:
     @property
     def words(self) -> str:
         """The prediction in one line."""
-        return ", ".join(f"{name} {value}" for name, value in self.prediction.items())
+        return prediction_in_words(self.prediction)
 
 
 def explain_slide(
@@ -144,6 +144,15 @@ def predict_bag(model: Aggregator, card: ModelCard, bag: FeatureBag) -> dict[str
     task = card.load_task()
     columns = task.table(task.activate(compute_logits(model, [pack_bag(model, bag)])))
     return {name: _printed(values[0]) for name, values in columns.items()}
+
+
+def prediction_in_words(prediction: Mapping[str, str]) -> str:
+    """Return a printed prediction in one line: the class with its probability, or every column of another task."""
+    chosen = prediction.get("predicted")
+    probability = prediction.get(f"prob_{chosen}")
+    if chosen is None or probability is None:
+        return ", ".join(f"{name} {value}" for name, value in prediction.items())
+    return f"{chosen}, probability {probability}"
 
 
 def _printed(value: object) -> str:

@@ -34,7 +34,7 @@ from eosin.heatmaps.counterfactual import (
     tile_effects,
     top_tiles,
 )
-from eosin.heatmaps.explain import predict_bag, require_same_slide
+from eosin.heatmaps.explain import predict_bag, prediction_in_words, require_same_slide
 from eosin.heatmaps.export.geojson import write_geojson
 from eosin.heatmaps.export.png import DPI, render, take_view, write_png
 from eosin.heatmaps.export.table import write_frame
@@ -417,7 +417,7 @@ def _write(
     elif path.suffix == ".geojson":
         write_geojson(path, counterfactual_maps(found, bag), slide_id=found.slide_id, bounds_px0=bounds)
     elif path.suffix == ".png" and slide is not None:
-        title = f"{found.slide_id}: {found.class_name}"
+        title = f"{found.slide_id}: {prediction_in_words(prediction)}"
         write_png(path, take_view(slide), counterfactual_maps(found, bag)[0], title=title)
     else:
         write_report(path, counterfactual_report(found, bag, slide, card, prediction))

@@ -254,6 +254,8 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
 def _cell(value: object) -> str:
     if isinstance(value, float | np.floating):
         return "–" if np.isnan(value) else f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return " to ".join(_cell(part) for part in value)
     return "–" if value is None else str(value)
 
 

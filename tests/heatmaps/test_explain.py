@@ -6,7 +6,7 @@ from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 from eosin.errors import EosinError, FeatureMismatchError, SlideError, UnknownNameError
 from eosin.features.bag import FeatureBag
-from eosin.heatmaps.explain import FORMATS, explain_slide
+from eosin.heatmaps.explain import FORMATS, explain_slide, prediction_in_words
 from eosin.heatmaps.export.geojson import check_geojson
 from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
 from eosin.mil.checkpoint import load_model
@@ -103,3 +103,14 @@ def test_what_does_not_fit_is_one_clear_error_and_leaves_nothing(scene, model_fo
     with pytest.raises(error, match=words):
         explain_slide(model_folder, slide, bag, tmp_path / "out", formats=formats)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "words"),
+    [
+        ({"prob_a": "0.100", "prob_b": "0.900", "predicted": "b"}, "b, probability 0.900"),
+        ({"risk": "1.250"}, "risk 1.250"),
+    ],
+)
+def test_prediction_in_words(prediction, words):
+    assert prediction_in_words(prediction) == words

@@ -47,7 +47,7 @@ def full_report():
         roc=(RocInput("held-out", truth, truth + rng.random(20)),),
         slides=(SlideCard("slide-1", {"truth": "tumour"}, (picture,), ("A sentence.",), correct=False),),
         predictions=pd.DataFrame({"slide": ["slide-1"], "prob_tumour": [0.123456], "n": [7]}),
-        tables={"Folds": pd.DataFrame({"fold": [1, 2], "auc": [0.9, float("nan")]})},
+        tables={"Folds": pd.DataFrame({"fold": [1, 2], "auc": [0.9, float("nan")], "ci": [(0.5, 0.75), None]})},
         notes=("Synthetic data.",),
         provenance={"eosin": "0.1.0"},
     )
@@ -73,6 +73,7 @@ def test_report_shows_every_part(tmp_path, full_report):
     for words in (
         "A title", "One paragraph.", "AUC 0.912 0.800 to 0.990 95 % bootstrap", "Accuracy 0.750 –", "slide-1",
         "prediction disagrees", "A sentence.", "truth tumour", "0.123", "Folds", "Synthetic data.", "eosin 0.1.0",
+        "0.500 to 0.750",
     ):  # fmt: skip
         assert words in shown
 
