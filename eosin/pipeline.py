@@ -1,0 +1,566 @@
+"""The whole way in one call: slides → tiles → features → splits → cross-validation → heat maps → report.
+
+Every stage is the function that its own command calls, writes into the job folder, and is skipped where its result is
+there already. A slide that fails somewhere is left out of what follows and named at the end.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from shapely.geometry.base import BaseGeometry
+
+from eosin import __version__
+from eosin.batch import Outcome, Record, Report, run_batch
+from eosin.errors import EosinError, LabelError
+from eosin.features.encoders import Precision, find_encoder, folder_name
+from eosin.features.extract import extract
+from eosin.features.store import read_bag, read_footer
+from eosin.files import write_json
+from eosin.heatmaps.attribution import attention_map
+from eosin.heatmaps.explain import explain_slide
+from eosin.heatmaps.report import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
+from eosin.mil.checkpoint import load_card, load_model
+from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
+from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, read_labels, shown
+from eosin.mil.recipe import Recipe
+from eosin.mil.slots import AGGREGATORS, AttentionOutput
+from eosin.mil.splits import Cohort, Split, make_splits, read_splits, with_validation, write_splits
+from eosin.mil.tasks import Task, make_task
+from eosin.mil.train import fit
+from eosin.options import Options
+from eosin.wsi.grid import Tiling
+from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.slide import SlideFile, find_slides, open_slide
+from eosin.wsi.tissue import TissueOptions
+
+VAL_FRACTION = 0.15
+METRIC_NAMES = {
+    "auc": "Area under the ROC curve",
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "average_precision": "Average precision",
+    "f1": "F1 score, mean of the classes",
+    "log_loss": "Cross-entropy",
+    "brier": "Brier score",
+    "ece": "Expected calibration error",
+    "kappa": "Cohen's kappa",
+}
+
+ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[object], None] | None]]
+"""Given the name of a stage and its number of slides; its context is called with each finished item."""
+
+
+class Pipeline(Options):
+    """What `run_pipeline` does with the slides.
+
+    Attributes
+    ----------
+    tiling, tissue
+        As of `eosin.wsi.job.tile_slides`.
+    encoder : str
+        Name, see `eosin.features.encoders`.
+    recipe : Recipe
+    task : str
+        ``classification`` and others, see `eosin.mil.tasks.make_task`.
+    target : str, optional
+        Column of the label; found when it is not given.
+    folds : int
+        Folds of the cross-validation; `splits` given to `run_pipeline` win.
+    formats : tuple of str
+        Of the heat maps.
+    """
+
+    tiling: Tiling = Tiling()
+    tissue: TissueOptions = TissueOptions()
+    encoder: str = "he_texture"
+    recipe: Recipe = Recipe()
+    task: str = "classification"
+    target: str | None = None
+    folds: int = 5
+    formats: tuple[str, ...] = ("png", "geojson")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How the work is done; changes nothing of the results.
+
+    Attributes
+    ----------
+    workers : int
+        Processes that read slides; 0 reads in this one.
+    device : str
+        ``auto``, ``cpu``, ``cuda``.
+    batch_size : int
+        Tiles that are encoded at once.
+    precision : str
+        Of the encoder.
+    weights : Path, optional
+        Local weights of the encoder.
+    """
+
+    workers: int = 0
+    device: str = "auto"
+    batch_size: int = 64
+    precision: Precision = "fp32"
+    weights: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a pipeline leaves behind.
+
+    Attributes
+    ----------
+    job : JobFolder
+    features, splits, crossval, model, heatmaps : Path
+        Folders in the job.
+    predictions : DataFrame
+        One row per slide that was tested: fold, slide_id, patient_id, label and the columns of the task, all by a model
+        that did not see the patient.
+    metrics : mapping
+        As `eosin.mil.crossval.crossval` returns.
+    task : Task
+    slides : mapping of str to SlideFile
+        All slides.
+    report : Report
+        Each slide's worst record over all stages.
+    left_out : tuple of str
+        Labelled slides without features.
+    """
+
+    job: JobFolder
+    features: Path
+    splits: Path
+    crossval: Path
+    model: Path
+    heatmaps: Path
+    predictions: pd.DataFrame
+    metrics: Mapping[str, Any]
+    task: Task
+    slides: Mapping[str, SlideFile]
+    report: Report
+    left_out: tuple[str, ...] = ()
+
+    def fold_model(self, slide_id: str) -> Path:
+        """Return the folder of the model that has not seen the slide's patient."""
+        fold = dict(zip(self.predictions["slide_id"], self.predictions["fold"], strict=True))[slide_id]
+        return self.crossval / f"fold_{fold}"
+
+    def feature_file(self, slide_id: str) -> Path:
+        """Return the slide's feature file."""
+        return self.features / f"{slide_id}.h5"
+
+
+def run_pipeline(
+    slides: Sequence[Path],
+    labels: Path,
+    job: JobFolder,
+    options: Pipeline | None = None,
+    *,
+    machine: Machine | None = None,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    missing: Literal["error", "drop"] = "error",
+    progress: ProgressBar | None = None,
+) -> Result:
+    """Go the whole way and write the report.
+
+    Parameters
+    ----------
+    slides : sequence of Path
+        Slides, and folders that are searched.
+    labels : Path
+        Table of slides, patients and labels.
+    job : JobFolder
+        Receives, besides tiles and features: ``splits/``, ``crossval/`` (a model per fold, ``predictions.csv``,
+        ``metrics.json``), ``model/`` (trained on all labelled slides, for others), ``heatmaps/`` and ``report.html``.
+    options : Pipeline, optional
+    machine : Machine, optional
+    slide_mpp : float or Path, optional
+        As of `eosin.wsi.slide.find_slides`.
+    splits : Path, optional
+        Folder of splits to use instead of new ones.
+    missing : {"error", "drop"}
+        What becomes of a label whose slide is not among the slides.
+    progress : callable, optional
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    ConfigError
+        If slides, encoder or recipe do not exist.
+    LabelError
+        If the table cannot be used, names slides that are not there, or too few slides remain.
+    OutputError
+        If the environment stops the run; what is finished stays.
+    """
+    result = run_stages(
+        slides,
+        labels,
+        job,
+        options,
+        machine=machine,
+        slide_mpp=slide_mpp,
+        splits=splits,
+        missing=missing,
+        progress=progress,
+    )
+    write_report(job.root / "report.html", make_report(result))
+    return result
+
+
+def run_stages(
+    slides: Sequence[Path],
+    labels: Path,
+    job: JobFolder,
+    options: Pipeline | None = None,
+    *,
+    machine: Machine | None = None,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    missing: Literal["error", "drop"] = "error",
+    progress: ProgressBar | None = None,
+) -> Result:
+    """Do all that `run_pipeline` does but the report; arguments, result and errors are the same."""
+    run = _Run(job, options or Pipeline(), machine or Machine(), progress or no_progress)
+    return run.all_stages(find_slides(slides, slide_mpp=slide_mpp), read_labels(labels), splits, missing)
+
+
+def no_progress(_stage: str, _total: int | None) -> AbstractContextManager[None]:
+    """Show nothing."""
+    return nullcontext()
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of `run_pipeline`: its fixed arguments, and the records so far."""
+
+    job: JobFolder
+    options: Pipeline
+    machine: Machine
+    progress: ProgressBar
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def all_stages(
+        self,
+        files: Sequence[SlideFile],
+        table: LabelTable,
+        given_splits: Path | None,
+        missing: Literal["error", "drop"],
+    ) -> Result:
+        table = _labelled(table, files, missing)
+        target = table.target_column(self.options.target)
+        task = make_task(self.options.task, table.rows(), target=target)
+        AGGREGATORS.resolve(self.options.recipe.aggregator.name, self.options.recipe.aggregator.options)
+        features = self.features(files)
+        used, left_out = self.usable(table, features)
+        examples = make_examples(FeatureFolder(_bags(features, used)), used, task, missing="drop")
+        cohort = cohort_of(examples, task, used.rows(examples.ids))
+        splits = self.splits(cohort, given_splits)
+        metrics = self.crossval(task, examples, cohort, splits)
+        self.final_model(task, examples, cohort)
+        result = Result(
+            job=self.job,
+            features=features,
+            splits=self.job.root / "splits",
+            crossval=self.job.root / "crossval",
+            model=self.job.root / "model",
+            heatmaps=self.job.root / "heatmaps",
+            predictions=read_predictions(self.job.root / "crossval" / PREDICTIONS),
+            metrics=metrics,
+            task=task,
+            slides={file.slide_id: file for file in files},
+            report=self.report(files),
+            left_out=left_out,
+        )
+        self.heatmaps(result)
+        return result
+
+    def features(self, files: Sequence[SlideFile]) -> Path:
+        """Tile and encode every slide; return the folder of the feature files."""
+        options, machine = self.options, self.machine
+        encoder = folder_name(find_encoder(options.encoder).name)
+        with self.progress("tile", len(files)) as advance:
+            self.note(
+                tile_slides(
+                    files,
+                    self.job,
+                    options.tiling,
+                    tissue=options.tissue,
+                    workers=machine.workers,
+                    progress=advance,
+                )
+            )
+        with self.progress("extract", len(files)) as advance:
+            self.note(
+                extract(
+                    [file for file in files if self.records[file.slide_id].status != "failed"],
+                    self.job,
+                    options.encoder,
+                    weights=machine.weights,
+                    batch_size=machine.batch_size,
+                    precision=machine.precision,
+                    device=machine.device,
+                    tiling=options.tiling.folder,
+                    workers=machine.workers,
+                    progress=advance,
+                )
+            )
+        return self.job.features_dir(options.tiling.folder, encoder)
+
+    def note(self, report: Report) -> None:
+        """Keep each slide's worst record: a failure stays, whatever comes later."""
+        for record in report.records:
+            before = self.records.get(record.slide_id)
+            if before is None or before.status in ("ok", "skipped"):
+                self.records[record.slide_id] = record
+
+    def report(self, files: Sequence[SlideFile]) -> Report:
+        return Report(tuple(self.records[file.slide_id] for file in files))
+
+    def usable(self, table: LabelTable, features: Path) -> tuple[LabelTable, tuple[str, ...]]:
+        """Return the rows of slides that did not fail and have at least one tile, and the ids of the others."""
+        usable = [
+            slide
+            for slide in table.slide_ids
+            if self.records[slide].status != "failed" and _n_tiles(features / f"{slide}.h5")
+        ]
+        if not usable:
+            raise LabelError("no labelled slide has features; run.json in the job folder says why for each slide")
+        left_out = tuple(slide for slide in table.slide_ids if slide not in set(usable))
+        return table.select(usable), left_out
+
+    def splits(self, cohort: Cohort, given: Path | None) -> list[Split]:
+        training = self.options.recipe.training
+        if given is not None:
+            splits = read_splits(given)
+        else:
+            val_fraction = 0.0 if training.select == "last" else VAL_FRACTION
+            splits = make_splits(cohort, folds=self.options.folds, val_fraction=val_fraction, seed=training.seed)
+        write_splits(self.job.root / "splits", splits, cohort)
+        return splits
+
+    def crossval(self, task: Task, examples: Examples, cohort: Cohort, splits: Sequence[Split]) -> dict[str, Any]:
+        with self.progress("cross-validate", len(splits)) as advance:
+            return crossval(
+                self.options.recipe,
+                task,
+                examples,
+                splits,
+                cohort,
+                self.job.root / "crossval",
+                device=self.machine.device,
+                progress=advance,
+            )
+
+    def final_model(self, task: Task, examples: Examples, cohort: Cohort) -> None:
+        """Train on all labelled slides; cross-validation has estimated what such a model is worth."""
+        recipe = self.options.recipe
+        split = Split(examples.ids, (), ())
+        if recipe.training.select != "last":
+            split = with_validation(split, cohort, val_fraction=VAL_FRACTION, seed=recipe.training.seed)
+        val = examples.subset(split.val) if split.val else None
+        with self.progress("train", recipe.training.epochs) as advance:
+            fit(
+                recipe,
+                task,
+                examples.subset(split.train),
+                val,
+                folder=self.job.root / "model",
+                device=self.machine.device,
+                progress=advance,
+            )
+
+    def heatmaps(self, result: Result) -> None:
+        """Explain every tested slide by the model that has not seen it, if the model weighs tiles."""
+        ids = [slide for slide in result.predictions["slide_id"] if slide in result.slides]
+        model, _ = load_model(result.model)
+        if not issubclass(model.output_type, AttentionOutput):
+            return
+        items = [
+            _Explain(
+                result.slides[i], result.feature_file(i), result.fold_model(i), result.heatmaps, self.options.formats
+            )
+            for i in ids
+        ]
+        with self.progress("heat maps", len(items)) as advance:
+            self.note(
+                run_batch(
+                    items,
+                    _explain,
+                    key=lambda item: item.slide.slide_id,
+                    stage="heatmap",
+                    is_done=lambda item: item.is_done(),
+                    run_json=self.job.run_json,
+                    progress=advance,
+                )
+            )
+
+
+def _labelled(table: LabelTable, files: Sequence[SlideFile], missing: Literal["error", "drop"]) -> LabelTable:
+    """Return the rows whose slide is there; refuse the others unless they may be dropped."""
+    there = {file.slide_id for file in files}
+    absent = [slide for slide in table.slide_ids if slide not in there]
+    if absent and (missing == "error" or len(absent) == len(table)):
+        raise LabelError(
+            f"{len(absent)} of {len(table)} labelled slides are not among the {len(files)} slides: {shown(absent)}; "
+            "correct the table, or leave them out on purpose (--missing drop)"
+        )
+    return table.select(there)
+
+
+def _n_tiles(path: Path) -> int:
+    try:
+        return read_footer(path).n_rows
+    except (EosinError, OSError):
+        return 0
+
+
+def _bags(features: Path, table: LabelTable) -> dict[str, Path]:
+    return {slide: features / f"{slide}.h5" for slide in table.slide_ids}
+
+
+@dataclass(frozen=True)
+class _Explain:
+    """The heat map of one slide: what it is made from, and where the note lies that says so."""
+
+    slide: SlideFile
+    features: Path
+    model: Path
+    out: Path
+    formats: tuple[str, ...]
+
+    @property
+    def note(self) -> Path:
+        return self.out / f"{self.slide.slide_id}.json"
+
+    def origin(self) -> dict[str, Any]:
+        footer = read_footer(self.features)
+        return {
+            "model": load_card(self.model).model_id,
+            "features": footer.options_hash,
+            "slide": footer.input_fingerprint,
+            "formats": list(self.formats),
+        }
+
+    def files(self) -> list[Path]:
+        return [self.out / f"{self.slide.slide_id}_attention.{name}" for name in self.formats]
+
+    def is_done(self) -> bool:
+        try:
+            same = json.loads(self.note.read_text(encoding="utf-8")) == self.origin()
+        except (OSError, ValueError, EosinError):
+            return False
+        return same and all(path.is_file() for path in self.files())
+
+
+def _explain(item: _Explain) -> Outcome:
+    explain_slide(item.model, item.slide, read_bag(item.features), item.out, formats=item.formats)
+    write_json(item.note, item.origin())
+    return Outcome()
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read the out-of-fold predictions of `eosin.mil.crossval.crossval`; ids, labels and classes stay text."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    numbers = [name for name in map(str, frame) if name.startswith("prob_")]
+    return frame.astype(dict.fromkeys(numbers, float))
+
+
+def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = None) -> ReportData:
+    """Put the result of a pipeline together for a person.
+
+    Parameters
+    ----------
+    result : Result
+    truth : mapping of str to geometry, optional
+        True outline per slide in level-0 pixels, drawn beside the heat map; an empty one where there is nothing.
+
+    Returns
+    -------
+    ReportData
+    """
+    columns = result.predictions.columns.astype(str)
+    rows = [dict(zip(columns, row, strict=True)) for row in result.predictions.itertuples(index=False)]
+    patients = result.predictions["patient_id"].nunique()
+    return ReportData(
+        title="Cross-validation, slide by slide",
+        summary=(
+            f"{len(rows)} slides of {patients} patients, each predicted by a model that was trained on other patients."
+        ),
+        metrics=_metrics(result, patients),
+        roc=_roc(result),
+        slides=tuple(_card(result, row, truth) for row in rows),
+        predictions=result.predictions,
+        tables={"Folds": pd.DataFrame(result.metrics["folds"])},
+        notes=_notes(result),
+        provenance=_provenance(result),
+    )
+
+
+def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
+    note = f"all held-out slides together; 95 % bootstrap over {patients} patients"
+    return tuple(
+        Metric(METRIC_NAMES.get(name, name), estimate["value"], estimate["lower"], estimate["upper"], note)
+        for name, estimate in result.metrics["out_of_fold"].items()
+        if estimate["value"] is not None
+    )
+
+
+def _roc(result: Result) -> tuple[RocInput, ...]:
+    """Return the curve of a two-class task; the second class is the positive one."""
+    classes: tuple[str, ...] = getattr(result.task, "classes", ())
+    if len(classes) != 2:
+        return ()
+    truth = (result.predictions[result.task.columns[0]] == classes[1]).to_numpy()
+    score = result.predictions[f"prob_{classes[1]}"].to_numpy(dtype=np.float64)
+    return (RocInput("held-out slides", truth, score),) if 0 < truth.sum() < len(truth) else ()
+
+
+def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeometry] | None) -> SlideCard:
+    slide_id, target = row["slide_id"], result.task.columns[0]
+    facts = {"patient": row["patient_id"], target: row[target], "fold": row["fold"]}
+    if "predicted" in row:
+        facts |= {"predicted": row["predicted"], "probability": f"{row['prob_' + row['predicted']]:.3f}"}
+    bag = read_bag(result.feature_file(slide_id))
+    model, _ = load_model(result.fold_model(slide_id))
+    pictures: tuple[Picture, ...] = ()
+    if issubclass(model.output_type, AttentionOutput) and bag.n_instances:
+        heatmap = attention_map(model, bag).percentile()
+        file = result.slides[slide_id]
+        with open_slide(file.path, mpp=file.mpp) as slide:
+            pictures = slide_pictures(slide, heatmap, truth=None if truth is None else truth.get(slide_id))
+    correct = row["predicted"] == row[target] if "predicted" in row else None
+    return SlideCard(slide_id, facts | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
+
+
+def _notes(result: Result) -> tuple[str, ...]:
+    notes = ["Attention shows what the model weighed, not which way it counted."]
+    if result.left_out:
+        notes.append(f"{len(result.left_out)} labelled slides have no features: {shown(result.left_out)}.")
+    if result.report.failed:
+        reasons = "; ".join(f"{record.slide_id} ({record.reason})" for record in result.report.failed[:10])
+        notes.append(f"{len(result.report.failed)} slides failed: {reasons}.")
+    return tuple(notes)
+
+
+def _provenance(result: Result) -> dict[str, str]:
+    card = load_card(result.model)
+    return {
+        "eosin": __version__,
+        "encoder": card.features.encoder,
+        "tiles": f"{card.features.patch_size} px at {card.features.mpp:g} µm/px",
+        "aggregator": card.recipe.aggregator.name,
+        "recipe": card.recipe.to_json(),
+        "splits": f"{result.metrics['n_folds']} folds by patient, seed {card.recipe.training.seed}",
+        "model for other slides": f"{result.model} ({card.model_id})",
+    }
