@@ -219,7 +219,9 @@ def _report(result: Result, truth: Path, located: Mapping[str, float]) -> Report
             "The models have learnt from the labels of slides alone; the outlines only judge their attention."
         ),
         metrics=(*data.metrics[:1], _localisation(result, located), *data.metrics[1:]),
-        slides=tuple(_with_area(card, located) for card in data.slides),
+        slides=tuple(
+            _with_area(card, located) for card in sorted(data.slides, key=lambda c: c.slide_id not in located)
+        ),
     )
 
 

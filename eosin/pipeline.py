@@ -40,6 +40,7 @@ from eosin.wsi.slide import SlideFile, find_slides, open_slide
 from eosin.wsi.tissue import TissueOptions
 
 VAL_FRACTION = 0.15
+PICTURE_PX = 560
 METRIC_NAMES = {
     "auc": "Area under the ROC curve",
     "accuracy": "Accuracy",
@@ -509,9 +510,11 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
 
 def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
     note = f"all held-out slides together; 95 % bootstrap over {patients} patients"
+    estimates = result.metrics["out_of_fold"]
+    names = sorted(estimates, key=lambda name: name != result.task.selection_metric)
     return tuple(
         Metric(METRIC_NAMES.get(name, name), estimate["value"], estimate["lower"], estimate["upper"], note)
-        for name, estimate in result.metrics["out_of_fold"].items()
+        for name, estimate in ((name, estimates[name]) for name in names)
         if estimate["value"] is not None
     )
 
@@ -537,8 +540,9 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
     if issubclass(model.output_type, AttentionOutput) and bag.n_instances:
         heatmap = attention_map(model, bag).percentile()
         file = result.slides[slide_id]
+        outline = None if truth is None else truth.get(slide_id)
         with open_slide(file.path, mpp=file.mpp) as slide:
-            pictures = slide_pictures(slide, heatmap, truth=None if truth is None else truth.get(slide_id))
+            pictures = slide_pictures(slide, heatmap, truth=outline, longest_px=PICTURE_PX)
     correct = row["predicted"] == row[target] if "predicted" in row else None
     return SlideCard(slide_id, facts | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
 
