@@ -1,6 +1,9 @@
 """From bags in files to packs on a device: which bags are computed together, and in which order."""
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +13,9 @@ from eosin.mil.data import BagSource, Examples
 
 EVALUATION_INSTANCES = 100_000
 KEPT_BYTES = 256 * 2**20
+AHEAD = 2
+
+T = TypeVar("T")
 
 
 def pack_bags(
@@ -81,8 +87,8 @@ class EvaluationPacks:
         if self._kept:
             yield from self._kept
             return
-        for group in self._groups:
-            pack = on_device(pack_bags(self._bags, group), self._device)
+        for host in ahead(pack_bags(self._bags, group) for group in self._groups):
+            pack = on_device(host, self._device)
             if self._keep:
                 self._kept.append(pack)
             yield pack
@@ -103,3 +109,50 @@ def draw_order(
     else:
         order = torch.multinomial(weights, len(examples), replacement=True, generator=generator)
     return [step.tolist() for step in order.split(bags_per_step)]  # type: ignore[no-untyped-call]
+
+
+def ahead(items: Iterable[T], *, most: int = AHEAD) -> Iterator[T]:
+    """Yield the items while a thread already makes the next ones: files are read while the device computes.
+
+    Parameters
+    ----------
+    items : iterable
+        Is advanced in another thread only; what it raises is raised here.
+    most : int
+        Items that may wait.
+    """
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def offer(item: T | None, error: BaseException | None = None) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            if all(offer(item) for item in items):
+                offer(None, _END)
+        except BaseException as error:  # noqa: BLE001 (is raised again where the items are used)
+            offer(None, error)
+
+    thread = threading.Thread(target=work, name="eosin-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is _END:
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+_END = BaseException("no more items")

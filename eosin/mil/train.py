@@ -25,7 +25,16 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import CARD, ModelCard, build_model, load_model, save_model
 from eosin.mil.data import Examples, shown
 from eosin.mil.evaluate import choose_device, compute_logits
-from eosin.mil.feed import EVALUATION_INSTANCES, EvaluationPacks, draw_order, group_by_budget, on_device, pack_bags
+from eosin.mil.feed import (
+    EVALUATION_INSTANCES,
+    KEPT_BYTES,
+    EvaluationPacks,
+    ahead,
+    draw_order,
+    group_by_budget,
+    on_device,
+    pack_bags,
+)
 from eosin.mil.recipe import Recipe, Training
 from eosin.mil.resume import State, forget_state, read_log, read_state, write_log, write_state
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
@@ -219,6 +228,31 @@ def _own_randomness(seed: int, device: str) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What is computed at once: a pack, which is a step or a part of one.
+
+    Attributes
+    ----------
+    step : int
+        Number of the step in its pass.
+    opens_step, closes_step : bool
+    share : float
+        Bags of the pack in those of the step.
+    rows : list of int
+        The bags' places in the training examples.
+    bags : PackedBags
+        On the host.
+    """
+
+    step: int
+    opens_step: bool
+    closes_step: bool
+    share: float
+    rows: list[int]
+    bags: PackedBags
+
+
 class _Run:
     """One training: its parts, and how far it has come."""
 
@@ -243,6 +277,7 @@ class _Run:
         self.loss_weights = balance.to(device_) if balance is not None and self.draw_weights is None else None
         self.targets = train.targets.to(device_)
         self.val_packs = None if val is None or not len(val) else self._evaluation_packs(val)
+        self.read_ahead = 4 * train.bags.spec.dim * sum(map(train.bags.length, train.ids)) > KEPT_BYTES
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
@@ -282,34 +317,36 @@ class _Run:
         steps = draw_order(self.train, self.draw_weights, generator, bags_per_step=self.options.bags_per_step)
         logged: list[dict[str, Tensor]] = []
         packs: list[tuple[str, ...]] = []
-        for place, members in enumerate(steps):
-            self._schedule(number + place / len(steps), len(steps))
-            for share, pack, rows in self._packs(members, generator):
-                logged.append(self._backward(pack, rows, share))
-                packs.append(pack.ids)
-            self._update()
+        feed = self._feed(steps, generator)
+        for part in ahead(feed) if self.read_ahead else feed:
+            if part.opens_step:
+                self._schedule(number + part.step / len(steps), len(steps))
+            logged.append(self._backward(part))
+            packs.append(part.bags.ids)
+            if part.closes_step:
+                self._update()
         rates: Epoch = {"epoch": number + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         return rates | self._averages(logged, packs)
 
-    def _packs(
-        self, members: Sequence[int], generator: torch.Generator
-    ) -> Iterator[tuple[float, PackedBags, list[int]]]:
-        """Yield the packs of a step: share of the step's bags, the bags on the device, their rows in the examples."""
+    def _feed(self, steps: Sequence[Sequence[int]], generator: torch.Generator) -> Iterator["_Part"]:
+        """Yield the packs of a pass, on the host."""
         bags, most = self.train.bags, self.options.max_instances_per_bag
-        lengths = [bags.length(self.train.ids[row]) for row in members]
-        capped = [min(length, most) if most else length for length in lengths]
-        for group in group_by_budget(capped, self.options.max_instances_per_step):
-            rows = [members[place] for place in group]
-            pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
-            moved = on_device(pack, self.fabric.device)
-            yield len(rows) / len(members), moved, rows
+        for number, members in enumerate(steps):
+            lengths = [bags.length(self.train.ids[row]) for row in members]
+            capped = [min(length, most) if most else length for length in lengths]
+            groups = group_by_budget(capped, self.options.max_instances_per_step)
+            for place, group in enumerate(groups):
+                rows = [members[place] for place in group]
+                pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
+                yield _Part(number, place == 0, place == len(groups) - 1, len(rows) / len(members), rows, pack)
 
-    def _backward(self, pack: PackedBags, rows: list[int], share: float) -> dict[str, Tensor]:
-        weights = None if self.loss_weights is None else self.loss_weights[rows]
+    def _backward(self, part: "_Part") -> dict[str, Tensor]:
+        bags = on_device(part.bags, self.fabric.device)
+        weights = None if self.loss_weights is None else self.loss_weights[part.rows]
         with self.fabric.autocast():
-            bags = pack if self.standardizer is None else self.standardizer(pack)
-            total, self.step, parts = self.objective(bags, self.targets[rows], weights)
-        self.fabric.backward(total * share)
+            bags = bags if self.standardizer is None else self.standardizer(bags)
+            total, self.step, parts = self.objective(bags, self.targets[part.rows], weights)
+        self.fabric.backward(total * part.share)
         logged: dict[str, Tensor] = {"objective": total.detach(), **parts}
         return logged
 

@@ -10,7 +10,7 @@ from eosin.mil import train as loop
 from eosin.mil.checkpoint import load_model
 from eosin.mil.data import MemoryBags
 from eosin.mil.evaluate import predict_outputs
-from eosin.mil.feed import draw_order, group_by_budget
+from eosin.mil.feed import draw_order
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.resume import STATE, read_log
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, LossTerm, Step, Strategy
@@ -72,6 +72,14 @@ def test_accumulating_packs_is_the_same_as_one_pack(toy):
         for most in (0, 12)
     )
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=1e-5)
+
+
+def test_reading_ahead_changes_nothing(toy, monkeypatch):
+    train, val = toy.parts()
+    recipe = quick(max_instances_per_step=12, max_instances_per_bag=5)
+    plain = weights(fit(recipe, toy.task, train, val))
+    monkeypatch.setattr(loop, "KEPT_BYTES", 0)
+    assert torch.equal(plain, weights(fit(recipe, toy.task, train, val)))
 
 
 @pytest.mark.parametrize("killed_after", [1, 3])
@@ -247,12 +255,6 @@ def test_balanced_sampling_draws_classes_equally(toy):
     assert targets[drawn].float().mean() == pytest.approx(0.5, abs=0.05)
     plain = draw_order(train, None, generator, bags_per_step=7)
     assert sorted(row for step in plain for row in step) == list(range(40))
-
-
-def test_budgets_group_every_bag_once():
-    assert group_by_budget([3, 4, 9, 1, 1], 8) == [[0, 1], [2], [3, 4]]
-    assert group_by_budget([3, 4], 0) == [[0, 1]]
-    assert group_by_budget([], 5) == []
 
 
 def test_the_moving_average_moves_floats_and_copies_the_rest():
