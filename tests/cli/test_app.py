@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -10,10 +11,34 @@ from typer.testing import CliRunner
 
 from eosin import __version__
 from eosin.cli.app import COMMANDS, app
+from eosin.cli.heatmap import DEFAULT_FORMATS
+from eosin.pipeline import Pipeline
+from eosin.wsi.grid import Tiling
 
 from .conftest import Run
 
+PROMISED = {  # names that scripts rely on
+    "demo": "--out",
+    "doctor": "",
+    "info": "",
+    "tile": "--job --mpp --magnification --patch-size --overlap --min-tissue --slide-mpp --workers",
+    "extract": "--job --encoder --weights --batch-size --precision --device",
+    "split": "--labels --folds --group --out",
+    "train": "--features --labels --task --recipe --out --splits --fold",
+    "crossval": "--features --labels --task --recipe --out --splits",
+    "predict": "--model --features --slides --out",
+    "heatmap": "--model --slide --features --out --format",
+    "run": "--slides --labels --encoder --recipe --job",
+    "import": "--out",
+    "encoders": "",
+    "methods": "",
+}
 HEAVY = {"torch", "numpy", "pandas", "scipy", "h5py", "openslide", "tifffile", "timm", "skimage", "sklearn", "PIL"}
+
+
+def options(name: str) -> dict[str, Any]:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    return {option: parameter for parameter in command.params for option in parameter.opts}
 
 
 def test_version(run: Run) -> None:
@@ -36,8 +61,25 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 def test_every_command_explains_itself_and_takes_the_shared_options(run: Run, name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"], terminal_width=200)
     assert result.exit_code == 0
-    for option in ("--config", "--set", "--verbose"):
-        assert option in result.stdout
+    assert {*PROMISED[name].split(), "--config", "--set", "--verbose"} <= set(options(name))
+
+
+@pytest.mark.parametrize("field", ["mpp", "patch_size", "overlap", "min_tissue"])
+def test_the_help_states_the_librarys_defaults(field: str) -> None:
+    shown = options("tile")[f"--{field.replace('_', '-')}"].show_default
+    assert float(shown) == Tiling.model_fields[field].default
+
+
+def test_the_help_of_the_pipeline_states_its_defaults() -> None:
+    for field in ("encoder", "task", "folds"):
+        assert options("run")[f"--{field}"].show_default == str(Pipeline.model_fields[field].default)
+    assert options("heatmap")["--format"].show_default == ",".join(Pipeline().formats) == ",".join(DEFAULT_FORMATS)
+    assert options("run")["--recipe"].show_default == Pipeline().recipe.aggregator.name
+
+
+def test_underscores_are_taken_for_dashes(run: Run) -> None:
+    result = run("tile", "nowhere", "--job", "j", "--patch_size", "3", "--min_tissue=2")
+    assert "tiling: patch_size" in result.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
