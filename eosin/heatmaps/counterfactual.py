@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import spearmanr
 
+from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
 from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Look, Subsets
+from eosin.wsi.grid import TileGrid
 
 Kind = Literal["remove", "keep only", "add"]
 Indices = NDArray[np.int64]
@@ -228,6 +230,11 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     if len(sample) < 2 or np.ptp(exact) == 0 or np.ptp(guess[sample]) == 0:
         return guess, float("nan")
     return guess, float(spearmanr(guess[sample], exact).statistic)
+
+
+def effect_map(effects: Floats, grid: TileGrid, class_name: str) -> Heatmap:
+    """Return the map of `tile_effects`."""
+    return Heatmap(effects, grid, "effect", f"what a tile adds to the log-odds of {class_name}", signed=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,20 +4,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from eosin import __version__
 from eosin.batch import file_fingerprint
 from eosin.errors import FeatureMismatchError, SlideError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.attribution import attribution_maps, pack_bag, require_grid
+from eosin.heatmaps.counterfactual import effect_map, tile_effects
 from eosin.heatmaps.export.geojson import write_geojson
 from eosin.heatmaps.export.png import take_view, write_png
 from eosin.heatmaps.export.table import write_csv
 from eosin.heatmaps.export.tiff import write_tiff
 from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.pooled import PooledBag, Target
 from eosin.heatmaps.report import ReportData, SlideCard, slide_pictures, write_report
+from eosin.heatmaps.subsets import look
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.evaluate import compute_logits
 from eosin.mil.slots import Aggregator
+from eosin.mil.tasks import Binary, Classification
 from eosin.wsi.slide import Slide, SlideFile, open_slide
 from eosin.wsi.tissue import TissueMask, find_tissue
 
@@ -161,7 +167,26 @@ def _printed(value: object) -> str:
 
 def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard) -> list[Heatmap]:
     maps = attribution_maps(model, bag, classes=getattr(card.load_task(), "classes", ()))
-    return [maps[0].percentile(), maps[0].relative(), *maps]
+    return [maps[0].percentile(), maps[0].relative(), *maps, *_exact_effects(model, bag, card)]
+
+
+def _exact_effects(model: Aggregator, bag: FeatureBag, card: ModelCard) -> list[Heatmap]:
+    """Return what each tile adds to the predicted class, where that takes no further passes of the model."""
+    classes = class_choices(card)
+    if not classes:
+        return []
+    seen = look(model, bag, single_logit_is_second_class=model.n_outputs < len(classes))
+    if not isinstance(seen.subsets, PooledBag):
+        return []
+    predicted = int(np.argmax(seen.subsets.logits()))
+    effects, _ = tile_effects(seen.subsets, Target(predicted))
+    return [effect_map(effects, require_grid(bag), classes[predicted])]
+
+
+def class_choices(card: ModelCard) -> tuple[str, ...]:
+    """Return the classes of a model that chooses one of them, or nothing for other tasks."""
+    task = card.load_task()
+    return task.classes if isinstance(task, Classification | Binary) else ()
 
 
 def _write(name: str, explanation: Explanation, path: Path) -> Path:

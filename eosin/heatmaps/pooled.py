@@ -185,6 +185,14 @@ class PooledBag:
         without = kernels.leave_one_out(*self._kernel_arguments(), self._offsets())
         return np.asarray(without.numpy() - self.logits())
 
+    def log_weight_gradient(self) -> Floats:
+        """Return the derivative of the logits by the logarithm of each instance's weight, (n, K).
+
+        ``Σ_h α (p - F)``: the first-order price of an instance; leaving it out costs this over ``1 - α``.
+        """
+        deviation = self.terms - self._branch_means()
+        return np.asarray((self.attention[..., None] * deviation).sum(axis=1))
+
     def _kernel_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return scores, values, head and bias of an equal model whose values are the terms themselves."""
         n, branches, outputs = self.terms.shape

@@ -26,6 +26,7 @@ from eosin.heatmaps.counterfactual import (
     as_probability,
     certify,
     describe_method,
+    effect_map,
     effects_table,
     in_words,
     intervene,
@@ -34,7 +35,7 @@ from eosin.heatmaps.counterfactual import (
     tile_effects,
     top_tiles,
 )
-from eosin.heatmaps.explain import predict_bag, prediction_in_words, require_same_slide
+from eosin.heatmaps.explain import class_choices, predict_bag, prediction_in_words, require_same_slide
 from eosin.heatmaps.export.geojson import write_geojson
 from eosin.heatmaps.export.png import DPI, render, take_view, write_png
 from eosin.heatmaps.export.table import write_frame
@@ -95,6 +96,9 @@ class Counterfactuals:
         Greedy removal of the tiles that carry the class.
     smallest : SmallestSet or None
         Fewest tiles whose removal turns the prediction.
+    enough_alone : int or None
+        Tiles that the model would call the class each by itself: with softmax pooling, one such tile is the smallest
+        sufficient set. None for models that have to be run again.
     certificate : (float, float) or None
         Log-odds after the search, and after the best set of the same size.
     curves : DataFrame
@@ -114,6 +118,7 @@ class Counterfactuals:
     agreement: float
     search: Search
     smallest: SmallestSet | None
+    enough_alone: int | None
     certificate: tuple[float, float] | None
     curves: pd.DataFrame
     ranking: Floats
@@ -136,12 +141,18 @@ class Counterfactuals:
         sentences.append(self._search_in_words())
         if self.effects[0].before > 0:
             sentences.append(self._smallest_in_words())
+        if self.enough_alone is not None:
+            alone = self._share_of_tiles(self.enough_alone)
+            sentences.append(f"Each by itself, {alone} would be called {self.class_name}.")
         if self.agreement < 1:
             sentences.append(
                 "The map of single tiles is a first-order guess; its rank correlation with the exact effects of "
                 f"{AGREEMENT_TILES} random tiles is {self.agreement:.2f}."
             )
         return [*sentences, self.method]
+
+    def _share_of_tiles(self, count: int) -> str:
+        return f"{count} {'tile' if count == 1 else 'tiles'} ({100 * count / self.n_tiles:.2g} %)"
 
     def _search_in_words(self) -> str:
         rounds = len(self.search.order)
@@ -165,10 +176,8 @@ class Counterfactuals:
         if self.smallest is None:
             return f"No set of tiles that was tried turns the prediction away from {self.class_name}."
         count = len(self.smallest.tiles)
-        tiles = "1 tile" if count == 1 else f"{count} tiles"
-        share = 100 * count / self.n_tiles
         how = "at least" if self.smallest.is_certain else "in the order of the search,"
-        return f"To turn the prediction away from {self.class_name}, {how} {tiles} ({share:.2g} %) must go."
+        return f"To turn the prediction away from {self.class_name}, {how} {self._share_of_tiles(count)} must go."
 
 
 def question(
@@ -199,23 +208,16 @@ def question(
     ConfigError
         If the task has no classes, the class is unknown or the bag has fewer than two tiles.
     """
-    classes = task_classes(card)
+    classes = class_choices(card)
+    if not classes:
+        raise ConfigError(f"counterfactuals are about classes; the task {card.load_task().kind} of this model has none")
     if bag.n_instances < 2:
         raise ConfigError(f"{bag.slide_id}: counterfactuals need at least two tiles, found {bag.n_instances}")
-    seen = look(model, bag, single_logit_is_second_class=len(classes) == 2 and model.n_outputs == 1)
+    seen = look(model, bag, single_logit_is_second_class=model.n_outputs < len(classes))
     chosen = classes[int(np.argmax(seen.subsets.logits()))] if class_name is None else class_name
     if chosen not in classes:
         raise UnknownNameError("class of the model", chosen, classes)
     return _ask(seen, Target(classes.index(chosen)), bag.slide_id, chosen, dict(regions or {}), questions)
-
-
-def task_classes(card: ModelCard) -> tuple[str, ...]:
-    """Return the classes of a model that chooses one, or raise `ConfigError`."""
-    task = card.load_task()
-    classes: tuple[str, ...] = getattr(task, "classes", ())
-    if not classes or task.n_outputs not in (1, len(classes)):
-        raise ConfigError(f"counterfactuals are about classes; the task {task.kind} of this model has none")
-    return classes
 
 
 def _ask(
@@ -251,11 +253,18 @@ def _ask(
         agreement=agreement,
         search=search,
         smallest=smallest,
+        enough_alone=_enough_alone(subsets, target),
         certificate=_certificate(subsets, target, search),
         curves=_curves(subsets, target, ranking, name, search, questions),
         ranking=ranking,
         ranking_name=name,
     )
+
+
+def _enough_alone(subsets: Subsets, target: Target) -> int | None:
+    if not isinstance(subsets, PooledBag):
+        return None
+    return int((Target(target.output).of(subsets.only_one()) > 0).sum())
 
 
 def _certificate(subsets: Subsets, target: Target, search: Search) -> tuple[float, float] | None:
@@ -316,8 +325,7 @@ def counterfactual_maps(found: Counterfactuals, bag: FeatureBag) -> list[Heatmap
     grid = require_grid(bag)
     rounds = np.zeros(grid.n_tiles)
     rounds[found.search.order] = np.arange(1, len(found.search.order) + 1)
-    label = f"what a tile adds to the log-odds of {found.class_name}"
-    effect = Heatmap(found.tile_effects, grid, "effect", label, signed=True)
+    effect = effect_map(found.tile_effects, grid, found.class_name)
     kind = found.ranking_name.replace(" ", "_")
     ranking = Heatmap(found.ranking, grid, kind, found.ranking_name).percentile()
     return [effect, ranking, Heatmap(rounds, grid, "removal_round", "round of removal (0: not removed)")]

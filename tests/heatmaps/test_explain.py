@@ -26,6 +26,8 @@ def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path
     assert len(table) == bag.n_instances
     assert table.attention.idxmax() == TILE
     assert table.attention.sum() == pytest.approx(1)
+    assert table.effect.idxmax() == TILE
+    assert table.effect[TILE] == pytest.approx(2.3, abs=0.1)
     assert table.loc[TILE, ["x_px0", "y_px0"]].tolist() == box[:2]
 
     features = check_geojson(by_format["geojson"], size_px=(640, 480))

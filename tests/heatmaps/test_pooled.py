@@ -54,6 +54,20 @@ def test_sets_are_the_model_on_those_instances(bag, other, data):
     np.testing.assert_allclose(bag.only_one(), [brute(bag, [i]) for i in range(n)], rtol=1e-9, atol=1e-12)
 
 
+@settings(max_examples=30, deadline=None)
+@given(bags)
+def test_log_weight_gradient_is_the_slope(bag):
+    step = 1e-6
+    for i in range(bag.n_instances):
+        ends = []
+        for sign in (-1, 1):
+            scores = bag.scores.copy()
+            scores[i] += sign * step
+            ends.append(PooledBag(scores, bag.terms, bag.bias).logits())
+        slope = (ends[1] - ends[0]) / (2 * step)
+        np.testing.assert_allclose(bag.log_weight_gradient()[i], slope, rtol=1e-5, atol=1e-8)
+
+
 def brute_greedy(bag, target, direction, rounds):
     alive, order, outputs = list(range(bag.n_instances)), [], [brute(bag, np.arange(bag.n_instances))]
     for _ in range(rounds):

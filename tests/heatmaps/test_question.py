@@ -42,6 +42,7 @@ def test_sentences_say_it(found):
     assert "Without the 0.5 % most attended tiles (1) the model no longer says tumour: 0.819 → 0.310; with as" in text
     assert "To turn the prediction away from tumour, at least 1 tile (0.52 %) must go." in text
     assert "All numbers are exact" in text
+    assert "Each by itself, 1 tile (0.52 %) would be called tumour." in text
     assert "no other 10 tiles would bring it below" in text
 
 
