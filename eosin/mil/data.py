@@ -388,6 +388,11 @@ class Examples:
         patients = tuple(self.patient_ids[i] for i in at)
         return type(self)(self.bags, tuple(wanted), patients, self.targets[at])
 
+    def joined(self, other: Self) -> Self:
+        """Return these examples and others of the same bags."""
+        targets = torch.cat([self.targets, other.targets])
+        return type(self)(self.bags, self.ids + other.ids, self.patient_ids + other.patient_ids, targets)
+
 
 def make_examples(
     bags: BagSource, table: LabelTable, task: Task, *, missing: Literal["error", "drop"] = "error"

@@ -41,6 +41,9 @@ class Training(Options):
     select : str
         What the best model has on the validation bags: the lowest ``loss``, the highest of the task's own metric
         (``metric``), or ``last``, the model after the last pass, whatever the validation says.
+    refit : bool
+        Whether the model is trained once more, on training and validation bags together, for the number of passes that
+        the validation chose; for small cohorts, where every patient counts.
     optimizer, lr, weight_decay, betas
         The optimizer; `betas` are Adam's.
     schedule, warmup
@@ -70,6 +73,7 @@ class Training(Options):
     patience: int = Field(default=10, ge=0)
     min_epochs: int = Field(default=0, ge=0)
     select: Literal["loss", "metric", "last"] = "loss"
+    refit: bool = False
     optimizer: Literal["adam", "adamw", "radam", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 1e-5

@@ -176,12 +176,28 @@ def fit(
             if folder is not None and time.monotonic() - saved > state_interval_s:
                 write_state(folder, run.state())
                 saved = time.monotonic()
-    fitted = run.result()
+        fitted = run.result()
+        if recipe.training.refit:
+            fitted = _refit(fitted, recipe, task, train, val, device=device, precision=precision)
     if folder is not None:
         write_log(folder, fitted.history)
         fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
         forget_state(folder)
     return fitted
+
+
+def _refit(
+    fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, device: str, precision: str
+) -> Fitted:
+    """Train from the start on training and validation bags for as many passes as the validation chose."""
+    if val is None:
+        return fitted
+    torch.manual_seed(recipe.training.seed)
+    last = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
+    run = _Run(last, task, train.joined(val), None, device=device, precision=precision)
+    for _ in range(fitted.card.training["best_epoch"]):
+        run.one_pass()
+    return Fitted(run.result().model, fitted.card, fitted.history)
 
 
 def _finished(folder: Path, fingerprint: str) -> Fitted | None:
@@ -291,10 +307,14 @@ class _Run:
     def passes(self) -> Iterator[Epoch]:
         """Train and validate until the recipe's last pass or the early stop."""
         while not self.finished():
-            epoch = self._train_pass(len(self.history)) | self._validate()
-            self.history.append(epoch)
-            self._keep_best(epoch)
-            yield epoch
+            yield self.one_pass()
+
+    def one_pass(self) -> Epoch:
+        """Train and validate once."""
+        epoch = self._train_pass(len(self.history)) | self._validate()
+        self.history.append(epoch)
+        self._keep_best(epoch)
+        return epoch
 
     def finished(self) -> bool:
         """Return whether the last pass is done or the model has not become better for long enough."""

@@ -284,3 +284,17 @@ def test_threshold_and_temperature_are_chosen_on_validation_bags(toy):
     assert task.same_question(toy.task)
     with pytest.raises(LabelError, match="chosen on validation slides"):
         fit(quick(select="last", threshold=True), toy.task, train)
+
+
+def test_a_refit_trains_on_both_parts_for_the_chosen_number_of_passes(toy):
+    train, val = toy.parts()
+    recipe = quick(refit=True)
+    plain, refitted = (fit(r, toy.task, train, val) for r in (quick(), recipe))
+    best = plain.card.training["best_epoch"]
+    assert refitted.card.training["best_epoch"] == best
+    assert refitted.history == plain.history
+    both = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
+    by_hand = loop._Run(both, toy.task, train.joined(val), None, device="cpu", precision="fp32")
+    assert len(by_hand.train) == len(train) + len(val)
+    assert not torch.equal(weights(plain), weights(refitted))
+    assert torch.equal(weights(refitted), weights(fit(recipe, toy.task, train, val)))
