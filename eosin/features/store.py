@@ -1,13 +1,13 @@
 """The feature file: one slide's features as a single memory map, with everything needed to trust them.
 
 The layout is specified in `docs/feature-file.md`. Rows lie contiguously and uncompressed, so a bag opens in
-milliseconds whatever its size. HDF5 checks its own metadata (``libver`` v110); the checksums of ours cover every byte
-of the file, in blocks of 1 MiB, so that no flipped bit goes unseen.
+milliseconds whatever its size. Every byte is under a checksum: the rows in blocks of 1 MiB, checked when asked for;
+everything else under one, kept in HDF5's user block and checked before HDF5, which can hang on damage, sees the file.
 """
 
 import io
 import json
-import mmap
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +27,12 @@ from eosin.wsi.coordinates import CoordsFooter, read_coords, write_coords
 ENCODING_TYPE = "eosin-features"
 ENCODING_VERSION = "1.0"
 SUFFIX = ".h5"
+
+PREAMBLE = struct.Struct("<8sIIQQQ")  # magic, version, checksum, offset of the rows, their bytes, bytes of the file
+MAGIC = b"\x89EOSIN\r\n"
+VERSION = 1
+USER_BLOCK_BYTES = 512
+MAX_METADATA_BYTES = 2**30
 
 BLOCK_BYTES = 2**20
 ALIGNMENT_BYTES = 64
@@ -83,24 +89,60 @@ def write_bag(path: Path, bag: FeatureBag) -> None:
 
 
 def _write(path: Path, bag: FeatureBag) -> None:
-    image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
+    rows = np.ascontiguousarray(bag.features, bag.features.dtype.newbyteorder("<"))
+    image, offset = _metadata(bag, rows)
+    size = max(len(image), offset + rows.nbytes)
+    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, 0, offset, rows.nbytes, size)
+    checksum = zlib.crc32(image[offset + rows.nbytes :], zlib.crc32(image[:offset]))
+    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, checksum, offset, rows.nbytes, size)
+    with path.open("wb") as file:
+        file.write(image)
+        file.seek(offset)
+        file.write(rows.data if rows.size else b"")
+
+
+def _metadata(bag: FeatureBag, rows: NDArray[np.generic]) -> tuple[bytearray, int]:
+    """Return the whole file but its rows, with their place in it.
+
+    It is made in memory: on a full disk HDF5 crashes the process where Python raises.
+    """
+    image = io.BytesIO()
     with h5py.File(
         image,
         "w",
         libver=("v110", "v110"),
+        userblock_size=USER_BLOCK_BYTES,
         alignment_threshold=1,
         alignment_interval=ALIGNMENT_BYTES,
     ) as file:
         _write_attributes(file, bag)
-        features = file.create_dataset("features", data=bag.features.astype(bag.features.dtype.newbyteorder("<")))
-        features.attrs["name"] = bag.slide_id
-        features.attrs["encoder"] = bag.spec.encoder
         if bag.grid is not None:
             write_coords(file, bag.grid, _coords_footer(bag))
+        table = file.create_dataset("checksums", data=_block_sums(rows))
+        table.attrs["block_bytes"] = BLOCK_BYTES
+        features = _allocate(file, "features", rows)
+        features.attrs["name"] = bag.slide_id
+        features.attrs["encoder"] = bag.spec.encoder
         file.flush()
-        offset = _reserve_checksums(file)
-    path.write_bytes(image.getbuffer())
-    _seal(path, offset)
+        offset = features.id.get_offset() or 0
+    return bytearray(image.getvalue().ljust(offset, b"\0")), offset
+
+
+def _allocate(file: h5py.File, name: str, rows: NDArray[np.generic]) -> h5py.Dataset:
+    """Reserve contiguous space at the end of the file without writing to it."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)  # equal content is to give equal bytes
+    kind, space = h5py.h5t.py_create(rows.dtype), h5py.h5s.create_simple(rows.shape)
+    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, layout))
+
+
+def _block_sums(rows: NDArray[np.generic]) -> NDArray[np.uint32]:
+    """Return the CRC-32 of each block of the rows' bytes."""
+    data = rows.reshape(-1).view(np.uint8).data
+    return np.array([zlib.crc32(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)], "<u4")
 
 
 def _write_attributes(file: h5py.File, bag: FeatureBag) -> None:
@@ -127,37 +169,6 @@ def _coords_footer(bag: FeatureBag) -> CoordsFooter:
         fingerprint=facts.get("input_fingerprint", ""),
         options_hash=facts.get("options_hash", ""),
     )
-
-
-def _reserve_checksums(file: h5py.File) -> int:
-    """Add the zeroed table of checksums, large enough for the whole file; return its place in the file."""
-    slack = 16 * 2**10
-    rough = file.id.get_filesize() + slack
-    n_blocks = (rough + 4 * (rough // BLOCK_BYTES + 1)) // BLOCK_BYTES + 1
-    table = file.create_dataset("checksums", data=np.zeros(n_blocks, "<u4"))
-    table.attrs["block_bytes"] = BLOCK_BYTES
-    return int(table.id.get_offset())
-
-
-def _seal(path: Path, offset: int) -> None:
-    """Fill the table of checksums of a closed file."""
-    sums = _block_sums(path, offset, skipped_bytes=0)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(sums.tobytes())
-
-
-def _block_sums(path: Path, offset: int, *, skipped_bytes: int) -> NDArray[np.uint32]:
-    """Return the CRC-32 of each block of the file, with `skipped_bytes` at `offset` taken as zeros."""
-    sums = []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for start in range(0, len(data), BLOCK_BYTES):
-            block = data[start : start + BLOCK_BYTES]
-            lo, hi = max(offset, start), min(offset + skipped_bytes, start + len(block))
-            if lo < hi:
-                block = block[: lo - start] + bytes(hi - lo) + block[hi - start :]
-            sums.append(zlib.crc32(block))
-    return np.array(sums, "<u4")
 
 
 def _compare(path: Path, bag: FeatureBag) -> None:
@@ -187,14 +198,14 @@ def read_bag(path: Path, *, verify: bool = False) -> FeatureBag:
     FeatureFileError
         When the file is missing, damaged, of another kind or version, or larger than any slide's features can be.
     """
-    with open_hdf5(path) as file:
+    with _open_own(path) as (file, offset):
         spec, footer = _read_header(file, path)
-        features = _map_rows(file, path, spec, footer.n_rows)
+        features = _map_rows(file, path, spec, footer.n_rows, offset)
         slide_id = str(file.attrs["slide_id"])
         grid = read_coords(file, path) if "coords" in file else None
         provenance = _read_provenance(file, footer)
         if verify:
-            _check_sums(file, path)
+            _check_rows(file, path, features)
         if grid is not None and grid.n_tiles != footer.n_rows:
             raise FeatureFileError(path, f"has {footer.n_rows} rows of features for {grid.n_tiles} places")
     return FeatureBag(features, spec, slide_id, grid, provenance)
@@ -208,7 +219,7 @@ def read_spec(path: Path) -> FeatureSpec:
     FeatureFileError
         As `read_bag`.
     """
-    with open_hdf5(path) as file:
+    with _open_own(path) as (file, _):
         return _read_header(file, path)[0]
 
 
@@ -220,7 +231,7 @@ def read_footer(path: Path) -> Footer:
     FeatureFileError
         As `read_bag`.
     """
-    with open_hdf5(path) as file:
+    with _open_own(path) as (file, _):
         return _read_header(file, path)[1]
 
 
@@ -275,6 +286,37 @@ def read_common_spec(bags: Mapping[str, Path]) -> FeatureSpec:
     for path in others:
         spec.require_match(read_spec(path), path, expected_by=str(first))
     return spec
+
+
+@contextmanager
+def _open_own(path: Path) -> Iterator[tuple[h5py.File, int]]:
+    """Open a file of ours whose every byte outside the rows has been checked; also return the place of the rows."""
+    offset = _check_metadata(path)
+    with open_hdf5(path) as file:
+        yield file, offset
+
+
+def _check_metadata(path: Path) -> int:
+    if not path.is_file():
+        raise FeatureFileError(path, "no such file", code="missing")
+    with path.open("rb") as file:
+        head = file.read(PREAMBLE.size)
+        if len(head) < PREAMBLE.size or not head.startswith(MAGIC):
+            raise FeatureFileError(path, "is no feature file of eosin; `eosin import` reads other tools' files")
+        _, version, stated, offset, n_bytes, size = PREAMBLE.unpack(head)
+        if version != VERSION:
+            raise FeatureFileError(
+                path, f"has format version {version}, this eosin reads {VERSION}; use the eosin that wrote it"
+            )
+        if path.stat().st_size != size or offset + n_bytes > size or size - n_bytes > MAX_METADATA_BYTES:
+            raise FeatureFileError(path, "does not have the length it was written with; make it again", code="damaged")
+        blank = PREAMBLE.pack(MAGIC, version, 0, offset, n_bytes, size)
+        checksum = zlib.crc32(file.read(offset - len(blank) if n_bytes else -1), zlib.crc32(blank))
+        file.seek(offset + n_bytes)
+        checksum = zlib.crc32(file.read() if n_bytes else b"", checksum)
+    if checksum != stated:
+        raise FeatureFileError(path, "is damaged in its header or its places; make it again", code="damaged")
+    return int(offset)
 
 
 @contextmanager
@@ -335,13 +377,8 @@ def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
 
 def _read_header(file: h5py.File, path: Path) -> tuple[FeatureSpec, Footer]:
     kind, version = file.attrs.get("encoding-type"), file.attrs.get("encoding-version")
-    if kind != ENCODING_TYPE:
-        found = f"its encoding-type is {kind!r}" if kind else "it states no encoding-type"
-        raise FeatureFileError(path, f"is no feature file of eosin ({found}); `eosin import` reads other tools' files")
-    if version != ENCODING_VERSION:
-        raise FeatureFileError(
-            path, f"has format version {version}, this eosin reads {ENCODING_VERSION}; use the eosin that wrote it"
-        )
+    if (kind, version) != (ENCODING_TYPE, ENCODING_VERSION):
+        raise FeatureFileError(path, f"is {kind} {version}; this eosin reads {ENCODING_TYPE} {ENCODING_VERSION}")
     values = {name: _plain(file.attrs[name]) for name in FeatureSpec.model_fields if name in file.attrs}
     try:
         spec = FeatureSpec.parse(values, source="its header")
@@ -364,7 +401,9 @@ def _read_provenance(file: h5py.File, footer: Footer) -> dict[str, str]:
     return provenance | {key: value for key, value in filled.items() if value}
 
 
-def _map_rows(file: h5py.File, path: Path, spec: FeatureSpec, n_rows: int) -> NDArray[np.float16] | NDArray[np.float32]:
+def _map_rows(
+    file: h5py.File, path: Path, spec: FeatureSpec, n_rows: int, offset: int
+) -> NDArray[np.float16] | NDArray[np.float32]:
     rows = require_dataset(file, "features", path)
     if rows.dtype not in FLOATS or rows.shape != (n_rows, spec.dim) or rows.chunks is not None:
         raise FeatureFileError(
@@ -374,34 +413,21 @@ def _map_rows(file: h5py.File, path: Path, spec: FeatureSpec, n_rows: int) -> ND
         )
     if n_rows == 0:
         return np.empty(rows.shape, rows.dtype)
-    offset = rows.id.get_offset()
-    if offset is None or offset + rows.nbytes > path.stat().st_size:
-        raise FeatureFileError(path, "is shorter than its features; make it again", code="unsafe")
+    if rows.id.get_offset() != offset or offset + rows.nbytes > path.stat().st_size:
+        raise FeatureFileError(path, "does not have its features where it says; make it again", code="unsafe")
     mapped = np.memmap(path, rows.dtype, mode="r", offset=offset, shape=rows.shape)
     return mapped.view(np.ndarray)
 
 
-def _check_sums(file: h5py.File, path: Path) -> None:
+def _check_rows(file: h5py.File, path: Path, rows: NDArray[np.float16] | NDArray[np.float32]) -> None:
     table = require_dataset(file, "checksums", path)
-    if table.dtype != np.dtype("<u4") or table.ndim != 1 or table.attrs["block_bytes"] != BLOCK_BYTES:
-        raise FeatureFileError(path, "has no table of checksums; make it again")
-    stated = table[:]
-    offset = table.id.get_offset()
-    found = _block_sums(path, offset, skipped_bytes=table.nbytes)
-    if len(found) > len(stated):
-        raise FeatureFileError(path, "is longer than what was written; make it again", code="damaged")
-    bad = np.flatnonzero(stated != np.pad(found, (0, len(stated) - len(found))))
+    stated, found = table[:], _block_sums(rows)
+    if table.attrs["block_bytes"] != BLOCK_BYTES or stated.shape != found.shape:
+        raise FeatureFileError(path, "has no table of checksums for its rows; make it again")
+    bad = np.flatnonzero(stated != found)
     if len(bad):
+        width = rows.shape[1] * rows.dtype.itemsize
+        first, last = int(bad[0]) * BLOCK_BYTES // width, ((int(bad[-1]) + 1) * BLOCK_BYTES - 1) // width
         raise FeatureFileError(
-            path, f"is damaged{_place(file['features'], bad * BLOCK_BYTES)}; make it again", code="damaged"
+            path, f"is damaged in rows {first} to {min(last, len(rows) - 1)}; make it again", code="damaged"
         )
-
-
-def _place(rows: h5py.Dataset, starts: NDArray[np.int64]) -> str:
-    """Say which rows the damaged blocks that begin at `starts` may touch."""
-    if rows.size == 0:
-        return ""
-    width = rows.shape[1] * rows.dtype.itemsize
-    first = (int(starts.min()) - rows.id.get_offset()) // width
-    last = (int(starts.max()) + BLOCK_BYTES - 1 - rows.id.get_offset()) // width
-    return f" somewhere in rows {max(0, first)} to {min(len(rows) - 1, last)}, or in its header"

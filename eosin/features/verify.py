@@ -1,0 +1,131 @@
+"""Every file of a job against what it says about itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from eosin.batch import Outcome, Record, Report, run_batch
+from eosin.errors import ConfigError, FeatureFileError
+from eosin.features.bag import FeatureSpec
+from eosin.features.store import read_bag, read_spec, verify_bag
+from eosin.wsi.coordinates import read_footer, read_grid
+from eosin.wsi.grid import TileGrid
+from eosin.wsi.job import JobFolder
+
+PATTERNS = (
+    "thumbnails/*.jpg",
+    "contours/*.jpg",
+    "contours_geojson/*.geojson",
+    "*/patches/*_patches.h5",
+    "*/features_*/*.h5",
+)
+PATCHES = "_patches.h5"
+
+
+def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = None) -> Report:
+    """Check all files of a job.
+
+    Feature files: every byte, every rule of the format, one specification per folder, and the tiles of today's
+    coordinates file. Coordinates files: structure and checksum. Pictures and outlines: that they can be read.
+
+    Parameters
+    ----------
+    job : JobFolder
+        The job.
+    progress : callable, optional
+        Called with each record.
+
+    Returns
+    -------
+    Report
+        One record per file, named by its path in the job; failed ones carry the reason, for example ``damaged``,
+        ``mismatch`` or ``stale``.
+
+    Raises
+    ------
+    ConfigError
+        When the folder is missing or holds nothing of a job.
+    """
+    files = sorted({path for pattern in PATTERNS for path in job.root.glob(pattern) if not path.name.startswith(".")})
+    if not files:
+        raise ConfigError(f"{job.root}: is no job folder, or an empty one; there is nothing to verify")
+    return run_batch(
+        files,
+        verify_file,
+        key=lambda path: path.relative_to(job.root).as_posix(),
+        stage="verify",
+        progress=progress,
+    )
+
+
+def verify_file(path: Path) -> Outcome:
+    """Check one file of a job by the kind that its name and folder say.
+
+    Raises
+    ------
+    FeatureFileError
+        Saying what is wrong.
+    """
+    if path.suffix == ".jpg":
+        return _verify_picture(path)
+    if path.suffix == ".geojson":
+        return _verify_outline(path)
+    return _verify_coordinates(path) if path.name.endswith(PATCHES) else _verify_features(path)
+
+
+def _verify_features(path: Path) -> Outcome:
+    verify_bag(path)
+    bag = read_bag(path)
+    if bag.slide_id != path.stem:
+        raise FeatureFileError(path, f"holds slide {bag.slide_id}; it was renamed or copied", code="mismatch")
+    first, expected = _first_readable(path)
+    expected.require_match(bag.spec, path, expected_by=str(first))
+    if bag.grid is not None and _are_others(bag.grid, path):
+        raise FeatureFileError(path, "was made from other tiles than today's; extract it again", code="stale")
+    return Outcome("ok" if bag.n_instances else "empty")
+
+
+def _first_readable(path: Path) -> tuple[Path, FeatureSpec]:
+    """Return the first sound file of the folder, which sets what the others must be, and what it is."""
+    for other in sorted(path.parent.glob("[!.]*.h5")):
+        try:
+            return other, read_spec(other)
+        except FeatureFileError:
+            continue
+    raise FeatureFileError(path, "vanished while it was checked")
+
+
+def _are_others(grid: TileGrid, path: Path) -> bool:
+    """Tell whether the job's coordinates file, where it is sound, has other tiles than `grid`."""
+    try:
+        today = read_grid(JobFolder(path.parents[2]).patches(path.parents[1].name, path.stem))
+    except FeatureFileError:
+        return False
+    return not np.array_equal(today.origins_px0, grid.origins_px0)
+
+
+def _verify_coordinates(path: Path) -> Outcome:
+    grid, footer = read_grid(path), read_footer(path)
+    if footer.slide_id != path.name.removesuffix(PATCHES):
+        raise FeatureFileError(path, f"holds slide {footer.slide_id}; it was renamed or copied", code="mismatch")
+    return Outcome("ok" if grid.n_tiles else "empty")
+
+
+def _verify_picture(path: Path) -> Outcome:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise FeatureFileError(path, f"cannot be decoded ({error}); tile the slide again", code="damaged") from error
+    return Outcome()
+
+
+def _verify_outline(path: Path) -> Outcome:
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FeatureFileError(path, f"is no GeoJSON ({error}); tile the slide again", code="damaged") from error
+    return Outcome(message=str(kind))
