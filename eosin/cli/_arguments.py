@@ -45,9 +45,13 @@ RecipeName = Annotated[
     str | None,
     typer.Option(help="Recipe by name (`eosin methods` lists them) or a YAML file.", show_default="abmil"),
 ]
-TaskKind = Annotated[str | None, typer.Option("--task", help="What the labels mean.", show_default="classification")]
-Target = Annotated[str | None, typer.Option(help="Column of the label, when it is not called label.")]
+TaskKind = Annotated[
+    str | None,
+    typer.Option("--task", help="What the labels mean: classification, survival ...", show_default="classification"),
+]
+Target = Annotated[str | None, typer.Option(help="Column of the label, if not label; for survival: time,event.")]
 Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
+Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]
 Missing = Annotated[str, typer.Option(help="Labels of slides without features: error or drop.")]
 Splits = Annotated[Path | None, typer.Option(help="Folder of splits; `eosin split` makes them.")]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]

@@ -38,6 +38,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 GROUPS = (
     "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
     "cohort", "pipeline",  # as `eosin.demo.Demo`
+    "questions",  # as `eosin.heatmaps.question.Questions`
 )  # fmt: skip
 USAGE, ENVIRONMENT = 2, 3
 PIPE_WIDTH = 200

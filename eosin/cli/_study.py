@@ -1,6 +1,5 @@
-"""What `train` and `crossval` start from: features and labels joined, and a recipe with its changes."""
+"""What `split`, `train`, `crossval` and `run` have in common: groups, policies, and a recipe with its changes."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -8,77 +7,68 @@ from eosin.cli._common import Settings, merge
 from eosin.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from eosin.mil.data import Examples, LabelTable
     from eosin.mil.recipe import Recipe
-    from eosin.mil.splits import Cohort, Split
-    from eosin.mil.tasks import Task
+    from eosin.mil.splits import Split
+    from eosin.mil.study import Study
 
-GROUPS = ("patient", "slide", "site")
-MISSING = ("error", "drop")
 SITE = "site"
+GROUPS = ("patient", "slide", SITE)
+MISSING = ("error", "drop")
+LEVELS = ("slide", "patient")
 
 
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    """A label table and what its labels mean."""
+def read_study(
+    features: Path,
+    labels: Path,
+    settings: Settings,
+    *,
+    task: str | None,
+    target: str | None,
+    group: str,
+    level: str,
+    missing: str,
+) -> "Study":
+    """Join features and labels as the options of a command say."""
+    from eosin.mil.study import open_study
 
-    table: "LabelTable"
-    task: "Task"
-    group: str
-
-    @classmethod
-    def read(cls, labels: Path, *, task: str, target: str | None, group: str) -> "Labelled":
-        """Read the table and make the task of its label column."""
-        from eosin.mil.data import read_labels
-        from eosin.mil.tasks import make_task
-
-        if group not in GROUPS:
-            raise UnknownNameError("group", group, GROUPS)
-        table = read_labels(labels, group="slide" if group == "slide" else "patient")
-        return cls(table, make_task(task, table.rows(), target=table.target_column(target)), group)
-
-    def cohort(self) -> "Cohort":
-        """Return what splits must know of the slides of the table."""
-        from eosin.mil.splits import Cohort
-
-        sites: tuple[str, ...] = ()
-        if self.group == "site":
-            self.table.require([SITE])
-            sites = self.table.values[SITE]
-        strata = tuple(self.task.strata(self.table.rows()))
-        return Cohort(self.table.slide_ids, self.table.patient_ids, strata, sites)
+    if level not in LEVELS:
+        raise UnknownNameError("level", level, LEVELS)
+    return open_study(
+        features,
+        labels,
+        task=settings.choose("task", task, "classification"),
+        target=settings.choose("target", target, None),
+        group=owner(group),
+        level=cast("Literal['slide', 'patient']", level),
+        site=SITE if group == SITE else None,
+        missing=missing_policy(missing),
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
-    """Labelled bags, ready to be split and trained on."""
+def owner(group: str) -> "Literal['patient', 'slide']":
+    """Return whom slides belong to when splits keep a group together: a site keeps patients together too."""
+    if group not in GROUPS:
+        raise UnknownNameError("group", group, GROUPS)
+    return "slide" if group == "slide" else "patient"
 
-    task: "Task"
-    examples: "Examples"
-    cohort: "Cohort"
 
-    @classmethod
-    def read(cls, features: Path, labelled: Labelled, *, missing: str) -> "Study":
-        """Join a folder of features with a label table."""
-        from eosin.features.store import find_bags
-        from eosin.mil.data import FeatureFolder, make_examples
+def missing_policy(name: str) -> "Literal['error', 'drop']":
+    """Return what becomes of labels without slides, by name."""
+    if name not in MISSING:
+        raise UnknownNameError("policy for --missing", name, MISSING)
+    return cast("Literal['error', 'drop']", name)
 
-        policy = missing_policy(missing)
-        bags = FeatureFolder(find_bags(features))
-        examples = make_examples(bags, labelled.table, labelled.task, missing=policy)
-        return cls(labelled.task, examples, labelled.cohort().select(examples.ids))
 
-    def training_split(self, splits: Path | None, fold: int | None, recipe: "Recipe") -> "Split":
-        """Return the fold that was asked for, or all slides; with a validation part when the recipe selects by one."""
-        from eosin.mil.splits import Split, check_splits, read_splits, with_validation
+def training_split(study: "Study", splits: Path | None, fold: int | None, recipe: "Recipe") -> "Split":
+    """Return the fold that was asked for, or all slides; with a validation part when the recipe selects by one."""
+    from eosin.mil.splits import Split, with_validation
 
-        split = Split(self.examples.ids, (), ())
-        if splits is not None:
-            split = _one_of(read_splits(splits), fold, splits)
-            check_splits([split], self.cohort)
-        if recipe.training.select == "last":
-            return split
-        return with_validation(split, self.cohort, seed=recipe.training.seed)
+    split = Split(study.examples.ids, (), ())
+    if splits is not None:
+        split = _one_of(study.splits(splits), fold, splits)
+    if recipe.training.select == "last":
+        return split
+    return with_validation(split, study.cohort, seed=recipe.training.seed)
 
 
 def _one_of(splits: "list[Split]", fold: int | None, path: Path) -> "Split":
@@ -88,13 +78,6 @@ def _one_of(splits: "list[Split]", fold: int | None, path: Path) -> "Split":
     if not 0 <= number < len(splits):
         raise ConfigError(f"--fold {number}: {path} has folds 0 to {len(splits) - 1}")
     return splits[number]
-
-
-def missing_policy(name: str) -> "Literal['error', 'drop']":
-    """Return what becomes of labels without slides, by name."""
-    if name not in MISSING:
-        raise UnknownNameError("policy for --missing", name, MISSING)
-    return cast("Literal['error', 'drop']", name)
 
 
 def choose_recipe(name: str | None, settings: Settings) -> "Recipe":

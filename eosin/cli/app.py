@@ -6,6 +6,7 @@ import typer
 
 from eosin import __version__
 from eosin.cli import (
+    counterfactual,
     crossval,
     demo,
     doctor,
@@ -20,6 +21,7 @@ from eosin.cli import (
     split,
     tile,
     train,
+    verify,
 )
 
 app = typer.Typer(
@@ -61,7 +63,9 @@ COMMANDS = {
     "crossval": crossval.crossval,
     "predict": predict.predict,
     "heatmap": heatmap.heatmap,
+    "counterfactual": counterfactual.counterfactual,
     "import": import_.import_,
+    "verify": verify.verify,
     "encoders": encoders.encoders,
     "methods": methods.methods,
 }

@@ -12,6 +12,7 @@ from eosin.cli._arguments import (
     FeaturesFolder,
     Group,
     Labels,
+    Level,
     Missing,
     RecipeName,
     Splits,
@@ -42,30 +43,21 @@ def crossval(
     ] = None,
     target: Target = None,
     group: Group = "patient",
+    level: Level = "slide",
     missing: Missing = "error",
     device: Device = "auto",
     precision: TrainPrecision = "fp32",
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
-    from eosin.cli._study import Labelled, Study, choose_recipe
+    from eosin.cli._study import choose_recipe, read_study
     from eosin.heatmaps.report import write_report
     from eosin.mil.crossval import METRICS, PREDICTIONS
     from eosin.mil.crossval import crossval as train_and_test
-    from eosin.mil.splits import make_splits, read_splits
 
     chosen = choose_recipe(recipe, settings)
-    labelled = Labelled.read(
-        labels,
-        task=settings.choose("task", task, "classification"),
-        target=settings.choose("target", target, None),
-        group=group,
-    )
-    study = Study.read(features, labelled, missing=missing)
-    if splits is not None:
-        parts = read_splits(splits)
-    else:
-        parts = make_splits(study.cohort, folds=settings.choose("folds", folds, 5), seed=chosen.training.seed)
+    study = read_study(features, labels, settings, task=task, target=target, group=group, level=level, missing=missing)
+    parts = study.splits(splits, folds=settings.choose("folds", folds, 5), seed=chosen.training.seed)
     with progress("cross-validate", len(parts)) as advance:
         metrics = train_and_test(
             chosen,

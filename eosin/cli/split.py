@@ -28,19 +28,22 @@ def split(
     settings: Settings,
 ) -> Done:
     """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
-    from eosin.cli._study import Labelled
+    from eosin.cli._study import SITE, owner
     from eosin.errors import UnknownNameError
-    from eosin.mil.splits import make_splits, write_splits
+    from eosin.mil.data import read_labels
+    from eosin.mil.splits import Cohort, make_splits, write_splits
+    from eosin.mil.tasks import make_task
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)
-    labelled = Labelled.read(
-        labels,
-        task=settings.choose("task", task, "classification"),
-        target=settings.choose("target", target, None),
-        group=group,
-    )
-    cohort = labelled.cohort()
+    table = read_labels(labels, group=owner(group))
+    column = table.target_column(settings.choose("target", target, None))
+    rows = table.rows()
+    strata = make_task(settings.choose("task", task, "classification"), rows, target=column).strata(rows)
+    if group == SITE:
+        table.require([SITE])
+    sites = table.values[SITE] if group == SITE else ()
+    cohort = Cohort(table.slide_ids, table.patient_ids, tuple(strata), sites)
     splits = make_splits(
         cohort,
         folds=settings.choose("folds", folds, 5),
@@ -49,5 +52,5 @@ def split(
         seed=seed,
     )
     write_splits(out, splits, cohort)
-    say("; ".join(labelled.table.notes))
+    say("; ".join(table.notes))
     return Done([out])

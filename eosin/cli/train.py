@@ -9,6 +9,7 @@ from eosin.cli._arguments import (
     FeaturesFolder,
     Group,
     Labels,
+    Level,
     Missing,
     RecipeName,
     Run,
@@ -32,24 +33,19 @@ def train(
     fold: Annotated[int | None, typer.Option(help="Which of the splits; without --splits all slides train.")] = None,
     target: Target = None,
     group: Group = "patient",
+    level: Level = "slide",
     missing: Missing = "error",
     device: Device = "auto",
     precision: TrainPrecision = "fp32",
     settings: Settings,
 ) -> Done:
     """Train one model; a run that was killed continues where it was."""
-    from eosin.cli._study import Labelled, Study, choose_recipe
+    from eosin.cli._study import choose_recipe, read_study, training_split
     from eosin.mil.train import fit
 
     chosen = choose_recipe(recipe, settings)
-    labelled = Labelled.read(
-        labels,
-        task=settings.choose("task", task, "classification"),
-        target=settings.choose("target", target, None),
-        group=group,
-    )
-    study = Study.read(features, labelled, missing=missing)
-    split = study.training_split(splits, fold, chosen)
+    study = read_study(features, labels, settings, task=task, target=target, group=group, level=level, missing=missing)
+    split = training_split(study, splits, fold, chosen)
     with progress("train", chosen.training.epochs) as advance:
         fit(
             chosen,

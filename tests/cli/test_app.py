@@ -29,7 +29,9 @@ PROMISED = {  # names that scripts rely on
     "predict": "--model --features --slides --out",
     "heatmap": "--model --slide --features --out --format",
     "run": "--slides --labels --encoder --recipe --job",
+    "counterfactual": "--model --features --slide --out",
     "import": "--out",
+    "verify": "",
     "encoders": "",
     "methods": "",
 }

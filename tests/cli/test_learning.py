@@ -163,6 +163,36 @@ def test_heatmap_makes_the_features_that_it_lacks(model: Path, cohort: Path, run
     assert len(find_bags(tmp_path / "job/0.5mpp_128px_0px_overlap/features_he_texture")) == 1
 
 
+def test_counterfactual_writes_what_it_prints(
+    model: Path, cohort: Path, features: Path, run: Run, tmp_path: Path
+) -> None:
+    slide = cohort / "slides/S003.tiff"
+    arguments = ("--model", model, "--features", features / "S003.h5", "--slide", slide, "--out", tmp_path)
+    result = run("counterfactual", *arguments, "--set", "questions.rounds=3", "--class", "tumour")
+    assert result.exit_code == 0, result.output
+    assert [Path(line).name for line in result.stdout.splitlines()] == [
+        f"S003_counterfactual.{suffix}" for suffix in ("csv", "geojson", "html")
+    ]
+    assert {row["class"] for row in rows(Path(result.stdout.splitlines()[0]))} == {"tumour"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--class", "stroma"], "stroma"),
+        (["--regions", "nowhere.geojson"], "nowhere.geojson"),
+        (["--format", "docx"], "docx"),
+        (["--set", "questions.round=1"], "did you mean rounds"),
+    ],
+)
+def test_counterfactual_options_that_make_no_sense(
+    refused: Run, model: Path, features: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    base = ("--model", model, "--features", features / "S003.h5", "--out", tmp_path / "out")
+    assert told in refused("counterfactual", *base, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def npz(path: Path, *, bags: int = 24) -> Path:
     rng = np.random.default_rng(0)
     index = np.repeat(np.arange(bags), 5)

@@ -122,6 +122,25 @@ def test_slide_mpp_as_number_and_as_table(run: Run, tmp_path: Path) -> None:
         assert read_grid(job / TILING / "patches/a_patches.h5").slide_mpp == 0.5
 
 
+def test_verify_passes_a_sound_job_and_names_a_damaged_file(run: Run, slide: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert run("tile", slide, "--job", job).exit_code == 0
+    assert run("extract", slide, "--job", job, "--encoder", "he_texture", "--workers", 0).exit_code == 0
+    sound = run("verify", job)
+    assert (sound.exit_code, sound.stdout) == (0, "")
+    (path,) = job.glob("*/features_he_texture/*.h5")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    damaged = run("verify", job)
+    assert damaged.exit_code == 1
+    assert f"failed: {path.relative_to(job)}: " in damaged.stderr
+
+
+def test_verify_of_something_else(refused: Run, tmp_path: Path) -> None:
+    assert "is no job folder" in refused("verify", tmp_path)
+
+
 # bad input
 
 
