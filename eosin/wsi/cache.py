@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
+ENTRY_BYTES = 2048  # what Python needs for an entry; counts when segments are tiny
 
 
 class SegmentCache:
@@ -47,7 +48,7 @@ class SegmentCache:
             raise
         entry.set_result(pixels)
         with self._lock:
-            self._bytes += pixels.nbytes
+            self._bytes += pixels.nbytes + ENTRY_BYTES
             self._evict()
         return pixels
 
@@ -56,4 +57,4 @@ class SegmentCache:
             key = next((key for key, entry in self._entries.items() if entry.done()), None)
             if key is None:
                 return
-            self._bytes -= self._entries.pop(key).result().nbytes
+            self._bytes -= self._entries.pop(key).result().nbytes + ENTRY_BYTES

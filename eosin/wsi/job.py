@@ -75,6 +75,7 @@ def tile_slides(
     contours: Path | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    timeout_s: float | None = None,
     progress: Callable[[Record], None] | None = None,
 ) -> Report:
     """Find the tissue of every slide and write its tile coordinates.
@@ -102,6 +103,8 @@ def tile_slides(
         0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
     shard : tuple of int
         Which part of how many, for several machines.
+    timeout_s : float, optional
+        Wall-clock seconds after which a slide in a worker is given up.
     progress : callable, optional
         Called with every finished record.
 
@@ -129,6 +132,7 @@ def tile_slides(
         run_json=job.run_json,
         workers=workers,
         shard=shard,
+        timeout_s=timeout_s,
         progress=progress,
     )
 

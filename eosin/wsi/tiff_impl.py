@@ -10,6 +10,7 @@ mean on real slides (docs/slides.md, measured by a test); they are exact in posi
 """
 
 import io
+import logging
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,14 @@ from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
 
-CACHE_BYTES = (16 * 2**20, 192 * 2**20)
+CACHE_BYTES = (16 * 2**20, 128 * 2**20)
 MAX_SEGMENT_PX = 64 * 2**20
 DIRECT_VENDORS = ("aperio", "generic-tiff", "philips")
 SHRINKS = (2, 4, 8)
+DAMAGE = (  # what tifffile raises on damaged files
+    tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
+    OverflowError, ZeroDivisionError, struct.error,
+)  # fmt: skip
 END_OF_IMAGE = b"\xff\xd9"
 RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 YCBCR_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
@@ -337,8 +342,8 @@ def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
     if reference.vendor not in DIRECT_VENDORS:
         return None
     try:
-        tiff = tifffile.TiffFile(path)
-    except (tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError):
+        tiff = _open_tiff(path)
+    except DAMAGE:
         return None
     try:
         levels = _levels_like(tiff, reference)
@@ -347,10 +352,26 @@ def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
                 path, tiff, levels, reference.resolution,
                 background=reference.background, bounds_px0=reference.bounds_px0, facts=_facts_like(reference),
             )  # fmt: skip
-    except (EosinError, _DecodeError, OSError, ValueError, KeyError, TypeError, IndexError):
+    except (EosinError, _DecodeError, *DAMAGE):
         pass  # whatever is odd about the file, OpenSlide's own reader is the one to tell
     tiff.close()
     return None
+
+
+def _open_tiff(path: Path) -> tifffile.TiffFile:
+    """Open a TIFF; what tifffile would log about damage becomes an error or a missing level here."""
+    log = logging.getLogger("tifffile")
+    before, log.disabled = log.disabled, True
+    try:
+        tiff = tifffile.TiffFile(path)
+        try:
+            tiff.series  # noqa: B018  read while the log is off
+        except BaseException:
+            tiff.close()
+            raise
+        return tiff
+    finally:
+        log.disabled = before
 
 
 def _facts_like(reference: OpenSlideReader) -> Facts:
@@ -427,14 +448,14 @@ def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
         If it is no TIFF, holds no 8-bit RGB picture, or would have to be decoded whole.
     """
     try:
-        tiff = tifffile.TiffFile(path)
-    except (tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        tiff = _open_tiff(path)
+    except DAMAGE as error:
         raise SlideOpenError(path, "no reader knows this format", code="unsupported") from error
     try:
         levels = _levels_of_series(path, tiff)
         resolution = _plain_resolution(tiff, mpp)
         return TiffReader(path, tiff, levels, resolution, facts=_plain_facts(tiff, levels, resolution))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except DAMAGE as error:
         tiff.close()
         if isinstance(error, EosinError):
             raise
@@ -444,6 +465,8 @@ def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
 def _levels_of_series(path: Path, tiff: tifffile.TiffFile) -> list[Level]:
     pages = [level.keyframe for level in tiff.series[0].levels]
     first = pages[0]
+    if 0 in (first.imagewidth, first.imagelength):
+        raise ValueError(f"it states {first.imagewidth} x {first.imagelength} px")
     if len(tiff.series[0].pages) > 1 or not _is_rgb(first):
         channels = len(tiff.series[0].pages) * first.samplesperpixel
         raise SlideOpenError(

@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from eosin.wsi.cache import SegmentCache
+from eosin.wsi.cache import ENTRY_BYTES, SegmentCache
 
 
 def test_the_arrays_used_last_are_kept_within_the_bound():
-    cache, made = SegmentCache(3 * 100), []
+    cache, made = SegmentCache(3 * (100 + ENTRY_BYTES)), []
 
     def get(key):
         return cache.get(key, lambda: made.append(key) or np.full(100, key, np.uint8))

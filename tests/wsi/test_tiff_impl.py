@@ -285,3 +285,22 @@ def test_a_garbled_directory_is_a_clear_error(tmp_path):
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", 3) + b"\xff" * 36)
     with pytest.raises(SlideOpenError):
         open_slide(path)
+
+
+def test_damage_is_told_by_errors_not_by_another_librarys_log(tmp_path, tissue_picture, caplog):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, tissue_picture, rowsperstrip=8)
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + bytes(60) + data[68:])
+    with pytest.raises(SlideOpenError):
+        open_slide(path)
+    assert caplog.text == ""
+
+
+def test_a_picture_without_width_is_refused(tmp_path, tissue_picture):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, tissue_picture, rowsperstrip=8)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["ImageWidth"].overwrite(0)
+    with pytest.raises(SlideOpenError):
+        open_slide(path)
