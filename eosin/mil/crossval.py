@@ -120,6 +120,11 @@ def crossval(
         folds.append(fold)
         if progress is not None:
             progress(fold)
+    return write_folds(recipe, task, folds, out, resamples=resamples)
+
+
+def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int) -> dict[str, Any]:
+    """Write ``predictions.csv`` and ``metrics.json`` of finished folds; return the latter."""
     write_text(out / PREDICTIONS, _predictions(task, folds))
     summary = _summary(recipe, task, folds, resamples)
     write_json(out / METRICS, summary)

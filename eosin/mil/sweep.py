@@ -1,0 +1,167 @@
+"""Many recipes over the same folds, and a choice between them that sees no test fold.
+
+Every candidate is cross-validated. In each fold the candidate is chosen that has the best value on the fold's
+validation part, and only its test predictions count: the figure of the choice, not of the luckiest candidate.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from eosin.errors import ConfigError
+from eosin.files import write_json, write_text
+from eosin.mil.checkpoint import load_card
+from eosin.mil.crossval import METRICS, VAL_FRACTION, Fold, crossval, write_folds
+from eosin.mil.data import Examples
+from eosin.mil.evaluate import RESAMPLES
+from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil.splits import Cohort, Split
+from eosin.mil.tasks import Task
+from eosin.options import Options, override
+
+TABLE = "sweep.csv"
+CHOSEN = "chosen"
+
+
+class Sweep(Options):
+    """What is tried.
+
+    Attributes
+    ----------
+    recipes : tuple of str
+        Names of registered recipes.
+    grid : mapping of str to list
+        Values of options of a recipe, for example ``training.lr: [1.0e-4, 3.0e-4]``; all combinations are tried.
+    seeds : tuple of int
+        Each combination is trained with each of these seeds.
+    """
+
+    recipes: tuple[str, ...] = Field(default=("abmil",), min_length=1)
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    def candidates(self) -> dict[str, Recipe]:
+        """Return every recipe that is tried, by a name that says what is different about it.
+
+        Raises
+        ------
+        UnknownNameError, ConfigError
+            If a recipe or option does not exist.
+        """
+        found: dict[str, Recipe] = {}
+        values = itertools.product(*self.grid.values())
+        for name, chosen, seed in itertools.product(self.recipes, list(values), self.seeds):
+            changes = [f"{key}={value}" for key, value in zip(self.grid, chosen, strict=True)]
+            said = (f"{key.split('.')[-1]}={value}" for key, value in zip(self.grid, chosen, strict=True))
+            label = " ".join([name, *said])
+            label += f" seed={seed}" if len(self.seeds) > 1 else ""
+            data = override(RECIPES[name].model_dump(mode="json"), [*changes, f"training.seed={seed}"])
+            if label in found:
+                raise ConfigError(f"two candidates of the sweep are called {label!r}; give each grid key once")
+            found[label] = Recipe.parse(data, source="sweep")
+        return found
+
+
+def run_sweep(
+    candidates: Mapping[str, Recipe],
+    task: Task,
+    examples: Examples,
+    splits: Sequence[Split],
+    cohort: Cohort,
+    out: Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    val_fraction: float = VAL_FRACTION,
+    resamples: int = RESAMPLES,
+    progress: Callable[[str, Fold], None] | None = None,
+) -> dict[str, Any]:
+    """Cross-validate every candidate and the choice between them.
+
+    Parameters
+    ----------
+    candidates : mapping of str to Recipe
+        See `Sweep.candidates`; all must select by a validation part.
+    task, examples, splits, cohort, device, precision, val_fraction, resamples
+        As of `eosin.mil.crossval.crossval`.
+    out : Path
+        Receives a folder per candidate, ``chosen/`` with the predictions and metrics of the choice, and ``sweep.csv``.
+    progress : callable, optional
+        Is given the candidate's name and the fold.
+
+    Returns
+    -------
+    dict
+        The metrics of the choice, as `crossval` returns them, and ``choices``: the candidate of each fold.
+
+    Raises
+    ------
+    ConfigError
+        If a candidate has no validation part to be chosen by.
+    """
+    blind = [name for name, recipe in candidates.items() if recipe.training.select == "last"]
+    if blind:
+        raise ConfigError(f"{', '.join(blind)}: training.select is 'last', so there is nothing to choose by")
+    folds: dict[str, list[Fold]] = {}
+    lines = []
+    for number, (name, recipe) in enumerate(candidates.items()):
+        done: list[Fold] = []
+        folds[name] = done
+
+        def note(fold: Fold, name: str = name, done: list[Fold] = done) -> None:
+            done.append(fold)
+            if progress is not None:
+                progress(name, fold)
+
+        summary = crossval(
+            recipe,
+            task,
+            examples,
+            splits,
+            cohort,
+            out / f"candidate_{number}",
+            device=device,
+            precision=precision,
+            val_fraction=val_fraction,
+            resamples=resamples,
+            progress=note,
+        )
+        lines.append(_line(name, summary))
+    choices = [_choice(out, list(candidates), fold, task) for fold in range(len(splits))]
+    picked = [folds[name][fold] for fold, name in enumerate(choices)]
+    summary = write_folds(next(iter(candidates.values())), task, picked, out / CHOSEN, resamples=resamples)
+    summary = summary | {"choices": choices}
+    write_json(out / CHOSEN / METRICS, summary)
+    write_text(out / TABLE, _as_csv([*lines, _line("chosen by validation", summary)]))
+    return summary
+
+
+def _choice(out: Path, names: Sequence[str], fold: int, task: Task) -> str:
+    """Return the candidate with the best validation value: the selection metric, the loss where it ties."""
+    values = []
+    for number in range(len(names)):
+        validation = load_card(out / f"candidate_{number}" / f"fold_{fold}").training["validation"]
+        metric = validation[task.selection_metric]
+        values.append((-np.inf if metric is None else metric, -validation["loss"]))
+    return names[max(range(len(names)), key=values.__getitem__)]
+
+
+def _line(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    line: dict[str, Any] = {"candidate": name}
+    for metric, figures in summary["metrics"].items():
+        line |= {f"{metric}_mean": figures["mean"], f"{metric}_sd": figures["standard_deviation"]}
+    return line
+
+
+def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,55 @@
+import csv
+
+import pytest
+
+import eosin.mil.methods  # noqa: F401 (registers)
+from eosin.errors import ConfigError, UnknownNameError
+from eosin.mil.checkpoint import load_card
+from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.splits import make_splits
+from eosin.mil.sweep import Sweep, run_sweep
+
+
+def test_candidates_are_all_combinations():
+    sweep = Sweep(recipes=("abmil", "mean_pool"), grid={"training.lr": [1e-4, 1e-3], "bag_weight": [1.0]}, seeds=(0, 1))
+    found = sweep.candidates()
+    assert len(found) == 8
+    assert found["abmil lr=0.001 bag_weight=1.0 seed=1"].training.lr == 1e-3
+    assert found["mean_pool lr=0.0001 bag_weight=1.0 seed=0"].aggregator.name == "pooling"
+    with pytest.raises(UnknownNameError):
+        Sweep(recipes=("abmill",)).candidates()
+    with pytest.raises(ConfigError):
+        Sweep(grid={"training.speed": [1]}).candidates()
+
+
+def recipe(**changes):
+    training = Training(**({"epochs": 6, "bags_per_step": 8, "lr": 1e-2} | changes))
+    return Recipe(aggregator=Component(name="abmil", options={"embed_dims": [8], "hidden": 4}), training=training)
+
+
+def test_the_choice_is_made_by_validation_in_each_fold(toy, tmp_path):
+    candidates = {"good": recipe(), "bad": recipe(lr=1e-9, epochs=1)}
+    splits = make_splits(toy.cohort, folds=3)
+    summary = run_sweep(candidates, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=5)
+    values = {
+        name: [
+            load_card(tmp_path / f"candidate_{number}" / f"fold_{fold}").training["validation"]["auc"]
+            for fold in range(3)
+        ]
+        for number, name in enumerate(candidates)
+    }
+    expected = ["good" if good > bad else "bad" for good, bad in zip(values["good"], values["bad"], strict=True)]
+    assert summary["choices"] == expected
+    assert expected.count("good") >= 2
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        lines = {line["candidate"]: line for line in csv.DictReader(file)}
+    assert list(lines) == ["good", "bad", "chosen by validation"]
+    if expected == ["good"] * 3:
+        assert lines["good"]["auc_mean"] == lines["chosen by validation"]["auc_mean"]
+    assert (tmp_path / "chosen" / "predictions.csv").exists()
+
+
+def test_a_candidate_that_cannot_be_judged_is_refused(toy, tmp_path):
+    splits = make_splits(toy.cohort, folds=3)
+    with pytest.raises(ConfigError, match="nothing to choose by"):
+        run_sweep({"x": recipe(select="last")}, toy.task, toy.examples, splits, toy.cohort, tmp_path)
