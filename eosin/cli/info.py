@@ -19,8 +19,16 @@ def info(
     """Print the facts of a file; of slides only what identifies nobody."""
     for name, value in _facts(path, slide_mpp).items():
         if value != "":
-            typer.echo(f"{name}: {'unknown' if value is None else value}")
+            typer.echo(_line(name, value))
     return Done()
+
+
+def _line(name: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        import yaml
+
+        return yaml.safe_dump({name: dict(value)}, sort_keys=False, allow_unicode=True).rstrip()
+    return f"{name}: {'unknown' if value is None else value}"
 
 
 def _facts(path: Path, slide_mpp: str | None) -> Mapping[str, object]:
@@ -74,5 +82,5 @@ def _feature_facts(path: Path) -> Mapping[str, object]:
 def _model_facts(path: Path) -> Mapping[str, object]:
     from eosin.mil.checkpoint import load_model
 
-    _, card = load_model(path)
+    _, card = load_model(path)  # not the card alone: a model whose weights are damaged has no facts
     return {"kind": "model", **card.model_dump(mode="json")}
