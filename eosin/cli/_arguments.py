@@ -7,7 +7,7 @@ import typer
 
 from eosin.errors import ConfigError
 
-Slides = Annotated[list[Path], typer.Argument(metavar="SLIDES...", help="Slides, and folders that are searched.")]
+Slides = Annotated[list[Path], typer.Argument(metavar="SLIDES", help="Slides, and folders that are searched.")]
 Job = Annotated[Path, typer.Option(help="Job folder; holds the results of every slide.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one per slide.")]

@@ -1,6 +1,8 @@
 """Merging of options, and the exit code of every way a command can end."""
 
+import copy
 import errno
+import io
 import logging
 import os
 import signal
@@ -15,7 +17,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from eosin.batch import Record, Report
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, Settings, command, merge, progress
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError
 from eosin.options import Options
 
@@ -177,6 +179,53 @@ def test_log_records_and_warnings_become_single_lines_and_leave_nothing_behind()
 def test_no_bar_without_a_terminal() -> None:
     with progress("tile", 3) as advance:
         assert advance is None
+
+
+class Terminal(io.StringIO):
+    """Something that a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_counts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress("tile", 3) as advance:
+        assert advance is not None
+        advance("a")
+        advance("b")
+    assert "tile" in screen.getvalue()
+    assert "2/3" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "result"),
+    [
+        ({"a": 1}, {}, {"a": 1}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"a": {"b": 3, "c": 2}}),
+        ({"a": [1, 2]}, {"a": [3]}, {"a": [3]}),
+        ({"a": {"b": 1}}, {"a": 5}, {"a": 5}),
+        ({"a": None}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"m": {"name": "x", "options": {"k": 1}}}, {"m": {"name": "y"}}, {"m": {"name": "y"}}),
+        (
+            {"m": {"name": "x", "options": {"k": 1}}},
+            {"m": {"name": "x", "options": {"l": 2}}},
+            {"m": {"name": "x", "options": {"k": 1, "l": 2}}},
+        ),
+        (
+            {"m": {"name": "x", "options": {"k": 1}}},
+            {"m": {"options": {"k": 2}}},
+            {"m": {"name": "x", "options": {"k": 2}}},
+        ),
+    ],
+)
+def test_merging_keeps_what_is_not_changed_and_drops_options_of_another_part(
+    base: dict[str, object], changes: dict[str, object], result: dict[str, object]
+) -> None:
+    before = copy.deepcopy(base)
+    assert merge(base, changes) == result
+    assert base == before
 
 
 SLEEPER = """
