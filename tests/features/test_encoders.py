@@ -161,3 +161,9 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_weights_that_no_hub_has() -> None:
     with pytest.raises(ConfigError, match=r"ctranspath.*TransPath.*--weights"):
         load_encoder("ctranspath")
+
+
+def test_the_documentation_lists_every_row() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text(encoding="utf-8")
+    for row in ENCODERS.values():
+        assert f"| `{row.name}` | {row.dim} |" in text, row.name
