@@ -98,8 +98,9 @@ class Training(Options):
         return self
 
 
-EVERYDAY = Training(lr=3e-4, weight_decay=1e-4, bags_per_step=4)
-"""Settings of the recipes whose training no paper prescribes: bags are packed by four, because that is faster."""
+EVERYDAY = Training(lr=5e-4, weight_decay=1e-4, epochs=30, bags_per_step=4, refit=True)
+"""Settings of the recipes whose training no paper prescribes: bags are packed by four, because that is faster, and the
+model is refitted on all training bags, because cohorts are small. Chosen on parts of training folds of MUSK1."""
 
 
 class Recipe(Options):
