@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/eosin demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
