@@ -30,10 +30,11 @@ from eosin.errors import ConfigError, EosinError, OutputError, UnknownNameError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eosin.batch import Report
+    from eosin.batch import Outcome, Report
     from eosin.options import Options
 
 OptionsT = TypeVar("OptionsT", bound="Options")
+ItemT = TypeVar("ItemT")
 
 GROUPS = (
     "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
@@ -274,6 +275,19 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] 
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(what, total=total)
         yield lambda _item: bars.advance(task)
+
+
+def apply_to_each(
+    items: Sequence[ItemT], work: Callable[[ItemT], "Outcome"], *, key: Callable[[ItemT], str], stage: str
+) -> "Report":
+    """Do a command's work on its inputs: one alone raises what is wrong with it, of many each fails alone."""
+    from eosin.batch import Record, Report, run_batch
+
+    with progress(stage, len(items)) as advance:
+        if len(items) == 1:
+            outcome = work(items[0])
+            return Report((Record(key(items[0]), stage, outcome.status, "", outcome.message),))
+        return run_batch(items, work, key=key, stage=stage, progress=advance)
 
 
 def console() -> "Console":

@@ -21,12 +21,18 @@ from eosin.cli._arguments import (
     TrainPrecision,
 )
 from eosin.cli._common import Done, Settings, command, progress
+from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from eosin.heatmaps.report import ReportData, RocInput
+    from eosin.mil.recipe import Recipe
+    from eosin.mil.splits import Split
+    from eosin.mil.study import Study
     from eosin.mil.tasks import Task
+
+CHOSEN, SWEEP_TABLE = "chosen", "sweep.csv"
 
 
 @command("recipe", "task", "target", "folds")
@@ -45,6 +51,9 @@ def crossval(
     group: Group = "patient",
     level: Level = "slide",
     missing: Missing = "error",
+    sweep: Annotated[
+        Path | None, typer.Option(help="YAML file of recipes, a grid of options and seeds to choose from.")
+    ] = None,
     device: Device = "auto",
     precision: TrainPrecision = "fp32",
     settings: Settings,
@@ -53,14 +62,41 @@ def crossval(
     from eosin.cli._study import choose_recipe, read_study
     from eosin.heatmaps.report import write_report
     from eosin.mil.crossval import METRICS, PREDICTIONS
-    from eosin.mil.crossval import crossval as train_and_test
 
     chosen = choose_recipe(recipe, settings)
+    candidates = _candidates(sweep, recipe, settings)
     study = read_study(features, labels, settings, task=task, target=target, group=group, level=level, missing=missing)
     parts = study.splits(splits, folds=settings.choose("folds", folds, 5), seed=chosen.training.seed)
+    results = out
+    if sweep is None:
+        metrics = _train(chosen, study, parts, out, device=device, precision=precision)
+    else:
+        metrics = _sweep(candidates, study, parts, out, device=device, precision=precision)
+        results = out / CHOSEN
+    write_report(out / "report.html", _report(study.task, metrics, results / PREDICTIONS))
+    tables = [] if sweep is None else [out / SWEEP_TABLE]
+    return Done([*tables, results / METRICS, results / PREDICTIONS, out / "report.html"])
+
+
+def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":
+    from eosin.mil.sweep import Sweep
+    from eosin.options import read_yaml
+
+    if sweep is None:
+        return {}
+    if recipe is not None or settings.group("recipe"):
+        raise ConfigError("--sweep names its recipes itself; leave out --recipe and the group recipe")
+    return Sweep.parse(read_yaml(sweep), source=str(sweep)).candidates()
+
+
+def _train(
+    recipe: "Recipe", study: "Study", parts: "list[Split]", out: Path, *, device: str, precision: str
+) -> Mapping[str, Any]:
+    from eosin.mil.crossval import crossval as train_and_test
+
     with progress("cross-validate", len(parts)) as advance:
-        metrics = train_and_test(
-            chosen,
+        return train_and_test(
+            recipe,
             study.task,
             study.examples,
             parts,
@@ -70,8 +106,31 @@ def crossval(
             precision=precision,
             progress=advance,
         )
-    write_report(out / "report.html", _report(study.task, metrics, out / PREDICTIONS))
-    return Done([out / METRICS, out / PREDICTIONS, out / "report.html"])
+
+
+def _sweep(
+    candidates: "dict[str, Recipe]",
+    study: "Study",
+    parts: "list[Split]",
+    out: Path,
+    *,
+    device: str,
+    precision: str,
+) -> Mapping[str, Any]:
+    from eosin.mil.sweep import run_sweep
+
+    with progress("sweep", len(candidates) * len(parts)) as advance:
+        return run_sweep(
+            candidates,
+            study.task,
+            study.examples,
+            parts,
+            study.cohort,
+            out,
+            device=device,
+            precision=precision,
+            progress=None if advance is None else lambda _name, fold: advance(fold),
+        )
 
 
 def _report(task: "Task", metrics: Mapping[str, Any], path: Path) -> "ReportData":

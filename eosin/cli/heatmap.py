@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Device, Model, Out, SlideMpp, Weights, Workers, slide_mpp_source
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, Settings, apply_to_each, command
 from eosin.errors import SlideError, UnknownNameError
 
 if TYPE_CHECKING:
-    from eosin.batch import Outcome, Report
+    from eosin.batch import Outcome
     from eosin.mil.checkpoint import ModelCard
     from eosin.mil.slots import Aggregator
     from eosin.wsi.slide import SlideFile
@@ -58,15 +58,16 @@ def heatmap(
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in slides}
     broken = {record.slide_id for report in reports for record in report.failed}
     usable = [file for file in slides if file.slide_id not in broken]
-    reports.append(_explain_all(loaded, usable, files, out, formats))
+    work = partial(_explain, loaded, files, out, formats)
+    drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
     return Done(
         [
             out / f"{record.slide_id}_attention.{name}"
-            for record in reports[-1].records
+            for record in drawn.records
             if record.status == "ok"
             for name in formats
         ],
-        worst(reports),
+        worst([*reports, drawn]),
     )
 
 
@@ -77,24 +78,6 @@ def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
         if name not in FORMATS:
             raise UnknownNameError("heat-map format", str(name), FORMATS)
     return tuple(wanted)
-
-
-def _explain_all(
-    loaded: "tuple[Aggregator, ModelCard]",
-    slides: "Sequence[SlideFile]",
-    features: Mapping[str, Path],
-    out: Path,
-    formats: Sequence[str],
-) -> "Report":
-    """Explain a batch; one slide alone raises what is wrong with it."""
-    from eosin.batch import Record, Report, run_batch
-
-    work = partial(_explain, loaded, features, out, formats)
-    with progress("heat maps", len(slides)) as advance:
-        if len(slides) == 1:
-            outcome = work(slides[0])
-            return Report((Record(slides[0].slide_id, "heatmap", outcome.status, "", outcome.message),))
-        return run_batch(slides, work, key=lambda slide: slide.slide_id, stage="heatmap", progress=advance)
 
 
 def _explain(

@@ -216,6 +216,61 @@ def test_import_then_crossval_with_the_files_own_folds(run: Run, tmp_path: Path)
     assert json.loads((tmp_path / "cv/metrics.json").read_text())["n_folds"] == 6
 
 
+def test_a_sweep_is_chosen_from_within_each_fold(run: Run, refused: Run, tmp_path: Path) -> None:
+    assert run("import", npz(tmp_path / "set.npz"), "--out", tmp_path).exit_code == 0
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("recipes: [mean_pool, max_pool]\ngrid: {training.epochs: [1, 2]}\n")
+    arguments = ("--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", "--folds", 2)
+    command = ("crossval", *arguments, "--sweep", sweep, "--out", tmp_path / "cv")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == str(tmp_path / "cv/sweep.csv")
+    assert len(rows(tmp_path / "cv/sweep.csv")) == 5
+    assert len(json.loads((tmp_path / "cv/chosen/metrics.json").read_text())["choices"]) == 2
+    assert "leave out --recipe" in refused(*command, "--recipe", "abmil")
+    sweep.write_text("recipe: [mean_pool]\n")
+    assert "did you mean recipes" in refused(*command)
+
+
+def test_features_go_to_another_tools_layout_and_come_back(
+    features: Path, cohort: Path, run: Run, tmp_path: Path
+) -> None:
+    result = run("export", features / "S000.h5", "--to", "trident", "--out", tmp_path / "theirs")
+    assert result.exit_code == 0, result.output
+    written = [Path(line) for line in result.stdout.splitlines()]
+    assert all(path.is_file() for path in written)
+    encoded = next(path for path in written if "features" in path.parent.name)
+    back = run("import", encoded, "--out", tmp_path / "ours", "--slide", cohort / "slides/S000.tiff")
+    assert back.exit_code == 0, back.output
+    (path,) = (tmp_path / "ours").glob("**/S000.h5")
+    assert np.array_equal(read_bag(path).features, read_bag(features / "S000.h5").features)
+
+
+def test_many_files_are_exported_and_a_damaged_one_fails_alone(features: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("S000.h5", "S001.h5"):
+        (tmp_path / "in" / name).write_bytes((features / name).read_bytes())
+    (tmp_path / "in/S001.h5").write_bytes(b"x" * 100)
+    result = run("export", tmp_path / "in", "--to", "clam", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "failed: S001: " in result.stderr
+    assert result.stdout
+
+
+def test_export_to_an_unknown_layout(refused: Run, features: Path, tmp_path: Path) -> None:
+    assert "trident" in refused("export", features / "S000.h5", "--to", "tridnet", "--out", tmp_path / "out")
+
+
+@pytest.mark.shared
+def test_files_of_clam_are_imported(run: Run, refused: Run, shared: Path, tmp_path: Path) -> None:
+    file = shared / "data/interop/clam_h5/CMU-1-Small-Region.patch_level0.h5"
+    assert "mpp" in refused("import", file, "--out", tmp_path / "none")
+    slide = shared / "data/slides/CMU-1-Small-Region.svs"
+    result = run("import", file, "--out", tmp_path / "job", "--slide", slide)
+    assert result.exit_code == 0, result.output
+    assert Path(result.stdout.strip()).is_file()
+
+
 @pytest.mark.shared
 def test_a_part_of_musk1_is_imported_and_trained_on(run: Run, shared: Path, tmp_path: Path) -> None:
     first, last = 27, 67  # 20 positive and 20 negative bags

@@ -1,0 +1,39 @@
+"""`eosin export`: our feature files → other tools' layouts."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from eosin.cli._arguments import Out
+from eosin.cli._common import Done, apply_to_each, command
+
+if TYPE_CHECKING:
+    from eosin.batch import Outcome
+
+    Layout = Literal["trident", "clam"]
+
+
+@command()
+def export(
+    features: Annotated[Path, typer.Argument(help="Feature file, or a folder of them.")],
+    *,
+    to: Annotated[str, typer.Option(help="Whose layout: trident or clam.")],
+    out: Out,
+) -> Done:
+    """Write features so that the readers of TRIDENT or CLAM open them."""
+    from eosin.features.store import find_bags
+
+    files = list(find_bags(features).values()) if features.is_dir() else [features]
+    written: list[Path] = []
+    report = apply_to_each(files, partial(_export, written, out, to), key=lambda path: path.stem, stage="export")
+    return Done(written, report)
+
+
+def _export(written: list[Path], out: Path, to: str, path: Path) -> "Outcome":
+    from eosin.batch import Outcome
+    from eosin.features.interop import export_bag
+
+    written += export_bag(path, out, cast("Layout", to))
+    return Outcome()
