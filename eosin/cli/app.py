@@ -6,6 +6,7 @@ import typer
 
 from eosin import __version__
 from eosin.cli import (
+    convert,
     counterfactual,
     crossval,
     demo,
@@ -67,6 +68,7 @@ COMMANDS = {
     "counterfactual": counterfactual.counterfactual,
     "import": import_.import_,
     "export": export.export,
+    "convert": convert.convert,
     "verify": verify.verify,
     "encoders": encoders.encoders,
     "methods": methods.methods,

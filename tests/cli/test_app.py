@@ -32,6 +32,7 @@ PROMISED = {  # names that scripts rely on
     "counterfactual": "--model --features --slide --out",
     "import": "--out",
     "export": "--to --out",
+    "convert": "--encoder --out",
     "verify": "",
     "encoders": "",
     "methods": "",
@@ -89,7 +90,7 @@ def test_underscores_are_taken_for_dashes(run: Run) -> None:
 def test_set_of_an_unknown_group_is_refused_by_every_command(name: str) -> None:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     needed = [p for p in command.params if p.required]
-    arguments = [text for p in needed for text in ([p.opts[0], "x"] if p.opts[0].startswith("-") else ["x"])]
+    arguments = [text for p in needed for text in ([p.opts[0], "1"] if p.opts[0].startswith("-") else ["1"])]
     result = CliRunner().invoke(app, [name, *arguments, "--set", "nonsense.x=1"])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: no group of options")

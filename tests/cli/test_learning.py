@@ -272,6 +272,19 @@ def test_files_of_clam_are_imported(run: Run, refused: Run, shared: Path, tmp_pa
 
 
 @pytest.mark.shared
+def test_a_checkpoint_of_clam_becomes_a_model(run: Run, refused: Run, shared: Path, tmp_path: Path) -> None:
+    file = shared / "data/checkpoints/clam_demo_s_0_checkpoint.pt"
+    command = ("convert", file, "--mpp", 0.5, "--patch-size", 256, "--out", tmp_path / "model")
+    assert "did you mean resnet50" in refused(*command, "--encoder", "resnet5", "--classes", "normal,tumour")
+    assert "name 2 classes" in refused(*command, "--encoder", "resnet50", "--classes", "tumour")
+    assert not (tmp_path / "model").exists()
+    result = run(*command, "--encoder", "resnet50", "--classes", "normal, tumour")
+    assert result.exit_code == 0, result.output
+    card = load_card(tmp_path / "model")
+    assert (card.features.encoder, card.features.dim, card.task["classes"]) == ("resnet50", 1024, ["normal", "tumour"])
+
+
+@pytest.mark.shared
 def test_a_part_of_musk1_is_imported_and_trained_on(run: Run, shared: Path, tmp_path: Path) -> None:
     first, last = 27, 67  # 20 positive and 20 negative bags
     with np.load(shared / "data/mil/musk1.npz") as whole:
