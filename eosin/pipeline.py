@@ -7,7 +7,7 @@ there already. A slide that fails somewhere is left out of what follows and name
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +17,20 @@ from shapely.geometry.base import BaseGeometry
 
 from eosin import __version__
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.errors import EosinError, LabelError
+from eosin.errors import EosinError, LabelError, UnknownNameError
 from eosin.features.encoders import Precision, find_encoder, folder_name
 from eosin.features.extract import extract
 from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.explain import explain_slide
+from eosin.heatmaps.explain import FORMATS, explain_slide
 from eosin.heatmaps.report import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
 from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, read_labels, shown
 from eosin.mil.recipe import Recipe
-from eosin.mil.slots import AGGREGATORS, AttentionOutput
-from eosin.mil.splits import Cohort, Split, make_splits, read_splits, with_validation, write_splits
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
+from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
 from eosin.mil.tasks import Task, make_task
 from eosin.mil.train import fit
 from eosin.options import Options
@@ -261,12 +261,14 @@ class _Run:
         table = _labelled(table, files, missing)
         target = table.target_column(self.options.target)
         task = make_task(self.options.task, table.rows(), target=target)
-        AGGREGATORS.resolve(self.options.recipe.aggregator.name, self.options.recipe.aggregator.options)
+        self.check_names()
+        self.choose_splits(Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(table.rows()))), given_splits)
         features = self.features(files)
         used, left_out = self.usable(table, features)
         examples = make_examples(FeatureFolder(_bags(features, used)), used, task, missing="drop")
         cohort = cohort_of(examples, task, used.rows(examples.ids))
-        splits = self.splits(cohort, given_splits)
+        splits = self.choose_splits(cohort, given_splits, left_out)
+        write_splits(self.job.root / "splits", splits, cohort)
         metrics = self.crossval(task, examples, cohort, splits)
         self.final_model(task, examples, cohort)
         result = Result(
@@ -284,7 +286,18 @@ class _Run:
             left_out=left_out,
         )
         self.heatmaps(result)
-        return result
+        return replace(result, report=self.report(files))
+
+    def check_names(self) -> None:
+        """Refuse what does not exist before the hours of work that lead up to it."""
+        recipe = self.options.recipe
+        AGGREGATORS.resolve(recipe.aggregator.name, recipe.aggregator.options)
+        STRATEGIES.resolve(recipe.strategy.name, recipe.strategy.options)
+        for term in recipe.terms:
+            LOSS_TERMS.resolve(term.name, term.options)
+        for name in self.options.formats:
+            if name not in FORMATS:
+                raise UnknownNameError("heat-map format", name, FORMATS)
 
     def features(self, files: Sequence[SlideFile]) -> Path:
         """Tile and encode every slide; return the folder of the feature files."""
@@ -340,14 +353,18 @@ class _Run:
         left_out = tuple(slide for slide in table.slide_ids if slide not in set(usable))
         return table.select(usable), left_out
 
-    def splits(self, cohort: Cohort, given: Path | None) -> list[Split]:
+    def choose_splits(self, cohort: Cohort, given: Path | None, left_out: Sequence[str] = ()) -> list[Split]:
+        """Return the given splits without the slides that are left out, or new ones; checked before anything runs."""
         training = self.options.recipe.training
-        if given is not None:
-            splits = read_splits(given)
-        else:
+        if given is None:
             val_fraction = 0.0 if training.select == "last" else VAL_FRACTION
-            splits = make_splits(cohort, folds=self.options.folds, val_fraction=val_fraction, seed=training.seed)
-        write_splits(self.job.root / "splits", splits, cohort)
+            return make_splits(cohort, folds=self.options.folds, val_fraction=val_fraction, seed=training.seed)
+        gone = set(left_out)
+        splits = [
+            Split(*(tuple(slide for slide in part if slide not in gone) for part in split.parts().values()))
+            for split in read_splits(given)
+        ]
+        check_splits(splits, cohort)
         return splits
 
     def crossval(self, task: Task, examples: Examples, cohort: Cohort, splits: Sequence[Split]) -> dict[str, Any]:

@@ -132,12 +132,30 @@ def test_label_of_an_unknown_slide_is_refused_before_any_work(cohort: Path, tmp_
         {"recipe": Recipe(aggregator=Component(name="abmill"))},
         {"recipe": Recipe(aggregator=Component(name="abmil", options={"gate": True}))},
         {"task": "classfication"},
+        {"formats": ("pgn",)},
+        {"recipe": Recipe(strategy=Component(name="supervized"))},
     ],
 )
 def test_unknown_names_are_refused_before_any_work(cohort: Path, tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(UnknownNameError):
         run(cohort, tmp_path / "job", OPTIONS.model_copy(update=change))
     assert not (tmp_path / "job").exists()
+
+
+def test_too_many_folds_are_refused_before_any_work(cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="fewer folds"):
+        run(cohort, tmp_path / "job", OPTIONS.model_copy(update={"folds": 5}))
+    assert not (tmp_path / "job").exists()
+
+
+def test_given_splits_are_used_without_the_slide_that_fails(cohort: Path, result: Result, tmp_path: Path) -> None:
+    folder, job = tmp_path / "cohort", tmp_path / "job"
+    shutil.copytree(cohort, folder)
+    shutil.copytree(result.job.root, job)
+    (folder / "slides/S003.tiff").write_bytes(b"broken")
+    mended = run_pipeline([folder / "slides"], folder / "labels.csv", JobFolder(job), OPTIONS, splits=result.splits)
+    for old, new in zip(read_splits(result.splits), read_splits(mended.splits), strict=True):
+        assert new.test == tuple(slide for slide in old.test if slide != "S003")
 
 
 def test_folder_without_slides_is_refused(cohort: Path, tmp_path: Path) -> None:
