@@ -52,7 +52,7 @@ class Demo(Options):
 
     cohort: Cohort = Cohort()
     pipeline: Pipeline = Pipeline(
-        tiling=Tiling(mpp=0.5, patch_size=128),
+        tiling=Tiling(mpp=0.5, patch_size=128, min_tissue=0.5),
         recipe=Recipe(
             aggregator=Component(name="abmil", options={"embed_dims": [64], "hidden": 32, "dropout": 0.25}),
             training=Training(epochs=40, lr=1e-3, weight_decay=1e-2, select="last", patience=0),

@@ -50,7 +50,7 @@ JPEG_QUALITY = 85
 class Cohort(Options):
     """Size, content and seed of a synthetic cohort; half of the patients have tumour."""
 
-    n_slides: int = Field(default=32, ge=2)
+    n_slides: int = Field(default=40, ge=2)
     slides_per_patient: int = Field(default=2, ge=1)
     size_um: tuple[float, float] = (1700.0, 2100.0)
     min_tumour: float = Field(default=0.005, gt=0, lt=0.5)
