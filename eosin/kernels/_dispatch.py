@@ -14,6 +14,7 @@ from eosin.errors import KernelUnavailableError
 
 Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+HAS_TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _forced: ContextVar[Backend | None] = ContextVar("eosin_kernels_backend", default=None)
@@ -76,7 +77,7 @@ def _known(name: str, where: str) -> Backend:
 
 
 def _triton_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     for tensor in tensors:
         if not tensor.is_cuda and not interpreting():

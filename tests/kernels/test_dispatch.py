@@ -53,6 +53,6 @@ def test_forced_triton_refuses_what_it_cannot_run(monkeypatch):
 
 
 def test_forced_triton_without_triton_is_refused(monkeypatch):
-    monkeypatch.setattr("eosin.kernels._dispatch.find_spec", lambda name: None)
+    monkeypatch.setattr("eosin.kernels._dispatch.HAS_TRITON", False)
     with kernels.use_backend("triton"), pytest.raises(KernelUnavailableError, match="not installed"):
         kernels.choose(torch.zeros(1))

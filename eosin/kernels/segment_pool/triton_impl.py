@@ -347,7 +347,7 @@ def radix_select(scores, offsets, counts, chosen, heads, LARGEST: tl.constexpr, 
     bins = tl.arange(0, 256)
     prefix = tl.zeros([1], tl.uint32)
     for digit in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit
+        shift = 24 - 8 * digit
         histogram = tl.zeros([256], tl.int32)
         for first in range(begin, end, ROW_BLOCK):
             rows = first + tl.arange(0, ROW_BLOCK)

@@ -2,9 +2,10 @@
 """The selective scan on a GPU: sequential in time, one channel per lane, its whole state in registers.
 
 The three phases of `torch_impl`, with a program per chunk and 32 channels. The backward kernel runs a chunk forward,
-leaving a state every four steps in scratch memory that fits the L2 cache, then goes back block by block with the four
-states between in registers. Sums over channels (the gradients of B and C) go to one partial per group of channel
-blocks, which a program walks one after the other: nothing is added atomically and every run gives the same bits.
+writes what needs the state itself (the gradients of C and z) and leaves every second state in scratch memory that
+mostly fits the L2 cache; then it goes back with two states at a time in registers, where four do not fit. Sums over
+channels (the gradients of B and C) go to one partial per group of channel blocks, which a program walks one after the
+other: nothing is added atomically and every run gives the same bits.
 """
 
 import torch
@@ -16,7 +17,6 @@ from eosin.kernels._chunks import ChunkTable, chunk_table
 from eosin.kernels.selective_scan.torch_impl import Gradients, Inputs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-STEPS = tl.constexpr(4)  # steps between states in scratch memory
 CHANNELS = 32
 GROUPED_BLOCKS = 8  # channel blocks that share one partial of dB and dC
 BACKWARD_PROGRAMS = 1056
@@ -25,7 +25,7 @@ CARRY_BLOCK = 256
 
 def chunk_rows(n_rows: int) -> int:
     """Return rows per chunk: long where there are enough chunks to fill a GPU, shorter otherwise."""
-    for threshold, rows in ((65536, 256), (32768, 128), (8192, 64)):
+    for threshold, rows in ((32768, 128), (8192, 64)):
         if n_rows >= threshold:
             return rows
     return 32
@@ -104,7 +104,7 @@ def _launch_backward(
     n_rows, width = inputs.u.shape
     items = table.n_chunks * groups
     programs = min(items, BACKWARD_PROGRAMS)
-    kept = triton.cdiv(table.rows, STEPS.value)
+    kept = triton.cdiv(table.rows, 2)
     sizes = _blocks(inputs)
     scratch = inputs.a.new_empty(programs, kept, sizes["STATES"], CHANNELS)
     chunk_gradients[(programs,)](
@@ -272,22 +272,30 @@ def chunk_adjoints(
 
 
 @triton.jit
-def advanced_if(h, a, offset, u, delta, b, row, end, channels, width, states, n_states):
-    """Return the state one step on, unchanged where the row lies beyond the chunk."""
-    inside = (channels < width) & (channels * 0 + row < end)
-    d = step_size(delta, offset, row, channels, width, inside)
-    x = tl.load(u + row * width + channels, mask=inside, other=0.0).to(tl.float32)
-    taking = (states < n_states) & (states * 0 + row < end)
-    written = tl.load(b + row * n_states + states, mask=taking, other=0.0).to(tl.float32)
-    return tl.exp2(d[None, :] * a) * h + written[:, None] * (d * x)[None, :]
+def state_gradients(
+    h, through, x, g, c, c_partial, z, d_out, d_z, row, channels, width, states, n_states, fresh,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of C and z of one row, which need the state after it."""
+    inside, taking = channels < width, states < n_states
+    place, state_place = row * width + channels, row * n_states + states
+    older = tl.load(c_partial + state_place, mask=taking & (states * 0 + fresh == 0), other=0.0)
+    tl.store(c_partial + state_place, tl.sum(h * g[None, :], 1) + older, mask=taking)
+    if GATED:
+        read = tl.load(c + state_place, mask=taking, other=0.0).to(tl.float32)
+        opening = tl.load(z + place, mask=inside, other=0.0).to(tl.float32)
+        sigma = tl.sigmoid(opening)
+        y = tl.sum(h * read[:, None], 0) + through * x
+        raw = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_z + place, raw * y * sigma * (1 + opening * (1 - sigma)), mask=inside)
 
 
 @triton.jit
 def step_gradient(
-    before, after, adjoint, sum_a, sum_d, sum_bias, a, offset, through, u, delta, b, c, z, d_out,
-    d_u, d_delta, d_b, d_c, d_z, row, end, channels, width, states, n_states, fresh, GATED: tl.constexpr,
+    before, adjoint, sum_a, sum_d, sum_bias, a, offset, through, u, delta, b, c, z, d_out,
+    d_u, d_delta, b_partial, row, end, channels, width, states, n_states, fresh, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one row; return the adjoint before it and the running sums."""
+    """Write the other gradients of one row, if it lies in the chunk; return the adjoint before it and the sums."""
     inside = (channels < width) & (channels * 0 + row < end)
     taking = (states < n_states) & (states * 0 + row < end)
     place, state_place = row * width + channels, row * n_states + states
@@ -295,28 +303,17 @@ def step_gradient(
     d = tl.where(inside, softplus(raw), 0.0)
     x = tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
     g = gated(d_out, z, row, channels, width, inside, GATED)
+    adjoint += tl.load(c + state_place, mask=taking, other=0.0).to(tl.float32)[:, None] * g[None, :]
+    older = tl.load(b_partial + state_place, mask=taking & (states * 0 + fresh == 0), other=0.0)
+    tl.store(b_partial + state_place, tl.sum(adjoint * (d * x)[None, :], 1) + older, mask=taking)
     written = tl.load(b + state_place, mask=taking, other=0.0).to(tl.float32)
-    read = tl.load(c + state_place, mask=taking, other=0.0).to(tl.float32)
-    adjoint += read[:, None] * g[None, :]
-    older = taking & (states * 0 + fresh == 0)
-    part_c = tl.sum(after * g[None, :], 1) + tl.load(d_c + state_place, mask=older, other=0.0)
-    part_b = tl.sum(adjoint * (d * x)[None, :], 1) + tl.load(d_b + state_place, mask=older, other=0.0)
-    tl.store(d_c + state_place, part_c, mask=taking)
-    tl.store(d_b + state_place, part_b, mask=taking)
     read_back = tl.sum(adjoint * written[:, None], 0)
     adjoint *= tl.exp2(d[None, :] * a)
     product = adjoint * before
     sum_a += product * d[None, :]
-    grad_d = (tl.sum(product * a, 0) / LOG2_E + x * read_back) * tl.sigmoid(raw)
-    grad_d = tl.where(inside, grad_d, 0.0)
+    grad_d = tl.where(inside, (tl.sum(product * a, 0) / LOG2_E + x * read_back) * tl.sigmoid(raw), 0.0)
     tl.store(d_u + place, d * read_back + through * g, mask=inside)
     tl.store(d_delta + place, grad_d, mask=inside)
-    if GATED:
-        opening = tl.load(z + place, mask=inside, other=0.0).to(tl.float32)
-        sigma = tl.sigmoid(opening)
-        y = tl.sum(after * read[:, None], 0) + through * x
-        raw_g = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(d_z + place, raw_g * y * sigma * (1 + opening * (1 - sigma)), mask=inside)
     return adjoint, sum_a, sum_d + g * x, sum_bias + grad_d
 
 
@@ -335,56 +332,49 @@ def chunk_gradients(
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, group = item % n_chunks, item // n_chunks
         start, end = tl.load(starts + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
-        n_blocks = (end - start + STEPS - 1) // STEPS
         b_partial = d_b + (start * 0 + group) * n_rows * n_states
         c_partial = d_c + (start * 0 + group) * n_rows * n_states
         for number in range(GROUPED):
             channels = (group * GROUPED + number) * CHANNELS + lane
             inside = channels < width
+            fresh = (number == 0) * 1
             both = (states[:, None] < n_states) & inside[None, :]
             rates = tl.load(a + states[:, None] * width + channels[None, :], mask=both, other=0.0)
             offset = tl.load(bias + channels, mask=inside, other=0.0)
             through = tl.load(skip + channels, mask=inside, other=0.0)
             place = ((start * 0 + chunk) * n_states + states[:, None]) * width + channels[None, :]
             h = tl.load(first_states + place, mask=both, other=0.0)
-            for block in range(n_blocks):
-                tl.store(own + block * STATES * CHANNELS + tile, h)
-                for step in tl.static_range(STEPS):
-                    row = start + block * STEPS + step
-                    h = advanced_if(h, rates, offset, u, delta, b, row, end, channels, width, states, n_states)
+            for row in range(start, end):
+                even = tile * 0 + (row - start) % 2 == 0
+                tl.store(own + (row - start) // 2 * STATES * CHANNELS + tile, h, mask=even)
+                d = step_size(delta, offset, row, channels, width, inside)
+                x = tl.load(u + row * width + channels, mask=inside, other=0.0).to(tl.float32)
+                h = advanced(h, rates, d, x, b, row, states, n_states)
+                g = gated(d_out, z, row, channels, width, inside, GATED)
+                state_gradients(
+                    h, through, x, g, c, c_partial, z, d_out, d_z, row, channels, width, states, n_states, fresh, GATED
+                )
             tl.debug_barrier()
             adjoint = tl.load(arriving + place, mask=both, other=0.0)
             sum_a = tl.zeros([STATES, CHANNELS], tl.float32)
             sum_d = tl.zeros([CHANNELS], tl.float32)
             sum_bias = tl.zeros([CHANNELS], tl.float32)
-            for i in range(n_blocks):
-                block = n_blocks - 1 - i
-                row = start + block * STEPS
-                h0 = tl.load(own + block * STATES * CHANNELS + tile)
-                h1 = advanced_if(h0, rates, offset, u, delta, b, row, end, channels, width, states, n_states)
-                h2 = advanced_if(h1, rates, offset, u, delta, b, row + 1, end, channels, width, states, n_states)
-                h3 = advanced_if(h2, rates, offset, u, delta, b, row + 2, end, channels, width, states, n_states)
-                h4 = advanced_if(h3, rates, offset, u, delta, b, row + 3, end, channels, width, states, n_states)
-                fresh = (number == 0) * 1
+            n_pairs = (end - start + 1) // 2
+            for i in range(n_pairs):
+                pair = n_pairs - 1 - i
+                row = start + pair * 2
+                h = tl.load(own + pair * STATES * CHANNELS + tile)
+                d = step_size(delta, offset, row, channels, width, inside)
+                x = tl.load(u + row * width + channels, mask=inside, other=0.0).to(tl.float32)
                 adjoint, sum_a, sum_d, sum_bias = step_gradient(
-                    h3, h4, adjoint, sum_a, sum_d, sum_bias, rates, offset, through, u, delta, b, c, z, d_out,
-                    d_u, d_delta, b_partial, c_partial, d_z, row + 3, end, channels, width, states, n_states, fresh,
-                    GATED,
+                    advanced(h, rates, d, x, b, row, states, n_states), adjoint, sum_a, sum_d, sum_bias,
+                    rates, offset, through, u, delta, b, c, z, d_out, d_u, d_delta, b_partial, row + 1, end,
+                    channels, width, states, n_states, fresh, GATED,
                 )  # fmt: skip
                 adjoint, sum_a, sum_d, sum_bias = step_gradient(
-                    h2, h3, adjoint, sum_a, sum_d, sum_bias, rates, offset, through, u, delta, b, c, z, d_out,
-                    d_u, d_delta, b_partial, c_partial, d_z, row + 2, end, channels, width, states, n_states, fresh,
-                    GATED,
-                )  # fmt: skip
-                adjoint, sum_a, sum_d, sum_bias = step_gradient(
-                    h1, h2, adjoint, sum_a, sum_d, sum_bias, rates, offset, through, u, delta, b, c, z, d_out,
-                    d_u, d_delta, b_partial, c_partial, d_z, row + 1, end, channels, width, states, n_states, fresh,
-                    GATED,
-                )  # fmt: skip
-                adjoint, sum_a, sum_d, sum_bias = step_gradient(
-                    h0, h1, adjoint, sum_a, sum_d, sum_bias, rates, offset, through, u, delta, b, c, z, d_out,
-                    d_u, d_delta, b_partial, c_partial, d_z, row, end, channels, width, states, n_states, fresh,
-                    GATED,
+                    h, adjoint, sum_a, sum_d, sum_bias,
+                    rates, offset, through, u, delta, b, c, z, d_out, d_u, d_delta, b_partial, row, end,
+                    channels, width, states, n_states, fresh, GATED,
                 )  # fmt: skip
             tl.store(d_a + place, sum_a, mask=both)
             lane_place = (start * 0 + chunk) * width + channels
