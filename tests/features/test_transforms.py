@@ -9,7 +9,7 @@ from torchvision import transforms as tv
 from eosin.features.encoders import ENCODERS, HALF, IMAGENET
 from eosin.features.transforms import Transform
 
-ROWS = {(row.transform, row.tile_px) for row in ENCODERS.values() if row.transform}
+ROWS = list(dict.fromkeys((row.transform, row.tile_px) for row in ENCODERS.values() if row.transform))
 
 
 def picture(side: int) -> np.ndarray:
