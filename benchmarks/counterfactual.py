@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for compare, arguments in (
-        (compare_order, (100, 10)),
+        (compare_order, (60, 5)),
         (compare_greedy, (options.tiles, options.rounds, options.candidates)),
         (compare_leave_one_out, (options.large, 1)),
     ):

@@ -8,8 +8,9 @@ from shapely import box, geometry
 
 from eosin.errors import ConfigError, FeatureMismatchError, UnknownNameError
 from eosin.features.bag import FeatureBag
+from eosin.heatmaps.examination import examine
 from eosin.heatmaps.export.geojson import check_geojson
-from eosin.heatmaps.question import FORMATS, Questions, counterfactual_maps, draw_curves, question, question_slide
+from eosin.heatmaps.question import FORMATS, Questions, counterfactual_maps, draw_curves, question_slide
 from eosin.mil.checkpoint import load_model
 from eosin.wsi.slide import SlideFile
 
@@ -20,7 +21,7 @@ FAST = Questions(fractions=(0.005, 0.05), rounds=10, controls=20)
 @pytest.fixture(scope="module")
 def found(scene, model_folder):
     model, card = load_model(model_folder)
-    return question(model, card, scene[2], questions=FAST)
+    return examine(model, card, scene[2], questions=FAST)
 
 
 def test_the_marked_tile_is_found_to_carry_the_prediction(found):
@@ -102,7 +103,7 @@ def test_features_alone_are_enough_for_tables(scene, model_folder, tmp_path):
 
 def test_other_class_can_be_asked_about(scene, model_folder):
     model, card = load_model(model_folder)
-    found = question(model, card, scene[2], class_name="normal", questions=FAST)
+    found = examine(model, card, scene[2], class_name="normal", questions=FAST)
     assert found.effects[0].before < 0
     assert found.smallest is None
     assert "now says normal" in " ".join(found.sentences())
