@@ -68,7 +68,15 @@ def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int,
     return out
 
 
-def instance_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def instance_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    *,
+    present: Tensor | None = None,
+) -> Tensor:
     """Let each instance attend to the tokens of its own bag; memory and derivatives as `bag_attention`.
 
     Parameters
@@ -81,13 +89,15 @@ def instance_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple
         Instances per bag.
     scale : float
         Multiplies the inner products before the softmax.
+    present : (B, m) bool, optional
+        False for tokens that a bag does not have.
 
     Returns
     -------
     (N, H, e)
     """
     with _full_precision(query):
-        out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale)
+        out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale, present)
     return out
 
 
@@ -247,13 +257,21 @@ def _attended(
 
 class _InstanceAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        present: Tensor | None,
+    ) -> Tensor:
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         for blocks in _blocks(lengths, key.shape[1] * key.shape[2], query.device):
-            weights = _instance_weights(query, key, blocks, scale)
+            weights = _instance_weights(query, key, blocks, scale, present)
             blocks.scatter((weights @ value[blocks.bag].to(weights.dtype).transpose(1, 2)).transpose(1, 2), out)
         ctx.save_for_backward(query, key, value)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.lengths, ctx.scale, ctx.present = lengths, scale, present
         return out
 
     @staticmethod
@@ -265,7 +283,7 @@ class _InstanceAttention(torch.autograd.Function):
         dkey, dvalue = (torch.zeros_like(kept, dtype=wide) for kept in (key, value))
         for blocks in _blocks(ctx.lengths, key.shape[1] * key.shape[2], query.device):
             bag = blocks.bag
-            weights = _instance_weights(query, key, blocks, ctx.scale)  # (c, H, R, m)
+            weights = _instance_weights(query, key, blocks, ctx.scale, ctx.present)  # (c, H, R, m)
             grads = blocks.gather(grad).to(wide) * blocks.filled[..., None, None]
             grads = grads.transpose(1, 2)  # (c, H, R, e)
             dvalue += _per_bag((weights.mT @ grads).transpose(1, 2), bag, len(value))
@@ -274,7 +292,7 @@ class _InstanceAttention(torch.autograd.Function):
             dkeys = dscores.mT @ blocks.gather(query).to(wide).transpose(1, 2)  # (c, H, m, d)
             dkey += _per_bag(dkeys.transpose(1, 2), bag, len(key))
             blocks.scatter((dscores @ key[bag].to(wide).transpose(1, 2)).transpose(1, 2), dquery)
-        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None
 
 
 def _bag_scores(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Tensor:
@@ -285,11 +303,14 @@ def _bag_scores(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Te
     return scores.masked_fill_(~blocks.filled[:, None, None], float("-inf"))
 
 
-def _instance_weights(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Tensor:
+def _instance_weights(query: Tensor, key: Tensor, blocks: _Blocks, scale: float, present: Tensor | None) -> Tensor:
     """Return (c, H, R, m)."""
     wide = _wide(query)
     keys = key[blocks.bag].to(wide).permute(0, 2, 3, 1)
-    return (blocks.gather(query).to(wide).transpose(1, 2) @ keys).mul_(scale).softmax(-1)
+    scores = (blocks.gather(query).to(wide).transpose(1, 2) @ keys).mul_(scale)
+    if present is not None:
+        scores.masked_fill_(~present[blocks.bag][:, None, None], float("-inf"))
+    return scores.softmax(-1)
 
 
 def _per_bag(parts: Tensor, bag: Tensor, n_bags: int) -> Tensor:

@@ -118,3 +118,23 @@ def test_recomputing_changes_nothing_but_what_is_kept(monkeypatch):
     again = torch.autograd.grad(recomputed(layer, 6, values).sum(), values)[0]
     assert len(calls) == 3
     assert torch.equal(plain, again)
+
+
+def test_tokens_that_a_bag_does_not_have_are_not_read():
+    query, key, value = tensors((N, HEADS, WIDTH), (B, TOKENS, HEADS, WIDTH), (B, TOKENS, HEADS, VALUE))
+    present = torch.ones(B, TOKENS, dtype=torch.bool)
+    present[2, 1] = present[5, :4] = False
+    found = instance_attention(query, key, value, LENGTHS, 0.7, present=present)
+    wanted = []
+    for number, part in enumerate(query.split(LENGTHS)):
+        keep = present[number]
+        keys, values = key[number : number + 1, keep], value[number : number + 1, keep]
+        wanted.append(plain_instance_attention(part, keys, values, (len(part),), 0.7))
+    torch.testing.assert_close(found, torch.cat(wanted))
+    grads = zip(
+        torch.autograd.grad(found.square().sum(), (query, key, value)),
+        torch.autograd.grad(torch.cat(wanted).square().sum(), (query, key, value)),
+        strict=True,
+    )
+    for first, second in grads:
+        torch.testing.assert_close(first, second)

@@ -1,0 +1,519 @@
+"""CoMEL: attention through grouped tokens, pseudo-labels of patches, and low-rank updates that keep out of each other's
+way.
+
+Lee, Lee, Kim, Kim: Continual multiple instance learning with enhanced localization for histopathological whole slide
+image analysis, ICCV 2025, https://arxiv.org/abs/2507.02395.
+
+1. GDAT (grouped double attention). Padded with zeros to a square of H × H tokens, H = ⌈√n⌉ raised to a multiple of
+   the region size R (an even H and one region for n < 10), with group tokens g that are means of H²/R² or R² tokens:
+   ``U = softmax(q_g kᵀ / √d) v``, ``out = W (softmax(q k_gᵀ / √d) U + 0.1 v) + b``, one q, k, v projection for both.
+   The zeros take part.
+2. Backbone (aggregator `gdat`): embedding, blocks ``x ← x + GDAT(LN(x))``, ``x ← x + MLP(LN(x))``, ungated attention
+   pooling without biases, ``logits = W z + b``.
+3. Pseudo-labels (term `comel_bppl`), for bags of a positive class that are predicted right with probability above τ1:
+   prototypes ``c⁺ = Σ a x``, ``c⁻ = Σ (1 - a) x / Σ (1 - a)``; posterior ``softmax([cos(x, c⁻), cos(x, c⁺)] / T)``;
+   instances with a posterior above τ2 get its class as label y; with ``p = (a - min a) / (max a + 1e-10)`` the loss
+   of a bag is ``-1/n Σ log(p_y + floor)``; τ2 = ½ (1 + τ q), q the mean of probability times correctness.
+4. Low-rank updates (`OrthogonalLora`): ``W x + b + Σ_i B_i (s_i ⊙ A_i x)``; the newest is trained with the penalty
+   ``(‖A Aᵀ - 1‖² + ‖Bᵀ B - 1‖²) / r²`` and gradients ``G_A - G_A Σ A_iᵀ A_i``, ``G_B - Σ B_i B_iᵀ G_B`` over the
+   older i.
+5. `continual_metrics` of a sequence of tasks, R[i, j] the metric of task j after training task i.
+
+Deviations from the authors' code. Groups are, as in the code, tokens at equal offsets of all regions, a strided
+sample of the list; the paper describes means within regions: `grouping="spatial"`. Parameters that never matter (a
+scalar bias per head, an unused projection) are left out. q in equation 3 is a moving average over steps; the code
+renews it once per epoch. `floor` is 1e-4; the code's 1e-10 lets one instance of the least attention dominate. The
+code's slot for the basis of W is random and never used; `truncated_basis` gives the true one, which `OrthogonalLora`
+takes as its first slot.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_sum
+from eosin.mil import attention
+from eosin.mil.attention import bag_attention, bag_product, instance_attention, recomputed
+from eosin.mil.bags import PackedBags
+from eosin.mil.layers import Attention, as_dtype, embedding, initialise
+from eosin.mil.methods.clam import require_classes
+from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
+from eosin.mil.tasks import Task
+
+Grouping = Literal["official", "spatial"]
+
+
+@AGGREGATORS.register("gdat")
+class Gdat(Aggregator):
+    """Blocks of grouped double attention and attention pooling, equations 1 and 2.
+
+    Parameters
+    ----------
+    in_dim, n_outputs
+        Feature width D and logits K.
+    width : int
+        Width E of an instance.
+    layers, heads : int
+        Blocks, and their attention heads; heads divide the width.
+    region_size : int
+        R.
+    grouping : {"official", "spatial"}
+        Group tokens across regions at equal offsets, or of each region.
+    qkv_bias : bool
+    expansion : int
+        Width of the MLP per width.
+    hidden : int
+        Width of the pooling's hidden layer.
+    dropout, block_dropout : float
+        After the embedding, and inside the MLPs.
+    norm_eps : float
+        Of the layer norms.
+    """
+
+    output_type = AttentionOutput
+    order_dependent = True
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        width: int = 512,
+        layers: int = 2,
+        heads: int = 8,
+        region_size: int = 16,
+        grouping: Grouping = "official",
+        qkv_bias: bool = False,
+        expansion: int = 4,
+        hidden: int = 256,
+        dropout: float = 0.25,
+        block_dropout: float = 0.1,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        if width % heads:
+            raise ConfigError(f"gdat: {heads} heads do not divide the width {width}; choose another width")
+        super().__init__(in_dim, n_outputs, embed_dim=width)
+        self.region_size = region_size
+        self.grouping = grouping
+        self.embed = embedding(in_dim, (width,), dropout=dropout)
+        self.blocks = nn.ModuleList(
+            GdatBlock(
+                width, heads=heads, qkv_bias=qkv_bias, expansion=expansion, dropout=block_dropout, norm_eps=norm_eps
+            )
+            for _ in range(layers)
+        )
+        self.attention = Attention(width, hidden=hidden, gated=False, bias=False)
+        self.classifier = nn.Linear(width, n_outputs)
+        initialise(self, "xavier")
+
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Return logits, bag embeddings, scores and the instances after the last block."""
+        return self.aggregate(bags.with_values(self.embed(bags.values)))
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        groups = Groups.of(bags.lengths, self.region_size, self.grouping, bags.values.device)
+        tokens = bags.values
+        for block in self.blocks:
+            tokens = block(tokens, groups)
+        pool = self.attention.pool(tokens, bags)
+        bag = as_dtype(pool.pooled[:, 0], self.classifier.weight)
+        return AttentionOutput(self.classifier(bag), bag, pool.scores, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """How the tokens of each bag, padding included, fall into groups of equal size; P rows in all, group by group.
+
+    Attributes
+    ----------
+    padded : (N,) int64
+        Row of each instance among the P.
+    lengths : tuple of int
+        Padded length of each bag.
+    sizes : (G,) int64
+        Rows of each group of all bags.
+    token : (B, m) int64
+        Group of each token of a bag.
+    present : (B, m) bool
+        Whether the bag has that many.
+    """
+
+    padded: Tensor
+    lengths: tuple[int, ...]
+    sizes: Tensor
+    token: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], region_size: int, grouping: Grouping, device: torch.device) -> "Groups":
+        """Lay out bags of these lengths; all on the host, from numbers that it knows."""
+        n = torch.tensor(lengths)
+        side = _sides(n, region_size)
+        region = torch.where(n < 10, side.clamp_min(1), region_size)
+        regions = torch.div(side, region, rounding_mode="floor")  # per side
+        bag = torch.repeat_interleave(torch.arange(len(n)), n)
+        place = torch.arange(len(bag)) - (n.cumsum(0) - n)[bag]
+        row, column = place // side[bag], place % side[bag]
+        inside = (row % region[bag]) * region[bag] + column % region[bag]
+        which = (row // region[bag]) * regions[bag] + column // region[bag]
+        count, size = (region**2, regions**2) if grouping == "official" else (regions**2, region**2)
+        count = torch.where(n > 0, count, 0)
+        group, member = (inside, which) if grouping == "official" else (which, inside)
+        total = count * size
+        padded = (total.cumsum(0) - total)[bag] + group * size[bag] + member
+        numbers = torch.arange(max(1, int(count.max())))
+        present = numbers < count[:, None]
+        token = torch.where(present, (count.cumsum(0) - count)[:, None] + numbers, 0)
+        sizes = torch.repeat_interleave(size, count)
+        moved = (tensor.to(device, non_blocking=True) for tensor in (padded, sizes, token, present))
+        rows, sizes, token, present = moved
+        return cls(rows, tuple(total.tolist()), sizes, token, present)
+
+
+def _sides(n: Tensor, region_size: int) -> Tensor:
+    """Return H of bags of n instances."""
+    root = torch.sqrt(n.double()).ceil().long()
+    step = torch.where(n < 10, 2, region_size)
+    return (root + step - 1) // step * step
+
+
+class GroupedDoubleAttention(nn.Module):
+    """GDAT, equation 1.
+
+    Parameters
+    ----------
+    width, heads : int
+    qkv_bias : bool
+    """
+
+    def __init__(self, width: int, *, heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+
+    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
+        """Attend: (N, E) -> (N, E)."""
+        padded = tokens.new_zeros(sum(groups.lengths), tokens.shape[1]).index_copy(0, groups.padded, tokens)
+        if len(groups.sizes) == 0:
+            return tokens
+        means = torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]  # (B, m, E)
+        size = self.heads if len(padded) < attention.CHECKPOINT_ROWS else 2
+        parts = [
+            recomputed(partial(self._attend, groups, slice(first, first + size)), len(padded), padded, means)
+            for first in range(0, self.heads, size)
+        ]
+        out: Tensor = self.proj(torch.cat(parts, 1))
+        return out
+
+    def _attend(self, groups: Groups, heads: slice, padded: Tensor, means: Tensor) -> Tensor:
+        """Return the values of some heads, (N, H d)."""
+        query, key, value = (self._project(padded, part, heads) for part in range(3))  # (P, H, d)
+        group_query, group_key = (self._project(means, part, heads) for part in range(2))  # (B, m, H, d)
+        read = bag_attention(group_query, key, value, groups.lengths, self.scale)
+        out = instance_attention(query, group_key, read, groups.lengths, self.scale, present=groups.present)
+        return (out + 0.1 * value)[groups.padded].flatten(1)
+
+    def _project(self, rows: Tensor, part: int, heads: slice) -> Tensor:
+        weight = torch.unflatten(self.qkv.weight, 0, (3, self.heads, -1))[part, heads]
+        bias = None
+        if self.qkv.bias is not None:
+            bias = torch.unflatten(self.qkv.bias, 0, (3, self.heads, -1))[part, heads].flatten()
+        projected: Tensor = torch.unflatten(
+            functional.linear(rows, weight.flatten(0, 1), bias), -1, (weight.shape[0], -1)
+        )
+        return projected
+
+
+class GdatBlock(nn.Module):
+    """Grouped double attention and an MLP, each behind a layer norm and with a residual, equation 2.
+
+    Parameters
+    ----------
+    width, heads, qkv_bias, expansion, dropout, norm_eps
+        As `Gdat`.
+    """
+
+    def __init__(
+        self, width: int, *, heads: int, qkv_bias: bool, expansion: int, dropout: float, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = GroupedDoubleAttention(width, heads=heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.ff1 = nn.Linear(width, expansion * width)
+        self.ff2 = nn.Linear(expansion * width, width)
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
+        """Transform instances: (N, E) -> (N, E)."""
+        tokens = tokens + self.attn(self.norm1(tokens), groups)
+        rows = max(1, attention.CHECKPOINT_ROWS)
+        pieces = [recomputed(self._mlp, len(tokens), piece) for piece in torch.split(tokens, rows)]
+        return torch.cat(pieces)
+
+    def _mlp(self, tokens: Tensor) -> Tensor:
+        hidden = self._drop(functional.gelu(self.ff1(self.norm2(tokens))))
+        return tokens + self._drop(self.ff2(hidden))
+
+    def _drop(self, values: Tensor) -> Tensor:
+        return functional.dropout(values, self.dropout, self.training)
+
+
+@LOSS_TERMS.register("comel_bppl")
+class ComelPseudoLabels(LossTerm):
+    """Pseudo-labels of instances from bag prototypes, equation 3; mean over the bags of a pack.
+
+    Parameters
+    ----------
+    model : Aggregator
+    task : Task
+        Must have classes.
+    positive : tuple of int or None
+        Classes with something to find; None is every second, as in a sequence of pairs (normal, tumour).
+    confidence : float
+        τ1: least probability of the bag's class.
+    quality_weight : float
+        τ: how much the quality of the predictions raises τ2.
+    temperature : float
+        T.
+    floor : float
+        Added to the probabilities before the logarithm.
+    momentum : float
+        Of the moving average q.
+    """
+
+    requires = AttentionOutput
+    quality: Tensor
+
+    def __init__(
+        self,
+        model: Aggregator,
+        task: Task,
+        *,
+        positive: tuple[int, ...] | None = None,
+        confidence: float = 0.95,
+        quality_weight: float = 0.5,
+        temperature: float = 1.0,
+        floor: float = 1e-4,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__(model, task)
+        require_classes(task, "comel_bppl")
+        self.task = task
+        everyother = tuple(range(1, max(2, task.n_outputs), 2))
+        self.positive = everyother if positive is None else positive
+        self.confidence = confidence
+        self.quality_weight = quality_weight
+        self.temperature = temperature
+        self.floor = floor
+        self.momentum = momentum
+        self.register_buffer("quality", torch.zeros(()))
+
+    def forward(self, output: AggregatorOutput, bags: PackedBags, target: Tensor) -> Tensor:
+        """Return the loss, a scalar; 0 when no bag qualifies."""
+        assert isinstance(output, AttentionOutput)  # checked when built
+        probability, right, positive = self._judged(output.logits.detach(), target)
+        threshold = (1 + self.quality_weight * self.quality) / 2
+        if self.training:
+            self.quality.lerp_((probability * right).mean().to(self.quality.dtype), 1 - self.momentum)
+        weights = segment_softmax(output.scores, bags.cu_seqlens).mean(1, keepdim=True)
+        losses = pseudo_label_losses(
+            weights,
+            output.instances.detach(),
+            bags,
+            threshold=threshold,
+            temperature=self.temperature,
+            floor=self.floor,
+        )
+        counted = right & positive & (probability > self.confidence)
+        return torch.where(counted, losses, 0.0).mean()
+
+    def _judged(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the probability of the predicted class, whether it is right, and whether the bag is positive, (B,)."""
+        if logits.shape[1] == 1:
+            logits = functional.pad(logits, (1, 0))
+            true = target.long()
+        else:
+            true = self.task.memberships(target).argmax(1)
+        probability, predicted = logits.float().softmax(1).max(1)
+        positive = (true[:, None] == torch.tensor(self.positive, device=true.device)).any(1)
+        return probability, predicted == true, positive
+
+
+def pseudo_label_losses(
+    weights: Tensor,
+    instances: Tensor,
+    bags: PackedBags,
+    *,
+    threshold: Tensor | float,
+    temperature: float = 1.0,
+    floor: float = 1e-4,
+) -> Tensor:
+    """Return the pseudo-label loss of each bag, (B,), equation 3.
+
+    Parameters
+    ----------
+    weights : (N, 1) float
+        Attention, summing to 1 in each bag; the gradient goes here only.
+    instances : (N, E) float
+    bags : PackedBags
+    threshold : float or scalar tensor
+        τ2.
+    temperature, floor : float
+    """
+    instances = instances.to(weights.dtype)
+    labels, chosen = pseudo_labels(weights.detach(), instances, bags, threshold=threshold, temperature=temperature)
+    bag = bags.bag_index()
+    low, high = -segment_max(-weights, bags.cu_seqlens)[bag], segment_max(weights, bags.cu_seqlens)[bag]
+    p = ((weights - low) / (high + 1e-10))[:, 0]
+    losses = torch.where(chosen, -torch.log(torch.where(labels == 1, p, 1 - p) + floor), 0.0)
+    lengths = bags.cu_seqlens.diff().clamp(min=1)
+    return segment_sum(losses[:, None], bags.cu_seqlens)[:, 0] / lengths
+
+
+def pseudo_labels(
+    weights: Tensor, instances: Tensor, bags: PackedBags, *, threshold: Tensor | float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the pseudo-label of each instance, (N,) int64 of zeros and ones, and whether it is sure, (N,) bool."""
+    sums = segment_pool(torch.cat([1 - weights, weights], 1), instances, bags.cu_seqlens)  # (B, 2, E)
+    rest = segment_sum(1 - weights, bags.cu_seqlens).clamp_min(1e-12)  # (B, 1)
+    prototypes = torch.stack([sums[:, 0] / rest, sums[:, 1]], 1)
+    cosines = bag_product(functional.normalize(instances), functional.normalize(prototypes, dim=2), bags.lengths)
+    posterior, label = (cosines / temperature).softmax(1).max(1)
+    return label, posterior > threshold
+
+
+class OrthogonalLora(nn.Module):
+    """A linear layer with low-rank updates, one per task, of which the newest is trained; equation 4.
+
+    Parameters
+    ----------
+    base : Linear
+        W and b; frozen.
+    energy : float
+        Share of W's squared singular values that its basis keeps, see `truncated_basis`.
+    """
+
+    basis_up: Tensor
+    basis_down: Tensor
+
+    def __init__(self, base: nn.Linear, *, energy: float = 0.99) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        up, values, down = truncated_basis(base.weight, energy)
+        with torch.no_grad():
+            base.weight.copy_(up * values @ down)
+        self.register_buffer("basis_up", up)
+        self.register_buffer("basis_down", down)
+        self.down, self.up, self.scales = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+
+    def add_task(self, rank: int) -> None:
+        """Freeze the updates there are, and add one of this rank that changes nothing yet."""
+        self.requires_grad_(False)
+        like = self.base.weight
+        self.down.append(nn.Parameter(like.new_empty(rank, like.shape[1]).normal_(std=rank**-0.5)))
+        self.up.append(nn.Parameter(like.new_zeros(like.shape[0], rank)))
+        self.scales.append(nn.Parameter(like.new_ones(rank)))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return ``W x + b`` and all updates."""
+        out: Tensor = self.base(values)
+        for down, up, scales in zip(self.down, self.up, self.scales, strict=True):
+            out = out + functional.linear(functional.linear(values, down) * scales, up)
+        return out
+
+    def penalty(self) -> Tensor:
+        """Return how far the newest update is from orthonormal."""
+        down, up = self.down[-1], self.up[-1]
+        eye = torch.eye(len(down), dtype=down.dtype, device=down.device)
+        squares: Tensor = (down @ down.mT - eye).square().sum() + (up.mT @ up - eye).square().sum()
+        return squares / len(down) ** 2
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Take what lies in the spans of the basis and of older updates out of the newest update's gradients."""
+        down, up = self.down[-1], self.up[-1]
+        if down.grad is not None:
+            down.grad -= sum((down.grad @ old.mT @ old for old in [self.basis_down, *self.down[:-1]]), down.grad * 0)
+        if up.grad is not None:
+            up.grad -= sum((old @ (old.mT @ up.grad) for old in [self.basis_up, *self.up[:-1]]), up.grad * 0)
+
+
+def truncated_basis(weight: Tensor, energy: float = 0.99) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular vectors and values of a matrix: the fewest whose squares exceed a share of all.
+
+    Returns
+    -------
+    up : (out, r)
+    values : (r,)
+    down : (r, in)
+    """
+    up, values, down = torch.linalg.svd(weight.detach(), full_matrices=False)
+    share = values.square().cumsum(0) / values.square().sum()
+    rank = min(len(values), int((share <= energy).sum()) + 1)
+    return up[:, :rank], values[:rank], down[:rank]
+
+
+@dataclass(frozen=True)
+class ContinualMetrics:
+    """How a sequence of tasks was learnt, equation 5.
+
+    Attributes
+    ----------
+    final_average, incremental_average : float
+        Mean over the tasks after the last; mean over time of the mean over the tasks so far.
+    forgetting : float
+        Mean over the earlier tasks of the best metric before the last task minus that after it.
+    backward_transfer : float
+        Mean over the earlier tasks of the metric after the last task minus that right after the task itself.
+    """
+
+    final_average: float
+    incremental_average: float
+    forgetting: float
+    backward_transfer: float
+
+
+def continual_metrics(results: NDArray[np.float64]) -> ContinualMetrics:
+    """Return the metrics of a sequence of tasks.
+
+    Parameters
+    ----------
+    results : (T, T) float64
+        Row i, column j: metric of task j after training task i; what lies above the diagonal is not read.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than two tasks or the table is not square.
+    """
+    if results.ndim != 2 or results.shape[0] != results.shape[1] or len(results) < 2:
+        raise ConfigError(f"results must be (T, T) with at least 2 tasks, not {results.shape}")
+    last = results[-1]
+    so_far = [float(row[: number + 1].mean()) for number, row in enumerate(results)]
+    best = np.array([results[task:-1, task].max() for task in range(len(results) - 1)])
+    return ContinualMetrics(
+        final_average=float(last.mean()),
+        incremental_average=float(np.mean(so_far)),
+        forgetting=float((best - last[:-1]).mean()),
+        backward_transfer=float((last - results.diagonal())[:-1].mean()),
+    )
+
+
+RECIPE = Recipe(
+    aggregator=Component(name="gdat"),
+    terms=(Term(name="comel_bppl"),),
+    training=Training(optimizer="adam", lr=1e-4, weight_decay=1e-5, epochs=100, patience=0, schedule="cosine"),
+)
+RECIPES.add("comel", RECIPE)
