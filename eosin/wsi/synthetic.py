@@ -29,7 +29,7 @@ from shapely.geometry import mapping
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.files import write_file, write_json, write_text
 from eosin.options import Options
-from eosin.wsi.histology import FULL_DENSITY, Layout, lay_out, paint
+from eosin.wsi.histology import FULL_DENSITY, LAYOUT_MPP, Layout, lay_out, paint
 from eosin.wsi.outline import trace_outline
 
 Bytes = NDArray[np.uint8]
@@ -363,12 +363,13 @@ def _drop_dust(rng: np.random.Generator, shade: Bytes, mpp: float) -> None:
 
 
 def _draw_pen(rng: np.random.Generator, rgb: Bytes, layout: Layout, mpp: float) -> None:
-    """Draw one to three felt-pen strokes: arcs around some place of the slide, or short dashes."""
+    """Draw one to three felt-pen strokes: arcs around a piece, or short dashes, mostly on the glass."""
     width, height = (round(side / TRUTH_MPP) for side in layout.size_um)
     ink = Image.new("L", (width, height))
     for _ in range(int(rng.integers(1, 4))):
         radius = rng.uniform(18, 38) / TRUTH_MPP
-        for x, y in (_stroke(rng, layout.size_um) / TRUTH_MPP).tolist():
+        stroke = min((_stroke(rng, layout.size_um) for _ in range(12)), key=partial(_share_on_tissue, layout))
+        for x, y in (stroke / TRUTH_MPP).tolist():
             ImageDraw.Draw(ink).ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     strength = np.asarray(ink.resize(rgb.shape[1::-1], Image.Resampling.BICUBIC))
     colour = np.array(PENS[int(rng.integers(len(PENS)))]) / 255
@@ -378,6 +379,14 @@ def _draw_pen(rng: np.random.Generator, rgb: Bytes, layout: Layout, mpp: float) 
         rows, columns = np.nonzero(strength[top : top + STRIP_PX])
         inked = rgb[top + rows, columns]
         rgb[top + rows, columns] = inked.astype(np.uint16) * factor[strength[top + rows, columns]] >> 8
+
+
+def _share_on_tissue(layout: Layout, points: NDArray[np.float64]) -> float:
+    height, width = layout.tissue.shape
+    columns, rows = (points / LAYOUT_MPP).astype(int).T
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    # a stroke that leaves the slide is no better than one across tissue
+    return float(1 - (inside & (layout.tissue[rows.clip(0, height - 1), columns.clip(0, width - 1)] < 0)).mean())
 
 
 def _stroke(rng: np.random.Generator, size_um: tuple[float, float]) -> NDArray[np.float64]:
