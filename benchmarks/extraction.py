@@ -44,12 +44,12 @@ class TimedEncoder(Encoder):
         super().__init__(encoder.spec, encoder.weights_hash, encoder._network, device=str(encoder.device))
         self.seconds = 0.0
 
-    def encode(self, tiles: NDArray[np.uint8], *, precision: Any = None) -> NDArray[np.float32]:
+    def start(self, tiles: NDArray[np.uint8], *, precision: Any = None) -> Callable[[], NDArray[np.float32]]:
         """Encode and note how long it took."""
         started = time.perf_counter()
-        rows = super().encode(tiles, precision=precision)
+        rows = super().start(tiles, precision=precision)()
         self.seconds += time.perf_counter() - started
-        return rows
+        return lambda: rows
 
     def forward(self, pictures: torch.Tensor) -> NDArray[np.float32]:
         """Encode pictures that are transformed already."""

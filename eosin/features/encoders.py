@@ -28,6 +28,7 @@ from eosin.features.weights import find_weights, hash_state, load_strictly, read
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PendingRows = Callable[[], NDArray[np.float32]]
 Triple = tuple[float, float, float]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -412,26 +413,50 @@ class Encoder:
         -------
         (b, D) float32
         """
-        if len(tiles) == 0:
-            return np.empty((0, self.dim), np.float32)
-        if self._network is None:
-            return np.asarray(he_texture.describe(tiles), np.float32)
-        return self._run(self._network, tiles, precision or self.precision)
+        return self.start(tiles, precision=precision)()
 
-    def _run(self, network: nn.Module, tiles: NDArray[np.uint8], precision: Precision) -> NDArray[np.float32]:
+    def start(self, tiles: NDArray[np.uint8], *, precision: Precision | None = None) -> PendingRows:
+        """Begin to encode and return a function that waits for the rows.
+
+        A GPU computes while the caller prepares the next batch; elsewhere the rows are ready on return.
+        """
+        if len(tiles) == 0:
+            return lambda: np.empty((0, self.dim), np.float32)
+        if self._network is None:
+            rows = np.asarray(he_texture.describe(tiles), np.float32)
+            return lambda: rows
+        return self._launch(self._network, tiles, precision or self.precision)
+
+    def _launch(self, network: nn.Module, tiles: NDArray[np.uint8], precision: Precision) -> PendingRows:
         transform = self.spec.transform
         assert transform is not None
+        batch = torch.from_numpy(np.ascontiguousarray(tiles))
         with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(tiles)).to(self.device, non_blocking=True)
+            if self.device.type == "cuda":
+                batch = batch.pin_memory()
             with self._autocast(precision):
-                rows = network(transform(batch))
-            result: NDArray[np.float32] = rows.float().cpu().numpy()
-            return result
+                rows = network(transform(batch.to(self.device, non_blocking=True))).float()
+            return _wait_for_copy(rows) if rows.is_cuda else rows.cpu().numpy
 
     def _autocast(self, precision: Precision) -> AbstractContextManager[object]:
         if precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[precision])
+
+
+def _wait_for_copy(rows: torch.Tensor) -> PendingRows:
+    """Begin to copy rows from the device; return what waits for the end of it."""
+    here = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
+    here.copy_(rows, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def wait() -> NDArray[np.float32]:
+        arrived.synchronize()
+        array: NDArray[np.float32] = here.numpy()
+        return array
+
+    return wait
 
 
 def load_encoder(

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from numpy.typing import NDArray
 
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, FeatureFileError, OutputError, SlideError
+from eosin.features import he_texture
 from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.encoders import Encoder, Precision, folder_name, load_encoder
+from eosin.features.encoders import Encoder, PendingRows, Precision, folder_name, load_encoder
 from eosin.features.reading import ReadRequest, SlideEnd, SlideReaders, TileBatch
 from eosin.features.store import read_footer, write_bag
 from eosin.files import file_fingerprint
@@ -28,6 +31,7 @@ from eosin.wsi.slide import SlideFile
 logger = logging.getLogger(__name__)
 
 MPP_ADVICE = 0.1
+TILING_NAME = re.compile(r"(?P<mpp>[\d.]+)mpp_(?P<px>\d+)px_")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -91,7 +95,7 @@ def extract(
         raise ConfigError(f"batch size {batch_size}: needs at least 1")
     folder = _choose_tiling(job, tiling)
     run = Extraction(job, folder, load_encoder(encoder, weights=weights, precision=precision, device=_device(device)))
-    run.advise()
+    run.check_tiles()
     todo = [slide for slide in slides[shard[0] :: shard[1]] if not run.is_done(slide)]
     waiting = {slide.slide_id for slide in todo}
     requests = [run.request(slide, batch_size) for slide in todo if run.is_tiled(slide)]
@@ -202,12 +206,16 @@ class Extraction:
     def _facts(self) -> dict[str, str]:
         return self.encoder.describe()
 
-    def advise(self) -> None:
-        """Warn when the tiles have another resolution than the encoder was trained on."""
-        recommended, name = self.encoder.spec.mpp, self.encoder.spec.name
-        mpp = float(self.tiling.partition("mpp")[0])
-        if recommended is not None and abs(mpp / recommended - 1) > MPP_ADVICE:
-            logger.warning("%s was trained on tiles of about %g µm/px; these have %g", name, recommended, mpp)
+    def check_tiles(self) -> None:
+        """Warn of tiles at another resolution than the encoder was trained on, refuse tiles that it cannot take."""
+        named = TILING_NAME.match(self.tiling)
+        if named is None:
+            return
+        mpp, side, spec = float(named["mpp"]), int(named["px"]), self.encoder.spec
+        if spec.build is None and side < he_texture.MIN_TILE_PX:
+            raise ConfigError(f"{spec.name} needs tiles of at least {he_texture.MIN_TILE_PX} px; these have {side}")
+        if spec.mpp is not None and abs(mpp / spec.mpp - 1) > MPP_ADVICE:
+            logger.warning("%s was trained on tiles of about %g µm/px; these have %g", spec.name, spec.mpp, mpp)
 
 
 @dataclass
@@ -230,6 +238,8 @@ class _Encoding:
         self.encode = TolerantEncoder(run.encoder, batch_size)
         self.partial: dict[str, _Partial] = {}
         self.results: dict[str, Outcome | EosinError] = {}
+        self.closed: set[str] = set()  # what was read ahead of a slide that failed is dropped
+        self.pending: list[tuple[SlideFile, TileBatch, PendingRows]] = []
 
     def finish(self, slide: SlideFile) -> Outcome:
         """Encode until this slide is complete; batches of other slides that come in between are encoded, too."""
@@ -244,24 +254,39 @@ class _Encoding:
 
     def _take(self, event: TileBatch | SlideEnd) -> None:
         slide = self.slides[event.slide_id]
-        if slide.slide_id in self.results:
-            return  # it has failed; what was read ahead is dropped
+        if isinstance(event, TileBatch):
+            begun = [] if slide.slide_id in self.closed else [(slide, event, self.encode.start(event.tiles))]
+            self._settle()
+            self.pending = begun
+            return
+        self._settle()
+        if slide.slide_id not in self.closed:
+            with self._at_the_cost_of(slide):
+                self._close(slide, event.error or self._write(slide))
+
+    def _settle(self) -> None:
+        """Take the rows of the batch that the device was left with."""
+        for slide, batch, rows in self.pending:
+            if slide.slide_id not in self.closed:
+                with self._at_the_cost_of(slide):
+                    self._keep(slide, batch, rows())
+        self.pending = []
+
+    @contextmanager
+    def _at_the_cost_of(self, slide: SlideFile) -> Iterator[None]:
+        """Note what goes wrong for this slide, not for the one that is waited for."""
         try:
-            if isinstance(event, TileBatch):
-                self._encode(slide, event)
-            elif event.error is not None:
-                self._close(slide, event.error)
-            else:
-                self._close(slide, self._write(slide))
+            yield
         except OutputError:
             raise
         except EosinError as error:
             self._close(slide, error)
-        except Exception as error:  # noqa: BLE001 - it must be noted for this slide, not for the one that is waited for
+        except Exception as error:  # noqa: BLE001 - whatever one slide provokes must not stop the cohort
             self._close(slide, SlideError(slide.path, f"{type(error).__name__}: {error}", code="internal"))
 
     def _close(self, slide: SlideFile, result: Outcome | EosinError) -> None:
         self.results[slide.slide_id] = result
+        self.closed.add(slide.slide_id)
         self.partial.pop(slide.slide_id, None)
 
     def _begun(self, slide: SlideFile) -> _Partial:
@@ -271,24 +296,23 @@ class _Encoding:
             self.partial[slide.slide_id] = _Partial(slide, grid, coords, rows)
         return self.partial[slide.slide_id]
 
-    def _encode(self, slide: SlideFile, batch: TileBatch) -> None:
-        partial = self._begun(slide)
-        rows = self.encode(batch.tiles)
+    def _keep(self, slide: SlideFile, batch: TileBatch, rows: NDArray[np.float32]) -> None:
+        begun = self._begun(slide)
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
-            x, y = partial.grid.origins_px0[batch.index[bad[0]]].tolist()
+            x, y = begun.grid.origins_px0[batch.index[bad[0]]].tolist()
             raise SlideError(
                 slide.path,
                 f"{self.run.encoder.spec.name} gives features that are not finite for {len(bad)} tiles, also in fp32; "
                 f"the first lies at ({x}, {y})",
                 code="non-finite",
             )
-        partial.rows[batch.index] = rows
+        begun.rows[batch.index] = rows
 
     def _write(self, slide: SlideFile) -> Outcome:
-        partial = self._begun(slide)
-        write_bag(self.run.output(slide), self.run.bag(slide, partial.grid, partial.coords, partial.rows))
-        return Outcome() if len(partial.rows) else Outcome("empty", "no tissue, no features")
+        begun = self._begun(slide)
+        write_bag(self.run.output(slide), self.run.bag(slide, begun.grid, begun.coords, begun.rows))
+        return Outcome() if len(begun.rows) else Outcome("empty", "no tissue, no features")
 
 
 class TolerantEncoder:
@@ -314,11 +338,34 @@ class TolerantEncoder:
         OutputError
             When the device has no memory for a single tile.
         """
-        rows = self._steps(tiles, self.encoder.precision)
+        return self.start(tiles)()
+
+    def start(self, tiles: NDArray[np.uint8]) -> PendingRows:
+        """Begin to encode; the function returned waits for the rows and makes second attempts where they are needed."""
+        try:
+            begun = self.encoder.start(tiles) if len(tiles) <= self.step else None
+        except Exception as error:  # noqa: BLE001 - raised again when the rows are asked for
+            return partial(self._finish, tiles, partial(_raise, error))
+        return partial(self._finish, tiles, begun)
+
+    def _finish(self, tiles: NDArray[np.uint8], begun: PendingRows | None) -> NDArray[np.float32]:
+        rows = self._attempt(begun)
+        if rows is None:
+            rows = self._steps(tiles, self.encoder.precision)
         if self.encoder.precision != "fp32" and not np.isfinite(rows).all():
             logger.warning("a batch is not finite in %s; computed again in fp32", self.encoder.precision)
             rows = self._steps(tiles, "fp32")
         return rows
+
+    def _attempt(self, begun: PendingRows | None) -> NDArray[np.float32] | None:
+        """Return the rows; None when memory ran out or nothing was begun."""
+        try:
+            return None if begun is None else begun()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._halve(error)
+            return None
 
     def _steps(self, tiles: NDArray[np.uint8], precision: Precision) -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = []
@@ -340,6 +387,10 @@ class TolerantEncoder:
         self.step = self.step // 2
         torch.cuda.empty_cache()
         logger.warning("out of memory on %s; going on with %d tiles at a time", self.encoder.device, self.step)
+
+
+def _raise(error: Exception) -> NDArray[np.float32]:
+    raise error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

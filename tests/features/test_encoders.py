@@ -120,6 +120,17 @@ def test_lower_precision_is_close_and_float32(precision: module.Precision) -> No
     np.testing.assert_array_equal(load_encoder(SMALL, precision=precision).encode(tiles(), precision="fp32"), exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_batches_in_flight_on_a_gpu_equal_the_cpu(precision: module.Precision) -> None:
+    encoder = load_encoder("timm:vit_tiny_patch16_224?random", precision=precision, device="cuda")
+    batches = [np.random.default_rng(seed).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8) for seed in range(4)]
+    begun = [encoder.start(batch) for batch in batches]
+    exact = load_encoder("timm:vit_tiny_patch16_224?random")
+    for wait, batch in zip(begun, batches, strict=True):
+        np.testing.assert_allclose(wait(), exact.encode(batch), atol=1e-3 if precision == "fp32" else 0.2)
+
+
 def test_unknown_precision() -> None:
     with pytest.raises(ConfigError, match="fp8"):
         load_encoder(SMALL, precision="fp8")

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +168,20 @@ def test_which_tiling(job: JobFolder) -> None:
     assert extract([slide], job, ENCODER, tiling=TILING.folder, workers=0).count("ok") == 1
 
 
+@pytest.mark.parametrize(("folder", "warned"), [("0.5mpp_256px_0px_overlap", False), ("1mpp_256px_0px_overlap", True)])
+def test_another_resolution_than_the_encoder_knows_is_warned_of(
+    job: JobFolder, caplog: pytest.LogCaptureFixture, folder: str, warned: bool
+) -> None:
+    module.Extraction(job, folder, Encoder(find_encoder("kaiko_vits16"), "", None)).check_tiles()
+    assert ("trained on tiles of about 0.5" in caplog.text) == warned
+
+
+def test_tiles_that_the_descriptor_cannot_take_are_refused(job: JobFolder) -> None:
+    with pytest.raises(ConfigError, match="at least 32 px; these have 16"):
+        module.Extraction(job, "0.5mpp_16px_0px_overlap", load_encoder("he_texture")).check_tiles()
+    module.Extraction(job, "imported", load_encoder("he_texture")).check_tiles()
+
+
 def test_shards_share_the_work(job: JobFolder) -> None:
     slides = [add_slide(job.root, f"s{i}", seed=i) for i in range(5)]
     reports = [extract(slides, job, ENCODER, workers=0, shard=(i, 2)) for i in range(2)]
@@ -178,16 +192,20 @@ def test_shards_share_the_work(job: JobFolder) -> None:
 class Stub(Encoder):
     """An encoder whose rows are the tiles' mean colours, with faults on demand."""
 
-    def __init__(self, *, nan_in: tuple[str, ...] = (), room: int = 100) -> None:
+    def __init__(self, *, nan_in: tuple[str, ...] = (), room: int = 100, scale: float = 1, refuses: int = 0) -> None:
         super().__init__(replace(find_encoder("he_texture"), dim=3), "hash", None, precision="fp16")
-        self.nan_in, self.room, self.calls = nan_in, room, []
+        self.nan_in, self.room, self.scale, self.refuses = nan_in, room, scale, refuses
+        self.calls: list[tuple[int, str]] = []
 
-    def encode(self, tiles: NDArray[np.uint8], *, precision: str | None = None) -> NDArray[np.float32]:
+    def start(self, tiles: NDArray[np.uint8], *, precision: str | None = None) -> Callable[[], NDArray[np.float32]]:
+        precision = precision or self.precision
         self.calls.append((len(tiles), precision))
         if len(tiles) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        rows = tiles.reshape(len(tiles), -1, 3).mean(axis=1, dtype=np.float32)
-        return np.full_like(rows, np.nan) if precision in self.nan_in else rows
+        if len(tiles) == self.refuses:
+            raise ValueError("unforeseen")
+        rows = tiles.reshape(len(tiles), -1, 3).mean(axis=1, dtype=np.float32) * self.scale
+        return lambda: np.full_like(rows, np.nan) if precision in self.nan_in else rows
 
 
 def test_overflow_is_computed_again_in_fp32() -> None:
@@ -219,32 +237,31 @@ def test_features_that_stay_not_finite_fail_the_slide(job: JobFolder, monkeypatc
 
 
 def test_large_values_are_kept_in_float32(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = Stub()
-    plain = stub.encode
-    monkeypatch.setattr(stub, "encode", lambda tiles, precision=None: plain(tiles) * 1000)
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: stub)
+    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: Stub(scale=1000))
     slide = add_slide(job.root, "s")
     extract([slide], job, "he_texture", workers=0)
     assert read_bag(job.features(TILING.folder, "he_texture", "s")).features.dtype == np.float32
 
 
+@pytest.mark.parametrize("batch_size", [4, 64])
 def test_a_surprise_from_the_encoder_is_noted_for_its_own_slide(
-    job: JobFolder, monkeypatch: pytest.MonkeyPatch
+    job: JobFolder, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    stub = Stub()
-    plain = stub.encode
-
-    def encode(tiles: NDArray[np.uint8], *, precision: str | None = None) -> NDArray[np.float32]:
-        if len(tiles) == 7:
-            raise ValueError("unforeseen")
-        return plain(tiles)
-
-    monkeypatch.setattr(stub, "encode", encode)
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: stub)
+    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: Stub(refuses=3 if batch_size == 4 else 7))
     slides = [add_slide(job.root, f"s{n}", n=n) for n in (5, 7, 6)]
-    report = extract(slides, job, "he_texture", workers=0)
+    report = extract(slides, job, "he_texture", batch_size=batch_size, workers=0)
     assert [record.reason for record in report.records] == ["", "internal", ""]
     assert "unforeseen" in report.failed[0].message
+
+
+def test_what_was_read_ahead_of_a_failed_slide_is_dropped(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub(refuses=7)
+    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: stub)
+    slides = [add_slide(job.root, "a", n=40), add_slide(job.root, "b", n=5)]
+    monkeypatch.setattr(stub, "refuses", 4)
+    report = extract(slides, job, "he_texture", batch_size=4, workers=0)
+    assert [record.reason for record in report.records] == ["internal", "internal"]
+    assert len(stub.calls) <= 4, "at most one batch more than the refused one is begun for each slide"
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run(job: JobFolder) -> None:
