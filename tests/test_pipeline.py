@@ -167,7 +167,7 @@ def test_folder_without_slides_is_refused(cohort: Path, tmp_path: Path) -> None:
 def test_model_without_attention_gives_no_heat_maps(cohort: Path, result: Result, tmp_path: Path) -> None:
     job = tmp_path / "job"
     shutil.copytree(result.job.root, job, ignore=shutil.ignore_patterns("heatmaps"))
-    pooled = Recipe(aggregator=Component(name="pooling"), training=TRAINING)
+    pooled = Recipe(aggregator=Component(name="mean"), training=TRAINING)
     plain = run(cohort, job, OPTIONS.model_copy(update={"recipe": pooled}))
     assert not (job / "heatmaps").exists()
     assert make_report(plain).slides[0].pictures == ()

@@ -211,7 +211,7 @@ def test_import_then_crossval_with_the_files_own_folds(run: Run, tmp_path: Path)
     result = run("import", npz(tmp_path / "set.npz"), "--out", data)
     assert result.stdout.splitlines() == [str(data / name) for name in ("features", "labels.csv", "splits")]
     arguments = ("--features", data / "features", "--labels", data / "labels.csv", "--splits", data / "splits")
-    result = run("crossval", *arguments, "--out", tmp_path / "cv", "--recipe", "mean_pool", *QUICK[:2])
+    result = run("crossval", *arguments, "--out", tmp_path / "cv", "--recipe", "mean", *QUICK[:2])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "cv/metrics.json").read_text())["n_folds"] == 6
 
@@ -219,7 +219,7 @@ def test_import_then_crossval_with_the_files_own_folds(run: Run, tmp_path: Path)
 def test_a_sweep_is_chosen_from_within_each_fold(run: Run, refused: Run, tmp_path: Path) -> None:
     assert run("import", npz(tmp_path / "set.npz"), "--out", tmp_path).exit_code == 0
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("recipes: [mean_pool, max_pool]\ngrid: {training.epochs: [1, 2]}\n")
+    sweep.write_text("recipes: [mean, max]\ngrid: {training.epochs: [1, 2]}\n")
     arguments = ("--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", "--folds", 2)
     command = ("crossval", *arguments, "--sweep", sweep, "--out", tmp_path / "cv")
     result = run(*command)
@@ -228,7 +228,7 @@ def test_a_sweep_is_chosen_from_within_each_fold(run: Run, refused: Run, tmp_pat
     assert len(rows(tmp_path / "cv/sweep.csv")) == 5
     assert len(json.loads((tmp_path / "cv/chosen/metrics.json").read_text())["choices"]) == 2
     assert "leave out --recipe" in refused(*command, "--recipe", "abmil")
-    sweep.write_text("recipe: [mean_pool]\n")
+    sweep.write_text("recipe: [mean]\n")
     assert "did you mean recipes" in refused(*command)
 
 

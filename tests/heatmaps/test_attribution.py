@@ -15,7 +15,7 @@ from eosin.heatmaps.attribution import (
 from eosin.heatmaps.pooled import Target
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.clam import ClamMultiBranch
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import MeanPooling
 
 DIM = 12
 
@@ -84,7 +84,7 @@ def test_model_is_left_in_its_mode_and_dropout_is_off(bag):
 
 def test_model_without_attention_is_refused(bag):
     with pytest.raises(ConfigError, match="does not weigh instances"):
-        attention_map(Pooling(DIM, 2), bag)
+        attention_map(MeanPooling(DIM, 2), bag)
 
 
 def test_features_without_places_are_refused(bag):
@@ -108,7 +108,7 @@ def test_outputs_are_named_by_class(n_outputs, classes, expected):
 
 def test_gradients_of_a_linear_model_sum_to_its_logit(bag):
     torch.manual_seed(0)
-    model = Pooling(DIM, 2, embed_dims=()).train()
+    model = MeanPooling(DIM, 2, embed_dims=()).train()
     heatmap = gradient_map(model, bag, Target(1, "logit"), of="tumour")
     logit = model.eval()(pack_bag(model, bag)).logits[0, 1].item()
     assert heatmap.values.sum() == pytest.approx(logit - model.classifier.bias[1].item(), rel=1e-4)

@@ -20,7 +20,7 @@ from eosin.heatmaps.counterfactual import (
 from eosin.heatmaps.pooled import PooledBag, Target
 from eosin.heatmaps.subsets import ForwardBag
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import MeanPooling
 
 TUMOUR = Target(1)
 
@@ -166,7 +166,7 @@ def test_tile_effects_are_what_each_tile_adds(outputs):
 def test_tile_effects_of_other_models_say_how_far_to_trust_them():
     torch.manual_seed(0)
     values = torch.randn(80, 6, dtype=torch.float64)
-    model = Pooling(6, 2, embed_dims=(16,), dropout=0.0).double().eval()
+    model = MeanPooling(6, 2, embed_dims=(16,), dropout=0.0).double().eval()
     effects, agreement = tile_effects(ForwardBag(model, PackedBags.pack([values])), TUMOUR)
     assert effects.shape == (80,)
     assert 0.8 < agreement <= 1

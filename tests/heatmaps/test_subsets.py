@@ -20,7 +20,7 @@ CLOSED = {
     "clam_mb": {"width": 8, "hidden": 6},
     "acmil": {"width": 8, "hidden": 6, "branches": 3, "mask_p": 0.0},
 }
-OTHERS = {"pooling": {"embed_dims": (8,)}, "pooling max": {"embed_dims": (8,), "mode": "max"}}
+OTHERS = {"mean": {"embed_dims": (8,)}, "max": {"embed_dims": (8,)}}
 
 
 def build(name, options, n_outputs=2):
@@ -101,7 +101,7 @@ def test_search_by_re_evaluation_is_that_of_the_closed_form(bag, direction):
 
 
 def test_shortlist_saves_evaluations_and_finds_the_strong_ones(bag):
-    model = build("pooling", OTHERS["pooling"])
+    model = build("mean", OTHERS["mean"])
     pack = PackedBags.pack([torch.from_numpy(np.asarray(bag.features)).double()])
     target = Target(1, "logit")
     full, short = ForwardBag(model, pack), ForwardBag(model, pack, shortlist=5)
@@ -110,7 +110,7 @@ def test_shortlist_saves_evaluations_and_finds_the_strong_ones(bag):
 
 
 def test_proxy_ranks_as_the_exact_effects_of_a_linear_model(bag):
-    model = build("pooling", {"embed_dims": ()})
+    model = build("mean", {"embed_dims": ()})
     pack = PackedBags.pack([torch.from_numpy(np.asarray(bag.features)).double()])
     answers = ForwardBag(model, pack)
     target = Target(1, "logit")
@@ -118,7 +118,7 @@ def test_proxy_ranks_as_the_exact_effects_of_a_linear_model(bag):
     np.testing.assert_allclose(answers.proxy(target) * N / (N - 1), exact, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["abmil", "pooling"])
+@pytest.mark.parametrize("name", ["abmil", "mean"])
 def test_single_logit_becomes_two_classes(bag, name):
     model = build(name, CLOSED.get(name, OTHERS.get(name)), n_outputs=1)
     answers = look(model, bag, single_logit_is_second_class=True).subsets
@@ -130,7 +130,7 @@ def test_single_logit_becomes_two_classes(bag, name):
 
 
 def test_dropout_is_off(bag):
-    model = build("pooling", OTHERS["pooling"] | {"dropout": 0.5})
+    model = build("mean", OTHERS["mean"] | {"dropout": 0.5})
     assert any(isinstance(module, nn.Dropout) for module in model.modules())
     answers = look(model.train(), bag).subsets
     np.testing.assert_array_equal(answers.logits(), answers.logits())
@@ -173,9 +173,9 @@ def test_dsmil_with_one_logit_speaks_of_two_classes(bag):
     assert answers.greedy(Target(1), "min", N - 1).order.shape == (N - 1,)
 
 
-@pytest.mark.parametrize("name", ["abmil", "dsmil", "pooling"])
+@pytest.mark.parametrize("name", ["abmil", "dsmil", "mean"])
 def test_instances_of_another_slide_are_added(bag, name):
-    model = build(name, {"abmil": CLOSED["abmil"], "dsmil": {"hidden": 6}, "pooling": OTHERS["pooling"]}[name])
+    model = build(name, {"abmil": CLOSED["abmil"], "dsmil": {"hidden": 6}, "mean": OTHERS["mean"]}[name])
     donor = feature_bag(np.random.default_rng(7).normal(size=(9, DIM)).astype(np.float32), None)
     both = feature_bag(np.concatenate([bag.features, np.asarray(donor.features)[[2, 5]]]), None)
     answer = look(model, bag).subsets.add(look(model, donor).subsets.select(np.array([2, 5])))

@@ -11,11 +11,11 @@ from eosin.mil.sweep import Sweep, run_sweep
 
 
 def test_candidates_are_all_combinations():
-    sweep = Sweep(recipes=("abmil", "mean_pool"), grid={"training.lr": [1e-4, 1e-3], "bag_weight": [1.0]}, seeds=(0, 1))
+    sweep = Sweep(recipes=("abmil", "mean"), grid={"training.lr": [1e-4, 1e-3], "bag_weight": [1.0]}, seeds=(0, 1))
     found = sweep.candidates()
     assert len(found) == 8
     assert found["abmil lr=0.001 bag_weight=1.0 seed=1"].training.lr == 1e-3
-    assert found["mean_pool lr=0.0001 bag_weight=1.0 seed=0"].aggregator.name == "pooling"
+    assert found["mean lr=0.0001 bag_weight=1.0 seed=0"].aggregator.name == "mean"
     with pytest.raises(UnknownNameError):
         Sweep(recipes=("abmill",)).candidates()
     with pytest.raises(ConfigError):

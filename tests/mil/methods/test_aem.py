@@ -9,7 +9,7 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.aem import AttentionEntropy
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.slots import AttentionOutput
 from eosin.mil.tasks import Classification
 
@@ -90,4 +90,4 @@ def test_it_adds_to_any_attention_even_with_hidden_instances():
         parameter.grad.isfinite().all() for parameter in nn.ModuleList([model.embed, model.attention]).parameters()
     )
     with pytest.raises(ConfigError, match="AttentionEntropy needs an aggregator that returns AttentionOutput"):
-        AttentionEntropy(Pooling(4, 3), TASK)
+        AttentionEntropy(MeanPooling(4, 3), TASK)

@@ -25,7 +25,7 @@ from eosin.mil.methods.mhim import (
     rankings,
     voted,
 )
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.recipe import Recipe
 from eosin.mil.slots import AttentionOutput
@@ -280,7 +280,7 @@ def test_the_teacher_may_start_from_a_plain_run(tmp_path, version):
 
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="MhimV2 needs an aggregator that returns AttentionOutput"):
-        MhimV2(Pooling(5, 3), TASK)
+        MhimV2(MeanPooling(5, 3), TASK)
     with pytest.raises(ConfigError, match=r"low_ratio 1\.5 must lie in"):
         Mhim(model(), TASK, low_ratio=1.5)
     whole = model()

@@ -21,7 +21,7 @@ from eosin.mil.methods.packmil import (
     random_rank,
     survival_loss,
 )
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
 from eosin.mil.survival import DiscreteSurvival
@@ -241,7 +241,7 @@ def test_slides_of_a_pack_never_mix_whatever_the_aggregator(name, options):
 def test_the_downsampler_scores_and_transforms_every_instance(rows_at_once, monkeypatch):
     monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows_at_once)
     torch.manual_seed(0)
-    model = Downsampled(4, 3, host="pooling", host_options={"embed_dims": ()}, hidden=3)
+    model = Downsampled(4, 3, host="mean", host_options={"embed_dims": ()}, hidden=3)
     bags = PackedBags.pack([torch.randn(n, 4) for n in (7, 0, 9)])
     found = model.downsample(bags, longer_than=None)
     for part, bag in zip(found.unpack(), bags.unpack(), strict=True):
@@ -253,7 +253,7 @@ def test_the_downsampler_scores_and_transforms_every_instance(rows_at_once, monk
 @pytest.mark.parametrize("reduce", ["max", "random"])
 def test_groups_of_long_bags_are_reduced(reduce):
     torch.manual_seed(0)
-    model = Downsampled(4, 3, host="pooling", host_options={"embed_dims": ()}, factor=3, reduce=reduce)
+    model = Downsampled(4, 3, host="mean", host_options={"embed_dims": ()}, factor=3, reduce=reduce)
     model.second = nn.Identity()
     bags = PackedBags.pack([torch.randn(n, 4) for n in (7, 5, 0, 9)])
     whole = model.downsample(bags, longer_than=None).unpack()
@@ -283,7 +283,7 @@ def test_the_strategy_reduces_and_inference_does_not():
     assert model.eval()(bags).scores.shape[0] == 56
 
 
-@pytest.mark.parametrize("kind", [Pooling, TransMil])
+@pytest.mark.parametrize("kind", [MeanPooling, TransMil])
 def test_any_aggregator_may_be_the_host(kind):
     options = {"width": 16} if kind is TransMil else {}
     strategy = PackMil(kind(5, 3, **options), TASK, min_length=2).train()

@@ -2,13 +2,15 @@ import pytest
 import torch
 
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.pooling import Pooling
+from eosin.mil.methods.pooling import LsePooling
+from eosin.mil.slots import AGGREGATORS
 
 
 @pytest.mark.parametrize("mode", ["mean", "max", "lse"])
 def test_pooling_is_the_formula_and_an_empty_bag_pools_to_zero(mode):
     bags = [torch.randn(5, 3), torch.randn(0, 3), torch.randn(1, 3)]
-    model = Pooling(3, 2, mode=mode, sharpness=2.0, embed_dims=(), dropout=0.0)
+    sharpness = {"sharpness": 2.0} if mode == "lse" else {}
+    model = AGGREGATORS.build(mode, 3, 2, options={"embed_dims": (), "dropout": 0.0} | sharpness)
     found = model(PackedBags.pack(bags)).embedding
     formula = {
         "mean": lambda bag: bag.mean(0),
@@ -23,7 +25,7 @@ def test_pooling_is_the_formula_and_an_empty_bag_pools_to_zero(mode):
 def test_smooth_maximum_lies_between_mean_and_maximum():
     bag = torch.randn(9, 4)
     pooled = [
-        Pooling(4, 2, mode="lse", sharpness=r, embed_dims=(), dropout=0.0)(PackedBags.pack([bag])).embedding[0]
+        LsePooling(4, 2, sharpness=r, embed_dims=(), dropout=0.0)(PackedBags.pack([bag])).embedding[0]
         for r in (1e-3, 3.0, 1e3)
     ]
     torch.testing.assert_close(pooled[0], bag.mean(0), atol=2e-3, rtol=0)
@@ -33,6 +35,6 @@ def test_smooth_maximum_lies_between_mean_and_maximum():
 
 
 def test_gradients_of_an_empty_bag_are_finite():
-    model = Pooling(3, 2, mode="lse", dropout=0.0)
+    model = LsePooling(3, 2, dropout=0.0)
     model(PackedBags.pack([torch.randn(0, 3), torch.randn(2, 3)])).logits.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
