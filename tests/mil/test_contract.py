@@ -209,7 +209,8 @@ def test_separable_bags_are_fitted(name):
     ids = tuple(bags)
     examples = Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=DIM)), ids, ids, torch.arange(30) % 2)
     recipe = small(RECIPES[name])
-    training = {"epochs": 15, "lr": 1e-2, "bags_per_step": 5, "select": "last", "warmup": 0.0, "optimizer": "adamw"}
+    rate = 1e-3 if name == "set_transformer" else 1e-2  # five residual attention blocks die of a large step
+    training = {"epochs": 15, "lr": rate, "bags_per_step": 5, "select": "last", "warmup": 0.0, "optimizer": "adamw"}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
     fitted = fit(recipe, task, examples)
     assert fitted.history[-1]["train_bag"] < 0.35
