@@ -35,6 +35,7 @@ from eosin.mil.feed import (
     on_device,
     pack_bags,
 )
+from eosin.mil.parallel import join, mean_over_processes, sum_gradients
 from eosin.mil.recipe import Recipe, Training
 from eosin.mil.resume import State, forget_state, read_log, read_state, write_log, write_state
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
@@ -173,13 +174,13 @@ def fit(
         for epoch in run.passes():
             if progress is not None:
                 progress(epoch)
-            if folder is not None and time.monotonic() - saved > state_interval_s:
+            if folder is not None and not run.rank and time.monotonic() - saved > state_interval_s:
                 write_state(folder, run.state())
                 saved = time.monotonic()
         fitted = run.result()
         if recipe.training.refit:
             fitted = _refit(fitted, recipe, task, train, val, device=device, precision=precision)
-    if folder is not None:
+    if folder is not None and not run.rank:
         write_log(folder, fitted.history)
         fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
         forget_state(folder)
@@ -189,14 +190,18 @@ def fit(
 def _refit(
     fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, device: str, precision: str
 ) -> Fitted:
-    """Train from the start on training and validation bags for as many passes as the validation chose."""
+    """Train from the start on training and validation bags for as many passes as the validation chose.
+
+    The schedule of the learning rate is that of a training of this length, so that it ends low.
+    """
     if val is None:
         return fitted
     torch.manual_seed(recipe.training.seed)
-    last = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
-    run = _Run(last, task, train.joined(val), None, device=device, precision=precision)
-    for _ in range(fitted.card.training["best_epoch"]):
-        run.one_pass()
+    changes = {"select": "last", "epochs": fitted.card.training["best_epoch"], "min_epochs": 0}
+    whole = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+    run = _Run(whole, task, train.joined(val), None, device=device, precision=precision)
+    for _ in run.passes():
+        pass
     return Fitted(run.result().model, fitted.card, fitted.history)
 
 
@@ -278,6 +283,7 @@ class _Run:
         place = choose_device(device)
         index = [place.index or 0] if place.type == "cuda" else 1
         self.fabric = Fabric(accelerator=place.type, devices=index, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+        self.rank, self.world = join(self.fabric.device)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
         device_ = self.fabric.device
@@ -331,7 +337,7 @@ class _Run:
 
     def _train_pass(self, number: int) -> Epoch:
         seed = int.from_bytes(hashlib.sha256(f"{self.options.seed} {number}".encode()).digest()[:7], "big")
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + self.rank)
         generator = torch.Generator().manual_seed(seed)
         self.objective.train()
         steps = draw_order(self.train, self.draw_weights, generator, bags_per_step=self.options.bags_per_step)
@@ -352,13 +358,16 @@ class _Run:
         """Yield the packs of a pass, on the host."""
         bags, most = self.train.bags, self.options.max_instances_per_bag
         for number, members in enumerate(steps):
-            lengths = [bags.length(self.train.ids[row]) for row in members]
+            mine = members[self.rank :: self.world]
+            share = 1 / len(members) if mine else 0.0  # a process without a bag takes part with weight 0
+            mine = mine or members[:1]
+            lengths = [bags.length(self.train.ids[row]) for row in mine]
             capped = [min(length, most) if most else length for length in lengths]
             groups = group_by_budget(capped, self.options.max_instances_per_step)
             for place, group in enumerate(groups):
-                rows = [members[place] for place in group]
+                rows = [mine[place] for place in group]
                 pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
-                yield _Part(number, place == 0, place == len(groups) - 1, len(rows) / len(members), rows, pack)
+                yield _Part(number, place == 0, place == len(groups) - 1, len(rows) * share, rows, pack)
 
     def _backward(self, part: "_Part") -> dict[str, Tensor]:
         bags = on_device(part.bags, self.fabric.device)
@@ -371,6 +380,8 @@ class _Run:
         return logged
 
     def _update(self) -> None:
+        if self.world > 1:
+            sum_gradients(self.parameters)
         if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
         self.optimizer.step()
@@ -392,7 +403,10 @@ class _Run:
         finite = columns["objective"].isfinite()
         if not finite.all():
             self._refuse(packs[int(finite.int().argmin())])
-        return {f"train_{name}": float(values.mean()) for name, values in columns.items()}
+        means = {f"train_{name}": float(values.mean()) for name, values in columns.items()}
+        if self.world == 1:
+            return dict(means)
+        return {name: mean_over_processes(mean, len(logged), self.fabric.device) for name, mean in means.items()}
 
     def _refuse(self, ids: Sequence[str]) -> None:
         bad = [name for name in ids if not self.train.bags.load(name).isfinite().all()]
