@@ -365,7 +365,8 @@ def _open_tiff(path: Path) -> tifffile.TiffFile:
     try:
         tiff = tifffile.TiffFile(path)
         try:
-            tiff.series  # noqa: B018  read while the log is off
+            list(tiff.pages)  # read while the log is off, and the series, too
+            tiff.series  # noqa: B018
         except BaseException:
             tiff.close()
             raise

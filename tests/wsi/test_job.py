@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import uuid
 
 import numpy as np
@@ -222,3 +224,25 @@ def test_a_preview_shows_outline_and_tiles_and_writes_nothing(slides, tmp_path):
     assert (picture == TILE_COLOUR).all(axis=2).sum() > 1000
     assert (picture == OUTLINE_COLOUR).all(axis=2).sum() > 500
     assert sorted(tmp_path.rglob("*")) == before
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.slide import SlideFile
+report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys.argv[2])))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(report.records[0].status, report.records[0].message.split()[0], peak.split()[1])
+"""
+
+
+@pytest.mark.parametrize("n_levels", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_giant_slide_is_tiled_within_a_gigabyte(giant_slide, tmp_path, n_levels):
+    path = giant_slide(f"{n_levels} levels.tiff", 100_000, mpp=0.25, n_levels=n_levels)
+    command = [sys.executable, "-c", CHILD, str(path), str(tmp_path / "job")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    status, n_tiles, peak_kb = ended.stdout.split()
+    assert status == "ok"
+    assert int(n_tiles) == pytest.approx(np.pi * (25_000 / 512) ** 2, rel=0.05)
+    assert int(peak_kb) < 1024 * 1024
