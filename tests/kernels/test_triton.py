@@ -45,7 +45,8 @@ def assert_exact(function, tensors, lengths, dtype, options=dict):
         assert got.shape == expected.shape
         assert error(got, expected) <= forward or (got - expected).abs().max() < 1e-6
     for got, expected in zip(gradients, exact_gradients, strict=True):
-        assert error(got, expected) <= backward or (got - expected).abs().max() < 1e-6
+        slack = 1 if expected.dim() else 5  # one number: a sum over all instances whose terms cancel
+        assert error(got, expected) <= slack * backward or (got - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("heads", [1, 3, 17])

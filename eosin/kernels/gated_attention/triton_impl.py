@@ -23,7 +23,7 @@ def launch_sizes(hidden: int, heads: int) -> dict[str, int]:
     """Return block sizes: a plain function of the shapes, so that results never change."""
     return {
         "ROW_BLOCK": 32,
-        "HIDDEN_BLOCK": min(64, max(16, triton.next_power_of_2(hidden))),
+        "HIDDEN_BLOCK": min(64 if heads == 1 else 32, max(16, triton.next_power_of_2(hidden))),
         "HEAD_BLOCK": 1 if heads == 1 else max(16, triton.next_power_of_2(heads)),
         "num_warps": 4,
     }

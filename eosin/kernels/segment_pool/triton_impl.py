@@ -27,6 +27,7 @@ def launch_sizes(n_rows: int, heads: int, width: int) -> dict[str, int]:
         "ROW_BLOCK": 32,
         "HEAD_BLOCK": head_block,
         "COLUMN_BLOCK": min(column_block, max(16, triton.next_power_of_2(width))),
+        "gradient_columns": min(column_block // 2, max(16, triton.next_power_of_2(width))),
         "num_warps": 4,
     }
 
@@ -109,15 +110,16 @@ def _gradients(
     table = chunk_table(cu_seqlens, sizes["rows"])
     d_scores = torch.empty_like(scores) if needs[0] else None
     d_values = torch.empty_like(values) if needs[1] else None
-    blocks = {name: sizes[name] for name in ("ROW_BLOCK", "HEAD_BLOCK", "COLUMN_BLOCK", "num_warps")}
+    blocks = {name: sizes[name] for name in ("ROW_BLOCK", "HEAD_BLOCK", "num_warps")}
+    blocks |= {"COLUMN_BLOCK": sizes["gradient_columns"], "NARROW": not interpreting()}
     head_blocks = triton.cdiv(heads, sizes["HEAD_BLOCK"])
     if d_scores is not None and table.n_chunks:
         score_gradient[(table.n_chunks, head_blocks)](
             scores, values, table.bag, table.start, table.end, g_pooled, *per_bag, d_scores, heads, width,
-            SOFTMAX=softmax, NARROW=not interpreting(), **blocks,
+            SOFTMAX=softmax, **blocks,
         )  # fmt: skip
     if d_values is not None and table.n_chunks:
-        value_gradient[(table.n_chunks, triton.cdiv(width, sizes["COLUMN_BLOCK"]))](
+        value_gradient[(table.n_chunks, triton.cdiv(width, sizes["gradient_columns"]))](
             scores, table.bag, table.start, table.end, g_pooled, per_bag[1], d_values, heads, width,
             SOFTMAX=softmax, **blocks,
         )  # fmt: skip
@@ -291,7 +293,8 @@ def score_gradient(
 @triton.jit
 def value_gradient(
     scores, bags, starts, ends, g_pooled, lse, d_values, heads, width,
-    SOFTMAX: tl.constexpr, ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one chunk's instances for one block of columns."""
     chunk = tl.program_id(0)
@@ -319,7 +322,7 @@ def value_gradient(
             if HEAD_BLOCK == 1:
                 d += tl.reshape(a, [ROW_BLOCK, 1]) * tl.reshape(g, [1, COLUMN_BLOCK])
             else:
-                d += tl.dot(a, g, input_precision="ieee")
+                d += product(a.to(d_values.dtype.element_ty), g, NARROW)
         tl.store(
             d_values + rows[:, None].to(tl.int64) * width + columns[None, :],
             d,
