@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.kernels import ScanOrder, causal_conv
 from eosin.mil import attention
 from eosin.mil.attention import bag_attention, instance_attention, mixed_weights, recomputed
 from eosin.mil.bags import PackedBags
@@ -43,6 +44,7 @@ from eosin.mil.layers import embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 
+TAPS = 33  # of the convolution of the values along the sequence
 PPEG_CHANNELS = 128  # channels that are convolved at once in a large pack
 
 
@@ -125,6 +127,10 @@ class Layout:
         Row of each token among the P.
     lengths : tuple of int
         Padded length of each bag, a multiple of m.
+    offsets : (B + 1,) int32
+        Offsets of the padded bags.
+    trailed : ScanOrder
+        The padded bags with half the taps as rows of zeros behind each.
     group : (B * m,) int64
         Rows that each landmark is the mean of.
     cell : (T - B,) int64
@@ -142,6 +148,8 @@ class Layout:
     body: Tensor
     padded: Tensor
     lengths: tuple[int, ...]
+    offsets: Tensor
+    trailed: ScanOrder
     group: Tensor
     cell: Tensor
     grid: tuple[int, int]
@@ -180,7 +188,10 @@ class Layout:
             "instances": rows[(place >= 0) & ~copied],
         }
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}
-        return cls(lengths=tuple(padded.tolist()), grid=(int((side + 3).sum()), width), **tensors)
+        offsets = _offsets(padded).to(device)
+        trailed = _trailed(padded, device)
+        height = int((side + 3).sum())
+        return cls(lengths=tuple(padded.tolist()), offsets=offsets, trailed=trailed, grid=(height, width), **tensors)
 
     def per_instance(self, weights: Tensor) -> Tensor:
         """Add the weights (T, H) of repeated instances to the instance they repeat: (N, H)."""
@@ -192,6 +203,19 @@ def _starts(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
+def _offsets(counts: Tensor) -> Tensor:
+    return functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _trailed(lengths: Tensor, device: torch.device) -> ScanOrder:
+    """Return bags of these lengths with half the taps as rows of zeros behind each."""
+    longer = lengths + TAPS // 2
+    bag = torch.repeat_interleave(torch.arange(len(lengths)), longer)
+    place = torch.arange(len(bag)) - _starts(longer)[bag]
+    source = torch.where(place < lengths[bag], _starts(lengths)[bag] + place, -1)
+    return ScanOrder(source.to(device), torch.nonzero(source >= 0)[:, 0].to(device), _offsets(longer).to(device))
+
+
 class NystromLayer(nn.Module):
     """Layer norm, Nyström attention and the residual, equations 3 and 4.
 
@@ -199,16 +223,14 @@ class NystromLayer(nn.Module):
     ----------
     width, heads, pinv_iterations, dropout
         As `TransMil`.
-    taps : int
-        Length of the convolution of the values; odd.
     """
 
-    def __init__(self, width: int, *, heads: int, pinv_iterations: int, dropout: float, taps: int = 33) -> None:
+    def __init__(self, width: int, *, heads: int, pinv_iterations: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.to_out = nn.Linear(width, width)
-        self.res_conv = nn.Conv2d(heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False)
+        self.res_conv = nn.Conv2d(heads, heads, (TAPS, 1), padding=(TAPS // 2, 0), groups=heads, bias=False)
         self.heads = heads
         self.pinv_iterations = pinv_iterations
         self.dropout = dropout
@@ -296,24 +318,15 @@ class NystromLayer(nn.Module):
         return torch.softmax(scores.to(wide), -1)
 
     def _convolved(self, value: Tensor, heads: range, layout: Layout) -> Tensor:
-        """Return the convolution along each bag: (P, H, d) -> (P, H, d); zeros keep the bags of a pack apart."""
-        reach = self.res_conv.padding[0]
-        lengths = torch.tensor(layout.lengths)
-        rows = torch.arange(len(value)) + int(reach) * torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        rows = rows.to(value.device)
-        spread = value
-        if len(lengths) > 1:
-            spread = value.new_zeros(len(value) + int(reach) * len(lengths), *value.shape[1:]).index_copy(
-                0, rows, value
-            )
-        weight = self.res_conv.weight[_slice(heads)]
-        image = spread.transpose(0, 1)[None]  # (1, H, rows, d)
-        out = functional.conv2d(image, weight, padding=self.res_conv.padding, groups=len(heads))[0].transpose(0, 1)
-        return out if len(lengths) == 1 else out[rows]
+        """Return the convolution along each bag, (P, H, d): a causal one, read half its taps later."""
+        weight = torch.repeat_interleave(self.res_conv.weight[_slice(heads), 0, :, 0], value.shape[2], 0)
+        order = layout.trailed
+        out = causal_conv(value.flatten(1), weight, None, layout.offsets, order=order, activation="none")
+        return out[order.place + TAPS // 2].view_as(value)
 
     def _convolved_class(self, value: Tensor, rows: Tensor, heads: range, layout: Layout) -> Tensor:
         """Return the convolution at the class tokens, (B, H, d): in front of them are zeros only."""
-        reach = int(self.res_conv.padding[0])
+        reach = TAPS // 2
         ends = torch.tensor(layout.lengths, device=rows.device).cumsum(0)
         near = rows[:, None] + torch.arange(reach + 1, device=rows.device)  # (B, taps)
         inside = near < ends[:, None]
