@@ -1,0 +1,150 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.abmil import Abmil
+from eosin.mil.methods.ins import (
+    Ins,
+    InsStrategy,
+    momentum_contrast,
+    moved_prototypes,
+    moved_targets,
+    soft_cross_entropy,
+    supervised_contrast,
+)
+from eosin.mil.tasks import Binary, Classification
+
+TASK = Classification(classes=("a", "b", "c"))
+
+
+def draw(*lengths, ids=()):
+    generator = torch.Generator().manual_seed(0)
+    return PackedBags.pack([torch.randn(n, 4, generator=generator) for n in lengths], ids=ids)
+
+
+def model(n_outputs=3, **options):
+    torch.manual_seed(0)
+    return Ins(4, n_outputs, width=6, projection=5, **options)
+
+
+def test_targets_and_their_loss_are_the_authors(golden, same):
+    golden = golden("ins_losses")
+    index, logits = golden["index"], golden["outputs"].requires_grad_()
+    before = soft_cross_entropy(logits, golden["conf_before"][index])
+    before.backward()
+    candidates = torch.where(golden["point"][:, None] == 0, torch.tensor([1.0, 0.0]), golden["batchY"]).double()
+    phi = float(golden["conf_ema_m"])
+    after = golden["conf_before"].clone()
+    after[index] = moved_targets(after[index], golden["score_prot"], candidates, phi=phi)
+    same({"cls_loss_before": before, "g_outputs": logits.grad}, golden)
+    same({"conf_after": after, "cls_loss_after": soft_cross_entropy(logits, after[index])}, golden, rtol=1e-7)
+
+
+def test_contrasts_are_the_authors(golden, same):
+    golden = golden("ins_losses")
+    keys, queue, temperature = golden["k"], golden["queue"], float(golden["temperature"])
+    q = golden["q"].requires_grad_()
+    supervised = supervised_contrast(q, torch.cat([q, keys, queue]), golden["labels"], temperature)
+    (g_supervised,) = torch.autograd.grad(supervised, q)
+    plain = momentum_contrast(q, keys, queue, temperature)
+    (g_plain,) = torch.autograd.grad(plain, q)
+    found = {"supcon": supervised, "g_q_supcon": g_supervised, "moco": plain, "g_q_moco": g_plain}
+    same(found, golden)
+
+
+def test_places_that_were_never_filled_take_no_part(golden, same):
+    golden = golden("ins_losses")
+    keys, temperature, q = golden["k"], float(golden["temperature"]), golden["q"]
+    queue = torch.cat([golden["queue"], torch.full((3, 8), 0.3).double()])
+    labels = torch.cat([golden["labels"], torch.full((3,), -1)])
+    filled = torch.arange(15) < 12
+    found = {"moco": momentum_contrast(q, keys, queue, temperature, filled=filled)}
+    found["supcon"] = supervised_contrast(q, torch.cat([q, keys, queue]), labels, temperature)
+    same(found, golden)
+
+
+def test_phi_is_the_authors(golden):
+    golden = golden("ins_losses")
+    strategy = InsStrategy(model(), TASK)
+    begin, end = strategy.phi
+    for epoch, wanted in zip(golden["phi_epochs"], golden["phi"], strict=True):
+        assert begin + (end - begin) * float(epoch) / 40 == pytest.approx(float(wanted), rel=1e-12)
+
+
+def test_prototypes_move_instance_by_instance():
+    torch.manual_seed(0)
+    prototypes, query = torch.randn(3, 4), torch.randn(9, 4)
+    label = torch.tensor([0, 2, 0, 0, 2, 0, 2, 2, 2])
+    wanted = prototypes.clone()
+    for q, c in zip(query, label, strict=True):
+        wanted[c] = 0.9 * wanted[c] + 0.1 * q
+    torch.testing.assert_close(moved_prototypes(prototypes, query, label, 0.9), functional.normalize(wanted))
+
+
+def test_a_bag_is_the_mean_of_its_instances():
+    net = model(pooling="mean")
+    bags = draw(5, 0, 2)
+    output = net(bags)
+    shares = [part.softmax(1).mean(0) for part in output.instance_logits.split(bags.lengths)]
+    torch.testing.assert_close(output.logits.softmax(1)[[0, 2]], torch.stack([shares[0], shares[2]]))
+    assert not output.logits[1].any()
+    one = model(1, pooling="mean")
+    output = one(bags)
+    share = output.instance_logits[:5].softmax(1)[:, 1].mean()
+    torch.testing.assert_close(output.logits[0, 0].sigmoid(), share)
+
+
+def test_a_bag_is_as_positive_as_its_most_positive_instance():
+    bags = draw(5, 0, 2)
+    output = model(1)(bags)
+    torch.testing.assert_close(output.logits[0, 0].sigmoid(), output.instance_logits[:5].softmax(1)[:, 1].amax())
+    output = model()(bags)
+    best = (output.instance_logits[:5] - output.instance_logits[:5, :1]).amax(0)
+    torch.testing.assert_close(output.logits[0], best)
+    assert not output.logits[1].any()
+
+
+@pytest.mark.parametrize("task", [TASK, Binary(classes=("a", "b"))])
+def test_every_part_learns_and_the_rest_follows(task):
+    strategy = InsStrategy(model(task.n_outputs), task, sample=8, queue_size=10).train()
+    bags, target = draw(6, 1, 0, 5), torch.tensor([0, 1, 1, 1])
+    for progress in (0.0, 0.5, 1.0):
+        strategy.start_step(progress)
+        step = strategy(bags, target)
+        loss = task.loss(step.output.logits, target) + sum(step.extra.values())
+        loss.backward()
+        assert loss.isfinite()
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in strategy.model.parameters()
+    )
+    assert all(parameter.grad is None for parameter in strategy.key_model.parameters())
+    assert (strategy.queue_labels >= 0).all()
+    torch.testing.assert_close(strategy.queue.norm(dim=1), torch.ones(10))
+    assert strategy.inference_model() is strategy.model
+
+
+def test_negative_bags_hold_class_0_only():
+    strategy = InsStrategy(model(), TASK)
+    candidates = strategy._candidates(draw(2, 1, 1), torch.tensor([0, 2, 1]))
+    assert candidates.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0]]
+
+
+def test_targets_are_remembered_by_bag():
+    strategy = InsStrategy(model(), TASK, start=0.0, sample=100)
+    bags, target = draw(3, 4, ids=("x", "y")), torch.tensor([0, 1])
+    strategy(bags, target)
+    first = strategy._targets["y"].clone()
+    torch.testing.assert_close(first.amax(1), torch.full((4,), 0.95 * 0.5 + 0.05))
+    torch.testing.assert_close(strategy._targets["x"], torch.tensor([[1.0, 0, 0]]).expand(3, 3))
+    strategy(bags, target)
+    again = strategy._targets["y"]
+    assert ((again - first).abs() > 1e-4).any()
+
+
+def test_it_needs_an_instance_network():
+    with pytest.raises(ConfigError, match="InsStrategy needs an aggregator that returns InsOutput"):
+        InsStrategy(Abmil(4, 3), TASK)
+    with pytest.raises(ConfigError, match="queue_size 0"):
+        InsStrategy(model(), TASK, queue_size=0)
