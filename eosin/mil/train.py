@@ -192,16 +192,15 @@ def _refit(
 ) -> Fitted:
     """Train from the start on training and validation bags for as many passes as the validation chose.
 
-    The schedule of the learning rate is that of a training of this length, so that it ends low.
+    The learning rate follows the same course as before: on MUSK1 a schedule shrunk to these passes learns too little.
     """
     if val is None:
         return fitted
     torch.manual_seed(recipe.training.seed)
-    changes = {"select": "last", "epochs": fitted.card.training["best_epoch"], "min_epochs": 0}
-    whole = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+    whole = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
     run = _Run(whole, task, train.joined(val), None, device=device, precision=precision)
-    for _ in run.passes():
-        pass
+    for _ in range(fitted.card.training["best_epoch"]):
+        run.one_pass()
     return Fitted(run.result().model, fitted.card, fitted.history)
 
 
