@@ -20,7 +20,7 @@ def orders(lengths):
 
 @pytest.mark.parametrize("lengths", [*filter(None, LENGTHS), (5, 5, 2, 9)])
 @pytest.mark.parametrize("activation", ["silu", "none"])
-@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("taps", [1, 4, 13])
 def test_torch_path_equals_the_definition_in_values_and_all_gradients(small_blocks, lengths, activation, taps):
     inputs = [normal(sum(lengths), 3), normal(3, taps, seed=1), normal(3, seed=2)]
 

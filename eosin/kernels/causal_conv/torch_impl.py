@@ -107,7 +107,7 @@ def backward(grad: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Te
         for lag in range(weight.shape[1]):
             inside = d_out * (depth >= lag)[:, None] * weight[:, -1 - lag]
             skipped = max(0, lag - block.start)
-            d_places[max(0, block.start - lag) : block.stop - lag] += inside[skipped:]
+            d_places[max(0, block.start - lag) : max(0, block.stop - lag)] += inside[skipped:]
     return _to_rows(d_places, convolution), d_weight, d_bias
 
 
