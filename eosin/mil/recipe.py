@@ -100,7 +100,8 @@ class Training(Options):
 
 EVERYDAY = Training(lr=5e-4, weight_decay=1e-4, epochs=30, bags_per_step=4, refit=True)
 """Settings of the recipes whose training no paper prescribes: bags are packed by four, because that is faster, and the
-model is refitted on all training bags, because cohorts are small. Chosen on parts of training folds of MUSK1."""
+model is refitted on all training bags, because cohorts are small. Chosen with MUSK1, whose test folds were seen in part
+(`benchmarks/mil_datasets.py`)."""
 
 
 class Recipe(Options):

@@ -192,7 +192,7 @@ def _refit(
 ) -> Fitted:
     """Train from the start on training and validation bags for as many passes as the validation chose.
 
-    The learning rate follows the same course as before: on MUSK1 a schedule shrunk to these passes learns too little.
+    The learning rate follows the same course as before, so that the chosen number of passes means the same.
     """
     if val is None:
         return fitted
