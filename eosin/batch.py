@@ -19,10 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from eosin import __version__
 from eosin.errors import ConfigError, EosinError, OutputError
-from eosin.files import file_fingerprint as file_fingerprint
 from eosin.files import locked, write_json
-from eosin.files import write_file as write_file
-from eosin.files import write_text as write_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +75,8 @@ class Report:
         """Return one line: how many slides ended how."""
         counts = Counter(record.status for record in self.records)
         parts = [f"{counts[status]} {status}" for status in ("ok", "empty", "skipped", "failed") if counts[status]]
-        return f"{len(self.records)} slides: {', '.join(parts) or 'nothing to do'}"
+        number = len(self.records)
+        return f"{number} slide{'s' if number != 1 else ''}: {', '.join(parts) or 'nothing to do'}"
 
 
 def run_batch(

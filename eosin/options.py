@@ -55,11 +55,23 @@ class Options(BaseModel):
 def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
     faults = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-            return UnknownNameError(f"option in {source}", where, cls.model_fields)
+        *parents, leaf = (str(part) for part in fault["loc"] or ("",))
+        group = _group(cls, parents)
+        if fault["type"] == "extra_forbidden" and group is not None:
+            return UnknownNameError(f"option in {'.'.join([source, *parents])}", leaf, group.model_fields)
+        where = ".".join([*parents, leaf])
         faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}" if where else fault["msg"])
     return ConfigError(f"{source}: {'; '.join(faults)}")
+
+
+def _group(cls: type[BaseModel], parents: Sequence[str]) -> type[BaseModel] | None:
+    """Return the option group below `cls` that the names lead to; None where they leave plain groups."""
+    for name in parents:
+        field = cls.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        cls = field.annotation
+    return cls
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

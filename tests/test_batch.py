@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from eosin.batch import Outcome, Record, Report, file_fingerprint, read_run_json, run_batch, write_file, write_json
+from eosin.batch import Outcome, Record, Report, read_run_json, run_batch
 from eosin.errors import ConfigError, OutputError, SlideOpenError
+from eosin.files import file_fingerprint, write_file, write_json
 
 
 def work(kind: str) -> Outcome:

@@ -21,6 +21,16 @@ def test_unknown_key_names_the_nearest() -> None:
         Tile.parse({"patchsize": 2}, source="tiling")
 
 
+def test_unknown_key_of_a_group_below_names_the_nearest() -> None:
+    class Job(Options):
+        tiling: Tile = Tile()
+
+    with pytest.raises(UnknownNameError, match=r"option in job\.tiling named 'patchsize'; did you mean patch_size\?"):
+        Job.parse({"tiling": {"patchsize": 2}}, source="job")
+    with pytest.raises(ConfigError, match="tiling"):
+        Job.parse({"tiling": 3}, source="job")
+
+
 def test_every_bad_value_is_named_in_one_line() -> None:
     with pytest.raises(ConfigError) as caught:
         Tile.parse({"mpp": "fine", "patch_size": 2.5}, source="tiling")

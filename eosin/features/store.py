@@ -55,7 +55,7 @@ class Footer:
     n_rows : int
         Number of tiles that were encoded.
     input_fingerprint : str
-        Fingerprint of the slide file (`eosin.batch.file_fingerprint`); empty when the input was no slide.
+        Fingerprint of the slide file (`eosin.files.file_fingerprint`); empty when the input was no slide.
     options_hash : str
         Fingerprint of everything else that determines the rows.
     """

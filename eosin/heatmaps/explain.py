@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from eosin import __version__
-from eosin.batch import file_fingerprint
 from eosin.errors import FeatureMismatchError, SlideError, UnknownNameError
 from eosin.features.bag import FeatureBag
+from eosin.files import file_fingerprint
 from eosin.heatmaps.attribution import attribution_maps, pack_bag, require_grid
 from eosin.heatmaps.counterfactual import effect_map, tile_effects
 from eosin.heatmaps.export.geojson import write_geojson

@@ -23,7 +23,7 @@ from shapely.geometry.base import BaseGeometry
 from sklearn.metrics import auc, roc_curve
 
 from eosin import __version__
-from eosin.batch import write_text
+from eosin.files import write_text
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.export.png import OPACITY, TRUTH_COLOUR, Contour, blend, draw, take_view
 from eosin.heatmaps.heatmap import Heatmap

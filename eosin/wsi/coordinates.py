@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin import __version__
-from eosin.batch import write_file
 from eosin.errors import FeatureFileError
+from eosin.files import write_file
 from eosin.wsi.grid import TileGrid, Tiling
 
 ENCODING_TYPE = "eosin.coords"
@@ -41,7 +41,7 @@ class CoordsFooter:
     mpp_source : str
         Where the slide's mpp came from.
     fingerprint : str
-        `eosin.batch.file_fingerprint` of the slide.
+        `eosin.files.file_fingerprint` of the slide.
     options_hash : str
         Fingerprint of everything that decides the rows.
     """

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from eosin.batch import Outcome, Record, Report, file_fingerprint, run_batch, write_text
+from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError
+from eosin.files import file_fingerprint, write_text
 from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, make_grid

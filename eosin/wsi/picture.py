@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from shapely import MultiPolygon
 
-from eosin.batch import write_file
+from eosin.files import write_file
 from eosin.wsi.grid import TileGrid
 
 OUTLINE_COLOUR = (0, 200, 0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from eosin.batch import file_fingerprint
 from eosin.features.bag import FeatureBag
+from eosin.files import file_fingerprint
 from eosin.mil.checkpoint import ModelCard, build_model, save_model
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import make_task

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.batch import write_file
+from eosin.files import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
-from eosin.batch import write_file
+from eosin.files import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap, Window
 from eosin.wsi.slide import Slide

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from eosin.batch import write_file
+from eosin.files import write_file
 from eosin.heatmaps.heatmap import Heatmap
 
 

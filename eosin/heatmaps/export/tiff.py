@@ -14,8 +14,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from eosin.batch import write_file
 from eosin.errors import ConfigError
+from eosin.files import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap, Window, raster_shape
 
