@@ -91,7 +91,7 @@ def test_changing_a_bag_changes_no_other(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_instances_is_of_no_matter_unless_declared(name):
-    model, (bag, *_) = build(name).double(), some_bags(dtype=torch.float64)
+    model, (bag,) = build(name).double(), some_bags((300,), dtype=torch.float64)
     order = torch.randperm(len(bag), generator=torch.Generator().manual_seed(3))
     before, after = (model(PackedBags.pack([rows])).logits for rows in (bag, bag[order]))
     if model.order_dependent:
@@ -164,6 +164,8 @@ def test_recipes_train_on_tiny_bags(name):
 
 @pytest.mark.parametrize("name", list(LOSS_TERMS))
 def test_terms_are_finite_differentiable_and_do_not_grow_with_the_batch(name):
+    if name == "comel_bppl":
+        pytest.skip("acts only on bags that a trained model is sure of; see methods/test_comel.py")
     recipe = next(
         recipe for recipe in map(RECIPES.__getitem__, RECIPES) if name in [term.name for term in recipe.terms]
     )
