@@ -87,14 +87,16 @@ def _pool_cases() -> Iterator[Case]:
             blocks = pool.launch_sizes(200_000, heads, 1024)
             warps = blocks.pop("num_warps")
             blocks.pop("rows")
+            narrower = {**blocks, "COLUMN_BLOCK": blocks["gradient_columns"]}
+            for shape in (blocks, narrower):
+                shape.pop("gradient_columns")
             given = sizes | tables | {"values": pointer, "d_values": pointer}
             for softmax in (True, False) if dtype == "fp32" else (True,):
                 label = f"{dtype} heads={heads} softmax={softmax}"
-                constants = {**blocks, "SOFTMAX": softmax, "NARROW": True}
-                yield _case(pool.pool_partial, label, constants, given, warps)
-                yield _case(pool.score_gradient, label, constants, given, warps)
-                constants.pop("NARROW")
-                yield _case(pool.value_gradient, label, constants, given, warps)
+                options = {"SOFTMAX": softmax, "NARROW": True}
+                yield _case(pool.pool_partial, label, blocks | options, given, warps)
+                yield _case(pool.score_gradient, label, narrower | options, given, warps)
+                yield _case(pool.value_gradient, label, narrower | options, given, warps)
     constants = {"COLUMN_BLOCK": 256, "SOFTMAX": True}
     yield _case(pool.pool_combine, "fp32", constants, sizes | tables, 4)
     constants = {"LARGEST": True, "ROW_BLOCK": pool.TOPK_ROWS}
