@@ -63,7 +63,7 @@ def test_run_names_the_slides_that_failed(run: Run, small: Path, tmp_path: Path)
     [
         (["--encoder", "he_textur"], "did you mean he_texture"),
         (["--recipe", "abmill"], "did you mean abmil"),
-        (["--set", "tiling.mppp=1"], "tiling.mppp"),
+        (["--set", "tiling.mppp=1"], "tiling named 'mppp'"),
         (["--set", "cohort.n_slides=1"], "no group of options"),
         (["--target", "grade"], "grade"),
         (["--missing", "ignore"], "known: drop, error"),

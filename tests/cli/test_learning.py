@@ -403,7 +403,7 @@ def test_a_damaged_feature_file_is_a_row_with_its_reason(model: Path, features: 
         (["--missing", "ignore"], "known: drop, error"),
         (["--device", "toaster"], "toaster"),
         (["--precision", "fp8"], "fp8"),
-        (["--set", "recipe.training.learning_rate=1"], "training.learning_rate"),
+        (["--set", "recipe.training.learning_rate=1"], "training named 'learning_rate'"),
         (["--set", "recipe.training.lr=-1"], "training.lr"),
         (["--set", "recipe.aggregator.name=abmill"], "did you mean abmil"),
         (["--set", "recipe.aggregator.options.gate=1"], "did you mean gated"),

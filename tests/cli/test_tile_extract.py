@@ -71,7 +71,7 @@ def test_the_result_folders_are_printed(run: Run, slide: Path, tmp_path: Path) -
     assert run("tile", slide, "--job", job).stdout == f"{job}/0.5mpp_256px_0px_overlap\n"
     done = run("extract", slide, "--job", job, "--encoder", "he_texture", "--workers", 0)
     assert done.stdout == f"{job}/0.5mpp_256px_0px_overlap/features_he_texture\n"
-    assert done.stderr == "1 slides: 1 ok\n"
+    assert done.stderr == "1 slide: 1 ok\n"
 
 
 def test_a_second_run_skips_and_changes_nothing(run: Run, slide: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_second_run_skips_and_changes_nothing(run: Run, slide: Path, tmp_path:
     for _ in range(2):
         tiled = run("tile", slide, "--job", job, "--patch-size", 128)
         encoded = run("extract", slide, "--job", job, "--encoder", "he_texture", "--workers", 0)
-    assert (tiled.exit_code, tiled.stderr) == (0, "1 slides: 1 skipped\n")
-    assert (encoded.exit_code, encoded.stderr) == (0, "1 slides: 1 skipped\n")
+    assert (tiled.exit_code, tiled.stderr) == (0, "1 slide: 1 skipped\n")
+    assert (encoded.exit_code, encoded.stderr) == (0, "1 slide: 1 skipped\n")
 
 
 def test_all_ways_to_give_an_option_mean_the_same(run: Run, slide: Path, tmp_path: Path) -> None:
