@@ -510,10 +510,14 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_optimizer(options: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of a recipe."""
+    """Return the optimizer of a recipe; parameters with a true attribute ``no_weight_decay`` have none."""
+    exempt = [parameter for parameter in parameters if getattr(parameter, "no_weight_decay", False)]
+    others = [parameter for parameter in parameters if not getattr(parameter, "no_weight_decay", False)]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=options.betas[0], fused=True, **settings)
+        return torch.optim.SGD(groups, momentum=options.betas[0], fused=True, **settings)
     kinds: dict[str, type[torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -522,7 +526,7 @@ def make_optimizer(options: Training, parameters: Sequence[nn.Parameter]) -> tor
     settings["betas"] = options.betas
     if options.optimizer != "radam":
         settings["fused"] = True
-    return kinds[options.optimizer](parameters, **settings)
+    return kinds[options.optimizer](groups, **settings)
 
 
 def rate_factor(options: Training, done: float, *, step: float) -> float:

@@ -298,3 +298,14 @@ def test_a_refit_trains_on_both_parts_for_the_chosen_number_of_passes(toy):
     assert torch.equal(weights(alone), weights(refitted))
     assert not torch.equal(weights(plain), weights(refitted))
     assert torch.equal(weights(refitted), weights(fit(recipe, toy.task, train, val)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_parameters_that_ask_for_it_are_not_decayed(optimizer):
+    kept, decayed = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    kept.no_weight_decay = True
+    stepper = make_optimizer(Training(optimizer=optimizer, lr=0.1, weight_decay=0.5), [kept, decayed])
+    (kept.sum() * 0 + decayed.sum() * 0).backward()
+    stepper.step()
+    assert torch.equal(kept, torch.ones(2))
+    assert (decayed < 1).all()
