@@ -120,6 +120,7 @@ def _metadata(bag: FeatureBag, rows: NDArray[np.generic]) -> tuple[bytearray, in
             write_coords(file, bag.grid, _coords_footer(bag))
         table = file.create_dataset("checksums", data=_block_sums(rows))
         table.attrs["block_bytes"] = BLOCK_BYTES
+        file.flush()  # all before the rows has its place now, so that nothing comes to lie behind them
         features = _allocate(file, "features", rows)
         features.attrs["name"] = bag.slide_id
         features.attrs["encoder"] = bag.spec.encoder
