@@ -116,7 +116,7 @@ class Gdat(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, bag embeddings, scores and the instances after the last block."""
-        return self.aggregate(bags.with_values(self.embed(bags.values)))
+        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -204,35 +204,52 @@ class GroupedDoubleAttention(nn.Module):
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Attend: (N, E) -> (N, E)."""
-        padded = tokens.new_zeros(sum(groups.lengths), tokens.shape[1]).index_copy(0, groups.padded, tokens)
-        if len(groups.sizes) == 0:
-            return tokens
-        means = torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]  # (B, m, E)
-        size = self.heads if len(padded) < attention.CHECKPOINT_ROWS else 2
-        parts = [
-            recomputed(partial(self._attend, groups, slice(first, first + size)), len(padded), padded, means)
-            for first in range(0, self.heads, size)
-        ]
-        out: Tensor = self.proj(torch.cat(parts, 1))
+        out: Tensor = self.proj(self.attend(tokens, groups))
         return out
 
-    def _attend(self, groups: Groups, heads: slice, padded: Tensor, means: Tensor) -> Tensor:
+    def attend(self, tokens: Tensor, groups: Groups, norm: nn.Module | None = None) -> Tensor:
+        """Return what `forward` projects, (N, E), for tokens that ``norm`` goes over first.
+
+        The norm is taken here because it is cheaper to compute again than to keep.
+        """
+        if len(groups.sizes) == 0:
+            return tokens
+        rows = len(tokens)
+        means = recomputed(partial(self._means, groups, norm), rows, tokens)
+        size = self.heads if rows < attention.CHECKPOINT_ROWS else 2
+        parts = [
+            recomputed(partial(self._attend, groups, slice(first, first + size), norm), rows, tokens, means)
+            for first in range(0, self.heads, size)
+        ]
+        return torch.cat(parts, 1)
+
+    def _means(self, groups: Groups, norm: nn.Module | None, tokens: Tensor) -> Tensor:
+        """Return the group tokens, (B, m, E)."""
+        padded = _padded(tokens if norm is None else norm(tokens), groups)
+        return torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]
+
+    def _attend(self, groups: Groups, heads: slice, norm: nn.Module | None, tokens: Tensor, means: Tensor) -> Tensor:
         """Return the values of some heads, (N, H d)."""
-        query, key, value = (self._project(padded, part, heads) for part in range(3))  # (P, H, d)
+        normed = tokens if norm is None else norm(tokens)
+        query, key, value = (self._project(normed, part, heads, groups) for part in range(3))  # (P, H, d)
         group_query, group_key = (self._project(means, part, heads) for part in range(2))  # (B, m, H, d)
         read = bag_attention(group_query, key, value, groups.lengths, self.scale)
         out = instance_attention(query, group_key, read, groups.lengths, self.scale, present=groups.present)
         return (out + 0.1 * value)[groups.padded].flatten(1)
 
-    def _project(self, rows: Tensor, part: int, heads: slice) -> Tensor:
+    def _project(self, rows: Tensor, part: int, heads: slice, groups: Groups | None = None) -> Tensor:
+        """Return the queries (0), keys (1) or values (2) of some heads, with the rows of zeros of ``groups``."""
         weight = torch.unflatten(self.qkv.weight, 0, (3, self.heads, -1))[part, heads]
-        bias = None
+        projected = functional.linear(rows, weight.flatten(0, 1))
+        if groups is not None:
+            projected = _padded(projected, groups)
         if self.qkv.bias is not None:
-            bias = torch.unflatten(self.qkv.bias, 0, (3, self.heads, -1))[part, heads].flatten()
-        projected: Tensor = torch.unflatten(
-            functional.linear(rows, weight.flatten(0, 1), bias), -1, (weight.shape[0], -1)
-        )
-        return projected
+            projected = projected + torch.unflatten(self.qkv.bias, 0, (3, self.heads, -1))[part, heads].flatten()
+        return torch.unflatten(projected, -1, (weight.shape[0], -1))
+
+
+def _padded(rows: Tensor, groups: Groups) -> Tensor:
+    return rows.new_zeros(sum(groups.lengths), rows.shape[1]).index_copy(0, groups.padded, rows)
 
 
 class GdatBlock(nn.Module):
@@ -257,12 +274,14 @@ class GdatBlock(nn.Module):
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Transform instances: (N, E) -> (N, E)."""
-        tokens = tokens + self.attn(self.norm1(tokens), groups)
-        rows = max(1, attention.CHECKPOINT_ROWS)
-        pieces = [recomputed(self._mlp, len(tokens), piece) for piece in torch.split(tokens, rows)]
-        return torch.cat(pieces)
+        attended = self.attn.attend(tokens, groups, self.norm1)
+        rows = max(1, attention.CHECKPOINT_ROWS // self.ff1.out_features * self.ff1.in_features)
+        pairs = zip(torch.split(tokens, rows), torch.split(attended, rows), strict=True)
+        return torch.cat([recomputed(self._finish, len(tokens), *pair) for pair in pairs])
 
-    def _mlp(self, tokens: Tensor) -> Tensor:
+    def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """Project what some tokens read and apply the MLP, each with its residual."""
+        tokens = tokens + self.attn.proj(attended)
         hidden = self._drop(functional.gelu(self.ff1(self.norm2(tokens))))
         return tokens + self._drop(self.ff2(hidden))
 

@@ -97,7 +97,7 @@ class TransMil(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, class tokens, scores of the first layer and instances."""
-        return self.aggregate(bags.with_values(self.embed(bags.values)))
+        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -238,10 +238,9 @@ class NystromLayer(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return the new tokens (T, E) and the class token's weight of each token (T, H)."""
-        padded = self._padded(tokens, layout)
         values, weights = [], []
-        for heads, parts in self._groups(padded, layout):
-            both = recomputed(partial(self._attend, heads=heads, layout=layout), len(tokens), padded, *parts)
+        for heads, parts in self._groups(tokens, layout):
+            both = recomputed(partial(self._attend, heads=heads, layout=layout), len(tokens), tokens, *parts)
             value, weight = torch.split(both, [both.shape[1] - len(heads), len(heads)], dim=1)
             values.append(value)
             weights.append(weight)
@@ -249,29 +248,28 @@ class NystromLayer(nn.Module):
 
     def class_token(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Return what `forward` makes of the class tokens, (B, E)."""
-        padded = self._padded(tokens, layout)
         values = [
-            recomputed(partial(self._attend_class, heads=heads, layout=layout), len(tokens), padded, *parts)
-            for heads, parts in self._groups(padded, layout)
+            recomputed(partial(self._attend_class, heads=heads, layout=layout), len(tokens), tokens, *parts)
+            for heads, parts in self._groups(tokens, layout)
         ]
         return tokens[layout.first] + self._project_out(values)
-
-    def _padded(self, tokens: Tensor, layout: Layout) -> Tensor:
-        normed: Tensor = self.norm(tokens)
-        return normed.new_zeros(sum(layout.lengths), normed.shape[1]).index_copy(0, layout.padded, normed)
 
     def _project_out(self, values: Sequence[Tensor]) -> Tensor:
         return functional.dropout(self.to_out(torch.cat(list(values), 1)), self.dropout, self.training)
 
-    def _groups(self, padded: Tensor, layout: Layout) -> list[tuple[range, tuple[Tensor, ...]]]:
+    def _groups(self, tokens: Tensor, layout: Layout) -> list[tuple[range, tuple[Tensor, ...]]]:
         """Return the heads that are computed at once, with their landmarks' queries, keys and pseudo-inverse."""
-        means = torch.segment_reduce(padded, "mean", lengths=layout.group, axis=0)
-        means = means.view(len(layout.lengths), -1, padded.shape[1])  # (B, m, E)
+        means = recomputed(partial(self._means, layout=layout), len(tokens), tokens)
         query, key = (self._project(means, part, range(self.heads)) for part in range(2))  # (B, m, H, d)
         inverse = self._inverse(query, key)  # (B, H, m, m)
-        size = self.heads if len(padded) < attention.CHECKPOINT_ROWS else 2
+        size = self.heads if len(tokens) < attention.CHECKPOINT_ROWS else 2
         groups = [range(first, min(first + size, self.heads)) for first in range(0, self.heads, size)]
         return [(h, (query[:, :, _slice(h)], key[:, :, _slice(h)], inverse[:, _slice(h)])) for h in groups]
+
+    def _means(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Return the mean of each group of padded tokens, (B, m, E)."""
+        means = torch.segment_reduce(_padded(self.norm(tokens), layout), "mean", lengths=layout.group, axis=0)
+        return means.view(len(layout.lengths), -1, tokens.shape[1])
 
     def _project(self, rows: Tensor, part: int, heads: range) -> Tensor:
         """Return the queries (0), keys (1) or values (2) of some heads: (..., E) -> (..., H, d)."""
@@ -286,10 +284,12 @@ class NystromLayer(nn.Module):
             return pseudo_inverse(torch.softmax(scores, -1), self.pinv_iterations)
 
     def _attend(
-        self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
+        self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the values of some heads and, beside them, the class token's weights: (T, H d + H)."""
-        query, key, value = (self._project(padded, part, heads) for part in range(3))  # (P, H, d)
+        normed = self.norm(tokens)
+        # a row of zeros projects to zeros: there is no bias, so that padding may come last
+        query, key, value = (_padded(self._project(normed, part, heads), layout) for part in range(3))  # (P, H, d)
         mixed = self._mixed(marks_q, key, value, inverse, layout)
         out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale)
         out = (out + self._convolved(value, heads, layout))[layout.padded]  # (T, H, d)
@@ -298,13 +298,15 @@ class NystromLayer(nn.Module):
         return torch.cat([out.flatten(1), weights.to(out.dtype)], 1)
 
     def _attend_class(
-        self, padded: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
+        self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the class tokens' values of some heads, (B, H d)."""
-        key, value = (self._project(padded, part, heads) for part in (1, 2))
+        normed = self.norm(tokens)
+        key, value = (_padded(self._project(normed, part, heads), layout) for part in (1, 2))
         mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, m, d)
         rows = layout.padded[layout.first]  # (B,)
-        out = (self._class_shares(self._project(padded[rows], 0, heads), marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
+        query = self._project(normed[layout.first], 0, heads)
+        out = (self._class_shares(query, marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
         return (out + self._convolved_class(value, rows, heads, layout)).flatten(1)
 
     def _mixed(self, marks_q: Tensor, key: Tensor, value: Tensor, inverse: Tensor, layout: Layout) -> Tensor:
@@ -332,6 +334,11 @@ class NystromLayer(nn.Module):
         inside = near < ends[:, None]
         window = value[torch.where(inside, near, 0)] * inside[..., None, None]  # (B, taps, H, d)
         return torch.einsum("bthd,ht->bhd", window, self.res_conv.weight[_slice(heads), 0, reach:, 0])
+
+
+def _padded(rows: Tensor, layout: Layout) -> Tensor:
+    """Put rows of zeros in front of each bag: (T, ...) -> (P, ...)."""
+    return rows.new_zeros(sum(layout.lengths), *rows.shape[1:]).index_copy(0, layout.padded, rows)
 
 
 class Ppeg(nn.Module):
