@@ -35,10 +35,16 @@ SHOWN = ("accuracy", "auc", "balanced_accuracy", "f1")
 
 
 def recipes(names: list[str], changes: list[str]) -> dict[str, Recipe]:
-    """Return recipes by name; ``abmil_plain`` is ABMIL without its gate."""
-    plain = RECIPES["abmil"].model_copy(update={"aggregator": Component(name="abmil", options={"gated": False})})
-    known = {name: RECIPES[name] for name in RECIPES} | {"abmil_plain": plain}
+    """Return recipes by name; ``abmil_plain`` and ``abmil_classic_plain`` are without the gate."""
+    known = {name: RECIPES[name] for name in RECIPES}
+    known |= {f"{name}_plain": without_gate(RECIPES[name]) for name in ("abmil", "abmil_classic")}
     return {name: Recipe.parse(override(known[name].model_dump(mode="json"), changes)) for name in names}
+
+
+def without_gate(recipe: Recipe) -> Recipe:
+    """Return the recipe with plain attention."""
+    options = recipe.aggregator.options | {"gated": False}
+    return recipe.model_copy(update={"aggregator": Component(name=recipe.aggregator.name, options=options)})
 
 
 def baseline(study: Study, splits, pool) -> dict:

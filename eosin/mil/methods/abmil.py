@@ -85,6 +85,7 @@ class Abmil(Aggregator):
 
 PRESETS: dict[str, dict[str, object]] = {
     "ilse": {"embed_dims": (), "hidden": 128, "dropout": 0.0},
+    "classic": {"embed_dims": (256, 128, 64), "hidden": 64, "dropout": 0.5, "init": "xavier"},
     "clam": {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25},
     "acmil": {"hidden": 128, "embed_bias": False, "dropout": 0.0},
     "mhim": {
@@ -108,5 +109,13 @@ RECIPES.add(
         training=Training(optimizer="adam", lr=5e-4, weight_decay=1e-4, epochs=20, schedule="constant", patience=0),
     ),
 )
+CLASSIC = Training(
+    optimizer="sgd", lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, epochs=50, schedule="constant", select="last"
+)
+"""The training of the classic tables (MUSK, FOX, TIGER) as released by Wang et al. (Revisiting multiple instance
+neural networks, 2018, https://arxiv.org/abs/1610.02501), whose layers Ilse et al. took for these sets: no validation,
+the model after the last pass. Keras' L2 penalty of 0.005 is a weight decay of 0.01; its Nesterov momentum and 1e-4
+decay of the rate are left out."""
+RECIPES.add("abmil_classic", Recipe(aggregator=Component(name="abmil", options=PRESETS["classic"]), training=CLASSIC))
 for _name in ("clam", "acmil", "mhim", "packmil", "millab"):
     RECIPES.add(f"abmil_{_name}", Recipe(aggregator=Component(name="abmil", options=PRESETS[_name])))
