@@ -37,7 +37,7 @@ ONLY_IN = {  # third-party package -> the files that may import it
 ONLY_THESE = {  # (importer, imported package) -> the modules and names of it that may be imported
     ("kernels", "eosin"): {"errors", "kernels"},
     ("mil", "features"): {"bag", "store"},
-    ("mil", "wsi"): {"grid", "slide.SLIDE_SUFFIXES"},
+    ("mil", "wsi"): {"grid", "names"},
 }
 CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.cli"}
 

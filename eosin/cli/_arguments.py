@@ -32,6 +32,29 @@ MinTissue = Annotated[
     float | None,
     typer.Option(help="Smallest share of a tile that is tissue.", show_default="0.25", rich_help_panel="Tiling"),
 ]
+Contours = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Outlines <slide>.geojson drawn or edited in QuPath; they replace the tissue that would be found.",
+        rich_help_panel="Tissue",
+    ),
+]
+Overrides = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV",
+        help="Tissue options of single slides: the column slide, and one per option (min_stain, remove_pen ...).",
+        rich_help_panel="Tissue",
+    ),
+]
+Preview = Annotated[
+    bool,
+    typer.Option("--preview", help="Only draw tissue and tiles, to JOB/previews; no coordinates are written."),
+]
+Timeout = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="Give a slide up after this time; needs --workers.")
+]
 EncoderName = Annotated[str, typer.Option(help="Encoder by name; `eosin encoders` lists them.")]
 Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights, for work offline.")]
 BatchSize = Annotated[int, typer.Option(help="Tiles that are encoded at once.")]
@@ -89,6 +112,21 @@ def slide_mpp_source(text: str | None) -> float | Path | None:
         return float(text)
     except ValueError:
         return Path(text)
+
+
+def slide_timeout(seconds: float | None, workers: int) -> float | None:
+    """Return the value of --timeout.
+
+    Raises
+    ------
+    ConfigError
+        If it is not positive, or there are no child processes that could be stopped.
+    """
+    if seconds is not None and seconds <= 0:
+        raise ConfigError(f"--timeout {seconds:g}: must be more than 0")
+    if seconds is not None and workers < 1:
+        raise ConfigError("--timeout works on child processes; add --workers 1 or more")
+    return seconds
 
 
 def shard_numbers(text: str) -> tuple[int, int]:

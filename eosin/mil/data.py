@@ -21,7 +21,7 @@ from eosin.errors import LabelError
 from eosin.features.bag import FeatureSpec
 from eosin.features.store import read_bag, read_common_spec, read_footer
 from eosin.mil.tasks import Task
-from eosin.wsi.slide import SLIDE_SUFFIXES
+from eosin.wsi.names import SLIDE_SUFFIXES
 
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id")
@@ -349,6 +349,10 @@ class PatientBags:
         """Return the instances of all slides, or some rows of them."""
         bag = torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
         return bag if rows is None else bag[rows]
+
+    def slides_of(self, bag_id: str) -> tuple[str, ...]:
+        """Return the ids of the patient's slides."""
+        return tuple(self._slides_of[bag_id])
 
     def slide_index(self, bag_id: str) -> Tensor:
         """Return which of the patient's slides each instance is from, (n,) int64."""

@@ -44,12 +44,15 @@ class CoordsFooter:
         `eosin.files.file_fingerprint` of the slide.
     options_hash : str
         Fingerprint of everything that decides the rows.
+    selection : str
+        JSON: by which models and which rule the tiles were chosen; empty for all tiles with tissue.
     """
 
     slide_id: str
     mpp_source: str
     fingerprint: str
     options_hash: str = ""
+    selection: str = ""
 
 
 def write_grid(
@@ -60,6 +63,7 @@ def write_grid(
     mpp_source: str,
     fingerprint: str,
     options_hash: str = "",
+    selection: str = "",
 ) -> None:
     """Write a coordinates file; it is whole or it is not there.
 
@@ -69,10 +73,10 @@ def write_grid(
         The file.
     grid : TileGrid
         Its tiles; none is a normal content.
-    slide_id, mpp_source, fingerprint, options_hash : str
+    slide_id, mpp_source, fingerprint, options_hash, selection : str
         See `CoordsFooter`.
     """
-    footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash)
+    footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection)
 
     def write(temporary: Path) -> None:
         image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
@@ -110,8 +114,8 @@ def read_footer(path: Path) -> CoordsFooter:
     """
     with _open(path) as file:
         attributes = _attributes(file, path)
-        texts = [attributes.get(name, "") for name in ("name", "mpp_source", "slide_fingerprint", "options_hash")]
-        return CoordsFooter(*map(str, texts))
+        names = ("name", "mpp_source", "slide_fingerprint", "options_hash", "selection")
+        return CoordsFooter(*(str(attributes.get(name, "")) for name in names))
 
 
 def _open(path: Path) -> h5py.File:
@@ -157,7 +161,7 @@ def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64
         "slide_fingerprint": footer.fingerprint,
         "options_hash": footer.options_hash,
         "coords_sha256": _digest(rows),
-    }
+    } | ({"selection": footer.selection} if footer.selection else {})
 
 
 def nominal_magnification(mpp: float) -> int:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +11,9 @@ from pydantic import Field, model_validator
 
 from eosin.errors import ConfigError, SlideError
 from eosin.options import Options
-from eosin.wsi.tissue import TissueMask
+
+if TYPE_CHECKING:  # the grid is imported by packages that know nothing of pixels
+    from eosin.wsi.tissue import TissueMask
 
 MAX_TILES = 4_000_000
 
@@ -115,7 +117,7 @@ class TileGrid:
 
 
 def make_grid(
-    mask: TissueMask,
+    mask: "TissueMask",
     tiling: Tiling,
     *,
     slide_size_px0: tuple[int, int],

@@ -1,11 +1,14 @@
 """The job folder (the layout that TRIDENT users know) and the stage that fills its first part."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.batch import Outcome, Record, Report, run_batch
@@ -15,9 +18,13 @@ from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, make_grid
 from eosin.wsi.overview import make_thumbnail, read_overview
-from eosin.wsi.picture import draw_grid, draw_outline, write_jpeg
+from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
 from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp, tissue_from_outline
+
+logger = logging.getLogger(__name__)
+
+OUTLINE_SUFFIXES = (".geojson", ".json")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class JobFolder:
     def contours(self, slide_id: str) -> Path:
         """Thumbnail with the outline of the tissue: the picture to check a slide by."""
         return self.root / "contours" / f"{slide_id}.jpg"
+
+    def preview(self, slide_id: str) -> Path:
+        """Thumbnail with tissue and tiles, drawn before anything is decided."""
+        return self.root / "previews" / f"{slide_id}.jpg"
 
     def contours_geojson(self, slide_id: str) -> Path:
         """Tissue outline for QuPath."""
@@ -96,10 +107,10 @@ def tile_slides(
     tissue : TissueOptions, optional
         The defaults otherwise.
     overrides : mapping, optional
-        Options of single slides by id, from `read_overrides`.
+        Options of single slides by id or file name, from `read_overrides`.
     contours : Path, optional
-        Folder of outlines ``<slide>.geojson`` drawn or edited in QuPath; slides without a file in it are found
-        automatically.
+        Folder of outlines ``<slide>.geojson`` (or ``.json``) drawn or edited in QuPath; the tissue of slides without
+        a file in it is found automatically.
     workers : int
         0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
     shard : tuple of int
@@ -121,9 +132,8 @@ def tile_slides(
     OutputError
         If the job folder cannot be written.
     """
-    if contours is not None and not contours.is_dir():
-        raise ConfigError(f"{contours}: there is no such folder of contours")
     plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours)
+    plan.check(slides)
     return run_batch(
         slides,
         partial(_tile, plan),
@@ -162,18 +172,40 @@ class TilePlan:
     overrides: Mapping[str, TissueOptions]
     contours: Path | None
 
+    def check(self, slides: Sequence[SlideFile]) -> None:
+        """Refuse a folder of outlines that is not there; warn of outlines and options that no slide will get."""
+        if self.contours is None and not self.overrides:
+            return
+        if self.contours is not None and not self.contours.is_dir():
+            raise ConfigError(f"{self.contours}: there is no such folder of contours")
+        if self.contours is not None and not any(self.drawn(slide.slide_id) for slide in slides):
+            logger.warning("%s: no outline is named after a slide, as in %s.geojson", self.contours, _example(slides))
+        names = {name for slide in slides for name in (slide.slide_id, slide.path.name)}
+        unknown = sorted(set(self.overrides) - names)
+        if unknown:
+            logger.warning("options are given for slides that are not among these: %s", ", ".join(unknown[:5]))
+
     def patches(self, slide_id: str) -> Path:
         """Coordinates file of a slide."""
         return self.job.patches(self.tiling.folder, slide_id)
 
-    def tissue_of(self, slide_id: str) -> TissueOptions:
+    def tissue_of(self, item: SlideFile) -> TissueOptions:
         """Mask options of a slide."""
-        return self.overrides.get(slide_id, self.tissue)
+        return self.overrides.get(item.slide_id, self.overrides.get(item.path.name, self.tissue))
 
     def drawn(self, slide_id: str) -> Path | None:
         """Outline that a person drew, when there is one."""
-        path = self.contours / f"{slide_id}.geojson" if self.contours else None
-        return path if path is not None and path.is_file() else None
+        names = [f"{slide_id}{suffix}" for suffix in OUTLINE_SUFFIXES] if self.contours else []
+        return next((path for name in names if (path := Path(self.contours or ".") / name).is_file()), None)
+
+    def find_mask(self, item: SlideFile, slide: Slide, overview: NDArray[np.uint8]) -> TissueMask:
+        """Return the tissue of an open slide: as drawn by a person, else found on the overview."""
+        tissue, drawn = self.tissue_of(item), self.drawn(item.slide_id)
+        if drawn is None:
+            return find_tissue(slide, tissue, overview=overview)
+        outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
+        mask = tissue_from_outline(slide, outline, tissue)
+        return replace(mask, notes=(f"tissue as drawn in {drawn.name}",))
 
     def options_hash(self, slide: SlideFile) -> str:
         """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
@@ -181,7 +213,7 @@ class TilePlan:
         parts = [
             ENCODING_VERSION,
             self.tiling.to_json(),
-            self.tissue_of(slide.slide_id).to_json(),
+            self.tissue_of(slide).to_json(),
             repr(slide.mpp),
             hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",
         ]
@@ -190,6 +222,10 @@ class TilePlan:
 
 def _slide_id(slide: SlideFile) -> str:
     return slide.slide_id
+
+
+def _example(slides: Sequence[SlideFile]) -> str:
+    return slides[0].slide_id if slides else "slide"
 
 
 def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
@@ -205,13 +241,8 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
     with open_slide(item.path, mpp=item.mpp) as slide:
-        tissue, drawn = plan.tissue_of(item.slide_id), plan.drawn(item.slide_id)
-        overview = read_overview(slide, mask_mpp(slide, tissue))
-        if drawn is None:
-            mask = find_tissue(slide, tissue, overview=overview)
-        else:
-            outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
-            mask = tissue_from_outline(slide, outline, tissue)
+        overview = read_overview(slide, mask_mpp(slide, plan.tissue_of(item)))
+        mask = plan.find_mask(item, slide, overview)
         size, mpp = slide.size_px0, slide.mpp
         grid = make_grid(mask, plan.tiling, slide_size_px0=size, slide_mpp=mpp, path=item.path)
         thumbnail = make_thumbnail(slide, overview)
@@ -224,7 +255,7 @@ def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
             fingerprint=file_fingerprint(item.path),
             options_hash=plan.options_hash(item),
         )
-        return _outcome(grid, mask, str(slide.facts().get("mpp_note") or ""))
+        return summarise(grid, mask, str(slide.facts().get("mpp_note") or ""))
 
 
 def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask, thumbnail: Image.Image) -> None:
@@ -236,7 +267,8 @@ def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMas
     write_text(job.contours_geojson(slide_id), text)
 
 
-def _outcome(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
+def summarise(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
+    """Return how a slide ended, in words: tiles or the reason why there is none, and what a person should know."""
     notes = [note for note in (mpp_note, *mask.notes) if note]
     if grid.n_tiles:
         return Outcome("ok", "; ".join([f"{grid.n_tiles} tile{'s' * (grid.n_tiles != 1)}", *notes]))
@@ -255,8 +287,8 @@ def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions
     Parameters
     ----------
     path : Path
-        CSV with the column ``slide`` (id) and one column per option of `TissueOptions` to change; empty cells keep
-        the value of `tissue`.
+        CSV with the column ``slide`` (id or file name) and one column per option of `TissueOptions` to change; empty
+        cells keep the value of `tissue`.
     tissue : TissueOptions
         Options of all other slides.
 
@@ -272,27 +304,3 @@ def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions
 def _overridden(tissue: TissueOptions, row: Mapping[str, str], path: Path) -> TissueOptions:
     changed = {name: value for name, value in row.items() if name != "slide" and value}
     return TissueOptions.parse({**tissue.model_dump(), **changed}, source=f"{path}, slide {row['slide']}")
-
-
-def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
-    """Return the picture of a slide with the outline of its tissue and its tiles, without writing anything.
-
-    Parameters
-    ----------
-    item : SlideFile
-        The slide.
-    tiling : Tiling, optional
-        The defaults otherwise.
-    tissue : TissueOptions, optional
-        The defaults otherwise.
-
-    Raises
-    ------
-    SlideError
-        If the slide cannot be opened or tiled.
-    """
-    tiling = tiling or Tiling()
-    with open_slide(item.path, mpp=item.mpp) as slide:
-        mask = find_tissue(slide, tissue)
-        grid = make_grid(mask, tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
-        return draw_grid(draw_outline(make_thumbnail(slide), mask.contours(), slide.size_px0), grid)

@@ -13,15 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
-from eosin.wsi.array_impl import open_picture
-from eosin.wsi.openslide_impl import OpenSlideReader
-from eosin.wsi.tiff_impl import open_direct, open_plain
+from eosin.wsi.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-SLIDE_SUFFIXES = (
-    ".ome.tiff", ".ome.tif", ".ome.btf", ".svs", ".tiff", ".tif", ".btf", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",
-    ".bif", ".svslide", ".qptiff", ".czi", ".avs", ".dcm",
-)  # fmt: skip
 Fact = str | int | float | list[int] | list[float] | None
 
 
@@ -132,10 +125,14 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
     SlideOpenError
         If there is no such file or no reader can open it.
     """
+    from eosin.wsi.array_impl import open_picture  # OpenSlide is loaded only where pixels are read
+    from eosin.wsi.openslide_impl import OpenSlideReader
+    from eosin.wsi.tiff_impl import open_direct, open_plain
+
     path = Path(path)
     if not path.is_file():
         raise SlideOpenError(path, "there is no such file", code="missing")
-    if path.name.lower().endswith(PICTURE_SUFFIXES):
+    if is_picture(path):
         return open_picture(path, mpp=mpp)
     try:
         reference = OpenSlideReader(path, mpp=mpp)
@@ -203,31 +200,20 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(SLIDE_SUFFIXES + PICTURE_SUFFIXES):
+            if not name.startswith(".") and is_slide(Path(name)):
                 yield Path(root) / name
 
 
 def _unique_ids(files: Sequence[Path]) -> dict[str, Path]:
-    slides = {_stem(path) for path in files if not _is_picture(path)}
+    slides = {slide_stem(path) for path in files if not is_picture(path)}
     by_id: defaultdict[str, list[Path]] = defaultdict(list)
     for path in files:
-        beside_slide = _is_picture(path) and _stem(path) in slides
-        by_id[path.name if beside_slide else _stem(path)].append(path)
+        beside_slide = is_picture(path) and slide_stem(path) in slides
+        by_id[path.name if beside_slide else slide_stem(path)].append(path)
     clashes = [f"{slide_id} ({', '.join(map(str, same))})" for slide_id, same in by_id.items() if len(same) > 1]
     if clashes:
         raise ConfigError(f"slides with the same name would overwrite each other's results: {'; '.join(clashes)}")
     return {slide_id: same[0] for slide_id, same in by_id.items()}
-
-
-def _is_picture(path: Path) -> bool:
-    return path.name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def _stem(path: Path) -> str:
-    for suffix in SLIDE_SUFFIXES + PICTURE_SUFFIXES:
-        if path.name.lower().endswith(suffix) and len(path.name) > len(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
 
 
 def _read_mpp_table(path: Path) -> dict[str, float]:

@@ -11,9 +11,8 @@ from eosin.errors import ConfigError, OutputError
 from eosin.wsi.coordinates import read_footer, read_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin
 from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, preview_slide, read_overrides, tile_slides
+from eosin.wsi.job import JobFolder, read_overrides, tile_slides
 from eosin.wsi.outline import trace_outline
-from eosin.wsi.picture import OUTLINE_COLOUR, TILE_COLOUR
 from eosin.wsi.slide import SlideFile, find_slides
 from eosin.wsi.tissue import TissueOptions
 
@@ -214,16 +213,6 @@ def test_bad_overrides_are_refused(tmp_path, text):
     (tmp_path / "o.csv").write_text(text)
     with pytest.raises(ConfigError):
         read_overrides(tmp_path / "o.csv", TissueOptions())
-
-
-def test_a_preview_shows_outline_and_tiles_and_writes_nothing(slides, tmp_path):
-    before = sorted(tmp_path.rglob("*"))
-    good = next(slide for slide in slides if slide.slide_id.startswith("good"))
-    picture = np.asarray(preview_slide(good, SMALL))
-    assert max(picture.shape) == 1000
-    assert (picture == TILE_COLOUR).all(axis=2).sum() > 1000
-    assert (picture == OUTLINE_COLOUR).all(axis=2).sum() > 500
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 CHILD = """

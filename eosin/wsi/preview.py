@@ -1,0 +1,98 @@
+"""Tissue and tiles as pictures, to settle the options of a cohort before any coordinates are written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from eosin.batch import Outcome, Record, Report, run_batch
+from eosin.wsi.grid import Tiling, make_grid
+from eosin.wsi.job import JobFolder, TilePlan, summarise
+from eosin.wsi.overview import make_thumbnail, read_overview
+from eosin.wsi.picture import draw_grid, draw_outline, write_jpeg
+from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi.tissue import TissueOptions, mask_mpp
+
+
+def preview_slides(
+    slides: Sequence[SlideFile],
+    job: JobFolder,
+    tiling: Tiling | None = None,
+    *,
+    tissue: TissueOptions | None = None,
+    overrides: Mapping[str, TissueOptions] | None = None,
+    contours: Path | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    timeout_s: float | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Draw what `eosin.wsi.job.tile_slides` would do with the same arguments: ``JOB/previews/<slide>.jpg``.
+
+    Nothing else is written, and every call draws anew.
+
+    Parameters
+    ----------
+    slides, job, tiling, tissue, overrides, contours, workers, shard, timeout_s, progress
+        As of `eosin.wsi.job.tile_slides`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no folder `contours`.
+    OutputError
+        If the pictures cannot be written.
+    """
+    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours)
+    plan.check(slides)
+    return run_batch(
+        slides,
+        partial(_preview, plan),
+        key=_slide_id,
+        stage="preview",
+        workers=workers,
+        shard=shard,
+        timeout_s=timeout_s,
+        progress=progress,
+    )
+
+
+def _slide_id(slide: SlideFile) -> str:
+    return slide.slide_id
+
+
+def _preview(plan: TilePlan, item: SlideFile) -> Outcome:
+    picture, outcome = _draw(plan, item)
+    write_jpeg(plan.job.preview(item.slide_id), picture)
+    return outcome
+
+
+def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
+    with open_slide(item.path, mpp=item.mpp) as slide:
+        overview = read_overview(slide, mask_mpp(slide, plan.tissue_of(item)))
+        mask = plan.find_mask(item, slide, overview)
+        grid = make_grid(mask, plan.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        outlined = draw_outline(make_thumbnail(slide, overview), mask.contours(), slide.size_px0)
+        return draw_grid(outlined, grid), summarise(grid, mask, str(slide.facts().get("mpp_note") or ""))
+
+
+def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
+    """Return the picture of a slide with the outline of its tissue and its tiles, without writing anything.
+
+    Parameters
+    ----------
+    item : SlideFile
+        The slide.
+    tiling : Tiling, optional
+        The defaults otherwise.
+    tissue : TissueOptions, optional
+        The defaults otherwise.
+
+    Raises
+    ------
+    SlideError
+        If the slide cannot be opened or tiled.
+    """
+    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, None)
+    return _draw(plan, item)[0]
