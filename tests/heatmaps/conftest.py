@@ -1,11 +1,9 @@
-"""Make `scenes` importable, since test folders are no packages, and share one slide with one marked tile."""
-
-import sys
-from pathlib import Path
+"""One slide with one marked tile, for every test that looks for it."""
 
 import numpy as np
 import pytest
 import torch
+from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 from eosin.features.bag import FeatureBag
 from eosin.files import file_fingerprint
@@ -13,10 +11,6 @@ from eosin.mil.checkpoint import ModelCard, build_model, save_model
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import make_task
 from eosin.wsi.slide import SlideFile
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 DIM = 6
 TILE = 5 * 16 + 9
