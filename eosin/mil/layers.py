@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eosin import kernels
+from eosin.errors import ConfigError
 from eosin.kernels import AttentionPool
 from eosin.mil.bags import PackedBags
 
@@ -32,7 +33,14 @@ def embedding(
         Whether the linear layers have one.
     dropout : float
         After each activation.
+
+    Raises
+    ------
+    ConfigError
+        If a width is below 1 or the dropout no probability.
     """
+    require_counts("an embedding", **{f"width {number + 1}": width for number, width in enumerate(widths)})
+    require_fractions("an embedding", dropout=dropout)
     layers: list[nn.Module] = []
     for fan_in, fan_out in zip((in_dim, *widths), widths, strict=False):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
@@ -61,6 +69,11 @@ class Attention(nn.Module):
         Whether the linear maps have one.
     gate_dropout : float
         On both projections, in training.
+
+    Raises
+    ------
+    ConfigError
+        If a width is below 1 or the dropout no probability.
     """
 
     def __init__(
@@ -75,6 +88,8 @@ class Attention(nn.Module):
         gate_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        require_counts("attention", hidden=hidden, heads=heads)
+        require_fractions("attention", gate_dropout=gate_dropout)
         self.V = nn.Linear(in_dim, hidden, bias=bias)
         self.U = nn.Linear(in_dim, hidden, bias=bias) if gated else None
         self.w = nn.Linear(hidden, heads, bias=bias)
@@ -130,3 +145,17 @@ def initialise(module: nn.Module, how: Init) -> None:
 def as_dtype(values: Tensor, like: Tensor) -> Tensor:
     """Return pooled values, which are float32 at least, in the dtype of the layer that reads them."""
     return values if torch.is_autocast_enabled(values.device.type) else values.to(like.dtype)
+
+
+def require_counts(part: str, **counts: int) -> None:
+    """Raise `ConfigError` unless widths and numbers of things are at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{part}: {name} is {count}; it must be at least 1")
+
+
+def require_fractions(part: str, **fractions: float) -> None:
+    """Raise `ConfigError` unless fractions and probabilities lie in [0, 1]."""
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{part}: {name} {value} must lie in [0, 1]")

@@ -32,7 +32,7 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, segment_pool, segment_softmax, segment_topk_mask
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding
+from eosin.mil.layers import Attention, as_dtype, embedding, require_counts, require_fractions
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -168,6 +168,8 @@ class AcmilMultiHead(Aggregator):
         sampling: Sampling = "fixed",
     ) -> None:
         width = default_width(in_dim) if width is None else width
+        require_counts("acmil_mha", heads=heads, branches=branches)
+        require_fractions("acmil_mha", dropout=dropout)
         if width % heads:
             raise ConfigError(f"acmil_mha: {heads} heads do not divide the width {width}; choose another width")
         super().__init__(in_dim, n_outputs, embed_dim=width)

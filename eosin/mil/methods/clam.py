@@ -53,12 +53,13 @@ class _Clam(Aggregator):
         width: int,
         branches: int,
         hidden: int,
+        gated: bool,
         dropout: float,
         gate_dropout: float,
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=branches * width)
         self.embed = embedding(in_dim, (width,), dropout=dropout)
-        self.attention = Attention(width, hidden=hidden, heads=branches, gate_dropout=gate_dropout)
+        self.attention = Attention(width, hidden=hidden, heads=branches, gated=gated, gate_dropout=gate_dropout)
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, bag embeddings, scores and instances."""
@@ -81,8 +82,10 @@ class ClamSingleBranch(_Clam):
         Width E of an embedded instance.
     hidden : int
         Width of the attention's hidden layer: 256 is the authors' "small", 384 their "big".
+    gated : bool
+        Whether the attention has a gate.
     dropout, gate_dropout : float
-        After the embedding and on both factors of the gate.
+        After the embedding and on the hidden layer of the attention, both factors of a gate.
     init : {"default", "xavier"}
         torch's initial weights, or Xavier normal with zero bias as in older releases.
     """
@@ -96,12 +99,20 @@ class ClamSingleBranch(_Clam):
         *,
         width: int = 512,
         hidden: int = 256,
+        gated: bool = True,
         dropout: float = 0.25,
         gate_dropout: float = 0.25,
         init: Init = "default",
     ) -> None:
         super().__init__(
-            in_dim, n_outputs, width=width, branches=1, hidden=hidden, dropout=dropout, gate_dropout=gate_dropout
+            in_dim,
+            n_outputs,
+            width=width,
+            branches=1,
+            hidden=hidden,
+            gated=gated,
+            dropout=dropout,
+            gate_dropout=gate_dropout,
         )
         self.classifier = nn.Linear(width, n_outputs)
         initialise(self, init)
@@ -119,7 +130,7 @@ class ClamMultiBranch(_Clam):
 
     Parameters
     ----------
-    in_dim, n_outputs, width, hidden, dropout, gate_dropout, init
+    in_dim, n_outputs, width, hidden, gated, dropout, gate_dropout, init
         As `ClamSingleBranch`.
     """
 
@@ -132,6 +143,7 @@ class ClamMultiBranch(_Clam):
         *,
         width: int = 512,
         hidden: int = 256,
+        gated: bool = True,
         dropout: float = 0.25,
         gate_dropout: float = 0.25,
         init: Init = "default",
@@ -142,6 +154,7 @@ class ClamMultiBranch(_Clam):
             width=width,
             branches=n_outputs,
             hidden=hidden,
+            gated=gated,
             dropout=dropout,
             gate_dropout=gate_dropout,
         )
@@ -194,6 +207,8 @@ class ClamInstance(LossTerm):
         require_classes(task, "clam_instance")
         if k < 1:
             raise ConfigError(f"clam_instance: k is {k}; at least 1 instance is needed")
+        if tau <= 0:
+            raise ConfigError(f"clam_instance: tau is {tau}; the temperature of the hinge must be above 0")
         self.task = task
         self.k = k
         self.subtyping = subtyping
@@ -244,7 +259,8 @@ class ClamInstance(LossTerm):
         """Return the loss for target 0 and for target 1 beside each other, (..., 2) -> (..., 2)."""
         if self.loss == "cross_entropy":
             return -functional.log_softmax(logits, -1)
-        violation = logits[..., None, :] - logits[..., None] + self.margin * (1 - torch.eye(2, device=logits.device))
+        other = 1 - torch.eye(2, dtype=logits.dtype, device=logits.device)
+        violation = logits[..., None, :] - logits[..., None] + self.margin * other
         return self.tau * (violation / self.tau).logsumexp(-1)
 
 
@@ -279,6 +295,7 @@ def _recipe(aggregator: str) -> Recipe:
             patience=20,
             min_epochs=50,
             schedule="constant",
+            balance="sampling",
         ),
     )
 

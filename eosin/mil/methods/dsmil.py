@@ -8,11 +8,14 @@ self-supervised contrastive learning, CVPR 2021, https://arxiv.org/abs/2011.0893
    q(x_{m_k}) / √A)``, ``z_k = Σ_n a_nk v(x_n)`` with v the identity or, with `passing_v`, ``relu(W_v dropout(x))``.
 3. ``logits = Σ_k W_k z_k + b``: every output sees the rows of all classes.
 4. Objective ``½ loss(bag logits) + ½ loss(max_n c)``, the second half being the term `dsmil_max`.
+5. With ``prediction="mean"`` the logits are ``½ (bag logits + max_n c)``, in training and at inference, and the term is
+   left out: the form of MHIM-MIL version 2.
 
 Deviations from the authors' code. Of tied critical instances the first is taken, where the code's sort is unstable.
 Both halves of the objective are the task's own loss: their sigmoid cross-entropy for a multi-label or binary task,
 softmax cross-entropy for a classification. Weights start orthogonal with zero bias as in the training script; `init`
-changes it. The variants inside MHIM-MIL and PackMIL embed first (`embed_dims=(512,)`) and use `passing_v`.
+changes it. The code's `average` takes the mean of the two probabilities, and at inference alone. `PRESETS` are the
+variants inside MHIM-MIL and PackMIL, which embed first and pool a projection.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,14 @@ from torch import Tensor, nn
 from eosin.kernels import attention_pool, segment_max, segment_pool, segment_topk_mask
 from eosin.mil.attention import bag_product
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Activation, as_dtype, embedding, initialise
+from eosin.mil.layers import (
+    Activation,
+    as_dtype,
+    embedding,
+    initialise,
+    require_counts,
+    require_fractions,
+)
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -69,6 +79,8 @@ class Dsmil(Aggregator):
         Pool a learned projection instead of the instances.
     value_dropout : float
         Before that projection.
+    prediction : {"bag", "mean"}
+        Logits of the bag stream, or the mean of both streams, equation 5.
     init : {"orthogonal", "default", "xavier"}
         Initial weights; biases are zero except with torch's default.
     """
@@ -87,10 +99,14 @@ class Dsmil(Aggregator):
         nonlinear: bool = True,
         passing_v: bool = False,
         value_dropout: float = 0.0,
+        prediction: Literal["bag", "mean"] = "bag",
         init: Literal["orthogonal", "default", "xavier"] = "orthogonal",
     ) -> None:
+        require_counts("dsmil", hidden=hidden)
+        require_fractions("dsmil", value_dropout=value_dropout)
         width = (in_dim, *embed_dims)[-1]
         super().__init__(in_dim, n_outputs, embed_dim=n_outputs * width)
+        self.prediction = prediction
         self.embed = embedding(in_dim, embed_dims, activation=embed_activation, dropout=dropout)
         self.instance_classifier = nn.Linear(width, n_outputs)
         second = [nn.ReLU(), nn.Linear(hidden, hidden), nn.Tanh()] if nonlinear else []
@@ -117,7 +133,10 @@ class Dsmil(Aggregator):
         values = self.value(bags.values)
         rows, _, _ = attention_pool(scores, values, bags.cu_seqlens)
         bag = as_dtype(rows.flatten(1), self.classifier.weight)  # (B, K * E)
-        return DsmilOutput(self.classifier(bag), bag, scores, values, instance_logits)
+        logits = self.classifier(bag)
+        if self.prediction == "mean":
+            logits = (logits + segment_max(instance_logits, bags.cu_seqlens)) / 2
+        return DsmilOutput(logits, bag, scores, values, instance_logits)
 
 
 @LOSS_TERMS.register("dsmil_max")
@@ -141,6 +160,13 @@ def _orthogonal(module: nn.Module) -> None:
         nn.init.orthogonal_(module.weight)
         nn.init.zeros_(module.bias)
 
+
+_EMBEDDED: dict[str, object] = {"embed_dims": (512,), "dropout": 0.25, "passing_v": True, "init": "xavier"}
+PRESETS: dict[str, dict[str, object]] = {
+    "mhim": _EMBEDDED,
+    "mhim_v2": _EMBEDDED | {"embed_activation": "gelu", "prediction": "mean"},
+    "packmil": _EMBEDDED | {"embed_activation": "gelu"},
+}
 
 RECIPE = Recipe(
     aggregator=Component(name="dsmil"),

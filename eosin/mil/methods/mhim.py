@@ -13,13 +13,16 @@ Version 1 (`mhim`), for each bag of n instances:
    the ⌈(β_h / r) n⌉ highest a random ⌈r ·⌉ ("randomly high"; all of the ⌈β_h n⌉ highest for r = 1). With several
    attention rows each row votes for its highest, the most voted count, and likewise for the lowest.
 3. The student reads the instances that are left. Objective: bag loss ``+ α · (-Σ_j softmax(F_t / τ)_j log
-   softmax(F_s)_j)`` over the features j of the bag embeddings.
+   softmax(F_s)_j)`` over the features j of the bag embeddings; an embedding of several rows (one per class in DSMIL)
+   has one softmax per row, and the mean over the rows is taken. With DSMIL the bag loss is ``½ bag + ½ maximum``.
 4. After the step ``θ_t ← m θ_t + (1 - m) θ_s``. With `decay`, β_h falls to 0 by half a cosine over the training; with
    `momentum_schedule="cosine"`, m rises to 1: ``f + ½ (b - f) (1 + cos(π t / T))``.
 
 Version 2 (`mhim_v2`):
 
-5. Instances are ranked by ``p_n = max_c softmax_c(W (a_n h_n))``, the classifier on the weighted instance.
+5. Instances are ranked by ``p_n = max_c softmax_c(W (a_n h_n))``, the classifier on the weighted instance. For TransMIL
+   the weighted instance is ``W_out concat_heads(a_hn v_hn)``, with attention and values of the first layer. DSMIL ranks
+   as in version 1, and its one bag loss is that of the mean of its two logits.
 6. The highest are hidden as in 2 with constant β_h; of the L survivors ``⌊(1 - random_mask_ratio) L⌋`` are kept at
    random. The others are recycled: k global tokens Q read them, ``Z = out(attention(LN(Q), LN(rest)))`` with shared
    norm and without biases in q, k, v; the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``.
@@ -28,9 +31,10 @@ Deviations from the authors' code. `random_mask_ratio` is the fraction that is r
 is the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in
 the code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it,
 from the mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least
-one instance. The student embeds only what is left, instead of embedding all and then hiding. For DSMIL the term
-`dsmil_max` is added by the recipe. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per
-step for the number of instances left.
+one instance. The student embeds only what is left, instead of embedding all and then hiding. TransMIL's weights are
+those of an instance and its repeat together, negative ones count as 0. DSMIL predicts with the bag stream after version
+1, where the code takes the mean of both probabilities. Hiding uses boolean masks; there is no loop over bags. Version 1
+waits once per step for the number of instances left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
@@ -47,13 +51,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_max, segment_softmax, segment_topk_mask
-from eosin.mil.attention import bag_attention
+from eosin.kernels import segment_softmax
 from eosin.mil.bags import PackedBags
+from eosin.mil.layers import require_fractions
+from eosin.mil.masking import fraction_counts, leaves_some, random_subset, randomly_high, voted
 from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
 from eosin.mil.methods.clam import ClassAttentionOutput, instance_width
+from eosin.mil.methods.dsmil import PRESETS as DSMIL_PRESETS
 from eosin.mil.methods.dsmil import DsmilOutput
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.methods.mhim_recycle import GlobalRecycle
+from eosin.mil.methods.transmil import NystromLayer, TransMil
+from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, AttentionOutput, Step, Strategy
 from eosin.mil.standardize import Standardized
 from eosin.mil.tasks import Task
@@ -86,8 +94,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: Aggregator, *, momentum: float, schedule: MomentumSchedule) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ConfigError(f"mhim: momentum {momentum} must lie in [0, 1]")
+        require_fractions("mhim", momentum=momentum)
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.momentum = momentum
         self.schedule = schedule
@@ -152,12 +159,14 @@ class Mhim(Strategy):
         init_from: Path | None = None,
     ) -> None:
         super().__init__(model, task)
-        _check_fractions(random_ratio=random_ratio, low_ratio=low_ratio, high_ratio=high_ratio, high_factor=high_factor)
+        require_fractions(
+            "mhim", random_ratio=random_ratio, low_ratio=low_ratio, high_ratio=high_ratio, high_factor=high_factor
+        )
         self.ratios = (random_ratio, low_ratio, high_ratio)
         self.high_factor = high_factor
         self.decay = decay
         self.consistency = consistency
-        self.temperature = temperature
+        self.temperature = _positive(temperature)
         self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
 
     def forward(self, bags: PackedBags, target: Tensor) -> Step:
@@ -165,7 +174,7 @@ class Mhim(Strategy):
         whole = self.teacher(bags)
         left = bags.select(~self.hidden(rankings(whole), bags))
         output = self.model(left)
-        loss = consistency_loss(output.embedding, whole.embedding, self.temperature)
+        loss = consistency_loss(embedding_rows(output), embedding_rows(whole), self.temperature)
         return Step(output, left, {"consistency": self.consistency * loss})
 
     def hidden(self, ranks: Tensor, bags: PackedBags) -> Tensor:
@@ -173,10 +182,10 @@ class Mhim(Strategy):
         random_ratio, low_ratio, high_ratio = self.ratios
         if self.decay:
             high_ratio = cosine(high_ratio, 0.0, self.progress)
-        hidden = random_subset(bags, _counts(bags, random_ratio))
-        hidden |= voted(ranks, bags, _counts(bags, low_ratio), largest=False)
+        hidden = random_subset(bags, fraction_counts(bags, random_ratio))
+        hidden |= voted(ranks, bags, fraction_counts(bags, low_ratio), largest=False)
         hidden |= randomly_high(ranks, bags, high_ratio, self.high_factor)[0]
-        return hidden & _leaves_some(hidden, bags)
+        return hidden & leaves_some(hidden, bags)
 
     def after_step(self, step: Step) -> None:
         """Let the teacher follow."""
@@ -233,7 +242,9 @@ class MhimV2(Strategy):
         init_from: Path | None = None,
     ) -> None:
         super().__init__(model, task)
-        _check_fractions(high_ratio=high_ratio, high_factor=high_factor, random_mask_ratio=random_mask_ratio)
+        require_fractions(
+            "mhim_v2", high_ratio=high_ratio, high_factor=high_factor, random_mask_ratio=random_mask_ratio
+        )
         if not isinstance(model, EmbeddingAggregator):
             raise ConfigError(
                 f"mhim_v2 adds tokens to embedded instances, which {type(model).__name__} does not take; "
@@ -245,7 +256,7 @@ class MhimV2(Strategy):
         self.random_mask_ratio = random_mask_ratio
         self.score_bias = score_bias
         self.consistency = consistency
-        self.temperature = temperature
+        self.temperature = _positive(temperature)
         self.recycle = GlobalRecycle(
             width, tokens=tokens, heads=heads, head_dim=head_dim, dropout=token_dropout, momentum=token_momentum
         )
@@ -261,14 +272,14 @@ class MhimV2(Strategy):
         embedded = student.embed(bags.values)
         left = self.recycle(embedded, bags, kept, rest, counts)
         output = student.aggregate(left)
-        loss = consistency_loss(output.embedding, whole.embedding, self.temperature)
+        loss = consistency_loss(embedding_rows(output), embedding_rows(whole), self.temperature)
         return Step(output, left, {"consistency": self.consistency * loss})
 
     def divide(self, ranks: Tensor, bags: PackedBags) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Return which instances are kept and which recycled, (N,) bool, and how many of each bag; equation 6."""
         hidden, taken = randomly_high(ranks, bags, self.high_ratio, self.high_factor)
         taken = [count if count < length else 0 for count, length in zip(taken, bags.lengths, strict=True)]
-        hidden = hidden & _leaves_some(hidden, bags)
+        hidden = hidden & leaves_some(hidden, bags)
         left = [length - count for length, count in zip(bags.lengths, taken, strict=True)]
         keep = [min(count, max(1, math.floor((1 - self.random_mask_ratio) * count + 1e-9))) for count in left]
         kept = random_subset(bags, keep, among=~hidden)
@@ -281,82 +292,24 @@ class MhimV2(Strategy):
         self.recycle.follow()
 
 
-class GlobalRecycle(nn.Module):
-    """The global recycle network: tokens that read the instances taken away, equation 6.
-
-    Parameters
-    ----------
-    width : int
-        Width E of embedded instances.
-    tokens, heads, head_dim : int
-    dropout, momentum : float
-    """
-
-    queries: Tensor
-
-    def __init__(self, width: int, *, tokens: int, heads: int, head_dim: int, dropout: float, momentum: float) -> None:
-        super().__init__()
-        bound = math.sqrt(6 / (768 + width))
-        self.register_buffer("queries", torch.empty(tokens, width).uniform_(-bound, bound))
-        self.norm = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, width)
-        self.heads = heads
-        self.dropout = dropout
-        self.momentum = momentum
-        self._read: Tensor | None = None
-
-    def read(self, rest: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Let the tokens read instances: (N, E) -> (B, k, E)."""
-        query = self._split(self.to_q(self.norm(self.queries.to(rest.dtype)))).expand(len(lengths), -1, -1, -1)
-        key, value = (self._split(part) for part in self.to_kv(self.norm(rest)).chunk(2, 1))
-        read = bag_attention(query, key, value, lengths, query.shape[3] ** -0.5).flatten(2)
-        return functional.dropout(self.to_out(read), self.dropout, self.training)
-
-    def forward(
-        self, embedded: Tensor, bags: PackedBags, kept: Tensor, rest: Tensor, counts: list[tuple[int, int]]
-    ) -> PackedBags:
-        """Return bags of the kept instances followed by what the tokens read in the rest."""
-        keep, take = (tuple(column) for column in zip(*counts, strict=True))
-        tokens = self.read(embedded[_rows(rest, sum(take))], take)  # (B, k, E)
-        self._read = tokens.detach()
-        added = tokens.shape[1]
-        lengths = torch.tensor(keep) + added
-        bag = torch.repeat_interleave(torch.arange(bags.n_bags), lengths)
-        place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag]
-        is_token = (place >= torch.tensor(keep)[bag]).to(embedded.device)
-        source = torch.empty(len(bag), dtype=torch.int64, device=embedded.device)
-        last = len(embedded)
-        source[_rows(~is_token, sum(keep))] = _rows(kept, sum(keep))
-        source[_rows(is_token, added * bags.n_bags)] = torch.arange(
-            last, last + added * bags.n_bags, device=embedded.device
-        )
-        values = torch.cat([embedded, tokens.flatten(0, 1).to(embedded.dtype)])[source]
-        ends = functional.pad(lengths.cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(values, ends, tuple(lengths.tolist()), None, bags.ids)
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Move the tokens towards what they read in the last step, the mean over its bags."""
-        if self._read is not None:
-            self.queries.lerp_(self._read.mean(0).to(self.queries.dtype), 1 - self.momentum)
-            self._read = None
-
-    def _split(self, values: Tensor) -> Tensor:
-        return torch.unflatten(values, -1, (self.heads, -1))
-
-
 def cosine(start: float, end: float, progress: float) -> float:
     """Return the value at a fraction of half a cosine from `start` to `end`."""
     return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
 
 
 def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return the cross-entropy between the softmaxes of bag embeddings (B, E), equation 3; mean over bags."""
+    """Return the cross-entropy between the softmaxes of embeddings (..., E), equation 3; mean over the rows."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    wanted = functional.softmax(teacher.detach().to(wide) / temperature, 1)
-    return -(wanted * functional.log_softmax(student.to(wide), 1)).sum(1).mean()
+    wanted = functional.softmax(teacher.detach().to(wide) / temperature, -1)
+    return -(wanted * functional.log_softmax(student.to(wide), -1)).sum(-1).mean()
+
+
+def embedding_rows(output: AttentionOutput) -> Tensor:
+    """Return the bag embeddings as rows of the width of an instance, (B, rows, E), or as one row each."""
+    width = output.instances.shape[1]
+    if output.embedding.shape[1] % width:
+        return output.embedding[:, None]
+    return torch.unflatten(output.embedding, 1, (-1, width))
 
 
 def rankings(output: AttentionOutput) -> Tensor:
@@ -367,19 +320,31 @@ def rankings(output: AttentionOutput) -> Tensor:
 def instance_probability(model: Aggregator, output: AttentionOutput, bags: PackedBags, *, bias: bool = False) -> Tensor:
     """Return the largest class probability of each weighted instance, (N, 1), equation 5.
 
-    A model with one output has two classes. Several attention rows: those of CLAM-MB weigh for their class, those that
-    the classifier reads beside each other weigh for their part, others are averaged. For DSMIL it is as in version 1.
+    A model with one output has two classes. Several attention rows: those of CLAM-MB weigh for their class, those of
+    TransMIL for their part of the values, those that the classifier reads beside each other for their part of its
+    weights, others are averaged. For DSMIL it is as in version 1.
     """
     if isinstance(output, DsmilOutput):
         return rankings(output)
     classifier = require_linear_classifier(model)
-    weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
-    logits = _weighted_logits(classifier.weight, weights, output)
+    if isinstance(model, TransMil):
+        logits = functional.linear(_weighted_values(model.layer1, output), classifier.weight)
+    else:
+        weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
+        logits = _weighted_logits(classifier.weight, weights, output)
     if bias and classifier.bias is not None:
         logits = logits + classifier.bias
     if logits.shape[1] == 1:
         logits = functional.pad(logits, (1, 0))
     return logits.softmax(1).amax(1, keepdim=True)
+
+
+def _weighted_values(layer: NystromLayer, output: AttentionOutput) -> Tensor:
+    """Return what each instance adds to the class token in the first layer, with the layer's dropout: (N, E)."""
+    values = functional.linear(layer.norm(output.instances), layer.to_qkv.weight.chunk(3)[2])
+    by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.scores.exp()[..., None]  # (N, H, d)
+    out = layer.to_out(by_head.flatten(1).to(values.dtype))
+    return functional.dropout(out, layer.dropout, layer.training)
 
 
 def _weighted_logits(weight: Tensor, attention: Tensor, output: AttentionOutput) -> Tensor:
@@ -405,50 +370,10 @@ def require_linear_classifier(model: Aggregator) -> nn.Linear:
     return classifier
 
 
-def random_subset(bags: PackedBags, counts: list[int], *, among: Tensor | None = None) -> Tensor:
-    """Draw so many instances of each bag, of those in `among`: (N,) bool."""
-    priority = torch.rand(bags.n_instances, 1, device=bags.values.device)
-    if among is not None:
-        priority = torch.where(among[:, None], priority, -1.0)
-    return segment_topk_mask(priority, bags.cu_seqlens, torch.tensor(counts))[:, 0]
-
-
-def voted(ranks: Tensor, bags: PackedBags, counts: list[int], *, largest: bool = True) -> Tensor:
-    """Return so many instances of each bag with the most votes of the columns, earlier ones on ties: (N,) bool."""
-    k = torch.tensor(counts)
-    chosen = segment_topk_mask(ranks, bags.cu_seqlens, k, largest=largest)
-    if chosen.shape[1] == 1:
-        return chosen[:, 0]
-    votes = chosen.sum(1, keepdim=True).to(torch.float32)
-    return segment_topk_mask(votes, bags.cu_seqlens, k)[:, 0]
-
-
-def randomly_high(ranks: Tensor, bags: PackedBags, ratio: float, factor: float) -> tuple[Tensor, list[int]]:
-    """Draw a fraction of each bag from its highest, equation 2: (N,) bool and how many of each bag."""
-    wide = ratio / factor if factor else 0.0
-    if wide > 1:
-        wide, factor = 1.0, ratio
-    candidates = _counts(bags, wide)
-    high = voted(ranks, bags, candidates)
-    counts = [math.ceil(factor * count) for count in candidates]
-    if factor == 1:
-        return high, counts
-    return random_subset(bags, counts, among=high), counts
-
-
-def _counts(bags: PackedBags, ratio: float) -> list[int]:
-    return [math.ceil(ratio * length) for length in bags.lengths]
-
-
-def _leaves_some(hidden: Tensor, bags: PackedBags) -> Tensor:
-    """Return for each instance whether anything of its bag is left, (N,) bool."""
-    left = segment_max((~hidden)[:, None].float(), bags.cu_seqlens)[:, 0] > 0  # (B,)
-    return left[bags.bag_index()]
-
-
-def _rows(mask: Tensor, count: int) -> Tensor:
-    """Return the rows where a mask of known count is true, without asking the device for the count."""
-    return torch.nonzero_static(mask, size=count)[:, 0]
+def _positive(temperature: float) -> float:
+    if temperature <= 0:
+        raise ConfigError(f"mhim: temperature {temperature} must be above 0")
+    return temperature
 
 
 def _embedded_width(model: EmbeddingAggregator) -> int:
@@ -481,12 +406,6 @@ def _shapes(state: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state}
 
 
-def _check_fractions(**fractions: float) -> None:
-    for name, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"mhim: {name} {value} must lie in [0, 1]")
-
-
 # Table of the paper's settings: C16 is CAMELYON16, TCGA the two lung cohorts.
 PRESETS: dict[str, dict[str, object]] = {
     "c16_abmil": {},
@@ -516,6 +435,9 @@ PRESETS: dict[str, dict[str, object]] = {
 _TRAINING = Training(
     optimizer="adam", lr=2e-4, weight_decay=1e-5, epochs=200, patience=30, min_epochs=130, schedule="cosine"
 )
+_TRAINING_V2 = _TRAINING.model_copy(update={"patience": 20, "min_epochs": 75})
+_DSMIL_TERMS = (Term(name="dsmil_max", weight=0.5),)
+
 RECIPE = Recipe(
     aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"]),
     strategy=Component(name="mhim", options=PRESETS["c16_abmil"]),
@@ -523,10 +445,36 @@ RECIPE = Recipe(
 )
 RECIPES.add("mhim", RECIPE)
 RECIPES.add(
+    "mhim_dsmil",
+    Recipe(
+        aggregator=Component(name="dsmil", options=DSMIL_PRESETS["mhim"]),
+        terms=_DSMIL_TERMS,
+        strategy=Component(name="mhim", options=PRESETS["c16_abmil"]),
+        bag_weight=0.5,
+        training=_TRAINING,
+    ),
+)
+RECIPES.add(
+    "mhim_transmil",
+    Recipe(
+        aggregator=Component(name="transmil"),
+        strategy=Component(name="mhim", options=PRESETS["c16_transmil"]),
+        training=_TRAINING,
+    ),
+)
+RECIPES.add(
     "mhim_v2",
     Recipe(
         aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"] | {"embed_activation": "gelu"}),
         strategy=Component(name="mhim_v2"),
-        training=_TRAINING.model_copy(update={"patience": 20, "min_epochs": 75}),
+        training=_TRAINING_V2,
+    ),
+)
+RECIPES.add(
+    "mhim_v2_dsmil",
+    Recipe(
+        aggregator=Component(name="dsmil", options=DSMIL_PRESETS["mhim_v2"]),
+        strategy=Component(name="mhim_v2"),
+        training=_TRAINING_V2,
     ),
 )

@@ -5,24 +5,21 @@ pathology, 2025, https://arxiv.org/abs/2509.20923.
 
 1. Sampling. A slide of n instances is shuffled; the first ⌊τ n⌋ instances go to the main branch, the rest to the
    residual branch. Below m·r instances both get all of it. With `top_up`, a side shorter than m·r is filled from the
-   other side. A side is cut to L·r instances; L doubles for a step when ``⌊⌊n_max (1 - τ)⌋ / r⌋ > L``.
+   other side. A side is cut to L·r instances; L doubles for a step when ``⌊⌊n_max (1 - τ)⌋ / r⌋ > L``, with 4 for r
+   where there is no downsampler (`overflow`).
 2. Main branch: the slides, packed and never mixed. Residual branch: neighbouring slides join a pack until the next
    would exceed L; each pack is one bag, a hyperslide, read by the same network.
-3. Hyperslide labels. Classes: counts / largest count, focal loss ``mean ¼ (1 - e^{-b})² b`` with b the sigmoid
-   cross-entropy. Grades (ISUP 0 to 5): mean primary and secondary Gleason pattern weighted by instances, their sum
-   interpolated between 0→0, 6→1, 7→2 or 3, 8→4, 9→5 and rounded; loss ``-(1 - p) log p``. Survival: the earliest
-   slide's bin; if that slide is censored, also the earliest event's bin, and the fraction of censored slides as a
-   soft c in ``-(1 - c) (log S_{Y-1} + log h_Y) - c log S_{Y_c}``. Objective: ``main + λ residual``.
+3. Hyperslide labels, by classes, grades or survival: `packmil_labels`. Objective: ``main + λ residual``.
 4. Attention-driven downsampler (aggregator `downsampled` around any other): ``a = softmax(w tanh(V x))``, ``x ← x (1
    + a)``, in training pad with zeros to a multiple of r, shuffle, ``gelu(W_1 x)``, reduce groups of r, ``W_2``. Bags
    up to m·r and all bags at inference are not reduced.
 
 Deviations from the authors' code. Slides are isolated for every aggregator; the code mixes those of a pack when the
-aggregator has a class token. There is no padding, hence no dependence on the longest pack. A side never becomes
-empty: then both get the whole slide, where the code attends to other slides. Benign slides alone make a benign
-hyperslide; the code calls it grade 1. The random reduction picks one row per channel; the code's subset of slots
-drifts across channels. Instances keep their order within a side, for aggregators that read it. Batch norms of the
-code's networks are left out. Sampling is with masks and known counts; there is no loop over instances.
+aggregator has a class token. There is no padding, hence no dependence on the longest pack. A side never becomes empty:
+then both get the whole slide, where the code attends to other slides. The random reduction picks one row per channel;
+the code's subset of slots drifts across channels. Instances keep their order within a side, for aggregators that read
+it. Batch norms of the code's networks are left out, since they mix slides. Sampling is with masks and known counts;
+there is no loop over instances.
 """
 
 from collections.abc import Sequence
@@ -39,13 +36,12 @@ from eosin.mil.attention import recomputed
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import Attention
 from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
+from eosin.mil.methods.packmil_labels import Labels, LabelWeights, choose_labels, residual_loss
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
-from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.tasks import Task
 
-Labels = Literal["classes", "grades", "survival"]
-PRIMARY, SECONDARY = (2.0, 3.0, 3.0, 4.0, 4.0, 5.0), (2.0, 3.0, 4.0, 3.0, 4.0, 5.0)  # Gleason patterns of ISUP 0 to 5
+OVERFLOW = 4  # the authors' downsampling factor, which counts for the pack length where nothing is downsampled, too
 
 
 @AGGREGATORS.register("downsampled")
@@ -161,8 +157,13 @@ class PackMil(Strategy):
         Fill short sides from the other side.
     residual_weight : float
         λ; 0 leaves the residual branch out.
-    labels : {"classes", "grades", "survival"}
-        What hyperslides are labelled with.
+    labels : {"auto", "classes", "shares", "grades", "survival"}
+        What hyperslides are labelled with; ``auto`` goes by the task.
+    label_weights : {"slides", "instances"}
+        Whether every slide of a hyperslide counts the same or by its instances.
+    overflow : int or None
+        L doubles for a step when the residual side of its largest slide holds this many times more; None: r, or 4
+        without a downsampler.
     own_classifier : bool
         The residual branch has a classifier of its own.
     """
@@ -179,7 +180,9 @@ class PackMil(Strategy):
         min_length: int = 128,
         top_up: bool = False,
         residual_weight: float = 0.2,
-        labels: Labels = "classes",
+        labels: Labels = "auto",
+        label_weights: LabelWeights = "slides",
+        overflow: int | None = None,
         own_classifier: bool = False,
     ) -> None:
         super().__init__(model, task)
@@ -188,16 +191,16 @@ class PackMil(Strategy):
                 f"packmil: main_fraction {main_fraction} must lie between 0 and 1, pack_length {pack_length} be at "
                 f"least 1 and min_length {min_length} at least 0"
             )
-        if residual_weight:
-            _require_labels(task, labels)
+        self.labels = choose_labels(task, labels) if residual_weight else labels
         self.main_fraction = main_fraction
         self.pack_length = pack_length
         self.min_length = min_length
         self.top_up = top_up
         self.residual_weight = residual_weight
-        self.labels = labels
+        self.label_weights = label_weights
         self.classifier = nn.Linear(model.embed_dim, task.n_outputs) if own_classifier and residual_weight else None
         self.factor = model.factor if isinstance(model, Downsampled) else 1
+        self.overflow = overflow or (self.factor if isinstance(model, Downsampled) else OVERFLOW)
 
     def forward(self, bags: PackedBags, target: Tensor) -> Step:
         """Read one side of each slide in the main branch and the other in hyperslides."""
@@ -214,13 +217,14 @@ class PackMil(Strategy):
         pack_of = next_fit(rest.lengths, longest)
         hyper: AggregatorOutput = self._host()(merged(rest, pack_of))
         logits = hyper.logits if self.classifier is None else self.classifier(hyper.embedding)
-        loss = residual_loss(self.task, self.labels, logits, target, pack_of, rest_sizes)
+        weights = rest.lengths if self.label_weights == "instances" else (1,) * rest.n_bags
+        loss = residual_loss(self.task, self.labels, logits, target, pack_of, weights)
         return Step(output, read, {"residual": self.residual_weight * loss})
 
     def _longest(self, lengths: Sequence[int]) -> int:
         """Return L of this step."""
         rest = int(max(lengths, default=0) * (1 - self.main_fraction))
-        return self.pack_length * (2 if rest // self.factor > self.pack_length else 1)
+        return self.pack_length * (2 if rest // self.overflow > self.pack_length else 1)
 
     def _sides(self, length: int, most: int) -> tuple[int, int]:
         """Return how many instances of a slide the branches get, equation 1."""
@@ -288,114 +292,6 @@ def merged(bags: PackedBags, pack_of: Sequence[int]) -> PackedBags:
     return PackedBags(bags.values, ends, tuple(lengths), bags.coords_px0)
 
 
-def residual_loss(
-    task: Task, labels: Labels, logits: Tensor, target: Tensor, pack_of: Sequence[int], counts: Sequence[int]
-) -> Tensor:
-    """Return the loss of hyperslides, equation 3; mean over hyperslides, for classes also over the classes.
-
-    Parameters
-    ----------
-    task : Task
-    labels : {"classes", "grades", "survival"}
-    logits : (P, K) float
-        Of the hyperslides.
-    target : (B, ...)
-        The slides' targets.
-    pack_of : sequence of int
-        Hyperslide of each slide.
-    counts : sequence of int
-        Instances of each slide.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    member = membership(pack_of, wide)  # (P, B)
-    if labels == "classes":
-        return focal_loss(wide, class_shares(member, task.memberships(target).to(wide)))
-    if labels == "grades":
-        weights = torch.tensor(counts, dtype=wide.dtype, device=wide.device)
-        return asymmetric_loss(wide, hyperslide_grade(member, target, weights).argmax(1))
-    assert isinstance(task, DiscreteSurvival)  # checked when built
-    return survival_loss(wide, *hyperslide_survival(member, *_bins_and_censored(task, target)))
-
-
-def membership(pack_of: Sequence[int], like: Tensor) -> Tensor:
-    """Return which slides a hyperslide holds, (P, B) of zeros and ones."""
-    numbers = torch.tensor(pack_of, device=like.device)
-    packs = torch.arange(pack_of[-1] + 1, device=like.device)
-    return (packs[:, None] == numbers).to(like.dtype)
-
-
-def class_shares(member: Tensor, memberships: Tensor) -> Tensor:
-    """Return class counts over the largest count, (P, K); with one output the other class is counted too."""
-    counts = member @ memberships
-    others = member.sum(1, keepdim=True) - counts if counts.shape[1] == 1 else counts[:, :0]
-    return counts / torch.cat([counts, others], 1).amax(1, keepdim=True).clamp_min(1e-12)
-
-
-def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return ``mean ¼ (1 - e^{-b})² b`` with b the sigmoid cross-entropy with soft targets, all (P, K)."""
-    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (0.25 * (1 - torch.exp(-entropy)).square() * entropy).mean()
-
-
-def hyperslide_grade(member: Tensor, grade: Tensor, counts: Tensor, *, benign_is_zero: bool = True) -> Tensor:
-    """Return the two neighbouring ISUP grades of a hyperslide, weighted: (P, B), (B,) int64, (B,) -> (P, 6).
-
-    With ``benign_is_zero=False`` benign slides alone give two thirds of grade 1, as in the authors' code.
-    """
-    weights = member * counts
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
-    primary, secondary = (
-        weights @ grade.new_tensor(table, dtype=member.dtype)[grade] for table in (PRIMARY, SECONDARY)
-    )
-    total = primary + secondary
-    seven = torch.where(secondary >= primary, 2.0, 3.0).to(total.dtype)
-    value = torch.where(total <= 6, total / 6, 1 + (total - 6) * (seven - 1))
-    value = torch.where(total > 7, seven + (total - 7) * (4 - seven), value)
-    value = torch.where(total > 8, 4 + (total - 8), value).clamp(0, 5)
-    if benign_is_zero:
-        value = torch.where((member @ (grade > 0).to(member.dtype)) > 0, value, 0)
-    distance = (value[:, None] - torch.arange(6, device=value.device)).abs()
-    return (1 - distance).clamp_min(0)
-
-
-def asymmetric_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean of ``-(1 - p) log p`` with p the probability of the target (P,)."""
-    logs = functional.log_softmax(logits, 1).gather(1, target[:, None])
-    return -((1 - logs.exp()) * logs).mean()
-
-
-def hyperslide_survival(member: Tensor, time_bin: Tensor, censored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return event bin Y, soft censoring c and censoring bin Y_c of hyperslides, (P,) each.
-
-    Parameters
-    ----------
-    member : (P, B) of zeros and ones
-    time_bin : (B,) int64
-    censored : (B,) of zeros and ones
-    """
-    never = int(1e9)
-    holds = member > 0
-    bins = torch.where(holds, time_bin, never)  # (P, B)
-    first = bins.argmin(1)  # the first of ties
-    earliest = bins.gather(1, first[:, None])[:, 0]
-    event = torch.where(holds & (censored == 0), time_bin, never).amin(1)
-    is_censored = censored[first] > 0
-    share = (member @ censored.to(member.dtype)) / member.sum(1)
-    event_bin = torch.where(is_censored & (event < never), event, earliest)
-    return event_bin, torch.where(is_censored, share, 0), earliest
-
-
-def survival_loss(logits: Tensor, event_bin: Tensor, censored: Tensor, censored_bin: Tensor) -> Tensor:
-    """Return the mean of ``-(1 - c) (log S_{Y-1} + log h_Y) - c log S_{Y_c}``, probabilities clamped at 1e-7."""
-    hazard = logits.sigmoid()
-    survival = functional.pad((1 - hazard).cumprod(1), (1, 0), value=1.0)  # S_{-1}, S_0, ...
-    before = survival.gather(1, event_bin[:, None]).clamp_min(1e-7).log()
-    event = hazard.gather(1, event_bin[:, None]).clamp_min(1e-7).log()
-    after = survival.gather(1, censored_bin[:, None] + 1).clamp_min(1e-7).log()
-    soft = censored[:, None]
-    return (-(1 - soft) * (before + event) - soft * after).mean()
-
-
 def _group_rows(length: Tensor, group: Tensor, r: int) -> Tensor:
     """Draw the rows of shuffled groups, padding included: (G, r) int64; the row after the last stands for padding."""
     size = group * r
@@ -407,29 +303,15 @@ def _group_rows(length: Tensor, group: Tensor, r: int) -> Tensor:
     return rows[order].view(-1, r)
 
 
-def _require_labels(task: Task, labels: Labels) -> None:
-    classes = type(task).memberships is not Task.memberships
-    fits = {
-        "classes": classes,
-        "grades": classes and task.n_outputs == 6,
-        "survival": isinstance(task, DiscreteSurvival),
-    }
-    if not fits[labels]:
-        need = {"classes": "classes", "grades": "six grades as classes", "survival": "survival times in bins"}
-        raise ConfigError(
-            f"packmil labels hyperslides by {labels}, which needs a task with {need[labels]}; task {task.kind} is "
-            "another; choose other labels or residual_weight 0"
-        )
-
-
-def _bins_and_censored(task: DiscreteSurvival, target: Tensor) -> tuple[Tensor, Tensor]:
-    edges = torch.tensor(task.edges, dtype=target.dtype, device=target.device)
-    return torch.bucketize(target[:, 0].contiguous(), edges, right=True), 1 - target[:, 1]
-
-
-# The paper's settings: prostate grading (PANDA), breast subtyping (BRCA), survival.
+# The paper's settings of the strategy: prostate grading (PANDA), breast subtyping (BRCA), survival.
 PRESETS: dict[str, dict[str, object]] = {
-    "panda": {"main_fraction": 0.4, "pack_length": 600, "min_length": 0, "labels": "grades"},
+    "panda": {
+        "main_fraction": 0.4,
+        "pack_length": 600,
+        "min_length": 0,
+        "labels": "grades",
+        "label_weights": "instances",
+    },
     "brca": {"pack_length": 2400, "min_length": 128},
     "survival": {
         "pack_length": 3200,
@@ -440,20 +322,32 @@ PRESETS: dict[str, dict[str, object]] = {
     },
 }
 
-RECIPE = Recipe(
-    aggregator=Component(
-        name="downsampled", options={"host": "abmil", "host_options": ABMIL_PRESETS["packmil"], "factor": 4}
-    ),
-    strategy=Component(name="packmil", options=PRESETS["brca"]),
-    training=Training(
-        optimizer="adam",
-        lr=5e-4,
-        weight_decay=1e-5,
-        epochs=75,
-        patience=20,
-        min_epochs=30,
-        schedule="cosine",
-        bags_per_step=32,
-    ),
-)
+
+def _recipe(
+    preset: str, *, factor: int | None, lr: float, epochs: int, min_epochs: int, bags_per_step: int, patience: int = 20
+) -> Recipe:
+    host = Component(name="abmil", options=ABMIL_PRESETS["packmil"])
+    reduced = Component(name="downsampled", options={"host": host.name, "host_options": host.options, "factor": factor})
+    return Recipe(
+        aggregator=reduced if factor else host,
+        strategy=Component(name="packmil", options=PRESETS[preset]),
+        training=Training(
+            optimizer="adam",
+            lr=lr,
+            weight_decay=1e-5,
+            epochs=epochs,
+            patience=patience,
+            min_epochs=min_epochs,
+            schedule="cosine",
+            bags_per_step=bags_per_step,
+        ),
+    )
+
+
+RECIPE = _recipe("brca", factor=4, lr=5e-4, epochs=75, min_epochs=30, bags_per_step=32)
 RECIPES.add("packmil", RECIPE)
+RECIPES.add("packmil_panda", _recipe("panda", factor=None, lr=1e-3, epochs=100, min_epochs=75, bags_per_step=128))
+RECIPES.add(
+    "packmil_survival",
+    _recipe("survival", factor=3, lr=1e-3, epochs=200, min_epochs=30, bags_per_step=32, patience=15),
+)

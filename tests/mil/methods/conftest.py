@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -26,5 +26,16 @@ def same() -> Callable[[dict[str, torch.Tensor], Golden], None]:
     def check(found: dict[str, torch.Tensor], wanted: Golden, *, rtol: float = 1e-9, atol: float = 1e-10) -> None:
         for name, value in found.items():
             np.testing.assert_allclose(value.detach().numpy(), wanted[name].numpy(), rtol, atol, err_msg=name)
+
+    return check
+
+
+@pytest.fixture
+def complete() -> Callable[[Golden, Iterable[str]], None]:
+    """Fail when an array of a golden file was neither read nor compared."""
+
+    def check(wanted: Golden, used: Iterable[str]) -> None:
+        left = set(wanted) - set(used)
+        assert not left, f"nothing looks at {sorted(left)}"
 
     return check

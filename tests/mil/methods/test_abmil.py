@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import PRESETS, Abmil
 from eosin.mil.recipe import RECIPES
@@ -26,7 +27,10 @@ def test_outputs_and_gradients_are_the_authors(shared, gated, dtype, rtol, atol)
     loss = Binary(classes=("0", "1")).loss(output.logits[:1], target)
     loss.backward()
 
+    compared = {"x", "label", *names}
+
     def check(found, wanted):
+        compared.add(wanted)
         np.testing.assert_allclose(found.detach().double(), golden[wanted], rtol=rtol, atol=atol)
 
     check(output.scores[:, 0], "attention_logits")
@@ -34,10 +38,12 @@ def test_outputs_and_gradients_are_the_authors(shared, gated, dtype, rtol, atol)
     check(output.embedding[0], "bag_embedding")
     check(output.logits[0], "logit")
     check(output.logits[0].sigmoid(), "prob")
+    check((output.logits[0] > 0).to(dtype), "y_hat")
     check(loss, "loss")
     check(x.grad, "grad.x")
     for name, parameter in model.named_parameters():
         check(parameter.grad, f"grad.{name}")
+    assert compared == set(golden.files)
 
 
 def test_presets_differ_where_the_repositories_do():
@@ -50,6 +56,40 @@ def test_presets_differ_where_the_repositories_do():
     assert isinstance(built["packmil"].embed[1], torch.nn.GELU)
     assert built["millab"].attention.w.in_features == 384
     assert all(f"abmil_{name}" in RECIPES for name in PRESETS)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_variant_is_its_equation(gated, activation, bias, heads):
+    torch.manual_seed(0)
+    options = {"embed_dims": (6,), "embed_activation": "gelu", "embed_bias": bias, "attention_bias": bias}
+    model = Abmil(5, 3, hidden=4, gated=gated, attention_activation=activation, heads=heads, **options)
+    model.double().eval()
+    bag = torch.randn(9, 5, dtype=torch.float64)
+    part = model.attention
+    h = functional.gelu(functional.linear(bag, model.embed[0].weight, model.embed[0].bias))
+    hidden = getattr(torch, activation)(functional.linear(h, part.V.weight, part.V.bias))
+    if gated:
+        hidden = hidden * functional.linear(h, part.U.weight, part.U.bias).sigmoid()
+    scores = functional.linear(hidden, part.w.weight, part.w.bias)
+    logits = model.classifier((scores.softmax(0).T @ h).flatten())
+    output = model(PackedBags.pack([bag]))
+    torch.testing.assert_close(output.scores, scores, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.logits[0], logits, rtol=1e-12, atol=1e-12)
+
+
+def test_a_width_or_dropout_that_makes_no_sense_is_refused():
+    for options, message in (
+        ({"embed_dims": (8, 0)}, "width 2 is 0; it must be at least 1"),
+        ({"hidden": 0}, "hidden is 0; it must be at least 1"),
+        ({"heads": 0}, "heads is 0"),
+        ({"dropout": 1.5}, r"dropout 1\.5 must lie in"),
+        ({"gate_dropout": -0.1}, r"gate_dropout -0\.1 must lie in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Abmil(5, 3, **options)
 
 
 def test_heads_are_concatenated():

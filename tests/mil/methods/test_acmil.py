@@ -46,23 +46,33 @@ def objective(model, x, label):
     return output, found | parts
 
 
-def test_outputs_and_gradients_are_the_authors(golden, same):
+def test_outputs_and_gradients_are_the_authors(golden, same, complete):
     golden = golden("acmil_ga")
     model, files = load(golden)
     x = golden["x"].requires_grad_()
     output, found = objective(model, x, golden["label"])
     found["total_loss"].backward()
     gradients = {f"grad.{files[name]}": parameter.grad for name, parameter in model.named_parameters()}
-    same(found | gradients | {"attention_logits": output.scores.T, "grad.x": x.grad}, golden)
+    found |= gradients | {"attention_logits": output.scores.T, "grad.x": x.grad}
+    top = output.scores.topk(int(golden["K"]), dim=0).indices.T
+    same(found | {"stkim.topk_index": top}, golden)
+    masked = [name for name in golden if name.startswith("stkim.")]  # see the next test
+    complete(golden, {*found, *files.values(), *masked, "x", "label", "K", "p"})
 
 
-def test_hidden_instances_are_left_out_as_the_authors_do(golden, same, monkeypatch):
+def test_hidden_instances_are_left_out_as_the_authors_do(golden, same, complete, monkeypatch):
     golden = golden("acmil_ga")
     model, _ = load(golden)
     model.masking.p = float(golden["p"])
     monkeypatch.setattr(TopMasking, "hidden", lambda *_: ~golden["stkim.keep_mask"].T)
     _, found = objective(model.train(), golden["x"], golden["label"])
-    same({f"stkim.{name}": value for name, value in found.items()}, golden)
+    found = {f"stkim.{name}": value for name, value in found.items()}
+    same(found, golden)
+    read = {"stkim.keep_mask", "stkim.topk_index"}
+    complete({name: golden[name] for name in golden if name.startswith("stkim.")}, {*found, *read})
+    hidden = ~golden["stkim.keep_mask"]
+    assert (hidden.sum(1) == int(float(golden["K"]) * float(golden["p"]))).all()
+    assert hidden.gather(1, golden["stkim.topk_index"]).sum() == hidden.sum()
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "bernoulli"])
@@ -86,6 +96,18 @@ def test_what_is_hidden_lies_in_the_top_and_never_is_the_whole_bag(sampling):
         assert counts[:, 0].float().std() > 1
     full = TopMasking(10, 1.0, sampling).hidden(scores, bags)
     assert [int(part[:, 0].sum()) for part in full.split(LENGTHS)] == [10, 2, 0, 0, 10]
+
+
+def test_the_bag_is_the_mean_of_its_branches():
+    torch.manual_seed(0)
+    model = Acmil(5, 3, width=8, hidden=4, branches=3).double().eval()
+    bag = torch.randn(9, 5, dtype=torch.float64)
+    h = functional.relu(bag @ model.embed[0].weight.T)
+    weights = model.attention(h).softmax(0).T  # (M, n)
+    output = model(PackedBags.pack([bag]))
+    torch.testing.assert_close(output.logits[0], model.classifier(weights.mean(0) @ h), rtol=1e-12, atol=1e-12)
+    rows = [model.branch_classifier.weight[i] @ (weights[i] @ h) + model.branch_classifier.bias[i] for i in range(3)]
+    torch.testing.assert_close(output.branch_logits[0], torch.stack(rows), rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_is_hidden_when_not_training():
@@ -180,5 +202,9 @@ def test_widths_are_the_authors():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="8 heads do not divide the width 20"):
         AcmilMultiHead(5, 3, width=20)
+    with pytest.raises(ConfigError, match="heads is 0"):
+        AcmilMultiHead(5, 3, heads=0)
+    with pytest.raises(ConfigError, match="heads is 0"):
+        Acmil(5, 3, branches=0)
     with pytest.raises(ConfigError, match=r"mask_p 1\.5"):
         Acmil(5, 3, mask_p=1.5)

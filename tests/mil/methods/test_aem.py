@@ -28,7 +28,7 @@ def term(scores, lengths=None, *, progress=0.0, **options):
     return part(*scored(scores, lengths), torch.zeros(1))
 
 
-def test_outputs_and_gradients_are_the_authors(golden, same):
+def test_outputs_and_gradients_are_the_authors(golden, same, complete):
     golden = golden("aem")
     model = Abmil(40, 3, embed_dims=(24,), embed_bias=False, hidden=16, dropout=0).double()
     files = {name: f"embed.{name[8:]}" if name.startswith("embed") else name for name in model.state_dict()}
@@ -41,7 +41,11 @@ def test_outputs_and_gradients_are_the_authors(golden, same):
     total = parts["ce_loss"] + golden["lam"] * parts["neg_entropy"]
     total.backward()
     found = parts | {"total_loss": total, "grad.x": x.grad, "attention_logits": output.scores[:, 0]}
-    same(found | {f"grad.{files[name]}": value.grad for name, value in model.named_parameters()}, golden)
+    found |= {"attention": output.scores[:, 0].softmax(0), "logits": output.logits}
+    found |= {f"grad.{files[name]}": value.grad for name, value in model.named_parameters()}
+    same(found, golden)
+    rest = [name for name in golden if name.startswith(("multi.", "masked."))]  # see the next test
+    complete(golden, {*found, *files.values(), *rest, "x", "label", "lam"})
 
 
 def test_rows_are_averaged_and_hidden_instances_count_nothing(golden, same):
@@ -57,6 +61,16 @@ def test_rows_are_averaged_and_hidden_instances_count_nothing(golden, same):
     torch.testing.assert_close(loss, term(torch.tensor([[1.0], [2.0]])))
     loss.backward()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_gradient_of_one_row_is_the_equation(normalised):
+    scores = torch.randn(7, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(term(scores, normalised=normalised), scores)
+    a = scores.detach().softmax(0)
+    entropy = -(a * a.log()).sum()
+    wanted = a * (a.log() + entropy) / (math.log(7) if normalised else 1)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_a_pack_is_the_mean_over_its_bags():

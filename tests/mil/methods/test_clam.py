@@ -26,7 +26,20 @@ def load_term(golden, model, **options):
     return term
 
 
-def test_outputs_and_gradients_are_the_authors(golden, same):
+def predictions(term, output, label, *, subtyping):
+    """What the instance heads say of the instances that are labelled, class after class, and their labels."""
+    order = output.scores[:, 0].argsort(descending=True)
+    top, low = order[: term.k], order.flip(0)[: term.k]
+    said, labels = [], []
+    for c in range(len(term.weight)):
+        rows = torch.cat([top, low]) if c == label else top
+        if c == label or subtyping:
+            said.append((output.instances[rows] @ term.weight[c].T + term.bias[c]).argmax(1))
+            labels.append(torch.tensor([1] * term.k + [0] * term.k if c == label else [0] * term.k))
+    return torch.cat(said), torch.cat(labels)
+
+
+def test_outputs_and_gradients_are_the_authors(golden, same, complete):
     golden = golden("clam_sb")
     model = load(golden)
     term = load_term(golden, model, subtyping=True)
@@ -42,6 +55,9 @@ def test_outputs_and_gradients_are_the_authors(golden, same):
         "attention": output.scores.softmax(0).T,
         "bag_features": output.embedding,
         "logits": output.logits,
+        "logits_official": output.logits,
+        "prob": output.logits.softmax(1),
+        "y_hat": output.logits.argmax(1, keepdim=True),
         "bag_loss": bag_loss,
         "instance_loss": load_term(golden, model)(output, bags, target),
         "instance_loss_subtyping": instance_loss,
@@ -50,8 +66,14 @@ def test_outputs_and_gradients_are_the_authors(golden, same):
         "grad.instance_classifier.weight": term.weight.grad,
         "grad.instance_classifier.bias": term.bias.grad,
     }
-    found |= {f"grad.{name.replace('embed.0.', 'embed.')}": value.grad for name, value in model.named_parameters()}
+    weights = {name.replace("embed.0.", "embed."): value for name, value in model.named_parameters()}
+    found |= {f"grad.{name}": value.grad for name, value in weights.items()}
+    for suffix, subtyping in (("", False), ("_subtyping", True)):
+        said, labels = predictions(term, output, int(target), subtyping=subtyping)
+        found |= {f"instance_preds{suffix}": said, f"instance_targets{suffix}": labels}
     same(found, golden)
+    heads = ("instance_classifier.weight", "instance_classifier.bias")
+    complete(golden, {*found, *weights, *heads, "x", "label", "k_sample"})
 
 
 def plain_term(term, instances, scores, bags, target):
@@ -59,7 +81,7 @@ def plain_term(term, instances, scores, bags, target):
     losses = []
     for bag, h, s in zip(target, instances.split(bags.lengths), scores.split(bags.lengths), strict=True):
         k = min(term.k, len(h) // 2)
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=h.dtype)
         for c in range(3):
             column = s[:, min(c, s.shape[1] - 1)]
             order = column.argsort(descending=True, stable=True)
@@ -85,21 +107,24 @@ def instance_loss(term, logits, label):
 @pytest.mark.parametrize("kind", [ClamSingleBranch, ClamMultiBranch])
 def test_the_term_of_a_pack_is_the_mean_over_its_bags(kind, subtyping, loss):
     torch.manual_seed(0)
-    model = kind(5, 3, width=6, hidden=4).eval()
-    term = ClamInstance(model, TASK, k=3, subtyping=subtyping, loss=loss, tau=0.7, margin=1.3)
-    bags = PackedBags.pack([torch.randn(n, 5) for n in (9, 1, 4, 0, 7)])
+    model = kind(5, 3, width=6, hidden=4).double().eval()
+    term = ClamInstance(model, TASK, k=3, subtyping=subtyping, loss=loss, tau=0.7, margin=1.3).double()
+    bags = PackedBags.pack([torch.randn(n, 5, dtype=torch.float64) for n in (9, 1, 4, 0, 7)])
     target = torch.tensor([0, 1, 2, 2, 1])
     output = model(bags)
     found = term(output, bags, target)
-    torch.testing.assert_close(found, plain_term(term, output.instances, output.scores, bags, target))
+    by_hand = plain_term(term, output.instances, output.scores, bags, target)
+    torch.testing.assert_close(found, by_hand, rtol=1e-12, atol=1e-12)
     found.backward()
     assert all(parameter.grad.any() for parameter in model.embed.parameters())
     assert all(parameter.grad is None for parameter in model.attention.parameters())
 
 
-def test_each_class_has_its_branch_and_layer():
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_class_has_its_branch_and_layer(gated):
     torch.manual_seed(0)
-    model = ClamMultiBranch(5, 3, width=6, hidden=4).eval()
+    model = ClamMultiBranch(5, 3, width=6, hidden=4, gated=gated).eval()
+    assert (model.attention.U is None) == (not gated)
     bag = torch.randn(8, 5)
     h = model.embed(bag)
     pooled = model.attention(h).softmax(0).T @ h
@@ -127,3 +152,5 @@ def test_what_makes_no_sense_is_refused():
         ClamInstance(model, Years())
     with pytest.raises(ConfigError, match="at least 1"):
         ClamInstance(model, TASK, k=0)
+    with pytest.raises(ConfigError, match="tau is 0"):
+        ClamInstance(model, TASK, loss="svm", tau=0.0)

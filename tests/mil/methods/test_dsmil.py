@@ -3,15 +3,17 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.kernels import segment_topk_mask
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClamSingleBranch
-from eosin.mil.methods.dsmil import Dsmil, DsmilMax
+from eosin.mil.methods.dsmil import PRESETS, Dsmil, DsmilMax
+from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 
 
-def test_outputs_and_gradients_are_the_authors(golden, same):
+def test_outputs_and_gradients_are_the_authors(golden, same, complete):
     golden = golden("dsmil")
     model = Dsmil(32, 2, hidden=16).double()
     names = {
@@ -47,7 +49,10 @@ def test_outputs_and_gradients_are_the_authors(golden, same):
     for name, parameter in model.named_parameters():
         theirs = f"grad.{files[name]}"
         found[theirs] = parameter.grad.view(golden[theirs].shape)
+    critical = segment_topk_mask(output.instance_logits, PackedBags.pack([x]).cu_seqlens, 1)
+    found["critical_index"] = critical.float().argmax(0)
     same(found, golden)
+    complete(golden, {*found, *files.values(), "x", "label"})
 
 
 @pytest.mark.parametrize("passing_v", [False, True])
@@ -83,6 +88,28 @@ def test_the_maximum_term_is_the_tasks_loss():
     output, target = model(bags), torch.tensor([2, 0])
     largest = torch.stack([part.amax(0) for part in bags.unpack(output.instance_logits)])
     torch.testing.assert_close(term(output, bags, target), functional.cross_entropy(largest, target))
+
+
+def test_both_streams_may_predict_together():
+    torch.manual_seed(0)
+    one, both = Dsmil(5, 3, hidden=4), Dsmil(5, 3, hidden=4, prediction="mean")
+    both.load_state_dict(one.state_dict())
+    bags = PackedBags.pack([torch.randn(n, 5) for n in (4, 2, 0)])
+    output = one(bags)
+    largest = torch.stack(
+        [part.amax(0) if len(part) else torch.zeros(3) for part in bags.unpack(output.instance_logits)]
+    )
+    torch.testing.assert_close(both(bags).logits, (output.logits + largest) / 2)
+
+
+def test_presets_embed_first_and_pool_a_projection():
+    for options in PRESETS.values():
+        model = AGGREGATORS.build("dsmil", 20, 2, options=options)
+        assert model.embed[0].out_features == 512
+        assert len(model.value) == 3
+    assert AGGREGATORS.build("dsmil", 20, 2, options=PRESETS["mhim_v2"]).prediction == "mean"
+    with pytest.raises(ConfigError, match="hidden is 0"):
+        Dsmil(5, 3, hidden=0)
 
 
 def test_the_term_needs_instance_logits():

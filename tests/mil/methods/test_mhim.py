@@ -9,27 +9,19 @@ from eosin.errors import ConfigError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, save_model
+from eosin.mil.masking import randomly_high, voted
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.dsmil import Dsmil
-from eosin.mil.methods.mhim import (
-    GlobalRecycle,
-    Mhim,
-    MhimV2,
-    Teacher,
-    consistency_loss,
-    cosine,
-    instance_probability,
-    randomly_high,
-    rankings,
-    voted,
-)
+from eosin.mil.methods.mhim import Mhim, MhimV2, Teacher, consistency_loss, cosine, instance_probability, rankings
+from eosin.mil.methods.mhim_recycle import GlobalRecycle
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
-from eosin.mil.recipe import Recipe
-from eosin.mil.slots import AttentionOutput
+from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.tasks import Classification
+from eosin.mil.train import Objective
 
 TASK = Classification(classes=("a", "b", "c"))
 LENGTHS = (30, 1, 0, 2, 17)
@@ -56,8 +48,11 @@ def strategy(**options):
     )
 
 
-def test_masks_are_the_authors(golden):
+def test_masks_are_the_authors(golden, complete):
     golden = golden("mhim_masks")
+    compared = ("ham_mask", "low_mask", "l_ham_mask")
+    elsewhere = [name for name in golden if name.startswith(("rand_high", "r_ham", "lr_ham", "head_", "schedule_"))]
+    complete(golden, {*compared, *elsewhere, "attention", "ratio_high", "ratio_low"})
     ranks, bags = golden["attention"][:, None], one_bag(101)
     high, low = float(golden["ratio_high"]), float(golden["ratio_low"])
     assert torch.equal(strategy(high_ratio=high).hidden(ranks, bags), golden["ham_mask"])
@@ -75,22 +70,27 @@ def test_random_masks_have_the_authors_properties(golden):
     r_ham = strategy(random_ratio=0.5, high_ratio=0.05, high_factor=0.5).hidden(ranks, bags)
     assert 51 <= r_ham.sum() <= 57
     assert (r_ham & golden["rand_high_candidates"]).sum() >= 6
-    lr_ham = strategy(random_ratio=0.5, low_ratio=0.2, high_ratio=0.05).hidden(ranks, bags)
+    for example in (golden["rand_high_mask_example"], drawn[0]):
+        assert example.sum() == golden["rand_high_count"]
+        assert not (example & ~golden["rand_high_candidates"]).any()
+    ours = strategy(random_ratio=0.5, low_ratio=0.2, high_ratio=0.05).hidden(ranks, bags)
     order = golden["attention"].argsort()
-    assert lr_ham[order[:21]].all()
-    assert lr_ham[order[-6:]].all()
-    assert 51 <= lr_ham.sum() <= 78
+    for lr_ham in (ours, golden["lr_ham_mask_example"]):
+        assert lr_ham[order[:21]].all()
+        assert lr_ham[order[-6:]].all()
+        assert 51 <= lr_ham.sum() <= 78
+    assert 51 <= golden["r_ham_mask_example"].sum() <= 57
 
 
 def test_heads_vote(golden):
     golden = golden("mhim_masks")
     k = int(golden["head_k"])
     assert k == math.ceil(golden["head_ratio"] * 101)
-    hidden = voted(golden["head_attention"].T, one_bag(101), [k])
     place = golden["head_votes"].sort(descending=True).values[k - 1]
-    assert hidden.sum() == k
-    assert hidden[golden["head_votes"] > place].all()
-    assert not hidden[golden["head_votes"] < place].any()
+    for hidden in (voted(golden["head_attention"].T, one_bag(101), [k]), golden["head_mask_example"]):
+        assert hidden.sum() == k
+        assert hidden[golden["head_votes"] > place].all()
+        assert not hidden[golden["head_votes"] < place].any()
 
 
 def test_schedules_are_the_authors(golden):
@@ -124,6 +124,14 @@ def test_the_teacher_moves_as_the_authors(golden, same):
     assert not rising.model.weight.any()  # m is 1 at the end
 
 
+PARTS = {
+    *("cons.student", "cons.teacher", "cons.tau_teacher", "cons.loss", "cons.grad.student"),
+    *("ema.student", "ema.teacher_before", "ema.momentum", "ema.teacher_after"),
+    *("score.features", "score.attention", "score.classifier.weight", "score.classifier.bias"),
+    *("score.official", "score.corrected_bias"),
+}
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_scores_are_the_authors(golden, same, bias):
     golden = golden("mhim_parts")
@@ -135,8 +143,9 @@ def test_scores_are_the_authors(golden, same, bias):
     same({"score.corrected_bias" if bias else "score.official": found}, golden)
 
 
-def test_recycling_is_the_authors(golden, same):
+def test_recycling_is_the_authors(golden, same, complete):
     golden = golden("mhim_parts")
+    complete({name: golden[name] for name in golden if not name.startswith("grn.")}, PARTS)
     recycle = GlobalRecycle(24, tokens=3, heads=2, head_dim=8, dropout=0.1, momentum=float(golden["grn.momentum"]))
     recycle.double().eval()
     weights = ("norm.weight", "norm.bias", "to_q.weight", "to_kv.weight", "to_out.weight", "to_out.bias")
@@ -228,6 +237,43 @@ def test_any_attention_may_be_the_host(kind, version):
         assert 0 < (mhim.recycle.queries - queries).abs().max() < 1e-2
 
 
+def test_rows_of_an_embedding_are_compared_apart():
+    torch.manual_seed(0)
+    mhim = Mhim(model(Dsmil, prediction="mean"), TASK, consistency=0.3, random_ratio=0.0, high_ratio=0.0).train()
+    bags = draw((6, 9))
+    step = mhim(bags, torch.tensor([0, 1]))
+    student, teacher = (network(bags).embedding.view(2, 3, 6) for network in (mhim.model, mhim.teacher.model))
+    by_hand = -(functional.softmax(teacher / 0.1, 2) * functional.log_softmax(student, 2)).sum(2).mean()
+    torch.testing.assert_close(step.extra["consistency"], 0.3 * by_hand)
+
+
+def test_version_1_of_dsmil_has_the_loss_of_both_streams():
+    recipe = RECIPES["mhim_dsmil"]
+    torch.manual_seed(0)
+    host = AGGREGATORS.build("dsmil", 5, 3, options=recipe.aggregator.options)
+    objective = Objective(recipe, host, TASK).eval()
+    objective.strategy.ratios = (0.0, 0.0, 0.0)
+    bags, target = draw((6, 9)), torch.tensor([0, 1])
+    total, step, _ = objective(bags, target)
+    output = host(bags)
+    largest = torch.stack([part.amax(0) for part in bags.unpack(output.instance_logits)])
+    streams = [functional.cross_entropy(logits, target) for logits in (output.logits, largest)]
+    torch.testing.assert_close(total, sum(streams) / 2 + step.extra["consistency"])
+    assert RECIPES["mhim_v2_dsmil"].aggregator.options["prediction"] == "mean"
+
+
+def test_values_of_the_first_layer_weigh_for_transmil():
+    bags = draw((16,))
+    host = model(TransMil, heads=2).double().eval()
+    bags = bags.with_values(bags.values.double())
+    output = host(bags)
+    layer, h = host.layer1, host.embed(bags.values)
+    values = (layer.norm(h) @ layer.to_qkv.weight[16:].T).unflatten(1, (2, 4))
+    weighted = (values * output.scores.exp()[..., None]).flatten(1)
+    by_hand = functional.linear(layer.to_out(weighted), host.classifier.weight).softmax(1).amax(1)
+    torch.testing.assert_close(instance_probability(host, output, bags)[:, 0], by_hand)
+
+
 def test_what_instances_are_ranked_by():
     bags = draw((6,))
     dsmil = model(Dsmil)
@@ -283,6 +329,10 @@ def test_what_makes_no_sense_is_refused():
         MhimV2(MeanPooling(5, 3), TASK)
     with pytest.raises(ConfigError, match=r"low_ratio 1\.5 must lie in"):
         Mhim(model(), TASK, low_ratio=1.5)
+    with pytest.raises(ConfigError, match="temperature 0"):
+        Mhim(model(), TASK, temperature=0.0)
+    with pytest.raises(ConfigError, match="tokens is 0"):
+        MhimV2(model(), TASK, tokens=0)
     whole = model()
     whole.classifier = nn.Sequential(whole.classifier)
     with pytest.raises(ConfigError, match="ranks instances with the classifier"):

@@ -7,25 +7,24 @@ from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.packmil import (
-    Downsampled,
-    PackMil,
+from eosin.mil.methods.packmil import PRESETS, Downsampled, PackMil, merged, next_fit, random_rank
+from eosin.mil.methods.packmil_labels import (
     asymmetric_loss,
+    choose_labels,
+    class_logs,
     class_shares,
     focal_loss,
     hyperslide_grade,
     hyperslide_survival,
     membership,
-    merged,
-    next_fit,
-    random_rank,
+    residual_loss,
     survival_loss,
 )
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
-from eosin.mil.survival import DiscreteSurvival
-from eosin.mil.tasks import Binary, Classification
+from eosin.mil.survival import Cox, DiscreteSurvival
+from eosin.mil.tasks import Binary, Classification, MultiLabel, Ordinal, Regression
 
 TASK = Classification(classes=("a", "b", "c"))
 GRADES = Classification(classes=tuple("012345"))
@@ -63,7 +62,7 @@ def run(bags, n_targets=None, task=TASK, **options):
     return strategy, step
 
 
-def test_packed_bags_and_hyperslides_are_the_authors(golden, same):
+def test_packed_bags_and_hyperslides_are_the_authors(golden, same, complete):
     golden = golden("packmil_abmil")
     model = Abmil(20, 3, embed_dims=(24,), embed_activation="gelu", hidden=12, gated=False, dropout=0).double()
     files = {name: name.replace("embed.0", "embed") for name in model.state_dict()}
@@ -76,7 +75,19 @@ def test_packed_bags_and_hyperslides_are_the_authors(golden, same):
     loss.backward()
     found = {"logits": output.logits, "multi.logits": output.logits, "loss": loss}
     found["hyperslide.logits"] = model(merged(bags, packs)).logits
-    same(found | {f"grad.{files[name]}": value.grad for name, value in model.named_parameters()}, golden)
+    found |= {f"grad.{files[name]}": value.grad for name, value in model.named_parameters()}
+    found |= padded("one", bags, [0, 0, 0]) | padded("multi", bags, packs)
+    same(found, golden)
+    read = {"bag0", "bag1", "bag2", "labels", "L_multi", "multi.pack_of_bag", *files.values()}
+    complete(golden, {*found, *read})
+
+
+def padded(name, bags, packs):
+    """The authors' rectangles, from our packs: values, number of the bag in its pack, and padding."""
+    values, real = merged(bags, packs).to_padded()
+    places = torch.tensor([packs[:i].count(pack) for i, pack in enumerate(packs)])
+    numbers, _ = merged(bags, packs).to_padded(places[bags.bag_index()][:, None])
+    return {f"{name}.patches": values, f"{name}.segment_ids": numbers[..., 0], f"{name}.pad_mask": ~real}
 
 
 def test_packs_are_filled_as_the_authors_do(golden):
@@ -85,18 +96,43 @@ def test_packs_are_filled_as_the_authors_do(golden):
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_class_labels_are_the_authors(golden, same, case):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_class_labels_are_the_authors(golden, same, case, weighted):
     golden = golden("packmil_labels")
-    labels, wanted = golden[f"subtype{case}.labels"], golden[f"subtype{case}.multilabel"]
-    member = membership([0] * len(labels), wanted)
-    shares = class_shares(member, functional.one_hot(labels, len(wanted)).double())
-    same({f"subtype{case}.multilabel": shares[0]}, golden)
+    name = f"subtype{case}"
+    wanted = golden[f"{name}.multilabel"]
+    labels, weights = golden[f"{name}.labels"], golden[f"{name}.counts"] if weighted else 1
+    members = membership([0] * len(labels), wanted) * weights
+    classes = functional.one_hot(labels, len(wanted)).double()
+    suffix = "_weighted" if weighted else ""
+    found = {
+        f"{name}.multilabel{suffix}": class_shares(members, classes)[0],
+        f"{name}.singlelabel{suffix}": class_shares(members, classes, of="sum")[0],
+    }
+    same(found, golden)
+
+
+def test_every_label_of_the_golden_file_is_compared(golden, complete):
+    subtypes = [
+        f"subtype{case}.{kind}{suffix}"
+        for case in range(3)
+        for kind in ("multilabel", "singlelabel")
+        for suffix in ("", "_weighted")
+    ]
+    grades = [f"grade{case}.{part}" for case in range(7) for part in ("labels", "counts", "two_hot", "hard")]
+    survival = ["surv.Y", "surv.c", "surv.Y_censored", "surv.logits", "surv.loss", "surv.grad.logits"]
+    focal = [f"focal.{part}" for part in ("logits", "targets", "loss", "grad.logits")]
+    read = ["seq_lengths", "seq_L", "seq_pack_id"]
+    read += [f"subtype{case}.{part}" for case in range(3) for part in ("labels", "counts")]
+    read += [f"surv{case}.bin_and_censored" for case in range(4)]
+    complete(golden("packmil_labels"), {*subtypes, *grades, *survival, *focal, *read})
 
 
 def test_one_output_counts_the_other_class_too():
     member = membership([0, 0, 0, 1, 1], torch.zeros(()))
     positive = torch.tensor([1.0, 0, 0, 1, 1])[:, None]
     assert class_shares(member, positive).tolist() == [[0.5], [1.0]]
+    torch.testing.assert_close(class_shares(member, positive, of="sum"), torch.tensor([[1 / 3], [1.0]]))
 
 
 @pytest.mark.parametrize("case", range(7))
@@ -134,10 +170,71 @@ def test_focal_loss_is_the_authors(golden, same):
     same({"focal.loss": loss, "focal.grad.logits": logits.grad}, golden)
 
 
-def test_asymmetric_loss_weighs_by_what_is_missing():
-    logits = torch.randn(4, 6)
-    p = logits.softmax(1)[torch.arange(4), [0, 2, 5, 2]]
-    torch.testing.assert_close(asymmetric_loss(logits, torch.tensor([0, 2, 5, 2])), ((p - 1) * p.log()).mean())
+def test_asymmetric_loss_is_the_published_one():
+    logits, target = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 5, 2])
+    p = logits.softmax(1)[torch.arange(4), target]
+    found = asymmetric_loss(class_logs(GRADES, logits), target)
+    torch.testing.assert_close(found, ((p - 1) * p.log()).mean())
+    timm = pytest.importorskip("timm.loss")
+    torch.testing.assert_close(found, timm.AsymmetricLossSingleLabel(gamma_pos=1, gamma_neg=4, eps=0.0)(logits, target))
+
+
+def test_steps_of_ordered_classes_give_probabilities():
+    ordered = Ordinal(classes=tuple("012345"))
+    logits = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(class_logs(ordered, logits).exp(), torch.from_numpy(ordered.activate(logits)))
+
+
+def test_other_ordered_classes_are_averaged():
+    member = membership([0, 0, 1], torch.zeros(()))
+    grades = hyperslide_grade(member, torch.tensor([1, 3, 2]), torch.tensor([3.0, 1.0, 5.0]), n_grades=4)
+    torch.testing.assert_close(grades, torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 1.0, 0]]))
+
+
+def test_shares_are_soft_targets():
+    logits = torch.randn(1, 3)
+    found = residual_loss(TASK, "shares", logits, torch.tensor([0, 2, 2]), [0, 0, 0], [1, 1, 2])
+    wanted = functional.cross_entropy(logits, torch.tensor([[0.25, 0.0, 0.75]]))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_labels_suit_the_task():
+    years = DiscreteSurvival(edges=(1.0, 2.0, 3.0))
+    ordered = Ordinal(classes=tuple("abcd"))
+    several = MultiLabel(targets=("x", "y"), positives=("1", "1"), negatives=("0", "0"))
+    for task, labels in ((TASK, "classes"), (several, "classes"), (ordered, "grades"), (years, "survival")):
+        assert choose_labels(task, "auto") == labels
+    for task, labels in (
+        (Cox(), "auto"),
+        (ordered, "classes"),
+        (several, "shares"),
+        (TASK, "grades"),
+        (years, "shares"),
+    ):
+        with pytest.raises(ConfigError, match="packmil labels hyperslides by"):
+            choose_labels(task, labels)
+    with pytest.raises(ConfigError, match="residual_weight 0"):
+        PackMil(Mean(3, 1), Regression.model_construct(kind="regression"))
+
+
+def test_slides_of_a_hyperslide_may_count_by_their_instances():
+    bags = PackedBags.pack(list(torch.randn(40, 3).split((30, 10))))
+    losses = {}
+    for weights in ("slides", "instances"):
+        strategy, step = run(bags, label_weights=weights, residual_weight=1.0)
+        logits = Mean(3, 3)(strategy.model.seen[1]).logits
+        losses[weights] = step.extra["residual"], logits
+    by_slide, by_instance = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[1.0, 1 / 3, 0.0]])
+    torch.testing.assert_close(losses["slides"][0], focal_loss(losses["slides"][1], by_slide))
+    torch.testing.assert_close(losses["instances"][0], focal_loss(losses["instances"][1], by_instance))
+
+
+def test_ordered_classes_train_every_part():
+    ordered = Ordinal(classes=tuple("012345"))
+    strategy = PackMil(Abmil(3, 5, embed_dims=(4,)), ordered, **PRESETS["panda"])
+    step = strategy(PackedBags.pack([torch.randn(n, 3) for n in (20, 30, 8)]), torch.tensor([0, 3, 5]))
+    step.extra["residual"].backward()
+    assert all(parameter.grad is not None for parameter in strategy.parameters())
 
 
 def test_the_sides_of_a_slide_are_random_halves_that_share_nothing():
@@ -182,8 +279,11 @@ def test_long_sides_are_cut_and_packs_stay_below_the_limit():
     main, hyper = strategy.model.seen
     assert main.lengths == (15, 4, 4, 4)
     assert hyper.lengths == (19, 8)
-    strategy, _ = run(numbered(100), pack_length=20)  # ⌊100 · ½⌋ > 20: the limit doubles for this step
+    strategy, _ = run(numbered(100), pack_length=20, overflow=1)  # ⌊100 · ½⌋ > 20: the limit doubles for this step
     assert strategy.model.seen[0].lengths == (40,)
+    for length, limit in ((167, 20), (168, 40)):  # without a downsampler the authors' factor 4 still counts
+        strategy, _ = run(numbered(length), pack_length=20)
+        assert strategy.model.seen[0].lengths == (limit,)
 
 
 def test_the_residual_loss_is_that_of_the_hyperslides():
@@ -205,36 +305,37 @@ def test_the_residual_loss_is_that_of_the_hyperslides():
 
 def test_survival_reads_bins_from_the_task():
     years = DiscreteSurvival(edges=(1.0, 2.0))
-    strategy = PackMil(Mean(3, 3), years, min_length=0, labels="survival")
+    strategy = PackMil(Mean(3, 3), years, min_length=0)
     step = strategy(numbered(8, 10), torch.tensor([[2.5, 1.0], [1.5, 0.0]]))  # event in bin 2, censored in bin 1
     logits = Mean(3, 3)(strategy.model.seen[1]).logits
     wanted = survival_loss(logits, torch.tensor([2]), torch.tensor([0.5]), torch.tensor([1]))
     torch.testing.assert_close(step.extra["residual"], 0.2 * wanted)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("transmil", {"width": 16}),
-        ("dsmil", {}),
-        ("acmil", {}),
-        ("clam_mb", {"width": 16}),
-        ("set_transformer", {"width": 16}),
-    ],
-)
-def test_slides_of_a_pack_never_mix_whatever_the_aggregator(name, options):
-    """Executed on the authors' code, a TransMIL slide answers to its neighbour and not to itself."""
+SMALL = {"embed_dims": (8,), "width": 16, "hidden": 8}
+
+
+@pytest.mark.parametrize("name", list(AGGREGATORS))
+def test_slides_of_a_pack_never_mix_whatever_the_aggregator(name):
+    """Executed on the authors' code, a TransMIL slide answers to its neighbour and not to itself.
+
+    A training step: sampled, packed, with a residual branch; the draws are the same each time.
+    """
     torch.manual_seed(0)
-    model = AGGREGATORS.build(name, 6, 3, options=options).double().eval()
-    bags = [torch.randn(n, 6, dtype=torch.float64) for n in (9, 14, 6)]
-    before = model(PackedBags.pack(bags)).logits
+    options = {key: value for key, value in SMALL.items() if AGGREGATORS.defaults(name).get(key)}
+    host = AGGREGATORS.build(name, 6, 3, options=options).double().eval()
+    strategy = PackMil(host, TASK, min_length=4, pack_length=30)
+    bags = [torch.randn(n, 6, dtype=torch.float64) for n in (9, 14, 3, 6)]
+
+    def logits(bags):
+        torch.manual_seed(1)
+        return strategy(PackedBags.pack(bags), torch.tensor([0, 1, 2, 0])).output.logits
+
+    before = logits(bags)
     moved = torch.stack(
-        [
-            (model(PackedBags.pack([bag + (j == i) for i, bag in enumerate(bags)])).logits - before).abs().amax(1)
-            for j in range(3)
-        ]
+        [(logits([bag + (j == i) for i, bag in enumerate(bags)]) - before).abs().amax(1) for j in range(4)]
     )
-    assert torch.equal(moved > 1e-12, torch.eye(3, dtype=torch.bool))
+    assert torch.equal(moved > 1e-12, torch.eye(4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("rows_at_once", [2**15, 5])
@@ -297,7 +398,7 @@ def test_any_aggregator_may_be_the_host(kind):
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="main_fraction 1"):
         PackMil(Mean(3, 3), TASK, main_fraction=1.0)
-    with pytest.raises(ConfigError, match="needs a task with six grades"):
+    with pytest.raises(ConfigError, match="needs a task with ordered classes, or six"):
         PackMil(Mean(3, 3), TASK, labels="grades")
     with pytest.raises(ConfigError, match="needs a task with survival times"):
         PackMil(Mean(3, 3), TASK, labels="survival")
