@@ -15,7 +15,7 @@ def predict(
     model: Annotated[list[Path], typer.Option(help="Model folder; several are averaged. Repeatable.")],
     features: Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")] = None,
     slides: SlidesOption = None,
-    out: Annotated[Path, typer.Option(help="Table of predictions (CSV).")],
+    out: Annotated[Path, typer.Option(help="Table of predictions (.csv or .parquet); a killed run continues.")],
     job: Annotated[Path | None, typer.Option(help="Job folder for what is made from --slides.")] = None,
     slide_mpp: SlideMpp = None,
     weights: Weights = None,
@@ -23,23 +23,19 @@ def predict(
     device: Device = "auto",
 ) -> Done:
     """Predict slides with a trained model or an ensemble; a bad slide is a row with its reason."""
-    from eosin.cli._encode import encode_like, worst
     from eosin.errors import ConfigError
     from eosin.features.store import find_bags
-    from eosin.mil.checkpoint import load_card
     from eosin.mil.predict import predict as predict_files
-    from eosin.wsi.slide import find_slides
+    from eosin.pipeline import Machine, predict_slides
+    from eosin.wsi.job import JobFolder
 
-    reports = []
     if features is not None and not slides:
         files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)
-    elif slides and features is None and job is not None:
-        found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
-        spec = load_card(model[0]).features
-        encoded = encode_like(spec, found, job, weights=weights, workers=workers, device=device)
-        files, reports = encoded.files, [encoded.report]
-    else:
-        raise ConfigError("what is to be predicted? pass --features FOLDER, or --slides SLIDES with --job JOB")
-    with progress("predict", len(files)) as advance:
-        reports.append(predict_files(model, files, out, device=device, progress=advance))
-    return Done([out], worst(reports))
+        with progress("predict", len(files)) as advance:
+            return Done([out], predict_files(model, files, out, device=device, progress=advance))
+    if slides and features is None and job is not None:
+        machine = Machine(workers=workers, device=device, weights=weights)
+        mpp = slide_mpp_source(slide_mpp)
+        report = predict_slides(model, slides, JobFolder(job), out, slide_mpp=mpp, machine=machine, progress=progress)
+        return Done([out], report)
+    raise ConfigError("what is to be predicted? pass --features FOLDER, or --slides SLIDES with --job JOB")

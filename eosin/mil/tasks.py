@@ -34,6 +34,8 @@ from eosin.mil.task import Task as Task
 from eosin.mil.task import number, rank_bins, to_numpy
 from eosin.mil.task import wide as wide
 
+EVEN = 0.5
+
 
 class _ClassTask(Task):
     """What single-label classification shares, whatever the number of logits."""
@@ -119,16 +121,19 @@ class _ClassTask(Task):
         return math.exp(float(optimize.minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
 
     def decide(self, outputs: Floats) -> NDArray[np.int64]:
-        """Return class numbers: the most probable, or by the threshold on the probability of the second."""
-        if self.threshold is None:
+        """Return class numbers: the most probable; of two, by the threshold on the probability of the second."""
+        if len(self.classes) > 2:
             return np.asarray(outputs.argmax(1), np.int64)
-        return np.asarray(outputs[:, 1] >= self.threshold, np.int64)
+        return np.asarray(outputs[:, 1] >= (EVEN if self.threshold is None else self.threshold), np.int64)
 
     def table(self, outputs: Floats) -> Columns:
-        """Return ``prob_<class>`` columns, ``predicted``, and ``threshold`` if there is one."""
+        """Return ``prob_<class>`` columns, ``predicted``, and for two classes the ``threshold`` that was used."""
         columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.classes)}
         columns["predicted"] = np.asarray(self.classes)[self.decide(outputs)]
-        return columns if self.threshold is None else columns | {"threshold": np.full(len(outputs), self.threshold)}
+        if len(self.classes) > 2:
+            return columns
+        used = EVEN if self.threshold is None else self.threshold
+        return columns | {"threshold": np.full(len(outputs), used)}
 
     def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
         """Return the metrics of `eosin.mil.metrics.classification_metrics`."""

@@ -139,6 +139,8 @@ def test_predict_from_slides_equals_predict_from_their_features(
     assert run("predict", "--model", model, "--features", features, "--out", tmp_path / "b.csv").exit_code == 0
     made, kept = ({row["slide_id"]: row for row in rows(tmp_path / name)} for name in ("a.csv", "b.csv"))
     assert {name: row["status"] for name, row in made.items()} == {"S000": "ok", "S001": "ok", "bad": "failed"}
+    assert made["bad"]["reason"] == "unsupported"
+    assert "no reader knows this format" in made["bad"]["message"]
     for name in ("S000", "S001"):
         assert float(made[name]["prob_tumour"]) == pytest.approx(float(kept[name]["prob_tumour"]), abs=1e-5)
 

@@ -1,11 +1,20 @@
 import csv
+import json
+import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from eosin.batch import Record
 from eosin.errors import ConfigError, FeatureMismatchError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import find_bags, write_bag
+from eosin.mil import predict as prediction
+from eosin.mil.checkpoint import load_card
 from eosin.mil.predict import load_ensemble, predict
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.train import fit
@@ -84,3 +93,135 @@ def test_models_of_different_questions_are_no_ensemble(make_toy, models, tmp_pat
         load_ensemble([*models, *others])
     with pytest.raises(ConfigError, match="no model was given"):
         load_ensemble([])
+
+
+def test_every_row_says_what_it_was_made_by(models, folder, tmp_path):
+    predict(models[:1], find_bags(folder), tmp_path / "out.csv")
+    row = read(tmp_path / "out.csv")["s001"]
+    assert row["model"] == load_card(models[0]).model_id
+    assert row["threshold"] == "0.5"
+    assert row["encoder_hash"] == ""
+    assert len(row["features_hash"]) == 16
+
+
+def test_parquet_holds_the_same_as_csv(models, folder, tmp_path):
+    for name in ("a.csv", "a.parquet"):
+        predict(models, find_bags(folder), tmp_path / name)
+    frame = pd.read_parquet(tmp_path / "a.parquet").set_index("slide_id")
+    table = read(tmp_path / "a.csv")
+    assert list(frame.index) == list(table)
+    assert frame["n_tiles"].dtype == "Int64"
+    for slide, row in table.items():
+        if row["status"] == "ok":
+            assert frame.loc[slide, "prob_c1"] == float(row["prob_c1"])
+            assert frame.loc[slide, "uncertainty"] == float(row["uncertainty"])
+        else:
+            assert np.isnan(frame.loc[slide, "prob_c1"])
+    with pytest.raises(ConfigError, match=r"written as \.csv or \.parquet"):
+        predict(models, find_bags(folder), tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_finished_row_stays_while_models_and_features_are_the_same(models, folder, tmp_path, monkeypatch, name):
+    out, files = tmp_path / name, find_bags(folder)
+    predict(models[:1], files, out)
+    before = out.read_bytes()
+    seen = []
+    plain = prediction.predict_slide
+    monkeypatch.setattr(prediction, "predict_slide", lambda e, path: seen.append(path.stem) or plain(e, path))
+    report = predict(models[:1], files, out)
+    assert seen == [slide for slide in files if slide in {"broken", "other"}]
+    assert report.count("skipped") == 4
+    assert out.read_bytes() == before
+    seen.clear()
+    bag = FeatureBag(np.ones((3, 12), np.float32), FeatureSpec(encoder="toy", dim=12), "s001")
+    write_bag(folder / "s001.h5", bag)
+    predict(models[:1], files, out)
+    assert sorted(seen) == sorted(["s001", *(slide for slide in files if slide in {"broken", "other"})])
+    seen.clear()
+    predict(models[1:], files, out)
+    assert len(seen) == len(files)
+
+
+def test_a_table_that_is_not_ours_is_replaced(models, folder, tmp_path, caplog):
+    out = tmp_path / "out.csv"
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b""):
+        out.write_bytes(content)
+        with caplog.at_level(logging.WARNING):
+            report = predict(models[:1], find_bags(folder), out)
+        assert report.count("skipped") == 0
+        assert "s001" in read(out)
+
+
+def test_slides_that_failed_before_are_rows_with_their_own_reason(models, folder, tmp_path):
+    lost = Record("a_slide", "tile", "failed", "no-mpp", "the slide states no mpp; pass --slide-mpp (µm/px)")
+    predict(models, {"s001": folder / "s001.h5"}, tmp_path / "out.csv", failures=[lost])
+    table = read(tmp_path / "out.csv")
+    assert list(table) == ["a_slide", "s001"]
+    row = table["a_slide"]
+    assert (row["status"], row["reason"], row["message"]) == ("failed", "no-mpp", lost.message)
+    assert row["model"] == table["s001"]["model"]
+
+
+SCRIPT = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+from eosin.features.store import find_bags
+from eosin.mil import predict as prediction
+
+prediction.SAVE_INTERVAL_S = 0
+model, folder, out = map(Path, sys.argv[1:4])
+draw = random.Random(0)
+states = []
+for _ in range(10):
+    pid = os.fork()
+    if not pid:
+        prediction.predict([model], find_bags(folder), out)
+        os._exit(0)
+    time.sleep(draw.uniform(0.02, 0.3))
+    os.kill(pid, signal.SIGKILL)
+    killed = os.waitpid(pid, 0)[1] != 0
+    states.append([killed, out.exists()])
+print(json.dumps(states))
+"""
+
+
+def many_bags(folder, n_bags):
+    rng = np.random.default_rng(0)
+    for number in range(n_bags):
+        spec = FeatureSpec(encoder="toy", dim=12)
+        write_bag(folder / f"m{number:03d}.h5", FeatureBag(rng.normal(size=(5, 12)).astype(np.float32), spec, "x"))
+    return folder
+
+
+def test_a_killed_run_leaves_no_half_table_and_goes_on(models, tmp_path):
+    folder, out = many_bags(tmp_path / "many", 120), tmp_path / "out.csv"
+    predict(models[:1], find_bags(folder), tmp_path / "straight.csv")
+    command = [sys.executable, "-c", SCRIPT, str(models[0]), str(folder), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    states = json.loads(done.stdout)
+    assert sum(killed for killed, _ in states) >= 2
+    if not any(exists for _, exists in states):
+        assert 0 < len(read(tmp_path / ".out.csv.partial.csv")) < 120
+    report = predict(models[:1], find_bags(folder), out)
+    assert report.count("skipped") > 0
+    assert out.read_bytes() == (tmp_path / "straight.csv").read_bytes()
+    assert not (tmp_path / ".out.csv.partial.csv").exists()
+
+
+def test_an_interrupted_run_keeps_what_is_finished(models, folder, tmp_path):
+    def stop(record):
+        if record.slide_id == "s001":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(models[:1], find_bags(folder), tmp_path / "out.csv", progress=stop)
+    assert not (tmp_path / "out.csv").exists()
+    report = predict(models[:1], find_bags(folder), tmp_path / "out.csv")
+    assert {record.slide_id for record in report.records if record.status == "skipped"} >= {"s000", "s001"}

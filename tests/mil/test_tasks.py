@@ -54,7 +54,7 @@ def test_a_task_survives_json_and_says_what_it_means(task):
     outputs = task.activate(logits)
     np.testing.assert_allclose(outputs.sum(1), 1)
     table = task.table(outputs)
-    assert list(table) == ["prob_x", "prob_y", "predicted"]
+    assert list(table) == ["prob_x", "prob_y", "predicted", "threshold"]
     assert table["predicted"].tolist() == ["y", "x", "y"]
     assert task.metrics(outputs, target.numpy())["accuracy"] == 1.0
     assert task.memberships(target).shape == (3, task.n_outputs)
