@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
 from eosin.features import extract as extraction
-from eosin.features.encoders import Encoder, load_encoder
+from eosin.features.inference import Encoder, load_encoder
 from eosin.wsi.coordinates import read_grid
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides

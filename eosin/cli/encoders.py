@@ -29,12 +29,26 @@ def encoders(
 def _list(specs: "list[EncoderSpec]") -> None:
     from rich.table import Table
 
-    table = Table("name", "width", "input px", "mpp", "pooling", "weights", "licence", "access", "note")
+    table = Table("name", "width", "input", "norm", "tiles", "pooling", "weights", "licence", "access", "note")
     for spec in specs:
         access = "on request" if spec.gated else "free"
-        numbers = (str(spec.dim), str(spec.input_px or "any"), str(spec.mpp or "any"))
-        table.add_row(spec.name, *numbers, spec.pooling, spec.source, spec.licence, access, spec.note)
+        source = f"{spec.source}@{spec.revision[:8]}" if spec.revision else spec.source
+        facts = (str(spec.dim), _input(spec), spec.statistics, _tiles(spec), spec.pooling)
+        table.add_row(spec.name, *facts, source, spec.licence, access, spec.note)
     console().print(table)
+
+
+def _input(spec: "EncoderSpec") -> str:
+    """Return what the network is given: 224 bilinear; 224 of 256 bicubic where the centre is cropped."""
+    if spec.input_px is None:
+        return "any"
+    crop = f" of {spec.resize_px}" if spec.resize_px else ""
+    return f"{spec.input_px}{crop} {spec.interpolation}"
+
+
+def _tiles(spec: "EncoderSpec") -> str:
+    """Return the tiles that the authors recommend."""
+    return "any" if spec.mpp is None else f"{spec.tile_px} px at {spec.mpp:g}"
 
 
 def _show(spec: "EncoderSpec") -> None:

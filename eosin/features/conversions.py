@@ -1,6 +1,7 @@
-"""Weights under the names of other libraries, renamed to timm's.
+"""Weights under the names of other libraries and training codes, renamed to timm's.
 
-With these, encoders published for `transformers` need that library neither to be installed nor trusted.
+With these, encoders published for `transformers` need that library neither to be installed nor trusted. Two layouts of
+it are read: that of its files, and that of models which its version 5 holds in memory.
 """
 
 import re
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 State = Mapping[str, Tensor]
 
@@ -16,15 +18,16 @@ VIT_RULES = (
     (r"^embeddings\.register_tokens", "reg_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(encoder\.)?layers?\.", "blocks."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.layer_scale([12])\.lambda1", r".ls\1.gamma"),
-    (r"\.attention\.attention\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^layernorm\.", "norm."),
 )
@@ -44,7 +47,22 @@ CLIP_RULES = (
 )
 CLIP_UNUSED = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")
 
-QUERY_KEY_VALUE = (("query", "key", "value"), ("q", "k", "v"))
+DINO_RULES = (
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks in chunks, as sharded training saves them
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"^register_tokens$", "reg_token"),
+)
+DINO_UNUSED = ("mask_token", "masked_embed")
+
+KEEP_RULES = ((r"\.(ls[12])\.weight$", r".\1.gamma"),)
+KEEP_UNUSED = ("text.", "logit_scale")
+
+JOINED = (  # parts that timm keeps in one matrix, one below the other
+    ("attn", ("query", "key", "value"), "qkv"),
+    ("attn", ("q", "k", "v"), "qkv"),
+    ("mlp", ("gate_proj", "up_proj"), "fc1"),
+)
 
 
 def is_transformers_vit(state: State) -> bool:
@@ -57,20 +75,35 @@ def is_transformers_clip(state: State) -> bool:
     return "vision_model.embeddings.class_embedding" in state
 
 
-def convert_vit(state: State) -> dict[str, Tensor]:
-    """Rename the weights of a ``ViTModel`` or ``Dinov2Model``.
+def convert_vit(state: State, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Rename the weights of a ``ViTModel``, ``Dinov2Model`` or ``Dinov2WithRegistersModel``.
 
     Parameters
     ----------
     state : mapping of str to Tensor
-        Under the names of `transformers`.
+        Under the names of `transformers`, of its files or of its version 5 in memory.
+    grid : (int, int)
+        Patches of the network's input, down and across.
 
     Returns
     -------
     dict of str to Tensor
-        Under timm's names; queries, keys and values joined into one projection.
+        Under timm's names; queries, keys and values joined into one projection, positions resampled as `transformers`
+        resamples them.
     """
-    return _join_projections(_rename(state, VIT_RULES, VIT_UNUSED))
+    renamed = _join_parts(_rename(state, VIT_RULES, VIT_UNUSED))
+    renamed["pos_embed"] = _resample(renamed["pos_embed"], grid, antialias="reg_token" in renamed)
+    return renamed
+
+
+def _resample(positions: Tensor, grid: tuple[int, int], *, antialias: bool) -> Tensor:
+    """Return positions (1, 1 + patches, E) for another number of patches; timm would smooth them in any case."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if (side, side) == grid:
+        return positions
+    cls, patches = positions[:, :1], positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls)], dim=1)
 
 
 def convert_clip(state: State) -> dict[str, Tensor]:
@@ -86,11 +119,31 @@ def convert_clip(state: State) -> dict[str, Tensor]:
     dict of str to Tensor
         Under timm's names, the projection as head with a bias of zeros.
     """
-    renamed = _join_projections(_rename(state, CLIP_RULES, CLIP_UNUSED))
+    renamed = _join_parts(_rename(state, CLIP_RULES, CLIP_UNUSED))
     renamed["cls_token"] = renamed["cls_token"].reshape(1, 1, -1)
     renamed["pos_embed"] = renamed["pos_embed"].unsqueeze(0)
     renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))
     return renamed
+
+
+def convert_dino(state: State) -> dict[str, Tensor]:
+    """Rename what DINO, iBOT and DINOv2 call otherwise than timm; other names stay as they are."""
+    return _rename(state, DINO_RULES, DINO_UNUSED)
+
+
+def convert_keep(state: State) -> dict[str, Tensor]:
+    """Rename the vision tower of KEEP, whose scales of layers lost their name on the way through `transformers`."""
+    return _rename(state, KEEP_RULES, KEEP_UNUSED)
+
+
+def fold_class_position(state: State) -> dict[str, Tensor]:
+    """Add the position of the class token to the token, for networks whose positions are those of patches alone."""
+    positions = state["pos_embed"]
+    return {
+        **state,
+        "cls_token": state["cls_token"] + positions[:, :1],
+        "pos_embed": positions[:, 1:],
+    }
 
 
 def _rename(state: State, rules: Sequence[tuple[str, str]], unused: tuple[str, ...]) -> dict[str, Tensor]:
@@ -104,12 +157,12 @@ def _rename(state: State, rules: Sequence[tuple[str, str]], unused: tuple[str, .
     return renamed
 
 
-def _join_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     joined = dict(state)
     for name in state:
-        for query, key, value in QUERY_KEY_VALUE:
-            stem, found, end = name.rpartition(f".attn.{query}.")
+        for layer, parts, whole in JOINED:
+            stem, found, end = name.rpartition(f".{layer}.{parts[0]}.")
             if found:
-                parts = [joined.pop(f"{stem}.attn.{part}.{end}") for part in (query, key, value)]
-                joined[f"{stem}.attn.qkv.{end}"] = torch.cat(parts)
+                pieces = [joined.pop(f"{stem}.{layer}.{part}.{end}") for part in parts]
+                joined[f"{stem}.{layer}.{whole}.{end}"] = torch.cat(pieces)
     return joined

@@ -18,7 +18,8 @@ from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, FeatureFileError, OutputError, SlideError
 from eosin.features import he_texture
 from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.encoders import Encoder, PendingRows, Precision, folder_name, load_encoder
+from eosin.features.encoders import Precision, folder_name
+from eosin.features.inference import Encoder, PendingRows, load_encoder
 from eosin.features.reading import ReadRequest, SlideEnd, SlideReaders, TileBatch
 from eosin.features.store import read_footer, write_bag
 from eosin.files import file_fingerprint
@@ -196,6 +197,8 @@ class Extraction:
             "options_hash": self.options_hash(grid),
             "mpp_source": coords.mpp_source,
         }
+        if self.encoder.revision:
+            facts["revision"] = self.encoder.revision
         return FeatureBag(self._stored(rows), spec, slide.slide_id, grid, facts)
 
     def _stored(self, rows: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.float32]:

@@ -8,13 +8,15 @@ from eosin.features.weights import FILE_NAMES
 HUB = "https://huggingface.co/"
 
 
-def download_weights(repository: str, *, file: str = "", gated: bool = False) -> Path:
+def download_weights(repository: str, *, revision: str = "", file: str = "", gated: bool = False) -> Path:
     """Return the local copy of a repository's weights, downloaded when it is not in the cache yet.
 
     Parameters
     ----------
     repository : str
-        ``owner/name``, optionally ``@revision``.
+        ``owner/name``.
+    revision : str
+        Commit; the newest, or what the cache has, when empty.
     file : str
         Name of the file; the usual names are tried in turn when empty.
     gated : bool
@@ -28,15 +30,14 @@ def download_weights(repository: str, *, file: str = "", gated: bool = False) ->
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, _, pinned = repository.partition("@")
-    revision, names = pinned or None, (file,) if file else FILE_NAMES
+    commit, names = revision or None, (file,) if file else FILE_NAMES
     for name in names:
-        cached = try_to_load_from_cache(repository, name, revision=revision)
+        cached = try_to_load_from_cache(repository, name, revision=commit)
         if isinstance(cached, str):
             return Path(cached)
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision))
+            return Path(hf_hub_download(repository, name, revision=commit))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # no connection, which says nothing about the name
                 raise _obstacle(repository, error, gated=gated) from error

@@ -5,8 +5,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from eosin.features.conversions import convert_clip, convert_vit, is_transformers_clip, is_transformers_vit
+from eosin.errors import UnknownNameError
+from eosin.features.conversions import (
+    convert_clip,
+    convert_dino,
+    convert_keep,
+    convert_vit,
+    fold_class_position,
+    is_transformers_clip,
+    is_transformers_vit,
+)
 
 Pooling = Literal["none", "cls", "cls_mean", "map_mean", "network"]
 
@@ -34,12 +44,29 @@ def pool_tokens(tokens: Tensor, pooling: Pooling, n_prefix: int) -> Tensor:
     raise ValueError(f"{pooling!r} is no way to pool tokens")
 
 
-class PooledTransformer(nn.Module):
+class EncoderNetwork(nn.Module):
+    """A function from normalised pictures to one row per tile.
+
+    Parameters
+    ----------
+    trunk : nn.Module
+        The part that weights are loaded into.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk: Any = trunk
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights as read from a file under the trunk's names and in its shapes."""
+        return adapt_timm_state(self.trunk, state)
+
+
+class PooledTransformer(EncoderNetwork):
     """A timm vision transformer with the pooling that its row names."""
 
     def __init__(self, trunk: nn.Module, pooling: Pooling) -> None:
-        super().__init__()
-        self.trunk: Any = trunk
+        super().__init__(trunk)
         self.pooling = pooling
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -47,12 +74,8 @@ class PooledTransformer(nn.Module):
         return pool_tokens(self.trunk.forward_features(pictures), self.pooling, self.trunk.num_prefix_tokens)
 
 
-class MeanOfMap(nn.Module):
+class MeanOfMap(EncoderNetwork):
     """A timm convolutional trunk cut after one stage, averaged over its map."""
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        self.trunk: Any = trunk
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return (b, dim) for (b, 3, side, side)."""
@@ -60,17 +83,25 @@ class MeanOfMap(nn.Module):
         return mean
 
 
-class WholeNetwork(nn.Module):
+class WholeNetwork(EncoderNetwork):
     """A timm network whose own head pools."""
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        self.trunk: Any = trunk
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return (b, dim) for (b, 3, side, side)."""
         rows: Tensor = self.trunk(pictures)
         return rows
+
+
+class ProjectedTower(EncoderNetwork):
+    """KEEP's vision tower: class token, a projection of two layers, length one (Zhou et al., 2024)."""
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the vision tower out of the weights of the whole model."""
+        return convert_keep(state)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return (b, dim) of length 1 for (b, 3, side, side)."""
+        return F.normalize(self.trunk.visual_head(self.trunk.visual(pictures)), dim=-1)
 
 
 class ConvStem(nn.Module):
@@ -100,7 +131,18 @@ class ConvStem(nn.Module):
         return embedded
 
 
-def build_ctranspath() -> nn.Module:
+def build_keep(dim: int = 768) -> EncoderNetwork:
+    """Build KEEP's vision tower without weights; with it no code from the hub has to run."""
+    import timm
+
+    visual: Any = timm.create_model(
+        "vit_large_patch16_224", pretrained=False, num_classes=0, init_values=1e-5, dynamic_img_size=True
+    )
+    head = nn.Sequential(nn.Linear(visual.num_features, dim), nn.GELU(), nn.Linear(dim, dim))
+    return ProjectedTower(nn.ModuleDict({"visual": visual, "visual_head": head}))
+
+
+def build_ctranspath() -> EncoderNetwork:
     """Build CTransPath's network without weights: Swin-T with a convolutional stem."""
     from timm.models.swin_transformer import SwinTransformer
 
@@ -111,7 +153,7 @@ def build_ctranspath() -> nn.Module:
 
 def build_timm(
     architecture: str, pooling: Pooling, arguments: dict[str, Any], *, swiglu: bool = False, eps: float | None = None
-) -> nn.Module:
+) -> EncoderNetwork:
     """Build a timm architecture without weights.
 
     Parameters
@@ -141,7 +183,7 @@ def build_timm(
 
 
 def adapt_timm_state(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and resample foreign weights: names of `transformers` and DINOv2, position grids of another size.
+    """Rename and resample foreign weights: names of `transformers`, DINO and iBOT, position grids of another size.
 
     Parameters
     ----------
@@ -157,13 +199,46 @@ def adapt_timm_state(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     """
     from timm.models import swin_transformer, vision_transformer
 
-    if is_transformers_vit(state):
-        state = convert_vit(state)
-    if is_transformers_clip(state):
-        state = convert_clip(state)
     adapted: dict[str, Tensor] = state
     if isinstance(trunk, vision_transformer.VisionTransformer):
-        adapted = vision_transformer.checkpoint_filter_fn(state, trunk)
+        adapted = vision_transformer.checkpoint_filter_fn(_as_vit(trunk, state), trunk)
     if isinstance(trunk, swin_transformer.SwinTransformer):
         adapted = swin_transformer.checkpoint_filter_fn(state, trunk)
     return adapted
+
+
+def _as_vit(trunk: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if is_transformers_vit(state):
+        state = convert_vit(state, trunk.patch_embed.grid_size)
+    elif is_transformers_clip(state):
+        state = convert_clip(state)
+    else:
+        state = convert_dino(state)
+    positions = state.get("pos_embed")
+    with_class = positions is not None and (positions.shape[1] - 1) ** 0.5 % 1 == 0
+    return fold_class_position(state) if with_class and trunk.no_embed_class and "cls_token" in state else state
+
+
+def describe_timm(model: str) -> tuple[int, dict[str, Any], str]:
+    """Return what timm knows about one of its models, without its weights.
+
+    Returns
+    -------
+    (int, dict, str)
+        Width of the features, timm's data configuration, and where the weights are.
+
+    Raises
+    ------
+    UnknownNameError
+        When timm has no such model.
+    """
+    import timm
+    from timm.data.config import resolve_data_config
+
+    architecture = model.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise UnknownNameError("timm model", architecture, timm.list_models())
+    with torch.device("meta"):
+        network: Any = timm.create_model(model, pretrained=False, num_classes=0)
+    facts: dict[str, Any] = resolve_data_config(network.pretrained_cfg, model=network)  # type: ignore[no-untyped-call]
+    return int(network.num_features), facts, network.pretrained_cfg.get("hf_hub_id") or f"timm/{model}"

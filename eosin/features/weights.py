@@ -1,5 +1,6 @@
 """Weights from files: found, read without running anything, identified by content."""
 
+import argparse
 import hashlib
 import pickle
 import warnings
@@ -15,19 +16,24 @@ from eosin.errors import CheckpointError
 
 FILE_NAMES = ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin", "model.pth")
 WRAPPERS = ("teacher", "ema", "state_dict_ema", "model_ema", "state_dict", "model", "student")
-PREFIXES = ("module.", "backbone.", "model.", "encoder.", "trunk.")
+PREFIXES = ("module.", "backbone.", "model.", "encoder.", "trunk.", "vit.", "dinov2.", "dinov2_with_registers.")
+TEACHERS = ("teacher.", "teacher_backbone.", "ema.", "momentum_encoder.")
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "dino_head.", "ibot_head.", "decoder")
 SHOWN_KEYS = 3
 
 
-def find_weights(path: Path) -> Path:
+def find_weights(path: Path, file: str = "", *, source: str = "") -> Path:
     """Return the file of weights that a path means.
 
     Parameters
     ----------
     path : Path
         A ``.safetensors`` or torch file, or a folder that holds one; a folder of the Hugging Face cache
-        (``models--owner--name``) too.
+        (``models--owner--name``) or the whole cache, too.
+    file : str
+        Name of the file in such a folder; the usual names are tried when empty.
+    source : str
+        Repository that is looked for in a whole cache.
 
     Raises
     ------
@@ -38,16 +44,36 @@ def find_weights(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(path, "no such file or folder of weights", code="missing")
-    snapshots = sorted(path.glob("snapshots/*")) or [path]
-    if len(snapshots) > 1:
-        raise CheckpointError(path, f"holds {len(snapshots)} revisions; pass one of its folders snapshots/<revision>")
-    for name in FILE_NAMES:
-        if (snapshots[0] / name).is_file():
-            return snapshots[0] / name
-    files = [file for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin") for file in snapshots[0].glob(pattern)]
+    folder = _snapshot(_in_cache(path, source))
+    for name in (file, *FILE_NAMES):
+        if name and (folder / name).is_file():
+            return folder / name
+    files = [found for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin") for found in folder.glob(pattern)]
     if len(files) != 1:
-        raise CheckpointError(path, f"holds {len(files)} files of weights; pass the one that is meant")
+        raise CheckpointError(folder, f"holds {len(files)} files of weights; pass the one that is meant")
     return files[0]
+
+
+def _in_cache(path: Path, source: str) -> Path:
+    name = f"models--{source.partition('@')[0].replace('/', '--')}"
+    return next((folder for folder in (path / name, path / "hub" / name) if folder.is_dir()), path)
+
+
+def _snapshot(path: Path) -> Path:
+    """Return the folder of the revision that a cached repository points at; other folders are what they are."""
+    revisions = sorted(path.glob("snapshots/*"))
+    current = path / "refs" / "main"
+    if len(revisions) > 1 and current.is_file():
+        named = path / "snapshots" / current.read_text(encoding="utf-8").strip()
+        revisions = [named] if named in revisions else revisions
+    if len(revisions) > 1:
+        raise CheckpointError(path, f"holds {len(revisions)} revisions; pass one of its folders snapshots/<revision>")
+    return revisions[0] if revisions else path
+
+
+def revision_of(path: Path) -> str:
+    """Return the commit that a file of the Hugging Face cache is of; empty for other files."""
+    return path.parent.name if path.parent.parent.name == "snapshots" else ""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -62,7 +88,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     -------
     dict of str to Tensor
         Names without the wrappers of training code (``teacher``, ``model``, ``state_dict``; ``module.``,
-        ``backbone.``).
+        ``backbone.``); of a teacher and a student the teacher.
 
     Raises
     ------
@@ -91,7 +117,10 @@ def _read_safetensors(path: Path) -> Mapping[str, object]:
 
 def _read_torch(path: Path) -> object:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
+        with (
+            warnings.catch_warnings(action="ignore"),  # about formats that it then refuses
+            torch.serialization.safe_globals([argparse.Namespace]),  # DINO and iBOT keep their settings in one
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -131,6 +160,10 @@ def _unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for start in TEACHERS:
+        teacher = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        if teacher:
+            return _without_prefixes(teacher)
     for prefix in PREFIXES:
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         outside = [name for name in state if not name.startswith(prefix) and not name.startswith(HEADS)]

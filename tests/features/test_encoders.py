@@ -7,24 +7,62 @@ import pytest
 import torch
 
 from eosin.errors import CheckpointError, ConfigError, UnknownNameError
-from eosin.features import encoders as module
-from eosin.features import he_texture
-from eosin.features.encoders import ENCODERS, find_encoder, folder_name, load_encoder
+from eosin.features import encoders, he_texture
+from eosin.features.encoders import ENCODERS, Precision, find_encoder, folder_name
+from eosin.features.inference import load_encoder
 
 SMALL = "timm:test_vit?random"
-NETWORKS = list({id(row.build): name for name, row in ENCODERS.items() if row.build}.values())
-PREFIX_TOKENS = {"uni_v2": 9, "virchow": 1, "virchow2": 5, "hoptimus1": 5, "h0_mini": 5, "gigapath": 1}
-MILLIONS = {
-    "pathorchestra": 303,
-    "uni_v2": 681,
-    "virchow2": 631,
-    "gigapath": 1135,
-    "hoptimus1": 1135,
-    "h0_mini": 86,
-    "kaiko_vits16": 22,
-    "phikon": 86,
-    "chief-ctranspath": 28,
+IMAGENET, HALF, CLIP, HOPTIMUS, LUNIT = (
+    encoders.IMAGENET, encoders.HALF, encoders.CLIP, encoders.HOPTIMUS, encoders.LUNIT
+)  # fmt: skip
+NETWORKS = {  # width, tokens before the first patch, input px, statistics, interpolation: as the model cards say
+    "resnet50": (1024, 0, 224, IMAGENET, "bilinear"),
+    "uni_v1": (1024, 1, 224, IMAGENET, "bilinear"),
+    "uni_v1_crop": (1024, 1, 224, IMAGENET, "bilinear"),
+    "uni_v2": (1536, 9, 224, IMAGENET, "bilinear"),
+    "virchow": (2560, 1, 224, IMAGENET, "bicubic"),
+    "virchow_cls": (1280, 1, 224, IMAGENET, "bicubic"),
+    "virchow2": (2560, 5, 224, IMAGENET, "bicubic"),
+    "virchow2_cls": (1280, 5, 224, IMAGENET, "bicubic"),
+    "gigapath": (1536, 1, 224, IMAGENET, "bicubic"),
+    "hoptimus0": (1536, 5, 224, HOPTIMUS, "bicubic"),
+    "hoptimus1": (1536, 5, 224, HOPTIMUS, "bicubic"),
+    "h0_mini": (768, 5, 224, HOPTIMUS, "bicubic"),
+    "h0_mini_mean": (1536, 5, 224, HOPTIMUS, "bicubic"),
+    "kaiko_vits16": (384, 1, 224, HALF, "bilinear"),
+    "kaiko_vits8": (384, 1, 224, HALF, "bilinear"),
+    "kaiko_vitb16": (768, 1, 224, HALF, "bilinear"),
+    "kaiko_vitb8": (768, 1, 224, HALF, "bilinear"),
+    "kaiko_vitl14": (1024, 5, 224, HALF, "bilinear"),
+    "lunit_vits16": (384, 1, 224, LUNIT, "bicubic"),
+    "lunit_vits8": (384, 1, 224, LUNIT, "bicubic"),
+    "lunit_resnet50_bt": (2048, 0, 224, LUNIT, "bicubic"),
+    "lunit_resnet50_mocov2": (2048, 0, 224, LUNIT, "bicubic"),
+    "lunit_resnet50_swav": (2048, 0, 224, LUNIT, "bicubic"),
+    "gpfm": (1024, 1, 224, IMAGENET, "bicubic"),
+    "openmidnight": (1536, 5, 224, IMAGENET, "bilinear"),
+    "reddino": (1024, 1, 224, IMAGENET, "bilinear"),
+    "dinobloom_s": (384, 1, 224, IMAGENET, "bilinear"),
+    "keep": (768, 0, 224, IMAGENET, "bicubic"),
+    "ctranspath": (768, 0, 224, IMAGENET, "bilinear"),
+    "chief-ctranspath": (768, 0, 224, IMAGENET, "bilinear"),
+    "phikon": (768, 1, 224, IMAGENET, "bilinear"),
+    "phikon_v2": (1024, 1, 224, IMAGENET, "bilinear"),
+    "midnight12k": (1536, 1, 224, HALF, "bilinear"),
+    "midnight12k_mean": (3072, 1, 224, HALF, "bilinear"),
+    "plip": (512, 1, 224, CLIP, "bicubic"),
+    "mstar": (1024, 1, 224, IMAGENET, "bilinear"),
+    "pathorchestra": (1024, 1, 224, IMAGENET, "bilinear"),
+    "ibot_vits16": (384, 1, 224, IMAGENET, "bilinear"),
+    "ibot_vitb16": (768, 1, 224, IMAGENET, "bilinear"),
+    "ibot_vitl16": (1024, 1, 224, IMAGENET, "bilinear"),
 }
+PACKAGES = {"conch_v1", "conch_v1_contrast", "conch_v15", "musk", "musk_ms", "musk_imagenet"}  # in test_packages.py
+MILLIONS = {
+    "resnet50": 9, "uni_v1": 303, "uni_v2": 681, "virchow": 631, "virchow2": 631, "gigapath": 1135, "hoptimus0": 1135,
+    "h0_mini": 86, "kaiko_vits16": 22, "kaiko_vitl14": 303, "gpfm": 303, "midnight12k": 1135, "openmidnight": 1135,
+    "phikon": 86, "plip": 88, "keep": 305, "lunit_resnet50_bt": 24, "chief-ctranspath": 28, "ibot_vitb16": 86,
+}  # fmt: skip
 
 
 def tiles(b: int = 3, side: int = 64) -> np.ndarray:
@@ -32,21 +70,37 @@ def tiles(b: int = 3, side: int = 64) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_gives_the_width_of_its_row(name: str) -> None:
+def test_every_network_is_what_its_model_card_says(name: str) -> None:
+    dim, n_prefix, input_px, statistics, interpolation = NETWORKS[name]
     row = ENCODERS[name]
-    assert row.build is not None
+    assert (row.dim, row.input_px, (row.mean, row.std), row.interpolation) == (
+        dim, input_px, statistics, interpolation,
+    )  # fmt: skip
     with torch.device("meta"):  # shapes without memory or time
         network = row.build()
-        rows = network(torch.empty(2, 3, row.input_px, row.input_px))
-    assert {(2, other.dim) for other in ENCODERS.values() if other.build is row.build} == {rows.shape}
-    if name in PREFIX_TOKENS:
-        assert network.trunk.num_prefix_tokens == PREFIX_TOKENS[name]
+        assert network(torch.empty(2, 3, input_px, input_px)).shape == (2, dim)
+    assert getattr(network.trunk, "num_prefix_tokens", 0) == n_prefix
     if name in MILLIONS:
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == MILLIONS[name]
 
 
-def test_the_counts_above_are_of_networks_that_are_built() -> None:
-    assert {*PREFIX_TOKENS, *MILLIONS} <= set(NETWORKS)
+@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row.pooling in ("cls", "cls_mean")])
+def test_every_row_pools_known_tokens(name: str) -> None:
+    row, n_prefix = ENCODERS[name], NETWORKS[name][1]
+    with torch.device("meta"):
+        network = row.build()
+    width = network.trunk.num_features
+    tokens = torch.full((1, n_prefix + 4, width), 100.0)  # what no pooling may look at
+    tokens[:, 0] = 1
+    tokens[:, n_prefix:] = torch.tensor([2.0, 3.0, 4.0, 7.0])[:, None]
+    network.trunk.forward_features = lambda _: tokens
+    expected = [1.0] * width + [4.0] * (width if row.pooling == "cls_mean" else 0)
+    assert network(torch.empty(1, 3, 2, 2))[0].tolist() == expected
+
+
+def test_no_row_is_left_out() -> None:
+    assert {*NETWORKS, *PACKAGES, "he_texture"} == set(ENCODERS)
+    assert set(MILLIONS) <= set(NETWORKS)
 
 
 def test_every_row_is_complete() -> None:
@@ -60,14 +114,29 @@ def test_every_row_is_complete() -> None:
 @pytest.mark.parametrize(
     ("alias", "name"),
     [("uni", "uni_v1"), ("h-optimus-0", "hoptimus0"), ("h0-mini", "h0_mini"), ("kaiko-vitb8", "kaiko_vitb8"),
-     ("phikonv2", "phikon_v2"), ("uni2-h", "uni_v2")],
+     ("phikonv2", "phikon_v2"), ("uni2-h", "uni_v2"), ("UNI2-h", "uni_v2"), ("H-optimus-1", "hoptimus1"),
+     ("lunit-vits8", "lunit_vits8"), ("conch1_5", "conch_v15"), ("conch", "conch_v1"), ("cytofm", "ibot_vitb16"),
+     ("dino_vits16", "ibot_vits16"), ("chief", "chief-ctranspath"), ("virchow2-cls", "virchow2_cls"),
+     ("MahmoodLab/UNI", "uni_v1"), ("paige-ai/Virchow2", "virchow2"), ("xiangjx/musk", "musk")],
 )  # fmt: skip
 def test_other_spellings(alias: str, name: str) -> None:
     assert find_encoder(alias) is ENCODERS[name]
 
 
-def test_aliases_are_unique() -> None:
-    names = [name for row in ENCODERS.values() for name in (row.name, *row.aliases)]
+TRIDENT = (
+    "conch_v1 conch_v15 uni_v1 uni_v2 ctranspath phikon phikon_v2 resnet50 keep gigapath virchow virchow2 hoptimus0 "
+    "hoptimus1 h0-mini musk openmidnight gpfm kaiko-vitb8 kaiko-vitb16 kaiko-vits8 kaiko-vits16 kaiko-vitl14 "
+    "lunit-vits8 midnight12k"
+)
+
+
+@pytest.mark.parametrize("name", TRIDENT.split())
+def test_names_of_trident(name: str) -> None:
+    assert find_encoder(name).name.replace("-", "_") == name.replace("-", "_")
+
+
+def test_no_spelling_means_two_rows() -> None:
+    names = [encoders._plain(name) for row in ENCODERS.values() for name in (row.name, *row.aliases)]
     assert len(names) == len(set(names))
 
 
@@ -111,7 +180,7 @@ def test_a_row_depends_on_its_tile_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_is_close_and_float32(precision: module.Precision) -> None:
+def test_lower_precision_is_close_and_float32(precision: Precision) -> None:
     exact = load_encoder(SMALL).encode(tiles())
     rough = load_encoder(SMALL, precision=precision).encode(tiles())
     assert rough.dtype == np.float32
@@ -122,7 +191,7 @@ def test_lower_precision_is_close_and_float32(precision: module.Precision) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_batches_in_flight_on_a_gpu_equal_the_cpu(precision: module.Precision) -> None:
+def test_batches_in_flight_on_a_gpu_equal_the_cpu(precision: Precision) -> None:
     encoder = load_encoder("timm:vit_tiny_patch16_224?random", precision=precision, device="cuda")
     batches = [np.random.default_rng(seed).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8) for seed in range(4)]
     begun = [encoder.start(batch) for batch in batches]

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from eosin.errors import ConfigError, OutputError
 from eosin.features import extract as module
 from eosin.features import reading
-from eosin.features.encoders import Encoder, find_encoder, load_encoder
+from eosin.features.encoders import find_encoder
 from eosin.features.extract import TolerantEncoder, extract
+from eosin.features.inference import Encoder, load_encoder
 from eosin.features.reading import ReadRequest, TileBatch
 from eosin.features.store import read_bag, read_footer
 from eosin.files import file_fingerprint

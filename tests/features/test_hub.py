@@ -54,7 +54,7 @@ def test_the_next_name_is_tried_until_there_is_a_file(monkeypatch: pytest.Monkey
         return "/cache/pytorch_model.bin"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert download_weights("o/n@abc") == Path("/cache/pytorch_model.bin")
+    assert download_weights("o/n", revision="abc") == Path("/cache/pytorch_model.bin")
     assert asked[0] == ("model.safetensors", "abc")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(EntryNotFoundError("no")))
     with pytest.raises(ConfigError, match=r"no file named GPFM\.pth"):

@@ -1,13 +1,24 @@
 """Pooling on known tokens, CTransPath's stem, names of other libraries."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from eosin.features.networks import PooledTransformer, adapt_timm_state, build_ctranspath, build_timm, pool_tokens
-from eosin.features.weights import load_strictly
+from eosin.features.encoders import ENCODERS
+from eosin.features.networks import (
+    EncoderNetwork,
+    PooledTransformer,
+    adapt_timm_state,
+    build_ctranspath,
+    build_keep,
+    build_timm,
+    pool_tokens,
+)
+from eosin.features.weights import find_weights, load_strictly, read_state
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 0}
 
@@ -97,18 +108,117 @@ def test_names_of_transformers(architecture: str, pairs: dict[str, str]) -> None
         assert torch.equal(value, state[name]), name
 
 
-def test_equal_to_transformers_where_it_is_installed() -> None:
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+LIKE = {  # what the rows are built from, and the class of `transformers` that the authors name
+    "phikon": ("ViTModel", "ViTConfig", {"intermediate_size": 64, "layer_norm_eps": 1e-12}),
+    "phikon_v2": ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2}),
+    "midnight12k": ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}),
+}
+
+
+def small_of(name: str) -> EncoderNetwork:
+    """Build the network of a row at toy size, with everything else as the row says."""
+    build = ENCODERS[name].build
+    assert isinstance(build, partial)
+    arguments = {key: value for key, value in build.args[2].items() if key not in TINY} | TINY
+    if name == "midnight12k":
+        arguments |= {"mlp_ratio": 2 * 88 / 32}
+    return build_timm(build.args[0], build.args[1], arguments, **build.keywords).eval()
+
+
+def transformers_model(name: str, image_px: int) -> Any:
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, use_swiglu_ffn=True
-    )
-    theirs = transformers.Dinov2Model(config).eval()
-    theirs.load_state_dict(randomise(theirs.state_dict()))
-    network = build_timm("vit_giant_patch14_dinov2", "cls", TINY | {"mlp_ratio": 2 * 88 / 32}).eval()
-    load_strictly(network.trunk, adapt_timm_state(network.trunk, theirs.state_dict()), Path("x"))
+    model, config, options = LIKE[name]
+    network = getattr(transformers, model)(getattr(transformers, config)(**SMALL, **options, image_size=image_px))
+    network.load_state_dict(randomise(network.state_dict()))
+    return network.eval()
+
+
+def saved(network: Any, folder: Path) -> dict[str, Tensor]:
+    """Return the weights as the library writes them, which is how they are on the hub."""
+    network.save_pretrained(folder)
+    return read_state(find_weights(folder))
+
+
+@pytest.mark.parametrize("layout", ["file", "memory"])
+@pytest.mark.parametrize(
+    ("name", "image_px"),
+    [("phikon", 32), ("phikon_v2", 32), ("phikon_v2", 40), ("midnight12k", 32), ("midnight12k", 40)],
+)
+def test_equal_to_transformers(name: str, layout: str, image_px: int, tmp_path: Path) -> None:
+    theirs = transformers_model(name, image_px)
+    network = small_of(name)
+    state = saved(theirs, tmp_path) if layout == "file" else theirs.state_dict()
+    load_strictly(network.trunk, network.adapt(state), Path("x"))
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(network(pictures), theirs(pictures).last_hidden_state[:, 0])
+        torch.testing.assert_close(network(pictures), theirs(pictures).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_px", [32, 40])
+def test_registers_equal_to_transformers(image_px: int, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(**SMALL, mlp_ratio=2, image_size=image_px, num_register_tokens=4)
+    theirs = transformers.Dinov2WithRegistersModel(config).eval()
+    theirs.load_state_dict(randomise(theirs.state_dict()))
+    network = build_timm("vit_base_patch14_reg4_dinov2", "cls_mean", TINY).eval()
+    load_strictly(network.trunk, network.adapt(saved(theirs, tmp_path)), Path("x"))
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = theirs(pictures).last_hidden_state
+        expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1)
+        torch.testing.assert_close(network(pictures), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_plip_equals_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vision = SMALL | {"intermediate_size": 64, "image_size": 32}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20, "pad_token_id": 1}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=6)
+    theirs = transformers.CLIPModel(config).eval()
+    theirs.load_state_dict(randomise(theirs.state_dict()))
+    build = ENCODERS["plip"].build
+    assert isinstance(build, partial)
+    network = build_timm(build.args[0], build.args[1], build.args[2] | TINY | {"num_classes": 6}).eval()
+    load_strictly(network.trunk, network.adapt(saved(theirs, tmp_path)), Path("x"))
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tower = theirs.vision_model(pixel_values=pictures).pooler_output
+        torch.testing.assert_close(network(pictures), theirs.visual_projection(tower), rtol=1e-4, atol=1e-5)
+
+
+FULL = {  # the settings in the repositories' config.json, as far as they differ from the library's
+    "phikon": ("ViTModel", "ViTConfig", {}),
+    "phikon_v2": (
+        "Dinov2Model",
+        "Dinov2Config",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
+    ),
+    "midnight12k": (
+        "Dinov2Model",
+        "Dinov2Config",
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 24,
+            "patch_size": 14,
+            "use_swiglu_ffn": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_weights_of_transformers_fit(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, config, options = FULL[name]
+    with torch.device("meta"):  # shapes without memory
+        state = getattr(transformers, model)(getattr(transformers, config)(**options, image_size=224)).state_dict()
+        network = ENCODERS[name].build()
+        adapted = network.adapt(state)
+    assert {key: value.shape for key, value in adapted.items() if not key.startswith("pooler")} == {
+        key: value.shape for key, value in network.trunk.state_dict().items()
+    }
 
 
 def test_clip_names_of_transformers() -> None:
@@ -152,3 +262,52 @@ def test_ctranspath_takes_its_published_names() -> None:
     assert torch.equal(loaded["layers.3.downsample.reduction.weight"], state["layers.3.downsample.reduction.weight"])
     with torch.no_grad():
         assert network.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 768)
+
+
+@pytest.mark.parametrize("renamed_scales", [False, True])
+def test_keep_takes_the_names_of_the_hub(renamed_scales: bool) -> None:
+    with torch.device("meta"):
+        network = build_keep()
+        published = {f"text.{n}": torch.empty(1) for n in range(3)} | {"logit_scale": torch.empty(())}
+        for name, value in network.trunk.state_dict().items():
+            published[name.replace(".gamma", ".weight") if renamed_scales else name] = value
+        load_strictly(network.trunk, network.adapt(published), Path("x"))
+        assert network(torch.empty(2, 3, 224, 224)).shape == (2, 768)
+
+
+def test_keep_gives_rows_of_length_one() -> None:
+    with torch.device("meta"):
+        network = build_keep()
+    network.trunk.visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(32), torch.nn.Flatten())
+    network.trunk.visual_head = torch.nn.Linear(3 * 32 * 32, 7)
+    rows = network(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
+
+
+def dino_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return timm's names as sharded DINOv2 training saves them: blocks in chunks, packed SwiGLU as w12 and w3."""
+    named = {name.replace("blocks.", "blocks.0.").replace("mlp.fc1", "mlp.w12"): v for name, v in state.items()}
+    return {name.replace("mlp.fc2", "mlp.w3"): value for name, value in named.items()}
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_names_of_dinov2_training(registers: bool) -> None:
+    suffix = "reg4_dinov2" if registers else "dinov2"
+    network = build_timm(f"vit_giant_patch14_{suffix}", "cls", TINY)
+    state = randomise(network.trunk.state_dict())
+    theirs = dino_names(state) | {"mask_token": torch.zeros(1, 32)}
+    if registers:  # the published networks also have a position for the class token
+        offset = torch.full((1, 1, 32), 0.5)
+        theirs["register_tokens"] = theirs.pop("reg_token")
+        theirs["pos_embed"] = torch.cat([offset, theirs["pos_embed"]], 1)
+        theirs["cls_token"] = theirs["cls_token"] - offset
+    load_strictly(network.trunk, network.adapt(theirs), Path("x"))
+    for name, value in network.trunk.state_dict().items():
+        torch.testing.assert_close(value, state[name])
+
+
+def test_ibot_leaves_its_mask_behind() -> None:
+    network = build_timm("vit_base_patch16_224", "cls", TINY)
+    state = randomise(network.trunk.state_dict())
+    load_strictly(network.trunk, network.adapt(state | {"masked_embed": torch.zeros(1, 32)}), Path("x"))
+    assert torch.equal(network.trunk.pos_embed, state["pos_embed"])

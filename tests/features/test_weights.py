@@ -1,5 +1,6 @@
 """Weights from files: found, safe, unwrapped."""
 
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eosin.errors import CheckpointError
-from eosin.features.weights import find_weights, hash_state, load_strictly, read_state
+from eosin.features.weights import find_weights, hash_state, load_strictly, read_state, revision_of
 
 STATE = {"patch.weight": torch.arange(6.0).reshape(2, 3), "norm.bias": torch.ones(2)}
 
@@ -31,13 +32,31 @@ def same(found: dict[str, torch.Tensor]) -> bool:
             "student": {},
         },
         {f"encoder.{name}": value for name, value in STATE.items()},
+        {
+            "model": {f"teacher.backbone.{name}": value for name, value in STATE.items()}
+            | {f"student.backbone.{name}": value + 1 for name, value in STATE.items()}
+            | {"student.dino_head.x": torch.zeros(1)}
+        },
+        {
+            "state_dict": {f"teacher_backbone.{name}": value for name, value in STATE.items()}
+            | {f"student_backbone.{name}": value + 1 for name, value in STATE.items()}
+        },
+        {
+            "student": {f"module.backbone.{name}": value + 1 for name, value in STATE.items()},
+            "teacher": {f"backbone.{name}": value for name, value in STATE.items()},
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+            "epoch": 3,
+            "args": argparse.Namespace(arch="vit_base", patch_size=16),
+            "dino_loss": {"center": torch.zeros(1, 2)},
+        },
+        {f"dinov2.{name}": value for name, value in STATE.items()} | {"classifier.weight": torch.zeros(2, 2)},
     ],
-    ids=["plain", "state_dict", "module", "dino", "ibot", "encoder"],
+    ids=["plain", "state_dict", "module", "dino", "ibot", "encoder", "dinov2", "lightly", "dino-run", "transformers"],
 )
 def test_training_code_wraps_in_many_ways(tmp_path: Path, content: dict[str, object]) -> None:
     torch.save(content, tmp_path / "w.pth")
     found = read_state(tmp_path / "w.pth")
-    assert same({name: value for name, value in found.items() if not name.startswith("head.")})
+    assert same({name: value for name, value in found.items() if not name.startswith(("head.", "classifier."))})
 
 
 def test_safetensors_and_torch_have_one_hash(tmp_path: Path) -> None:
@@ -102,13 +121,34 @@ def test_finding_the_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_hub_cache(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    (snapshot / "pytorch_model.bin").touch()
-    assert find_weights(tmp_path / "models--owner--name") == snapshot / "pytorch_model.bin"
+    blob = snapshot.parents[1] / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.touch()
+    (snapshot / "pytorch_model.bin").symlink_to(blob)
+    for folder in (snapshot, snapshot.parents[1]):
+        assert find_weights(folder) == snapshot / "pytorch_model.bin"
+    for whole in (tmp_path, tmp_path / "hub"):
+        assert find_weights(whole, source="owner/name") == snapshot / "pytorch_model.bin"
+        with pytest.raises(CheckpointError, match="holds 0 files"):
+            find_weights(whole, source="owner/other")
+    assert revision_of(snapshot / "pytorch_model.bin") == "abc"
+    assert revision_of(tmp_path / "pytorch_model.bin") == ""
     (snapshot.parent / "def").mkdir()
     with pytest.raises(CheckpointError, match="2 revisions"):
-        find_weights(tmp_path / "models--owner--name")
+        find_weights(snapshot.parents[1])
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert find_weights(snapshot.parents[1]) == snapshot / "pytorch_model.bin"
+
+
+def test_the_file_that_a_row_names_comes_first(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "teacher_checkpoint_load.pt"):
+        (tmp_path / name).touch()
+    assert find_weights(tmp_path).name == "pytorch_model.bin"
+    assert find_weights(tmp_path, "teacher_checkpoint_load.pt").name == "teacher_checkpoint_load.pt"
 
 
 def test_what_does_not_fit_is_named() -> None:
