@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "eosin"
 
 ORDER = (
-    "errors", "options", "files", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "pipeline", "demo", "cli",
+    "errors", "options", "files", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "selection",
+    "pipeline", "stages", "demo", "cli",
 )  # fmt: skip
 
 LEAST = {"pydantic", "yaml"}

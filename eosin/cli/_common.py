@@ -40,6 +40,7 @@ GROUPS = (
     "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
     "cohort", "pipeline",  # as `eosin.demo.Demo`
     "questions",  # as `eosin.heatmaps.question.Questions`
+    "selection", "second",  # as `eosin.selection.Selection`, `eosin.stages.SecondStage`
 )  # fmt: skip
 USAGE, ENVIRONMENT = 2, 3
 PIPE_WIDTH = 200

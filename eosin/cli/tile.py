@@ -1,4 +1,9 @@
-"""`eosin tile`: slides → tissue, contours, tile coordinates."""
+"""`eosin tile`: slides → tissue, contours, tile coordinates; or the tiles that a first model chooses for a second."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from eosin.cli._arguments import (
     Contours,
@@ -21,9 +26,16 @@ from eosin.cli._arguments import (
     tile_mpp,
 )
 from eosin.cli._common import Done, Settings, command, progress
+from eosin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eosin.wsi.grid import Tiling
+    from eosin.wsi.slide import SlideFile
+
+STAGES = "Two stages"
 
 
-@command("tiling", "tissue")
+@command("tiling", "tissue", "selection")
 def tile(
     slides: Slides,
     *,
@@ -37,12 +49,37 @@ def tile(
     overrides: Overrides = None,
     slide_mpp: SlideMpp = None,
     preview: Preview = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Choose tiles by the attention of this run's models (eosin crossval), made at a coarser mpp.",
+            rich_help_panel=STAGES,
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            help="With --from: most tiles per slide that RUN chooses.", show_default="64", rich_help_panel=STAGES
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="With --from: RUN's features of these slides, if not in the job.", rich_help_panel=STAGES),
+    ] = None,
+    allow_seen: Annotated[
+        bool,
+        typer.Option(
+            "--allow-seen", help="With --from: also choose by models that saw the slide.", rich_help_panel=STAGES
+        ),
+    ] = False,
     workers: Workers = 0,
     timeout: Timeout = None,
     shard: Shard = "0/1",
     settings: Settings,
 ) -> Done:
-    """Find the tissue of slides and lay the grid of tiles over it."""
+    """Find the tissue of slides and lay the grid of tiles over it, or over what a first model attends to."""
     from eosin.wsi.grid import Tiling
     from eosin.wsi.job import JobFolder, read_overrides, tile_slides
     from eosin.wsi.preview import preview_slides
@@ -60,6 +97,23 @@ def tile(
     tissue = settings.parse("tissue", TissueOptions)
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
     index, count = shard_numbers(shard)
+    if from_ is not None:
+        _refuse_together(preview=preview, contours=contours, overrides=overrides, tissue=settings.group("tissue"))
+        return _tile_selected(
+            files,
+            job,
+            from_,
+            tiling,
+            settings,
+            budget=budget,
+            features=features,
+            allow_seen=allow_seen,
+            workers=workers,
+            shard=(index, count),
+            timeout_s=slide_timeout(timeout, workers),
+        )
+    if budget is not None or features is not None or allow_seen or settings.group("selection"):
+        raise ConfigError("--budget, --features, --allow-seen and selection belong to --from RUN; add it")
     treat = preview_slides if preview else tile_slides
     with progress("tile", len(files[index::count])) as advance:
         report = treat(
@@ -75,3 +129,45 @@ def tile(
             progress=advance,
         )
     return Done([job / ("previews" if preview else tiling.folder)], report)
+
+
+def _refuse_together(**given: object) -> None:
+    """Refuse options that say where tissue is: a second stage takes the outlines of the first."""
+    wrong = [f"--{name}" for name, value in given.items() if value]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: with --from RUN the tissue is that of the first stage; leave it out")
+
+
+def _tile_selected(
+    files: "list[SlideFile]",
+    job: Path,
+    run: Path,
+    tiling: "Tiling",
+    settings: Settings,
+    *,
+    budget: int | None,
+    features: Path | None,
+    allow_seen: bool,
+    workers: int,
+    shard: tuple[int, int],
+    timeout_s: float | None,
+) -> Done:
+    from eosin.selection import Selection, tile_selected
+    from eosin.wsi.job import JobFolder
+
+    selection = settings.parse("selection", Selection, budget=budget)
+    with progress("select", len(files[shard[0] :: shard[1]])) as advance:
+        report = tile_selected(
+            files,
+            JobFolder(job),
+            run,
+            tiling,
+            selection=selection,
+            features=features,
+            allow_seen=allow_seen,
+            workers=workers,
+            shard=shard,
+            timeout_s=timeout_s,
+            progress=advance,
+        )
+    return Done([job / selection.folder(tiling)], report)

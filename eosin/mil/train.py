@@ -38,6 +38,7 @@ from eosin.mil.feed import (
 from eosin.mil.parallel import join, mean_over_processes, sum_gradients
 from eosin.mil.recipe import Recipe, Training
 from eosin.mil.resume import State, forget_state, read_log, read_state, write_log, write_state
+from eosin.mil.seen import SEEN, write_seen
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task
@@ -137,8 +138,8 @@ def fit(
         Bags to learn from, and bags by which the epoch is chosen and training is stopped early; without `val`, the
         recipe must select the last epoch.
     folder : Path, optional
-        Receives ``model.safetensors``, ``model.json``, ``log.csv`` and the state to resume from; a run with the same
-        recipe and examples that was killed continues there.
+        Receives ``model.safetensors``, ``model.json``, ``log.csv``, ``seen.csv`` (the slides that shaped the model) and
+        the state to resume from; a run with the same recipe and examples that was killed continues there.
     device : str
         ``auto``, ``cpu``, ``cuda``.
     precision : {"fp32", "bf16"}
@@ -163,6 +164,8 @@ def fit(
     fingerprint = _fingerprint(recipe, task, train, val, f"{precision} {choose_device(device).type}")
     done = None if folder is None else _finished(folder, fingerprint)
     if done is not None:
+        if folder is not None and not (folder / SEEN).exists():  # of a version that did not write it
+            write_seen(folder, train, val)
         return done
     task = task.fit_to(train.targets)
     with _own_randomness(recipe.training.seed, device):
@@ -182,6 +185,7 @@ def fit(
             fitted = _refit(fitted, recipe, task, train, val, device=device, precision=precision)
     if folder is not None and not run.rank:
         write_log(folder, fitted.history)
+        write_seen(folder, train, val)
         fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
         forget_state(folder)
     return fitted

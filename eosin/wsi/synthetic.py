@@ -400,11 +400,11 @@ def _stroke(rng: np.random.Generator, size_um: tuple[float, float]) -> NDArray[n
 
 
 def _write_slide(path: Path, rgb: Bytes, plan: SlidePlan) -> None:
-    write_file(path, partial(_save_pyramid, rgb, plan))
+    write_file(path, partial(save_pyramid, rgb, plan))
 
 
-def _save_pyramid(rgb: Bytes, plan: SlidePlan, path: Path) -> None:
-    """Write the levels as a chain of IFDs; OpenSlide finds the reduced ones by bit 0 of NewSubfileType."""
+def save_pyramid(rgb: Bytes, plan: SlidePlan, path: Path) -> None:
+    """Write level 0 and its halves as a chain of IFDs; OpenSlide finds the latter by bit 0 of NewSubfileType."""
     with tifffile.TiffWriter(path) as tiff:
         for level, image in enumerate(_levels(rgb)):
             tiff.write(

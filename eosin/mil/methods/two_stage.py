@@ -9,13 +9,17 @@ classification and localization, 2019, https://arxiv.org/abs/1905.13208.
 3. Selection (`select_tiles`): principal components of a slide's features, k-means, saliency of a cluster = its mean
    weight ``ā_c``; of a budget B cluster c gives ``round(B ā_c / Σ ā)`` tiles, at most its own number, what is left
    over goes to the next most salient; within a cluster the most attended first.
-4. A tile at the low magnification covers ratio × ratio tiles at the higher one (`children_px0`).
+4. A tile at the low magnification covers ratio × ratio tiles at the higher one (`children_px0`, `child_grid`).
+
+``eosin run --recipe two_stage`` goes the whole way; ``eosin tile --from RUN --mpp 1.0 --budget 64`` is the step between
+the stages. Both take care that the tiles of a slide are chosen by first-stage models that have not seen its patient:
+a model that has been trained on a slide attends there to what it remembers, and the second stage would learn from that.
 
 Deviations from the authors. The constants (p = ½, 32 components, 4 clusters) are not printed in what could be read
 and are options. The mean of the data is 0 in standardized features, which is what replaces a tile here; the authors
 replace pixels before their network. The number of tiles changes a raw weight, but neither quotas nor ranks within a
-slide. Tiles for training the second stage must come from first-stage models that have not seen the slide
-(out-of-fold); this file cannot see to that.
+slide. Features are frozen in both stages; the authors train their networks end to end. Components and clusters of a
+slide with more than 10,000 tiles are fitted to that many, evenly spaced.
 """
 
 import numpy as np
@@ -30,6 +34,10 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, Step, Strategy
 from eosin.mil.tasks import Task
+from eosin.wsi.grid import TileGrid, Tiling
+
+FITTED_TILES = 10_000
+RATIO_TOLERANCE = 0.02
 
 
 @STRATEGIES.register("instance_dropout")
@@ -97,7 +105,7 @@ def select_tiles(
     n = len(features)
     if n <= 1:
         return np.arange(n)
-    cluster = _clustered(np.asarray(features, np.float64), min(clusters, n), components, seed)
+    cluster = _clustered(features, min(clusters, n), components, seed)
     numbers = np.unique(cluster)
     saliency = np.array([weights[cluster == number].mean() for number in numbers])
     order = np.argsort(-saliency, kind="stable")
@@ -134,14 +142,64 @@ def children_px0(origins_px0: NDArray[np.int64], *, tile_px0: int, ratio: int = 
     return small.reshape(-1, 2)
 
 
-def _clustered(features: NDArray[np.float64], clusters: int, components: int, seed: int) -> NDArray[np.int32]:
-    if not np.ptp(features, axis=0).any():
+def child_grid(parents: TileGrid, tiling: Tiling) -> TileGrid:
+    """Return the tiles of a finer tiling that make up the tiles of a grid, equation 4.
+
+    Parameters
+    ----------
+    parents : TileGrid
+        Large tiles; children of several, where large tiles overlap, appear once.
+    tiling : Tiling
+        Of the small tiles, without overlap.
+
+    Returns
+    -------
+    TileGrid
+        Row-major.
+
+    Raises
+    ------
+    ConfigError
+        If a large tile is no whole number of small ones along a side, or small tiles overlap.
+    """
+    ratio = tile_ratio(parents.tiling, tiling)
+    delivered = tiling.delivered_mpp(parents.slide_mpp) / parents.slide_mpp
+    side = max(1, round(tiling.patch_size * delivered))
+    steps = np.rint(np.arange(ratio) * parents.tile_px0 / ratio).astype(np.int64)
+    y, x = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
+    origins = (parents.origins_px0[:, None] + np.stack([x, y], 1)).reshape(-1, 2)
+    origins = np.minimum(origins, np.array(parents.slide_size_px0) - side)  # rounding may push a tile over the edge
+    rows = np.unique(origins[:, ::-1], axis=0)[:, ::-1] if len(origins) else origins
+    return TileGrid(np.ascontiguousarray(rows), side, tiling, parents.slide_size_px0, parents.slide_mpp)
+
+
+def tile_ratio(large: Tiling, small: Tiling) -> int:
+    """Return how many small tiles lie along a side of a large one; see `child_grid` for the errors."""
+    if small.overlap:
+        raise ConfigError(f"overlap {small.overlap}: the tiles of the second stage cover those of the first; give 0")
+    exact = large.mpp * large.patch_size / (small.mpp * small.patch_size)
+    ratio = round(exact)
+    if ratio < 1 or abs(exact / ratio - 1) > RATIO_TOLERANCE or small.mpp > large.mpp * (1 + RATIO_TOLERANCE):
+        finest = [large.mpp * large.patch_size / small.patch_size / r for r in range(1, 17)]
+        fitting = ", ".join(f"{mpp:.4g}" for mpp in finest if mpp <= large.mpp * (1 + RATIO_TOLERANCE))
+        raise ConfigError(
+            f"tiles of {large.patch_size} px at {large.mpp:g} µm/px cannot be cut into tiles of {small.patch_size} px "
+            f"at {small.mpp:g} µm/px without a remainder; with this size, --mpp may be {fitting} ..."
+        )
+    return ratio
+
+
+def _clustered(features: NDArray[np.floating], clusters: int, components: int, seed: int) -> NDArray[np.int32]:
+    step = -(-len(features) // FITTED_TILES)
+    sample = np.asarray(features[::step], np.float64)
+    if not np.ptp(sample, axis=0).any():
         return np.zeros(len(features), np.int32)
-    components = min(components, *features.shape)
-    reduced = PCA(components, random_state=seed).fit_transform(features)
-    distinct = min(clusters, len(np.unique(reduced, axis=0)))
-    labels: NDArray[np.int32] = KMeans(distinct, n_init=4, random_state=seed).fit_predict(reduced)
-    return labels
+    projection = PCA(min(components, *sample.shape), random_state=seed).fit(sample)
+    reduced = projection.transform(sample)
+    means = KMeans(min(clusters, len(np.unique(reduced, axis=0))), n_init=4, random_state=seed).fit(reduced)
+    parts = [features[start : start + FITTED_TILES] for start in range(0, len(features), FITTED_TILES)]
+    labels = [means.predict(projection.transform(np.asarray(part, np.float64))) for part in parts]
+    return np.concatenate(labels).astype(np.int32)
 
 
 def _quotas(saliency: NDArray[np.float64], sizes: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
