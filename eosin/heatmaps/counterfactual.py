@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
-from scipy.stats import spearmanr
 
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
+from eosin.heatmaps.readout import ExactBag
 from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Look, Subsets
 from eosin.wsi.grid import TileGrid
 
@@ -25,7 +25,7 @@ Kind = Literal["remove", "keep only", "add"]
 Indices = NDArray[np.int64]
 SubsetsT = TypeVar("SubsetsT", bound=Subsets)
 N_CONTROLS = 50
-AGREEMENT_TILES = 64
+ALL_EXACT_INSTANCES = 500**2  # instances that a model is run on to know the effects of all tiles
 
 
 @dataclass(frozen=True)
@@ -209,27 +209,31 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     Returns
     -------
     effects : (n,) float64
-        Log-odds with the tile minus log-odds without it. Exact for a `PooledBag` and a `CriticalBag`; for
-        a model that has to be run again, a first-order guess from its gradient.
+        Log-odds with the tile minus log-odds without it. Exact for every model with a closed form, and for small
+        bags of a model that has to be run again; for its large bags the first-order guess of `ForwardBag.best_guess`.
     agreement : float
-        Spearman correlation of the guess with the exact effects of 64 random tiles; 1 where all are exact.
+        Spearman correlation of the guess with the exact effects of a random sample; 1 where all are exact.
     """
     log_odds = Target(target.output)
-    if isinstance(subsets, PooledBag | CriticalBag):
-        changes = subsets.leave_one_out()
-        vector = log_odds.direction(changes.shape[1])
-        if vector is not None:
-            return -(changes @ vector), 1.0
-        logits = subsets.logits()
-        return log_odds.of(logits) - log_odds.of(logits + changes), 1.0
-    if not isinstance(subsets, ForwardBag):
+    if isinstance(subsets, ForwardBag):
+        return _estimated_effects(subsets, log_odds)
+    if not isinstance(subsets, PooledBag | CriticalBag | ExactBag):
         raise TypeError(f"{type(subsets).__name__} cannot tell the effects of single tiles")
-    guess = -subsets.proxy(log_odds)
-    sample = np.random.default_rng(0).permutation(subsets.n_instances)[:AGREEMENT_TILES]
-    exact = _value(target, subsets.logits()) - log_odds.of(subsets.remove_each(sample))
-    if len(sample) < 2 or np.ptp(exact) == 0 or np.ptp(guess[sample]) == 0:
-        return guess, float("nan")
-    return guess, float(spearmanr(guess[sample], exact).statistic)
+    changes = subsets.leave_one_out()
+    vector = log_odds.direction(changes.shape[1])
+    if vector is not None:
+        return -(changes @ vector), 1.0
+    logits = subsets.logits()
+    return log_odds.of(logits) - log_odds.of(logits + changes), 1.0
+
+
+def _estimated_effects(bag: ForwardBag, log_odds: Target) -> tuple[Floats, float]:
+    """Run the model without each tile of a small bag; of a large one guess, and compare a sample."""
+    if bag.n_instances**2 <= ALL_EXACT_INSTANCES:
+        exact = bag.remove_each(np.arange(bag.n_instances))
+        return _value(log_odds, bag.logits()) - log_odds.of(exact), 1.0
+    guess = bag.best_guess(log_odds)
+    return -guess.values, guess.agreement
 
 
 def effect_map(effects: Floats, grid: TileGrid, class_name: str) -> Heatmap:
@@ -270,7 +274,7 @@ def smallest_necessary(subsets: Subsets, target: Target, search: Search) -> Smal
     if isinstance(subsets, PooledBag) and is_linear(subsets, target):
         return _bisect(subsets, target)
     turned = np.flatnonzero(target.of(search.logits) <= 0)
-    return SmallestSet(search.order[: turned[0]], is_certain=False) if len(turned) else None
+    return SmallestSet(search.order[: search.removed[turned[0]]], is_certain=False) if len(turned) else None
 
 
 def is_linear(bag: PooledBag, target: Target) -> bool:

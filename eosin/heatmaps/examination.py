@@ -10,7 +10,6 @@ from scipy.special import expit
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.counterfactual import (
-    AGREEMENT_TILES,
     Effect,
     Indices,
     Kind,
@@ -132,7 +131,7 @@ class Counterfactuals:
         if self.agreement < 1:
             sentences.append(
                 "The map of single tiles is a first-order guess; its rank correlation with the exact effects of "
-                f"{AGREEMENT_TILES} random tiles is {self.agreement:.2f}."
+                f"random tiles is {self.agreement:.2f}."
             )
         return [*sentences, self.method]
 

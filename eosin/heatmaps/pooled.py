@@ -84,15 +84,23 @@ class Search:
     ----------
     order : (R,) int64
         Instances in the order in which they were removed.
-    logits : (R + 1, K) float64
-        The prediction before the first round and after each.
+    logits : (S + 1, K) float64
+        The prediction before the first step and after each.
     evaluations : int
         Candidate bags that were judged.
+    steps : (S + 1,) int64, optional
+        Instances gone at each row of `logits`; one more per row unless given.
     """
 
     order: NDArray[np.int64]
     logits: Floats
     evaluations: int
+    steps: NDArray[np.int64] | None = None
+
+    @property
+    def removed(self) -> NDArray[np.int64]:
+        """Instances gone at each row of `logits`, (S + 1,)."""
+        return np.arange(len(self.logits)) if self.steps is None else self.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +140,11 @@ class PooledBag:
         """Return the bag of the instances at `index`."""
         chosen = np.asarray(index)
         return PooledBag(self.scores[chosen], self.terms[chosen], self.bias)
+
+    def with_zero_logit(self) -> "PooledBag":
+        """Return the bag of a model of two classes and one logit with a logit 0 for the first class."""
+        terms = np.concatenate([np.zeros_like(self.terms), self.terms], axis=2)
+        return PooledBag(self.scores, terms, np.concatenate([np.zeros_like(self.bias), self.bias]))
 
     def join(self, donor: "PooledBag") -> "PooledBag":
         """Return the bag with the instances of a donor, seen by the same model, added."""
@@ -223,7 +236,7 @@ class PooledBag:
 
         def cost(candidates: Tensor, now: Tensor) -> Tensor:
             values, current = target.of(candidates.numpy()), float(target.of(now.numpy()))
-            return torch.from_numpy(_cost(values, current, direction))
+            return torch.from_numpy(cost_of(values, current, direction))
 
         path = kernels.greedy_removal(*self._kernel_arguments(), rounds=rounds, objective=cost)
         n = self.n_instances
@@ -261,14 +274,15 @@ class PooledBag:
         return np.flatnonzero(removed)
 
 
-def _cost(candidates: Floats, current: float, direction: Direction) -> Floats:
+def cost_of(candidates: Floats, current: float, direction: Direction) -> Floats:
+    """Return what a search makes small: the numbers themselves, their negatives or their distance from the current."""
     costs = {"min": candidates, "max": -candidates, "least": np.abs(candidates - current)}
     return np.asarray(costs[direction], dtype=np.float64)
 
 
 def choose(candidates: Floats, current: float, direction: Direction) -> int:
     """Return the first of the best candidates."""
-    return int(np.argmin(_cost(candidates, current, direction)))
+    return int(np.argmin(cost_of(candidates, current, direction)))
 
 
 def _weighted_mean(values: Floats, scores: Floats) -> float:

@@ -97,7 +97,7 @@ class LsePooling(Pooling):
         """Return the smooth maxima."""
         total = segment_logsumexp(instances * self.sharpness, bags.cu_seqlens)  # (B, E), -inf for an empty bag
         lengths = bags.cu_seqlens.diff()[:, None]
-        return torch.where(lengths > 0, total - lengths.clamp(min=1).log(), 0.0) / self.sharpness
+        return torch.where(lengths > 0, total - lengths.clamp(min=1).to(total.dtype).log(), 0.0) / self.sharpness
 
 
 for _name in ("mean", "max", "lse"):

@@ -1,0 +1,298 @@
+"""The attention of a transformer's layers for one slide, as factors that carry a row without an n × n matrix.
+
+A forward pass is listened to (`inputs_of`), the factors of each layer are computed from what the layer was given, and
+`Trace.row` carries the weights with which the bag is read out down to the tiles (`eosin.heatmaps.rollout`):
+
+- Set Transformer: from the seeds through their own attention, then the pooling's weights, then each ISAB as two
+  factors, tiles to inducing points and back, each averaged over heads.
+- GDAT: from the pooling's weights through each block as two factors, tiles to groups and back; the tenth of its own
+  value that every tile adds counts as the tile itself, what falls on padding is left out.
+- TransMIL: from the class token through both Nyström layers, three factors per head, averaged over heads. The product
+  may be negative: those entries are cut to 0. The convolutions are ignored, repeated tiles count for their
+  originals, and the class token's own share is left out at the end.
+
+A method joins by ``@trace_attention.register``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eosin.heatmaps.rollout import Floats, rollout_row
+from eosin.mil.attention import mixed_weights
+from eosin.mil.bags import PackedBags
+from eosin.mil.methods.comel import Gdat, GdatBlock, Groups
+from eosin.mil.methods.packmil import Downsampled
+from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, SetTransformer
+from eosin.mil.methods.transmil import Layout, NystromLayer, TransMil, pseudo_inverse
+from eosin.mil.slots import AttentionOutput
+from eosin.mil.standardize import Standardized
+
+ROWS_PER_STEP = 16_384
+GDAT_OWN_SHARE = 0.1
+
+Step = Callable[[Floats], Floats]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a rollout follows.
+
+    Parameters
+    ----------
+    start : (t,) float64
+        Weights with which the tokens of the last layer are read out.
+    layers : sequence of callables
+        Input side first; each returns ``r @ A`` of a row r (t,).
+    to_tiles : callable
+        From a row of tokens (t,) to tiles (n,).
+    """
+
+    start: Floats
+    layers: Sequence[Step]
+    to_tiles: Step
+
+    def row(self) -> Floats:
+        """Return the rollout of the slide's representation to its tiles, (n,) non-negative with sum 1."""
+        tiles = self.to_tiles(rollout_row(self.start, self.layers))
+        return np.asarray(tiles / tiles.sum())
+
+
+@singledispatch
+def trace_attention(model: nn.Module, pack: PackedBags) -> Trace | None:
+    """Return the trace of one bag, or None for a model without layers of attention between tiles."""
+    return None
+
+
+@trace_attention.register(Standardized)
+def _of_standardized(model: Standardized, pack: PackedBags) -> Trace | None:
+    return trace_attention(model.aggregator, model.standardizer(pack))
+
+
+@trace_attention.register(Downsampled)
+def _of_host(model: Downsampled, pack: PackedBags) -> Trace | None:
+    with torch.no_grad():
+        return trace_attention(model.host, model.downsample(pack, longer_than=None))
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
+    """Collect, for each module, the first argument of every call while the block runs."""
+    seen: list[list[Any]] = [[] for _ in modules]
+
+    def listen(place: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen[place].append(arguments[0])
+
+    handles = [module.register_forward_pre_hook(partial(listen, place)) for place, module in enumerate(modules)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@trace_attention.register(SetTransformer)
+@torch.no_grad()
+def _of_set_transformer(model: SetTransformer, pack: PackedBags) -> Trace:
+    encoder = [block for block in model.encoder if isinstance(block, InducedBlock)]
+    decoder = [block for block in model.decoder if isinstance(block, MultiheadBlock)]
+    listened = [encoder, [block.point.key for block in encoder], [block.query for block in decoder]]
+    with inputs_of([module for modules in listened for module in modules]) as seen:
+        output = model(pack)
+    inputs = [calls[0] for calls in seen]
+    given, summaries, seeds = (
+        inputs[: len(encoder)],
+        inputs[len(encoder) : 2 * len(encoder)],
+        inputs[2 * len(encoder) :],
+    )
+    read = np.full(model.pool.seeds.shape[1], 1 / model.pool.seeds.shape[1])
+    for block, tokens in reversed(list(zip(decoder, seeds, strict=True))):
+        read = 0.5 * read + 0.5 * read @ _seed_attention(block, tokens[0])
+    start = _pooling_weights(output, heads=model.pool.block.heads) @ read
+    layers = [partial(_through_points, *parts) for parts in zip(encoder, given, summaries, strict=True)]
+    return Trace(start, layers, lambda row: row)
+
+
+def _pooling_weights(output: AttentionOutput, *, heads: int) -> Floats:
+    """Return the weights of the tiles for each seed, mean over heads: (n, k)."""
+    weights = output.scores.double().softmax(0).unflatten(1, (-1, heads)).mean(2)
+    return np.asarray(weights.cpu().numpy())
+
+
+def _seed_attention(block: MultiheadBlock, tokens: Tensor) -> Floats:
+    """Return the attention of the seeds of a bag (k, X) to each other, mean over heads: (k, k)."""
+    query, key = (_by_head(part(tokens), block.heads).transpose(0, 1) for part in (block.query, block.key))
+    return np.asarray((query @ key.mT * block.scale).softmax(-1).mean(0).double().cpu().numpy())
+
+
+@torch.no_grad()
+def _through_points(block: InducedBlock, bags: PackedBags, summary: Tensor, row: Floats) -> Floats:
+    """Return the row after an ISAB that made the summary (1, m, d): tiles to inducing points, and these to tiles."""
+    tokens = block.tokens
+    point, inducing = block.point, block.inducing
+    keys = _by_head(point.key(summary[0]), point.heads)
+    shares = gather_row(row, bags.values, point.query, keys, scale=point.scale).mean(1, keepdim=True)  # (m, 1)
+    query, key = _by_head(inducing.query(tokens), inducing.heads), _by_head(inducing.key(bags.values), inducing.heads)
+    mix = shares.expand(-1, inducing.heads)[None]
+    weights = mixed_weights(query, key, mix.to(query), bags.lengths, inducing.scale)
+    return np.asarray(weights.double().mean(1).cpu().numpy())
+
+
+def gather_row(
+    row: Floats,
+    values: Tensor,
+    project: Callable[[Tensor], Tensor],
+    keys: Tensor,
+    *,
+    scale: float,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Return ``Σ_n r_n softmax_m(q_n k_m)`` for tokens that read m others, (m, H), in steps that bound memory.
+
+    Parameters
+    ----------
+    row : (n,) float64
+    values : (n, E)
+        Tokens.
+    project : callable
+        Tokens (c, E) to queries (c, H · d).
+    keys : (m, H, d)
+    scale : float
+    present : (m,) bool, optional
+        Keys that exist.
+    """
+    total = keys.new_zeros(keys.shape[:2])
+    weights = torch.from_numpy(row).to(keys)
+    for part, share in zip(torch.split(values, ROWS_PER_STEP), torch.split(weights, ROWS_PER_STEP), strict=True):
+        scores = torch.einsum("nhd,mhd->nmh", _by_head(project(part), keys.shape[1]), keys) * scale
+        if present is not None:
+            scores = scores.masked_fill(~present[None, :, None], float("-inf"))
+        total += torch.einsum("n,nmh->mh", share, scores.softmax(1))
+    return total
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    return values.unflatten(-1, (heads, -1))
+
+
+@trace_attention.register(Gdat)
+@torch.no_grad()
+def _of_gdat(model: Gdat, pack: PackedBags) -> Trace:
+    blocks = [block for block in model.blocks if isinstance(block, GdatBlock)]
+    with inputs_of([block.norm1 for block in blocks]) as seen:
+        output = model(pack)
+    groups = Groups.of(pack.lengths, model.region_size, model.grouping, pack.values.device)
+    layers = [partial(_through_groups, block, calls[0], groups) for block, calls in zip(blocks, seen, strict=True)]
+    return Trace(_pooling_weights(output, heads=1)[:, 0], layers, lambda row: row)
+
+
+@torch.no_grad()
+def _through_groups(block: GdatBlock, tokens: Tensor, groups: Groups, row: Floats) -> Floats:
+    """Return the row after a GDAT block: tiles to groups, and these to tiles, plus the tiles' own tenth."""
+    attention = block.attn
+    normed = block.norm1(tokens)
+    padded = normed.new_zeros(sum(groups.lengths), normed.shape[1]).index_copy(0, groups.padded, normed)
+    means = torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]  # (1, m, E)
+    projections = [partial(_project_third, attention.qkv, third) for third in range(2)]
+    keys = _by_head(projections[1](means[0]), attention.heads)
+    present = groups.present[0]
+    shares = gather_row(row, normed, projections[0], keys, scale=attention.scale, present=present)
+    query, key = (
+        _by_head(project(part), attention.heads) for project, part in zip(projections, (means, padded), strict=True)
+    )
+    mix = shares.mean(1, keepdim=True).expand(-1, attention.heads)[None]
+    weights = mixed_weights(query, key, mix.to(query), groups.lengths, attention.scale)[groups.padded]
+    return np.asarray(weights.double().mean(1).cpu().numpy()) + GDAT_OWN_SHARE * row
+
+
+def _project_third(qkv: nn.Linear, third: int, values: Tensor) -> Tensor:
+    """Return the queries (0), keys (1) or values (2) of a joint projection."""
+    width = qkv.out_features // 3
+    chosen = slice(third * width, (third + 1) * width)
+    bias = None if qkv.bias is None else qkv.bias[chosen]
+    return torch.nn.functional.linear(values, qkv.weight[chosen], bias)
+
+
+@dataclass(frozen=True, eq=False)
+class NystromFactors:
+    """The three factors of a Nyström layer for one bag: ``A1 A2⁺ A3`` per head, over the padded rows P.
+
+    Parameters
+    ----------
+    normed : (T, E)
+        Tokens after the layer's norm.
+    marks_query, marks_key : (m, H, d)
+        Landmarks.
+    inverse : (H, m, m)
+    layer : NystromLayer
+    layout : Layout
+    """
+
+    normed: Tensor
+    marks_query: Tensor
+    marks_key: Tensor
+    inverse: Tensor
+    layer: NystromLayer
+    layout: Layout
+
+    @classmethod
+    def of(cls, layer: NystromLayer, tokens: Tensor, layout: Layout) -> "NystromFactors":
+        """Compute the factors for the tokens (T, E) that a layer was given."""
+        normed = layer.norm(tokens)
+        padded = normed.new_zeros(sum(layout.lengths), normed.shape[1]).index_copy(0, layout.padded, normed)
+        means = torch.segment_reduce(padded, "mean", lengths=layout.group, axis=0)  # (m, E)
+        query, key = (_by_head(_project_third(layer.to_qkv, third, means), layer.heads) for third in range(2))
+        scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * layer.scale  # (H, m, m)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+        inverse = pseudo_inverse(wide[None], layer.pinv_iterations)[0]
+        return cls(normed, query, key, inverse, layer, layout)
+
+    def to_landmarks(self, row: Floats) -> Tensor:
+        """Return ``r A1 A2⁺`` per head of a row of tokens (T,): (m, H)."""
+        project = partial(_project_third, self.layer.to_qkv, 0)
+        shares = gather_row(row, self.normed, project, self.marks_key, scale=self.layer.scale)  # (m, H)
+        return torch.einsum("mh,hmk->kh", shares, self.inverse.to(shares))
+
+    def from_landmarks(self, mix: Tensor) -> Tensor:
+        """Return ``mix A3`` per head of weights of landmarks (m, H), without padding: (T, H)."""
+        padded = self.padded_third(1)
+        query = self.marks_query[None]
+        weights = mixed_weights(query, padded, mix[None].to(query), self.layout.lengths, self.layer.scale)
+        return weights[self.layout.padded]
+
+    def padded_third(self, third: int) -> Tensor:
+        """Return the queries, keys or values of the padded rows, (P, H, d)."""
+        rows = _by_head(_project_third(self.layer.to_qkv, third, self.normed), self.layer.heads)
+        # no bias: rows of zeros stay zeros
+        return rows.new_zeros(sum(self.layout.lengths), *rows.shape[1:]).index_copy(0, self.layout.padded, rows)
+
+
+@trace_attention.register(TransMil)
+@torch.no_grad()
+def _of_transmil(model: TransMil, pack: PackedBags) -> Trace:
+    layers = (model.layer1, model.layer2)
+    with inputs_of([layer.norm for layer in layers]) as seen:
+        model(pack)
+    layout = Layout.of(pack.lengths, model.landmarks, pack.values.device)
+    steps = [partial(_through_landmarks, layer, calls[0], layout) for layer, calls in zip(layers, seen, strict=True)]
+    start = np.zeros(len(layout.source))
+    start[int(layout.first[0])] = 1.0
+
+    def to_tiles(row: Floats) -> Floats:
+        return np.asarray(layout.per_instance(torch.from_numpy(row)[:, None].to(layout.instances.device))[:, 0].cpu())
+
+    return Trace(start, steps, to_tiles)
+
+
+@torch.no_grad()
+def _through_landmarks(layer: NystromLayer, tokens: Tensor, layout: Layout, row: Floats) -> Floats:
+    """Return the row after a Nyström layer, mean over heads; entries may be negative."""
+    factors = NystromFactors.of(layer, tokens, layout)
+    weights = factors.from_landmarks(factors.to_landmarks(row))
+    return np.asarray(weights.double().mean(1).cpu().numpy())
