@@ -1,0 +1,549 @@
+"""The live page: one per browser tab. What a reader does becomes an edit, an edit becomes a prediction in words."""
+
+import asyncio
+import base64
+import functools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from bokeh.document import Document
+from bokeh.events import ButtonClick, SelectionGeometry, Tap
+from bokeh.layouts import column, row
+from bokeh.models import (
+    BoxSelectTool,
+    ColumnDataSource,
+    CustomJS,
+    Div,
+    FreehandDrawTool,
+    LassoSelectTool,
+    MultiLine,
+    PanTool,
+    TileRenderer,
+    WMTSTileSource,
+)
+from numpy.typing import NDArray
+
+from eosin.errors import EosinError
+from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.viewer.canvas import REMOVED_COLOUR, Canvas, make_canvas, outline_columns
+from eosin.heatmaps.viewer.catalogue import Catalogue, Study
+from eosin.heatmaps.viewer.lattice import Indices, tiles_in_outline, tiles_under_stroke
+from eosin.heatmaps.viewer.layers import Choice, default_scaling, scalings_of
+from eosin.heatmaps.viewer.panel import (
+    GALLERY_SIZE,
+    SHOW_GREY,
+    SHOW_MAP,
+    SHOW_TISSUE,
+    Panel,
+    gallery_columns,
+    history_html,
+    make_panel,
+    place_in_gallery,
+    result_html,
+    spinner,
+    switch_tools,
+    verdict_html,
+)
+from eosin.heatmaps.viewer.saved import save_session
+from eosin.heatmaps.viewer.session import (
+    ACTIONS,
+    MAX_UNDO,
+    Edited,
+    Verdict,
+    controls,
+    controls_in_words,
+    in_words,
+    judge,
+    state_in_words,
+)
+from eosin.heatmaps.viewer.tiles import Pyramid, TileStore
+
+logger = logging.getLogger(__name__)
+
+SCREEN_TILE_PX = 256  # of a tile: the server sends twice as many, so that pixels are sharp at every zoom
+GALLERY_PX = 192
+LOOK_TILES = 12
+COPY = 3
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, eq=False)
+class Desk:
+    """What all pages of one viewer share.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+    store : TileStore
+    out : Path or None
+        Folder of the sessions; None where nothing may be saved.
+    pool : ThreadPoolExecutor
+        One thread: a model is asked one thing at a time.
+    """
+
+    catalogue: Catalogue
+    store: TileStore
+    out: Path | None
+    pool: ThreadPoolExecutor
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A slide with everything that its first view needs."""
+
+    study: Study
+    choice: Choice
+    heatmap: Heatmap
+    before: Verdict
+
+
+def told(method: Callable[..., None]) -> Callable[..., None]:
+    """Make a callback tell its reader what went wrong, in a sentence, and the terminal the rest."""
+
+    @functools.wraps(method)
+    def safe(page: "Page", *arguments: Any) -> None:
+        try:
+            method(page, *arguments)
+        except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
+            page.tell(_told(error))
+
+    return safe
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, EosinError):
+        return error.message
+    logger.error("the viewer stumbled over %s: %s", type(error).__name__, error, exc_info=error)
+    return "That did not work; the terminal says why."
+
+
+class Page:
+    """The page of one browser tab.
+
+    Parameters
+    ----------
+    desk : Desk
+    document : Document
+    template : str
+        Address of the tiles, see `eosin.heatmaps.viewer.server.start_viewer`.
+    """
+
+    def __init__(self, desk: Desk, document: Document, template: str) -> None:
+        self.desk, self.document, self.template = desk, document, template
+        catalogue = desk.catalogue
+        self.panel: Panel = make_panel(
+            [(one.key, one.slide_id) for one in catalogue.shown],
+            [(one.slide_id, one.refusal) for one in catalogue.refused],
+            catalogue.classes,
+        )
+        self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas")
+        self.steps: dict[str, list[Edited]] = {}
+        self.told_steps: dict[str, list[str]] = {}
+        self.befores: dict[str, Verdict] = {}
+        self.copied: tuple[Study, Indices] | None = None
+        self.canvas: Canvas | None = None
+        self.study: Study | None = None
+        self.choice = Choice("")
+        self._is_filling = False
+        self._connect()
+        document.title = "eosin view"
+        document.add_root(
+            row(
+                self.holder, self.panel.layout, sizing_mode="stretch_both", styles={"height": "100vh", "padding": "8px"}
+            )
+        )
+        self.open(catalogue.shown[0].key)
+
+    def _connect(self) -> None:
+        panel = self.panel
+        panel.slide.on_change("value", lambda _attribute, _old, new: self.open(new))
+        panel.family.on_change("value", lambda _attribute, _old, _new: self.choose_map())
+        panel.class_name.on_change("value", lambda _attribute, _old, _new: self.choose_class())
+        panel.scaling.on_change("value", lambda _attribute, _old, _new: self.rescale())
+        panel.shown.on_change("active", lambda _attribute, _old, _new: self.show_parts())
+        for button, act in (
+            (panel.undo, self.undo),
+            (panel.start_over, self.start_over),
+            (panel.transplant, self.transplant),
+            (panel.save, self.save),
+        ):
+            button.on_event(ButtonClick, functools.partial(_press, act))
+        panel.gallery_plot.on_event(Tap, self.jump)
+
+    @property
+    def class_name(self) -> str:
+        """The class that the reader asks about; empty for tasks without."""
+        return str(self.panel.class_name.value) if self.desk.catalogue.classes else ""
+
+    @property
+    def edited(self) -> Edited:
+        """The slide as it is edited now."""
+        study = self._shown_study()
+        steps = self.steps.setdefault(study.listed.key, [])
+        return steps[-1] if steps else Edited.untouched(study)
+
+    def _shown_study(self) -> Study:
+        if self.study is None:
+            raise LookupError("no slide is shown yet")
+        return self.study
+
+    def tell(self, words: str) -> None:
+        """Show a line to the reader."""
+        self.panel.status.text = escape(words)
+
+    def later(self, words: str, work: Callable[[], ResultT], then: Callable[[ResultT], None]) -> None:
+        """Show a spinner, do `work` away from the page's loop, then `then` on it; no words, no spinner."""
+        if words:
+            self.panel.status.text = spinner(words)
+
+        async def run() -> None:
+            try:
+                result = await asyncio.get_running_loop().run_in_executor(self.desk.pool, work)
+                if words:
+                    self.tell("")
+                then(result)
+            except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
+                self.tell(_told(error))
+
+        self.document.add_next_tick_callback(run)
+
+    @told
+    def open(self, key: str) -> None:
+        """Show a slide of the list."""
+        listed = self.desk.catalogue.by_key(key)
+        self.later(f"Reading {listed.slide_id} and asking the model ...", lambda: self._prepare(key), self._show)
+
+    def _prepare(self, key: str) -> _Prepared:
+        study = self.desk.catalogue.study(key)
+        choices = study.layers.choices
+        choice = self.choice if self.choice in choices else choices[0]
+        heatmap = study.layers.get(choice)
+        _ = study.tissue  # found here, away from the page's loop
+        return _Prepared(study, choice, heatmap, judge(self.desk.catalogue, study.seen.subsets.logits()))
+
+    def _show(self, prepared: _Prepared) -> None:
+        study = prepared.study
+        key, panel = study.listed.key, self.panel
+        self.study, self.choice = study, prepared.choice
+        self.befores[key] = prepared.before
+        self._fill_choices(prepared)
+        shown = self._shown_map(prepared.heatmap)
+        opacity = float(panel.opacity.value)
+        self.canvas = make_canvas(study.grid, study.lattice, shown, _ranks(prepared.heatmap), opacity=opacity)
+        self._add_slide(self.canvas, study)
+        self._add_tools(self.canvas, study)
+        self.holder.children = [self.canvas.plot, self.canvas.readout]
+        self.canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
+        self.document.title = f"eosin · {study.listed.slide_id}"
+        self.show_parts()
+        self._refresh(self.edited)
+        self._tell_result()
+
+    def _fill_choices(self, prepared: _Prepared) -> None:
+        panel, layers = self.panel, prepared.study.layers
+        self._is_filling = True
+        panel.family.options = list(layers.families())
+        panel.family.value = prepared.choice.family
+        if self.desk.catalogue.classes and panel.class_name.value not in self.desk.catalogue.classes:
+            panel.class_name.value = prepared.before.leading
+        panel.scaling.options = list(scalings_of(prepared.heatmap))
+        if panel.scaling.value not in panel.scaling.options:
+            panel.scaling.value = default_scaling(prepared.heatmap)
+        self._is_filling = False
+
+    def _shown_map(self, heatmap: Heatmap) -> Heatmap:
+        return self._shown_study().layers.get(self.choice, str(self.panel.scaling.value))
+
+    def _add_slide(self, canvas: Canvas, study: Study) -> None:
+        grid = study.grid
+        pyramid = Pyramid(grid.slide_size_px0, grid.slide_mpp)
+        source = WMTSTileSource(
+            url=self._address("colour"),
+            tile_size=SCREEN_TILE_PX,
+            max_zoom=pyramid.max_zoom,
+            initial_resolution=pyramid.side_um / SCREEN_TILE_PX,
+            x_origin_offset=0,
+            y_origin_offset=pyramid.side_um,
+            wrap_around=False,
+        )
+        canvas.plot.renderers.insert(0, TileRenderer(tile_source=source, name="slide"))
+
+    def _address(self, look: str) -> str:
+        return self.template.replace("{key}", self._shown_study().listed.key).replace("{look}", look)
+
+    def _add_tools(self, canvas: Canvas, study: Study) -> None:
+        strokes = ColumnDataSource({"xs": [], "ys": []})
+        brush = canvas.plot.add_glyph(
+            strokes, MultiLine(line_color=REMOVED_COLOUR, line_width=6, line_alpha=0.5, line_cap="round")
+        )
+        tools = [
+            canvas.plot.select_one(PanTool),
+            LassoSelectTool(renderers=[], continuous=False),
+            BoxSelectTool(renderers=[], continuous=False),
+            FreehandDrawTool(renderers=[brush], num_objects=1),
+        ]
+        canvas.plot.add_tools(*tools[1:])
+        canvas.plot.toolbar.active_drag = tools[self.panel.tool.active or 0]
+        switch_tools(self.panel.tool, tools)
+        code = "for (const glyph of glyphs) glyph.global_alpha = slider.value"
+        fade = CustomJS(args={"glyphs": [canvas.shown.glyph], "slider": self.panel.opacity}, code=code)
+        self.panel.opacity.js_property_callbacks = {"change:value": [fade]}
+        canvas.plot.on_event(SelectionGeometry, self.draw)
+        strokes.on_change("data", lambda _attribute, _old, new: self.paint(strokes, new))
+
+    @told
+    def draw(self, event: SelectionGeometry) -> None:
+        """Act on the tiles inside a lasso or a box."""
+        if event.final:
+            started = time.perf_counter()
+            self._act(tiles_in_outline(self._shown_study().grid, self._to_px0(_outline(event.geometry))), started)
+
+    @told
+    def paint(self, strokes: ColumnDataSource, data: dict[str, Any]) -> None:
+        """Act on the tiles under a brush stroke."""
+        if not len(data.get("xs", ())):
+            return
+        started = time.perf_counter()
+        stroke = np.stack([np.asarray(data[axis][-1], dtype=np.float64) for axis in ("xs", "ys")], axis=1)
+        strokes.data = {"xs": [], "ys": []}
+        width = float(self.panel.brush.value)
+        self._act(tiles_under_stroke(self._shown_study().grid, self._to_px0(stroke), width_tiles=width), started)
+
+    def _to_px0(self, points_um: NDArray[np.float64]) -> NDArray[np.float64]:
+        return points_um * (1, -1) / self._shown_study().grid.slide_mpp
+
+    def _act(self, tiles: Indices, started: float) -> None:
+        if not len(tiles):
+            self.tell("There is no tile's centre in there.")
+        elif self.panel.action.active == COPY:
+            self._copy(tiles)
+        else:
+            self._do(self.edited.act(ACTIONS[int(self.panel.action.active or 0)], tiles), started)
+
+    def _copy(self, tiles: Indices) -> None:
+        study = self._shown_study()
+        self.copied = study, tiles
+        self._enable()
+        self.tell(f"Copied {len(tiles):,} tiles; open another slide of the list and add them there.")
+
+    def _do(self, edited: Edited, started: float) -> None:
+        """Ask the model about an edit: at once where it answers from sums, else with a spinner."""
+        if edited.study.is_instant:
+            self._done(edited, judge(self.desk.catalogue, edited.logits()), started)
+            return
+        self.later(
+            "This model must be run again on the remaining tiles ...",
+            lambda: judge(self.desk.catalogue, edited.logits()),
+            lambda verdict: self._done(edited, verdict, started),
+        )
+
+    def _done(self, edited: Edited, after: Verdict, started: float) -> None:
+        key = edited.study.listed.key
+        self.steps[key] = [*self.steps.get(key, []), edited][-MAX_UNDO:]
+        words = in_words(self.desk.catalogue, edited, self.befores[key], after, self.class_name)
+        self.told_steps[key] = [*self.told_steps.get(key, []), words][-MAX_UNDO:]
+        if self.study is edited.study:
+            self._refresh(edited)
+            self._tell_result()
+        self.tell(f"Answered in {1000 * (time.perf_counter() - started):.0f} ms.")
+        self._compare_with_chance(edited, after)
+
+    def _compare_with_chance(self, edited: Edited, after: Verdict) -> None:
+        if not (edited.study.is_instant and edited.is_touched and self.class_name):
+            return
+        key, name = edited.study.listed.key, self.class_name
+        output, words = self.desk.catalogue.classes.index(name), self.told_steps[key][-1]
+        before = self.befores[key].log_odds[name]
+
+        def show(values: NDArray[np.float64]) -> None:
+            if self.told_steps.get(key, [""])[-1] == words and self.study is edited.study:
+                note = controls_in_words(before, after.log_odds[name], values)
+                self.panel.result.text = result_html(words, note)
+
+        self.later("", lambda: controls(edited, output), show)
+
+    def _refresh(self, edited: Edited) -> None:
+        """Show what is removed and which tiles stand highest among the others."""
+        if self.canvas is not None:
+            self.canvas.show_removed(edited.present)
+        self._enable()
+        study, choice = edited.study, self.choice
+        self.later("", lambda: _gallery(self.desk.store, study, choice, edited.present), self._show_gallery)
+
+    def _enable(self) -> None:
+        panel, edited = self.panel, self.edited
+        has_steps = bool(self.steps.get(edited.study.listed.key))
+        panel.undo.disabled = panel.start_over.disabled = not has_steps
+        panel.save.disabled = not (edited.is_touched and self.desk.out is not None)
+        source, tiles = self.copied or (None, ())
+        panel.transplant.disabled = source is None or source.listed.key == edited.study.listed.key
+        if source is not None:
+            panel.transplant.label = f"Add {len(tiles):,} of {source.listed.slide_id}"
+
+    def _tell_result(self) -> None:
+        study, catalogue = self._shown_study(), self.desk.catalogue
+        key, before = study.listed.key, self.befores[study.listed.key]
+        how = "answers at once, exactly" if study.is_instant else "must be run again for every question"
+        sentence = state_in_words(before)
+        self.panel.verdict.text = verdict_html(
+            study.listed.slide_id, sentence, before, study.n_tiles, f"{catalogue.card.recipe.aggregator.name} {how}"
+        )
+        steps = self.told_steps.get(key, [])
+        self.panel.result.text = result_html(steps[-1]) if steps else ""
+        self.panel.history.text = history_html(steps)
+
+    @told
+    def undo(self) -> None:
+        """Take the last edit back."""
+        key = self._shown_study().listed.key
+        self.steps[key] = self.steps.get(key, [])[:-1]
+        self.told_steps[key] = self.told_steps.get(key, [])[:-1]
+        self._refresh(self.edited)
+        self._tell_result()
+
+    @told
+    def start_over(self) -> None:
+        """Take all edits of the slide back."""
+        key = self._shown_study().listed.key
+        self.steps[key], self.told_steps[key] = [], []
+        self._refresh(self.edited)
+        self._tell_result()
+
+    @told
+    def transplant(self) -> None:
+        """Add the copied tiles to this slide."""
+        started = time.perf_counter()
+        if self.copied is not None:
+            self._do(self.edited.transplant(*self.copied), started)
+
+    @told
+    def save(self) -> None:
+        """Write the slide's edits into the session folder."""
+        out, edited, name = self.desk.out, self.edited, self.class_name
+        if out is None:
+            self.tell("Nothing is saved without --out.")
+            return
+        self.later(
+            "Saving ...",
+            lambda: save_session(self.desk.catalogue, edited, name, out),
+            lambda paths: self.tell(f"Saved {', '.join(path.name for path in paths)} in {out}."),
+        )
+
+    @told
+    def choose_map(self) -> None:
+        """Show another family of maps."""
+        if not self._is_filling:
+            self._change_map(str(self.panel.family.value), self.class_name)
+
+    @told
+    def choose_class(self) -> None:
+        """Ask about another class."""
+        if self._is_filling:
+            return
+        self._change_map(self.choice.family, self.class_name)
+        edited, key = self.edited, self._shown_study().listed.key
+        if self.told_steps.get(key):
+            self._do_again(edited)
+
+    def _do_again(self, edited: Edited) -> None:
+        """Put the last edit into the words of another class."""
+        key = edited.study.listed.key
+        self.steps[key] = self.steps[key][:-1]
+        self.told_steps[key] = self.told_steps[key][:-1]
+        self._do(edited, time.perf_counter())
+
+    def _change_map(self, family: str, name: str) -> None:
+        study = self._shown_study()
+        names = study.layers.classes_of(family)
+        if not names:
+            raise LookupError("no such map")
+        choice = Choice(family, name if name in names else names[-1])
+        words = "" if study.layers.is_made(choice) else f"Computing {family} ..."
+        self.later(words, lambda: study.layers.get(choice), lambda heatmap: self._put_map(choice, heatmap))
+
+    def _put_map(self, choice: Choice, heatmap: Heatmap) -> None:
+        self.choice = choice
+        self._is_filling = True
+        self.panel.scaling.options = list(scalings_of(heatmap))
+        self.panel.scaling.value = default_scaling(heatmap)
+        self._is_filling = False
+        self._paint_map(heatmap)
+
+    def _paint_map(self, heatmap: Heatmap) -> None:
+        if self.canvas is not None:
+            self.canvas.show_map(self._shown_map(heatmap), _ranks(heatmap))
+        self._refresh(self.edited)
+
+    @told
+    def rescale(self) -> None:
+        """Show the same map on another scale."""
+        if not self._is_filling:
+            self._paint_map(self._shown_study().layers.get(self.choice))
+
+    @told
+    def show_parts(self) -> None:
+        """Show or hide map and outline, and take the colours out of the slide."""
+        if self.canvas is None:
+            return
+        active = self.panel.shown.active
+        self.canvas.shown.visible = self.canvas.bar.visible = SHOW_MAP in active
+        self.canvas.outline.visible = SHOW_TISSUE in active
+        source = self.canvas.plot.renderers[0].tile_source
+        source.url = self._address("grey" if SHOW_GREY in active else "colour")
+
+    @told
+    def jump(self, event: Tap) -> None:
+        """Look at the tile of the gallery that was pressed."""
+        ranked = _highest(self._shown_study().layers.get(self.choice), self.edited.present)
+        place = place_in_gallery(float(event.x), float(event.y))
+        if self.canvas is not None and 0 <= place < len(ranked):
+            grid = self._shown_study().grid
+            x, y = (grid.origins_px0[ranked[place]] + grid.tile_px0 / 2) * grid.slide_mpp
+            self.canvas.look_at((float(x), float(y)), LOOK_TILES * grid.tile_px0 * grid.slide_mpp)
+
+    def _show_gallery(self, columns: dict[str, Any]) -> None:
+        self.panel.gallery.data = columns
+        count = len(columns["url"])
+        words = f"The {count} tiles that stand highest in this map; press one to go there."
+        self.panel.gallery_title.text = words if count else ""
+
+
+def _press(act: Callable[[], None], _event: ButtonClick) -> None:
+    act()
+
+
+def _ranks(heatmap: Heatmap) -> NDArray[np.float64]:
+    return heatmap.percentile().values
+
+
+def _outline(geometry: dict[str, Any]) -> NDArray[np.float64]:
+    """Return the corners (m, 2) of what a selection tool drew, in plot units."""
+    if geometry.get("type") == "rect":
+        x0, x1, y0, y1 = (float(geometry[name]) for name in ("x0", "x1", "y0", "y1"))
+        return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+    return np.stack([np.asarray(geometry[axis], dtype=np.float64) for axis in ("x", "y")], axis=1)
+
+
+def _highest(heatmap: Heatmap, present: NDArray[np.bool_]) -> Indices:
+    values = np.where(present, heatmap.values, -np.inf)
+    count = min(GALLERY_SIZE, int(np.count_nonzero(present)))
+    return np.asarray(np.argsort(-values, kind="stable")[:count], dtype=np.int64)
+
+
+def _gallery(store: TileStore, study: Study, choice: Choice, present: NDArray[np.bool_]) -> dict[str, Any]:
+    heatmap = study.layers.get(choice)
+    boxes = study.grid.boxes_px0()
+    urls, labels = [], []
+    for tile in _highest(heatmap, present).tolist():
+        x0, y0, x1, y1 = boxes[tile].tolist()
+        jpeg = store.cutout(study.listed.key, (x0, y0, x1, y1), GALLERY_PX)
+        urls.append(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}")
+        labels.append(f"{heatmap.values[tile]:.3g}")
+    return gallery_columns(urls, labels)
