@@ -7,6 +7,7 @@ from scipy import ndimage
 Mask = NDArray[np.bool_]
 SMALL_RADIUS = 3.0
 LARGE_RADIUS = 12.0
+MANY_PIECES = 200
 
 
 def grow(mask: Mask, radius: float) -> Mask:
@@ -28,6 +29,53 @@ def _kept(shift: int) -> slice:
     return slice(shift, None) if shift >= 0 else slice(None, shift)
 
 
+def slide_extremes(plane: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return minimum and maximum of every whole window of `side` x `side` cells; smaller by ``side - 1`` each way."""
+    low = high = plane
+    for axis in (0, 1):
+        low, high = _slide(low, side, axis, np.minimum), _slide(high, side, axis, np.maximum)
+    return low, high
+
+
+def _slide(plane: NDArray[np.uint8], side: int, axis: int, pick: np.ufunc) -> NDArray[np.uint8]:
+    def cut(start: int, length: int) -> NDArray[np.uint8]:
+        return plane[start : start + length] if axis == 0 else plane[:, start : start + length]
+
+    span = 1
+    while span < side:
+        shift = min(span, side - span)
+        length = plane.shape[axis] - shift
+        plane = pick(cut(0, length), cut(shift, length))
+        span += shift
+    return plane
+
+
+def find_windows(mask: Mask, margin: int) -> list[tuple[slice, slice]]:
+    """Return the boxes of the connected pieces of a mask, larger by `margin` cells; one for all when they are many."""
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return []
+    boxes = ndimage.find_objects(labels) if count <= MANY_PIECES else [_extent(mask)]
+    return [(_widened(rows, margin), _widened(columns, margin)) for rows, columns in boxes]
+
+
+def _extent(mask: Mask) -> tuple[slice, slice]:
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _widened(side: slice, margin: int) -> slice:
+    return slice(max(0, side.start - margin), side.stop + margin)
+
+
+def window_of(mask: Mask, margin: int) -> tuple[slice, slice]:
+    """Return the box that holds all true cells, larger by `margin` cells; empty when there is none."""
+    if not mask.any():
+        return slice(0, 0), slice(0, 0)
+    rows, columns = _extent(mask)
+    return _widened(rows, margin), _widened(columns, margin)
+
+
 def close_gaps(mask: Mask, radius: float) -> Mask:
     """Fill what a disk of `radius` cells cannot enter from outside; the picture's edge continues outwards."""
     if radius < 1:
@@ -44,9 +92,9 @@ def open_threads(mask: Mask, radius: float) -> Mask:
 
 def drop_small(mask: Mask, min_cells: float, *, keep_largest: bool) -> Mask:
     """Return the pieces of at least `min_cells`, and on request the largest whatever its size."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
+    if not mask.any():
         return mask
+    labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     keep = sizes >= min_cells
     if keep_largest:

@@ -13,18 +13,22 @@ from shapely import MultiPolygon
 
 from eosin.errors import SlideError
 from eosin.options import Options
-from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads, pieces_touching
+from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads, pieces_touching, window_of
 from eosin.wsi.outline import fill_outline, trace_outline
 from eosin.wsi.overview import read_overview
 from eosin.wsi.slide import Slide
 from eosin.wsi.stain import (
+    PEN_MIN_DENSITY,
+    PEN_REACH_UM,
+    blur_density,
+    darkest_of,
     find_glass,
     find_pen,
     is_dark,
+    is_stained,
+    light_at,
     stain_threshold,
-    strongest_of,
-    to_optical_density,
-    weakest_of,
+    to_light,
 )
 
 FRACTION_BLOCK = 500_000
@@ -221,18 +225,49 @@ def detect_tissue(
     notes : tuple of str
         What a person should know.
     """
-    density = to_optical_density(rgb, find_glass(rgb))
+    findings = examine(rgb, mpp, options)
+    return findings.mask, findings.notes
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was made out on an overview.
+
+    Parameters
+    ----------
+    mask, pen : (h, w) bool
+        Tissue; marker strokes.
+    notes : tuple of str
+        What a person should know.
+    """
+
+    mask: NDArray[np.bool_]
+    pen: NDArray[np.bool_]
+    notes: tuple[str, ...]
+
+
+def examine(rgb: NDArray[np.uint8], mpp: float, options: TissueOptions) -> Findings:
+    """Tell tissue, glass and ink on a picture; arguments as of `detect_tissue`."""
+    planes = to_light(rgb, find_glass(rgb))
     if mpp < BLUR_UM:
-        for channel in density:
-            ndimage.gaussian_filter(channel, BLUR_UM / mpp / 2, output=channel)
-    stain = strongest_of(density) - weakest_of(density)
-    threshold = options.min_stain or stain_threshold(stain)
-    pen = find_pen(density, stain > threshold, mpp) if options.remove_pen else np.zeros(stain.shape, bool)
-    mask = _clean(stain, threshold, pen, mpp, options)
+        planes = blur_density(planes, BLUR_UM / mpp / 2)
+    threshold = options.min_stain or stain_threshold(planes)
+    weak = is_stained(planes, WEAK_SHARE * threshold)
+    reach = 2 + math.ceil(max(options.close_um, 2 * options.open_um, PEN_REACH_UM) / mpp)
+    place = window_of(weak | (darkest_of(planes) < light_at(PEN_MIN_DENSITY)), reach)
+    mask, pen = np.zeros(weak.shape, bool), np.zeros(weak.shape, bool)
+    if mask[place].size:
+        near, stained = planes[:, *place], is_stained(planes[:, *place], threshold)
+        pen[place] = find_pen(near, stained, mpp) if options.remove_pen else False
+        mask[place] = _clean(stained, weak[place], pen[place], mpp, options)
+    return Findings(mask, pen, _notes(mask, pen))
+
+
+def _notes(mask: NDArray[np.bool_], pen: NDArray[np.bool_]) -> tuple[str, ...]:
     notes = ["pen marks were left out"] if pen.any() else []
     if mask.any() and not ODD_COVERAGE[0] <= mask.mean() <= ODD_COVERAGE[1]:
         notes.append(f"tissue covers {mask.mean():.2%} of the slide; look at its contour picture")
-    return mask, tuple(notes)
+    return tuple(notes)
 
 
 def tissue_from_outline(slide: Slide, outline: MultiPolygon, options: TissueOptions | None = None) -> TissueMask:
@@ -254,20 +289,24 @@ def tissue_from_outline(slide: Slide, outline: MultiPolygon, options: TissueOpti
 
 
 def _clean(
-    stain: NDArray[np.float32], threshold: float, pen: NDArray[np.bool_], mpp: float, options: TissueOptions
+    stained: NDArray[np.bool_],
+    weak: NDArray[np.bool_],
+    pen: NDArray[np.bool_],
+    mpp: float,
+    options: TissueOptions,
 ) -> NDArray[np.bool_]:
     """Close gaps, remove threads, specks and small holes.
 
     Weakly stained cells count where they lie close together and touch tissue, as the thin membranes of fat do.
     """
     gap, thread = options.close_um / 2 / mpp, options.open_um / 2 / mpp
-    sure = open_threads(close_gaps((stain > threshold) & ~pen, gap), thread)
-    meshes = _meshes((stain > WEAK_SHARE * threshold) & ~pen, sure, options.close_um / mpp)
-    weak = open_threads(close_gaps(meshes, gap), 2 * thread)
-    found = (sure | pieces_touching(weak, sure)) & ~pen
+    closed = close_gaps(stained & ~pen, gap)
+    sure = open_threads(closed, thread)
+    meshes = open_threads(close_gaps(_meshes(weak & ~pen, sure, options.close_um / mpp), gap), 2 * thread)
+    found = (sure | pieces_touching(meshes, sure)) & ~pen
     if not found.any():
         least = min(options.min_area_um2, LEAST_UM2) / mpp**2
-        found = drop_small(close_gaps((stain > threshold) & ~pen, gap) & ~pen, least, keep_largest=False)
+        found = drop_small(closed & ~pen, least, keep_largest=False)
     large = drop_small(found, options.min_area_um2 / mpp**2, keep_largest=True)
     return fill_holes(large, options.max_hole_um2 / mpp**2)
 
@@ -275,6 +314,9 @@ def _clean(
 def _meshes(weak: NDArray[np.bool_], sure: NDArray[np.bool_], window: float) -> NDArray[np.bool_]:
     """Return the weak cells that are no lone specks: a share of the glass around them is weakly stained too."""
     side = max(3, round(window))
+    alone = weak & ~sure
+    if not alone.any():
+        return sure
     glass = ndimage.uniform_filter((~sure).astype(np.float32), side)
-    stained = ndimage.uniform_filter((weak & ~sure).astype(np.float32), side)
+    stained = ndimage.uniform_filter(alone.astype(np.float32), side)
     return np.asarray(sure | (weak & (stained > MESH_SHARE * glass)))
