@@ -36,12 +36,19 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation:
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """Return leftᵀ right: (n, A), (n, D) -> (A, D)."""
+    if left.dtype == torch.bfloat16:  # takes the transposed factor as it lies, where oneDNN's layer copies it
+        return left.T @ right
     return affine(left.T, right.T)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right: (n, A), (A, D) -> (n, D)."""
-    return affine(left, right.T)
+def product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return left right, and ``plus`` (n, D) in addition: (n, A), (A, D) -> (n, D)."""
+    if plus is None:
+        return affine(left, right.T)
+    if uses_onednn(left) and len(left) > 0:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(left, plus, right.T, None, "add")
+        return result
+    return torch.addmm(plus, left, right)
 
 
 def uses_onednn(tensor: Tensor) -> bool:

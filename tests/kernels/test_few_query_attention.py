@@ -4,6 +4,7 @@ import torch
 from kernel_packs import LENGTHS, error, normal, offsets
 
 from eosin import kernels
+from eosin.kernels.few_query_attention import torch_impl
 
 BACKENDS = ["reference", "torch"]
 
@@ -74,30 +75,78 @@ def test_inducing_points_of_the_set_transformer(shared, backend):
     assert_gradients(golden, out, {f"gw_{k}": w for k, w in weights.items()})
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("biased", [True, False])
-def test_folding_equals_the_definition_in_values_and_all_gradients(lengths, biased):
-    inputs = query_inputs(sum(lengths))
-    if not biased:
-        inputs[3] = inputs[5] = None
+@pytest.fixture
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(torch_impl, "ROWS", 8)
+
+
+def compare(function, inputs, bags, *backends):
+    """Compare outputs and the gradients of all inputs."""
 
     def run(backend):
         leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
         with kernels.use_backend(backend):
-            out = kernels.few_query_attention(*leaves, offsets(lengths), heads=2, scale=0.5)
+            out = function(*leaves, bags, heads=2, scale=0.5)
         wanted = [leaf for leaf in leaves if leaf is not None]
-        return [out, *(torch.autograd.grad(out.square().sum(), wanted) if lengths else [])]
+        return [out, *(torch.autograd.grad(out.square().sum(), wanted) if len(bags) > 1 else [])]
 
-    for found, expected in zip(run("torch"), run("reference"), strict=True):
+    for found, expected in zip(*map(run, backends), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, check_dtype=False)
 
 
-def test_many_queries_are_not_folded(monkeypatch):
-    from eosin.kernels.few_query_attention import torch_impl
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("n_queries", [2, 5])
+@pytest.mark.usefixtures("_small_blocks")
+def test_blocks_equal_the_definition_in_values_and_all_gradients(lengths, biased, n_queries):
+    inputs = query_inputs(sum(lengths), n_queries=n_queries)
+    assert torch_impl.folds(inputs[0], inputs[2], inputs[4], 2) == (n_queries == 2)
+    if not biased:
+        inputs[3] = inputs[5] = None
+    compare(kernels.few_query_attention, inputs, offsets(lengths), "torch", "reference")
 
-    monkeypatch.setattr(torch_impl, "few_query_attention", None)
-    out = kernels.few_query_attention(*query_inputs(10, n_queries=5), offsets((10,)), heads=2, scale=0.5)
-    assert out.shape == (1, 5, 6)
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.usefixtures("_small_blocks")
+def test_reading_few_keys_equals_the_definition(lengths):
+    n_bags = len(lengths)
+    shapes = [(sum(lengths), 4), (n_bags, 3, 4), (n_bags, 3, 6)]
+    inputs = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    compare(kernels.few_key_attention, inputs, offsets(lengths), "torch", "reference")
+
+
+@pytest.mark.parametrize("n_queries", [2, 5])
+@pytest.mark.parametrize("given", [0, 1])
+def test_only_gradients_that_are_needed_are_given(n_queries, given):
+    inputs = query_inputs(6, n_queries=n_queries)
+    inputs[given].requires_grad_()
+    out = kernels.few_query_attention(*inputs, offsets((6,)), heads=2, scale=0.5)
+    assert torch.autograd.grad(out.sum(), inputs[given])[0].shape == inputs[given].shape
+
+
+def test_no_queries_and_no_keys():
+    inputs = query_inputs(4, n_queries=0)
+    assert kernels.few_query_attention(*inputs, offsets((4,)), heads=2, scale=0.5).shape == (1, 0, 6)
+    out = kernels.few_key_attention(normal(4, 4), normal(1, 0, 4), normal(1, 0, 6), offsets((4,)), heads=2, scale=0.5)
+    assert out.shape == (4, 6)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("function", ["queries", "keys"])
+def test_a_second_run_gives_the_same_bits_and_large_scores_do_not_overflow(function):
+    inputs = query_inputs(300, n_queries=5, dtype=torch.float32)
+    inputs[0] = inputs[0] * 1e4
+
+    def run():
+        if function == "queries":
+            return kernels.few_query_attention(*inputs, offsets((290, 10)), heads=2, scale=0.5)
+        keys = normal(2, 3, 4, dtype=torch.float32) * 1e4
+        rows = inputs[1][:, :4].contiguous()
+        return kernels.few_key_attention(rows, keys, keys, offsets((290, 10)), heads=2, scale=0.5)
+
+    first = run()
+    assert first.isfinite().all()
+    assert torch.equal(first, run())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,10 +160,12 @@ def test_an_empty_bag_reads_nothing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_first_and_second_derivatives(backend):
     leaves = [t.requires_grad_() for t in query_inputs(4, width=3, n_queries=1, embedded=2, read=2)]
+    more = [t.requires_grad_() for t in query_inputs(4, width=3, n_queries=4, embedded=2, read=2)]
     rows, keys, values = (normal(*shape).requires_grad_() for shape in [(4, 2), (2, 3, 2), (2, 3, 2)])
     with kernels.use_backend(backend):
         for run, inputs in (
             (lambda *t: kernels.few_query_attention(*t, offsets((1, 3)), heads=2, scale=0.5), leaves),
+            (lambda *t: kernels.few_query_attention(*t, offsets((1, 3)), heads=2, scale=0.5), more),
             (lambda *t: kernels.few_key_attention(*t, offsets((1, 3)), heads=2, scale=0.5), [rows, keys, values]),
         ):
             assert torch.autograd.gradcheck(run, inputs)

@@ -175,6 +175,57 @@ def test_gated_attention_scores_in_half_precision(dtype):
     assert_exact(scores, tensors, (90,), dtype)
 
 
+@pytest.mark.parametrize(("n_keys", "width", "read"), [(1, 2, 4), (3, 34, 6), (17, 8, 34)])
+@pytest.mark.parametrize("lengths", [(1, 0), (31, 0, 33), (260, 1)])
+def test_few_key_attention(lengths, n_keys, width, read, monkeypatch):
+    n_bags = len(lengths)
+    shapes = {"queries": (sum(lengths), width), "keys": (n_bags, n_keys, width), "values": (n_bags, n_keys, read)}
+    tensors = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    assert_exact(kernels.few_key_attention, tensors, lengths, torch.float32, lambda: {"heads": 2, "scale": 0.4})
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_few_key_attention_in_half_precision_is_as_exact_as_plain_torch(dtype):
+    if dtype == torch.float16 and DEVICE == "cpu":
+        pytest.skip("products in float16 run in float32 on a CPU")
+    tensors = {"queries": normal(90, 16), "keys": normal(2, 5, 16, seed=1), "values": normal(2, 5, 16, seed=2)}
+    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    options = lambda: {"heads": 1, "scale": 0.4}  # noqa: E731
+
+    def plain(queries, keys, values, cu_seqlens, heads, scale):
+        bags = zip(queries.split((60, 30)), keys, values, strict=True)
+        return torch.cat([torch.softmax(q @ k.T * scale, 1) @ v for q, k, v in bags]).float()
+
+    bags = offsets((60, 30))
+    found, theirs = (
+        run(function, rounded, bags, "triton", dtype, options) for function in (kernels.few_key_attention, plain)
+    )
+    exact = run(kernels.few_key_attention, rounded, bags, "reference", torch.float64, options)
+    for got, other, expected in zip(*([out[0], *grads] for out, grads in (found, theirs, exact)), strict=True):
+        assert error(got, expected) <= 2 * error(other, expected)  # the interpreter cuts bits off instead of rounding
+
+
+def test_keys_that_do_not_fit_a_program_go_by_blocks_of_torch():
+    tensors = {"queries": normal(9, 4), "keys": normal(1, 130, 4, seed=1), "values": normal(1, 130, 4, seed=2)}
+    assert_exact(kernels.few_key_attention, tensors, (9,), torch.float32, lambda: {"heads": 2, "scale": 0.4})
+
+
+@pytest.mark.parametrize("n_queries", [2, 40])
+def test_few_query_attention(n_queries, monkeypatch):
+    from eosin.kernels.few_query_attention import torch_impl
+
+    monkeypatch.setattr(torch_impl, "ROWS", 32)
+    shapes = {"queries": (n_queries, 4), "values": (70, 20), "k_weight": (4, 20), "k_bias": (4,)}
+    shapes |= {"v_weight": (6, 20), "v_bias": (6,)}
+    tensors = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    leaves = {name: tensor for name, tensor in tensors.items() if name != "k_bias"}  # its gradient is 0 or rounding
+
+    def run(**given):
+        return kernels.few_query_attention(k_bias=tensors["k_bias"].to(given["values"]), **given)
+
+    assert_exact(run, leaves, (40, 0, 30), torch.float32, lambda: {"heads": 2, "scale": 0.4})
+
+
 def test_recomputing_in_chunks_changes_no_bit(monkeypatch):
     from eosin.kernels.gated_attention import triton_impl
 

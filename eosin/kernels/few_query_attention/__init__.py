@@ -4,7 +4,8 @@ from torch import Tensor
 
 from eosin.kernels._checks import check_floating, check_offsets
 from eosin.kernels._dispatch import choose
-from eosin.kernels.few_query_attention import reference, torch_impl
+from eosin.kernels._products import product_dtype
+from eosin.kernels.few_query_attention import ops, reference, torch_impl
 
 
 def few_query_attention(
@@ -41,8 +42,8 @@ def few_query_attention(
     Returns
     -------
     (B, M, F)
-        float32 at least; 0 for an empty bag. Differentiable in all tensors. Where M·heads is below D, neither keys nor
-        values of the instances are formed.
+        float32 at least; 0 for an empty bag. Differentiable in all tensors. Memory is that of a block of instances for
+        any M; where M·heads is small beside D, neither keys nor values of the instances are formed.
 
     Raises
     ------
@@ -59,13 +60,11 @@ def few_query_attention(
             check_floating(name, bias, (size,), values)
     _check_heads(heads, queries=queries.shape[1], v_weight=v_weight.shape[0])
     check_offsets(cu_seqlens, values.shape[0], values)
-    if choose(values) == "reference" or queries.shape[0] * heads > width:
-        return reference.few_query_attention(
-            queries, values, k_weight, k_bias, v_weight, v_bias, cu_seqlens, heads=heads, scale=scale
-        )
-    return torch_impl.few_query_attention(
-        queries, values, k_weight, k_bias, v_weight, v_bias, cu_seqlens, heads=heads, scale=scale
-    )
+    backend = choose(values)
+    tensors = (queries, values, k_weight, k_bias, v_weight, v_bias, cu_seqlens)
+    if backend == "reference" or 0 in (queries.shape[0], queries.shape[1], v_weight.shape[0], width):
+        return reference.few_query_attention(*tensors, heads=heads, scale=scale)
+    return torch_impl.few_query_attention(*tensors, heads=heads, scale=scale, fused=backend == "triton")
 
 
 def few_key_attention(
@@ -91,7 +90,8 @@ def few_key_attention(
     Returns
     -------
     (N, F)
-        float32 at least. Differentiable in all tensors.
+        float32 at least. Differentiable in all tensors. Memory is that of a block of instances. On a GPU, more than 128
+        keys, or heads wider than 128, go by blocks of torch.
 
     Raises
     ------
@@ -104,8 +104,20 @@ def few_key_attention(
     check_floating("keys", keys, (n_bags, "M", queries.shape[1]), queries)
     check_floating("values", values, (n_bags, keys.shape[1], "F"), queries)
     _check_heads(heads, queries=queries.shape[1], values=values.shape[2])
-    choose(queries)
-    return reference.few_key_attention(queries, keys, values, cu_seqlens, heads=heads, scale=scale)
+    backend = choose(queries, keys, values)
+    if backend == "reference" or 0 in (n_bags, keys.shape[1], queries.shape[1], values.shape[2]):
+        return reference.few_key_attention(queries, keys, values, cu_seqlens, heads=heads, scale=scale)
+    dtype = product_dtype(queries, keys)
+    if backend == "triton" and not _fits_a_program(keys, values, heads):
+        backend = "torch"  # blocks of library products do as well where tiles are this large
+    out: Tensor = ops.few_key_attention(queries, keys, values, cu_seqlens, heads, scale, dtype, backend)
+    return out
+
+
+def _fits_a_program(keys: Tensor, values: Tensor, heads: int) -> bool:
+    from eosin.kernels.few_query_attention import triton_impl
+
+    return triton_impl.fits(keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads)
 
 
 def _check_heads(heads: int, **widths: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from eosin.kernels._checks import accumulation_dtype, host_lengths
-from eosin.kernels.segments import softmax
+from eosin.kernels.segments import log_sum_exp, softmax
 
 
 def few_query_attention(
@@ -33,6 +33,29 @@ def few_query_attention(
     bags = zip(torch.split(keys, lengths), torch.split(read, lengths), strict=True)
     attended = [_attend(queries.to(dtype), key, value, heads, scale) for key, value in bags]
     return torch.stack(attended) if attended else x.new_zeros(0, len(queries), len(v_weight))
+
+
+def shared_query_attention(
+    query: Tensor, values: Tensor, k_weight: Tensor | None, v_weight: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attend without biases or scale; the instances are keys and values where no projection is given.
+
+    (H, M, e), (N, D) -> read (B, H, M, f) and the log-sum-exp of the scores (B, H, M).
+    """
+    rows = values.to(query.dtype)
+    keys = rows if k_weight is None else linear(rows, k_weight.to(query.dtype))
+    read = rows if v_weight is None else linear(rows, v_weight.to(query.dtype))
+    lengths = host_lengths(cu_seqlens)
+    out, lse = [], []
+    for key, value in zip(torch.split(keys, lengths), torch.split(read, lengths), strict=True):
+        key, value = (part.reshape(len(part), len(query), -1).transpose(0, 1) for part in (key, value))  # (H, n, e)
+        scores = (query @ key.transpose(1, 2)).movedim(2, 0)  # (n, H, M)
+        out.append(softmax(scores).movedim(0, 2) @ value)
+        lse.append(log_sum_exp(scores))
+    if not out:
+        width = read.shape[1] // len(query)
+        return query.new_zeros(0, *query.shape[:2], width), query.new_zeros(0, *query.shape[:2])
+    return torch.stack(out), torch.stack(lse)
 
 
 def few_key_attention(

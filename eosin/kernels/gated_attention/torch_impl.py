@@ -63,9 +63,9 @@ class Embedding:
         return embedded
 
     def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
-        """Return the gradient of ``W x + b``; where h is 0 it was cut off or dropped, and its gradient is 0."""
-        gradient: Tensor = torch.ops.aten.threshold_backward(d_embedded, embedded, 0)
-        return gradient.div_(1 - self.dropout) if self.dropout else gradient
+        """Turn the gradient of h into that of ``W x + b``; where h is 0 it was cut off or dropped, and it is 0."""
+        torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=d_embedded)
+        return d_embedded.div_(1 - self.dropout) if self.dropout else d_embedded
 
     def to_values(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
@@ -101,9 +101,7 @@ class Gate:
 
     def scores(self, hidden: Tensor, gate: Tensor | None, first: int) -> Tensor:
         """Return the raw scores of a block from its branches: (n, A), (n, A) -> (n, H)."""
-        layer = hidden.to(self.w_weight.dtype)
-        if gate is not None:
-            layer = layer * gate
+        layer = (hidden if gate is None else hidden * gate).to(self.w_weight.dtype)
         if self.dropout:
             layer = layer * self._dropout_scales(len(hidden), first)
         scores = layer @ self.w_weight.T
@@ -120,24 +118,25 @@ class Gate:
             scales = self._dropout_scales(len(hidden), first).to(hidden.dtype)
             d_layer *= scales
             layer = layer * scales
-        d_gate = None if gate is None else torch.ops.aten.sigmoid_backward(d_layer * hidden, gate)
-        d_hidden = d_layer if gate is None else d_layer.mul_(gate)
-        return transposed_product(narrow, layer), self._through_activation(d_hidden, hidden), d_gate
+        d_weight = transposed_product(narrow, layer)
+        d_gate = None
+        if gate is not None:  # tensors of this size are not made anew where an old one is done with
+            d_gate = torch.mul(d_layer, hidden, out=layer)
+            torch.ops.aten.sigmoid_backward.grad_input(d_gate, gate, grad_input=d_gate)
+            d_layer *= gate
+        return d_weight, self._through_activation(d_layer, hidden), d_gate
 
     def to_rows(self, d_hidden: Tensor, d_gate: Tensor | None) -> Tensor:
         """Return the gradient of a block's instances through the projections: (n, A), (n, A) -> (n, E)."""
         rows = product(d_hidden, self.v_weight)
-        if d_gate is not None and self.u_weight is not None:
-            rows += product(d_gate, self.u_weight)
-        return rows
+        return rows if d_gate is None or self.u_weight is None else product(d_gate, self.u_weight, plus=rows)
 
     def _through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
-        result: Tensor
         if self.activation == "relu":
-            result = torch.ops.aten.threshold_backward(gradient, hidden, 0)
+            torch.ops.aten.threshold_backward.grad_input(gradient, hidden, 0, grad_input=gradient)
         else:
-            result = torch.ops.aten.tanh_backward(gradient, hidden)
-        return result
+            torch.ops.aten.tanh_backward.grad_input(gradient, hidden, grad_input=gradient)
+        return gradient
 
     def _dropout_scales(self, n_rows: int, first: int) -> Tensor:
         """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""

@@ -17,10 +17,10 @@ of a head's (`scale="model"`), the residual adds the projected query, no map mix
 layer, which is one linear layer, and PMA reads its input directly. Layer norm is on by default, as bags of features
 need it; the code's default is off. The paper has `pma_ff`.
 
-The instances' side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS`
-instances on; the only loop runs over these chunks. In the PMA a seed's query is folded into the key map, so that
-neither keys nor values of the instances are computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x +
-b_v) = W_v Σ a x + b_v``.
+Learned tokens read the instances by `few_query_attention`, in memory that does not grow with the bag. The instances'
+side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS` instances on; the only
+loop runs over these chunks. In the PMA a seed's query is folded into the key map, so that neither keys nor values of
+the instances are computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b_v) = W_v Σ a x + b_v``.
 """
 
 from functools import partial
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import attention_pool
+from eosin.kernels import attention_pool, few_key_attention, few_query_attention
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, instance_attention, recomputed
+from eosin.mil.attention import bag_attention, recomputed
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import as_dtype, embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
@@ -107,7 +107,7 @@ class SetTransformer(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, pooled seeds, the pooling's scores and the instances that it reads."""
-        return self.aggregate(bags.with_values(self.embed(bags.values)))
+        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -145,20 +145,37 @@ class MultiheadBlock(nn.Module):
         self.scale = (width if scale == "model" else width // heads) ** -0.5
 
     def forward(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Let tokens read the instances of their bag: (B, m, X), (N, Y) -> (B, m, d)."""
+        """Let the tokens of each bag read its instances: (B, m, X), (N, Y) -> (B, m, d)."""
         projected = self.query(query)
         read = bag_attention(
             self._split(projected), self._split(self.key(keys)), self._split(self.value(keys)), lengths, self.scale
         )
         return self._finish(projected + read.flatten(2))
 
-    def read_tokens(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    def read_bags(self, query: Tensor, bags: PackedBags) -> Tensor:
+        """Let the same tokens read the instances of every bag: (m, X), (N, Y) -> (B, m, d)."""
+        projected = self.query(query)
+        key, value = self.key, self.value
+        read = few_query_attention(
+            projected,
+            bags.values,
+            key.weight,
+            key.bias,
+            value.weight,
+            value.bias,
+            bags.cu_seqlens,
+            heads=self.heads,
+            scale=self.scale,
+        )
+        return self._finish(projected + as_dtype(read, projected))
+
+    def read_tokens(self, query: Tensor, keys: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Let instances read the tokens of their bag: (N, X), (B, m, Y) -> (N, d)."""
         projected = self.query(query)
-        read = instance_attention(
-            self._split(projected), self._split(self.key(keys)), self._split(self.value(keys)), lengths, self.scale
+        read = few_key_attention(
+            projected, self.key(keys), self.value(keys), cu_seqlens, heads=self.heads, scale=self.scale
         )
-        return self._finish(projected + read.flatten(1))
+        return self._finish(projected + as_dtype(read, projected))
 
     def attend_within(self, tokens: Tensor) -> Tensor:
         """Let the tokens of a bag read each other: (B, k, X) -> (B, k, d)."""
@@ -210,13 +227,11 @@ class InducedBlock(nn.Module):
 
     def forward(self, bags: PackedBags) -> Tensor:
         """Transform instances: (N, X) -> (N, d)."""
-        rows, lengths = bags.n_instances, bags.lengths
-        tokens = self.tokens.expand(bags.n_bags, -1, -1)
-        summary = recomputed(partial(self.inducing, lengths=lengths), rows, tokens, bags.values)  # (B, m, d)
-        sizes, pieces = _row_chunks(lengths)
+        summary = self.inducing.read_bags(self.tokens[0], bags)  # (B, m, d)
+        sizes, pieces = _row_chunks(bags)
         parts = [
-            recomputed(partial(self.point.read_tokens, lengths=part), rows, values, summary)
-            for part, values in zip(pieces, torch.split(bags.values, sizes), strict=True)
+            recomputed(partial(self.point.read_tokens, cu_seqlens=offsets), bags.n_instances, values, summary)
+            for offsets, values in zip(pieces, torch.split(bags.values, sizes), strict=True)
         ]
         return torch.cat(parts)
 
@@ -256,18 +271,15 @@ def _learned(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, count, width)))
 
 
-def _row_chunks(lengths: tuple[int, ...]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Cut a pack at every `CHECKPOINT_ROWS` rows: rows of each chunk, and the rows of each bag within it."""
-    rows = sum(lengths)
+def _row_chunks(bags: PackedBags) -> tuple[list[int], list[Tensor]]:
+    """Cut a pack at every `CHECKPOINT_ROWS` rows: rows of each chunk, and the offsets of the bags within it."""
+    rows = bags.n_instances
     size = max(1, attention.CHECKPOINT_ROWS)
-    ends = torch.tensor(lengths).cumsum(0)
-    sizes, pieces = [], []
-    for first in range(0, max(rows, 1), size):
-        last = min(first + size, rows)
-        before = ends.clamp(first, last)
-        pieces.append(tuple(torch.diff(before, prepend=torch.tensor([first])).tolist()))
-        sizes.append(last - first)
-    return sizes, pieces
+    if rows <= size:
+        return [rows], [bags.cu_seqlens]
+    firsts = range(0, rows, size)
+    offsets = [(bags.cu_seqlens - first).clamp(0, min(size, rows - first)) for first in firsts]
+    return [min(size, rows - first) for first in firsts], offsets
 
 
 RECIPE = Recipe(

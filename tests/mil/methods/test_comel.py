@@ -81,6 +81,19 @@ def test_a_pack_is_its_bags_on_their_grids(grouping, region_size):
     torch.testing.assert_close(found, torch.cat(wanted))
 
 
+def test_computing_again_what_was_not_kept_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    model = Gdat(5, 3, width=8, heads=4, layers=2, region_size=4).double().eval()
+    bags = PackedBags.pack([torch.randn(n, 5, dtype=torch.float64) for n in (0, 1, 40, 7)])
+    runs = []
+    for rows in (2**15, 16):
+        monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows)
+        logits = model(bags).logits
+        runs.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    for kept, again in zip(*runs, strict=True):
+        torch.testing.assert_close(kept, again)
+
+
 def test_the_model_reads_any_bag():
     torch.manual_seed(0)
     model = Gdat(5, 3, width=8, heads=2, layers=1, region_size=4)

@@ -48,7 +48,7 @@ def test_the_block_reads_the_other_way_too(golden, same):
     block = MultiheadBlock(12, 10, 16, heads=4).double()
     load(block, golden)
     query, keys = golden["in_Q"].requires_grad_(), golden["in_K"].requires_grad_()
-    out = block.read_tokens(query.flatten(0, 1), keys, (7, 7)).view(2, 7, 16)
+    out = block.read_tokens(query.flatten(0, 1), keys, pack(query).cu_seqlens).view(2, 7, 16)
     compare(block, golden, out, {"gin_Q": query, "gin_K": keys}, same)
 
 
@@ -102,7 +102,7 @@ def test_the_whole_model_is_the_authors(golden, same):
 
 @pytest.mark.parametrize("scale", ["model", "head"])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_the_three_ways_of_a_block_agree_with_every_matrix_written_out(layer_norm, scale):
+def test_the_ways_of_a_block_agree_with_every_matrix_written_out(layer_norm, scale):
     torch.manual_seed(0)
     block = MultiheadBlock(8, 8, 8, heads=2, layer_norm=layer_norm, scale=scale).double()
     tokens, keys = torch.randn(1, 3, 8, dtype=torch.float64), torch.randn(1, 6, 8, dtype=torch.float64)
@@ -117,9 +117,11 @@ def test_the_three_ways_of_a_block_agree_with_every_matrix_written_out(layer_nor
     out = out + functional.relu(block.ff(out))
     out = functional.layer_norm(out, (8,)) if layer_norm else out
     torch.testing.assert_close(block(tokens, keys[0], (6,))[0], out)
-    torch.testing.assert_close(block.read_tokens(tokens[0], keys, (3,)), out)
+    torch.testing.assert_close(block.read_bags(tokens[0], pack(keys))[0], out)
+    torch.testing.assert_close(block.read_tokens(tokens[0], keys, pack(tokens).cu_seqlens), out)
     both = block.attend_within(torch.cat([tokens, keys], 1))
-    one_by_one = block(torch.cat([tokens, keys], 1), torch.cat([tokens, keys], 1)[0], (9,))
+    together = torch.cat([tokens, keys], 1)
+    one_by_one = block.read_bags(together[0], pack(together))
     torch.testing.assert_close(both, one_by_one)
 
 

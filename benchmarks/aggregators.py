@@ -1,0 +1,219 @@
+"""Time and memory of every aggregator, forward and backward on one bag of 200,000 instances, beside plain PyTorch.
+
+    python benchmarks/aggregators.py [--names abmil transmil] [--variants eosin plain] [--sizes 200000]
+
+Each case runs in a process of its own, which limits its memory, warms up on a small bag and reports seconds and how
+far the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted. Rows
+replace those of the same case in benchmarks/results/aggregators_cpu.csv, so that the table can be made in pieces.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "aggregators_cpu.csv"
+WIDTH, OUTPUTS = 1024, 2
+MEMORY_LIMIT_GB = 15.0
+SECONDS_LIMIT = 560
+WARM_UP = 300
+
+
+@dataclass(frozen=True)
+class Row:
+    """One aggregator in one implementation on one bag."""
+
+    aggregator: str
+    variant: str
+    n_instances: int
+    seconds_forward: float | None
+    seconds_backward: float | None
+    peak_extra_mb: float | None
+    bag_mb: float
+    note: str
+    threads: int
+    device: str
+    torch: str
+    date: str
+
+    @property
+    def case(self) -> tuple[str, str, int]:
+        """Return what is measured."""
+        return self.aggregator, self.variant, self.n_instances
+
+
+def measure(name: str, variant: str, n: int) -> dict[str, float]:
+    """Run one case in this process and return seconds and peak memory."""
+    import torch
+
+    _limit_memory()
+    torch.manual_seed(0)
+    step = _step(name, variant)
+    step(torch.randn(WARM_UP, WIDTH))
+    bag = torch.randn(n, WIDTH)
+    before = _resident_mb()
+    _reset_peak()
+    forward, backward = step(bag)
+    return {
+        "seconds_forward": forward,
+        "seconds_backward": backward,
+        "peak_extra_mb": _peak_mb() - before,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _step(name, variant):
+    """Return a function that takes a bag forward and backward and returns the seconds of both."""
+    if variant == "eosin":
+        import eosin.mil.methods  # noqa: F401 (registers)
+        from eosin.mil.bags import PackedBags
+        from eosin.mil.slots import AGGREGATORS
+
+        model = AGGREGATORS.build(name, WIDTH, OUTPUTS).train()
+        logits = lambda bag: _objective(model(PackedBags.pack([bag])))  # noqa: E731
+    else:
+        from plain_aggregators import build
+
+        model = build(name, WIDTH, OUTPUTS).train()
+        logits = lambda bag: model(bag).square().sum()  # noqa: E731
+
+    def step(bag):
+        begin = time.perf_counter()
+        loss = logits(bag)
+        middle = time.perf_counter()
+        loss.backward()
+        return middle - begin, time.perf_counter() - middle
+
+    return step
+
+
+def _objective(output):
+    """Return a number that needs the logits, and those of branches or projections that the plain module has, too."""
+    loss = output.logits.square().sum()
+    for extra in ("branch_logits", "projections"):
+        if hasattr(output, extra):
+            loss = loss + getattr(output, extra).mean()
+    return loss
+
+
+def _limit_memory() -> None:
+    limit = int(MEMORY_LIMIT_GB * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _status_mb(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _resident_mb() -> float:
+    return _status_mb("VmRSS")
+
+
+def _peak_mb() -> float:
+    return _status_mb("VmHWM")
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run(name: str, variant: str, n: int) -> Row:
+    """Run one case in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, variant, str(n)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_LIMIT)
+    except subprocess.TimeoutExpired:
+        return _row(name, variant, n, {}, f"longer than {SECONDS_LIMIT} s")
+    if done.returncode == 0:
+        return _row(name, variant, n, json.loads(done.stdout.splitlines()[-1]), "")
+    if "memory" in done.stderr or done.returncode < 0:
+        return _row(name, variant, n, {}, f"out of memory above {MEMORY_LIMIT_GB:g} GB")
+    raise RuntimeError(done.stderr)
+
+
+def _row(name: str, variant: str, n: int, measured: dict[str, float], note: str) -> Row:
+    from importlib.metadata import version
+
+    def rounded(field: str, digits: int) -> float | None:
+        return round(measured[field], digits) if field in measured else None
+
+    return Row(
+        aggregator=name,
+        variant=variant,
+        n_instances=n,
+        seconds_forward=rounded("seconds_forward", 2),
+        seconds_backward=rounded("seconds_backward", 2),
+        peak_extra_mb=rounded("peak_extra_mb", 0),
+        bag_mb=round(n * WIDTH * 4 / 1e6, 1),
+        note=note,
+        threads=int(measured.get("threads", os.cpu_count() or 1)),
+        device=_processor(),
+        torch=version("torch"),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def names() -> list[str]:
+    """Return all registered aggregators."""
+    import eosin.mil.methods  # noqa: F401 (registers)
+    from eosin.mil.slots import AGGREGATORS
+
+    return list(AGGREGATORS)
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Put rows into the table in place of those of the same case."""
+    header = [field.name for field in fields(Row)]
+    table = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+        table = {(row["aggregator"], row["variant"], int(row["n_instances"])): row for row in old}
+    for row in rows:
+        table[row.case] = {key: "" if value is None else value for key, value in asdict(row).items()}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(table[case] for case in sorted(table))
+
+
+def main() -> int:
+    """Measure the chosen cases, one process each, and write the table after every one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--names", nargs="+")
+    parser.add_argument("--variants", nargs="+", default=["plain", "eosin"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[200_000])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "VARIANT", "N"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, variant, n = options.one
+        print(json.dumps(measure(name, variant, int(n))))
+        return 0
+    for name in options.names or names():
+        for n in options.sizes:
+            for variant in options.variants:
+                row = run(name, variant, n)
+                write([row], options.out)
+                print(*asdict(row).values(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
