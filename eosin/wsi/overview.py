@@ -54,5 +54,5 @@ def make_thumbnail(slide: Slide, overview: NDArray[np.uint8] | None = None) -> I
     mpp = slide.mpp * max(1.0, longest / THUMBNAIL_PX)
     if overview is None or max(overview.shape) < min(THUMBNAIL_PX, longest):
         return Image.fromarray(read_overview(slide, mpp))
-    size = [max(1, round(side * slide.mpp / mpp)) for side in slide.size_px0]
-    return Image.fromarray(overview).resize(size, Image.Resampling.BOX)
+    size = (max(1, round(slide.size_px0[0] * slide.mpp / mpp)), max(1, round(slide.size_px0[1] * slide.mpp / mpp)))
+    return Image.fromarray(overview).resize(size, Image.Resampling.BOX, reducing_gap=1.0)

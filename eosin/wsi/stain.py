@@ -175,10 +175,11 @@ def find_pen(planes: Planes, candidates: Mask, mpp: float) -> Mask:
     (h, w) bool
     """
     darkest = darkest_of(planes)
-    pen = _where(darkest < light_at(PEN_MIN_DENSITY), planes, _has_colour_of_no_stain)
+    odd = (darkest < light_at(PEN_MIN_DENSITY)) & _is_not_darkest_in_green(planes, darkest)
+    pen = _where(odd, planes, _has_colour_of_no_stain)
     if mpp <= FLAT_MAX_MPP:
         pen |= _pieces_on_glass(_even_and_strong(darkest, mpp), candidates, mpp)
-    pen |= _pieces_on_glass(_where(darkest < light_at(0.35), planes, _is_red), candidates, mpp)
+    pen |= _pieces_on_glass(_where(_may_be_red(planes), planes, _is_red), candidates, mpp)
     pen = drop_small(pen, PEN_MIN_UM2 / mpp**2, keep_largest=False)
     if not pen.any():
         return pen
@@ -195,6 +196,12 @@ def _where(strong: Mask, planes: Planes, rule: Callable[[Density], Mask]) -> Mas
     return found
 
 
+def _is_not_darkest_in_green(planes: Planes, darkest: NDArray[np.uint8]) -> Mask:
+    """Return the few pixels that may have a colour of no stain: green does not absorb most, or all do (black)."""
+    black = planes[0] < light_at(0.425)  # 0.85 * 0.5
+    return np.asarray((planes[1] > darkest) | black)
+
+
 def _has_colour_of_no_stain(density: Density) -> Mask:
     red, green, blue = density
     strongest, weakest = density.max(axis=0), density.min(axis=0)
@@ -203,6 +210,12 @@ def _has_colour_of_no_stain(density: Density) -> Mask:
     yellow_ink = (green < 0.5 * blue) & (red < 0.4 * blue)
     black_ink = (weakest > 0.85 * strongest) & (strongest > 0.5)
     return np.asarray(blue_ink | green_ink | yellow_ink | black_ink)
+
+
+def _may_be_red(planes: Planes) -> Mask:
+    """Return the few pixels that may be red: green absorbs, red hardly."""
+    least_red = np.floor(256 * 10.0 ** (-0.3 * DENSITY_OF_LIGHT) - 1).astype(np.uint8)
+    return np.asarray((planes[1] < light_at(0.35)) & (planes[0] >= look_up(least_red, planes[1])))
 
 
 def _is_red(density: Density) -> Mask:

@@ -137,20 +137,24 @@ class TissueMask:
 
     def _area_to(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tissue cells in the rectangle from the corner to (x, y): the integral image, linear within a cell."""
-        table = self._integral
+        table, (top, left) = self._integral
         height, width = table.shape[0] - 1, table.shape[1] - 1
-        x, y = np.clip(x, 0, width), np.clip(y, 0, height)
+        x, y = np.clip(x - left, 0, width), np.clip(y - top, 0, height)
         col, row = np.minimum(x.astype(np.int64), width - 1), np.minimum(y.astype(np.int64), height - 1)
         dx, dy = x - col, y - row
-        top = table[row, col] * (1 - dx) + table[row, col + 1] * dx
-        bottom = table[row + 1, col] * (1 - dx) + table[row + 1, col + 1] * dx
-        return np.asarray(top * (1 - dy) + bottom * dy)
+        above = table[row, col] * (1 - dx) + table[row, col + 1] * dx
+        below = table[row + 1, col] * (1 - dx) + table[row + 1, col + 1] * dx
+        return np.asarray(above * (1 - dy) + below * dy)
 
     @cached_property
-    def _integral(self) -> NDArray[np.int64]:
-        table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int64)
-        table[1:, 1:] = self.mask.cumsum(0, dtype=np.int64).cumsum(1)
-        return table
+    def _integral(self) -> tuple[NDArray[np.int32], tuple[int, int]]:
+        """The integral image of the box that holds all tissue, and that box's first row and column."""
+        rows, columns = window_of(self.mask, 0) if self.mask.any() else (slice(0, 1), slice(0, 1))
+        inside = self.mask[rows, columns]
+        table = np.zeros((inside.shape[0] + 1, inside.shape[1] + 1), np.int32)
+        np.cumsum(inside, axis=0, dtype=np.int32, out=table[1:, 1:])
+        np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
+        return table, (rows.start, columns.start)
 
     def contours(self) -> MultiPolygon:
         """Return the outline of the tissue in level-0 pixels, within the slide; holes are kept."""
