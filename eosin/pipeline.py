@@ -28,12 +28,13 @@ from eosin.heatmaps.explain import FORMATS, explain_slide
 from eosin.heatmaps.report import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
-from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, read_labels, shown
+from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, shown
 from eosin.mil.predict import predict
 from eosin.mil.recipe import Recipe
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
 from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
-from eosin.mil.tasks import Task, make_task
+from eosin.mil.study import open_labels, pose_task
+from eosin.mil.tasks import Task
 from eosin.mil.train import fit
 from eosin.options import Options
 from eosin.wsi.grid import Tiling
@@ -112,6 +113,22 @@ class Machine:
     batch_size: int = 64
     precision: Precision = "fp32"
     weights: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Tiles that come from elsewhere than the tissue.
+
+    Attributes
+    ----------
+    folder : str
+        Of the coordinates in the job.
+    write : callable
+        Given slides and what to call after each, writes their coordinates files and reports.
+    """
+
+    folder: str
+    write: Callable[[Sequence[SlideFile], Callable[[object], None] | None], Report]
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,11 +248,15 @@ def run_stages(
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
     missing: Literal["error", "drop"] = "error",
+    tiles: Tiles | None = None,
     progress: ProgressBar | None = None,
 ) -> Result:
-    """Do all that `run_pipeline` does but the report; arguments, result and errors are the same."""
-    run = _Run(job, options or Pipeline(), machine or Machine(), progress or no_progress)
-    return run.all_stages(find_slides(slides, slide_mpp=slide_mpp), read_labels(labels), splits, missing)
+    """Do all that `run_pipeline` does but the report; arguments, result and errors are the same.
+
+    With `tiles`, these take the place of the tiles with tissue.
+    """
+    run = _Run(job, options or Pipeline(), machine or Machine(), progress or no_progress, tiles)
+    return run.all_stages(find_slides(slides, slide_mpp=slide_mpp), open_labels(labels), splits, missing)
 
 
 def no_progress(_stage: str, _total: int | None) -> AbstractContextManager[None]:
@@ -251,6 +272,7 @@ class _Run:
     options: Pipeline
     machine: Machine
     progress: ProgressBar
+    tiles: Tiles | None = None
     records: dict[str, Record] = field(default_factory=dict)
 
     def all_stages(
@@ -261,8 +283,7 @@ class _Run:
         missing: Literal["error", "drop"],
     ) -> Result:
         table = _labelled(table, files, missing)
-        target = table.target_column(self.options.target)
-        task = make_task(self.options.task, table.rows(), target=target)
+        task = pose_task(self.options.task, table, self.options.target)
         self.check_names()
         self.choose_splits(Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(table.rows()))), given_splits)
         features = self.features(files)
@@ -305,17 +326,9 @@ class _Run:
         """Tile and encode every slide; return the folder of the feature files."""
         options, machine = self.options, self.machine
         encoder = folder_name(find_encoder(options.encoder).name)
+        tiling = options.tiling.folder if self.tiles is None else self.tiles.folder
         with self.progress("tile", len(files)) as advance:
-            self.note(
-                tile_slides(
-                    files,
-                    self.job,
-                    options.tiling,
-                    tissue=options.tissue,
-                    workers=machine.workers,
-                    progress=advance,
-                )
-            )
+            self.note(self.tile(files, advance))
         with self.progress("extract", len(files)) as advance:
             self.note(
                 extract(
@@ -326,12 +339,18 @@ class _Run:
                     batch_size=machine.batch_size,
                     precision=machine.precision,
                     device=machine.device,
-                    tiling=options.tiling.folder,
+                    tiling=tiling,
                     workers=machine.workers,
                     progress=advance,
                 )
             )
-        return self.job.features_dir(options.tiling.folder, encoder)
+        return self.job.features_dir(tiling, encoder)
+
+    def tile(self, files: Sequence[SlideFile], advance: Callable[[object], None] | None) -> Report:
+        if self.tiles is not None:
+            return self.tiles.write(files, advance)
+        tissue, workers = self.options.tissue, self.machine.workers
+        return tile_slides(files, self.job, self.options.tiling, tissue=tissue, workers=workers, progress=advance)
 
     def note(self, report: Report) -> None:
         """Keep each slide's worst record: a failure stays, whatever comes later."""

@@ -138,7 +138,7 @@ def test_a_slide_without_tissue_is_empty_and_bad_ones_are_named(stage):
     blank = find_slides([slides / "blank.png"], slide_mpp=0.5)
     tile_slides(blank, stage.job, COARSE)
     extract(blank, stage.job, "he_texture", workers=0, tiling=COARSE.folder)
-    report = tile_selected([*stage.slides[1:], *blank], stage.job, stage.run, FINE, selection=BUDGET)
+    report = tile_selected(find_slides([slides], slide_mpp=0.5), stage.job, stage.run, FINE, selection=BUDGET)
     found = {record.slide_id: (record.status, record.reason) for record in report.records}
     assert found["blank"] == ("empty", "")
     assert read_grid(stage.patches("blank")).n_tiles == 0
@@ -172,6 +172,7 @@ def test_a_model_that_keeps_silent_about_what_it_saw_is_not_trusted(stage):
     assert json.loads(read_footer(stage.patches("F000")).selection)["out_of_fold"] == "unknown"
 
 
+@pytest.mark.slow
 def test_workers_write_the_same(stage):
     stage.select()
     before = [read_grid(stage.patches(slide.slide_id)).origins_px0 for slide in stage.slides]

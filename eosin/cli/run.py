@@ -1,7 +1,7 @@
 """`eosin run`: slides + labels → everything, in one job folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from eosin.features.encoders import Precision as PrecisionName
 
 
-@command("tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats")
+@command("tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats", "second")
 def run(
     *,
     slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
@@ -48,9 +48,14 @@ def run(
     workers: Workers = 0,
     settings: Settings,
 ) -> Done:
-    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report."""
+    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report.
+
+    The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
+    (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
+    """
     from eosin.cli._study import choose_recipe, missing_policy
     from eosin.pipeline import Machine, Pipeline, run_pipeline
+    from eosin.stages import FIRST_TILING, STAGES, SecondStage, run_two_stage
     from eosin.wsi.job import JobFolder
 
     flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}
@@ -58,21 +63,32 @@ def run(
     options = {key: value for key, value in given.items() if value is not None}
     groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
     chosen = choose_recipe(recipe, settings).model_dump(mode="json")
-    result = run_pipeline(
-        slides,
-        labels,
-        JobFolder(job),
-        Pipeline.parse({**groups, **options, "recipe": chosen}, source="run"),
-        machine=Machine(
-            workers=workers,
-            device=device,
-            batch_size=batch_size,
-            precision=cast("PrecisionName", precision),
-            weights=weights,
-        ),
-        slide_mpp=slide_mpp_source(slide_mpp),
-        splits=splits,
-        missing=missing_policy(missing),
-        progress=progress,
+    two_stage = recipe == "two_stage" or "second" in settings.data
+    if two_stage:
+        groups["tiling"] = {"mpp": FIRST_TILING.mpp, **settings.group("tiling")}
+    pipeline = Pipeline.parse({**groups, **options, "recipe": chosen}, source="run")
+    machine = Machine(
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        precision=cast("PrecisionName", precision),
+        weights=weights,
     )
-    return Done([result.crossval / "metrics.json", result.model, result.heatmaps, job / "report.html"], result.report)
+    common: dict[str, Any] = {
+        "machine": machine,
+        "slide_mpp": slide_mpp_source(slide_mpp),
+        "splits": splits,
+        "missing": missing_policy(missing),
+        "progress": progress,
+    }
+    paths: list[Path] = []
+    if two_stage:
+        second = settings.parse("second", SecondStage)
+        staged = run_two_stage(slides, labels, JobFolder(job), pipeline, second, **common)
+        result, report = staged.second, staged.report
+        paths = [staged.first.job.root / "report.html", job / STAGES]
+    else:
+        result = run_pipeline(slides, labels, JobFolder(job), pipeline, **common)
+        report = result.report
+    paths += [result.crossval / "metrics.json", result.model, result.heatmaps, job / "report.html"]
+    return Done(paths, report)
