@@ -24,6 +24,7 @@ from eosin.cli import (
     tile,
     train,
     verify,
+    view,
 )
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ COMMANDS = {
     "predict": predict.predict,
     "heatmap": heatmap.heatmap,
     "counterfactual": counterfactual.counterfactual,
+    "view": view.view,
     "import": import_.import_,
     "export": export.export,
     "convert": convert.convert,

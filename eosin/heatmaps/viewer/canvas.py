@@ -39,18 +39,18 @@ REMOVED_VEIL = np.array([255, 255, 255, 200], dtype=np.uint8)
 COLOURS = 256
 MAX_EDGES = 20_000
 OPACITY = 0.5
-LEAST_VIEW_UM = 20.0
+LEAST_VIEW_UM = 50.0
 
 READOUT = """
 const hit = cb_data.index.image_indices
 const at = hit.length ? hit[0].flat_index : -1
 const data = source.data
-const value = at < 0 ? NaN : data.value[0][at]
+const value = at < 0 ? NaN : data.plain[0][at]
 if (!isFinite(value)) { readout.text = idle; return }
 const size = Math.abs(value)
 const number = size >= 0.01 && size < 1e5 || size == 0 ? value.toFixed(3) : value.toExponential(2)
 const place = `x ${Math.round(cb_data.geometry.x)}, y ${Math.round(-cb_data.geometry.y)} µm`
-readout.text = `<b>${number}</b> ${scale.tags[0]} · percentile ${data.rank[0][at].toFixed(1)}`
+readout.text = `${mapper.tags[0]} <b>${number}</b> · percentile ${data.rank[0][at].toFixed(1)}`
     + ` · tile ${data.tile[0][at]} at ${place}`
 """
 IDLE = "Point at a tile to read its score."
@@ -65,7 +65,7 @@ class Canvas:
     plot : figure
     lattice : Lattice
     maps : ColumnDataSource
-        ``value``, ``rank`` and ``tile`` of each cell.
+        Of each cell: the ``value`` that is coloured, the ``plain`` score, its ``rank`` and the ``tile``.
     shown : GlyphRenderer
         The map.
     mapper : LinearColorMapper
@@ -89,11 +89,11 @@ class Canvas:
     outline: GlyphRenderer
     readout: Div
 
-    def show_map(self, heatmap: Heatmap, rank: NDArray[np.float64]) -> None:
-        """Put another map in the place of the one that is shown; `rank` holds its percentiles."""
-        self.maps.data.update(map_columns(self.lattice, heatmap, rank))
-        scale = scale_of(heatmap)
-        self.mapper.update(palette=palette(scale), low=scale.low, high=scale.high, tags=[scale.title])
+    def show_map(self, shown: Heatmap, plain: Heatmap) -> None:
+        """Put another map in the place of the one that is shown: as it is coloured, and before it was scaled."""
+        self.maps.data = map_columns(self.lattice, shown, plain)
+        scale = scale_of(shown)
+        self.mapper.update(palette=palette(scale), low=scale.low, high=scale.high, tags=[plain.label])
         self.bar.update(**_bar_texts(scale))
 
     def show_removed(self, present: NDArray[np.bool_]) -> None:
@@ -111,31 +111,26 @@ class Canvas:
         self.plot.y_range.update(start=y - height_um / 2, end=y + height_um / 2)
 
 
-def make_canvas(
-    grid: TileGrid, lattice: Lattice, heatmap: Heatmap, rank: NDArray[np.float64], *, opacity: float = OPACITY
-) -> Canvas:
+def make_canvas(lattice: Lattice, shown: Heatmap, plain: Heatmap, *, opacity: float = OPACITY) -> Canvas:
     """Return a canvas without the slide's own pixels; the caller adds these below.
 
     Parameters
     ----------
-    grid : TileGrid
     lattice : Lattice
-    heatmap : Heatmap
-        The map that is shown first.
-    rank : (n,) float64
-        Its percentiles.
+    shown, plain : Heatmap
+        The map that is shown first, as it is coloured and before it was scaled.
     opacity : float
     """
-    plot = _plot(grid)
-    scale = scale_of(heatmap)
+    plot = _plot(shown.grid)
+    scale = scale_of(shown)
     mapper = LinearColorMapper(
-        palette=palette(scale), low=scale.low, high=scale.high, nan_color="rgba(0, 0, 0, 0)", tags=[scale.title]
+        palette=palette(scale), low=scale.low, high=scale.high, nan_color="rgba(0, 0, 0, 0)", tags=[plain.label]
     )
-    maps = ColumnDataSource(map_columns(lattice, heatmap, rank))
+    maps = ColumnDataSource(map_columns(lattice, shown, plain))
     (x, y), (width, height) = lattice.origin_um, lattice.size_um
     place = {"x": x, "y": -(y + height), "dw": width, "dh": height}
     glyph = Image(image="value", color_mapper=mapper, global_alpha=opacity, **place)
-    shown = plot.add_glyph(maps, glyph, level="glyph", name="map")
+    layer = plot.add_glyph(maps, glyph, level="glyph", name="map")
     nothing = np.zeros(lattice.shape, dtype=bool)
     veil = ColumnDataSource({"image": [_veil(nothing)]})
     plot.add_glyph(veil, ImageRGBA(image="image", **place), level="glyph", name="removed")
@@ -147,8 +142,8 @@ def make_canvas(
     bar = _colour_bar(mapper, scale)
     plot.add_layout(bar, "right")
     readout = Div(text=IDLE, styles={"font-size": "13px", "min-height": "20px"}, sizing_mode="stretch_width")
-    _add_readout(plot, shown, maps, mapper, readout)
-    return Canvas(plot, lattice, maps, shown, mapper, bar, veil, edges, outline, readout)
+    _add_readout(plot, layer, maps, mapper, readout)
+    return Canvas(plot, lattice, maps, layer, mapper, bar, veil, edges, outline, readout)
 
 
 def _plot(grid: TileGrid) -> figure:
@@ -176,25 +171,26 @@ def _plot(grid: TileGrid) -> figure:
 def _add_readout(
     plot: figure, shown: GlyphRenderer, maps: ColumnDataSource, mapper: LinearColorMapper, readout: Div
 ) -> None:
-    args = {"source": maps, "readout": readout, "scale": mapper, "idle": IDLE}
+    args = {"source": maps, "readout": readout, "mapper": mapper, "idle": IDLE}
     hover = HoverTool(renderers=[shown], tooltips=None, callback=CustomJS(args=args, code=READOUT), visible=False)
     plot.add_tools(hover)
 
 
-def map_columns(lattice: Lattice, heatmap: Heatmap, rank: NDArray[np.float64]) -> dict[str, list[NDArray[np.float32]]]:
+def map_columns(lattice: Lattice, shown: Heatmap, plain: Heatmap) -> dict[str, list[NDArray[np.float32]]]:
     """Return the pictures of a map as Bokeh draws them, bottom row first."""
-    tiles = np.arange(heatmap.grid.n_tiles, dtype=np.float64)
-    planes = {"value": heatmap.values, "rank": rank, "tile": tiles}
-    return {name: [_flip(lattice.paint(values))] for name, values in planes.items()}
+    tiles = np.arange(shown.grid.n_tiles, dtype=np.float64)
+    planes = {"value": shown.values, "plain": plain.values, "rank": plain.percentile().values, "tile": tiles}
+    return {name: [picture(lattice, values)] for name, values in planes.items()}
+
+
+def picture(lattice: Lattice, values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return one value per tile (n,) as a picture, bottom row first."""
+    return np.ascontiguousarray(lattice.paint(values)[::-1])
 
 
 def palette(scale: ColourScale) -> list[str]:
     """Return the colours of a scale, those of every other export."""
     return scale.stops(COLOURS)
-
-
-def _flip(plane: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(plane[::-1])
 
 
 def _veil(gone: NDArray[np.bool_]) -> NDArray[np.uint32]:

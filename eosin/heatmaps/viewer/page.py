@@ -152,6 +152,7 @@ class Page:
         self.study: Study | None = None
         self.choice = Choice("")
         self._is_filling = False
+        self._has_chosen_class = False
         self._connect()
         document.title = "eosin view"
         document.add_root(
@@ -236,7 +237,7 @@ class Page:
         self._fill_choices(prepared)
         shown = self._shown_map(prepared.heatmap)
         opacity = float(panel.opacity.value)
-        self.canvas = make_canvas(study.grid, study.lattice, shown, _ranks(prepared.heatmap), opacity=opacity)
+        self.canvas = make_canvas(study.lattice, shown, prepared.heatmap, opacity=opacity)
         self._add_slide(self.canvas, study)
         self._add_tools(self.canvas, study)
         self.holder.children = [self.canvas.plot, self.canvas.readout]
@@ -251,7 +252,7 @@ class Page:
         self._is_filling = True
         panel.family.options = list(layers.families())
         panel.family.value = prepared.choice.family
-        if self.desk.catalogue.classes and panel.class_name.value not in self.desk.catalogue.classes:
+        if not self._has_chosen_class and prepared.before.leading:
             panel.class_name.value = prepared.before.leading
         panel.scaling.options = list(scalings_of(prepared.heatmap))
         if panel.scaling.value not in panel.scaling.options:
@@ -291,7 +292,7 @@ class Page:
         ]
         canvas.plot.add_tools(*tools[1:])
         canvas.plot.toolbar.active_drag = tools[self.panel.tool.active or 0]
-        switch_tools(self.panel.tool, tools)
+        switch_tools(self.panel.tool, tools, self.panel.brush)
         code = "for (const glyph of glyphs) glyph.global_alpha = slider.value"
         fade = CustomJS(args={"glyphs": [canvas.shown.glyph], "slider": self.panel.opacity}, code=code)
         self.panel.opacity.js_property_callbacks = {"change:value": [fade]}
@@ -383,7 +384,7 @@ class Page:
         panel.undo.disabled = panel.start_over.disabled = not has_steps
         panel.save.disabled = not (edited.is_touched and self.desk.out is not None)
         source, tiles = self.copied or (None, ())
-        panel.transplant.disabled = source is None or source.listed.key == edited.study.listed.key
+        panel.transplant.visible = source is not None and source.listed.key != edited.study.listed.key
         if source is not None:
             panel.transplant.label = f"Add {len(tiles):,} of {source.listed.slide_id}"
 
@@ -447,6 +448,7 @@ class Page:
         """Ask about another class."""
         if self._is_filling:
             return
+        self._has_chosen_class = True
         self._change_map(self.choice.family, self.class_name)
         edited, key = self.edited, self._shown_study().listed.key
         if self.told_steps.get(key):
@@ -478,7 +480,7 @@ class Page:
 
     def _paint_map(self, heatmap: Heatmap) -> None:
         if self.canvas is not None:
-            self.canvas.show_map(self._shown_map(heatmap), _ranks(heatmap))
+            self.canvas.show_map(self._shown_map(heatmap), heatmap)
         self._refresh(self.edited)
 
     @told
@@ -517,10 +519,6 @@ class Page:
 
 def _press(act: Callable[[], None], _event: ButtonClick) -> None:
     act()
-
-
-def _ranks(heatmap: Heatmap) -> NDArray[np.float64]:
-    return heatmap.percentile().values
 
 
 def _outline(geometry: dict[str, Any]) -> NDArray[np.float64]:

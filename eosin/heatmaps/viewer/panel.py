@@ -90,11 +90,13 @@ def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], cl
         ),
         "tool": RadioButtonGroup(labels=list(TOOLS), active=0, width=WIDTH, name="tool"),
         "action": RadioButtonGroup(labels=list(ACTIONS), active=0, width=WIDTH, name="action"),
-        "brush": Slider(title="Brush width (tiles)", start=1, end=20, step=1, value=3, width=WIDTH, name="brush"),
-        "undo": Button(label="Undo", width=90, disabled=True, name="undo"),
+        "brush": Slider(
+            title="Brush width (tiles)", start=1, end=20, step=1, value=3, width=WIDTH, visible=False, name="brush"
+        ),
+        "undo": Button(label="Undo", width=80, disabled=True, name="undo"),
         "start_over": Button(label="Start over", width=100, disabled=True, name="start_over"),
-        "transplant": Button(label="Add copied tiles", width=180, disabled=True, name="transplant"),
-        "save": Button(label="Save session", width=WIDTH, disabled=True, name="save"),
+        "transplant": Button(label="Add copied tiles", width=WIDTH, visible=False, name="transplant"),
+        "save": Button(label="Save session", width=190, disabled=True, name="save"),
         "status": Div(text="", name="status", styles={**SMALL, "min-height": "20px"}, width=WIDTH),
         "result": Div(text="", name="result", styles=TEXT, width=WIDTH),
         "history": Div(text="", name="history", styles=SMALL, width=WIDTH),
@@ -114,8 +116,9 @@ def _arrange(parts: dict[str, object], refused: list[tuple[str, str]]) -> Column
     note = Div(text=_refused_in_words(refused), styles=SMALL, width=WIDTH, visible=bool(refused), name="refused")
     return column(
         p["verdict"], p["slide"], note, row(p["family"], p["class_name"]), row(p["scaling"], p["opacity"]), p["shown"],
-        head, help_, p["tool"], p["action"], p["brush"], row(p["undo"], p["start_over"], p["transplant"]),
-        p["status"], p["result"], p["history"], p["save"], p["gallery_title"], p["gallery_plot"],
+        head, help_, p["tool"], p["action"], p["brush"], row(p["undo"], p["start_over"], p["save"]),
+        p["transplant"],
+        p["status"], p["result"], p["history"], p["gallery_title"], p["gallery_plot"],
         width=WIDTH + 30, sizing_mode="stretch_height",
         styles={"overflow-y": "auto", "overflow-x": "hidden", "padding-left": "12px"}, name="panel",
     )  # fmt: skip
@@ -158,10 +161,13 @@ def place_in_gallery(x: float, y: float) -> int:
     return int(-y // 1.18) * GALLERY_COLUMNS + int(x)
 
 
-def switch_tools(radio: RadioButtonGroup, tools: list[object]) -> None:
-    """Let the buttons choose which tool a drag of the mouse uses, in the browser."""
-    code = "tools.forEach((tool, i) => { if (i == radio.active) tool.active = true })"
-    callback = CustomJS(args={"radio": radio, "tools": tools}, code=code)
+def switch_tools(radio: RadioButtonGroup, tools: list[object], brush: Slider) -> None:
+    """Let the buttons choose which tool a drag of the mouse uses, in the browser; `brush` shows with the last."""
+    code = """
+tools.forEach((tool, i) => { if (i == radio.active) tool.active = true })
+brush.visible = radio.active == tools.length - 1
+"""
+    callback = CustomJS(args={"radio": radio, "tools": tools, "brush": brush}, code=code)
     radio.js_property_callbacks = {"change:active": [callback]}
 
 

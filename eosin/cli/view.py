@@ -1,0 +1,80 @@
+"""`eosin view`: slides in the browser with maps over them, and questions asked by drawing."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eosin.cli._arguments import Model, SlideMpp, slide_mpp_source
+from eosin.cli._common import Done, command, progress, say
+from eosin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eosin.batch import Report
+    from eosin.heatmaps.viewer.catalogue import Catalogue
+
+
+@command()
+def view(
+    *,
+    model: Model,
+    features: Annotated[list[Path], typer.Option(help="Feature file, or folder of them; repeatable.")],
+    slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for saved sessions; nothing is saved without it.")] = None,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one offline page, without edits, instead of showing it live.")
+    ] = None,
+    replay: Annotated[
+        list[Path] | None, typer.Option(help="Do a saved session (.json) again and print its numbers; repeatable.")
+    ] = None,
+    slide_mpp: SlideMpp = None,
+) -> Done:
+    """Look at slides with a model's maps, take tiles away and see at once what the model says then."""
+    from eosin.heatmaps.viewer.catalogue import open_catalogue
+    from eosin.heatmaps.viewer.replay import replay_sessions
+    from eosin.heatmaps.viewer.show import show_slides
+    from eosin.heatmaps.viewer.static import write_static
+    from eosin.wsi.slide import find_slides
+
+    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
+    with progress("check slides", len(files)) as advance:
+        catalogue = open_catalogue(model, features, files, progress=advance)
+    report = _require_shown(catalogue)
+    if replay:
+        return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report)
+    if html is not None:
+        write_static(html, catalogue)
+        return Done([html], report)
+    for one in catalogue.refused:
+        say(f"not shown: {one.refusal}")
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        show_slides(catalogue, out=out, port=port, ready=lambda url: _announce(url, browser=browser))
+    return Done([], report)
+
+
+def _require_shown(catalogue: "Catalogue") -> "Report":
+    """Return one record per slide; refuse a list of which no slide can be shown."""
+    from eosin.batch import Record, Report
+
+    if not catalogue.shown:
+        first, *others = catalogue.refused
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{first.refusal}{more}")
+    return Report(
+        tuple(
+            Record(one.slide_id, "view", "failed" if one.refusal else "ok", one.code, one.refusal)
+            for one in catalogue.listed
+        )
+    )
+
+
+def _announce(url: str, *, browser: bool) -> None:
+    typer.echo(url)
+    say("the address holds the key to this viewer; Ctrl+C ends it")
+    if browser:
+        import webbrowser
+
+        webbrowser.open(url)
