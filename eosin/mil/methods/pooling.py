@@ -1,17 +1,30 @@
 """Pooling without attention: the bag is the mean, the maximum or the smooth maximum of its instances.
 
-The smooth maximum is ``(1/r) log mean exp(r h)`` (Pinheiro and Collobert, CVPR 2015, https://arxiv.org/abs/1411.6228,
-equation 6): the mean as r goes to 0, the maximum as r grows. An empty bag pools to 0.
+1. ``h = dropout(relu(W x + b))``; of the bag ``z_e = mean_n h_ne``, ``max_n h_ne`` or the smooth maximum ``(1/r) log
+   mean_n exp(r h_ne)`` (Pinheiro and Collobert, CVPR 2015, https://arxiv.org/abs/1411.6228, equation 6), which is the
+   mean as r goes to 0 and the maximum as r grows; ``logits = W_c z + b_c``.
+2. With ``level="instance"`` the logits of the instances are pooled, ``logits = pool_n(W_c h_n + b_c)``: mi-Net of Wang
+   et al., Revisiting multiple instance neural networks, 2018, https://arxiv.org/abs/1610.02501, of which equation 1 is
+   MI-Net. With the maximum and one logit (`--task binary`) an instance can only ever speak for the positive class,
+   which is the standard assumption of multiple-instance learning.
+
+An empty bag pools to 0. Deviation: the layers of these baselines differ from repository to repository; here they are
+those of ABMIL.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from eosin.errors import ConfigError
 from eosin.kernels import segment_logsumexp, segment_max, segment_mean
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import Activation, as_dtype, embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
+
+Level = Literal["embedding", "instance"]
 
 
 class Pooling(Aggregator):
@@ -23,6 +36,8 @@ class Pooling(Aggregator):
         Feature width D and logits K.
     embed_dims, embed_activation, dropout
         Layers before the pooling; none pools the features themselves.
+    level : {"embedding", "instance"}
+        What is pooled: embedded instances, or their logits.
     """
 
     output_type = AggregatorOutput
@@ -35,15 +50,20 @@ class Pooling(Aggregator):
         embed_dims: tuple[int, ...] = (512,),
         embed_activation: Activation = "relu",
         dropout: float = 0.25,
+        level: Level = "embedding",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=(in_dim, *embed_dims)[-1])
+        self.level = level
         self.embed = embedding(in_dim, embed_dims, activation=embed_activation, dropout=dropout)
         self.classifier = nn.Linear(self.embed_dim, n_outputs)
 
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return logits and bag embeddings."""
-        bag = as_dtype(self.pool(self.embed(bags.values), bags), self.classifier.weight)
-        return AggregatorOutput(self.classifier(bag), bag)
+        instances = self.embed(bags.values)
+        bag = as_dtype(self.pool(instances, bags), self.classifier.weight)
+        if self.level == "embedding":
+            return AggregatorOutput(self.classifier(bag), bag)
+        return AggregatorOutput(self.pool(self.classifier(instances), bags), bag)
 
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
         """Return the bags (B, E) of embedded instances (N, E)."""
@@ -74,7 +94,7 @@ class LsePooling(Pooling):
 
     Parameters
     ----------
-    in_dim, n_outputs, embed_dims, embed_activation, dropout
+    in_dim, n_outputs, embed_dims, embed_activation, dropout, level
         As `Pooling`.
     sharpness : float
         r of the smooth maximum.
@@ -89,8 +109,18 @@ class LsePooling(Pooling):
         embed_dims: tuple[int, ...] = (512,),
         embed_activation: Activation = "relu",
         dropout: float = 0.25,
+        level: Level = "embedding",
     ) -> None:
-        super().__init__(in_dim, n_outputs, embed_dims=embed_dims, embed_activation=embed_activation, dropout=dropout)
+        super().__init__(
+            in_dim,
+            n_outputs,
+            embed_dims=embed_dims,
+            embed_activation=embed_activation,
+            dropout=dropout,
+            level=level,
+        )
+        if sharpness <= 0:
+            raise ConfigError(f"lse: sharpness {sharpness} must be above 0")
         self.sharpness = sharpness
 
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
