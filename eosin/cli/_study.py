@@ -1,7 +1,9 @@
 """What `split`, `train`, `crossval` and `run` have in common: groups, policies, and a recipe with its changes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
 
 from eosin.cli._common import Settings, merge
 from eosin.errors import ConfigError, UnknownNameError
@@ -16,6 +18,24 @@ GROUPS = ("patient", "slide", SITE)
 MISSING = ("error", "drop")
 LEVELS = ("slide", "patient")
 
+SlideTable = Annotated[
+    Path | None,
+    typer.Option(help="Table of slides and their patients, when the labels are one row per patient (STAMP)."),
+]
+MaxInstancesPerStep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tiles computed at once; a step of more is accumulated over several packs (recipe.training).",
+        show_default="no limit",
+    ),
+]
+CacheGb = Annotated[float, typer.Option(help="GB of features kept in memory; what is beyond is read at each pass.")]
+DeviceCacheGb = Annotated[
+    float, typer.Option(help="GB of features kept on the device, so that a pass copies nothing to it.")
+]
+BYTES_PER_GB = 2**30
+
 
 def read_study(
     features: Path,
@@ -27,6 +47,8 @@ def read_study(
     group: str,
     level: str,
     missing: str,
+    slide_table: Path | None = None,
+    cache_gb: float = 2.0,
 ) -> "Study":
     """Join features and labels as the options of a command say."""
     from eosin.mil.study import open_study
@@ -40,8 +62,10 @@ def read_study(
         target=settings.choose("target", target, None),
         group=owner(group),
         level=cast("Literal['slide', 'patient']", level),
-        site=SITE if group == SITE else None,
+        keep_sites=group == SITE,
         missing=missing_policy(missing),
+        slide_table=slide_table,
+        cache_bytes=int(cache_gb * BYTES_PER_GB),
     )
 
 
@@ -80,8 +104,10 @@ def _one_of(splits: "list[Split]", fold: int | None, path: Path) -> "Split":
     return splits[number]
 
 
-def choose_recipe(name: str | None, settings: Settings) -> "Recipe":
+def choose_recipe(name: str | None, settings: Settings, *, max_instances_per_step: int | None = None) -> "Recipe":
     """Return the recipe of a name or a YAML file, changed by the group ``recipe`` of ``--config`` and ``--set``.
+
+    `max_instances_per_step` is the flag of that name and wins over them.
 
     Raises
     ------
@@ -97,7 +123,10 @@ def choose_recipe(name: str | None, settings: Settings) -> "Recipe":
         base = Recipe.parse(read_yaml(Path(name)), source=name)
     else:
         base = RECIPES[name or "abmil"]
-    recipe = Recipe.parse(merge(base.model_dump(mode="json"), settings.group("recipe")), source="recipe")
+    changed = merge(base.model_dump(mode="json"), settings.group("recipe"))
+    if max_instances_per_step is not None:
+        changed = merge(changed, {"training": {"max_instances_per_step": max_instances_per_step}})
+    recipe = Recipe.parse(changed, source="recipe")
     AGGREGATORS.resolve(recipe.aggregator.name, recipe.aggregator.options)
     STRATEGIES.resolve(recipe.strategy.name, recipe.strategy.options)
     for term in recipe.terms:

@@ -1,56 +1,55 @@
 """`eosin split`: label table → splits by patient."""
 
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, cast
 
 import typer
 
 from eosin.cli._arguments import Group, Labels, Out, Target, TaskKind
 from eosin.cli._common import Done, Settings, command, say
+from eosin.cli._study import SITE, SlideTable, owner
 
-if TYPE_CHECKING:
-    SplitKind = Literal["kfold", "monte-carlo"]
-
-KINDS = ("kfold", "monte-carlo")
+NESTED = "nested"
+KINDS = ("kfold", "monte-carlo", "holdout", NESTED)
+KIND_HELP = (
+    "kfold tests every slide once; monte-carlo draws independently; holdout has one test part and rotates validation; "
+    "nested rotates validation within each of the folds."
+)
 
 
 @command("task", "target", "folds")
 def split(
     *,
     labels: Labels,
+    slide_table: SlideTable = None,
     folds: Annotated[int | None, typer.Option(help="Number of splits.", show_default="5")] = None,
     group: Group = "patient",
     out: Out,
     task: TaskKind = None,
     target: Target = None,
-    kind: Annotated[str, typer.Option(help="kfold tests every slide once; monte-carlo draws independently.")] = "kfold",
+    kind: Annotated[str, typer.Option(help=KIND_HELP)] = "kfold",
+    inner_folds: Annotated[int, typer.Option(help="Folds within each fold of nested splits.")] = 5,
     val_fraction: Annotated[float, typer.Option(help="Share of the patients that selects the model.")] = 0.15,
+    test_fraction: Annotated[float, typer.Option(help="Share that tests in monte-carlo and holdout.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     settings: Settings,
 ) -> Done:
     """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
-    from eosin.cli._study import SITE, owner
     from eosin.errors import UnknownNameError
-    from eosin.mil.data import read_labels
-    from eosin.mil.splits import Cohort, make_splits, write_splits
-    from eosin.mil.tasks import make_task
+    from eosin.mil.splits import SplitKind, make_nested_splits, make_splits
+    from eosin.mil.study import label_cohort, open_labels, pose_task, write_all_splits
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)
-    table = read_labels(labels, group=owner(group))
-    column = table.target_column(settings.choose("target", target, None))
-    rows = table.rows()
-    strata = make_task(settings.choose("task", task, "classification"), rows, target=column).strata(rows)
-    if group == SITE:
-        table.require([SITE])
-    sites = table.values[SITE] if group == SITE else ()
-    cohort = Cohort(table.slide_ids, table.patient_ids, tuple(strata), sites)
-    splits = make_splits(
-        cohort,
-        folds=settings.choose("folds", folds, 5),
-        kind=cast("SplitKind", kind),
-        val_fraction=val_fraction,
-        seed=seed,
-    )
-    write_splits(out, splits, cohort)
-    say("; ".join(table.notes))
+    table = open_labels(labels, slide_table=slide_table, group=owner(group))
+    posed = pose_task(settings.choose("task", task, "classification"), table, settings.choose("target", target, None))
+    cohort = label_cohort(table, posed, keep_sites=group == SITE)
+    number = settings.choose("folds", folds, 5)
+    if kind == NESTED:
+        nested = make_nested_splits(cohort, folds=number, inner_folds=inner_folds, seed=seed)
+    else:
+        kind_ = cast("SplitKind", kind)
+        fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+        nested = [make_splits(cohort, folds=number, kind=kind_, seed=seed, **fractions)]
+    write_all_splits(out, nested, cohort)
+    say("; ".join((*table.notes, posed.describe(table.rows()))))
     return Done([out])

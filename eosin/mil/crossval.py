@@ -16,17 +16,22 @@ from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outp
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.recipe import Recipe
 from eosin.mil.splits import Cohort, Split, check_splits, with_validation
+from eosin.mil.task import with_mean_threshold
 from eosin.mil.tasks import Task
-from eosin.mil.train import fit
+from eosin.mil.train import Fitted, fit
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
 VAL_FRACTION = 0.15
 
 
+FoldSplits = Split | Sequence[Split]
+"""A fold is a split, or several with the same test part whose models answer together (nested splits)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What a fold's model says of its test slides.
+    """What a fold's model, or models, say of its test slides.
 
     Attributes
     ----------
@@ -35,6 +40,10 @@ class Fold:
     outputs : (n, outputs) float
     targets : (n, ...) array
     metrics : dict
+    task : Task
+        With what the training and validation parts of the fold taught.
+    validation : tuple of dict
+        Validation metrics of each model.
     """
 
     number: int
@@ -43,6 +52,8 @@ class Fold:
     outputs: Floats
     targets: NDArray[Any]
     metrics: Metrics
+    task: Task
+    validation: tuple[Metrics, ...] = ()
 
 
 def cohort_of(examples: Examples, task: Task, rows: Sequence[Mapping[str, str]], *, site: str | None = None) -> Cohort:
@@ -65,7 +76,7 @@ def crossval(
     recipe: Recipe,
     task: Task,
     examples: Examples,
-    splits: Sequence[Split],
+    splits: Sequence[FoldSplits],
     cohort: Cohort,
     out: Path,
     *,
@@ -84,14 +95,15 @@ def crossval(
     task : Task
     examples : Examples
         All labelled bags.
-    splits : sequence of Split
+    splits : sequence of Split, or of sequences of Split
         A fold without a validation part gets one from its training part, unless the recipe selects the last epoch.
-        Nothing is ever selected by a test part.
+        Nothing is ever selected by a test part. Several splits with one test part are one fold: a model is trained on
+        each, and the mean of their outputs is tested.
     cohort : Cohort
         Of these examples, see `cohort_of`.
     out : Path
-        Receives ``fold_<i>/`` with each model, ``predictions.csv`` and ``metrics.json``. Folds that are there already,
-        of the same recipe and data, are not trained again.
+        Receives ``fold_<i>/`` with each model (``fold_<i>/inner_<j>/`` of nested splits), ``predictions.csv`` and
+        ``metrics.json``. Folds that are there already, of the same recipe and data, are not trained again.
     device, precision
         As in `eosin.mil.train.fit`.
     val_fraction : float
@@ -112,11 +124,13 @@ def crossval(
     LabelError
         If the splits leak, name unknown slides or leave a class out of a training part.
     """
-    check_splits(splits, cohort)
+    for fold_splits in splits:
+        check_splits(inner_splits(fold_splits), cohort)
     plan = _Plan(recipe, task, examples, out, device, precision)
     folds = []
-    for number, split in enumerate(splits):
-        fold = plan.run(number, _complete(split, recipe, cohort, val_fraction, number))
+    for number, fold_splits in enumerate(splits):
+        complete = [_complete(split, recipe, cohort, val_fraction, number) for split in inner_splits(fold_splits)]
+        fold = plan.run(number, complete, nested=not isinstance(fold_splits, Split))
         folds.append(fold)
         if progress is not None:
             progress(fold)
@@ -125,10 +139,15 @@ def crossval(
 
 def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int) -> dict[str, Any]:
     """Write ``predictions.csv`` and ``metrics.json`` of finished folds; return the latter."""
-    write_text(out / PREDICTIONS, _predictions(task, folds))
+    write_text(out / PREDICTIONS, _predictions(folds))
     summary = _summary(recipe, task, folds, resamples)
     write_json(out / METRICS, summary)
     return summary
+
+
+def inner_splits(fold: FoldSplits) -> Sequence[Split]:
+    """Return the splits of a fold: itself, or the nested ones."""
+    return [fold] if isinstance(fold, Split) else fold
 
 
 def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
@@ -148,48 +167,62 @@ class _Plan:
     device: str
     precision: str
 
-    def run(self, number: int, split: Split) -> Fold:
-        """Train a fold and test it."""
+    def run(self, number: int, splits: Sequence[Split], *, nested: bool) -> Fold:
+        """Train the models of a fold and test them together."""
+        folder = self.out / f"fold_{number}"
+        folders = [folder / f"inner_{place}" for place in range(len(splits))] if nested else [folder]
+        made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
+        test = self.examples.subset(splits[0].test)
+        tasks = [fitted.card.load_task() for fitted in made]
+        outputs = [
+            predict_outputs(fitted.model, task, test.bags, test.ids, device=choose_device(self.device))
+            for fitted, task in zip(made, tasks, strict=True)
+        ]
+        task, together = self.task.pooled(tasks, outputs)
+        task = tasks[0] if len(tasks) == 1 else with_mean_threshold(task, tasks)
+        mean = together.reshape(len(tasks), len(test), -1).mean(0)
+        targets = test.targets.numpy()
+        validation = tuple(fitted.card.training["validation"] for fitted in made)
+        return Fold(number, test.ids, test.patient_ids, mean, targets, task.metrics(mean, targets), task, validation)
+
+    def _train(self, number: int, split: Split, folder: Path) -> Fitted:
         training = self.recipe.training
         seeded = training.model_copy(update={"seed": training.seed + number})
-        fitted = fit(
+        return fit(
             self.recipe.model_copy(update={"training": seeded}),
             self.task,
             self.examples.subset(split.train),
             self.examples.subset(split.val),
-            folder=self.out / f"fold_{number}",
+            folder=folder,
             device=self.device,
             precision=self.precision,
         )
-        test = self.examples.subset(split.test)
-        task = fitted.card.load_task()
-        outputs = predict_outputs(fitted.model, task, test.bags, test.ids, device=choose_device(self.device))
-        targets = test.targets.numpy()
-        return Fold(number, test.ids, test.patient_ids, outputs, targets, task.metrics(outputs, targets))
 
 
-def _predictions(task: Task, folds: Sequence[Fold]) -> str:
+def _predictions(folds: Sequence[Fold]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = list(task.table(folds[0].outputs))
-    writer.writerow(["fold", "slide_id", "patient_id", *task.columns, *names])
+    first = folds[0]
+    writer.writerow(["fold", "slide_id", "patient_id", *first.task.columns, *first.task.table(first.outputs)])
     for fold in folds:
-        columns = [*task.decode(fold.targets), *task.table(fold.outputs).values()]
+        columns = [*fold.task.decode(fold.targets), *fold.task.table(fold.outputs).values()]
         for row, (slide, patient) in enumerate(zip(fold.ids, fold.patient_ids, strict=True)):
             writer.writerow([fold.number, slide, patient, *(column[row] for column in columns)])
     return text.getvalue()
 
 
 def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+    judge, outputs = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
     pooled = bootstrap(
-        task,
-        np.concatenate([fold.outputs for fold in folds]),
+        judge,
+        outputs,
         np.concatenate([fold.targets for fold in folds]),
         [patient for fold in folds for patient in fold.patient_ids],
+        decided=np.concatenate([fold.task.decide(fold.outputs) for fold in folds]),
         resamples=resamples,
     )
     return {
-        "task": task.model_dump(mode="json"),
+        "task": judge.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "n_folds": len(folds),
         "metrics": summarise_folds([fold.metrics for fold in folds]),

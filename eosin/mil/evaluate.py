@@ -111,6 +111,7 @@ def bootstrap(
     targets: NDArray[Any],
     patients: Sequence[str],
     *,
+    decided: NDArray[np.int64] | None = None,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
@@ -126,6 +127,8 @@ def bootstrap(
         As the task encodes them.
     patients : sequence of str
         Patient of each row.
+    decided : (n, ...) int, optional
+        Decisions that were made already, see `Task.metrics`.
     resamples, level, seed
         Number of draws, coverage of the interval, seed of the draws.
 
@@ -134,8 +137,11 @@ def bootstrap(
     dict of str to Estimate
         The interval is None when less than half of the draws define the metric.
     """
-    values = task.metrics(outputs, targets)
-    draws = [task.metrics(outputs[rows], targets[rows]) for rows in patient_draws(patients, resamples, seed)]
+    decisions = task.decide(outputs) if decided is None else decided
+    values = task.metrics(outputs, targets, decisions)
+    draws = [
+        task.metrics(outputs[rows], targets[rows], decisions[rows]) for rows in patient_draws(patients, resamples, seed)
+    ]
     return {name: _estimate(value, [draw.get(name) for draw in draws], level) for name, value in values.items()}
 
 

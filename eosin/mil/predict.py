@@ -24,6 +24,7 @@ from eosin.mil.data import MemoryBags
 from eosin.mil.evaluate import choose_device, predict_outputs
 from eosin.mil.metrics import Floats
 from eosin.mil.slots import Aggregator
+from eosin.mil.task import with_mean_threshold
 from eosin.mil.tasks import Task
 
 Cell = str | int | float | None
@@ -58,11 +59,7 @@ class Ensemble:
     @property
     def task(self) -> Task:
         """The first model's task; a threshold is the mean of the models'."""
-        thresholds = [getattr(task, "threshold", None) for task in self.tasks]
-        known = [value for value in thresholds if value is not None]
-        if not known or len(known) < len(thresholds):
-            return self.tasks[0]
-        return self.tasks[0].model_copy(update={"threshold": float(np.mean(known))})
+        return with_mean_threshold(self.tasks[0], self.tasks)
 
     @property
     def model_id(self) -> str:

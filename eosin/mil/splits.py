@@ -20,6 +20,9 @@ from eosin.files import write_text
 from eosin.mil.data import read_table, shown, slide_id
 
 PARTS = ("train", "val", "test")
+OUTER = "outer_"
+
+SplitKind = Literal["kfold", "monte-carlo", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Cohort:
     strata: tuple[str, ...]
     sites: tuple[str, ...] = ()
 
+    @property
+    def group_name(self) -> str:
+        """What stays together: patients or sites."""
+        return "sites" if self.sites else "patients"
+
     def groups(self) -> dict[str, list[int]]:
         """Return the rows of each group that must stay together: a patient, or a site with all its patients."""
         keys = self.sites or self.patient_ids
@@ -76,22 +84,23 @@ def make_splits(
     cohort: Cohort,
     *,
     folds: int = 5,
-    kind: Literal["kfold", "monte-carlo"] = "kfold",
+    kind: SplitKind = "kfold",
     val_fraction: float = 0.15,
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> list[Split]:
-    """Make three-way splits, grouped and stratified by patient (or site).
+    """Make three-way splits, grouped and stratified by patient (or site); `make_nested_splits` makes nested ones.
 
     Parameters
     ----------
     cohort : Cohort
     folds : int
-        Number of splits, at least 2 for k-fold.
-    kind : {"kfold", "monte-carlo"}
-        Every slide tested once, or independent draws.
+        Number of splits, at least 2 for k-fold and held-out test.
+    kind : {"kfold", "monte-carlo", "holdout"}
+        Every slide tested once; independent draws; or one test part that is the same in every split, while every other
+        slide validates once.
     val_fraction, test_fraction : float
-        Share of all patients that select the model; share that test it in a Monte-Carlo draw.
+        Share of all patients that select the model; share that test it in a Monte-Carlo draw or are held out.
     seed : int
 
     Raises
@@ -100,21 +109,72 @@ def make_splits(
         If a class has fewer patients than folds (k-fold) or than parts, or a part would be empty or lack a class in
         training.
     """
-    if kind == "kfold" and folds < 2:
+    if not (0 <= val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise LabelError(
+            f"validation {val_fraction:g} and test {test_fraction:g}: shares must be positive and leave some to train"
+        )
+    if folds < (1 if kind == "monte-carlo" else 2):
         raise LabelError(f"{folds} fold: cross-validation needs at least 2; use --kind monte-carlo for a single split")
-    _require_groups(cohort, max(folds if kind == "kfold" else 2, 2 + (val_fraction > 0)))
     rng = np.random.default_rng(seed)
+    if kind == "holdout":
+        return _holdout(cohort, folds, test_fraction, rng)
+    _require_groups(cohort, max(folds if kind == "kfold" else 2, 2 + (val_fraction > 0)))
     draws = (_draw(cohort, test_fraction, rng) for _ in range(folds))
     splits = []
     for test in _deal(cohort, folds, rng) if kind == "kfold" else draws:
         rest = cohort.select(set(cohort.slide_ids) - set(test))
         val = _draw(rest, val_fraction / (1 - len(test) / len(cohort.slide_ids)), rng) if val_fraction else ()
         splits.append(_ordered(cohort, val=val, test=test))
+    return _finished(splits, cohort, parts=("val", "test") if val_fraction else ("test",))
+
+
+def _holdout(cohort: Cohort, folds: int, test_fraction: float, rng: np.random.Generator) -> list[Split]:
+    _require_groups(cohort, folds + 1)
+    test = _draw(cohort, test_fraction, rng)
+    rest = cohort.select(set(cohort.slide_ids) - set(test))
+    splits = [_ordered(cohort, val=val, test=test) for val in _deal(rest, folds, rng)]
+    return _finished(splits, cohort, parts=("val", "test"))
+
+
+def _finished(splits: list[Split], cohort: Cohort, *, parts: Sequence[str]) -> list[Split]:
     check_splits(splits, cohort)
-    parts = ("val", "test") if val_fraction else ("test",)
     if not all(split.parts()[part] for split in splits for part in parts):
-        raise LabelError(f"too few patients for {folds} folds with {' and '.join(parts)} parts; use fewer folds")
+        raise LabelError(
+            f"too few {cohort.group_name} for {len(splits)} folds with {' and '.join(parts)} parts; use fewer folds"
+        )
     return splits
+
+
+def make_nested_splits(cohort: Cohort, *, folds: int = 5, inner_folds: int = 5, seed: int = 0) -> list[list[Split]]:
+    """Make nested splits: for each outer fold, its test part with every rotation of validation within the rest.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    folds, inner_folds : int
+        Outer folds, each slide tested in one; inner folds, each of the others validating in one.
+    seed : int
+
+    Returns
+    -------
+    list of lists of Split
+        One list per outer fold; all splits of a list have the same test part.
+
+    Raises
+    ------
+    LabelError
+        If a class has too few patients (or sites) for either.
+    """
+    if folds < 2 or inner_folds < 2:
+        raise LabelError(f"{folds} outer and {inner_folds} inner folds: both need at least 2")
+    _require_groups(cohort, max(folds, inner_folds + 1))
+    rng = np.random.default_rng(seed)
+    nested = []
+    for test in _deal(cohort, folds, rng):
+        rest = cohort.select(set(cohort.slide_ids) - set(test))
+        inner = [_ordered(cohort, val=val, test=test) for val in _deal(rest, inner_folds, rng)]
+        nested.append(_finished(inner, cohort, parts=("val", "test")))
+    return nested
 
 
 def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15, seed: int = 0) -> Split:
@@ -178,12 +238,11 @@ def _require_groups(cohort: Cohort, least: int) -> None:
     members: dict[str, set[str]] = {}
     for key, stratum in zip(cohort.sites or cohort.patient_ids, cohort.strata, strict=True):
         members.setdefault(stratum, set()).add(key)
-    kind = "sites" if cohort.sites else "patients"
     for stratum, keys in sorted(members.items()):
         if len(keys) < least:
             raise LabelError(
-                f"class {stratum!r} has {len(keys)} {kind}, at least {least} are needed to have it on every side; "
-                "use fewer folds, or leave the class out"
+                f"class {stratum!r} has {len(keys)} {cohort.group_name}, at least {least} are needed to have it on "
+                "every side; use fewer folds, or leave the class out"
             )
 
 
@@ -236,6 +295,32 @@ def write_splits(folder: Path, splits: Sequence[Split], cohort: Cohort) -> None:
     for number, split in enumerate(splits):
         write_text(folder / f"splits_{number}.csv", _as_csv(split))
         write_text(folder / f"splits_{number}_descriptor.csv", _descriptor(split, cohort))
+
+
+def write_nested_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Cohort) -> None:
+    """Write ``outer_<i>/splits_<j>.csv``."""
+    for number, splits in enumerate(nested):
+        write_splits(folder / f"{OUTER}{number}", splits, cohort)
+
+
+def read_nested_splits(folder: Path) -> list[list[Split]]:
+    """Read what `write_nested_splits` wrote; empty when the folder has no ``outer_<i>``.
+
+    Raises
+    ------
+    LabelError
+        If the splits of an outer fold do not share their test part.
+    """
+    if not folder.is_dir():
+        return []
+    found = sorted(
+        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(rf"{OUTER}(\d+)", path.name))
+    )
+    nested = [read_splits(path) for _, path in found]
+    for (number, path), splits in zip(found, nested, strict=True):
+        if len({frozenset(split.test) for split in splits}) > 1:
+            raise LabelError(f"{path}: the splits of outer fold {number} have different test parts")
+    return nested
 
 
 def _as_csv(split: Split) -> str:

@@ -1,24 +1,85 @@
 """A folder of features and a table of labels, understood and joined: what every training command starts from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from eosin.features.store import find_bags
 from eosin.mil.crossval import cohort_of
-from eosin.mil.data import (
-    Examples,
-    FeatureFolder,
-    LabelTable,
-    make_examples,
-    patient_examples,
-    read_labels,
+from eosin.mil.data import Examples, FeatureFolder, make_examples, patient_examples
+from eosin.mil.interop import (
+    read_fold_table,
+    read_patient_splits,
+    read_two_tables,
+    split_by_column,
+    write_patient_splits,
 )
-from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits
+from eosin.mil.splits import (
+    Cohort,
+    Split,
+    check_splits,
+    make_splits,
+    read_nested_splits,
+    read_splits,
+    write_nested_splits,
+    write_splits,
+)
+from eosin.mil.tables import SITE_COLUMNS, LabelTable, detect_column, read_labels, read_table
 from eosin.mil.tasks import Task, make_task
 
 CACHE_BYTES = 2 * 2**30
+SPLIT_COLUMN = ("split",)
+
+
+def open_labels(
+    labels: Path, *, slide_table: Path | None = None, group: Literal["patient", "slide"] = "patient"
+) -> LabelTable:
+    """Read a table of labels in any layout that is known, told by its columns.
+
+    Parameters
+    ----------
+    labels : Path
+        One row per slide (CLAM, slideflow, PackMIL, ACMIL ...); a fold of TransMIL, with ``train`` and ``train_label``;
+        or, with `slide_table`, one row per patient (STAMP).
+    slide_table : Path, optional
+        STAMP's second table, of slides and their patients.
+    group : {"patient", "slide"}
+        ``slide`` makes each slide its own patient.
+
+    Raises
+    ------
+    LabelError
+        If no layout fits, or ids are missing or twice.
+    """
+    if slide_table is not None:
+        return read_two_tables(labels, slide_table)
+    if {"train", "train_label", "test_label"} <= set(read_table(labels)):
+        table, _ = read_fold_table(labels)
+        notes = ("slides: the columns train, val and test of a fold of TransMIL", "patients: each slide its own")
+        return replace(table, notes=notes)
+    return read_labels(labels, group=group)
+
+
+def pose_task(kind: str, table: LabelTable, target: str | None = None) -> Task:
+    """Make the task that a label table poses.
+
+    Parameters
+    ----------
+    kind : str
+        See `eosin.mil.tasks.make_task`.
+    table : LabelTable
+    target : str, optional
+        The label column or columns; found when there is only one candidate.
+
+    Raises
+    ------
+    LabelError
+        If several columns could be meant, or the labels do not pose such a task.
+    UnknownNameError
+        If there is no such task.
+    """
+    return make_task(kind, table.rows(), target=table.target_column(target, kind=kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +92,30 @@ class Study:
     examples : Examples
     cohort : Cohort
     table : LabelTable
-        As it was read; its notes say how the columns were understood.
+        As it was read.
+    notes : tuple of str
+        How its columns and labels were understood, for a person to read.
     """
 
     task: Task
     examples: Examples
     cohort: Cohort
     table: LabelTable
+    notes: tuple[str, ...] = ()
 
     def splits(
         self, path: Path | None = None, *, folds: int = 5, val_fraction: float = 0.15, seed: int = 0
     ) -> list[Split]:
         """Return the splits of a folder or file, checked, or new ones by patient.
+
+        Parameters
+        ----------
+        path : Path, optional
+            Folder of ``splits_<i>.csv``, one such file (CLAM), ``splits.json`` (STAMP), a fold of TransMIL, or a table
+            of slides with a column ``Split``. Splits of slides are read as splits of their patients when bags are
+            patients.
+        folds, val_fraction, seed
+            Of new splits.
 
         Raises
         ------
@@ -51,9 +124,76 @@ class Study:
         """
         if path is None:
             return make_splits(self.cohort, folds=folds, val_fraction=val_fraction, seed=seed)
-        splits = read_splits(path)
-        check_splits(splits, self.cohort)
-        return splits
+        return self.checked(self._read(path))
+
+    def nested(self, path: Path | None) -> list[list[Split]]:
+        """Return the nested splits of a folder, checked; empty when it holds none.
+
+        Raises
+        ------
+        LabelError
+            As `splits`.
+        """
+        return [] if path is None else [self.checked(splits) for splits in read_nested_splits(path)]
+
+    def checked(self, splits: Sequence[Split]) -> list[Split]:
+        """Return splits with the ids that bags have here.
+
+        Raises
+        ------
+        LabelError
+            If they leak or name slides that are not in the study.
+        """
+        fitting = [self._of_bags(split) for split in splits]
+        check_splits(fitting, self.cohort)
+        return fitting
+
+    def _read(self, path: Path) -> list[Split]:
+        if path.suffix.lower() == ".json":
+            return read_patient_splits(path, self.cohort)
+        if path.is_file():
+            column = detect_column(read_table(path), SPLIT_COLUMN)
+            if column is not None:
+                return [split_by_column(read_labels(path, group="slide").select(self.table.slide_ids), column)]
+        return read_splits(path)
+
+    def _of_bags(self, split: Split) -> Split:
+        """Return the split of patients that a split of slides makes when the bags are patients."""
+        known, patient = set(self.cohort.slide_ids), self.table.patient_of()
+        if all(name in known or name not in patient for part in split.parts().values() for name in part):
+            return split
+        return Split(*(tuple(dict.fromkeys(patient.get(n, n) for n in part)) for part in split.parts().values()))
+
+
+def require_sites(table: LabelTable) -> str:
+    """Return the column of sites; `LabelError` when there is none or it is incomplete."""
+    column = table.site_column()
+    table.require([column or SITE_COLUMNS[0]])
+    return column or SITE_COLUMNS[0]
+
+
+def label_cohort(table: LabelTable, task: Task, *, keep_sites: bool = False) -> Cohort:
+    """Return what splits must know of the slides of a table, before there are features."""
+    rows = table.rows()
+    sites = table.values[require_sites(table)] if keep_sites else ()
+    return Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(rows)), sites)
+
+
+def write_all_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Cohort) -> None:
+    """Write splits as CLAM and STAMP read them: ``splits_<i>.csv`` and ``splits.json``; nested ones in ``outer_<i>``.
+
+    Parameters
+    ----------
+    folder : Path
+    nested : sequence of sequences of Split
+        One sequence of splits, or one per outer fold.
+    cohort : Cohort
+    """
+    if len(nested) > 1:
+        write_nested_splits(folder, nested, cohort)
+        return
+    write_splits(folder, nested[0], cohort)
+    write_patient_splits(folder / "splits.json", nested[0], cohort)
 
 
 def open_study(
@@ -64,8 +204,9 @@ def open_study(
     target: str | None = None,
     group: Literal["patient", "slide"] = "patient",
     level: Literal["slide", "patient"] = "slide",
-    site: str | None = None,
+    keep_sites: bool = False,
     missing: Literal["error", "drop"] = "error",
+    slide_table: Path | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Study:
     """Read labels and features and join them.
@@ -75,7 +216,7 @@ def open_study(
     features : Path
         Folder of feature files.
     labels : Path
-        Table of labels, see `eosin.mil.data.read_labels`.
+        Table of labels, see `open_labels`.
     task : str
         Kind of the task, see `eosin.mil.tasks.make_task`.
     target : str, optional
@@ -84,10 +225,12 @@ def open_study(
         ``slide`` makes each slide its own patient.
     level : {"slide", "patient"}
         Whether a bag is a slide or all slides of a patient.
-    site : str, optional
-        Column of sites that splits must keep together.
+    keep_sites : bool
+        Whether splits must keep sites together; they are a column called site, centre, institution or hospital.
     missing : {"error", "drop"}
         What becomes of labels whose slide has no features.
+    slide_table : Path, optional
+        STAMP's second table, see `open_labels`.
     cache_bytes : int
         Features kept in memory.
 
@@ -98,18 +241,17 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
-    table = read_labels(labels, group=group)
-    column = table.target_column(target)
-    if site is not None:
-        table.require([site])
-    made = make_task(task, table.rows(), target=column)
+    table = open_labels(labels, slide_table=slide_table, group=group)
+    made = pose_task(task, table, target)
+    site = require_sites(table) if keep_sites else None
     bags = FeatureFolder(_labelled(find_bags(features), table), cache_bytes=cache_bytes)
     examples = make_examples(bags, table, made, missing=missing)
     rows = table.rows(examples.ids)
     if level == "patient":
         rows = _first_of_each_patient(rows)
         examples = patient_examples(examples)
-    return Study(made, examples, cohort_of(examples, made, rows, site=site), table)
+    notes = (*table.notes, made.describe(rows))
+    return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes)
 
 
 def _labelled(files: dict[str, Path], table: LabelTable) -> dict[str, Path]:

@@ -1,10 +1,11 @@
-"""Survival: what a time and an event mean, two losses, and concordance.
+"""Survival: what a time and an event mean, and two losses.
 
 Orientation. Internally 1 is an event that was seen and 0 is censored. A column whose name says ``censor`` has 1 for
-censored, as in the CLAM family of tables, and is turned round; any other has 1 for the event.
+censored, as in the CLAM family of tables, and is turned round; any other has 1 for the event. Words (dead, alive,
+censored) mean what they say under any name, and ``time,status=2`` names the value that is the event.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -15,40 +16,77 @@ from torch import Tensor
 
 from eosin.errors import LabelError
 from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.survival_metrics import concordance as concordance
+from eosin.mil.survival_metrics import discordance, integrated_brier, time_auc
 from eosin.mil.task import Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
-TIED_RISK = 1e-8
-YES = frozenset({"1", "1.0", "true", "yes", "dead", "deceased", "event", "1:deceased"})
-NO = frozenset({"0", "0.0", "false", "no", "alive", "living", "censored", "0:living"})
+YES = frozenset({"1", "1.0", "true", "yes"})
+NO = frozenset({"0", "0.0", "false", "no"})
+EVENT = frozenset({"dead", "deceased", "died", "event", "1:deceased"})
+CENSORED = frozenset({"alive", "living", "censored", "0:living"})
+BINS = 4
 
 
 class _Survival(Task):
-    """What both survival tasks share: the columns and their orientation.
+    """What both survival tasks share: the columns and their orientation, and the times at which they are judged.
 
     Targets are (B, 2) float64: time, and 1 for an event or 0 for censored.
     """
 
     selection_metric: ClassVar[str] = "cindex"
+    learnt: ClassVar[frozenset[str]] = frozenset({"edges"})
     time: str = "time"
     event: str = "event"
     one_is_censored: bool = False
+    event_value: str = ""
+    censored_value: str = ""
+    edges: tuple[float, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
-        """Make the task of two columns, ``time,event``; a name with ``censor`` means that 1 is censored."""
+    def named_columns(cls, target: str) -> tuple[str, ...]:
+        """Return the columns of ``time,event`` or ``time,event=VALUE``."""
         time, comma, event = (part.strip() for part in target.partition(","))
         if not comma:
             raise LabelError(
                 f"survival needs two columns, time and event; name them (--target time,event), not {target!r}"
             )
-        task = cls.parse({"time": time, "event": event, "one_is_censored": "censor" in event.lower()})
+        return time, event.partition("=")[0].strip()
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
+        """Make the task of ``time,event``; ``time,event=2`` says which value is the event."""
+        time, event = cls.named_columns(target)
+        value = target.partition("=")[2].strip()
+        options: dict[str, Any] = {"time": time, "event": event, "one_is_censored": "censor" in event.lower()}
+        if value:
+            options |= {"one_is_censored": False, "event_value": value, "censored_value": _other(rows, event, value)}
+        task = cls.parse(options)
         if not task.encode(rows)[:, 1].any():
             raise LabelError(
                 f"column {event!r} holds no event, 1 being {'censored' if task.one_is_censored else 'the event'}; "
-                "if it is the other way round, rename the column (event or censorship)"
+                f"if it is the other way round, say which value is the event (--target {time},{event}=VALUE)"
             )
         return task
+
+    def describe(self, rows: Sequence[Row]) -> str:
+        """Return the columns, their orientation, and how many rows have an event."""
+        seen = int(self.encode(rows)[:, 1].sum())
+        value = f"{self.event_value!r}" if self.event_value else "0" if self.one_is_censored else "1"
+        turned = "; turned round, because its name says that 1 is censored" if self.one_is_censored else ""
+        counted = f"{seen} of {len(rows)} have one"
+        return f"label: time in {self.time!r}; {self.event!r} with {value} for an event, {counted}{turned}"
+
+    def fit_to(self, target: Tensor) -> Self:
+        """Return the task with the quantiles of the times of these targets' events, `n_bins` - 1 of them."""
+        times = target[target[:, 1] == 1, 0]
+        parts = torch.arange(1, self.n_bins, dtype=times.dtype) / self.n_bins
+        return self.model_copy(update={"edges": tuple(torch.quantile(times, parts).tolist())})
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins that the edges make."""
+        return BINS
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -63,13 +101,29 @@ class _Survival(Task):
         time = number(row[self.time], self.time)
         if time < 0:
             raise LabelError(f"{row[self.time]!r} in column {self.time!r}: a time cannot be negative")
-        value = row[self.event].strip().lower()
+        return time, float(self._is_event(row[self.event]))
+
+    def _is_event(self, text: str) -> bool:
+        value = text.strip().lower()
+        if self.event_value:
+            if value not in (self.event_value.lower(), self.censored_value.lower()):
+                raise LabelError(
+                    f"{text!r} in column {self.event!r} is neither {self.event_value!r} nor {self.censored_value!r}"
+                )
+            return value == self.event_value.lower()
+        if value in EVENT | CENSORED:
+            return value in EVENT
         if value not in YES | NO:
-            raise LabelError(f"{row[self.event]!r} in column {self.event!r} is neither 0 nor 1")
-        return time, float((value in YES) != self.one_is_censored)
+            raise LabelError(
+                f"{text!r} in column {self.event!r} is neither 0 nor 1; "
+                f"say which value is the event (--target {self.time},{self.event}=VALUE)"
+            )
+        return (value in YES) != self.one_is_censored
 
     def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
         """Return the columns of times and of events as the table has them."""
+        if self.event_value:
+            return [target[:, 0], np.where(target[:, 1] == 1, self.event_value, self.censored_value)]
         events = 1 - target[:, 1] if self.one_is_censored else target[:, 1]
         return [target[:, 0], events.astype(np.int64)]
 
@@ -82,9 +136,20 @@ class _Survival(Task):
         """Return a number that is higher for an earlier event, (B,)."""
         raise NotImplementedError
 
-    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
-        """Return cindex, see `concordance`."""
-        return {"cindex": concordance(self.risk(outputs), target[:, 0], target[:, 1] == 1)}
+    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+        """Return cindex, see `concordance`, and time_auc over `edges`, see `eosin.mil.survival_metrics.time_auc`."""
+        time, event, risk = target[:, 0], target[:, 1] == 1, self.risk(outputs)
+        area = time_auc(risk, time, event, np.asarray(self.edges)) if self.edges else None
+        return {"cindex": concordance(risk, time, event), "time_auc": area}
+
+    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+        """Return the share of the pairs with others that can be compared in which the risk is on the wrong side."""
+        return discordance(self.risk(outputs), target[:, 0], target[:, 1] == 1)
+
+    def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
+        """Return the task with the median of the edges; the outputs stay."""
+        edges = np.median([task.edges for task in tasks], axis=0)
+        return self.model_copy(update={"edges": tuple(edges.tolist())}), np.concatenate(outputs)
 
     def strata(self, rows: Sequence[Row]) -> list[str]:
         """Return event or censored, in thirds of the time by rank."""
@@ -115,16 +180,13 @@ class DiscreteSurvival(_Survival):
     """
 
     kind: Literal["survival"] = "survival"
-    learnt: ClassVar[frozenset[str]] = frozenset({"edges"})
-    bins: int = Field(default=4, ge=2)
+    bins: int = Field(default=BINS, ge=2)
     alpha: float = Field(default=0.0, ge=0, le=1)
-    edges: tuple[float, ...] = ()
 
-    def fit_to(self, target: Tensor) -> Self:
-        """Return the task with bins of equal numbers of these targets' events."""
-        times = target[target[:, 1] == 1, 0]
-        parts = torch.arange(1, self.bins, dtype=times.dtype) / self.bins
-        return self.model_copy(update={"edges": tuple(torch.quantile(times, parts).tolist())})
+    @property
+    def n_bins(self) -> int:
+        """Number of bins."""
+        return self.bins
 
     @property
     def n_outputs(self) -> int:
@@ -148,6 +210,42 @@ class DiscreteSurvival(_Survival):
     def table(self, outputs: Floats) -> Columns:
         """Return ``risk`` and ``survival_<bin>`` columns."""
         return {"risk": self.risk(outputs)} | {f"survival_{k + 1}": outputs[:, k] for k in range(self.bins)}
+
+    def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
+        """Return the probabilities of surviving each bin."""
+        return np.stack([np.asarray(columns[f"survival_{k + 1}"], np.float64) for k in range(self.bins)], 1)
+
+    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+        """Return cindex, time_auc and integrated_brier over `edges`."""
+        times = np.asarray(self.edges)
+        brier = integrated_brier(outputs[:, : len(times)], target[:, 0], target[:, 1] == 1, times)
+        return super().metrics(outputs, target) | {"integrated_brier": brier}
+
+    def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
+        """Return the task with the median of the edges, and survival at these, linear between those of each task."""
+        task, _ = super().pooled(tasks, outputs)
+        moved = [
+            _moved(rows, np.asarray(own.edges), np.asarray(task.edges))
+            for own, rows in zip(tasks, outputs, strict=True)
+        ]
+        return task, np.concatenate(moved)
+
+
+def _moved(survival: Floats, edges: Floats, times: Floats) -> Floats:
+    """Return survival curves, known at `edges` and 1 at time 0, at other times; the last column stays."""
+    known = np.append(0.0, edges)
+    values = np.concatenate([np.ones((len(survival), 1)), survival[:, : len(edges)]], 1)
+    inside = [np.interp(times, known, row) for row in values]
+    return np.concatenate([np.reshape(inside, (-1, len(times))), survival[:, len(edges) :]], 1)
+
+
+def _other(rows: Sequence[Row], column: str, value: str) -> str:
+    """Return the value of a column that is not the event."""
+    found = sorted({row[column].strip() for row in rows})
+    others = [text for text in found if text.lower() != value.lower()]
+    if len(others) == len(found) or len(others) > 1:
+        raise LabelError(f"column {column!r} holds {', '.join(found)}; the event was said to be {value!r}, one of two")
+    return others[0] if others else ""
 
 
 def survival_losses(logits: Tensor, place: Tensor, event: Tensor, *, alpha: float = 0.0) -> Tensor:
@@ -189,6 +287,10 @@ class Cox(_Survival):
         Columns.
     one_is_censored : bool
         Orientation of the event column in the table.
+    event_value, censored_value : str
+        The values of the event column, when they were named.
+    edges : tuple of float
+        Quartiles of the times of events of the training part, at which discrimination is judged.
     """
 
     kind: Literal["cox"] = "cox"
@@ -216,18 +318,3 @@ class Cox(_Survival):
     def table(self, outputs: Floats) -> Columns:
         """Return the column ``risk``."""
         return {"risk": outputs[:, 0]}
-
-
-def concordance(risk: Floats, time: Floats, event: NDArray[np.bool_], *, tied: float = TIED_RISK) -> float | None:
-    """Return Harrell's C: how often the higher risk has the earlier event; None when no pair can be compared.
-
-    Pair (i, j) is compared when i has an event and j lives longer, or is censored at the same time. Risks that differ
-    by at most `tied` count one half (scikit-survival's ``concordance_index_censored``).
-    """
-    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
-    compared = later & event[:, None]
-    difference = risk[:, None] - risk[None, :]
-    ties = (np.abs(difference) <= tied) & compared
-    right = (difference > 0) & compared & ~ties
-    pairs = int(compared.sum())
-    return (int(right.sum()) + 0.5 * int(ties.sum())) / pairs if pairs else None

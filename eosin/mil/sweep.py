@@ -1,7 +1,8 @@
 """Many recipes over the same folds, and a choice between them that sees no test fold.
 
 Every candidate is cross-validated. In each fold the candidate is chosen that has the best value on the fold's
-validation part, and only its test predictions count: the figure of the choice, not of the luckiest candidate.
+validation part, or the best mean over the validation parts of nested splits, and only its test predictions count: the
+figure of the choice, not of the luckiest candidate.
 """
 
 import csv
@@ -16,12 +17,11 @@ from pydantic import Field
 
 from eosin.errors import ConfigError
 from eosin.files import write_json, write_text
-from eosin.mil.checkpoint import load_card
-from eosin.mil.crossval import METRICS, VAL_FRACTION, Fold, crossval, write_folds
+from eosin.mil.crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, write_folds
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import RESAMPLES
 from eosin.mil.recipe import RECIPES, Recipe
-from eosin.mil.splits import Cohort, Split
+from eosin.mil.splits import Cohort
 from eosin.mil.tasks import Task
 from eosin.options import Options, override
 
@@ -72,7 +72,7 @@ def run_sweep(
     candidates: Mapping[str, Recipe],
     task: Task,
     examples: Examples,
-    splits: Sequence[Split],
+    splits: Sequence[FoldSplits],
     cohort: Cohort,
     out: Path,
     *,
@@ -133,23 +133,26 @@ def run_sweep(
             progress=note,
         )
         lines.append(_line(name, summary))
-    choices = [_choice(out, list(candidates), fold, task) for fold in range(len(splits))]
-    picked = [folds[name][fold] for fold, name in enumerate(choices)]
+    choices = [_choice(folds, number, task) for number in range(len(splits))]
+    picked = [folds[name][number] for number, name in enumerate(choices)]
     summary = write_folds(next(iter(candidates.values())), task, picked, out / CHOSEN, resamples=resamples)
-    summary = summary | {"choices": choices}
+    chosen = {name: recipe.model_dump(mode="json") for name, recipe in candidates.items() if name in choices}
+    summary = summary | {"choices": choices, "recipe": chosen}
     write_json(out / CHOSEN / METRICS, summary)
     write_text(out / TABLE, _as_csv([*lines, _line("chosen by validation", summary)]))
     return summary
 
 
-def _choice(out: Path, names: Sequence[str], fold: int, task: Task) -> str:
-    """Return the candidate with the best validation value: the selection metric, the loss where it ties."""
-    values = []
-    for number in range(len(names)):
-        validation = load_card(out / f"candidate_{number}" / f"fold_{fold}").training["validation"]
-        metric = validation[task.selection_metric]
-        values.append((-np.inf if metric is None else metric, -validation["loss"]))
-    return names[max(range(len(names)), key=values.__getitem__)]
+def _choice(folds: Mapping[str, Sequence[Fold]], number: int, task: Task) -> str:
+    """Return the candidate with the best mean validation value: the selection metric, the loss where it ties."""
+    values = {}
+    for name, made in folds.items():
+        parts = made[number].validation
+        metrics = [part[task.selection_metric] for part in parts]
+        known = [metric for metric in metrics if metric is not None]
+        losses = [loss for part in parts if (loss := part["loss"]) is not None]
+        values[name] = (np.mean(known) if len(known) == len(parts) else -np.inf, -np.mean(losses))
+    return max(values, key=values.__getitem__)
 
 
 def _line(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What every task must say: how a label is encoded, learnt, predicted and judged."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eosin.errors import ConfigError, LabelError
 from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.tables import has_value, shown
 from eosin.options import Options
 
 Row = Mapping[str, str]
@@ -31,11 +32,14 @@ class Task(Options):
         The metric, higher is better, by which ``training.select: metric`` chooses a model.
     learnt : frozenset of str
         Fields that come from training or validation parts.
+    may_be_incomplete : bool
+        Whether a row may lack a value in some of the columns.
     """
 
     kind: str
     selection_metric: ClassVar[str]
     learnt: ClassVar[frozenset[str]] = frozenset()
+    may_be_incomplete: ClassVar[bool] = False
 
     def same_question(self, other: "Task") -> bool:
         """Return whether two tasks differ at most in what was learnt from training or validation parts."""
@@ -55,9 +59,18 @@ class Task(Options):
             )
         return self
 
+    @classmethod
+    def named_columns(cls, target: str) -> tuple[str, ...]:
+        """Return the columns of the label table that the text of a target names."""
+        return (target,)
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the label table that the target is made of."""
+        raise NotImplementedError
+
+    def describe(self, rows: Sequence[Row]) -> str:
+        """Return how the labels of a table were understood, in one line for a person."""
         raise NotImplementedError
 
     @property
@@ -134,9 +147,42 @@ class Task(Options):
         """Return the columns of a prediction table, each with B values, from activated outputs."""
         raise NotImplementedError
 
-    def metrics(self, outputs: Floats, target: NDArray[Any]) -> Metrics:
-        """Return every metric of activated outputs by name; None where the data do not define it."""
+    def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
+        """Return activated outputs again from the columns of `table` as text, (B, outputs)."""
+        names = list(self.table(np.zeros((1, self.n_outputs))))
+        return np.stack([np.asarray(columns[name], np.float64) for name in names[: self.n_outputs]], 1)
+
+    def decide(self, outputs: Floats) -> NDArray[np.int64]:
+        """Return what is predicted where that is a class, (B,) or (B, labels); without columns where it is not."""
+        return np.zeros((len(outputs), 0), np.int64)
+
+    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+        """Return every metric of activated outputs by name; None where the data do not define it.
+
+        Parameters
+        ----------
+        outputs : (n, outputs) float
+        target : (n, ...) array
+        decided : (n, ...) int, optional
+            Decisions that were made already, by the thresholds of several models; `decide` makes them otherwise.
+        """
         raise NotImplementedError
+
+    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+        """Return how far each prediction is from the truth, (n,); higher is worse, NaN where it cannot be said."""
+        raise NotImplementedError
+
+    def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
+        """Return one task, and the outputs of several models one after the other in a form that it can judge.
+
+        Parameters
+        ----------
+        tasks : sequence of Task
+            This question, each with what its own training part taught.
+        outputs : sequence of (n, outputs) float
+            Of each task's model.
+        """
+        return self, np.concatenate(outputs)
 
     def strata(self, rows: Sequence[Row]) -> list[str]:
         """Return the stratum of each row, to balance splits; the values of a class label, bins of a number."""
@@ -169,3 +215,34 @@ def rank_bins(values: NDArray[Any], n_bins: int) -> list[str]:
     """Return the quantile bin of each value by rank, as text: strata of a number."""
     order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return [str(place * n_bins // len(values)) for place in order]
+
+
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+def with_mean_threshold(task: TaskT, tasks: Sequence[Task]) -> TaskT:
+    """Return a task with the mean of the thresholds of several, when all have one."""
+    known = [value for other in tasks if (value := getattr(other, "threshold", None)) is not None]
+    if not known or len(known) < len(tasks):
+        return task
+    return task.model_copy(update={"threshold": float(np.mean(known))})
+
+
+def require_values(rows: Sequence[Row], columns: Sequence[str], *, all_of_them: bool) -> None:
+    """Refuse a table without these columns, and a row without a value in one (`all_of_them`) or in any of them.
+
+    Raises
+    ------
+    LabelError
+        Naming the columns or the slides.
+    """
+    known = rows[0] if rows else {}
+    absent = [name for name in columns if name not in known]
+    if absent:
+        others = [name for name in known if name not in ("slide_id", "patient_id")]
+        raise LabelError(f"the label table has no column {absent[0]!r}; it has {', '.join(others) or 'none'}")
+    check = all if all_of_them else any
+    empty = [row.get("slide_id", "") for row in rows if not check(has_value(row[name]) for name in columns)]
+    if empty:
+        named = " or ".join(map(repr, columns)) if all_of_them else f"any of {', '.join(columns)}"
+        raise LabelError(f"no value in column {named} for {shown(empty)}; delete these rows or complete the table")

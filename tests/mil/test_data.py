@@ -5,8 +5,8 @@ import torch
 from eosin.errors import FeatureMismatchError, LabelError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import find_bags, write_bag
-from eosin.mil.data import FeatureFolder, LabelTable, MemoryBags, make_examples, patient_examples, read_labels, slide_id
-from eosin.mil.tasks import Classification, make_task
+from eosin.mil.data import FeatureFolder, LabelTable, MemoryBags, make_examples, patient_examples
+from eosin.mil.tasks import Classification
 
 SPEC = FeatureSpec(encoder="test", dim=3)
 
@@ -19,84 +19,6 @@ def a_table(**columns):
 
 def some_bags(ids="abc"):
     return MemoryBags({name: torch.randn(number + 1, 3) for number, name in enumerate(ids)}, SPEC)
-
-
-@pytest.mark.parametrize(
-    ("text", "slides", "patients", "values"),
-    [
-        ("case_id,slide_id,label\np0,0010.svs,x\n", ("0010",), ("p0",), {"label": ("x",)}),
-        ("PATIENT,FILENAME,isMSIH\n007,a.h5,yes\n", ("a",), ("007",), {"isMSIH": ("yes",)}),
-        ("patient,type,site,slide\np,x,S,T-1.A.c\n", ("T-1.A.c",), ("p",), {"type": ("x",), "site": ("S",)}),
-        (",patient_id,slide_id,label\n0,1,2,NA\n", ("2",), ("1",), {"label": ("NA",)}),
-    ],
-)  # fmt: skip
-def test_columns_are_found_and_ids_stay_text(tmp_path, text, slides, patients, values):
-    (tmp_path / "labels.csv").write_text(text)
-    table = read_labels(tmp_path / "labels.csv")
-    assert (table.slide_ids, table.patient_ids, table.values) == (slides, patients, values)
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "patients", "target"),
-    [
-        ("acmil-camelyon16.csv", 399, 362, "label"),
-        ("clam-tumor_vs_normal_dummy_clean.csv", 500, 450, "label"),
-        ("slideflow-breast_er_labels.csv", 1048, 990, "ER_Status_By_IHC"),
-        ("slideflow-lung_adeno_squam_labels.csv", 941, 941, "subtype"),
-    ],
-)
-def test_real_tables_are_understood(shared, name, rows, patients, target):
-    table = read_labels(shared / "data/interop/labels_csv" / name)
-    assert len(table) == rows
-    assert table.target_column() == target
-    task = make_task("classification", table.rows(), target=target)
-    assert task.encode(table.rows()).bincount().min() > 0
-    assert len(set(table.patient_ids)) == patients
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("patient_id,label\n1,x\n", "no column of slide ids; found patient_id, label; expected slide_id"),
-        ("slide_id,label\n1,x\n", r"no column of patients; .*\(--group slide\)"),
-        ("patient_id,slide_id,label\n1,a.svs,x\n2,a,y\n", "slides with more than one row: a;"),
-        ("patient_id,slide_id,label\n1,a,x\n2,,y\n", "row 3 has no id"),
-        ("patient_id,slide_id,label\n", "the table has no rows"),
-        ("", "cannot be read as a table"),
-    ],
-)
-def test_bad_tables_give_one_clear_line(tmp_path, text, message):
-    (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(LabelError, match=message) as caught:
-        read_labels(tmp_path / "labels.csv")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
-    with pytest.raises(LabelError, match="no such file"):
-        read_labels(tmp_path / "labels.csv")
-    with pytest.raises(LabelError, match=r"tables are .csv, .tsv"):
-        read_labels(tmp_path / "labels.docx")
-
-
-def test_slides_may_be_their_own_patients(tmp_path):
-    (tmp_path / "labels.tsv").write_text("slide\tlabel\na\tx\nb\ty\n")
-    assert read_labels(tmp_path / "labels.tsv", group="slide").patient_ids == ("a", "b")
-
-
-def test_the_label_column_is_never_guessed():
-    assert a_table(site=("x",) * 3, subtype=("p", "q", "q")).target_column() == "subtype"
-    with pytest.raises(LabelError, match=r"which column is the label.*grade, subtype"):
-        a_table(grade=("1", "2", "2"), subtype=("p", "q", "q")).target_column()
-    with pytest.raises(LabelError, match="no column 'stage'; it has label"):
-        a_table(label=("1", "2", "2")).target_column("stage")
-    with pytest.raises(LabelError, match="no value in column 'label' for b;"):
-        a_table(label=("1", "NaN", "2")).target_column()
-
-
-def test_known_suffixes_go_and_other_dots_stay():
-    names = ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a.ome.tiff", "0012.SVS", "b.h5", " c ", "x.y.z"]
-    assert [slide_id(name) for name in names] == ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a", "0012", "b", "c", "x.y.z"]
 
 
 def test_examples_follow_the_table_and_need_features():
@@ -113,6 +35,13 @@ def test_examples_follow_the_table_and_need_features():
         make_examples(some_bags("q"), table, task, missing="drop")
     with pytest.raises(LabelError, match="'z' in column 'label' is none of the classes x, y"):
         make_examples(some_bags(), a_table(label=("x", "y", "z")), task)
+
+
+def test_zeros_that_a_spreadsheet_took_are_suspected():
+    task = Classification(classes=("x", "y"))
+    table = a_table(slide_ids=("7", "12"), patient_ids=("1", "2"), label=("x", "y"))
+    with pytest.raises(LabelError, match="there is '0007': did a spreadsheet take the zeros of '7'"):
+        make_examples(some_bags(("0007", "0012")), table, task)
 
 
 def test_a_patient_is_the_bag_of_all_slides():

@@ -4,7 +4,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eosin.errors import LabelError
-from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
+from eosin.mil.splits import (
+    Cohort,
+    Split,
+    check_splits,
+    make_nested_splits,
+    make_splits,
+    read_nested_splits,
+    read_splits,
+    with_validation,
+    write_nested_splits,
+    write_splits,
+)
 
 
 def a_cohort(n_patients=40, n_classes=2, seed=0, mixed=0.1, n_sites=0):
@@ -34,36 +45,62 @@ COHORTS = st.builds(
 )
 
 
-def holds(cohort, folds, kind, seed):
+KINDS = ["kfold", "monte-carlo", "holdout", "nested"]
+
+
+def made(cohort, folds, kind, seed):
+    """Return splits in lists that share a test part, and the lists' number of splits; nothing when refused."""
     try:
+        if kind == "nested":
+            return make_nested_splits(cohort, folds=folds, inner_folds=2 + folds % 3, seed=seed)
         splits = make_splits(cohort, folds=folds, kind=kind, seed=seed)
     except LabelError:
-        return
+        return []
+    return [splits] if kind == "holdout" else [[split] for split in splits]
+
+
+def holds(cohort, folds, kind, seed):
+    nested = made(cohort, folds, kind, seed)
     patient = dict(zip(cohort.slide_ids, cohort.patient_ids, strict=True))
     stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
-    for split in splits:
-        train, val, test = sides(split, patient)
-        assert not train & val
-        assert not train & test
-        assert not val & test
-        assert {stratum[slide] for slide in split.train} == set(cohort.strata)
-        assert val
-        assert test
-    if kind == "kfold":
-        assert sorted(slide for split in splits for slide in split.test) == sorted(cohort.slide_ids)
+    site = dict(zip(cohort.slide_ids, cohort.sites or cohort.patient_ids, strict=True))
+    for splits in nested:
+        assert len({frozenset(split.test) for split in splits}) == 1
+        for split in splits:
+            for key_of in (patient, site):
+                train, val, test = sides(split, key_of)
+                assert train
+                assert val
+                assert test
+                assert not train & val
+                assert not train & test
+                assert not val & test
+            assert {stratum[slide] for slide in split.train} == set(cohort.strata)
+            assert len(split.train) + len(split.val) + len(split.test) == len(cohort.slide_ids)
+        if kind in ("holdout", "nested"):
+            validated = sorted(slide for split in splits for slide in split.val)
+            assert validated == sorted(set(cohort.slide_ids) - set(splits[0].test))
+    if nested and kind in ("kfold", "nested"):
+        assert sorted(slide for splits in nested for slide in splits[0].test) == sorted(cohort.slide_ids)
 
 
 @settings(max_examples=1000, deadline=None)
-@given(COHORTS, st.integers(2, 10), st.sampled_from(["kfold", "monte-carlo"]), st.integers(0, 99))
+@given(COHORTS, st.integers(2, 10), st.sampled_from(KINDS), st.integers(0, 99))
 def test_no_patient_is_on_two_sides_and_no_class_is_missing(cohort, folds, kind, seed):
     holds(cohort, folds, kind, seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
-@given(COHORTS, st.integers(2, 10), st.sampled_from(["kfold", "monte-carlo"]), st.integers(0, 99))
+@given(COHORTS, st.integers(2, 10), st.sampled_from(KINDS), st.integers(0, 99))
 def test_no_patient_is_on_two_sides_in_ten_thousand_cohorts(cohort, folds, kind, seed):
     holds(cohort, folds, kind, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_most_cohorts_can_be_split(kind):
+    """The properties above would hold of nothing, too."""
+    assert all(made(a_cohort(60, 2, seed=seed), 3, kind, seed) for seed in range(20))
 
 
 def test_folds_are_balanced_and_repeatable():
@@ -90,6 +127,36 @@ def test_a_class_with_too_few_patients_is_an_error():
     cohort = Cohort(tuple("abcdef"), tuple("123456"), ("x", "x", "x", "x", "y", "y"))
     with pytest.raises(LabelError, match="class 'y' has 2 patients, at least 3"):
         make_splits(cohort, folds=3)
+
+
+def test_too_few_sites_are_called_sites():
+    names = tuple(f"s{number}" for number in range(12))
+    sites = ("A",) * 6 + ("B",) * 6
+    cohort = Cohort(names, names, ("x", "y") * 6, sites)
+    with pytest.raises(LabelError, match="class 'x' has 2 sites, at least 3"):
+        make_splits(cohort, folds=3)
+
+
+def test_shares_that_leave_nothing_are_refused():
+    cohort = a_cohort(60)
+    for options in ({"val_fraction": 0.9, "test_fraction": 0.2}, {"val_fraction": -0.1}, {"test_fraction": 0.0}):
+        with pytest.raises(LabelError, match="shares must be positive"):
+            make_splits(cohort, kind="monte-carlo", **options)
+    with pytest.raises(LabelError, match="at least 2"):
+        make_splits(cohort, folds=1)
+    with pytest.raises(LabelError, match="both need at least 2"):
+        make_nested_splits(cohort, inner_folds=1)
+
+
+def test_nested_splits_are_written_and_read(tmp_path):
+    cohort = a_cohort(60)
+    nested = make_nested_splits(cohort, folds=3, inner_folds=2)
+    write_nested_splits(tmp_path, nested, cohort)
+    assert read_nested_splits(tmp_path) == nested
+    assert read_nested_splits(tmp_path / "outer_0") == []
+    write_splits(tmp_path / "outer_0", nested[1][:1], cohort)
+    with pytest.raises(LabelError, match="outer fold 0 have different test parts"):
+        read_nested_splits(tmp_path)
 
 
 def test_leakage_is_an_error_that_names_the_patients():

@@ -64,7 +64,7 @@ def test_a_censorship_column_is_turned_round():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([(1, 0), (2, 0)], "holds no event.*rename the column"),
+        ([(1, 0), (2, 0)], "holds no event.*say which value is the event"),
         ([(-1, 1)], "a time cannot be negative"),
         ([(1, "maybe")], "is neither 0 nor 1"),
         ([("x", 1)], "is no number"),
@@ -73,6 +73,21 @@ def test_a_censorship_column_is_turned_round():
 def test_bad_survival_tables_are_refused(pairs, message):
     with pytest.raises(LabelError, match=message):
         make_task("cox", rows(*pairs), target="time,event")
+
+
+def test_words_mean_what_they_say_and_a_value_can_be_named():
+    words = make_task("cox", rows((3, "Dead"), (5, "alive"), event="censor_status"), target="time,censor_status")
+    assert words.encode(rows((3, "Dead"), (5, "alive"), event="censor_status"))[:, 1].tolist() == [1, 0]
+    named = make_task("cox", rows((3, 2), (5, 1), event="status"), target="time,status=2")
+    assert named.encode(rows((3, 2), (5, 1), event="status"))[:, 1].tolist() == [1, 0]
+    assert named.decode(np.array([[3.0, 1.0], [5.0, 0.0]]))[1].tolist() == ["2", "1"]
+    assert load_task(named.model_dump(mode="json")) == named
+    turned = make_task("cox", rows((3, 0), (5, 1)), target="time,event=0")
+    assert turned.encode(rows((3, 0), (5, 1)))[:, 1].tolist() == [1, 0]
+    with pytest.raises(LabelError, match="holds 0, 1, 2; the event was said to be '2', one of two"):
+        make_task("cox", rows((3, 2), (5, 1), (6, 0)), target="time,event=2")
+    with pytest.raises(LabelError, match="neither 0 nor 1; say which value is the event"):
+        make_task("cox", rows((3, 2), (5, 1)), target="time,event")
 
 
 def test_two_columns_are_needed_and_found():

@@ -89,7 +89,7 @@ def test_ordered_classes_are_predicted_by_their_median():
 
 
 def test_the_ordinal_loss_is_the_likelihood_of_the_steps():
-    task = make_task("ordinal", rows("a", "b", "c"))
+    task = make_task("ordinal", rows("1", "2", "3"))
     logits = torch.randn(5, 2, dtype=torch.float64)
     target = torch.tensor([0, 1, 2, 1, 0])
     likelihood = torch.from_numpy(task.activate(logits))[range(5), target]
@@ -177,3 +177,37 @@ def test_tasks_without_a_threshold_say_so():
             task.tuned(torch.zeros(3, 2), torch.arange(3), threshold=True)
     with pytest.raises(ConfigError, match="has no threshold or temperature"):
         make_task("regression", rows("1", "2")).tuned(torch.zeros(1, 1), torch.zeros(1), temperature=True)
+
+
+def test_the_order_of_grades_is_known_or_said():
+    assert make_task("ordinal", rows("10", "2", "1")).classes == ("1", "2", "10")
+    assert make_task("ordinal", rows("G10", "G2", "G1")).classes == ("G1", "G2", "G10")
+    table = rows("high", "low", "medium", "low")
+    with pytest.raises(LabelError, match="order of high, low, medium in column 'label' is not known; say it"):
+        make_task("ordinal", table)
+    task = make_task("ordinal", table, target="label=low<medium<high")
+    assert task.classes == ("low", "medium", "high")
+    assert task.encode(table).tolist() == [2, 0, 1, 0]
+    assert task.describe(table) == "label: column 'label', grades from lowest to highest low (2), medium (1), high (1)"
+    with pytest.raises(LabelError, match="name every value once"):
+        make_task("ordinal", table, target="label=low<high")
+
+
+@pytest.mark.parametrize("kind", ["classification", "binary", "ordinal", "multilabel", "regression"])
+def test_outputs_are_read_again_from_their_columns(kind):
+    values = ("0", "1", "2") if kind in ("classification", "ordinal") else ("0", "1", "1")
+    task = make_task(kind, rows(*values))
+    outputs = task.activate(torch.randn(5, task.n_outputs, generator=torch.Generator().manual_seed(0)))
+    text = {name: [str(value) for value in column] for name, column in task.table(outputs).items()}
+    np.testing.assert_array_equal(task.read_outputs(text), outputs)
+
+
+@pytest.mark.parametrize("kind", ["classification", "ordinal", "multilabel", "regression"])
+def test_the_worst_prediction_surprises_most(kind):
+    values = ("0", "1", "0", "1")
+    task = make_task(kind, rows(*values))
+    good = 4.0 * (torch.tensor([0.0, 1, 0, 1])[:, None] - 0.5)
+    good[2] *= -1
+    logits = torch.cat([-good, good], 1) if task.n_outputs == 2 else good / 4 + 0.5
+    surprise = task.surprise(task.activate(logits), task.encode(rows(*values)).numpy())
+    assert surprise.argmax() == 2

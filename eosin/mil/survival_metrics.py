@@ -1,0 +1,165 @@
+"""Metrics of survival: concordance, discrimination at a time, error of survival curves, and the curves themselves.
+
+Times of censored patients are not known, so patients whose event was seen stand for those who were censored before:
+each is weighted by one over the probability G of not being censored until then (inverse probability of censoring).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eosin.mil.metrics import Floats
+
+TIED_RISK = 1e-8
+
+Flags = NDArray[np.bool_]
+
+
+def kaplan_meier(time: Floats, event: Flags) -> tuple[Floats, Floats]:
+    """Return the product-limit estimate of survival.
+
+    Parameters
+    ----------
+    time : (n,) float
+    event : (n,) bool
+        True for an event, False for censored.
+
+    Returns
+    -------
+    times : (steps,) float
+        Distinct times, in order.
+    survival : (steps,) float
+        Probability of living longer than each.
+    """
+    times, index = np.unique(time, return_inverse=True)
+    deaths = np.bincount(index, weights=event, minlength=len(times))
+    leaving = np.bincount(index, minlength=len(times))
+    at_risk = leaving[::-1].cumsum()[::-1]
+    return times, np.cumprod(1 - deaths / at_risk)
+
+
+def uncensored(time: Floats, event: Flags, at: Floats) -> Floats:
+    """Return G, the probability of not being censored until each of some times; of equal times, events come first."""
+    times, index = np.unique(time, return_inverse=True)
+    deaths = np.bincount(index, weights=event, minlength=len(times))
+    leaving = np.bincount(index, minlength=len(times))
+    at_risk = leaving[::-1].cumsum()[::-1] - deaths
+    lost = np.divide(leaving - deaths, at_risk, out=np.zeros(len(times)), where=at_risk > 0)
+    return _step(times, np.cumprod(1 - lost), at)
+
+
+def _step(times: Floats, values: Floats, at: Floats) -> Floats:
+    """Return a step function that is 1 before its first time."""
+    place = np.searchsorted(times, at, side="right")
+    return np.asarray(np.append(1.0, values)[place])
+
+
+def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats) -> float | None:
+    """Return the mean cumulative/dynamic area under the ROC curve: does risk tell who has the event until t?
+
+    At each t, patients with an event until t are weighted by 1 / G and compared with all who live longer; the mean over
+    t is weighted by the fall of the survival curve (Uno et al., JASA 2007; Lambert and Chevret, 2016; scikit-survival's
+    definition). None where a time has nobody on a side.
+
+    Parameters
+    ----------
+    risk : (n,) float
+        Higher for an earlier event.
+    time : (n,) float
+    event : (n,) bool
+    times : (t,) float
+    """
+    weights = _weights(time, event)
+    areas = [_area_at(risk, time, event, weights, moment) for moment in times]
+    if not areas or any(area is None for area in areas):
+        return None
+    survival = _step(*kaplan_meier(time, event), times)
+    falls = -np.diff(np.append(1.0, survival))
+    return float(np.dot(areas, falls) / falls.sum()) if falls.sum() > 0 else None
+
+
+def _weights(time: Floats, event: Flags) -> Floats:
+    kept = uncensored(time, event, time)
+    return np.divide(event, kept, out=np.zeros(len(time)), where=kept > 0)
+
+
+def _area_at(risk: Floats, time: Floats, event: Flags, weights: Floats, moment: float) -> float | None:
+    cases, controls = event & (time <= moment), np.sort(risk[time > moment])
+    total = float(weights[cases].sum())
+    if not total or not len(controls):
+        return None
+    below = np.searchsorted(controls, risk[cases] - TIED_RISK, side="left")
+    up_to = np.searchsorted(controls, risk[cases] + TIED_RISK, side="right")
+    return float((weights[cases] * (below + up_to) / 2).sum() / (total * len(controls)))
+
+
+def integrated_brier(survival: Floats, time: Floats, event: Flags, times: Floats) -> float | None:
+    """Return the mean squared error of survival curves over a span of time (Graf et al., Stat. Med. 1999).
+
+    Parameters
+    ----------
+    survival : (n, t) float
+        Predicted probability of living longer than each of `times`.
+    time : (n,) float
+    event : (n,) bool
+    times : (t,) float
+        At least two, in order; None otherwise, or when nobody is observed as long.
+    """
+    if len(times) < 2 or times[-1] >= time.max() or times[0] < time.min():
+        return None
+    weights, alive = _weights(time, event), uncensored(time, event, times)
+    if (alive <= 0).any():
+        return None
+    dead = event[:, None] & (time[:, None] <= times)  # (n, t)
+    living = time[:, None] > times
+    errors = dead * survival**2 * weights[:, None] + living * (1 - survival) ** 2 / alive
+    scores = errors.mean(0)
+    return float(((scores[1:] + scores[:-1]) / 2 * np.diff(times)).sum() / (times[-1] - times[0]))
+
+
+def log_rank(groups: NDArray[np.int64], time: Floats, event: Flags) -> float | None:
+    """Return the chi-squared statistic of Mantel's log-rank test of two groups; None without an event or a group.
+
+    Parameters
+    ----------
+    groups : (n,) int
+        0 or 1.
+    time : (n,) float
+    event : (n,) bool
+    """
+    observed = expected = variance = 0.0
+    for moment in np.unique(time[event]):
+        at_risk, dying = time >= moment, event & (time == moment)
+        n, n_one, d = int(at_risk.sum()), int((at_risk & (groups == 1)).sum()), int(dying.sum())
+        observed += int((dying & (groups == 1)).sum())
+        expected += d * n_one / n
+        variance += d * n_one * (n - n_one) * (n - d) / (n**2 * (n - 1)) if n > 1 else 0.0
+    return (observed - expected) ** 2 / variance if variance > 0 else None
+
+
+def concordance(risk: Floats, time: Floats, event: NDArray[np.bool_], *, tied: float = TIED_RISK) -> float | None:
+    """Return Harrell's C: how often the higher risk has the earlier event; None when no pair can be compared.
+
+    Pair (i, j) is compared when i has an event and j lives longer, or is censored at the same time. Risks that differ
+    by at most `tied` count one half (scikit-survival's ``concordance_index_censored``).
+    """
+    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
+    compared = later & event[:, None]
+    difference = risk[:, None] - risk[None, :]
+    ties = (np.abs(difference) <= tied) & compared
+    right = (difference > 0) & compared & ~ties
+    pairs = int(compared.sum())
+    return (int(right.sum()) + 0.5 * int(ties.sum())) / pairs if pairs else None
+
+
+def discordance(risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_RISK) -> Floats:
+    """Return, for each patient, the share of comparable pairs in which the risk is on the wrong side; NaN without one.
+
+    Pairs and ties as in `concordance`.
+    """
+    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
+    compared = later & event[:, None]
+    difference = risk[:, None] - risk[None, :]
+    ties = np.abs(difference) <= tied
+    wrong = np.where(ties, 0.5, difference < 0) * compared
+    pairs = compared.sum(0) + compared.sum(1)
+    return np.divide(wrong.sum(0) + wrong.sum(1), pairs, out=np.full(len(risk), np.nan), where=pairs > 0)

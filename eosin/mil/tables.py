@@ -1,0 +1,403 @@
+"""Tables of labels: read as text, whatever made them, their columns understood by name.
+
+Ids are text: leading zeros and the dots of TCGA names stay. A label that is empty or NaN is an error: delete the row,
+or say what the slide is. What a spreadsheet did to ids is refused where it can be seen and stated where it cannot.
+"""
+
+import csv
+import datetime
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import openpyxl
+import pandas as pd
+from openpyxl.utils.exceptions import InvalidFileException
+
+from eosin.errors import LabelError
+from eosin.wsi.names import SLIDE_SUFFIXES
+
+SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
+PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
+SURVIVAL_COLUMNS = (
+    ("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"),
+    ("time", "status"), ("OS.time", "OS"), ("OS_time", "OS_event"),
+)  # fmt: skip
+SURVIVAL_KINDS = ("survival", "cox")
+SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
+OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
+FILE_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt", ".hdf5")
+MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
+SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
+EXACT_DIGITS = 15
+SHOWN = 5
+
+Table = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """A table with one row per slide, every value as text.
+
+    Attributes
+    ----------
+    slide_ids, patient_ids : tuple of str
+        One per row; slide ids are unique and have no file suffix.
+    values : mapping of str to tuple of str
+        The other columns.
+    notes : tuple of str
+        How each column was understood, for a person to read.
+    """
+
+    slide_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    values: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        twice = [slide for slide, count in Counter(self.slide_ids).items() if count > 1]
+        if twice:
+            raise LabelError(f"slides with more than one row: {shown(twice)}; keep one row per slide")
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def rows(self, slide_ids: Sequence[str] | None = None) -> list[dict[str, str]]:
+        """Return the rows of some slides in their order, or of all; `LabelError` for slides that the table lacks."""
+        place = {slide: number for number, slide in enumerate(self.slide_ids)}
+        wanted = self.slide_ids if slide_ids is None else slide_ids
+        unknown = [slide for slide in wanted if slide not in place]
+        if unknown:
+            raise LabelError(f"slides without a row in the label table: {shown(unknown)}")
+        return [
+            {"slide_id": slide, "patient_id": self.patient_ids[place[slide]]}
+            | {name: column[place[slide]] for name, column in self.values.items()}
+            for slide in wanted
+        ]
+
+    def select(self, slide_ids: Iterable[str]) -> "LabelTable":
+        """Return the rows of these slides alone, in the table's order."""
+        kept = set(slide_ids)
+        places = [number for number, slide in enumerate(self.slide_ids) if slide in kept]
+        return LabelTable(
+            tuple(self.slide_ids[i] for i in places),
+            tuple(self.patient_ids[i] for i in places),
+            {name: tuple(column[i] for i in places) for name, column in self.values.items()},
+            self.notes,
+        )
+
+    def patient_of(self) -> dict[str, str]:
+        """Return the patient of each slide."""
+        return dict(zip(self.slide_ids, self.patient_ids, strict=True))
+
+    def require(self, columns: Iterable[str]) -> None:
+        """Raise `LabelError` unless the columns exist and every row has a value in them."""
+        for name in columns:
+            if name not in self.values:
+                raise LabelError(f"the label table has no column {name!r}; it has {', '.join(self.values) or 'none'}")
+            empty = [
+                slide for slide, value in zip(self.slide_ids, self.values[name], strict=True) if not has_value(value)
+            ]
+            if empty:
+                raise LabelError(
+                    f"no value in column {name!r} for {shown(empty)}; delete these rows or complete the table"
+                )
+
+    def site_column(self) -> str | None:
+        """Return the column that says where a slide is from, or None."""
+        return detect_column(self.values, SITE_COLUMNS)
+
+    def target_column(self, name: str | None = None, *, kind: str = "") -> str:
+        """Return the column that holds the label: the one that is asked for, ``label``, or the only one there is.
+
+        A pair of survival columns is found as ``time,event`` when the task is one of survival, or when there is no
+        ``label`` and the task is not given.
+
+        Raises
+        ------
+        LabelError
+            If it is not asked for and does not exist, is incomplete, or several could be meant.
+        """
+        if name is not None:
+            return name
+        pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
+        label = detect_column(self.values, ("label",))
+        if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
+            self.require(pair)
+            return ",".join(pair)
+        others = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
+        candidates = others if label is None else [label]
+        if len(candidates) != 1:
+            raise LabelError(
+                f"which column is the label? no column is called 'label', the table has "
+                f"{', '.join(candidates) or 'no other column'}; name one (--target)"
+            )
+        self.require(candidates)
+        return candidates[0]
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first few names and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def has_value(text: str) -> bool:
+    """Return whether a cell says anything."""
+    return text.strip().lower() not in MISSING
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as it was read.
+
+    Attributes
+    ----------
+    columns : mapping of str to tuple of str
+        Every value as text.
+    numbers : mapping of str to tuple of int
+        Of columns whose file stores types: the rows whose cell is a number and no text.
+    spoilt : mapping of str to str
+        Of such columns: what makes one of their values no id (a date, a fraction, a rounded number).
+    """
+
+    columns: Table
+    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    spoilt: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_table(path: Path) -> Table:
+    """Read the columns of a csv, tsv, xlsx or parquet file, every value as text.
+
+    Raises
+    ------
+    LabelError
+        If the file is missing, empty or of another kind.
+    """
+    return read_sheet(path).columns
+
+
+def read_sheet(path: Path) -> Sheet:
+    """Read a table with what its file knows about the types of its cells.
+
+    Raises
+    ------
+    LabelError
+        As `read_table`.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise LabelError(f"{path}: tables are {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}")
+    try:
+        if suffix == ".xlsx":
+            sheet = _read_xlsx(path)
+        elif suffix == ".parquet":
+            sheet = _read_parquet(path)
+        else:
+            sheet = Sheet(_read_text(path))
+    except FileNotFoundError:
+        raise LabelError(f"{path}: no such file") from None
+    except LabelError:
+        raise
+    except (OSError, ValueError, KeyError, pd.errors.ParserError, InvalidFileException, csv.Error) as error:
+        raise LabelError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
+    except Exception as error:  # openpyxl and pyarrow have no common parent for what a damaged file makes them raise
+        if type(error).__module__.split(".")[0] not in ("openpyxl", "pyarrow", "zipfile", "xml"):
+            raise
+        raise LabelError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
+    if not any(sheet.columns.values()):
+        raise LabelError(f"{path}: the table has no rows")
+    return sheet
+
+
+def _read_text(path: Path) -> Table:
+    frame = pd.read_csv(
+        path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=_separator(path), skip_blank_lines=True
+    )
+    return {str(name): tuple(str(value).strip() for value in frame[name]) for name in frame}
+
+
+def _separator(path: Path) -> str:
+    """Return what separates the columns: the most frequent of comma, semicolon and tab in the first line."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.readline()
+    return max(",;\t", key=first.count)
+
+
+def _read_parquet(path: Path) -> Sheet:
+    frame = pd.read_parquet(path)
+    columns = {str(name): [None if pd.isna(value) else value for value in frame[name]] for name in frame}
+    return _typed_sheet(columns)
+
+
+def _read_xlsx(path: Path) -> Sheet:
+    """Read the first sheet; a number that Excel shows with leading zeros keeps them."""
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        rows = [list(row) for row in book.worksheets[0].iter_rows()]
+    finally:
+        book.close()
+    rows = [row for row in rows if any(cell.value is not None for cell in row)]
+    if not rows:
+        return Sheet({})
+    header = ["" if cell.value is None else str(cell.value).strip() for cell in rows[0]]
+    columns: dict[str, list[Any]] = {}
+    for place, name in enumerate(header):
+        if name and name in columns:
+            raise LabelError(f"{path}: two columns are called {name!r}; rename one")
+        if name:
+            columns[name] = [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
+    return _typed_sheet(columns)
+
+
+def _shown_value(cell: Any) -> Any:
+    zeros = str(getattr(cell, "number_format", ""))
+    if isinstance(cell.value, int) and not isinstance(cell.value, bool) and zeros and not zeros.strip("0"):
+        return f"{cell.value:0{len(zeros)}d}"
+    return cell.value
+
+
+def _typed_sheet(columns: Mapping[str, Sequence[Any]]) -> Sheet:
+    table: Table = {}
+    numbers: dict[str, tuple[int, ...]] = {}
+    spoilt: dict[str, str] = {}
+    for name, values in columns.items():
+        table[name] = tuple(_as_text(value) for value in values)
+        found = tuple(row for row, value in enumerate(values) if _is_number(value))
+        if found:
+            numbers[name] = found
+        faults = [(row, fault) for row, value in enumerate(values) if (fault := _fault(value))]
+        if faults:
+            spoilt[name] = f"row {faults[0][0] + 2} is {faults[0][1]}"
+    return Sheet(table, numbers, spoilt)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**EXACT_DIGITS:
+        return str(int(value))
+    return str(value).strip()
+
+
+def _fault(value: object) -> str:
+    """Return what makes a cell no id, or nothing."""
+    if isinstance(value, datetime.date | datetime.time):
+        return f"a date ({value})"
+    if isinstance(value, float) and not value.is_integer():
+        return f"a fraction ({value})"
+    if _is_number(value) and abs(value) >= 10**EXACT_DIGITS:  # type: ignore[arg-type]
+        return f"a number of more than {EXACT_DIGITS} digits, which spreadsheets round ({value:.6g})"
+    return ""
+
+
+def read_labels(
+    path: Path,
+    *,
+    slide_column: str | None = None,
+    patient_column: str | None = None,
+    group: Literal["patient", "slide"] = "patient",
+) -> LabelTable:
+    """Read a label table of this or another tool; its columns are found by their names.
+
+    Slides: ``slide_id`` (CLAM), ``slide`` (slideflow), ``FILENAME`` (STAMP), ``ID`` (PackMIL) and others; patients:
+    ``case_id``, ``patient_id``, ``patient``, ``PATIENT``, ``Case`` and others. A cell with several slides, separated by
+    semicolons, is that many rows (PackMIL's ``WSI``). `LabelTable.notes` say which column was taken for what.
+
+    Parameters
+    ----------
+    path : Path
+        csv (separated by comma, semicolon or tab), tsv, xlsx (first sheet) or parquet.
+    slide_column, patient_column : str, optional
+        Taken instead of the detected column.
+    group : {"patient", "slide"}
+        ``slide`` makes each slide its own patient, for tables without patients.
+
+    Raises
+    ------
+    LabelError
+        If there is no such column, an id is empty or spoilt by a spreadsheet, or a slide has two rows.
+    """
+    sheet = read_sheet(path)
+    frame = sheet.columns
+    slides = slide_column or detect_column(frame, SLIDE_COLUMNS)
+    rest = {name: values for name, values in frame.items() if name != slides}
+    patients = slides if group == "slide" else patient_column or detect_column(rest, PATIENT_COLUMNS)
+    found = f"found {', '.join(frame)}"
+    if slides is None or slides not in frame:
+        raise LabelError(f"{path}: no column of slide ids{_named(slides)}; {found}; expected slide_id")
+    if patients is None or patients not in frame:
+        raise LabelError(
+            f"{path}: no column of patients{_named(patients)}; {found}; expected patient_id or case_id, "
+            "or say that each slide is its own patient (--group slide)"
+        )
+    ids = dict.fromkeys((slides, patients))
+    notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
+    notes += [note for name in ids for note in _id_notes(sheet, name, path)]
+    frame = _one_row_per_slide(frame, slides)
+    others = [name for name in frame if name not in ids and not name.startswith("Unnamed:") and name]
+    slide_ids = tuple(slide_id(value) for value in frame[slides])
+    patient_ids = slide_ids if group == "slide" else frame[patients]
+    if "" in slide_ids or "" in patient_ids:
+        row = (slide_ids.index("") if "" in slide_ids else patient_ids.index("")) + 2
+        raise LabelError(f"{path}: row {row} has no id; complete the table")
+    notes.append(f"values: {', '.join(others) or 'none'}")
+    return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
+
+
+def _id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:
+    """Refuse ids that a spreadsheet has spoilt; say where it may have taken leading zeros."""
+    if name in sheet.spoilt:
+        raise LabelError(
+            f"{path}: column {name!r} holds ids, but {sheet.spoilt[name]}; "
+            "format the column as text and enter them again"
+        )
+    if name not in sheet.numbers:
+        return []
+    count = len(sheet.numbers[name])
+    return [f"{count} ids in {name!r} are stored as numbers: leading zeros, had there been any, are lost"]
+
+
+def _one_row_per_slide(frame: Table, slides: str) -> Table:
+    """Return the table with the rows repeated that name several slides."""
+    parts = [[part.strip() for part in value.split(";") if part.strip()] or [""] for value in frame[slides]]
+    if all(len(part) == 1 for part in parts):
+        return frame
+    times = [len(part) for part in parts]
+    repeated = {
+        name: tuple(value for value, count in zip(column, times, strict=True) for _ in range(count))
+        for name, column in frame.items()
+    }
+    return repeated | {slides: tuple(slide for part in parts for slide in part)}
+
+
+def slide_id(name: str) -> str:
+    """Return the id of a slide from its id, file name or path: folders and a known suffix go, other dots stay."""
+    stem = name.strip().rsplit("/", 1)[-1]
+    for suffix in FILE_SUFFIXES:
+        if stem.lower().endswith(suffix):
+            return stem[: -len(suffix)]
+    return stem
+
+
+def normalised(column: str) -> str:
+    """Return a column name in lower case with underscores."""
+    return column.strip().lower().replace(" ", "_")
+
+
+def detect_column(frame: Mapping[str, Sequence[str]], names: Sequence[str]) -> str | None:
+    """Return the column that has the first of these normalised names that is there, or None."""
+    by_name = {normalised(column): column for column in frame}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _named(column: str | None) -> str:
+    return "" if column is None else f" named {column!r}"

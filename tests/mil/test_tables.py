@@ -1,0 +1,227 @@
+"""Tables of every tool and file type, ids as text, and what is refused."""
+
+import datetime
+
+import openpyxl
+import pandas as pd
+import pytest
+
+from eosin.errors import LabelError
+from eosin.mil.study import open_labels, pose_task
+from eosin.mil.tables import LabelTable, read_labels, read_table, slide_id
+from eosin.mil.tasks import make_task
+
+
+def a_table(**columns):
+    columns.setdefault("slide_ids", ("a", "b", "c"))
+    columns.setdefault("patient_ids", ("1", "1", "2"))
+    return LabelTable(columns.pop("slide_ids"), columns.pop("patient_ids"), columns)
+
+
+def workbook(path, *rows, formats=()):
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    for cell, shown in formats:
+        book.active[cell].number_format = shown
+    book.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "slides", "patients", "values"),
+    [
+        ("case_id,slide_id,label\np0,0010.svs,x\n", ("0010",), ("p0",), {"label": ("x",)}),
+        ("PATIENT,FILENAME,isMSIH\n007,a.h5,yes\n", ("a",), ("007",), {"isMSIH": ("yes",)}),
+        ("patient,type,site,slide\np,x,S,T-1.A.c\n", ("T-1.A.c",), ("p",), {"type": ("x",), "site": ("S",)}),
+        (",patient_id,slide_id,label\n0,1,2,NA\n", ("2",), ("1",), {"label": ("NA",)}),
+    ],
+)  # fmt: skip
+def test_columns_are_found_and_ids_stay_text(tmp_path, text, slides, patients, values):
+    (tmp_path / "labels.csv").write_text(text)
+    table = read_labels(tmp_path / "labels.csv")
+    assert (table.slide_ids, table.patient_ids, table.values) == (slides, patients, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "patients", "target"),
+    [
+        ("acmil-camelyon16.csv", 399, 362, "label"),
+        ("clam-tumor_vs_normal_dummy_clean.csv", 500, 450, "label"),
+        ("slideflow-breast_er_labels.csv", 1048, 990, "ER_Status_By_IHC"),
+        ("slideflow-lung_adeno_squam_labels.csv", 941, 941, "subtype"),
+    ],
+)
+def test_real_tables_are_understood(shared, name, rows, patients, target):
+    table = read_labels(shared / "data/interop/labels_csv" / name)
+    assert len(table) == rows
+    assert table.target_column() == target
+    task = make_task("classification", table.rows(), target=target)
+    assert task.encode(table.rows()).bincount().min() > 0
+    assert len(set(table.patient_ids)) == patients
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patient_id,label\n1,x\n", "no column of slide ids; found patient_id, label; expected slide_id"),
+        ("slide_id,label\n1,x\n", r"no column of patients; .*\(--group slide\)"),
+        ("patient_id,slide_id,label\n1,a.svs,x\n2,a,y\n", "slides with more than one row: a;"),
+        ("patient_id,slide_id,label\n1,a,x\n2,,y\n", "row 3 has no id"),
+        ("patient_id,slide_id,label\n", "the table has no rows"),
+        ("", "cannot be read as a table"),
+    ],
+)
+def test_bad_tables_give_one_clear_line(tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(LabelError, match=message) as caught:
+        read_labels(tmp_path / "labels.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
+    with pytest.raises(LabelError, match="no such file"):
+        read_labels(tmp_path / "labels.csv")
+    with pytest.raises(LabelError, match=r"tables are .csv, .tsv"):
+        read_labels(tmp_path / "labels.docx")
+
+
+def test_slides_may_be_their_own_patients(tmp_path):
+    (tmp_path / "labels.tsv").write_text("slide\tlabel\na\tx\nb\ty\n")
+    assert read_labels(tmp_path / "labels.tsv", group="slide").patient_ids == ("a", "b")
+
+
+def test_the_label_column_is_never_guessed():
+    assert a_table(site=("x",) * 3, subtype=("p", "q", "q")).target_column() == "subtype"
+    with pytest.raises(LabelError, match=r"which column is the label.*grade, subtype"):
+        a_table(grade=("1", "2", "2"), subtype=("p", "q", "q")).target_column()
+    with pytest.raises(LabelError, match="no column 'stage'; it has label"):
+        pose_task("classification", a_table(label=("1", "2", "2")), "stage")
+    with pytest.raises(LabelError, match="no value in column 'label' for b;"):
+        a_table(label=("1", "NaN", "2")).target_column()
+
+
+def test_known_suffixes_go_and_other_dots_stay():
+    names = ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a.ome.tiff", "0012.SVS", "b.h5", " c ", "x.y.z"]
+    assert [slide_id(name) for name in names] == ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a", "0012", "b", "c", "x.y.z"]
+
+
+def test_the_same_table_is_the_same_in_every_file_type(tmp_path):
+    rows = [("case_id", "slide_id", "label"), ("007", "0012.v1", "a"), ("P-2", "T.1.svs", "b")]
+    frame = pd.DataFrame(rows[1:], columns=rows[0])
+    for name, separator in (("a.csv", ","), ("b.csv", ";"), ("c.csv", "\t"), ("d.tsv", "\t"), ("e.txt", "\t")):
+        frame.to_csv(tmp_path / name, sep=separator, index=False)
+    frame.to_csv(tmp_path / "f.csv", index=False, encoding="utf-8-sig")
+    frame.to_parquet(tmp_path / "g.parquet", index=False)
+    workbook(tmp_path / "h.xlsx", *rows)
+    for path in tmp_path.iterdir():
+        table = read_labels(path)
+        assert (table.slide_ids, table.patient_ids) == (("0012.v1", "T.1"), ("007", "P-2")), path
+        assert table.values == {"label": ("a", "b")}
+
+
+def test_numbers_that_excel_made_of_ids_are_stated(tmp_path):
+    path = workbook(
+        tmp_path / "a.xlsx", ["patient", "slide", "label"], [7, "s1", 1], ["8b", "s2", 2.0], [9.0, "s3", 0.5]
+    )
+    table = read_labels(path)
+    assert table.patient_ids == ("7", "8b", "9")
+    assert table.values == {"label": ("1", "2", "0.5")}
+    assert "2 ids in 'patient' are stored as numbers: leading zeros, had there been any, are lost" in table.notes
+    assert not any("stored as numbers" in note for note in read_labels(tmp_path / "a.xlsx", group="slide").notes)
+
+
+def test_zeros_that_excel_shows_are_kept(tmp_path):
+    rows = (["patient", "slide", "label"], [7, "s1", "a"], [12, "s2", "b"])
+    path = workbook(tmp_path / "a.xlsx", *rows, formats=[("A2", "0000"), ("A3", "0000")])
+    table = read_labels(path)
+    assert table.patient_ids == ("0007", "0012")
+    assert not any("leading zeros" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (datetime.datetime(2025, 3, 1), r"column 'slide' holds ids, but row 2 is a date \(2025-03-01"),
+        (12.5, "row 2 is a fraction"),
+        (1234567890123456789, "more than 15 digits, which spreadsheets round"),
+    ],
+)
+def test_ids_that_excel_spoilt_are_refused(tmp_path, value, message):
+    path = workbook(tmp_path / "a.xlsx", ["patient", "slide", "label"], ["p", value, "a"])
+    with pytest.raises(LabelError, match=message):
+        read_labels(path)
+
+
+def test_damaged_workbooks_and_parquet_files_are_one_line(tmp_path):
+    workbook(tmp_path / "empty.xlsx")
+    workbook(tmp_path / "twice.xlsx", ["slide", "slide"], ["a", "b"])
+    whole = workbook(tmp_path / "whole.xlsx", ["slide", "patient"], ["a", "b"]).read_bytes()
+    (tmp_path / "cut.xlsx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.xlsx").write_text("slide,patient\n")
+    (tmp_path / "text.parquet").write_text("slide,patient\n")
+    (tmp_path / "latin.csv").write_bytes("slide,patient\nä,1\n".encode("latin-1"))
+    for name in ("empty.xlsx", "twice.xlsx", "cut.xlsx", "text.xlsx", "text.parquet", "latin.csv"):
+        with pytest.raises(LabelError, match=name) as caught:
+            read_table(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "slides", "patients", "group"),
+    [
+        ("Case,ID,Label,Split\np,s1,0,train\np,s2,1,test\n", ("s1", "s2"), ("p", "p"), "patient"),
+        ("ID,Label\ns1,0\ns2,1\n", ("s1", "s2"), ("s1", "s2"), "slide"),
+        (
+            "Study,ID,Event,Status,WSI\nX,p,9,1,/d/a.pt;/d/b.1.pt\nX,q,8,0,c.pt\n",
+            ("a", "b.1", "c"),
+            ("p", "p", "q"),
+            "patient",
+        ),
+    ],
+)
+def test_tables_of_packmil(tmp_path, text, slides, patients, group):
+    (tmp_path / "l.csv").write_text(text)
+    table = read_labels(tmp_path / "l.csv", group=group)
+    assert (table.slide_ids, table.patient_ids) == (slides, patients)
+    if "Status" in table.values:
+        task = pose_task("survival", table)
+        assert task.columns == ("Event", "Status")
+        assert task.encode(table.rows()).tolist() == [[9, 1], [9, 1], [8, 0]]
+    else:
+        assert pose_task("classification", table).columns == ("Label",)
+
+
+def test_two_tables_of_stamp(tmp_path):
+    workbook(tmp_path / "clini.xlsx", ["PATIENT", "isMSIH", "age"], ["A-1", "MSIH", 50], ["A-2", "nonMSIH", 61])
+    (tmp_path / "slide.csv").write_text("PATIENT,FILENAME\nA-1,x.1.h5\nA-2,sub/y.h5\nA-1,z.h5\n")
+    table = open_labels(tmp_path / "clini.xlsx", slide_table=tmp_path / "slide.csv")
+    assert (table.slide_ids, table.patient_ids) == (("x.1", "y", "z"), ("A-1", "A-2", "A-1"))
+    assert pose_task("classification", table, "isMSIH").encode(table.rows()).tolist() == [0, 1, 0]
+
+
+def test_a_fold_of_transmil_is_known_by_its_columns(shared):
+    table = open_labels(shared / "data/interop/labels_csv/transmil-camelyon16-fold0.csv")
+    assert len(table) == 399
+    task = pose_task("classification", table)
+    assert task.classes == ("0", "1")
+    assert "TransMIL" in table.notes[0]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("histolab-GTEx_AIDP2021.csv", None)])
+def test_tables_with_other_peoples_column_names(shared, name, rows):
+    table = open_labels(shared / "data/interop/labels_csv" / name)
+    assert table.slide_ids[0] == "GTEX-N7MT-0526"
+    assert table.patient_ids[0] == "GTEX-N7MT"
+    assert len(pose_task("classification", table, "Sex").classes) == 2
+
+
+def test_how_columns_were_understood_is_said(tmp_path):
+    (tmp_path / "l.csv").write_text("case_id,slide_id,months,censorship\np,s,3,0\nq,t,5,1\n")
+    table = read_labels(tmp_path / "l.csv")
+    assert table.notes == ("slides: column 'slide_id'", "patients: column 'case_id'", "values: months, censorship")
+    said = pose_task("cox", table, "months,censorship").describe(table.rows())
+    assert said == (
+        "label: time in 'months'; 'censorship' with 0 for an event, 1 of 2 have one; "
+        "turned round, because its name says that 1 is censored"
+    )
