@@ -5,6 +5,7 @@ picture each, one cell per tile, coloured in the browser: 200,000 tiles are as f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from bokeh.models import (
@@ -213,7 +214,7 @@ def _colour_bar(mapper: LinearColorMapper, scale: ColourScale) -> ColorBar:
     )  # fmt: skip
 
 
-def _bar_texts(scale: ColourScale) -> dict[str, object]:
+def _bar_texts(scale: ColourScale) -> dict[str, Any]:
     # an end's number would be drawn twice when both ends are equal
     words = {scale.low: scale.low_words, scale.high: scale.high_words}
     return {"ticker": FixedTicker(ticks=[scale.low, scale.high]), "major_label_overrides": words}

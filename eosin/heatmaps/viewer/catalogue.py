@@ -28,6 +28,7 @@ from eosin.wsi.slide import SlideFile, open_slide
 from eosin.wsi.tissue import find_tissue
 
 MAX_STUDIES = 4
+MAX_HEAVY_STUDIES = 2  # a model that must be run again keeps the features in memory
 CHECKING_THREADS = 4
 
 
@@ -155,9 +156,10 @@ class Catalogue:
             if key not in self._studies:
                 self._studies[key] = self._open(listed)
             self._studies.move_to_end(key)
-            if len(self._studies) > MAX_STUDIES:
+            study = self._studies[key]
+            while len(self._studies) > (MAX_STUDIES if study.is_instant else MAX_HEAVY_STUDIES):
                 self._studies.popitem(last=False)
-            return self._studies[key]
+            return study
 
     def is_ready(self, key: str) -> bool:
         """Whether `study` answers at once."""

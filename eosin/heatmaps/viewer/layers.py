@@ -4,19 +4,33 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
+
+import torch
 
 from eosin.features.bag import FeatureBag
-from eosin.heatmaps.attribution import attribution_maps, class_names, gradient_map, require_grid
+from eosin.heatmaps.attribution import (
+    attribution_maps,
+    class_names,
+    gradient_map,
+    in_eval_mode,
+    pack_bag,
+    require_grid,
+)
 from eosin.heatmaps.counterfactual import effect_map, tile_effects
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.pooled import Target
+from eosin.heatmaps.pooled import PooledBag, Target
 from eosin.heatmaps.subsets import Look
+from eosin.heatmaps.tracing import trace_attention
+from eosin.heatmaps.weighting import weight_gradient
 from eosin.mil.slots import Aggregator, AttentionOutput
 
 PERCENTILE, TIMES, PLAIN = "rank among tiles (percentile)", "times the average tile", "as it is"
 SCALINGS = (PERCENTILE, TIMES, PLAIN)
 EFFECT, GRADIENT, OWN_LOGIT = "effect of each tile", "gradient × input", "tile's own logit"
+SLOPE, ROLLOUT = "slope by the tile's weight", "attention through all layers"
 EVERY_CLASS = ""
+On = Literal["log_odds", "logit"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +72,15 @@ class Layers:
         for output, name in enumerate(classes):
             self._makers[Choice(EFFECT, name)] = partial(_effects, seen, bag, output, name)
         # one logit of two classes speaks for the second
+        on: On = "log_odds" if classes else "logit"
         for output, name in enumerate(class_names(model.n_outputs, classes)):
-            on = "log_odds" if classes else "logit"
-            self._makers[Choice(GRADIENT, name)] = partial(
-                gradient_map,
-                model,
-                bag,
-                Target(output, on),
-                of=name,  # type: ignore[arg-type]
-            )
+            target = Target(output, on)
+            self._makers[Choice(GRADIENT, name)] = partial(gradient_map, model, bag, target, of=name)
+            if isinstance(seen.subsets, PooledBag) or _slope(model, bag, target, name) is not None:
+                self._makers[Choice(SLOPE, name)] = partial(_require_slope, model, bag, target, name)
+        rollout = None if seen.method == "closed form" else _rollout(model, bag)
+        if rollout is not None:
+            self._made[Choice(ROLLOUT)] = rollout
 
     def _add_attributions(self, model: Aggregator, bag: FeatureBag, classes: tuple[str, ...]) -> None:
         for heatmap in attribution_maps(model, bag, classes=classes):
@@ -128,7 +142,7 @@ def default_scaling(heatmap: Heatmap) -> str:
 
 
 def _is_weight(heatmap: Heatmap) -> bool:
-    return heatmap.kind.startswith("attention")
+    return heatmap.kind.startswith(("attention", "rollout"))
 
 
 def _choice_of(heatmap: Heatmap, classes: tuple[str, ...]) -> Choice:
@@ -146,3 +160,27 @@ def _effects(seen: Look, bag: FeatureBag, output: int, name: str) -> Heatmap:
     if agreement >= 1:
         return heatmap
     return replace(heatmap, label=f"{heatmap.label}, first-order guess (rank agreement {agreement:.2f})")
+
+
+def _slope(model: Aggregator, bag: FeatureBag, target: Target, name: str) -> Heatmap | None:
+    values = weight_gradient(model, pack_bag(model, bag), target.of_tensor)
+    if values is None:
+        return None
+    quantity = f"the log-odds of {name}" if target.on == "log_odds" else name
+    label = f"slope of {quantity} by the logarithm of the tile's weight"
+    return Heatmap(values, require_grid(bag), f"log_weight_gradient_{name}", label, signed=True)
+
+
+def _require_slope(model: Aggregator, bag: FeatureBag, target: Target, name: str) -> Heatmap:
+    heatmap = _slope(model, bag, target, name)
+    if heatmap is None:
+        raise LookupError("the model reads no slide out by weights")
+    return heatmap
+
+
+def _rollout(model: Aggregator, bag: FeatureBag) -> Heatmap | None:
+    with in_eval_mode(model), torch.no_grad():
+        trace = trace_attention(model, pack_bag(model, bag))
+    if trace is None:
+        return None
+    return Heatmap(trace.row(), require_grid(bag), "rollout", "attention followed through all layers")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 from bokeh.layouts import column, row
@@ -78,7 +79,7 @@ def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], cl
         Empty for tasks without.
     """
     gallery, gallery_plot = _make_gallery()
-    parts = {
+    parts: dict[str, Any] = {
         "verdict": Div(text="", name="verdict", styles={**TEXT, "font-size": "15px"}, width=WIDTH),
         "slide": Select(title="Slide", options=slides, value=slides[0][0], width=WIDTH, name="slide"),
         "family": Select(title="Map", options=[], width=230, name="family"),
@@ -107,7 +108,7 @@ def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], cl
     return Panel(**parts, layout=_arrange(parts, refused))
 
 
-def _arrange(parts: dict[str, object], refused: list[tuple[str, str]]) -> Column:
+def _arrange(parts: dict[str, Any], refused: list[tuple[str, str]]) -> Column:
     p = parts
     head = Div(text=_heading("What if?"), width=WIDTH)
     help_ = Div(
@@ -149,7 +150,7 @@ def _make_gallery() -> tuple[ColumnDataSource, figure]:
     return source, plot
 
 
-def gallery_columns(urls: list[str], labels: list[str]) -> dict[str, object]:
+def gallery_columns(urls: list[str], labels: list[str]) -> dict[str, Any]:
     """Return the gallery's columns: pictures as addresses, row by row, each with its label."""
     index = np.arange(len(urls))
     x, y = index % GALLERY_COLUMNS, -(index // GALLERY_COLUMNS) * 1.18
@@ -161,7 +162,7 @@ def place_in_gallery(x: float, y: float) -> int:
     return int(-y // 1.18) * GALLERY_COLUMNS + int(x)
 
 
-def switch_tools(radio: RadioButtonGroup, tools: list[object], brush: Slider) -> None:
+def switch_tools(radio: RadioButtonGroup, tools: list[Any], brush: Slider) -> None:
     """Let the buttons choose which tool a drag of the mouse uses, in the browser; `brush` shows with the last."""
     code = """
 tools.forEach((tool, i) => { if (i == radio.active) tool.active = true })

@@ -36,8 +36,8 @@ ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 2**20
 MAX_MESSAGE_BYTES = 8 * 2**20
 TILE_THREADS = 4
-PATHS = re.compile(r"/?|/ws|/static/js/[A-Za-z0-9._-]+\.js|/tiles/[0-9a-f]{16}/[a-z]{1,8}(/\d{1,8}){3}\.jpg")
-TILE_ROUTE = r"/tiles/([0-9a-f]{16})/([a-z]{1,8})/(\d{1,8})/(\d{1,8})/(\d{1,8})\.jpg"
+PATHS = re.compile(r"/?|/ws|/static/js/[A-Za-z0-9._-]+\.js|/tiles/[0-9a-f]{16}/[a-z]{1,8}(/[0-9]{1,8}){3}\.jpg")
+TILE_ROUTE = r"/tiles/([0-9a-f]{16})/([a-z]{1,8})/([0-9]{1,8})/([0-9]{1,8})/([0-9]{1,8})\.jpg"
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline' 'self'; "
     "img-src 'self' data: blob:; connect-src 'self' ws:; font-src 'self' data:; frame-ancestors 'none'; "

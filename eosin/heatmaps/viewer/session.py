@@ -158,7 +158,7 @@ def judge(catalogue: Catalogue, logits: Floats) -> Verdict:
     classes, task = catalogue.classes, catalogue.card.load_task()
     own = logits[-catalogue.model.n_outputs :]  # without the zero that stands for the first class
     columns = task.table(task.activate(torch.from_numpy(own[None])))
-    printed = {name: f"{row[0]:.3f}" if isinstance(row[0], float) else str(row[0]) for name, row in columns.items()}
+    printed = {name: f"{row[0]:.3f}" if isinstance(row[0], float | np.floating) else str(row[0]) for name, row in columns.items()}
     odds = {name: float(Target(output).of(logits)) for output, name in enumerate(classes)}
     return Verdict(tuple(logits.tolist()), printed, odds)
 
