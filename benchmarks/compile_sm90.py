@@ -2,8 +2,8 @@
 
     python benchmarks/compile_sm90.py [--out benchmarks/results/compile_sm90.csv]
 
-One row per kernel and shipped configuration: registers per thread, shared memory, spilled bytes. Exits with 1 when a
-configuration spills or needs more shared memory than an SM has.
+One row per kernel and shipped configuration: registers per thread, shared memory, spilled bytes. Rows of other versions
+of Triton stay in the table. Exits with 1 when a configuration spills or needs more shared memory than an SM has.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from eosin.kernels.causal_conv import triton_impl as conv
+from eosin.kernels.few_query_attention import triton_impl as few
 from eosin.kernels.gated_attention import triton_impl as gate
 from eosin.kernels.segment_pool import triton_impl as pool
 from eosin.kernels.selective_scan import triton_impl as scan
@@ -68,6 +69,7 @@ def cases() -> Iterator[Case]:
     yield from _gate_cases()
     yield from _scan_cases()
     yield from _conv_cases()
+    yield from _few_key_cases()
 
 
 def _types(kernel: Any, constants: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
@@ -81,7 +83,7 @@ def _case(kernel: Any, name: str, constants: dict[str, Any], given: dict[str, st
 
 def _pool_cases() -> Iterator[Case]:
     sizes = {"heads": "i32", "width": "i32"}
-    tables = dict.fromkeys(("bags", "starts", "ends", "first"), "*i32")
+    tables = dict.fromkeys(("bags", "starts", "ends", "first"), "*i32") | {"row_index": "*i64"}
     for dtype, pointer in FLOATS.items():
         for heads in (1, 5, 64):
             blocks = pool.launch_sizes(200_000, heads, 1024)
@@ -94,8 +96,10 @@ def _pool_cases() -> Iterator[Case]:
             for softmax in (True, False) if dtype == "fp32" else (True,):
                 label = f"{dtype} heads={heads} softmax={softmax}"
                 options = {"SOFTMAX": softmax, "NARROW": True}
-                yield _case(pool.pool_partial, label, blocks | options, given, warps)
-                yield _case(pool.score_gradient, label, narrower | options, given, warps)
+                for gathered in (False, True) if heads == 1 else (False,):
+                    more, place = options | {"GATHERED": gathered}, f"{label} gathered={gathered}"
+                    yield _case(pool.pool_partial, place, blocks | more, given, warps)
+                    yield _case(pool.score_gradient, place, narrower | more, given, warps)
                 yield _case(pool.value_gradient, label, narrower | options, given, warps)
     constants = {"COLUMN_BLOCK": 256, "SOFTMAX": True}
     yield _case(pool.pool_combine, "fp32", constants, sizes | tables, 4)
@@ -117,6 +121,22 @@ def _gate_cases() -> Iterator[Case]:
                     label = f"{dtype} heads={heads} gated={gated} dropout={dropout}"
                     yield _case(gate.gate_scores, label, constants, given, warps)
                     yield _case(gate.gate_gradient, label, constants, given, warps)
+    yield from _one_pass_cases()
+
+
+def _one_pass_cases() -> Iterator[Case]:
+    given = {"starts": "*i32", "ends": "*i32", "row_index": "*i64", "width": "i32", "hidden": "i32"}
+    for dtype in ("bf16", "fp16"):
+        typed = given | dict.fromkeys(("values", "weight"), FLOATS[dtype])
+        for width in (384, 512, 1024):
+            for hidden, gated in ((256, True), (64, True), (128, False)):
+                blocks = gate.one_pass_sizes(200_000, hidden, width)
+                blocks.pop("rows")
+                warps = blocks.pop("num_warps")
+                constants = {**blocks, "GATED": gated, "ACTIVATION": 1, "MASKED": True, "NARROW": True}
+                for gathered in (False, True):
+                    label = f"{dtype} width={width} hidden={hidden} gated={gated} gathered={gathered}"
+                    yield _case(gate.one_pass_partial, label, constants | {"GATHERED": gathered}, typed, warps)
 
 
 def _scan_cases() -> Iterator[Case]:
@@ -152,6 +172,20 @@ def _conv_cases() -> Iterator[Case]:
         yield _case(conv.conv_forward, dtype, constants, typed, 4)
         yield _case(conv.conv_before_gradient, dtype, {**constants, "TAP_BLOCK": 4}, typed, 4)
         yield _case(conv.conv_row_gradient, dtype, constants, typed, 4)
+
+
+def _few_key_cases() -> Iterator[Case]:
+    sizes = dict.fromkeys(("n_keys", "width", "read_width", "heads"), "i32") | {"scale": "fp32"}
+    tables = dict.fromkeys(("bags", "starts", "ends"), "*i32")
+    for dtype, pointer in FLOATS.items():
+        given = sizes | tables | dict.fromkeys(("queries", "keys", "values", "d_queries"), pointer)
+        for n_keys, head_width in ((16, 64), (64, 64), (64, 128), (128, 64), (128, 128)):
+            blocks = few.launch_sizes(200_000, n_keys, head_width, head_width)
+            blocks.pop("rows")
+            warps = blocks.pop("num_warps")
+            label = f"{dtype} keys={n_keys} head width={head_width}"
+            for kernel in (few.few_key_forward, few.few_key_gradient):
+                yield _case(kernel, label, blocks | {"NARROW": True}, given, warps)
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -203,6 +237,15 @@ def _resources(ptx: str) -> tuple[int, int]:
     return registers, spilled
 
 
+def _others(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the table's rows of other versions of Triton, and of kernels that were not compiled now."""
+    made = {(row["triton"], row["kernel"]) for row in rows}
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if (row["triton"], row["kernel"]) not in made]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile all cases, write the table and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -215,10 +258,11 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(compile_case(case))
             print(*rows[-1].values(), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = _others(options.out, rows)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted([*kept, *rows], key=lambda row: (row["triton"], row["kernel"])))
     bad = [row for row in rows if row["spilled_bytes"] or row["shared_bytes"] > MAX_SHARED_BYTES]
     for row in bad:
         print(f"{row['kernel']} {row['configuration']}: {row['spilled_bytes']} bytes spilled")

@@ -1,10 +1,11 @@
 """Time the kernels beside the alternatives, interleaved in one run, and write a table.
 
-    python benchmarks/kernels.py                                 CPU, benchmarks/results/kernels_cpu.csv
-    python benchmarks/kernels.py --device cuda --out benchmarks/results/h200.csv
+    python benchmarks/kernels.py                    CPU, benchmarks/results/kernels_cpu.csv
+    python benchmarks/kernels.py --device cuda      all cases of gpu_cases.py, benchmarks/results/h200.csv
 
-Every case runs its variants in turn, so that all meet the same machine; medians are reported. Peak memory counts what
-a variant needs beyond bag and parameters. The rate of plain products of the same sizes is measured in the same run.
+On a CPU every case runs its variants in turn, so that all meet the same machine; medians are reported. Peak memory
+counts what a variant needs beyond bag and parameters. The rate of plain products of the same sizes is measured in the
+same run.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu, softplus
 
 from eosin import kernels
+from eosin.kernels._products import affine, uses_onednn
 
 RESULTS = Path(__file__).parent / "results"
 Variant = Callable[[], object]
@@ -65,6 +67,7 @@ class Case:
     product_dtype: torch.dtype
     variants: dict[str, Variant]
     notes: dict[str, str]
+    returned_bytes: int = 0  # outputs and gradients, which every variant must hold and which are not counted
 
 
 class Device:
@@ -185,11 +188,11 @@ def clam_step(n: int, device: torch.device) -> Case:
                 x, *gate, bags, embed_weight=w1, embed_bias=b1, memory_budget=budget
             ).pooled
 
-        instances = n * embedded * dtype.itemsize
         variants[f"eager {label}"] = _step(eager, weights)
         if device.type == "cuda":
             variants[f"torch.compile {label}"] = _step(torch.compile(eager), weights)
-        variants[f"eosin {label}"] = _step(lambda run=ours, size=instances: run(budget=size), weights)
+        budget = n * 2 * hidden * 4  # 0.41 GB at 200,000 instances, what the embedding takes in fp32
+        variants[f"eosin {label}"] = _step(lambda run=ours, budget=budget: run(budget=budget), weights)
         variants[f"eosin {label}, nothing kept"] = _step(ours, weights)
     flop = 2.0 * n * (2 * width * embedded + 3 * 2 * hidden * embedded)
     return Case("clam step", n, flop, torch.float32, variants, {})
@@ -211,22 +214,33 @@ def scan(n: int, device: torch.device) -> Case:
     def ours() -> Tensor:
         return kernels.selective_scan(u, delta, a, b, c, bags, d=d, z=z, delta_bias=bias)
 
-    def published() -> Tensor:
+    def prepared() -> tuple[Tensor, Tensor]:
         steps = softplus(delta + bias)
-        decays = torch.exp(steps[:, :, None] * a)  # (L, D, S), all at once
-        drives = (steps * u)[:, :, None] * b[:, None]
+        return torch.exp(steps[:, :, None] * a), (steps * u)[:, :, None] * b[:, None]  # (L, D, S), all at once
+
+    def published() -> Tensor:
+        decays, drives = prepared()
         state, outputs = torch.zeros_like(a), []
         for i in range(n):
             state = decays[i] * state + drives[i]
             outputs.append(state @ c[i])
         return (torch.stack(outputs) + u * d) * silu(z)
 
+    def unbound() -> Tensor:
+        state, outputs = torch.zeros_like(a), []
+        for decay, drive, read in zip(*(part.unbind() for part in (*prepared(), c)), strict=True):
+            state = decay * state + drive
+            outputs.append(state @ read)
+        return (torch.stack(outputs) + u * d) * silu(z)
+
     variants: dict[str, Variant] = {}
     if n <= 2000:
         variants["published reference, step by step"] = _step(published, list(tensors.values()))
+        variants["the same, rows unbound once"] = _step(unbound, list(tensors.values()))
     variants["eosin"] = _step(ours, list(tensors.values()))
-    note = "peak includes outputs and gradients"
-    return Case("selective scan", n, 0.0, torch.float32, variants, dict.fromkeys(variants, note))
+    returned = 4 * n * (4 * width + 2 * states)  # y and the gradients of u, delta, z, b, c
+    note = f"outputs and gradients, {returned / 1e6:.0f} MB, not counted"
+    return Case("selective scan", n, 0.0, torch.float32, variants, dict.fromkeys(variants, note), returned)
 
 
 def leave_one_out(n: int, device: torch.device) -> Case:
@@ -288,12 +302,15 @@ def few_queries(n: int, device: torch.device) -> Case:
 
 
 def product_rates(device: Device) -> dict[torch.dtype, float]:
-    """Return the operations per second of `torch.mm` at the sizes of CLAM's first layer."""
+    """Return the operations per second of the fastest product at the size of CLAM's first layer."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         rows = _normal(8192, 1024, device=device.device, dtype=dtype)
-        weight = _normal(1024, 512, device=device.device, dtype=dtype)
-        best = min(device.timed(lambda a=rows, b=weight: a @ b)[0] for _ in range(7))
+        weight = _normal(512, 1024, device=device.device, dtype=dtype)
+        products = [lambda a=rows, b=weight: a @ b.T]
+        if uses_onednn(rows):
+            products.append(lambda a=rows, b=weight: affine(a, b))
+        best = min(device.timed(product)[0] for product in products for _ in range(7))
         rates[dtype] = 2 * 8192 * 1024 * 512 / best
     return rates
 
@@ -321,7 +338,7 @@ def measure(case: Case, device: Device, repetitions: int) -> Iterator[Row]:
             seconds_min=round(min(measured), 5),
             gflops=round(case.flop / seconds / 1e9, 1),
             percent_of_product_rate=round(100 * case.flop / seconds / rate, 1),
-            peak_extra_mb=round(peaks[name] / 1e6, 1),
+            peak_extra_mb=round(max(0, peaks[name] - case.returned_bytes) / 1e6, 1),
             ratio_to_first=round(first / seconds, 2),
             repetitions=repetitions,
             note=case.notes.get(name, ""),
@@ -356,6 +373,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        import kernels_gpu
+
+        kernels_gpu.run(options.out or RESULTS / "h200.csv")
+        return 0
     device = Device(options.device, options.clock)
     rows = []
     for name in options.cases:

@@ -34,11 +34,11 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None, activation:
     return result if activation == "none" else getattr(torch, activation + "_")(result)
 
 
-def transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return leftᵀ right: (n, A), (n, D) -> (A, D)."""
+def transposed_product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return leftᵀ right, added to ``plus`` (A, D) in its type: (n, A), (n, D) -> (A, D)."""
     if left.dtype == torch.bfloat16:  # takes the transposed factor as it lies, where oneDNN's layer copies it
-        return left.T @ right
-    return affine(left.T, right.T)
+        return left.T @ right if plus is None else plus.add_(left.T @ right)
+    return product(left.T, right, plus)
 
 
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:

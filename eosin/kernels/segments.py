@@ -41,7 +41,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     _check_packed("values", values, cu_seqlens)
     dtype = accumulation_dtype(values.dtype)
     if choose(values) == "triton":
-        pooled: Tensor = _pool_ops().segment_pool(values.new_ones(len(values), 1), values, cu_seqlens, "triton")
+        pooled: Tensor = _pool_ops().segment_pool(values.new_ones(len(values), 1), values, cu_seqlens, None, "triton")
         return pooled[:, 0]
     sums = [bag.sum(0, dtype=dtype) for bag in _bags(values, cu_seqlens)]
     return _stack(sums, values, dtype)
@@ -208,7 +208,7 @@ def _accumulated(scores: Tensor) -> Tensor:
 def _attention_statistics(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp and entropy (B, H) from the pooling kernel, with no values to pool."""
     no_values = scores.new_empty(len(scores), 0)
-    _, lse, spread = _pool_ops().attention_pool(scores, no_values, cu_seqlens, "triton")
+    _, lse, spread = _pool_ops().attention_pool(scores, no_values, cu_seqlens, None, "triton")
     return lse, spread
 
 

@@ -26,10 +26,10 @@ def operator_calls():
     options = (0.25, 3, "tanh", True, torch.float64)
     one = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     return {
-        "attention_pool": (scores, values, bags, "torch"),
-        "segment_pool": (scores, values, bags, "torch"),
-        "gated_scores": (values, *gate, *options, "torch"),
-        "gated_pool": (values, None, None, *gate, one, None, None, bags, 0.0, False, *options),
+        "attention_pool": (scores, values, bags, None, "torch"),
+        "segment_pool": (scores, values, bags, torch.arange(8, -1, -1), "torch"),
+        "gated_scores": (values, *gate, None, *options, "torch"),
+        "gated_pool": (values, None, None, *gate, one, None, None, bags, torch.arange(8, -1, -1), 0.0, False, *options),
         "shared_query_attention": (
             normal(2, 3, 2).requires_grad_(),
             values,

@@ -159,6 +159,52 @@ def test_gated_attention_pool(activation, gated, heads, memory_budget):
     assert_exact(kernels.gated_attention_pool, tensors, (60, 0, 30), torch.float32, options)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("lengths", [(1, 0), (63, 0, 65), (260, 1)])
+def test_one_pass(lengths, activation, gated, monkeypatch):
+    from eosin.kernels.gated_attention import one_pass
+
+    runs = []
+    monkeypatch.setattr(one_pass, "pays", lambda tensors, dtype: runs.append(dtype) or True)
+    n = sum(lengths)
+    tensors = {"values": normal(n, 40), **gate_parameters(40, 70, 1, gated=gated)}
+    tensors |= {"temperature": torch.tensor(0.7, dtype=torch.float64), "score_mask": normal(n, seed=9)}
+    keep = (normal(n, 1, seed=10) > -1).to(DEVICE)
+    options = lambda: {"keep": keep, "activation": activation}  # noqa: E731
+    assert_exact(kernels.gated_attention_pool, tensors, lengths, torch.float32, options)
+    assert runs
+
+
+def test_one_pass_is_taken_at_inference_and_for_small_hidden_layers():
+    from eosin.kernels.gated_attention.one_pass import pays
+
+    def tensors(hidden, width=512, heads=1, gated=True):
+        found = gate_parameters(width, hidden, heads, gated=gated, dtype=torch.bfloat16).values()
+        return (torch.zeros(3, width, dtype=torch.bfloat16), *(t if t is None else t.requires_grad_() for t in found))
+
+    assert pays(tensors(96), torch.bfloat16)
+    assert not pays(tensors(128), torch.bfloat16)
+    assert pays(tensors(192, gated=False), torch.float16)
+    with torch.no_grad():
+        assert pays(tensors(512), torch.bfloat16)
+        assert not pays(tensors(512), torch.float32)
+        assert not pays(tensors(64, heads=2), torch.bfloat16)
+        assert not pays(tensors(64, width=1536), torch.bfloat16)
+
+
+def test_one_pass_in_half_precision():
+    values, parameters = normal(90, 24, dtype=torch.bfloat16), gate_parameters(24, 20, 1, dtype=torch.bfloat16)
+    bags = offsets((60, 30)).to(DEVICE)
+    with kernels.use_backend("triton"), torch.no_grad():
+        found = kernels.gated_attention_pool(values.to(DEVICE), **on_device(parameters), cu_seqlens=bags)
+    wide = {name: tensor.double() for name, tensor in parameters.items()}
+    exact = kernels.gated_attention_pool(values.double(), **wide, cu_seqlens=offsets((60, 30)))
+    for got, expected in zip(found, exact, strict=True):
+        assert got.dtype == torch.float32
+        assert error(got.cpu(), expected) <= 4e-3
+
+
 def test_gated_attention_pool_with_an_embedding():
     tensors = {"values": normal(90, 24), **gate_parameters(16, 20, 1)}
     tensors |= {"embed_weight": normal(16, 24, seed=30), "embed_bias": normal(16, seed=31)}

@@ -16,7 +16,8 @@ from eosin.kernels._checks import (
 )
 from eosin.kernels._dispatch import choose
 from eosin.kernels._products import product_dtype
-from eosin.kernels.gated_attention import ops, reference
+from eosin.kernels._rows import check_row_index, gathered
+from eosin.kernels.gated_attention import one_pass, ops, reference
 from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, draw_seed, keep_mask
 from eosin.kernels.segment_pool import ops as pool_ops
 
@@ -43,6 +44,7 @@ def gated_attention_scores(
     generator: torch.Generator | None = None,
     activation: str = "tanh",
     memory_budget: int | None = None,
+    row_index: Tensor | None = None,
 ) -> Tensor:
     """Score every instance for every head: ``w · (act(V x + b_V) ⊙ σ(U x + b_U)) + b``.
 
@@ -65,6 +67,9 @@ def gated_attention_scores(
     memory_budget : int, optional
         Bytes that may be kept between the forward and the backward pass, without limit unless given. What does not
         fit is computed again.
+    row_index : (M,) int64, optional
+        Instance i is row ``row_index[i]`` of ``values``: a subset or another order without a copy of it. N is then M
+        in all other shapes.
 
     Returns
     -------
@@ -80,16 +85,19 @@ def gated_attention_scores(
     parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     _check_gate(values, values.shape[1], *parameters)
     _check_options(activation, gate_dropout=gate_dropout)
+    n_rows = check_row_index(row_index, values)
     seed = draw_seed(generator) if gate_dropout else 0
     backend = choose(values)
     if backend == "reference":
         return reference.gated_attention_scores(
-            values, *parameters, gate_dropout=gate_dropout, seed=seed, activation=activation
+            gathered(values, row_index), *parameters, gate_dropout=gate_dropout, seed=seed, activation=activation
         )
     dtype = product_dtype(values, v_weight)
-    _, keep_branches = _what_fits(memory_budget, values, dtype, None, v_weight, u_weight)
+    _, keep_branches = _what_fits(memory_budget, n_rows, dtype, None, v_weight, u_weight)
     scores: Tensor
-    scores, _ = ops.gated_scores(values, *parameters, gate_dropout, seed, activation, keep_branches, dtype, backend)
+    scores, _ = ops.gated_scores(
+        values, *parameters, row_index, gate_dropout, seed, activation, keep_branches, dtype, backend
+    )
     return scores
 
 
@@ -113,12 +121,14 @@ def gated_attention_pool(
     embed_bias: Tensor | None = None,
     embed_dropout: float = 0.0,
     memory_budget: int | None = None,
+    row_index: Tensor | None = None,
 ) -> AttentionPool:
     """Score the instances and pool each bag with the softmax of the scores.
 
     Parameters
     ----------
-    values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, gate_dropout, generator, activation, memory_budget
+    values, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, gate_dropout, generator, activation, memory_budget,
+    row_index
         As in `gated_attention_scores`; D is E where the instances are embedded.
     cu_seqlens : (B+1,) int32
         Offsets of the bags, on the device of ``values``.
@@ -145,45 +155,68 @@ def gated_attention_pool(
         Wrong type, shape or device, inconsistent offsets; the message names the argument.
     """
     width = _check_embedding(values, embed_weight, embed_bias)
-    check_offsets(cu_seqlens, values.shape[0], values)
+    n_rows = check_row_index(row_index, values)
+    check_offsets(cu_seqlens, n_rows, values)
     gate = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     _check_gate(values, width, *gate)
     _check_options(activation, gate_dropout=gate_dropout, embed_dropout=embed_dropout)
-    _check_masks((values.shape[0], w_weight.shape[0]), values, temperature, score_mask, keep)
+    _check_masks((n_rows, w_weight.shape[0]), values, temperature, score_mask, keep)
     seed = draw_seed(generator) if gate_dropout or embed_dropout else 0
     divisor = temperature if isinstance(temperature, Tensor) else values.new_tensor(temperature, dtype=torch.float64)
-    tensors = (values, embed_weight, embed_bias, *gate, divisor, score_mask, keep, cu_seqlens)
+    tensors = (embed_weight, embed_bias, *gate, divisor, score_mask, keep, cu_seqlens)
     backend = choose(values)
     if backend == "reference":
         return AttentionPool(
             *reference.gated_attention_pool(
-                *tensors, embed_dropout=embed_dropout, gate_dropout=gate_dropout, seed=seed, activation=activation
+                gathered(values, row_index),
+                *tensors,
+                embed_dropout=embed_dropout,
+                gate_dropout=gate_dropout,
+                seed=seed,
+                activation=activation,
             )
         )
     dtype = product_dtype(values, v_weight)
-    keep_instances, keep_branches = _what_fits(memory_budget, values, dtype, embed_weight, v_weight, u_weight)
+    keep_instances, keep_branches = _what_fits(memory_budget, n_rows, dtype, embed_weight, v_weight, u_weight)
     if backend == "triton":
-        instances = _embedded(values, embed_weight, embed_bias, embed_dropout, seed, dtype)
-        raw, _ = ops.gated_scores(instances, *gate, gate_dropout, seed, activation, keep_branches, dtype, backend)
+        instances, index = values, row_index
+        if embed_weight is not None:
+            rows = gathered(values, row_index)
+            instances, index = _embedded(rows, embed_weight, embed_bias, embed_dropout, seed, dtype), None
+        if not gate_dropout and one_pass.pays((instances, *gate, divisor, score_mask), dtype):
+            added = _added_to_scores(score_mask, keep)
+            return AttentionPool(
+                *one_pass.one_pass_pool(instances, *gate, divisor, added, cu_seqlens, index, activation, dtype)
+            )
+        raw, _ = ops.gated_scores(
+            instances, *gate, index, gate_dropout, seed, activation, keep_branches, dtype, backend
+        )
         scores = reference.masked_scores(raw, divisor, score_mask, keep)
-        return AttentionPool(scores, *pool_ops.attention_pool(scores, instances, cu_seqlens, backend))
+        return AttentionPool(scores, *pool_ops.attention_pool(scores, instances, cu_seqlens, index, backend))
     results = ops.gated_pool(
-        *tensors, embed_dropout, keep_instances, gate_dropout, seed, activation, keep_branches, dtype
+        values, *tensors, row_index, embed_dropout, keep_instances, gate_dropout, seed, activation, keep_branches, dtype
     )
     return AttentionPool(*results[:4])
 
 
+def _added_to_scores(score_mask: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """Return both masks of one head as what is added to its scores, (N,)."""
+    added = None if score_mask is None else score_mask.flatten().to(torch.float32)
+    if keep is None:
+        return added
+    never = torch.zeros(len(keep), device=keep.device).masked_fill_(~keep.flatten(), float("-inf"))
+    return never if added is None else never + added
+
+
 def _embedded(
     values: Tensor,
-    embed_weight: Tensor | None,
+    embed_weight: Tensor,
     embed_bias: Tensor | None,
     dropout: float,
     seed: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the embedded instances of the whole pack; on a GPU the library's product is hard to better."""
-    if embed_weight is None:
-        return values
     bias = None if embed_bias is None else embed_bias.to(dtype)
     embedded = torch.relu(linear(values.to(dtype), embed_weight.to(dtype), bias))
     if not dropout:
@@ -194,7 +227,7 @@ def _embedded(
 
 def _what_fits(
     budget: int | None,
-    values: Tensor,
+    n_rows: int,
     dtype: torch.dtype,
     embed_weight: Tensor | None,
     v_weight: Tensor,
@@ -202,7 +235,7 @@ def _what_fits(
 ) -> tuple[bool, bool]:
     """Return whether embedded instances and branches may be kept; each saves as much work per byte as the other."""
     left = float("inf") if budget is None else budget
-    size = values.shape[0] * dtype.itemsize
+    size = n_rows * dtype.itemsize
     instances = 0 if embed_weight is None else size * embed_weight.shape[0]
     branches = size * v_weight.shape[0] * (1 if u_weight is None else 2)
     keeps_instances = 0 < instances <= left

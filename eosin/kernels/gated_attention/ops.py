@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._library import Operator
+from eosin.kernels._rows import Rows, gathered
 from eosin.kernels.gated_attention import reference
 from eosin.kernels.gated_attention.torch_impl import (
     Embedding,
@@ -28,49 +29,52 @@ N_GATE = 6  # v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
 N_POOL_GRADIENTS = N_GATE + 5  # also values, embed_weight, embed_bias, temperature, score_mask
 _GATE = "Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias"
 _OPTIONS = "float gate_dropout, int seed, str activation, bool keep_branches, ScalarType product_dtype"
-_SCORE_INPUTS = f"Tensor values, {_GATE}, {_OPTIONS}, str backend"
+_SCORE_INPUTS = f"Tensor values, {_GATE}, Tensor? row_index, {_OPTIONS}, str backend"
 _POOL_TENSORS = (
     f"Tensor values, Tensor? embed_weight, Tensor? embed_bias, {_GATE}, "
-    "Tensor temperature, Tensor? score_mask, Tensor? keep, Tensor cu_seqlens"
+    "Tensor temperature, Tensor? score_mask, Tensor? keep, Tensor cu_seqlens, Tensor? row_index"
 )
 _POOL_INPUTS = f"{_POOL_TENSORS}, float embed_dropout, bool keep_instances, {_OPTIONS}"
 
 
 def _scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    parameters, (dropout, seed, activation, keep_branches, dtype, backend) = arguments[:N_GATE], arguments[N_GATE:]
-    gate = _gate(parameters, dropout, seed, activation, dtype)
-    kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
+    parameters, (index, dropout, seed, activation, *options) = arguments[:N_GATE], arguments[N_GATE:]
+    keep_branches, dtype, backend = options
+    source = Rows(values, index)
+    gate = make_gate(parameters, dropout, seed, activation, dtype)
+    kept = _kept(source, parameters, dtype, instances=False, branches=keep_branches)
     if backend == "triton":
         from eosin.kernels.gated_attention import triton_impl
 
-        return triton_impl.score_forward(values, gate, kept.branches), kept.branches
-    return score_forward(values, gate, kept), kept.branches
+        return triton_impl.score_forward(source, gate, kept.branches), kept.branches
+    return score_forward(source, gate, kept), kept.branches
 
 
 def _scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
     values, parameters = inputs[0], inputs[1 : 1 + N_GATE]
-    dropout, seed, activation, _, dtype, backend = inputs[1 + N_GATE :]
-    gate = _gate(parameters, dropout, seed, activation, dtype)
+    index, dropout, seed, activation, _, dtype, backend = inputs[1 + N_GATE :]
+    source = Rows(values, index)
+    gate = make_gate(parameters, dropout, seed, activation, dtype)
     tensors = inputs[: 1 + N_GATE]
     if backend == "triton":
         from eosin.kernels.gated_attention import triton_impl
 
         d_values, (d_weight, d_bias, d_w) = triton_impl.score_backward(
-            grad, values, gate, branches, needs_values=needs_values
+            grad, source, gate, branches, needs_values=needs_values
         )
         hidden = len(parameters[0])
         halves = [d_weight[:hidden], d_bias[:hidden], d_weight[hidden:], d_bias[hidden:]]
-        return _dense([d_values, *halves, d_w, grad.sum(0)], tensors)
+        return dense([d_values, *halves, d_w, grad.sum(0)], tensors)
     kept = Kept(values.new_empty(0, 0), branches)
-    d_values, found = score_backward(grad, values, gate, kept, needs_values=needs_values)
-    return _dense([d_values, *_gate_gradients(found, grad)], tensors)
+    d_values, found = score_backward(grad, source, gate, kept, needs_values=needs_values)
+    return dense([d_values, *_gate_gradients(found, grad)], tensors)
 
 
 def _pool(*inputs: Any) -> tuple[Tensor, ...]:
     """Return scores (N, H), pooled (B, H, E), lse (B, H), entropy (B, H) and what the backward pass reads again."""
     call = _PoolCall(*inputs)
-    kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
-    results = pool_forward(call.values, call.embedding, call.gate, call.masks, call.cu_seqlens, kept)
+    kept = _kept(call.source, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
+    results = pool_forward(call.source, call.embedding, call.gate, call.masks, call.cu_seqlens, kept)
     return *results, kept.instances, kept.branches
 
 
@@ -85,7 +89,7 @@ def _pool_backward(
     found = pool_backward(
         (upstream[0], upstream[1], upstream[2], upstream[3]),
         (results[0], results[1], results[2], results[3]),
-        call.values,
+        call.source,
         call.embedding,
         call.gate,
         call.masks,
@@ -97,18 +101,19 @@ def _pool_backward(
     d_temperature = -(d_raw * call.masks.unmasked(results[0])).sum()
     d_mask = found.scores.sum(1) if call.masks.added is not None and call.masks.added.dim() == 1 else found.scores
     gradients = [found.values, found.embed_weight, found.embed_bias, *_gate_gradients(found.gate, d_raw)]
-    return _dense([*gradients, d_temperature, d_mask], inputs[:N_POOL_GRADIENTS])
+    return dense([*gradients, d_temperature, d_mask], inputs[:N_POOL_GRADIENTS])
 
 
 class _PoolCall:
     """The flat arguments of `gated_pool`, put together."""
 
     def __init__(self, *inputs: Any) -> None:
-        self.values, embed_weight, embed_bias = inputs[:3]
+        values, embed_weight, embed_bias = inputs[:3]
         self.parameters = inputs[3 : 3 + N_GATE]
-        temperature, score_mask, keep, self.cu_seqlens, embed_dropout, self.keep_instances = inputs[9:15]
-        gate_dropout, seed, activation, self.keep_branches, self.dtype = inputs[15:]
-        self.gate = _gate(self.parameters, gate_dropout, seed, activation, self.dtype)
+        temperature, score_mask, keep, self.cu_seqlens, row_index = inputs[9:14]
+        embed_dropout, self.keep_instances, gate_dropout, seed, activation, self.keep_branches, self.dtype = inputs[14:]
+        self.source = Rows(values, row_index)
+        self.gate = make_gate(self.parameters, gate_dropout, seed, activation, self.dtype)
         wide = self.gate.w_weight.dtype
         self.embedding = Embedding(
             _to(embed_weight, self.dtype), _to(embed_bias, wide), embed_dropout, seed, self.dtype
@@ -116,7 +121,8 @@ class _PoolCall:
         self.masks = Masks(temperature.to(wide), _to(score_mask, wide), keep)
 
 
-def _gate(parameters: tuple[Any, ...], dropout: float, seed: int, activation: str, dtype: torch.dtype) -> Gate:
+def make_gate(parameters: tuple[Any, ...], dropout: float, seed: int, activation: str, dtype: torch.dtype) -> Gate:
+    """Return the hidden layer from its six tensors, weights in the type of the products."""
     v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
     wide = accumulation_dtype(dtype)
     return Gate(
@@ -132,9 +138,9 @@ def _gate(parameters: tuple[Any, ...], dropout: float, seed: int, activation: st
     )
 
 
-def _kept(values: Tensor, parameters: tuple[Any, ...], dtype: torch.dtype, *, instances: bool, branches: bool) -> Kept:
+def _kept(source: Rows, parameters: tuple[Any, ...], dtype: torch.dtype, *, instances: bool, branches: bool) -> Kept:
     v_weight, u_weight = parameters[0], parameters[2]
-    n_rows = len(values)
+    values, n_rows = source.values, len(source)
     n_branches = len(v_weight) * (1 if u_weight is None else 2)
     return Kept(
         values.new_empty((n_rows if instances else 0, v_weight.shape[1]), dtype=dtype),
@@ -146,7 +152,7 @@ def _gate_gradients(found: GateGradients, d_raw: Tensor) -> list[Tensor | None]:
     return [found.v_weight, found.v_bias, found.u_weight, found.u_bias, found.w_weight, d_raw.sum(0)]
 
 
-def _dense(gradients: list[Tensor | None], inputs: tuple[Any, ...]) -> list[Tensor]:
+def dense(gradients: list[Tensor | None], inputs: tuple[Any, ...]) -> list[Tensor]:
     """Give each gradient its tensor's type; an empty tensor stands for none."""
     anchor = inputs[0]
     return [
@@ -162,9 +168,10 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _fake_scores(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    parameters, (_, _, _, keep_branches, dtype, _) = arguments[:N_GATE], arguments[N_GATE:]
-    kept = _kept(values, parameters, dtype, instances=False, branches=keep_branches)
-    return values.new_empty((len(values), len(parameters[4])), dtype=accumulation_dtype(dtype)), kept.branches
+    parameters, (index, _, _, _, keep_branches, dtype, _) = arguments[:N_GATE], arguments[N_GATE:]
+    source = Rows(values, index)
+    kept = _kept(source, parameters, dtype, instances=False, branches=keep_branches)
+    return values.new_empty((len(source), len(parameters[4])), dtype=accumulation_dtype(dtype)), kept.branches
 
 
 def _fake_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs: Any) -> list[Tensor]:  # noqa: FBT001
@@ -173,10 +180,10 @@ def _fake_scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *i
 
 def _fake_pool(*inputs: Any) -> tuple[Tensor, ...]:
     call = _PoolCall(*inputs)
-    kept = _kept(call.values, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
+    kept = _kept(call.source, call.parameters, call.dtype, instances=call.keep_instances, branches=call.keep_branches)
     heads, width = call.gate.w_weight.shape[0], call.gate.v_weight.shape[1]
     wide, n_bags = call.gate.w_weight, call.cu_seqlens.shape[0] - 1
-    sizes = ((len(call.values), heads), (n_bags, heads, width), (n_bags, heads), (n_bags, heads))
+    sizes = ((len(call.source), heads), (n_bags, heads, width), (n_bags, heads), (n_bags, heads))
     return *(wide.new_empty(size) for size in sizes), kept.instances, kept.branches
 
 
@@ -197,8 +204,8 @@ def _empty_gradients(tensors: tuple[Any, ...], needs_values: bool) -> list[Tenso
 
 def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: 1 + N_GATE], output[1])
-    ctx.options = inputs[1 + N_GATE :]
+    ctx.save_for_backward(*inputs[: 2 + N_GATE], output[1])
+    ctx.options = inputs[2 + N_GATE :]
 
 
 def _scores_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -208,7 +215,10 @@ def _scores_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
         return (None,) * len(tensors) + nothing
     if torch.is_grad_enabled():
         dropout, seed, activation = ctx.options[:3]
-        scores = reference.gated_attention_scores(*tensors, gate_dropout=dropout, seed=seed, activation=activation)
+        values, *gate, index = tensors
+        scores = reference.gated_attention_scores(
+            gathered(values, index), *gate, gate_dropout=dropout, seed=seed, activation=activation
+        )
         return *_second_order(ctx, (scores,), tensors, (grad,)), *nothing
     needs_values = ctx.needs_input_grad[0]
     found = gated_scores_backward(grad.contiguous(), branches, needs_values, *tensors, *ctx.options)
@@ -217,21 +227,27 @@ def _scores_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    n_tensors = N_POOL_GRADIENTS + 2
+    n_tensors = N_POOL_GRADIENTS + 3
     ctx.save_for_backward(*inputs[:n_tensors], *output)
     ctx.n_tensors, ctx.options = n_tensors, inputs[n_tensors:]
 
 
 def _pool_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors, results = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
-    nothing = (None,) * (len(ctx.options) + 2)  # also keep and cu_seqlens
+    nothing = (None,) * (len(ctx.options) + 3)  # also keep, cu_seqlens and row_index
     upstream = [
         torch.zeros_like(result) if grad is None else grad for grad, result in zip(grads[:4], results[:4], strict=True)
     ]
     if torch.is_grad_enabled():
         embed_dropout, _, gate_dropout, seed, activation = ctx.options[:5]
+        values, *others, index = tensors
         outputs = reference.gated_attention_pool(
-            *tensors, embed_dropout=embed_dropout, gate_dropout=gate_dropout, seed=seed, activation=activation
+            gathered(values, index),
+            *others,
+            embed_dropout=embed_dropout,
+            gate_dropout=gate_dropout,
+            seed=seed,
+            activation=activation,
         )
         return *_second_order(ctx, outputs, tensors[:N_POOL_GRADIENTS], upstream), *nothing
     found = gated_pool_backward(upstream, list(results), ctx.needs_input_grad[0], *tensors, *ctx.options)

@@ -4,6 +4,8 @@
 The projections ``P = [V h, U h]`` are one matrix product; a kernel turns a block of P's rows into raw scores. The
 backward kernel turns P and the scores' gradient into the gradient of P, from which two products give the rest. With
 P kept nothing is projected twice; without, rows go by in chunks that stay in the L2 cache and are projected again.
+
+`one_pass` projects, scores and pools in one kernel, which reads a block of instances twice, but only once from memory.
 """
 
 import torch
@@ -11,8 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eosin.kernels._chunks import chunk_table
+from eosin.kernels._dispatch import interpreting
+from eosin.kernels._rows import Rows
 from eosin.kernels.gated_attention.dropout import threshold
 from eosin.kernels.gated_attention.torch_impl import Gate
+from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, places_of, pool_combine
 
 RECOMPUTED_ROWS = 132 * 128  # projected again at once: one wave of tiles on an H200, 33 MB of instances at D = 1024
 BACKWARD_PROGRAMS = 264
@@ -29,39 +35,83 @@ def launch_sizes(hidden: int, heads: int) -> dict[str, int]:
     }
 
 
-def score_forward(values: Tensor, gate: Gate, kept: Tensor) -> Tensor:
+def score_forward(source: Rows, gate: Gate, kept: Tensor) -> Tensor:
     """Return raw scores (N, H); P goes into ``kept`` (N, A or 2A) where that has rows."""
-    scores = values.new_empty((len(values), len(gate.w_weight)), dtype=torch.float32)
+    scores = gate.w_weight.new_empty((len(source), len(gate.w_weight)))
     weight = _stacked(gate)
-    for first, part in _chunks(values, kept):
-        projected = part.to(weight.dtype) @ weight.T
+    for chunk in _chunks(source, kept):
+        projected = source[chunk].to(weight.dtype) @ weight.T
         if len(kept):
-            kept.copy_(projected)
-        _score(projected, gate, scores[first : first + len(part)], first)
+            kept[chunk].copy_(projected)
+        _score(projected, gate, scores[chunk], chunk.start)
     return scores
 
 
 def score_backward(
-    d_scores: Tensor, values: Tensor, gate: Gate, kept: Tensor, *, needs_values: bool
+    d_scores: Tensor, source: Rows, gate: Gate, kept: Tensor, *, needs_values: bool
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
     """Return the gradient of the values and of (stacked weight, stacked bias, w)."""
     weight = _stacked(gate)
-    d_values = torch.empty_like(values) if needs_values else None
+    d_values = source.new_gradient() if needs_values else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32)
     d_bias = d_weight.new_zeros(len(weight))
     d_w = torch.zeros_like(gate.w_weight)
-    for first, part in _chunks(values, kept):
-        rows = part.to(weight.dtype)
-        projected = kept if len(kept) else rows @ weight.T
-        d_projected, part_bias, part_w = _score_gradient(
-            projected, gate, d_scores[first : first + len(part)].contiguous(), first
-        )
+    for chunk in _chunks(source, kept):
+        rows = source[chunk].to(weight.dtype)
+        projected = kept[chunk] if len(kept) else rows @ weight.T
+        d_projected, part_bias, part_w = _score_gradient(projected, gate, d_scores[chunk].contiguous(), chunk.start)
         d_bias += part_bias
         d_w += part_w
         d_weight += _wide_product(d_projected.T, rows)
         if d_values is not None:
-            d_values[first : first + len(part)] = d_projected @ weight
+            source.add_gradient(d_values, chunk, d_projected @ weight)
     return d_values, (d_weight, d_bias, d_w)
+
+
+def one_pass_sizes(n_rows: int, hidden: int, width: int) -> dict[str, int]:
+    """Return rows per chunk and block sizes of `one_pass`: a plain function of the shapes."""
+    return {
+        "rows": 256 if n_rows < 32768 else 1024,
+        "ROW_BLOCK": 64,
+        "HIDDEN_BLOCK": min(64, max(16, triton.next_power_of_2(hidden))),
+        "INNER_BLOCK": min(64, max(16, triton.next_power_of_2(width))),
+        "WIDTH_BLOCK": max(16, triton.next_power_of_2(width)),
+        "READ_BLOCK": 16,
+        "num_warps": 8,
+    }
+
+
+def one_pass(
+    source: Rows, gate: Gate, temperature: Tensor, added: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scores (N, 1), pooled (B, 1, D), log-sum-exp and entropy (B, 1) in float32, of one head."""
+    weight = _stacked(gate).contiguous()
+    values, bias = source.values.to(weight.dtype).contiguous(), _stacked_bias(gate)
+    n_bags, width = cu_seqlens.shape[0] - 1, values.shape[1]
+    sizes = one_pass_sizes(len(source), len(gate.v_weight), width)
+    table = chunk_table(cu_seqlens, sizes.pop("rows"))
+    empty = gate.w_weight.new_empty
+    scores, pooled = empty(len(source), 1), empty(n_bags, 1, width)
+    top, total, spread = (empty(table.n_chunks, 1) for _ in range(3))
+    weighted, lse, entropy = empty(table.n_chunks, 1, width), empty(n_bags, 1), empty(n_bags, 1)
+    score_bias = empty(1).zero_() if gate.w_bias is None else gate.w_bias
+    if table.n_chunks:
+        one_pass_partial[(table.n_chunks,)](
+            values, table.start if source.index is None else source.index.contiguous(), weight, bias,
+            gate.w_weight.contiguous(), score_bias, temperature.to(torch.float32),
+            bias if added is None else added.contiguous(), table.start, table.end, scores, top, total, spread,
+            weighted, width, len(gate.v_weight), GATED=gate.u_weight is not None,
+            ACTIVATION=1 if gate.activation == "tanh" else 0, MASKED=added is not None,
+            GATHERED=source.index is not None, NARROW=not interpreting(),
+            **sizes,
+        )  # fmt: skip
+    if n_bags:
+        columns = min(256, max(16, triton.next_power_of_2(width)))
+        pool_combine[(n_bags, 1, triton.cdiv(width, columns))](
+            top, total, spread, weighted, table.first, pooled, lse, entropy, 1, width,
+            COLUMN_BLOCK=columns, SOFTMAX=True, num_warps=4,
+        )  # fmt: skip
+    return scores, pooled, lse, entropy
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -71,11 +121,11 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _chunks(values: Tensor, kept: Tensor) -> list[tuple[int, Tensor]]:
-    if not len(values):
-        return []
-    size = len(values) if len(kept) else RECOMPUTED_ROWS
-    return [(first, values[first : first + size]) for first in range(0, len(values), size)]
+def _chunks(source: Rows, kept: Tensor) -> list[slice]:
+    """Cut the instances where they are projected again or gathered, so that no copy of all of them exists."""
+    whole = len(kept) and source.index is None
+    size = max(1, len(source)) if whole else RECOMPUTED_ROWS
+    return [slice(first, min(first + size, len(source))) for first in range(0, len(source), size)]
 
 
 def _stacked(gate: Gate) -> Tensor:
@@ -270,3 +320,95 @@ def gate_gradient(
         sum_w,
         mask=(head[:, None] < heads) & (columns[None, :] < hidden),
     )
+
+
+@triton.jit
+def projected_rows(
+    values, weight, rows, places, end, first_hidden, hidden, width,
+    ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr, GATED: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    """Return V h and U h of a block of rows for some hidden columns; both read the same tile of instances."""
+    columns = first_hidden + tl.arange(0, HIDDEN_BLOCK)
+    p = tl.zeros([ROW_BLOCK, HIDDEN_BLOCK], tl.float32)
+    q = tl.zeros([ROW_BLOCK, HIDDEN_BLOCK], tl.float32)
+    for inner in range(0, width, INNER_BLOCK):
+        k = inner + tl.arange(0, INNER_BLOCK)
+        x = tl.load(
+            values + places[:, None] * width + k[None, :],
+            mask=(rows[:, None] < end) & (k[None, :] < width),
+            other=0.0,
+        )
+        place = columns[None, :] * width + k[:, None]
+        inside = (columns[None, :] < hidden) & (k[:, None] < width)
+        v = tl.load(weight + place, mask=inside, other=0.0)
+        if not NARROW:  # the interpreter multiplies bfloat16 as integers
+            x, v = x.to(tl.float32), v.to(tl.float32)
+        p = tl.dot(x, v, p, input_precision="ieee")
+        if GATED:
+            u = tl.load(weight + hidden * width + place, mask=inside, other=0.0)
+            if not NARROW:
+                u = u.to(tl.float32)
+            q = tl.dot(x, u, q, input_precision="ieee")
+    return p, q
+
+
+@triton.jit
+def one_pass_partial(
+    values, row_index, weight, bias, w, w_bias, temperature, added, starts, ends, scores, top, total, spread,
+    weighted, width, hidden,
+    GATHERED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, MASKED: tl.constexpr, NARROW: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    READ_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Score the rows of one chunk and reduce them to its (m, l, e, Z)."""
+    chunk = tl.program_id(0)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    column = tl.arange(0, WIDTH_BLOCK)
+    m = tl.full([1], NEVER, tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    e = tl.zeros([1], tl.float32)
+    z = tl.zeros([WIDTH_BLOCK], tl.float32)
+    for first in range(start, end, ROW_BLOCK):
+        rows = first + tl.arange(0, ROW_BLOCK)
+        places = places_of(row_index, rows, end, GATHERED)
+        s = tl.zeros([ROW_BLOCK], tl.float32)
+        for first_hidden in range(0, hidden, HIDDEN_BLOCK):
+            p, q = projected_rows(
+                values, weight, rows, places, end, first_hidden, hidden, width,
+                ROW_BLOCK, HIDDEN_BLOCK, INNER_BLOCK, GATED, NARROW,
+            )  # fmt: skip
+            columns = first_hidden + tl.arange(0, HIDDEN_BLOCK)
+            y = activated(p + tl.load(bias + columns, mask=columns < hidden, other=0.0)[None, :], ACTIVATION)
+            if GATED:
+                y *= tl.sigmoid(q + tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :])
+            s += tl.sum(y * tl.load(w + columns, mask=columns < hidden, other=0.0)[None, :], 1)
+        s = (s + tl.load(w_bias)) / tl.load(temperature)
+        if MASKED:
+            s += tl.load(added + rows, mask=rows < end, other=0.0)
+        s = tl.where(rows < end, s, NEVER)
+        tl.store(scores + rows, s, mask=rows < end)
+        new = tl.maximum(m, tl.max(s, 0))
+        shift = tl.where(new == NEVER, 0.0, new)
+        share = tl.exp2((s - shift) * LOG2_E)
+        decay = tl.exp2((m - shift) * LOG2_E)
+        lowered = tl.where(decay > 0, m - shift, 0.0)
+        e = (e + lowered * mass) * decay + tl.sum(tl.where(share > 0, s - shift, 0.0) * share, 0)
+        mass = mass * decay + tl.sum(share, 0)
+        z = z * decay
+        m = new
+        tl.debug_barrier()  # the scores are read again by other threads
+        for part in range(0, ROW_BLOCK, READ_BLOCK):
+            again = first + part + tl.arange(0, READ_BLOCK)
+            share = tl.exp2((tl.load(scores + again, mask=again < end, other=NEVER) - shift) * LOG2_E)
+            x = tl.load(
+                values + places_of(row_index, again, end, GATHERED)[:, None] * width + column[None, :],
+                mask=(again[:, None] < end) & (column[None, :] < width),
+                other=0.0,
+            )
+            z += tl.sum(x.to(tl.float32) * share[:, None], 0)
+    one = tl.zeros([1], tl.int64) + chunk
+    tl.store(top + one, m)
+    tl.store(total + one, mass)
+    tl.store(spread + one, e)
+    tl.store(weighted + chunk.to(tl.int64) * width + column, z, mask=column < width)

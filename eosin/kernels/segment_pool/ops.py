@@ -7,17 +7,21 @@ from torch import Tensor
 
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._library import Operator
+from eosin.kernels._rows import Rows, gathered
 from eosin.kernels.segment_pool import reference, torch_impl
 
-_INPUTS = "Tensor scores, Tensor values, Tensor cu_seqlens, str backend"
+_INPUTS = "Tensor scores, Tensor values, Tensor cu_seqlens, Tensor? row_index, str backend"
 
 
-def _forward(scores: Tensor, values: Tensor, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor, row_index: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    source = Rows(values, row_index)
     if backend == "triton":
         from eosin.kernels.segment_pool import triton_impl
 
-        return triton_impl.forward(scores, values, cu_seqlens)
-    return torch_impl.forward(scores, values, cu_seqlens)
+        return triton_impl.forward(scores, source, cu_seqlens)
+    return torch_impl.forward(scores, source, cu_seqlens)
 
 
 def _backward(
@@ -28,19 +32,22 @@ def _backward(
     scores: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
+    row_index: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
-    needs = (needs_scores, needs_values)
+    needs, source = (needs_scores, needs_values), Rows(values, row_index)
     if backend == "triton":
         from eosin.kernels.segment_pool import triton_impl
 
-        found = triton_impl.backward(needs, upstream, results, scores, values, cu_seqlens)
+        found = triton_impl.backward(needs, upstream, results, scores, source, cu_seqlens)
     else:
-        found = torch_impl.backward(needs, upstream, results, scores, values, cu_seqlens)
+        found = torch_impl.backward(needs, upstream, results, scores, source, cu_seqlens)
     return [scores.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
-def _fake_forward(scores: Tensor, values: Tensor, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor, row_index: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (cu_seqlens.shape[0] - 1, scores.shape[1])
     dtype = accumulation_dtype(values.dtype)
     pooled = values.new_empty((*sizes, values.shape[1]), dtype=dtype)
@@ -55,6 +62,7 @@ def _fake_backward(
     scores: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
+    row_index: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
     wanted = zip((scores, values), (needs_scores, needs_values), strict=True)
@@ -62,28 +70,31 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.backend = inputs[3]
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.backend = inputs[4]
 
 
 def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, results = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    inputs, results = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     needs = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():  # a second derivative is asked for
         wanted = [tensor for tensor, need in zip(inputs[:2], needs, strict=True) if need]
-        outputs = reference.attention_pool(*inputs)
+        outputs = reference.attention_pool(inputs[0], gathered(inputs[1], inputs[3]), inputs[2])
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-        return *(next(found) if need else None for need in needs), None, None
+        return *(next(found) if need else None for need in needs), None, None, None
     gradients = attention_pool_backward(list(grads), list(results), *needs, *inputs, ctx.backend)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None, None
 
 
-def _weighted_forward(weights: Tensor, values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+def _weighted_forward(
+    weights: Tensor, values: Tensor, cu_seqlens: Tensor, row_index: Tensor | None, backend: str
+) -> Tensor:
+    source = Rows(values, row_index)
     if backend == "triton":
         from eosin.kernels.segment_pool import triton_impl
 
-        return triton_impl.weighted_forward(weights, values, cu_seqlens)
-    return torch_impl.weighted_forward(weights, values, cu_seqlens)
+        return triton_impl.weighted_forward(weights, source, cu_seqlens)
+    return torch_impl.weighted_forward(weights, source, cu_seqlens)
 
 
 def _weighted_backward(
@@ -93,19 +104,22 @@ def _weighted_backward(
     weights: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
+    row_index: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
-    needs = (needs_weights, needs_values)
+    needs, source = (needs_weights, needs_values), Rows(values, row_index)
     if backend == "triton":
         from eosin.kernels.segment_pool import triton_impl
 
-        found = triton_impl.weighted_backward(needs, grad, weights, values, cu_seqlens)
+        found = triton_impl.weighted_backward(needs, grad, weights, source, cu_seqlens)
     else:
-        found = torch_impl.weighted_backward(needs, grad, weights, values, cu_seqlens)
+        found = torch_impl.weighted_backward(needs, grad, weights, source, cu_seqlens)
     return [weights.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
-def _fake_weighted_forward(weights: Tensor, values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+def _fake_weighted_forward(
+    weights: Tensor, values: Tensor, cu_seqlens: Tensor, row_index: Tensor | None, backend: str
+) -> Tensor:
     size = (cu_seqlens.shape[0] - 1, weights.shape[1], values.shape[1])
     return values.new_empty(size, dtype=accumulation_dtype(values.dtype))
 
@@ -117,6 +131,7 @@ def _fake_weighted_backward(
     weights: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
+    row_index: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
     wanted = zip((weights, values), (needs_weights, needs_values), strict=True)
@@ -124,18 +139,19 @@ def _fake_weighted_backward(
 
 
 def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.backend = inputs[3]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.backend = inputs[4]
 
 
 def _weighted_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():  # a second derivative is asked for
         wanted = [tensor for tensor, need in zip(inputs[:2], needs, strict=True) if need]
-        found = iter(torch.autograd.grad(reference.segment_pool(*inputs), wanted, grad, create_graph=True))
-        return *(next(found) if need else None for need in needs), None, None
+        pooled = reference.segment_pool(inputs[0], gathered(inputs[1], inputs[3]), inputs[2])
+        found = iter(torch.autograd.grad(pooled, wanted, grad, create_graph=True))
+        return *(next(found) if need else None for need in needs), None, None, None
     gradients = segment_pool_backward(grad, *needs, *inputs, ctx.backend)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None, None
 
 
 attention_pool = Operator(
@@ -152,7 +168,7 @@ attention_pool_backward = Operator(
 )
 attention_pool.differentiate(_gradient, _save)
 
-_WEIGHTED = "Tensor weights, Tensor values, Tensor cu_seqlens, str backend"
+_WEIGHTED = "Tensor weights, Tensor values, Tensor cu_seqlens, Tensor? row_index, str backend"
 segment_pool = Operator("segment_pool", f"({_WEIGHTED}) -> Tensor", run=_weighted_forward, fake=_fake_weighted_forward)
 segment_pool_backward = Operator(
     "segment_pool_backward",

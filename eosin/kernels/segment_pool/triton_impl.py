@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eosin.kernels._chunks import chunk_table
+from eosin.kernels._chunks import ChunkTable, chunk_table
 from eosin.kernels._dispatch import interpreting
+from eosin.kernels._rows import Rows
 
 NEVER = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,19 +33,19 @@ def launch_sizes(n_rows: int, heads: int, width: int) -> dict[str, int]:
     }
 
 
-def forward(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(scores: Tensor, source: Rows, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return pooled (B, H, D), log-sum-exp (B, H) and entropy (B, H) in float32."""
-    scores, values = scores.contiguous(), values.contiguous()
-    pooled, lse, entropy = _pool(scores, values, cu_seqlens, softmax=True)
+    pooled, lse, entropy = _pool(scores.contiguous(), source, cu_seqlens, softmax=True)
     return pooled, lse, entropy
 
 
-def weighted_forward(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def weighted_forward(weights: Tensor, source: Rows, cu_seqlens: Tensor) -> Tensor:
     """Return Σ weight · value of each bag: (B, H, D) in float32."""
-    return _pool(weights.contiguous(), values.contiguous(), cu_seqlens, softmax=False)[0]
+    return _pool(weights.contiguous(), source, cu_seqlens, softmax=False)[0]
 
 
-def _pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor, *, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pool(scores: Tensor, source: Rows, cu_seqlens: Tensor, *, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    values = source.values.contiguous()
     n_rows, heads = scores.shape
     width, n_bags = values.shape[1], cu_seqlens.shape[0] - 1
     sizes = launch_sizes(n_rows, heads, width)
@@ -57,8 +58,9 @@ def _pool(scores: Tensor, values: Tensor, cu_seqlens: Tensor, *, softmax: bool) 
     head_blocks = triton.cdiv(heads, sizes["HEAD_BLOCK"])
     if table.n_chunks:
         pool_partial[(table.n_chunks, columns, head_blocks)](
-            scores, values, table.start, table.end, top, total, spread, weighted, heads, width,
-            ROW_BLOCK=sizes["ROW_BLOCK"], HEAD_BLOCK=sizes["HEAD_BLOCK"], COLUMN_BLOCK=sizes["COLUMN_BLOCK"],
+            scores, values, _index(source, table), table.start, table.end, top, total, spread, weighted, heads, width,
+            GATHERED=source.index is not None, ROW_BLOCK=sizes["ROW_BLOCK"], HEAD_BLOCK=sizes["HEAD_BLOCK"],
+            COLUMN_BLOCK=sizes["COLUMN_BLOCK"],
             SOFTMAX=softmax, NARROW=not interpreting(), num_warps=sizes["num_warps"],
         )  # fmt: skip
     if n_bags:
@@ -74,56 +76,63 @@ def backward(
     upstream: list[Tensor],
     results: list[Tensor],
     scores: Tensor,
-    values: Tensor,
+    source: Rows,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of scores and values, as `torch_impl.backward`."""
     g_pooled, g_lse, g_entropy = (gradient.contiguous() for gradient in upstream)
     pooled, lse, entropy = results
     level = g_lse - (pooled * g_pooled).sum(2)
-    scores, values = scores.contiguous(), values.contiguous()
-    return _gradients(needs, scores, values, cu_seqlens, g_pooled, (level, lse, entropy, g_entropy))
+    per_bag = (level, lse, entropy, g_entropy)
+    return _gradients(needs, scores.contiguous(), source, cu_seqlens, g_pooled, per_bag)
 
 
 def weighted_backward(
-    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, values: Tensor, cu_seqlens: Tensor
+    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, source: Rows, cu_seqlens: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of given weights and of values: ``dw = x·g_z`` and ``dx = w g_z``."""
-    g_pooled, weights, values = g_pooled.contiguous(), weights.contiguous(), values.contiguous()
     unused = g_pooled.new_empty(1)
-    return _gradients(needs, weights, values, cu_seqlens, g_pooled, (unused,) * 4, softmax=False)
+    return _gradients(
+        needs, weights.contiguous(), source, cu_seqlens, g_pooled.contiguous(), (unused,) * 4, softmax=False
+    )
 
 
 def _gradients(
     needs: tuple[bool, bool],
     scores: Tensor,
-    values: Tensor,
+    source: Rows,
     cu_seqlens: Tensor,
     g_pooled: Tensor,
     per_bag: tuple[Tensor, ...],
     *,
     softmax: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
+    values = source.values.contiguous()
     n_rows, heads = scores.shape
     width = values.shape[1]
     sizes = launch_sizes(n_rows, heads, width)
     table = chunk_table(cu_seqlens, sizes["rows"])
     d_scores = torch.empty_like(scores) if needs[0] else None
-    d_values = torch.empty_like(values) if needs[1] else None
+    d_values = values.new_empty(n_rows, width) if needs[1] else None
     blocks = {name: sizes[name] for name in ("ROW_BLOCK", "HEAD_BLOCK", "num_warps")}
     blocks |= {"COLUMN_BLOCK": sizes["gradient_columns"], "NARROW": not interpreting()}
     head_blocks = triton.cdiv(heads, sizes["HEAD_BLOCK"])
     if d_scores is not None and table.n_chunks:
         score_gradient[(table.n_chunks, head_blocks)](
-            scores, values, table.bag, table.start, table.end, g_pooled, *per_bag, d_scores, heads, width,
-            SOFTMAX=softmax, **blocks,
+            scores, values, _index(source, table), table.bag, table.start, table.end, g_pooled, *per_bag, d_scores,
+            heads, width, GATHERED=source.index is not None, SOFTMAX=softmax, **blocks,
         )  # fmt: skip
     if d_values is not None and table.n_chunks:
         value_gradient[(table.n_chunks, triton.cdiv(width, sizes["gradient_columns"]))](
             scores, table.bag, table.start, table.end, g_pooled, per_bag[1], d_values, heads, width,
             SOFTMAX=softmax, **blocks,
         )  # fmt: skip
-    return d_scores, d_values
+    return d_scores, source.spread(d_values)
+
+
+def _index(source: Rows, table: ChunkTable) -> Tensor:
+    """Return the rows to read, or any tensor where they lie one after the other."""
+    return table.start if source.index is None else source.index.contiguous()
 
 
 def topk_mask(scores: Tensor, counts: Tensor, cu_seqlens: Tensor, *, largest: bool) -> Tensor:
@@ -152,9 +161,18 @@ def product(left, right, NARROW: tl.constexpr):
 
 
 @triton.jit
+def places_of(row_index, rows, end, GATHERED: tl.constexpr):
+    """Return where in the values the rows of a block lie."""
+    places = rows.to(tl.int64)
+    if GATHERED:
+        places = tl.load(row_index + rows, mask=rows < end, other=0)
+    return places
+
+
+@triton.jit
 def pool_partial(
-    scores, values, starts, ends, top, total, spread, weighted, heads, width,
-    ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    scores, values, row_index, starts, ends, top, total, spread, weighted, heads, width,
+    GATHERED: tl.constexpr, ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
     SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Reduce one chunk for one block of columns and of heads."""
@@ -184,8 +202,9 @@ def pool_partial(
             m = new
         else:
             p = tl.where(inside, s, 0.0)
+        places = places_of(row_index, rows, end, GATHERED)
         x = tl.load(
-            values + rows[:, None].to(tl.int64) * width + columns[None, :],
+            values + places[:, None] * width + columns[None, :],
             mask=(rows[:, None] < end) & (columns[None, :] < width),
             other=0.0,
         )
@@ -246,8 +265,8 @@ def pool_combine(
 
 @triton.jit
 def score_gradient(
-    scores, values, bags, starts, ends, g_pooled, level, lse, entropy, g_entropy, d_scores, heads, width,
-    SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
+    scores, values, row_index, bags, starts, ends, g_pooled, level, lse, entropy, g_entropy, d_scores, heads, width,
+    GATHERED: tl.constexpr, SOFTMAX: tl.constexpr, NARROW: tl.constexpr,
     ROW_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one chunk's scores (or given weights) for one block of heads."""
@@ -258,11 +277,12 @@ def score_gradient(
     place = bag * heads + head
     for first in range(start, end, ROW_BLOCK):
         rows = first + tl.arange(0, ROW_BLOCK)
+        places = places_of(row_index, rows, end, GATHERED)
         c = tl.zeros([ROW_BLOCK, HEAD_BLOCK], tl.float32)
         for column in range(0, width, COLUMN_BLOCK):
             columns = column + tl.arange(0, COLUMN_BLOCK)
             x = tl.load(
-                values + rows[:, None].to(tl.int64) * width + columns[None, :],
+                values + places[:, None] * width + columns[None, :],
                 mask=(rows[:, None] < end) & (columns[None, :] < width),
                 other=0.0,
             )

@@ -1,0 +1,68 @@
+"""Rows of a tensor that are read where an index says, a block at a time, instead of copied."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eosin.kernels._checks import check_shape
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The instances of a pack: the rows of ``values`` (N, D), or those that ``index`` (M,) names, in its order."""
+
+    values: Tensor
+    index: Tensor | None
+
+    def __len__(self) -> int:
+        """Return the number of instances."""
+        return len(self.values) if self.index is None else len(self.index)
+
+    def __getitem__(self, block: slice) -> Tensor:
+        """Return some instances: a view without an index, a copy of this block with one."""
+        return self.values[block] if self.index is None else self.values.index_select(0, self.index[block])
+
+    def blocks(self, rows: slice, size: int) -> Iterator[tuple[slice, slice]]:
+        """Cut a run of instances: each block, and where it lies within the run."""
+        for first in range(rows.start, rows.stop, size):
+            block = slice(first, min(first + size, rows.stop))
+            yield block, slice(block.start - rows.start, block.stop - rows.start)
+
+    def new_gradient(self) -> Tensor:
+        """Return what `add_gradient` fills: rows that no instance reads have gradient 0."""
+        return torch.empty_like(self.values) if self.index is None else torch.zeros_like(self.values)
+
+    def add_gradient(self, target: Tensor, block: slice, gradient: Tensor) -> None:
+        """Write the gradient of a block of instances; a row that is read twice gets the sum."""
+        if self.index is None:
+            target[block] = gradient
+        else:
+            target.index_add_(0, self.index[block], gradient.to(target.dtype))
+
+    def spread(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient of ``values`` from that of all instances: (M, D) -> (N, D)."""
+        if gradient is None or self.index is None:
+            return gradient
+        return torch.zeros_like(self.values).index_add_(0, self.index, gradient.to(self.values.dtype))
+
+
+def gathered(values: Tensor, index: Tensor | None) -> Tensor:
+    """Return the instances as one tensor."""
+    return values if index is None else values.index_select(0, index)
+
+
+def check_row_index(index: Tensor | None, values: Tensor) -> int:
+    """Refuse an index that is not int64 (M,) of rows of ``values``; return the number of instances."""
+    if index is None:
+        return values.shape[0]
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        given = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"row_index: expected an int64 tensor, given {given}")
+    check_shape("row_index", index, ("M",), values)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= values.shape[0]:
+            raise ValueError(f"row_index: expected rows in [0, {values.shape[0]}), given {low} to {high}")
+    return index.shape[0]
