@@ -1,7 +1,6 @@
 """Regions that people draw: GeoJSON of QuPath in, tiles out."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,14 @@ from shapely import MultiPolygon, affinity
 from shapely.errors import GEOSException
 
 from eosin.errors import ConfigError
+from eosin.heatmaps.geojson_stream import stream_features
 from eosin.wsi.grid import TileGrid
 from eosin.wsi.outline import polygons_of
 
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 2 * 2**30
+MAX_AREAS = 100_000
+MAX_POINTS = 5_000_000
+MAX_NAMES = 20
 
 
 def read_regions(
@@ -41,41 +44,48 @@ def read_regions(
     Raises
     ------
     ConfigError
-        If the file is missing, larger than 512 MiB, no GeoJSON, or a class does not occur in it.
+        If the file is missing, larger than 2 GiB, no GeoJSON, or a class does not occur in it; if it has more than
+        100,000 areas or 5 million points to choose from, as exports of all cells or tiles have.
+
+    Notes
+    -----
+    The file is read feature by feature: memory is that of the areas that are chosen.
     """
-    features = list(_features(_read_json(path), path))
-    names = {_name(feature) for feature in features}
+    chosen, names = _chosen_areas(path, classes)
     missing = [name for name in classes if name not in names]
     if missing:
-        known = ", ".join(sorted(name for name in names if name)) or "no names"
+        known = ", ".join(sorted(name for name in names if name)[:MAX_NAMES]) or "no names"
         raise ConfigError(f"{path}: no region is called {', '.join(missing)}; the file has {known}")
-    chosen = [feature for feature in features if not classes or _name(feature) in classes]
-    union = shapely.union_all([polygon for feature in chosen for polygon in _polygons(feature, path)])
+    union = shapely.union_all(chosen)
     x, y = (0, 0) if bounds_px0 is None else bounds_px0[:2]
     return MultiPolygon(polygons_of(affinity.translate(union, x, y)))
 
 
-def _read_json(path: Path) -> Any:
+def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[shapely.Polygon], set[str]]:
+    """Return the polygons of the classes, and the names of all features."""
+    chosen: list[shapely.Polygon] = []
+    names: set[str] = set()
+    points = 0
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than 512 MiB; export the annotations without detections")
-        return json.loads(path.read_text(encoding="utf-8"))
+            raise ConfigError(f"{path}: is larger than {MAX_BYTES // 2**30} GiB; export the annotations alone")
+        for feature in stream_features(path):
+            name = _name(feature)
+            names.add(name)
+            if not classes or name in classes:
+                areas = _polygons(feature, path)
+                chosen += areas
+                points += sum(shapely.get_num_coordinates(area) for area in areas)
+            if len(chosen) > MAX_AREAS or points > MAX_POINTS:
+                raise ConfigError(
+                    f"{path}: has more than {MAX_AREAS} areas or {MAX_POINTS} points; export the annotations without "
+                    "cells and tiles, or choose a class that outlines regions"
+                )
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: cannot be read as GeoJSON ({error})") from None
-
-
-def _features(data: Any, path: Path) -> Iterator[Mapping[str, Any]]:
-    if isinstance(data, list):
-        for item in data:
-            yield from _features(item, path)
-    elif isinstance(data, dict) and data.get("type") == "FeatureCollection":
-        yield from _features(data.get("features", []), path)
-    elif isinstance(data, dict) and data.get("type") == "Feature":
-        yield data
-    elif isinstance(data, dict) and "coordinates" in data:
-        yield {"type": "Feature", "geometry": data, "properties": {}}
-    else:
-        raise ConfigError(f"{path}: is JSON but no GeoJSON (no FeatureCollection, Feature or geometry)")
+    return chosen, names
 
 
 def _name(feature: Mapping[str, Any]) -> str:

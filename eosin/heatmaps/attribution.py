@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from eosin.features.bag import FeatureBag
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.pooled import Target
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods.acmil import AcmilOutput
 from eosin.mil.methods.clam import ClassAttentionOutput
-from eosin.mil.slots import Aggregator, AttentionOutput
+from eosin.mil.methods.dsmil import DsmilOutput
+from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput
 from eosin.wsi.grid import TileGrid
 
 
@@ -70,7 +73,9 @@ def attention_map(model: Aggregator, bag: FeatureBag, *, branch: int | None = No
     return Heatmap(weights[:, branch], require_grid(bag), f"attention_{branch}", f"attention of branch {branch}")
 
 
-def gradient_map(model: Aggregator, bag: FeatureBag, target: Target, *, of: str) -> Heatmap:
+def gradient_map(
+    model: Aggregator, bag: FeatureBag, target: Target, *, of: str, single_logit_is_second_class: bool = False
+) -> Heatmap:
     """Return gradient times input of any model: the first-order share of each tile in the target.
 
     ``x_i · ∂target/∂x_i``, summed over the features. For a model that is linear in its features the values sum to the
@@ -84,11 +89,15 @@ def gradient_map(model: Aggregator, bag: FeatureBag, target: Target, *, of: str)
     target : Target
     of : str
         Name of the class, for the label.
+    single_logit_is_second_class : bool
+        Put a logit 0 before the model's only one, so that the target's index is that of a class.
     """
     pack = pack_bag(model, bag)
     values = pack.values.requires_grad_()
     with torch.enable_grad(), in_eval_mode(model):
         logits = model(pack.with_values(values)).logits[0]
+        if single_logit_is_second_class:
+            logits = torch.cat([torch.zeros_like(logits), logits])
         (gradient,) = torch.autograd.grad(target.of_tensor(logits), values)
     shares = (values.detach() * gradient).sum(1).double().cpu().numpy()
     return Heatmap(shares, require_grid(bag), f"gradient_{of}", f"gradient times input of {of}", signed=True)
@@ -123,23 +132,46 @@ def attribution_maps(model: Aggregator, bag: FeatureBag, *, classes: Sequence[st
         Mean attention; each branch where there are several, by class where there is one branch per class;
         instance logits by class where the method has them.
     """
-    output = _attention_output(model, bag)
-    grid = require_grid(bag)
-    weights = torch.softmax(output.scores.double(), dim=0).cpu().numpy()
-    maps = [Heatmap(weights.mean(axis=1), grid, "attention", "attention")]
+    grid, output = require_grid(bag), _attention_output(model, bag)
+    return _attention_maps(output, grid, classes) + _instance_maps(output, grid, classes)
+
+
+def output_maps(
+    model: Aggregator, bag: FeatureBag, *, classes: Sequence[str], of: Literal["attention", "instance_logit"]
+) -> list[Heatmap]:
+    """Return the part of `attribution_maps` that is asked for; of instance logits for models without attention, too.
+
+    Returns
+    -------
+    list of Heatmap
+        Empty when the method has no instance logits.
+    """
+    if of == "attention":
+        return _attention_maps(_attention_output(model, bag), require_grid(bag), classes)
+    with torch.no_grad(), in_eval_mode(model):
+        return _instance_maps(model(pack_bag(model, bag)), require_grid(bag), classes)
+
+
+def _attention_maps(output: AttentionOutput, grid: TileGrid, classes: Sequence[str]) -> list[Heatmap]:
+    weights = torch.softmax(output.scores.double(), dim=0)
+    mean = weights.mean(1).cpu().numpy()
+    if isinstance(output, AcmilOutput):  # heads of a branch speak with one voice
+        weights = weights.unflatten(1, (output.branch_logits.shape[1], -1)).mean(2)
+    maps = [Heatmap(mean, grid, "attention", "attention")]
     if weights.shape[1] > 1:
-        names = _branch_names(output, classes)
+        names = _branch_names(output, weights.shape[1], classes)
         maps += [
-            Heatmap(weights[:, branch], grid, f"attention_{name}", f"attention of {name}")
+            Heatmap(weights[:, branch].cpu().numpy(), grid, f"attention_{name}", f"attention of {name}")
             for branch, name in enumerate(names)
         ]
-    instance_logits: Tensor | None = getattr(output, "instance_logits", None)
-    if instance_logits is not None:
-        maps += _instance_maps(instance_logits.double().cpu().numpy(), grid, classes)
     return maps
 
 
-def _instance_maps(logits: NDArray[np.float64], grid: TileGrid, classes: Sequence[str]) -> list[Heatmap]:
+def _instance_maps(output: AggregatorOutput, grid: TileGrid, classes: Sequence[str]) -> list[Heatmap]:
+    instance_logits: Tensor | None = getattr(output, "instance_logits", None)
+    if instance_logits is None:
+        return []
+    logits = instance_logits.detach().double().cpu().numpy()
     names = class_names(logits.shape[1], classes)
     return [
         Heatmap(logits[:, k], grid, f"instance_logit_{name}", f"tile's own logit of {name}", signed=True)
@@ -156,9 +188,8 @@ def class_names(n_outputs: int, classes: Sequence[str]) -> list[str]:
     return [f"output {k}" for k in range(n_outputs)]
 
 
-def _branch_names(output: AttentionOutput, classes: Sequence[str]) -> list[str]:
-    branches = output.scores.shape[1]
-    if isinstance(output, ClassAttentionOutput):
+def _branch_names(output: AttentionOutput, branches: int, classes: Sequence[str]) -> list[str]:
+    if isinstance(output, ClassAttentionOutput | DsmilOutput):
         return class_names(branches, classes)
     return [f"branch {branch}" for branch in range(branches)]
 

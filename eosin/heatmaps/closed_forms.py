@@ -73,7 +73,7 @@ def _of_instance_classifier(model: Ins, pack: PackedBags, output: AggregatorOutp
 def _of_learned_queries(model: AcmilMultiHead, pack: PackedBags, output: AggregatorOutput) -> ReadoutBag:
     """The bag reads what its own values give under the weights of each branch and head, mean over the branches."""
     assert isinstance(output, AttentionOutput)  # what the model declares
-    scores = output.scores.detach().double().cpu().unflatten(1, (-1, model.heads))  # (n, M, H)
+    scores = torch.unflatten(output.scores.detach().double().cpu(), 1, (-1, model.heads))  # (n, M, H)
     parts = model.read_bag.value, model.read_bag.out, model.classifier
     weights = [layer.weight.detach().double().cpu() for layer in parts]
     biases = [layer.bias.detach().double().cpu() for layer in parts]
@@ -85,7 +85,7 @@ def _of_learned_queries(model: AcmilMultiHead, pack: PackedBags, output: Aggrega
         normed = functional.layer_norm(out, out.shape[1:], eps=1e-6) * scale + shift
         return functional.linear(normed, weights[2], biases[2])
 
-    return ReadoutBag(scores, values.unflatten(1, (model.heads, -1)), read)
+    return ReadoutBag(scores, torch.unflatten(values, 1, (model.heads, -1)), read)
 
 
 @singledispatch

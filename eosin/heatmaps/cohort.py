@@ -37,6 +37,12 @@ class CohortEffect:
         Before and after, class predicted where the log-odds are positive; NaN without slides of that truth.
     p_turned : float
         Exact McNemar test that predictions turn from right to wrong as often as from wrong to right.
+    sensitivity_change, specificity_change : (float, float)
+        95 % bootstrap intervals of after minus before, drawing patients.
+    effect_size : float
+        Mean over standard deviation of the patients' mean changes (Cohen's d of paired differences).
+    p_over_random : float or None
+        Wilcoxon's test of the patients' mean changes over those of random sets.
     """
 
     kind: str
@@ -51,10 +57,14 @@ class CohortEffect:
     sensitivity: Interval
     specificity: Interval
     p_turned: float
+    sensitivity_change: Interval = (float("nan"), float("nan"))
+    specificity_change: Interval = (float("nan"), float("nan"))
+    effect_size: float = float("nan")
+    p_over_random: float | None = None
 
 
 def summarise_cohort(
-    effects: Sequence[Effect], truth: Sequence[bool], patients: Sequence[str], *, seed: int = 0
+    effects: Sequence[Effect], truth: Sequence[bool] | None, patients: Sequence[str], *, seed: int = 0
 ) -> CohortEffect:
     """Summarise one intervention, done on each slide of a cohort.
 
@@ -63,7 +73,8 @@ def summarise_cohort(
     effects : sequence of Effect
         One per slide, all of the same kind and tiles.
     truth : sequence of bool
-        Whether the slide is of the class that the log-odds are about.
+        Whether the slide is of the class that the log-odds are about; None when it is not known, which leaves
+        sensitivity and specificity out.
     patients : sequence of str
         Patient of each slide; slides of a patient are no independent observations.
     seed : int
@@ -74,15 +85,18 @@ def summarise_cohort(
     ConfigError
         If the lengths differ, there are no slides, or the effects are of different interventions.
     """
-    if not effects or len({len(effects), len(truth), len(patients)}) > 1:
-        raise ConfigError(f"{len(effects)} effects, {len(truth)} truths and {len(patients)} patients do not match")
+    counts = {len(effects), len(patients)} | (set() if truth is None else {len(truth)})
+    if not effects or len(counts) > 1:
+        raise ConfigError(f"{len(effects)} effects, their truths and {len(patients)} patients do not match in number")
     if len({(effect.kind, effect.what) for effect in effects}) > 1:
         raise ConfigError("the effects of a cohort must come from one intervention")
     changes = np.array([effect.change for effect in effects])
-    means = pd.Series(changes).groupby(list(patients)).mean().to_numpy()
+    means = _patient_means(changes, patients)
     over_random = _over_random(effects)
-    is_class = np.asarray(truth, dtype=bool)
     said = np.array([[effect.before > 0, effect.after > 0] for effect in effects])
+    is_class = np.zeros(0, dtype=bool) if truth is None else np.asarray(truth, dtype=bool)
+    positive, negative = (np.flatnonzero(chosen) for chosen in (is_class, ~is_class))
+    right = said[: len(is_class)] == is_class[:, None]
     return CohortEffect(
         kind=effects[0].kind,
         what=effects[0].what,
@@ -93,10 +107,26 @@ def summarise_cohort(
         p=_signed_rank(means),
         change_over_random=None if over_random is None else float(over_random.mean()),
         interval_over_random=None if over_random is None else _bootstrap(over_random, patients, seed),
-        sensitivity=_share(said[is_class]),
-        specificity=_share(~said[~is_class]),
-        p_turned=_turned(said == is_class[:, None]),
+        sensitivity=_share(right[positive]),
+        specificity=_share(right[negative]),
+        p_turned=_turned(right),
+        sensitivity_change=_gained(right, positive, patients, seed),
+        specificity_change=_gained(right, negative, patients, seed),
+        effect_size=float(means.mean() / means.std(ddof=1)) if len(means) > 1 and np.ptp(means) else float("nan"),
+        p_over_random=None if over_random is None else _signed_rank(_patient_means(over_random, patients)),
     )
+
+
+def _patient_means(values: NDArray[np.float64], patients: Sequence[str]) -> NDArray[np.float64]:
+    return np.asarray(pd.Series(values).groupby(list(patients)).mean().to_numpy())
+
+
+def _gained(right: NDArray[np.bool_], slides: NDArray[np.int64], patients: Sequence[str], seed: int) -> Interval:
+    """Return the interval of the change of the share that is right, among some slides."""
+    if not len(slides):
+        return float("nan"), float("nan")
+    change = right[slides, 1].astype(np.float64) - right[slides, 0]
+    return _bootstrap(change, [patients[slide] for slide in slides], seed)
 
 
 def _over_random(effects: Sequence[Effect]) -> NDArray[np.float64] | None:

@@ -25,7 +25,7 @@ Kind = Literal["remove", "keep only", "add"]
 Indices = NDArray[np.int64]
 SubsetsT = TypeVar("SubsetsT", bound=Subsets)
 N_CONTROLS = 50
-ALL_EXACT_INSTANCES = 500**2  # instances that a model is run on to know the effects of all tiles
+ALL_EXACT_TILES = 500  # most tiles of a bag that a model is run again without, each once
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Effect:
         Share of the random sets that change the log-odds at least as much in the same direction, the set itself
         counted among them: a one-sided randomisation p value.
     n_controls : int
+    control_sd : float or None
+        Standard deviation of the log-odds with random tiles.
     """
 
     kind: Kind
@@ -59,6 +61,14 @@ class Effect:
     control_high: float | None = None
     control_rank: float | None = None
     n_controls: int = 0
+    control_sd: float | None = None
+
+    @property
+    def effect_size(self) -> float | None:
+        """Standard deviations between the result and that of random sets; None without controls that differ."""
+        if self.control_mean is None or not self.control_sd:
+            return None
+        return (self.after - self.control_mean) / self.control_sd
 
     @property
     def change(self) -> float:
@@ -119,9 +129,15 @@ def intervene(
 
 
 def transplant(
-    receiver: PooledBag, donor: PooledBag, target: Target, index: Indices, *, what: str, controls: int = N_CONTROLS,
+    receiver: SubsetsT,
+    donor: SubsetsT,
+    target: Target,
+    index: Indices,
+    *,
+    what: str,
+    controls: int = N_CONTROLS,
     seed: int = 0,
-) -> Effect:  # fmt: skip
+) -> Effect:
     """Add some tiles of a donor slide to a receiver, both seen by the same model: sufficiency.
 
     Parameters
@@ -140,7 +156,8 @@ def transplant(
     before = _value(target, receiver.logits())
     after = _value(target, receiver.add(donor.select(index)))
     rng = np.random.default_rng(seed)
-    sets = [rng.choice(donor.n_instances, size=len(index), replace=False) for _ in range(controls)]
+    drawn = controls if 0 < len(index) < donor.n_instances else 0
+    sets = [rng.choice(donor.n_instances, size=len(index), replace=False) for _ in range(drawn)]
     values = [_value(target, receiver.add(donor.select(chosen))) for chosen in sets]
     return _with_controls(Effect("add", what, len(index), before, after), values)
 
@@ -158,6 +175,7 @@ def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
         control_high=float(high),
         control_rank=(1 + as_large) / (1 + len(values)),
         n_controls=len(values),
+        control_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
     )
 
 
@@ -214,9 +232,9 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     agreement : float
         Spearman correlation of the guess with the exact effects of a random sample; 1 where all are exact.
     """
-    log_odds = Target(target.output)
+    log_odds = target if target.on == "logit" else Target(target.output)
     if isinstance(subsets, ForwardBag):
-        return _estimated_effects(subsets, log_odds)
+        return _run_again(subsets, log_odds)
     if not isinstance(subsets, PooledBag | CriticalBag | ExactBag):
         raise TypeError(f"{type(subsets).__name__} cannot tell the effects of single tiles")
     changes = subsets.leave_one_out()
@@ -227,11 +245,15 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     return log_odds.of(logits) - log_odds.of(logits + changes), 1.0
 
 
-def _estimated_effects(bag: ForwardBag, log_odds: Target) -> tuple[Floats, float]:
-    """Run the model without each tile of a small bag; of a large one guess, and compare a sample."""
-    if bag.n_instances**2 <= ALL_EXACT_INSTANCES:
+def is_exact(subsets: Subsets) -> bool:
+    """Whether `tile_effects` are exact: a closed form, or few enough tiles to run the model without each."""
+    return not isinstance(subsets, ForwardBag) or subsets.n_instances <= ALL_EXACT_TILES
+
+
+def _run_again(bag: ForwardBag, log_odds: Target) -> tuple[Floats, float]:
+    if is_exact(bag):
         exact = bag.remove_each(np.arange(bag.n_instances))
-        return _value(log_odds, bag.logits()) - log_odds.of(exact), 1.0
+        return float(log_odds.of(bag.logits())) - log_odds.of(exact), 1.0
     guess = bag.best_guess(log_odds)
     return -guess.values, guess.agreement
 
@@ -277,6 +299,42 @@ def smallest_necessary(subsets: Subsets, target: Target, search: Search) -> Smal
     return SmallestSet(search.order[: search.removed[turned[0]]], is_certain=False) if len(turned) else None
 
 
+def smallest_sufficient(subsets: Subsets, target: Target, effects: Floats) -> SmallestSet | None:
+    """Return the smallest set known to be called the class when it is all there is, or None.
+
+    Where a single tile is, that is certain; with one branch and linear log-odds no set is if no single tile is, as the
+    prediction of a set lies between those of its tiles. Otherwise tiles are taken in the order of their effects.
+
+    Parameters
+    ----------
+    subsets : Subsets
+    target : Target
+        On log-odds.
+    effects : (n,) float64
+        Of `tile_effects`, to order the tiles by.
+    """
+    if isinstance(subsets, PooledBag):
+        alone = target.of(subsets.only_one())
+        if alone.max() > 0:
+            return SmallestSet(np.array([alone.argmax()]), is_certain=True)
+        if is_linear(subsets, target):
+            return None
+    order = np.argsort(-effects, kind="stable")
+
+    def suffices(size: int) -> bool:
+        return _value(target, subsets.keep_only(order[:size])) > 0
+
+    n, low, high = subsets.n_instances, 0, 1
+    while not suffices(high):
+        if high == n:
+            return None
+        low, high = high, min(2 * high, n)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return SmallestSet(order[:high], is_certain=high == 1)
+
+
 def is_linear(bag: PooledBag, target: Target) -> bool:
     """Whether `PooledBag.best_set` covers this bag and target."""
     return bag.scores.shape[1] == 1 and target.direction(len(bag.bias)) is not None
@@ -295,9 +353,11 @@ def _bisect(bag: PooledBag, target: Target) -> SmallestSet | None:
     return SmallestSet(bag.best_set(target, "min", high), is_certain=True)
 
 
-def certify(bag: PooledBag, target: Target, search: Search) -> tuple[float, float]:
+def certify(
+    bag: PooledBag, target: Target, search: Search, *, direction: Literal["min", "max"] = "min"
+) -> tuple[float, float]:
     """Return the log-odds after a greedy search and after removing the best set of the same size."""
-    best = bag.best_set(target, "min", len(search.order))
+    best = bag.best_set(target, direction, len(search.order))
     return _value(target, search.logits[-1]), _value(target, bag.remove(best))
 
 
@@ -319,6 +379,7 @@ def effects_table(effects: Sequence[Effect], columns: Mapping[str, str] | None =
             "control_high": effect.control_high,
             "control_rank": effect.control_rank,
             "n_controls": effect.n_controls,
+            "effect_size": effect.effect_size,
         }
         for effect in effects
     ]
@@ -362,7 +423,14 @@ def describe_method(look: Look, search: Search) -> str:
             "All numbers are exact: predictions follow from the sums of the model's softmax pooling, and the model was "
             "run again where a tile is taken that it compares all others with."
         )
+    largest = int(np.diff(search.removed).max(initial=1))
+    at_once = "one tile" if largest == 1 else f"{largest} tiles"
+    how = f"the search removed {at_once} at a time"
+    if not search.evaluations:
+        return (
+            f"Every number is the model run again on the tiles that remain; {how} in the order of first-order guesses."
+        )
     return (
-        "Every number is the model run again on the tiles that remain; "
-        f"the search judged {search.evaluations} candidates, a shortlist by gradient in each round."
+        f"Every number is the model run again on the tiles that remain; {how} and judged {search.evaluations} "
+        "candidates, shortlisted by first-order guesses."
     )

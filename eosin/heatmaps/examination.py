@@ -1,11 +1,12 @@
 """The counterfactual examination of one slide: which questions are asked, and what the answers mean in words."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from pydantic import Field
 
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
@@ -15,26 +16,29 @@ from eosin.heatmaps.counterfactual import (
     Kind,
     SmallestSet,
     ablate_top,
-    as_probability,
     certify,
     describe_method,
-    effects_table,
-    in_words,
     intervene,
     is_linear,
     smallest_necessary,
+    smallest_sufficient,
     tile_effects,
     top_tiles,
+    transplant,
 )
 from eosin.heatmaps.explain import class_choices
-from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
-from eosin.heatmaps.subsets import Look, Subsets, look
+from eosin.heatmaps.findings import BEST, NECESSARY, SEARCHED, SUFFICIENT
+from eosin.heatmaps.findings import Counterfactuals as Counterfactuals
+from eosin.heatmaps.pooled import Direction, Floats, PooledBag, Search, Target
+from eosin.heatmaps.reevaluation import BUDGET
+from eosin.heatmaps.subsets import ForwardBag, Look, Subsets, look
 from eosin.mil.checkpoint import ModelCard
 from eosin.mil.slots import Aggregator
 from eosin.options import Options
 
 CURVE_SHARES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 CURVE_DRAWS = 10
+FEWEST_CONTROLS = 9
 
 
 class Questions(Options):
@@ -50,118 +54,38 @@ class Questions(Options):
         Random sets per intervention.
     seed : int
         Of the random sets.
+    direction : {"min", "max", "least"}
+        What the search takes out: the tiles that carry the class, those that speak against it, or those that matter
+        least.
+    on : {"log_odds", "probability"}
+        What the search looks at. Probabilities saturate at 1, where all effects look like none.
+    budget : int
+        For models without a closed form: tiles that the model may be run on for the search, and again for the sets
+        with their controls. Larger slides get fewer controls and larger steps.
     """
 
-    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
-    rounds: int = 100
-    controls: int = 50
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.05, 0.1, 0.2)
+    rounds: Annotated[int, Field(ge=1)] = 100
+    controls: Annotated[int, Field(ge=0)] = 50
     seed: int = 0
+    direction: Direction = "min"
+    on: Literal["log_odds", "probability"] = "log_odds"
+    budget: Annotated[int, Field(ge=1)] = BUDGET
 
 
 @dataclass(frozen=True, eq=False)
-class Counterfactuals:
-    """What came out.
+class Donor:
+    """Another slide whose tiles are added.
 
     Parameters
     ----------
-    slide_id : str
-    class_name : str
-        The class that all numbers are about.
-    output : int
-        Its index among the logits of the search.
-    method : str
-        How the numbers were made, in a sentence.
-    effects : list of Effect
-    tile_effects : (n,) float64
-        What each tile adds to the log-odds of the class.
-    agreement : float
-        See `eosin.heatmaps.counterfactual.tile_effects`.
-    search : Search
-        Greedy removal of the tiles that carry the class.
-    smallest : SmallestSet or None
-        Fewest tiles whose removal turns the prediction.
-    enough_alone : int or None
-        Tiles that the model would call the class each by itself: with softmax pooling, one such tile is the smallest
-        sufficient set. None for models that have to be run again.
-    certificate : (float, float) or None
-        Log-odds after the search, and after the best set of the same size.
-    curves : DataFrame
-        Columns ``order`` (most attended first, greedy, random), ``share``, ``probability``, ``low``, ``high``.
-    ranking : (n,) float64
-        What "most attended" tiles are chosen by: attention, or the effects where a model has none.
-    ranking_name : str
-        "most attended" or "most effective".
+    bag : FeatureBag
+    regions : mapping of str to (k,) int64
+        Sets of its tiles by name; its most attended tiles are added besides.
     """
 
-    slide_id: str
-    class_name: str
-    output: int
-    method: str
-    effects: list[Effect]
-    tile_effects: Floats
-    agreement: float
-    search: Search
-    smallest: SmallestSet | None
-    enough_alone: int | None
-    certificate: tuple[float, float] | None
-    curves: pd.DataFrame
-    ranking: Floats
-    ranking_name: str
-
-    @property
-    def n_tiles(self) -> int:
-        """Number of tiles of the slide."""
-        return len(self.tile_effects)
-
-    def table(self) -> pd.DataFrame:
-        """Return one row per intervention."""
-        return effects_table(self.effects, {"slide": self.slide_id, "class": self.class_name})
-
-    def sentences(self) -> list[str]:
-        """Return what came out as sentences for a pathologist."""
-        first_kept = next((effect for effect in self.effects if effect.kind == "keep only"), None)
-        told = [e for e in self.effects if e.kind == "remove" or e is first_kept or self.ranking_name not in e.what]
-        sentences = [in_words(effect, self.class_name) for effect in told if effect.n_tiles]
-        sentences.append(self._search_in_words())
-        if self.effects[0].before > 0:
-            sentences.append(self._smallest_in_words())
-        if self.enough_alone is not None:
-            alone = self._share_of_tiles(self.enough_alone)
-            sentences.append(f"Each by itself, {alone} would be called {self.class_name}.")
-        if self.agreement < 1:
-            sentences.append(
-                "The map of single tiles is a first-order guess; its rank correlation with the exact effects of "
-                f"random tiles is {self.agreement:.2f}."
-            )
-        return [*sentences, self.method]
-
-    def _share_of_tiles(self, count: int) -> str:
-        return f"{count} {'tile' if count == 1 else 'tiles'} ({100 * count / self.n_tiles:.2g} %)"
-
-    def _search_in_words(self) -> str:
-        rounds = len(self.search.order)
-        before, after = (as_probability(value) for value in self._search_ends())
-        top = set(np.argsort(-self.ranking, kind="stable")[:rounds].tolist())
-        shared = len(top & set(self.search.order.tolist()))
-        sentence = (
-            f"Taking out, one by one, the {rounds} tiles that carry {self.class_name} most: {before} → {after}; "
-            f"{shared} of them are among the {rounds} {self.ranking_name}"
-        )
-        if self.certificate is None:
-            return f"{sentence}."
-        best = as_probability(float(expit(self.certificate[1])))
-        return f"{sentence}; no other {rounds} tiles would bring it below {best}."
-
-    def _search_ends(self) -> tuple[float, float]:
-        target = Target(self.output, "probability")
-        return float(target.of(self.search.logits[0])), float(target.of(self.search.logits[-1]))
-
-    def _smallest_in_words(self) -> str:
-        if self.smallest is None:
-            return f"No set of tiles that was tried turns the prediction away from {self.class_name}."
-        count = len(self.smallest.tiles)
-        how = "at least" if self.smallest.is_certain else "in the order of the search,"
-        return f"To turn the prediction away from {self.class_name}, {how} {self._share_of_tiles(count)} must go."
+    bag: FeatureBag
+    regions: Mapping[str, Indices] = field(default_factory=dict)
 
 
 def examine(
@@ -171,6 +95,7 @@ def examine(
     *,
     class_name: str | None = None,
     regions: Mapping[str, Indices] | None = None,
+    donors: Sequence[Donor] = (),
     questions: Questions = Questions(),  # noqa: B008 - frozen
 ) -> Counterfactuals:
     """Ask everything about one slide.
@@ -185,6 +110,8 @@ def examine(
         The class to ask about; the predicted one unless given.
     regions : mapping of str to (k,) int64, optional
         Sets of tiles by name, for example those inside an annotation: each is removed and kept alone.
+    donors : sequence of Donor
+        Slides whose tiles are added to this one.
     questions : Questions
 
     Raises
@@ -197,52 +124,120 @@ def examine(
         raise ConfigError(f"counterfactuals are about classes; the task {card.load_task().kind} of this model has none")
     if bag.n_instances < 2:
         raise ConfigError(f"{bag.slide_id}: counterfactuals need at least two tiles, found {bag.n_instances}")
-    seen = look(model, bag, single_logit_is_second_class=model.n_outputs < len(classes))
+    wide = model.n_outputs < len(classes)
+    seen = look(model, bag, single_logit_is_second_class=wide, budget=questions.budget)
     chosen = classes[int(np.argmax(seen.subsets.logits()))] if class_name is None else class_name
     if chosen not in classes:
         raise UnknownNameError("class of the model", chosen, classes)
-    return _ask(seen, Target(classes.index(chosen)), bag.slide_id, chosen, dict(regions or {}), questions)
-
-
-def _ask(
-    seen: Look, target: Target, slide_id: str, class_name: str, regions: dict[str, Indices], questions: Questions
-) -> Counterfactuals:
-    subsets = seen.subsets
-    contribution, agreement = tile_effects(subsets, target)
-    ranking, name = _ranking(seen, contribution)
-    effects = ablate_top(
-        subsets,
-        target,
-        ranking,
-        name=name,
-        fractions=questions.fractions,
-        controls=questions.controls,
-        seed=questions.seed,
-    )
-    kinds: tuple[Kind, Kind] = ("remove", "keep only")
-    effects += [
-        intervene(subsets, target, index, kind=kind, what=what, controls=questions.controls, seed=questions.seed)
-        for what, index in regions.items()
-        for kind in kinds
+    exam = _Exam(seen, Target(classes.index(chosen)), _affordable(seen.subsets, questions))
+    added = [
+        effect
+        for donor in donors
+        for effect in exam.transplants(look(model, donor.bag, single_logit_is_second_class=wide), donor)
     ]
-    search = subsets.greedy(target, "min", min(questions.rounds, subsets.n_instances - 1))
-    smallest = smallest_necessary(subsets, target, search) if float(target.of(subsets.logits())) > 0 else None
-    return Counterfactuals(
-        slide_id=slide_id,
-        class_name=class_name,
-        output=target.output,
-        method=describe_method(seen, search),
-        effects=effects,
-        tile_effects=contribution,
-        agreement=agreement,
-        search=search,
-        smallest=smallest,
-        enough_alone=_enough_alone(subsets, target),
-        certificate=_certificate(subsets, target, search),
-        curves=_curves(subsets, target, ranking, name, search, questions),
-        ranking=ranking,
-        ranking_name=name,
-    )
+    return exam.ask(bag.slide_id, chosen, regions or {}, added)
+
+
+def _affordable(subsets: Subsets, questions: Questions) -> Questions:
+    """Return the questions with as many controls as a model that has to be run again may take."""
+    if not isinstance(subsets, ForwardBag):
+        return questions
+    sets = 2 * len(questions.fractions) + 4
+    controls = max(FEWEST_CONTROLS, questions.budget // max(1, subsets.n_instances * sets))
+    return questions.model_copy(update={"controls": min(questions.controls, controls)})
+
+
+@dataclass(frozen=True, eq=False)
+class _Exam:
+    """One slide, what is asked about it and how."""
+
+    seen: Look
+    target: Target
+    questions: Questions
+
+    def ask(
+        self, slide_id: str, class_name: str, regions: Mapping[str, Indices], added: Sequence[Effect]
+    ) -> Counterfactuals:
+        subsets, target, questions = self.seen.subsets, self.target, self.questions
+        contribution, agreement = tile_effects(subsets, target)
+        ranking, name = _ranking(self.seen, contribution)
+        effects = ablate_top(
+            subsets,
+            target,
+            ranking,
+            name=name,
+            fractions=questions.fractions,
+            controls=questions.controls,
+            seed=questions.seed,
+        )
+        effects += [effect for what, index in regions.items() for effect in self._both(index, what)]
+        searched = Target(target.output, questions.on)
+        search = subsets.greedy(searched, questions.direction, min(questions.rounds, subsets.n_instances - 1))
+        is_called = float(target.of(subsets.logits())) > 0
+        smallest = smallest_necessary(subsets, target, search) if is_called and questions.direction == "min" else None
+        sufficient = smallest_sufficient(subsets, target, contribution) if is_called else None
+        effects += [*added, *self._own_sets(search, smallest, sufficient)]
+        return Counterfactuals(
+            slide_id=slide_id,
+            class_name=class_name,
+            output=target.output,
+            method=describe_method(self.seen, search),
+            effects=effects,
+            tile_effects=contribution,
+            agreement=agreement,
+            search=search,
+            smallest=smallest,
+            enough_alone=_enough_alone(subsets, target),
+            certificate=_certificate(subsets, target, search, questions.direction),
+            curves=_curves(subsets, target, ranking, name, search, questions),
+            ranking=ranking,
+            ranking_name=name,
+            sufficient=sufficient,
+            direction=questions.direction,
+        )
+
+    def transplants(self, donor_seen: Look, donor: Donor) -> list[Effect]:
+        """Add the donor's most attended tiles, and those of its regions."""
+        unranked = donor_seen.attention is None
+        contribution = tile_effects(donor_seen.subsets, self.target)[0] if unranked else np.zeros(0)
+        ranking, name = _ranking(donor_seen, contribution)
+        origin = f"of {donor.bag.slide_id}"
+        shares = self.questions.fractions
+        sets = {f"{100 * share:g} % {name} tiles {origin}": top_tiles(ranking, share) for share in shares}
+        sets |= {f"{what} {origin}": index for what, index in donor.regions.items()}
+        return [
+            transplant(
+                self.seen.subsets,
+                donor_seen.subsets,
+                self.target,
+                index,
+                what=what,
+                controls=self.questions.controls,
+                seed=self.questions.seed,
+            )
+            for what, index in sets.items()
+        ]
+
+    def _own_sets(self, search: Search, smallest: SmallestSet | None, sufficient: SmallestSet | None) -> list[Effect]:
+        """Return the interventions on the sets that were searched for, with controls of the same number."""
+        found = [self._one(search.order, SEARCHED, kind="remove")]
+        subsets, direction = self.seen.subsets, self.questions.direction
+        if direction != "least" and isinstance(subsets, PooledBag) and is_linear(subsets, self.target):
+            best = subsets.best_set(self.target, direction, len(search.order))
+            found.append(self._one(best, BEST, kind="remove"))
+        if smallest is not None:
+            found.append(self._one(smallest.tiles, NECESSARY, kind="remove"))
+        if sufficient is not None:
+            found.append(self._one(sufficient.tiles, SUFFICIENT, kind="keep only"))
+        return found
+
+    def _both(self, index: Indices, what: str) -> list[Effect]:
+        kinds: tuple[Kind, Kind] = ("remove", "keep only")
+        return [self._one(index, what, kind=kind) for kind in kinds]
+
+    def _one(self, index: Indices, what: str, *, kind: Kind) -> Effect:
+        controls, seed = self.questions.controls, self.questions.seed
+        return intervene(self.seen.subsets, self.target, index, kind=kind, what=what, controls=controls, seed=seed)
 
 
 def _enough_alone(subsets: Subsets, target: Target) -> int | None:
@@ -251,9 +246,9 @@ def _enough_alone(subsets: Subsets, target: Target) -> int | None:
     return int((Target(target.output).of(subsets.only_one()) > 0).sum())
 
 
-def _certificate(subsets: Subsets, target: Target, search: Search) -> tuple[float, float] | None:
-    if isinstance(subsets, PooledBag) and is_linear(subsets, target):
-        return certify(subsets, target, search)
+def _certificate(subsets: Subsets, target: Target, search: Search, direction: Direction) -> tuple[float, float] | None:
+    if direction != "least" and isinstance(subsets, PooledBag) and is_linear(subsets, target):
+        return certify(subsets, target, search, direction=direction)
     return None
 
 
@@ -269,11 +264,12 @@ def _curves(
     for share in CURVE_SHARES:
         value = _probability(target, subsets.remove(top_tiles(ranking, share)))
         rows.append((name, share, value, value, value))
-    for rounds in sorted({round(share * n) for share in CURVE_SHARES if share * n <= len(search.order)}):
-        value = _probability(target, search.logits[rounds])
-        rows.append(("greedy", rounds / n, value, value, value))
+    wanted = np.array(CURVE_SHARES) * n
+    for step in np.unique(np.searchsorted(search.removed, wanted[wanted <= len(search.order)].round())):
+        value = _probability(target, search.logits[step])
+        rows.append(("greedy", search.removed[step] / n, value, value, value))
     rng = np.random.default_rng(questions.seed)
-    draws = [rng.random(n) for _ in range(CURVE_DRAWS)]
+    draws = [rng.random(n) for _ in range(min(CURVE_DRAWS, max(1, questions.controls)))]
     for share in CURVE_SHARES:
         values = [_probability(target, subsets.remove(top_tiles(draw, share))) for draw in draws]
         rows.append(("random", share, float(np.mean(values)), min(values), max(values)))

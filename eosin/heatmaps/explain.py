@@ -1,33 +1,31 @@
 """Everything about one slide in one call: what the model says, what it looked at, in files to open."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from eosin import __version__
 from eosin.errors import FeatureMismatchError, SlideError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.files import file_fingerprint
-from eosin.heatmaps.attribution import attribution_maps, pack_bag, require_grid
-from eosin.heatmaps.counterfactual import effect_map, tile_effects
+from eosin.heatmaps.attribution import pack_bag, require_grid
+from eosin.heatmaps.colour import scale_of
 from eosin.heatmaps.export.geojson import write_geojson
-from eosin.heatmaps.export.png import take_view, write_png
-from eosin.heatmaps.export.table import write_csv
+from eosin.heatmaps.export.png import View, blend, draw, take_view, write_png
+from eosin.heatmaps.export.table import tile_table, write_frame
 from eosin.heatmaps.export.tiff import write_tiff
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.pooled import PooledBag, Target
-from eosin.heatmaps.report import ReportData, SlideCard, slide_pictures, write_report
-from eosin.heatmaps.subsets import look
+from eosin.heatmaps.mapset import MapSet, map_slide
+from eosin.heatmaps.report import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.evaluate import compute_logits
-from eosin.mil.slots import Aggregator
+from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.mil.tasks import Binary, Classification
 from eosin.wsi.slide import Slide, SlideFile, open_slide
 from eosin.wsi.tissue import TissueMask, find_tissue
 
-FORMATS = ("png", "geojson", "tiff", "csv", "html")
+FORMATS = ("png", "geojson", "tiff", "scores.tiff", "csv", "parquet", "html")
+PICTURE_PX = 720
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +43,8 @@ class Explanation:
     card : ModelCard
     prediction : mapping of str to str
         The columns of the prediction as they are printed.
+    absent : mapping of str to str
+        Maps that the model cannot give, and why.
     """
 
     slide_id: str
@@ -53,6 +53,7 @@ class Explanation:
     maps: list[Heatmap]
     card: ModelCard
     prediction: Mapping[str, str]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -68,6 +69,7 @@ def explain_slide(
     *,
     formats: Sequence[str] = ("png", "geojson"),
     tissue: TissueMask | None = None,
+    maps: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write what a model looked at on one slide.
 
@@ -79,11 +81,14 @@ def explain_slide(
     bag : FeatureBag
         The slide's features, of the kind that the model was trained on.
     out_dir : Path
-        Gets ``<slide id>_attention.<format>``.
+        Gets ``<slide id>_attention.<format>``, or ``<slide id>_effect.<format>`` for a model without attention.
     formats : sequence of str
         Among `FORMATS`.
     tissue : TissueMask, optional
         Found on the slide unless given.
+    maps : sequence of str, optional
+        Among `eosin.heatmaps.mapset.ATTRIBUTIONS`, the one that pictures show first; everything that the model can
+        give unless given.
 
     Returns
     -------
@@ -106,15 +111,18 @@ def explain_slide(
     card.features.require_match(bag.spec, Path(bag.slide_id))
     with open_slide(slide_file.path, mpp=slide_file.mpp) as slide:
         require_same_slide(slide, bag)
+        found = _maps(aggregator, bag, card, maps)
         explanation = Explanation(
             slide_id=slide_file.slide_id,
             slide=slide,
             tissue=tissue or find_tissue(slide),
-            maps=_maps(aggregator, bag, card),
+            maps=found.maps,
+            absent=found.absent,
             card=card,
             prediction=predict_bag(aggregator, card, bag),
         )
-        return [_write(name, explanation, out_dir / f"{slide_file.slide_id}_attention.{name}") for name in formats]
+        stem = f"{slide_file.slide_id}_{map_name(aggregator)}"
+        return [_write(name, explanation, out_dir / f"{stem}.{name}") for name in formats]
 
 
 def require_same_slide(slide: Slide, bag: FeatureBag) -> None:
@@ -165,28 +173,20 @@ def _printed(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard) -> list[Heatmap]:
-    maps = attribution_maps(model, bag, classes=getattr(card.load_task(), "classes", ()))
-    return [maps[0].percentile(), maps[0].relative(), *maps, *_exact_effects(model, bag, card)]
-
-
-def _exact_effects(model: Aggregator, bag: FeatureBag, card: ModelCard) -> list[Heatmap]:
-    """Return what each tile adds to the predicted class, where that takes no further passes of the model."""
-    classes = class_choices(card)
-    if not classes:
-        return []
-    seen = look(model, bag, single_logit_is_second_class=model.n_outputs < len(classes))
-    if not isinstance(seen.subsets, PooledBag):
-        return []
-    predicted = int(np.argmax(seen.subsets.logits()))
-    effects, _ = tile_effects(seen.subsets, Target(predicted))
-    return [effect_map(effects, require_grid(bag), classes[predicted])]
+def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard, wanted: Sequence[str] | None) -> MapSet:
+    columns = card.load_task().columns
+    return map_slide(model, bag, classes=class_choices(card), outputs=columns, wanted=wanted)
 
 
 def class_choices(card: ModelCard) -> tuple[str, ...]:
     """Return the classes of a model that chooses one of them, or nothing for other tasks."""
     task = card.load_task()
     return task.classes if isinstance(task, Classification | Binary) else ()
+
+
+def map_name(model: Aggregator) -> str:
+    """Return what files of heat maps are called after: ``attention``, or ``effect`` for a model without attention."""
+    return "attention" if issubclass(model.output_type, AttentionOutput) else "effect"
 
 
 def _write(name: str, explanation: Explanation, path: Path) -> Path:
@@ -198,8 +198,10 @@ def _write(name: str, explanation: Explanation, path: Path) -> Path:
         write_geojson(path, maps, slide_id=explanation.slide_id, bounds_px0=slide.bounds_px0)
     elif name == "tiff":
         write_tiff(path, maps[0], window_px0=slide.bounds_px0)
-    elif name == "csv":
-        write_csv(path, maps)
+    elif name == "scores.tiff":
+        write_tiff(path, maps[0], content="scores", window_px0=slide.bounds_px0)
+    elif name in ("csv", "parquet"):
+        write_frame(path, tile_table(maps))
     else:
         write_report(path, _report(explanation))
     return path
@@ -207,12 +209,18 @@ def _write(name: str, explanation: Explanation, path: Path) -> Path:
 
 def _report(explanation: Explanation) -> ReportData:
     card = explanation.card
-    pictures = slide_pictures(explanation.slide, explanation.maps[0], tissue=explanation.tissue)
+    slide_picture, *_ = slide_pictures(explanation.slide, explanation.maps[0], tissue=explanation.tissue)
+    view = take_view(explanation.slide, longest_px=PICTURE_PX)
+    pictures = [map_picture(view, heatmap, tissue=explanation.tissue) for heatmap in _shown(explanation.maps)]
     return ReportData(
         title=explanation.slide_id,
         summary=f"The model says: {explanation.words}.",
-        slides=(SlideCard(explanation.slide_id, explanation.prediction, pictures),),
-        notes=("Attention shows what the model weighed, not which way it counted.",),
+        slides=(SlideCard(explanation.slide_id, explanation.prediction, (slide_picture, *pictures)),),
+        notes=(
+            "Attention shows what the model weighed, not which way it counted; effects show what the prediction would "
+            "lose without the tile.",
+            *(f"Not shown, {name.replace('_', ' ')}: {reason}." for name, reason in explanation.absent.items()),
+        ),
         provenance={
             "eosin": __version__,
             "model": card.model_id,
@@ -221,3 +229,15 @@ def _report(explanation: Explanation) -> ReportData:
             "tiles": str(len(explanation.maps[0].values)),
         },
     )
+
+
+def map_picture(view: View, heatmap: Heatmap, *, tissue: TissueMask | None = None) -> Picture:
+    """Return one map over a view of its slide, with its colour scale."""
+    scale = scale_of(heatmap)
+    return Picture(draw(view, blend(view, heatmap, scale, tissue=tissue)), heatmap.label.capitalize(), scale)
+
+
+def _shown(maps: Sequence[Heatmap]) -> list[Heatmap]:
+    """Return the maps worth a picture: of several scalings of one score, the percentile."""
+    ranked = {heatmap.kind.removesuffix("_percentile") for heatmap in maps if heatmap.kind.endswith("_percentile")}
+    return [heatmap for heatmap in maps if heatmap.kind.removesuffix("_relative") not in ranked]

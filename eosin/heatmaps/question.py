@@ -2,20 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from eosin import __version__
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
+from eosin.features.store import read_bag
+from eosin.files import write_file
 from eosin.heatmaps.annotations import read_regions, tiles_inside
 from eosin.heatmaps.attribution import require_grid
 from eosin.heatmaps.counterfactual import Effect, Indices, as_probability, effect_map
-from eosin.heatmaps.examination import CURVE_DRAWS, Counterfactuals, examine
+from eosin.heatmaps.examination import Counterfactuals, Donor, examine
 from eosin.heatmaps.examination import Questions as Questions
 from eosin.heatmaps.explain import predict_bag, prediction_in_words, require_same_slide
 from eosin.heatmaps.export.geojson import write_geojson
@@ -27,7 +31,26 @@ from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.wsi.slide import Slide, SlideFile, open_slide
 
-FORMATS = ("csv", "geojson", "png", "html")
+FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
+
+
+@dataclass(frozen=True)
+class DonorFile:
+    """A slide whose tiles are added to others.
+
+    Parameters
+    ----------
+    features : Path
+        Its feature file.
+    slide_file : SlideFile, optional
+        Checked against the features, and needed for annotations of a slide that states a scanned box.
+    annotation : Path, optional
+        GeoJSON whose regions are added, besides the most attended tiles.
+    """
+
+    features: Path
+    slide_file: SlideFile | None = None
+    annotation: Path | None = None
 
 
 def draw_curves(found: Counterfactuals) -> Picture:
@@ -46,7 +69,7 @@ def draw_curves(found: Counterfactuals) -> Picture:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return Picture(
-        render(figure), f"Probability of {found.class_name} as tiles are removed; grey: range of {CURVE_DRAWS} draws"
+        render(figure), f"Probability of {found.class_name} as tiles are removed; grey: range of random draws"
     )
 
 
@@ -70,6 +93,7 @@ def question_slide(
     class_name: str | None = None,
     annotation: Path | None = None,
     region_classes: Sequence[str] = (),
+    donors: Sequence[DonorFile] = (),
     questions: Questions = Questions(),  # noqa: B008 - frozen
     formats: Sequence[str] = ("csv", "geojson", "html"),
 ) -> list[Path]:
@@ -90,6 +114,8 @@ def question_slide(
         GeoJSON of QuPath: its regions are removed and kept alone.
     region_classes : sequence of str
         The classes of regions to ask about, each by itself; all regions together unless given.
+    donors : sequence of DonorFile
+        Slides whose most attended, and annotated, tiles are added.
     questions : Questions
     formats : sequence of str
         Among `FORMATS`.
@@ -104,32 +130,84 @@ def question_slide(
         As `eosin.heatmaps.explain.explain_slide`, `eosin.heatmaps.examination.examine` and
         `eosin.heatmaps.annotations.read_regions`.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise UnknownNameError("counterfactual format", name, FORMATS)
-    if "png" in formats and slide_file is None:
-        raise ConfigError("the picture of a counterfactual needs the slide; pass --slide, or leave png out")
-    aggregator, card = load_model(model) if isinstance(model, Path) else model
+    require_formats(formats, has_slide=slide_file is not None)
+    loaded = load_model(model) if isinstance(model, Path) else model
+    aggregator, card = loaded
     card.features.require_match(bag.spec, Path(bag.slide_id))
-    with _opened(slide_file) as slide:
+    with open_optional(slide_file) as slide:
         if slide is not None:
             require_same_slide(slide, bag)
         bounds = None if slide is None else slide.bounds_px0
-        regions = {} if annotation is None else _read_sets(annotation, bag, bounds, region_classes)
-        found = examine(aggregator, card, bag, class_name=class_name, regions=regions, questions=questions)
-        paths = [out_dir / f"{bag.slide_id}_counterfactual.{name}" for name in formats]
-        for path in paths:
-            _write(path, found, bag, slide, card, predict_bag(aggregator, card, bag))
+        regions = {} if annotation is None else read_sets(annotation, bag, bounds, region_classes)
+        given = [open_donor(donor, card, region_classes) for donor in donors]
+        found = examine(
+            aggregator, card, bag, class_name=class_name, regions=regions, donors=given, questions=questions
+        )
+        return write_findings(found, bag, slide, loaded, out_dir, formats=formats)
+
+
+def require_formats(formats: Sequence[str], *, has_slide: bool) -> None:
+    """Raise `ConfigError` for an unknown format, and for a picture without a slide."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UnknownNameError("counterfactual format", name, FORMATS)
+    if "png" in formats and not has_slide:
+        raise ConfigError("the picture of a counterfactual needs the slide; pass --slide, or leave png out")
+
+
+def write_findings(
+    found: Counterfactuals,
+    bag: FeatureBag,
+    slide: Slide | None,
+    loaded: tuple[Aggregator, ModelCard],
+    out_dir: Path,
+    *,
+    formats: Sequence[str],
+) -> list[Path]:
+    """Write what came out as ``<slide id>_counterfactual.<format>`` and return the paths."""
+    aggregator, card = loaded
+    paths = [out_dir / f"{bag.slide_id}_counterfactual.{name}" for name in formats]
+    prediction = predict_bag(aggregator, card, bag)
+    for name, path in zip(formats, paths, strict=True):
+        _write(name, path, found, bag, slide, card, prediction)
     return paths
 
 
-def _opened(slide_file: SlideFile | None) -> AbstractContextManager[Slide | None]:
+def open_donor(donor: DonorFile, card: ModelCard, region_classes: Sequence[str] = ()) -> Donor:
+    """Read a donor's features and regions.
+
+    Raises
+    ------
+    FeatureMismatchError, ConfigError
+        If the features are not of the model's kind, of another slide or without tiles, or a region does not fit.
+    """
+    bag = read_bag(donor.features)
+    card.features.require_match(bag.spec, donor.features)
+    if not bag.n_instances:
+        raise ConfigError(f"{donor.features}: has no tiles to add to another slide")
+    with open_optional(donor.slide_file) as slide:
+        if slide is not None:
+            require_same_slide(slide, bag)
+        bounds = None if slide is None else slide.bounds_px0
+        regions = {} if donor.annotation is None else read_sets(donor.annotation, bag, bounds, region_classes)
+    return Donor(bag, regions)
+
+
+def open_optional(slide_file: SlideFile | None) -> AbstractContextManager[Slide | None]:
+    """Return the open slide, or None where there is none."""
     return nullcontext() if slide_file is None else open_slide(slide_file.path, mpp=slide_file.mpp)
 
 
-def _read_sets(
+def read_sets(
     annotation: Path, bag: FeatureBag, bounds_px0: Window | None, classes: Sequence[str]
 ) -> dict[str, Indices]:
+    """Return the tiles inside the regions of an annotation, by what they are called in sentences.
+
+    Raises
+    ------
+    ConfigError
+        As `read_regions` and `tiles_inside`, and if there is no tile in one of the classes.
+    """
     grid = require_grid(bag)
     wanted: list[tuple[str, Sequence[str]]] = [(f"tiles in {name}", [name]) for name in classes]
     sets = {
@@ -143,6 +221,7 @@ def _read_sets(
 
 
 def _write(
+    name: str,
     path: Path,
     found: Counterfactuals,
     bag: FeatureBag,
@@ -151,11 +230,14 @@ def _write(
     prediction: Mapping[str, str],
 ) -> None:
     bounds = None if slide is None else slide.bounds_px0
-    if path.suffix == ".csv":
+    if name in ("csv", "parquet"):
         write_frame(path, found.table())
-    elif path.suffix == ".geojson":
+    elif name == "geojson":
         write_geojson(path, counterfactual_maps(found, bag), slide_id=found.slide_id, bounds_px0=bounds)
-    elif path.suffix == ".png" and slide is not None:
+    elif name == "figure.png":
+        image = Image.fromarray(draw_curves(found).image)
+        write_file(path, lambda temporary: image.save(temporary, dpi=(DPI, DPI)))
+    elif name == "png" and slide is not None:
         title = f"{found.slide_id}: {prediction_in_words(prediction)}"
         write_png(path, take_view(slide), counterfactual_maps(found, bag)[0], title=title)
     else:
@@ -172,11 +254,12 @@ def counterfactual_report(
         title=f"{found.slide_id}: what if?",
         summary=f"What the prediction of {found.class_name} rests on, asked by taking tiles away.",
         slides=(SlideCard(found.slide_id, prediction, (draw_curves(found), *pictures), sentences),),
-        tables={f"Interventions on {found.class_name}": _printed_table(found.effects)},
+        tables={f"Interventions on {found.class_name}": printed_effects(found.effects)},
         notes=(
             "Effects are those of this model on this slide; they say what the model uses, not what causes the disease.",
             f"Every set of tiles is compared with {found.effects[0].n_controls} random sets of as many tiles; p is the "
-            "share of sets, itself included, that change the log-odds at least as much in the same direction.",
+            "share of sets, itself included, that change the log-odds at least as much in the same direction; the "
+            "effect size is the distance from the mean of the random sets in their standard deviations.",
         ),
         provenance={
             "eosin": __version__,
@@ -188,7 +271,8 @@ def counterfactual_report(
     )
 
 
-def _printed_table(effects: Sequence[Effect]) -> pd.DataFrame:
+def printed_effects(effects: Sequence[Effect]) -> pd.DataFrame:
+    """Return the table of a report: one row per intervention, numbers as they are printed."""
     rows = [
         {
             "Intervention": f"{effect.kind} {effect.what}",
@@ -196,6 +280,7 @@ def _printed_table(effects: Sequence[Effect]) -> pd.DataFrame:
             "Probability": f"{as_probability(effect.probability_before)} → {as_probability(effect.probability_after)}",
             "Log-odds": f"{effect.before:.2f} → {effect.after:.2f}",
             "Random tiles, log-odds": _printed_range(effect),
+            "Effect size": "–" if effect.effect_size is None else f"{effect.effect_size:+.1f} SD",
             "p": "–" if effect.control_rank is None else f"{effect.control_rank:.2g}",
         }
         for effect in effects

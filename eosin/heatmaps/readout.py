@@ -134,7 +134,7 @@ class ReadoutBag(ExactBag):
 
     def logits(self) -> Floats:
         """Return the prediction, (K,)."""
-        return self._read(self._branch_means(self._weights()).mean(0)[None])[0]
+        return np.asarray(self._read(self._branch_means(self._weights()).mean(0)[None])[0])
 
     def leave_one_out(self) -> Floats:
         """Return the change of the logits when each single instance is removed, (n, K)."""
@@ -321,7 +321,8 @@ class SmoothMaxBag(ExactBag):
     def _heavy(self, total: Tensor) -> list[int]:
         """Return the instances that have more than half of some channel's sum: at most one per channel."""
         largest, places = self.rows.max(0)
-        return torch.unique(places[self._shares(largest, total) > 0.5]).tolist()
+        heavy: list[int] = torch.unique(places[self._shares(largest, total) > 0.5]).tolist()
+        return heavy
 
 
 def _zero_first(head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

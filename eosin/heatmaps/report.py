@@ -26,6 +26,7 @@ from eosin import __version__
 from eosin.files import write_text
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.export.png import OPACITY, TRUTH_COLOUR, Contour, blend, draw, take_view
+from eosin.heatmaps.figures import Panel
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.wsi.slide import Slide
 from eosin.wsi.tissue import TissueMask
@@ -41,7 +42,8 @@ class Metric:
     ----------
     name : str
         In words, for example "Area under the ROC curve".
-    value : float
+    value : float or None
+        None where the data do not define it; shown as "undefined".
     low, high : float or None
         Ends of the confidence interval; None when it is not known.
     note : str
@@ -49,7 +51,7 @@ class Metric:
     """
 
     name: str
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
     note: str = ""
@@ -71,6 +73,33 @@ class RocInput:
     name: str
     truth: NDArray[np.bool_]
     score: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Counts of true and predicted classes.
+
+    Parameters
+    ----------
+    name : str
+        Of the target; may be empty.
+    classes : sequence of str
+    counts : (classes, classes) int
+        Rows are the truth, columns the prediction.
+    """
+
+    name: str
+    classes: Sequence[str]
+    counts: NDArray[np.int64]
+
+    def rows(self) -> list[tuple[str, list[tuple[int, float]]]]:
+        """Return, per true class, its name and for each predicted class the count and its share of the row."""
+        totals = np.maximum(self.counts.sum(1, keepdims=True), 1)
+        shares = self.counts / totals
+        return [
+            (name, list(zip(counts.tolist(), parts.tolist(), strict=True)))
+            for name, counts, parts in zip(self.classes, self.counts, shares, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +153,15 @@ class ReportData:
     summary : str
         One paragraph: what was asked, on what data, what came out.
     metrics : tuple of Metric
+    metrics_note : str
+        Over what the metrics are, and how their intervals were made, when that is the same for all.
+    panels : tuple of Panel
+        Figures, see `eosin.heatmaps.figures`.
+    confusions : tuple of Confusion
     roc : tuple of RocInput
         One curve each; those whose truth has a single class have no curve and are left out.
     slides : tuple of SlideCard
+    slides_heading : str
     predictions : DataFrame or None
         One row per slide, columns as they should be printed.
     tables : mapping of str to DataFrame
@@ -146,6 +181,10 @@ class ReportData:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    metrics_note: str = ""
+    panels: tuple[Panel, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    slides_heading: str = "Slides"
 
 
 @dataclass(frozen=True)
@@ -231,7 +270,9 @@ def write_report(path: Path, data: ReportData) -> None:
         cards=[_card(card) for card in data.slides],
         number=_cell,
         interval=_interval,
+        say_how=any(metric.note for metric in data.metrics),
         opacity=OPACITY,
+        small=all(len(card.pictures) <= 1 and not card.sentences for card in data.slides),
     )
     write_text(path, text)
 
@@ -245,8 +286,9 @@ def _template() -> Template:
 
 def _sections(data: ReportData) -> list[tuple[str, str]]:
     sections = [("performance", "Performance")] if data.metrics or data.roc else []
+    sections += [("figures", "Figures")] if data.panels or data.confusions else []
     sections += [(f"table-{index}", heading) for index, heading in enumerate(data.tables, start=1)]
-    sections += [("slides", "Slides")] if data.slides else []
+    sections += [("slides", data.slides_heading)] if data.slides else []
     sections += [("predictions", "Predictions")] if data.predictions is not None else []
     return sections + ([("provenance", "Provenance")] if data.provenance else [])
 
@@ -256,7 +298,7 @@ def _cell(value: object) -> str:
         return "–" if np.isnan(value) else f"{value:.3f}"
     if isinstance(value, list | tuple):
         return " to ".join(_cell(part) for part in value)
-    return "–" if value is None else str(value)
+    return "undefined" if value is None else str(value)
 
 
 def _interval(metric: Metric) -> str:

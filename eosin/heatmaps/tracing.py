@@ -102,8 +102,8 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
 def _of_set_transformer(model: SetTransformer, pack: PackedBags) -> Trace:
     encoder = [block for block in model.encoder if isinstance(block, InducedBlock)]
     decoder = [block for block in model.decoder if isinstance(block, MultiheadBlock)]
-    listened = [encoder, [block.point.key for block in encoder], [block.query for block in decoder]]
-    with inputs_of([module for modules in listened for module in modules]) as seen:
+    listened: list[nn.Module] = [*encoder, *(block.point.key for block in encoder), *(block.query for block in decoder)]
+    with inputs_of(listened) as seen:
         output = model(pack)
     inputs = [calls[0] for calls in seen]
     given, summaries, seeds = (
@@ -121,7 +121,7 @@ def _of_set_transformer(model: SetTransformer, pack: PackedBags) -> Trace:
 
 def _pooling_weights(output: AttentionOutput, *, heads: int) -> Floats:
     """Return the weights of the tiles for each seed, mean over heads: (n, k)."""
-    weights = output.scores.double().softmax(0).unflatten(1, (-1, heads)).mean(2)
+    weights = torch.unflatten(output.scores.double().softmax(0), 1, (-1, heads)).mean(2)
     return np.asarray(weights.cpu().numpy())
 
 
@@ -178,7 +178,8 @@ def gather_row(
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:
-    return values.unflatten(-1, (heads, -1))
+    split: Tensor = torch.unflatten(values, -1, (heads, -1))
+    return split
 
 
 @trace_attention.register(Gdat)

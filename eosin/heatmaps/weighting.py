@@ -138,4 +138,5 @@ def _class_slope(model: TransMil, class_token: Tensor, value: Value) -> Tensor:
         leaf = class_token.detach().requires_grad_()  # (1, E)
         logits = functional.linear(model.norm(leaf), model.classifier.weight, model.classifier.bias)
         (slope,) = torch.autograd.grad(value(logits[0]), leaf)
-    return (slope[0] @ model.layer2.to_out.weight).detach().unflatten(0, (model.layer2.heads, -1))
+    read: Tensor = torch.unflatten((slope[0] @ model.layer2.to_out.weight).detach(), 0, (model.layer2.heads, -1))
+    return read

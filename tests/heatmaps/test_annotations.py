@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from scenes import lattice
 from shapely import MultiPolygon, box, geometry
 
 from eosin.errors import ConfigError
+from eosin.heatmaps import annotations, geojson_stream
 from eosin.heatmaps.annotations import read_regions, tiles_inside
 
 
@@ -79,6 +82,63 @@ def test_damaged_geometry_and_missing_file(tmp_path):
         read_regions(write(tmp_path / "a.geojson", broken))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_regions(tmp_path / "gone.geojson")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("layout", ["features first", "type first", "spaced", "bom"])
+def test_files_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk, layout):
+    monkeypatch.setattr(geojson_stream, "CHUNK", chunk)
+    boxes = [feature(box(10 * i, 0, 10 * i + 5, 5), classification={"name": "Tumör"}) for i in range(20)]
+    data = {"type": "FeatureCollection", "features": boxes, "crs": {"a": [1, 2.5e3]}}
+    if layout == "features first":
+        data = {"features": boxes, "type": "FeatureCollection"}
+    text = json.dumps(data, indent=3 if layout == "spaced" else None, ensure_ascii=False)
+    (tmp_path / "a.geojson").write_text(text, encoding="utf-8-sig" if layout == "bom" else "utf-8")
+    assert read_regions(tmp_path / "a.geojson", classes=["Tumör"]).area == 500
+
+
+@pytest.mark.parametrize("text", ['{"features": [{"type": "Feature"', '[{"type": "Feature"} 5]', "[] []", "[1]", "7"])
+def test_what_breaks_off_or_goes_on_is_refused(tmp_path, text):
+    (tmp_path / "a.geojson").write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read as GeoJSON"):
+        read_regions(tmp_path / "a.geojson")
+
+
+def test_file_with_too_many_areas_is_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "MAX_AREAS", 50)
+    data = [feature(box(i, 0, i + 1, 1), classification={"name": "Tile"}) for i in range(60)]
+    data.append(feature(box(0, 0, 10, 10), classification={"name": "Tumor"}))
+    path = write(tmp_path / "a.geojson", data)
+    with pytest.raises(ConfigError, match="more than 50 areas"):
+        read_regions(path)
+    assert read_regions(path, classes=["Tumor"]).area == 100
+
+
+@pytest.mark.slow
+def test_300_mb_are_read_in_bounded_memory_and_time(tmp_path):
+    path = tmp_path / "large.geojson"
+    tile = json.dumps(feature(box(0, 0, 5, 5), classification={"name": "Tile", "color": [0, 0, 0]}))
+    region = json.dumps(feature(box(0, 0, 100, 100), classification={"name": "Tumor", "color": [0, 0, 0]}))
+    with path.open("w") as file:
+        file.write('{"type": "FeatureCollection", "features": [' + region)
+        for _ in range(300_000_000 // len(tile) // 1000):
+            file.write("," + ",".join([tile] * 1000))
+        file.write("]}")
+    program = (
+        "import resource, sys, time; from pathlib import Path;"
+        "from eosin.heatmaps.annotations import read_regions; started = time.process_time();"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "area = read_regions(Path(sys.argv[1]), classes=['Tumor']).area;"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "print(area, (after - before) / 1024, time.process_time() - started)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    area, mib, seconds = map(float, done.stdout.split())
+    assert area == 10_000
+    assert mib < 100
+    assert seconds < 60
+    with pytest.raises(ConfigError, match="more than 100000 areas"):
+        read_regions(path)
 
 
 def test_tiles_with_half_of_their_area_inside(tmp_path):

@@ -1,6 +1,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
+import torch
 from PIL import Image
 from scenes import feature_bag, lattice, marked_pixels, write_slide
 
@@ -9,7 +11,9 @@ from eosin.features.bag import FeatureBag
 from eosin.heatmaps.explain import FORMATS, explain_slide, prediction_in_words
 from eosin.heatmaps.export.geojson import check_geojson
 from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
-from eosin.mil.checkpoint import load_model
+from eosin.mil.checkpoint import ModelCard, build_model, load_model
+from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.tasks import make_task
 from eosin.wsi.slide import SlideFile, open_slide
 
 TILE = 5 * 16 + 9
@@ -49,9 +53,44 @@ def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path
     x, y = ((box[0] + 20) / cell, (box[1] + 20) / cell)
     assert np.abs(colours[int(y), int(x)] - [253, 231, 37]).max() <= 3
 
+    exact = pd.read_parquet(by_format["parquet"])
+    assert list(exact.columns) == list(table.columns)
+    np.testing.assert_allclose(exact, table, rtol=1e-8, atol=1e-12)
+    scores = tifffile.imread(by_format["scores.tiff"])
+    assert scores[int(y), int(x)] == np.nanmax(scores) == 100
+    assert (scores >= 100).sum() <= (40 / cell + 1) ** 2
+
     page = by_format["html"].read_text(encoding="utf-8")
     assert "prob_tumour" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "lse", "ins"])
+def test_models_without_attention_show_the_effect_of_each_tile(scene, tmp_path, name):
+    _, slide, bag = scene
+    options = {"ins": {"width": 4, "projection": 2}}.get(name, {"embed_dims": ()})
+    recipe = Recipe(aggregator=Component(name=name, options=options), training=Training(standardize=False))
+    task = make_task("classification", [{"label": "normal"}, {"label": "tumour"}])
+    torch.manual_seed(0)
+    model = build_model(recipe, task, bag.features.shape[1]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+        model.classifier.weight[0] = -1.0
+    card = ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=bag.spec)
+    paths = explain_slide((model, card), slide, bag, tmp_path, formats=["csv", "png", "html"])
+    assert [path.name for path in paths] == ["slide-1_effect.csv", "slide-1_effect.png", "slide-1_effect.html"]
+    table = pd.read_csv(paths[0])
+    assert table.effect.idxmax() == TILE
+    assert "attention" not in table.columns
+    assert "Not shown, attention: the model does not weigh tiles" in paths[2].read_text(encoding="utf-8")
+
+
+def test_chosen_map_is_the_one_that_is_shown(scene, model_folder, tmp_path):
+    _, slide, bag = scene
+    maps = ["gradient", "attention"]
+    (path,) = explain_slide(model_folder, slide, bag, tmp_path, formats=["csv"], maps=maps)
+    assert list(pd.read_csv(path).columns[3:5]) == ["gradient_tumour", "attention_percentile"]
 
 
 def test_loaded_model_gives_the_same_files_as_its_folder(scene, model_folder, tmp_path):

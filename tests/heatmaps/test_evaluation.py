@@ -1,0 +1,209 @@
+"""The report of a cross-validation: every task, sites, worst cases, comparison, and how it looks in a browser."""
+
+import base64
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from eosin.errors import LabelError
+from eosin.heatmaps.evaluation import Context, Evaluated, compare_runs, evaluation_report, site_table, worst_cards
+from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
+from eosin.heatmaps.report import write_report
+from eosin.mil.evaluate import bootstrap, summarise_folds
+from eosin.mil.tasks import make_task
+
+CHROMIUM = Path("/usr/bin/chromium")
+TARGETS = {
+    "classification": "stage",
+    "binary": "er",
+    "ordinal": "grade",
+    "multilabel": "er,her2",
+    "regression": "age",
+    "survival": "months,dead",
+    "cox": "months,dead",
+    "multitask": "er; ordinal:grade; cox:months,dead; regression:age",
+}
+
+
+def table(n=60, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "slide_id": f"s{i}",
+            "patient_id": f"p{i // 2}",
+            "fold": str(i % 3),
+            "stage": "abc"[i % 3],
+            "er": ["neg", "pos"][i % 2],
+            "her2": ["no", "yes"][int(rng.random() < 0.3 or i == 0)],
+            "grade": str(1 + i % 3),
+            "age": f"{50 + 10 * rng.normal():.1f}",
+            "months": f"{rng.exponential(10):.2f}",
+            "dead": str(int(rng.random() < 0.6 or i == 0)),
+        }
+        for i in range(n)
+    ]
+
+
+def tested(kind, n=60, seed=0):
+    """Return task, predictions as text and what crossval would have returned."""
+    rows = table(n)
+    task = make_task(kind, rows, target=TARGETS[kind])
+    target = task.encode(rows)
+    task = task.fit_to(target)
+    outputs = task.activate(torch.randn(n, task.n_outputs, generator=torch.Generator().manual_seed(seed)))
+    frame = pd.DataFrame(rows)[["fold", "slide_id", "patient_id"]]
+    for name, values in zip(task.columns, task.decode(target.numpy()), strict=True):
+        frame[name] = [str(value) for value in values]
+    frame = frame.assign(**{name: [str(v) for v in values] for name, values in task.table(outputs).items()})
+    metrics = task.metrics(outputs, target.numpy())
+    estimates = bootstrap(task, outputs, target.numpy(), frame["patient_id"].tolist(), resamples=10)
+    summary = {
+        "n_folds": 3,
+        "metrics": summarise_folds([metrics] * 3),
+        "out_of_fold": {name: estimate.as_json() for name, estimate in estimates.items()},
+        "folds": [{"fold": fold, "n_test": n // 3, **metrics} for fold in range(3)],
+    }
+    return task, frame, summary
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_task_has_a_report(tmp_path, kind):
+    task, frame, summary = tested(kind)
+    data = evaluation_report(summary, frame, task, Context(notes=("A note.",), provenance={"eosin": "1"}))
+    write_report(tmp_path / "report.html", data)
+    text = (tmp_path / "report.html").read_text()
+    assert data.panels
+    assert len(data.slides) == 12
+    assert len(data.metrics) == len(summary["out_of_fold"])
+    titles = [panel.title for panel in data.panels]
+    if kind in ("survival", "cox"):
+        assert titles == ["Survival by predicted risk"]
+    if kind == "multitask":
+        assert {"er: ROC", "grade: Calibration", "months: Survival by predicted risk"} <= set(titles)
+        assert [confusion.name for confusion in data.confusions] == ["er", "grade"]
+    for confusion in data.confusions:
+        assert confusion.counts.sum() == 60
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
+    assert "<script" not in text
+
+
+def test_outputs_and_targets_are_those_that_were_written():
+    task, frame, _ = tested("classification")
+    found = Evaluated.of(task, frame)
+    metrics = task.metrics(found.outputs, found.targets)
+    predicted = frame["predicted"] == frame["stage"]
+    assert metrics["accuracy"] == pytest.approx(predicted.mean())
+
+
+def test_an_undefined_measure_is_shown_as_undefined(tmp_path):
+    task, frame, summary = tested("binary")
+    for figures in (summary["out_of_fold"]["auc"], summary["folds"][0]):
+        figures |= {"value": None, "lower": None, "upper": None, "auc": None}
+    write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r"Area under the ROC curve</td><td class=\"number\">undefined<", text)
+    assert "0.500" not in re.findall(r"Area under the ROC curve</td>.*", text)[0]
+
+
+def test_sites_are_judged_alone_with_intervals():
+    task, frame, _ = tested("binary")
+    found = Evaluated.of(task, frame)
+    sites = {slide: "A" if number < 40 else "B" for number, slide in enumerate(frame["slide_id"])}
+    sites["s59"] = "C"
+    rows = site_table(found, sites).set_index("Site")
+    assert list(rows.index) == ["A", "B", "C"]
+    assert rows.loc["A", "Slides"] == "40"
+    by_hand = task.metrics(found.outputs[:40], found.targets[:40])
+    assert rows.loc["A", "Area under the ROC curve"] == pytest.approx(by_hand["auc"])
+    assert rows.loc["C", "Area under the ROC curve"] == "undefined"
+    assert site_table(found, {}) is None
+
+
+def test_the_worst_predictions_come_first_with_their_thumbnails(tmp_path):
+    task, frame, _ = tested("binary")
+    found = Evaluated.of(task, frame)
+    worst = frame["slide_id"][int(np.argmax(task.surprise(found.outputs, found.targets)))]
+    Image.new("RGB", (900, 600), (200, 100, 150)).save(tmp_path / f"{worst}.jpg")
+    cards = worst_cards(found, tmp_path)
+    assert cards[0].slide_id == worst
+    assert cards[0].correct is False
+    assert cards[0].pictures[0].image.shape == (200, 300, 3)
+    assert not cards[1].pictures
+    assert cards[0].facts["er"] != cards[0].facts["predicted"]
+    assert not worst_cards(found, None)[0].pictures
+
+
+def test_runs_are_compared_on_the_same_slides_only(tmp_path):
+    task, frame, _ = tested("binary")
+    _, other, _ = tested("binary", seed=1)
+    for name, table_ in (("a", frame), ("b", other), ("c", other.iloc[1:]), ("d", other.assign(er="pos"))):
+        (tmp_path / name).mkdir()
+        table_.to_csv(tmp_path / name / "predictions.csv", index=False)
+    ((heading, rows),) = compare_runs(
+        task.model_dump(mode="json"), *(tmp_path / n / "predictions.csv" for n in "ab")
+    ).items()
+    assert heading == f"Compared with {tmp_path / 'b'}"
+    auc = rows.set_index("Measure").loc["Area under the ROC curve"]
+    assert auc["Difference"] == pytest.approx(auc["This"] - auc["Other"])
+    assert auc["Test"] == "paired bootstrap"
+    for name, message in (("c", "only one of the two has predictions for s0"), ("d", "differ between the two")):
+        with pytest.raises(LabelError, match=message):
+            compare_runs(
+                task.model_dump(mode="json"), tmp_path / "a/predictions.csv", tmp_path / name / "predictions.csv"
+            )
+    single = [t.assign(patient_id=t["slide_id"]) for t in (frame, other)]
+    for name, table_ in zip("ab", single, strict=True):
+        table_.to_csv(tmp_path / name / "predictions.csv", index=False)
+    ((_, rows),) = compare_runs(task.model_dump(mode="json"), *(tmp_path / n / "predictions.csv" for n in "ab")).items()
+    assert rows.set_index("Measure").loc["Area under the ROC curve", "Test"] == "DeLong"
+
+
+def svg(panel):
+    return base64.b64decode(panel.uri.split(",", 1)[1]).decode()
+
+
+def test_curves_state_their_areas_and_leave_out_what_is_not_defined():
+    truth = np.array([False, False, True, True])
+    perfect, one_class = Curve("tumour", truth, np.array([0.1, 0.2, 0.8, 0.9])), Curve("x", truth[2:], np.ones(2))
+    assert "tumour (AUC 1.000)" in svg(roc_panel([perfect, one_class]))
+    assert "tumour (AP 1.000)" in svg(precision_recall_panel([perfect, one_class]))
+    assert roc_panel([one_class]) is precision_recall_panel([one_class]) is None
+    assert "calibration error 0.150" in calibration_panel(perfect, error=0.15).caption
+    assert svg(roc_panel([perfect])) == svg(roc_panel([perfect]))
+
+
+def test_survival_curves_name_the_test_and_the_numbers_at_risk():
+    rng = np.random.default_rng(0)
+    high = np.arange(80) % 2 == 0
+    time = rng.exponential(np.where(high, 2.0, 20.0))
+    panel = survival_panel(high, time, np.ones(80, bool))
+    assert "At risk at the marked times: lower 40, " in panel.caption
+    assert float(re.search(r"p = ([\d.e-]+)\.", panel.caption)[1]) < 1e-4
+    assert survival_panel(np.ones(80, bool), time, np.ones(80, bool)) is None
+
+
+@pytest.mark.parametrize("kind", ["classification", "multitask"])
+def test_the_report_opens_in_a_browser_without_the_network(tmp_path, kind):
+    sync = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip("there is no chromium at /usr/bin/chromium")
+    task, frame, summary = tested(kind)
+    write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("request", lambda request: said.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        pictures = page.evaluate("[...document.images].map(i => i.naturalWidth)")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert all(pictures)
+    assert width <= 1280
+    assert [text for text in said if not text.startswith(("file:", "data:"))] == []
