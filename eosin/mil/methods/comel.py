@@ -7,33 +7,30 @@ image analysis, ICCV 2025, https://arxiv.org/abs/2507.02395.
 1. GDAT (grouped double attention). Padded with zeros to a square of H × H tokens, H = ⌈√n⌉ raised to a multiple of
    the region size R (an even H and one region for n < 10), with group tokens g that are means of H²/R² or R² tokens:
    ``U = softmax(q_g kᵀ / √d) v``, ``out = W (softmax(q k_gᵀ / √d) U + 0.1 v) + b``, one q, k, v projection for both.
-   The zeros take part.
+   The padding says where tokens lie and takes no part in means and softmaxes (`padding="masked"`).
 2. Backbone (aggregator `gdat`): embedding, blocks ``x ← x + GDAT(LN(x))``, ``x ← x + MLP(LN(x))``, ungated attention
    pooling without biases, ``logits = W z + b``.
 3. Pseudo-labels (term `comel_bppl`), for bags of a positive class that are predicted right with probability above τ1:
    prototypes ``c⁺ = Σ a x``, ``c⁻ = Σ (1 - a) x / Σ (1 - a)``; posterior ``softmax([cos(x, c⁻), cos(x, c⁺)] / T)``;
    instances with a posterior above τ2 get its class as label y; with ``p = (a - min a) / (max a + 1e-10)`` the loss
    of a bag is ``-1/n Σ log(p_y + floor)``; τ2 = ½ (1 + τ q), q the mean of probability times correctness.
-4. Low-rank updates (`OrthogonalLora`): ``W x + b + Σ_i B_i (s_i ⊙ A_i x)``; the newest is trained with the penalty
-   ``(‖A Aᵀ - 1‖² + ‖Bᵀ B - 1‖²) / r²`` and gradients ``G_A - G_A Σ A_iᵀ A_i``, ``G_B - Σ B_i B_iᵀ G_B`` over the
-   older i.
-5. `continual_metrics` of a sequence of tasks, R[i, j] the metric of task j after training task i.
+4. A sequence of tasks is learnt by low-rank updates and a head per task (aggregator and strategy `owlora`, in
+   `eosin/mil/methods/owlora.py`): ``eosin train --continue-from RUN`` with the features and labels of the next task.
+5. `continual_metrics` say how a sequence was learnt: average, forgetting, backward transfer.
 
-Deviations from the authors' code. Groups are, as in the code, tokens at equal offsets of all regions, a strided
-sample of the list; the paper describes means within regions: `grouping="spatial"`. Parameters that never matter (a
-scalar bias per head, an unused projection) are left out. q in equation 3 is a moving average over steps; the code
-renews it once per epoch. `floor` is 1e-4; the code's 1e-10 lets one instance of the least attention dominate. The
-code's slot for the basis of W is random and never used; `truncated_basis` gives the true one, which `OrthogonalLora`
-takes as its first slot.
+Deviations from the authors' code. There the zeros of the padding are tokens like all others, which dilutes U and the
+group tokens, the more the smaller the bag: `padding="official"`. Groups are, as in the code, tokens at equal offsets of
+all regions, a strided sample of the list; the paper describes means within regions: `grouping="spatial"`. Parameters
+that never matter (a scalar bias per head, an unused projection) are left out. q in equation 3 is a moving average over
+steps; the code renews it once per epoch. `floor` is 1e-4; the code's 1e-10 lets one instance of the least attention
+dominate.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,11 +41,15 @@ from eosin.mil.attention import bag_attention, bag_product, instance_attention, 
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import Attention, as_dtype, embedding, initialise
 from eosin.mil.methods.clam import require_classes
+from eosin.mil.methods.owlora import OrthogonalLora as OrthogonalLora
+from eosin.mil.methods.owlora import continual_metrics as continual_metrics
+from eosin.mil.methods.owlora import truncated_basis as truncated_basis
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
 from eosin.mil.tasks import Task
 
 Grouping = Literal["official", "spatial"]
+Padding = Literal["masked", "official"]
 
 
 @AGGREGATORS.register("gdat")
@@ -67,6 +68,8 @@ class Gdat(Aggregator):
         R.
     grouping : {"official", "spatial"}
         Group tokens across regions at equal offsets, or of each region.
+    padding : {"masked", "official"}
+        Whether the zeros that fill up the square take part.
     qkv_bias : bool
     expansion : int
         Width of the MLP per width.
@@ -91,6 +94,7 @@ class Gdat(Aggregator):
         heads: int = 8,
         region_size: int = 16,
         grouping: Grouping = "official",
+        padding: Padding = "masked",
         qkv_bias: bool = False,
         expansion: int = 4,
         hidden: int = 256,
@@ -103,6 +107,7 @@ class Gdat(Aggregator):
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.region_size = region_size
         self.grouping = grouping
+        self.padding = padding
         self.embed = embedding(in_dim, (width,), dropout=dropout)
         self.blocks = nn.ModuleList(
             GdatBlock(
@@ -120,7 +125,8 @@ class Gdat(Aggregator):
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
-        groups = Groups.of(bags.lengths, self.region_size, self.grouping, bags.values.device)
+        device = bags.values.device
+        groups = Groups.of(bags.lengths, self.region_size, self.grouping, device, padding=self.padding)
         tokens = bags.values
         for block in self.blocks:
             tokens = block(tokens, groups)
@@ -131,16 +137,16 @@ class Gdat(Aggregator):
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """How the tokens of each bag, padding included, fall into groups of equal size; P rows in all, group by group.
+    """How the tokens of each bag, padding included if it takes part, fall into groups; P rows in all, group by group.
 
     Attributes
     ----------
     padded : (N,) int64
         Row of each instance among the P.
     lengths : tuple of int
-        Padded length of each bag.
+        Length of each bag, with the padding that takes part.
     sizes : (G,) int64
-        Rows of each group of all bags.
+        Rows of each group of all bags; without padding, of those that are not empty.
     token : (B, m) int64
         Group of each token of a bag.
     present : (B, m) bool
@@ -154,7 +160,15 @@ class Groups:
     present: Tensor
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], region_size: int, grouping: Grouping, device: torch.device) -> "Groups":
+    def of(
+        cls,
+        lengths: tuple[int, ...],
+        region_size: int,
+        grouping: Grouping,
+        device: torch.device,
+        *,
+        padding: Padding = "official",
+    ) -> "Groups":
         """Lay out bags of these lengths; all on the host, from numbers that it knows."""
         n = torch.tensor(lengths)
         side = _sides(n, region_size)
@@ -168,15 +182,42 @@ class Groups:
         count, size = (region**2, regions**2) if grouping == "official" else (regions**2, region**2)
         count = torch.where(n > 0, count, 0)
         group, member = (inside, which) if grouping == "official" else (which, inside)
-        total = count * size
-        padded = (total.cumsum(0) - total)[bag] + group * size[bag] + member
+        first = count.cumsum(0) - count  # group of each bag
         numbers = torch.arange(max(1, int(count.max())))
         present = numbers < count[:, None]
-        token = torch.where(present, (count.cumsum(0) - count)[:, None] + numbers, 0)
+        token = torch.where(present, first[:, None] + numbers, 0)
+        if padding == "masked":
+            return cls._without_padding(lengths, first[bag] + group, token, present, device)
+        total = count * size
+        padded = (total.cumsum(0) - total)[bag] + group * size[bag] + member
         sizes = torch.repeat_interleave(size, count)
-        moved = (tensor.to(device, non_blocking=True) for tensor in (padded, sizes, token, present))
-        rows, sizes, token, present = moved
-        return cls(rows, tuple(total.tolist()), sizes, token, present)
+        return cls._moved(device, padded, tuple(total.tolist()), sizes, token, present)
+
+    @classmethod
+    def _without_padding(
+        cls, lengths: tuple[int, ...], group: Tensor, token: Tensor, present: Tensor, device: torch.device
+    ) -> "Groups":
+        """Keep instances and the groups that have any; `group` (N,) counts the groups of all bags."""
+        order = torch.argsort(group, stable=True)
+        padded = torch.empty_like(order)
+        padded[order] = torch.arange(len(order))
+        filled = torch.bincount(group, minlength=int(token.max()) + 1)
+        number = (filled > 0).cumsum(0) - 1
+        present = present & (filled > 0)[token]
+        return cls._moved(device, padded, lengths, filled[filled > 0], torch.where(present, number[token], 0), present)
+
+    @classmethod
+    def _moved(
+        cls,
+        device: torch.device,
+        padded: Tensor,
+        lengths: tuple[int, ...],
+        sizes: Tensor,
+        token: Tensor,
+        present: Tensor,
+    ) -> "Groups":
+        rows, sizes, token, present = (t.to(device, non_blocking=True) for t in (padded, sizes, token, present))
+        return cls(rows, lengths, sizes, token, present)
 
 
 def _sides(n: Tensor, region_size: int) -> Tensor:
@@ -411,123 +452,6 @@ def pseudo_labels(
     cosines = bag_product(functional.normalize(instances), functional.normalize(prototypes, dim=2), bags.lengths)
     posterior, label = (cosines / temperature).softmax(1).max(1)
     return label, posterior > threshold
-
-
-class OrthogonalLora(nn.Module):
-    """A linear layer with low-rank updates, one per task, of which the newest is trained; equation 4.
-
-    Parameters
-    ----------
-    base : Linear
-        W and b; frozen.
-    energy : float
-        Share of W's squared singular values that its basis keeps, see `truncated_basis`.
-    """
-
-    basis_up: Tensor
-    basis_down: Tensor
-
-    def __init__(self, base: nn.Linear, *, energy: float = 0.99) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        up, values, down = truncated_basis(base.weight, energy)
-        with torch.no_grad():
-            base.weight.copy_(up * values @ down)
-        self.register_buffer("basis_up", up)
-        self.register_buffer("basis_down", down)
-        self.down, self.up, self.scales = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-
-    def add_task(self, rank: int) -> None:
-        """Freeze the updates there are, and add one of this rank that changes nothing yet."""
-        self.requires_grad_(False)
-        like = self.base.weight
-        self.down.append(nn.Parameter(like.new_empty(rank, like.shape[1]).normal_(std=rank**-0.5)))
-        self.up.append(nn.Parameter(like.new_zeros(like.shape[0], rank)))
-        self.scales.append(nn.Parameter(like.new_ones(rank)))
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return ``W x + b`` and all updates."""
-        out: Tensor = self.base(values)
-        for down, up, scales in zip(self.down, self.up, self.scales, strict=True):
-            out = out + functional.linear(functional.linear(values, down) * scales, up)
-        return out
-
-    def penalty(self) -> Tensor:
-        """Return how far the newest update is from orthonormal."""
-        down, up = self.down[-1], self.up[-1]
-        eye = torch.eye(len(down), dtype=down.dtype, device=down.device)
-        squares: Tensor = (down @ down.mT - eye).square().sum() + (up.mT @ up - eye).square().sum()
-        return squares / len(down) ** 2
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Take what lies in the spans of the basis and of older updates out of the newest update's gradients."""
-        down, up = self.down[-1], self.up[-1]
-        if down.grad is not None:
-            down.grad -= sum((down.grad @ old.mT @ old for old in [self.basis_down, *self.down[:-1]]), down.grad * 0)
-        if up.grad is not None:
-            up.grad -= sum((old @ (old.mT @ up.grad) for old in [self.basis_up, *self.up[:-1]]), up.grad * 0)
-
-
-def truncated_basis(weight: Tensor, energy: float = 0.99) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular vectors and values of a matrix: the fewest whose squares exceed a share of all.
-
-    Returns
-    -------
-    up : (out, r)
-    values : (r,)
-    down : (r, in)
-    """
-    up, values, down = torch.linalg.svd(weight.detach(), full_matrices=False)
-    share = values.square().cumsum(0) / values.square().sum()
-    rank = min(len(values), int((share <= energy).sum()) + 1)
-    return up[:, :rank], values[:rank], down[:rank]
-
-
-@dataclass(frozen=True)
-class ContinualMetrics:
-    """How a sequence of tasks was learnt, equation 5.
-
-    Attributes
-    ----------
-    final_average, incremental_average : float
-        Mean over the tasks after the last; mean over time of the mean over the tasks so far.
-    forgetting : float
-        Mean over the earlier tasks of the best metric before the last task minus that after it.
-    backward_transfer : float
-        Mean over the earlier tasks of the metric after the last task minus that right after the task itself.
-    """
-
-    final_average: float
-    incremental_average: float
-    forgetting: float
-    backward_transfer: float
-
-
-def continual_metrics(results: NDArray[np.float64]) -> ContinualMetrics:
-    """Return the metrics of a sequence of tasks.
-
-    Parameters
-    ----------
-    results : (T, T) float64
-        Row i, column j: metric of task j after training task i; what lies above the diagonal is not read.
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer than two tasks or the table is not square.
-    """
-    if results.ndim != 2 or results.shape[0] != results.shape[1] or len(results) < 2:
-        raise ConfigError(f"results must be (T, T) with at least 2 tasks, not {results.shape}")
-    last = results[-1]
-    so_far = [float(row[: number + 1].mean()) for number, row in enumerate(results)]
-    best = np.array([results[task:-1, task].max() for task in range(len(results) - 1)])
-    return ContinualMetrics(
-        final_average=float(last.mean()),
-        incremental_average=float(np.mean(so_far)),
-        forgetting=float((best - last[:-1]).mean()),
-        backward_transfer=float((last - results.diagonal())[:-1].mean()),
-    )
 
 
 RECIPE = Recipe(
