@@ -108,7 +108,8 @@ def tiles_in_outline(grid: TileGrid, outline_px0: Points) -> Indices:
     """Return the tiles whose centre lies in a drawn outline (m, 2); one that crosses itself holds what it surrounds."""
     if len(outline_px0) < 3 or not np.isfinite(outline_px0).all():
         return np.zeros(0, dtype=np.int64)
-    drawn = shapely.simplify(shapely.Polygon(outline_px0), grid.tile_px0 / 20)
+    corners = outline_px0.round(3)  # coordinates below any screen's pixel make geometry stumble
+    drawn = shapely.simplify(shapely.Polygon(corners), grid.tile_px0 / 20)
     return _tiles_within(grid, shapely.make_valid(drawn))
 
 
@@ -116,7 +117,8 @@ def tiles_under_stroke(grid: TileGrid, stroke_px0: Points, *, width_tiles: float
     """Return the tiles whose centre lies under a brush stroke (m, 2) that is `width_tiles` tiles wide."""
     if not len(stroke_px0) or not np.isfinite(stroke_px0).all():
         return np.zeros(0, dtype=np.int64)
-    line = shapely.LineString(np.repeat(stroke_px0, 2, axis=0) if len(stroke_px0) == 1 else stroke_px0)
+    points = stroke_px0.round(3)
+    line = shapely.LineString(np.repeat(points, 2, axis=0) if len(points) == 1 else points)
     thin = shapely.simplify(line, grid.tile_px0 / 20)
     return _tiles_within(grid, shapely.buffer(thin, width_tiles * grid.tile_px0 / 2))
 

@@ -1,7 +1,6 @@
 """The live page: one per browser tab. What a reader does becomes an edit, an edit becomes a prediction in words."""
 
 import asyncio
-import base64
 import functools
 import logging
 import time
@@ -16,39 +15,27 @@ import numpy as np
 from bokeh.document import Document
 from bokeh.events import ButtonClick, SelectionGeometry, Tap
 from bokeh.layouts import column, row
-from bokeh.models import (
-    BoxSelectTool,
-    ColumnDataSource,
-    CustomJS,
-    Div,
-    FreehandDrawTool,
-    LassoSelectTool,
-    MultiLine,
-    PanTool,
-    TileRenderer,
-    WMTSTileSource,
-)
+from bokeh.models import ColumnDataSource, Div, WMTSTileSource
 from numpy.typing import NDArray
 
 from eosin.errors import EosinError
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.viewer.canvas import REMOVED_COLOUR, Canvas, make_canvas, outline_columns
+from eosin.heatmaps.viewer.canvas import Canvas, make_canvas, outline_columns
 from eosin.heatmaps.viewer.catalogue import Catalogue, Study
+from eosin.heatmaps.viewer.drawing import add_slide, add_tools, last_stroke, outline_of
+from eosin.heatmaps.viewer.gallery import highest, make_gallery
 from eosin.heatmaps.viewer.lattice import Indices, tiles_in_outline, tiles_under_stroke
 from eosin.heatmaps.viewer.layers import Choice, default_scaling, scalings_of
 from eosin.heatmaps.viewer.panel import (
-    GALLERY_SIZE,
     SHOW_GREY,
     SHOW_MAP,
     SHOW_TISSUE,
     Panel,
-    gallery_columns,
     history_html,
     make_panel,
     place_in_gallery,
     result_html,
     spinner,
-    switch_tools,
     verdict_html,
 )
 from eosin.heatmaps.viewer.saved import save_session
@@ -59,16 +46,15 @@ from eosin.heatmaps.viewer.session import (
     Verdict,
     controls,
     controls_in_words,
+    counted,
     in_words,
     judge,
     state_in_words,
 )
-from eosin.heatmaps.viewer.tiles import Pyramid, TileStore
+from eosin.heatmaps.viewer.tiles import TileStore
 
 logger = logging.getLogger(__name__)
 
-SCREEN_TILE_PX = 256  # of a tile: the server sends twice as many, so that pixels are sharp at every zoom
-GALLERY_PX = 192
 LOOK_TILES = 12
 COPY = 3
 ResultT = TypeVar("ResultT")
@@ -149,11 +135,14 @@ class Page:
         self.befores: dict[str, Verdict] = {}
         self.copied: tuple[Study, Indices] | None = None
         self.canvas: Canvas | None = None
+        self.slide_tiles: WMTSTileSource | None = None
         self.study: Study | None = None
         self.choice = Choice("")
         self._is_filling = False
         self._has_chosen_class = False
         self._connect()
+        if desk.out is None:
+            self.panel.save.label = "Saving needs --out"
         document.title = "eosin view"
         document.add_root(
             row(
@@ -238,8 +227,8 @@ class Page:
         shown = self._shown_map(prepared.heatmap)
         opacity = float(panel.opacity.value)
         self.canvas = make_canvas(study.lattice, shown, prepared.heatmap, opacity=opacity)
-        self._add_slide(self.canvas, study)
-        self._add_tools(self.canvas, study)
+        self.slide_tiles = add_slide(self.canvas, study.grid, self._address("colour"))
+        add_tools(self.canvas, self.panel, self.draw, self.paint)
         self.holder.children = [self.canvas.plot, self.canvas.readout]
         self.canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
         self.document.title = f"eosin · {study.listed.slide_id}"
@@ -262,49 +251,15 @@ class Page:
     def _shown_map(self, heatmap: Heatmap) -> Heatmap:
         return self._shown_study().layers.get(self.choice, str(self.panel.scaling.value))
 
-    def _add_slide(self, canvas: Canvas, study: Study) -> None:
-        grid = study.grid
-        pyramid = Pyramid(grid.slide_size_px0, grid.slide_mpp)
-        source = WMTSTileSource(
-            url=self._address("colour"),
-            tile_size=SCREEN_TILE_PX,
-            max_zoom=pyramid.max_zoom,
-            initial_resolution=pyramid.side_um / SCREEN_TILE_PX,
-            x_origin_offset=0,
-            y_origin_offset=pyramid.side_um,
-            wrap_around=False,
-        )
-        canvas.plot.renderers.insert(0, TileRenderer(tile_source=source, name="slide"))
-
     def _address(self, look: str) -> str:
         return self.template.replace("{key}", self._shown_study().listed.key).replace("{look}", look)
-
-    def _add_tools(self, canvas: Canvas, study: Study) -> None:
-        strokes = ColumnDataSource({"xs": [], "ys": []})
-        brush = canvas.plot.add_glyph(
-            strokes, MultiLine(line_color=REMOVED_COLOUR, line_width=6, line_alpha=0.5, line_cap="round")
-        )
-        tools = [
-            canvas.plot.select_one(PanTool),
-            LassoSelectTool(renderers=[], continuous=False),
-            BoxSelectTool(renderers=[], continuous=False),
-            FreehandDrawTool(renderers=[brush], num_objects=1),
-        ]
-        canvas.plot.add_tools(*tools[1:])
-        canvas.plot.toolbar.active_drag = tools[self.panel.tool.active or 0]
-        switch_tools(self.panel.tool, tools, self.panel.brush)
-        code = "for (const glyph of glyphs) glyph.global_alpha = slider.value"
-        fade = CustomJS(args={"glyphs": [canvas.shown.glyph], "slider": self.panel.opacity}, code=code)
-        self.panel.opacity.js_property_callbacks = {"change:value": [fade]}
-        canvas.plot.on_event(SelectionGeometry, self.draw)
-        strokes.on_change("data", lambda _attribute, _old, new: self.paint(strokes, new))
 
     @told
     def draw(self, event: SelectionGeometry) -> None:
         """Act on the tiles inside a lasso or a box."""
         if event.final:
             started = time.perf_counter()
-            self._act(tiles_in_outline(self._shown_study().grid, self._to_px0(_outline(event.geometry))), started)
+            self._act(tiles_in_outline(self._shown_study().grid, self._to_px0(outline_of(event.geometry))), started)
 
     @told
     def paint(self, strokes: ColumnDataSource, data: dict[str, Any]) -> None:
@@ -312,7 +267,7 @@ class Page:
         if not len(data.get("xs", ())):
             return
         started = time.perf_counter()
-        stroke = np.stack([np.asarray(data[axis][-1], dtype=np.float64) for axis in ("xs", "ys")], axis=1)
+        stroke = last_stroke(data)
         strokes.data = {"xs": [], "ys": []}
         width = float(self.panel.brush.value)
         self._act(tiles_under_stroke(self._shown_study().grid, self._to_px0(stroke), width_tiles=width), started)
@@ -332,7 +287,7 @@ class Page:
         study = self._shown_study()
         self.copied = study, tiles
         self._enable()
-        self.tell(f"Copied {len(tiles):,} tiles; open another slide of the list and add them there.")
+        self.tell(f"Copied {counted(len(tiles))}; open another slide of the list and add them there.")
 
     def _do(self, edited: Edited, started: float) -> None:
         """Ask the model about an edit: at once where it answers from sums, else with a spinner."""
@@ -376,7 +331,11 @@ class Page:
             self.canvas.show_removed(edited.present)
         self._enable()
         study, choice = edited.study, self.choice
-        self.later("", lambda: _gallery(self.desk.store, study, choice, edited.present), self._show_gallery)
+        self.later(
+            "",
+            lambda: make_gallery(self.desk.store, study, study.layers.get(choice), edited.present),
+            self._show_gallery,
+        )
 
     def _enable(self) -> None:
         panel, edited = self.panel, self.edited
@@ -386,7 +345,7 @@ class Page:
         source, tiles = self.copied or (None, ())
         panel.transplant.visible = source is not None and source.listed.key != edited.study.listed.key
         if source is not None:
-            panel.transplant.label = f"Add {len(tiles):,} of {source.listed.slide_id}"
+            panel.transplant.label = f"Add {counted(len(tiles))} of {source.listed.slide_id}"
 
     def _tell_result(self) -> None:
         study, catalogue = self._shown_study(), self.desk.catalogue
@@ -497,13 +456,13 @@ class Page:
         active = self.panel.shown.active
         self.canvas.shown.visible = self.canvas.bar.visible = SHOW_MAP in active
         self.canvas.outline.visible = SHOW_TISSUE in active
-        source = self.canvas.plot.renderers[0].tile_source
-        source.url = self._address("grey" if SHOW_GREY in active else "colour")
+        if self.slide_tiles is not None:
+            self.slide_tiles.url = self._address("grey" if SHOW_GREY in active else "colour")
 
     @told
     def jump(self, event: Tap) -> None:
         """Look at the tile of the gallery that was pressed."""
-        ranked = _highest(self._shown_study().layers.get(self.choice), self.edited.present)
+        ranked = highest(self._shown_study().layers.get(self.choice), self.edited.present)
         place = place_in_gallery(float(event.x), float(event.y))
         if self.canvas is not None and 0 <= place < len(ranked):
             grid = self._shown_study().grid
@@ -519,29 +478,3 @@ class Page:
 
 def _press(act: Callable[[], None], _event: ButtonClick) -> None:
     act()
-
-
-def _outline(geometry: dict[str, Any]) -> NDArray[np.float64]:
-    """Return the corners (m, 2) of what a selection tool drew, in plot units."""
-    if geometry.get("type") == "rect":
-        x0, x1, y0, y1 = (float(geometry[name]) for name in ("x0", "x1", "y0", "y1"))
-        return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-    return np.stack([np.asarray(geometry[axis], dtype=np.float64) for axis in ("x", "y")], axis=1)
-
-
-def _highest(heatmap: Heatmap, present: NDArray[np.bool_]) -> Indices:
-    values = np.where(present, heatmap.values, -np.inf)
-    count = min(GALLERY_SIZE, int(np.count_nonzero(present)))
-    return np.asarray(np.argsort(-values, kind="stable")[:count], dtype=np.int64)
-
-
-def _gallery(store: TileStore, study: Study, choice: Choice, present: NDArray[np.bool_]) -> dict[str, Any]:
-    heatmap = study.layers.get(choice)
-    boxes = study.grid.boxes_px0()
-    urls, labels = [], []
-    for tile in _highest(heatmap, present).tolist():
-        x0, y0, x1, y1 = boxes[tile].tolist()
-        jpeg = store.cutout(study.listed.key, (x0, y0, x1, y1), GALLERY_PX)
-        urls.append(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}")
-        labels.append(f"{heatmap.values[tile]:.3g}")
-    return gallery_columns(urls, labels)

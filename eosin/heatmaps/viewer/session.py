@@ -158,7 +158,10 @@ def judge(catalogue: Catalogue, logits: Floats) -> Verdict:
     classes, task = catalogue.classes, catalogue.card.load_task()
     own = logits[-catalogue.model.n_outputs :]  # without the zero that stands for the first class
     columns = task.table(task.activate(torch.from_numpy(own[None])))
-    printed = {name: f"{row[0]:.3f}" if isinstance(row[0], float | np.floating) else str(row[0]) for name, row in columns.items()}
+    printed = {
+        name: f"{row[0]:.3f}" if isinstance(row[0], float | np.floating) else str(row[0])
+        for name, row in columns.items()
+    }
     odds = {name: float(Target(output).of(logits)) for output, name in enumerate(classes)}
     return Verdict(tuple(logits.tolist()), printed, odds)
 
@@ -187,12 +190,17 @@ def _how(edited: Edited) -> str:
         parts.append(f"Without {_tiles(gone, n)}")
     if edited.added is not None:
         start = "and with" if parts else "With"
-        parts.append(f"{start} {edited.n_added:,} tiles of {edited.added.donor.listed.slide_id} added")
+        parts.append(f"{start} {counted(edited.n_added)} of {edited.added.donor.listed.slide_id} added")
     return " ".join(parts) or "With all tiles"
 
 
 def _tiles(count: int, total: int) -> str:
-    return f"{count:,} {'tile' if count == 1 else 'tiles'} ({100 * count / total:.2g} %)"
+    return f"{counted(count)} ({100 * count / total:.2g} %)"
+
+
+def counted(count: int) -> str:
+    """Return a number of tiles in words."""
+    return f"{count:,} {'tile' if count == 1 else 'tiles'}"
 
 
 def state_in_words(verdict: Verdict) -> str:

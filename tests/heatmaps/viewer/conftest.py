@@ -74,9 +74,9 @@ def slow_url(desk, catalogue):
     catalogue._studies[study.listed.key] = study
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A headless browser."""
+    """A headless browser; for one module, because playwright's loop is in the way of other tests that run one."""
     if not CHROMIUM.exists():
         pytest.skip("there is no /usr/bin/chromium on this machine")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -19,6 +19,7 @@ class Reader:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
+        self.wait("window.Bokeh && Bokeh.documents.length > 0")
 
     def model(self, name):
         return f"Bokeh.documents[0].get_model_by_name('{name}')"
@@ -173,12 +174,12 @@ def test_tiles_are_carried_to_another_slide_and_the_session_is_saved(reader, des
     reader.press("Lasso")
     reader.press("Copy")
     reader.lasso(TILE_CENTRE_UM, 8)
-    reader.wait_for_text("status", "Copied 1 tiles")
+    reader.wait_for_text("status", "Copied 1 tile;")
     reader.choose("slide", catalogue.shown[1].key)
     reader.ready("slide-2")
     assert "The model says normal" in reader.text("verdict")
-    reader.press("Add 1 of slide-1")
-    reader.wait_for_text("result", "With 1 tiles of slide-1 added the model no longer says normal")
+    reader.press("Add 1 tile of slide-1")
+    reader.wait_for_text("result", "With 1 tile of slide-1 added the model no longer says normal")
     reader.press("Save session")
     reader.wait_for_text("status", "Saved slide-2_")
     saved = sorted(path.name for path in desk.out.iterdir())

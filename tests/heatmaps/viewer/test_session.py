@@ -72,11 +72,11 @@ def test_words_say_what_was_done_and_what_changed(catalogue, studies):
     study, donor = studies
     whole = Edited.untouched(study)
     before = judge(catalogue, whole.logits())
-    assert state_in_words(before).startswith("The model says tumour, probability 0.9")
+    assert state_in_words(before).startswith("The model says tumour, probability 0.8")
     without = whole.act("remove", np.array([TILE]))
     after = judge(catalogue, without.logits())
     words = in_words(catalogue, without, before, after, "tumour")
-    assert words.startswith("Without 1 tile (0.52 %) the model no longer says tumour: 0.9")
+    assert words.startswith("Without 1 tile (0.52 %) the model no longer says tumour: 0.8")
     assert f"({after.log_odds['tumour'] - before.log_odds['tumour']:+.2f}" not in words.split("log-odds")[0]
     assert "now says normal" in in_words(catalogue, without, before, after, "normal")
     grafted = without.transplant(donor, np.array([1, 2]))
@@ -97,7 +97,7 @@ def test_random_edits_are_of_the_same_size_and_the_marked_tile_stands_out(catalo
     before, after = (judge(catalogue, one.logits()).log_odds["tumour"] for one in (Edited.untouched(study), edited))
     assert (np.abs(values - before) < 0.5).sum() >= 18
     words = controls_in_words(before, after, values)
-    assert words.startswith("With as many random tiles instead: 0.9")
+    assert words.startswith("With as many random tiles instead: 0.8")
     assert "p = 0.0" in words or "p = 0.1" in words
 
 
