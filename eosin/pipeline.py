@@ -24,6 +24,7 @@ from eosin.features.extract import extract
 from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map
+from eosin.heatmaps.evaluation import METRIC_NAMES
 from eosin.heatmaps.explain import FORMATS, explain_slide
 from eosin.heatmaps.report import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import load_card, load_model
@@ -44,17 +45,6 @@ from eosin.wsi.tissue import TissueOptions
 
 VAL_FRACTION = 0.15
 PICTURE_PX = 560
-METRIC_NAMES = {
-    "auc": "Area under the ROC curve",
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "average_precision": "Average precision",
-    "f1": "F1 score, mean of the classes",
-    "log_loss": "Cross-entropy",
-    "brier": "Brier score",
-    "ece": "Expected calibration error",
-    "kappa": "Cohen's kappa",
-}
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[object], None] | None]]
 """Given the name of a stage and its number of slides; its context is called with each finished item."""

@@ -1,7 +1,6 @@
 """`eosin crossval`: features + labels → a model per fold, out-of-fold predictions, metrics, report."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,19 +19,16 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, Settings, command, progress, say
+from eosin.cli._study import CacheGb, MaxInstancesPerStep, SlideTable
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from eosin.heatmaps.report import ReportData, RocInput
+    from eosin.mil.crossval import FoldSplits
     from eosin.mil.recipe import Recipe
-    from eosin.mil.splits import Split
     from eosin.mil.study import Study
-    from eosin.mil.tasks import Task
 
-CHOSEN, SWEEP_TABLE = "chosen", "sweep.csv"
+CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
 
 
 @command("recipe", "task", "target", "folds")
@@ -40,6 +36,7 @@ def crossval(
     *,
     features: FeaturesFolder,
     labels: Labels,
+    slide_table: SlideTable = None,
     task: TaskKind = None,
     recipe: RecipeName = None,
     out: Annotated[Path, typer.Option(help="Folder for models, predictions, metrics and the report.")],
@@ -54,28 +51,56 @@ def crossval(
     sweep: Annotated[
         Path | None, typer.Option(help="YAML file of recipes, a grid of options and seeds to choose from.")
     ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another cross-validation of the same slides, to compare with.")
+    ] = None,
+    max_instances_per_step: MaxInstancesPerStep = None,
+    cache_gb: CacheGb = 2.0,
     device: Device = "auto",
     precision: TrainPrecision = "fp32",
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
     from eosin.cli._study import choose_recipe, read_study
-    from eosin.heatmaps.report import write_report
+    from eosin.heatmaps.evaluation import Context, compare_runs, report_crossval
     from eosin.mil.crossval import METRICS, PREDICTIONS
 
-    chosen = choose_recipe(recipe, settings)
+    chosen = choose_recipe(recipe, settings, max_instances_per_step=max_instances_per_step)
     candidates = _candidates(sweep, recipe, settings)
-    study = read_study(features, labels, settings, task=task, target=target, group=group, level=level, missing=missing)
-    parts = study.splits(splits, folds=settings.choose("folds", folds, 5), seed=chosen.training.seed)
+    study = read_study(
+        features,
+        labels,
+        settings,
+        task=task,
+        target=target,
+        group=group,
+        level=level,
+        missing=missing,
+        slide_table=slide_table,
+        cache_gb=cache_gb,
+    )
+    number, seed = settings.choose("folds", folds, 5), chosen.training.seed
+    parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
+    say("; ".join(study.notes))
     results = out
     if sweep is None:
         metrics = _train(chosen, study, parts, out, device=device, precision=precision)
     else:
         metrics = _sweep(candidates, study, parts, out, device=device, precision=precision)
         results = out / CHOSEN
-    write_report(out / "report.html", _report(study.task, metrics, results / PREDICTIONS))
-    tables = [] if sweep is None else [out / SWEEP_TABLE]
-    return Done([*tables, results / METRICS, results / PREDICTIONS, out / "report.html"])
+    tables = {} if compare is None else compare_runs(metrics["task"], results / PREDICTIONS, compare / PREDICTIONS)
+    context = Context(
+        thumbnails=features.parent.parent / "thumbnails",
+        tables=tables,
+        provenance={
+            "labels": str(labels),
+            "splits": f"{splits or f'{number} new folds'}, never with a {group} on two sides",
+            "computed": f"{device}, {precision}, seed {seed}",
+        },
+    )
+    report_crossval(out / REPORT, metrics, results / PREDICTIONS, study, context)
+    first = [] if sweep is None else [out / SWEEP_TABLE]
+    return Done([*first, results / METRICS, results / PREDICTIONS, out / REPORT])
 
 
 def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":
@@ -90,7 +115,7 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
 
 
 def _train(
-    recipe: "Recipe", study: "Study", parts: "list[Split]", out: Path, *, device: str, precision: str
+    recipe: "Recipe", study: "Study", parts: "Sequence[FoldSplits]", out: Path, *, device: str, precision: str
 ) -> Mapping[str, Any]:
     from eosin.mil.crossval import crossval as train_and_test
 
@@ -111,7 +136,7 @@ def _train(
 def _sweep(
     candidates: "dict[str, Recipe]",
     study: "Study",
-    parts: "list[Split]",
+    parts: "Sequence[FoldSplits]",
     out: Path,
     *,
     device: str,
@@ -131,41 +156,3 @@ def _sweep(
             precision=precision,
             progress=None if advance is None else lambda _name, fold: advance(fold),
         )
-
-
-def _report(task: "Task", metrics: Mapping[str, Any], path: Path) -> "ReportData":
-    import pandas as pd
-
-    from eosin import __version__
-    from eosin.heatmaps.report import Metric, ReportData
-    from eosin.pipeline import METRIC_NAMES, read_predictions
-
-    predictions = read_predictions(path)
-    slides, patients = predictions["slide_id"].nunique(), predictions["patient_id"].nunique()
-    note = f"all {len(predictions)} test predictions together; 95 % bootstrap over {patients} patients"
-    over_folds = pd.DataFrame(metrics["metrics"]).T.rename_axis("metric").reset_index()
-    return ReportData(
-        title="Cross-validation",
-        summary=f"{slides} slides of {patients} patients in {metrics['n_folds']} folds, each tested by a model that "
-        "was trained on other patients.",
-        metrics=tuple(
-            Metric(METRIC_NAMES.get(name, name), estimate["value"], estimate["lower"], estimate["upper"], note)
-            for name, estimate in metrics["out_of_fold"].items()
-            if estimate["value"] is not None
-        ),
-        roc=_roc(task, predictions),
-        predictions=predictions,
-        tables={"Over folds": over_folds, "Folds": pd.DataFrame(metrics["folds"])},
-        provenance={"eosin": __version__, "recipe": json.dumps(metrics["recipe"], sort_keys=True)},
-    )
-
-
-def _roc(task: "Task", predictions: "DataFrame") -> "tuple[RocInput, ...]":
-    """Return the curve of a two-class task; the second class is the positive one."""
-    from eosin.heatmaps.report import RocInput
-
-    classes: tuple[str, ...] = getattr(task, "classes", ())
-    if len(classes) != 2:
-        return ()
-    truth = (predictions[task.columns[0]] == classes[1]).to_numpy()
-    return (RocInput("test parts", truth, predictions[f"prob_{classes[1]}"].to_numpy(dtype=float)),)

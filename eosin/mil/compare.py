@@ -11,6 +11,7 @@ from scipy import stats
 from eosin.errors import LabelError
 from eosin.mil.evaluate import LEVEL, RESAMPLES, patient_draws
 from eosin.mil.metrics import Floats
+from eosin.mil.tables import Table, shown
 from eosin.mil.task import Task
 
 
@@ -26,6 +27,8 @@ class Difference:
         Confidence interval of the difference.
     p_value : float or None
         Two-sided, for no difference.
+    test : str
+        How interval and p-value were found.
     """
 
     first: float | None
@@ -34,6 +37,7 @@ class Difference:
     lower: float | None
     upper: float | None
     p_value: float | None
+    test: str = "paired bootstrap"
 
 
 def delong(first: Floats, second: Floats, positive: NDArray[np.bool_], *, level: float = LEVEL) -> Difference:
@@ -52,14 +56,14 @@ def delong(first: Floats, second: Floats, positive: NDArray[np.bool_], *, level:
     """
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
-        return Difference(None, None, None, None, None, None)
+        return Difference(None, None, None, None, None, None, "DeLong")
     areas, v_positive, v_negative = zip(*(_placements(scores, positive) for scores in (first, second)), strict=True)
     difference = areas[0] - areas[1]
     variance = _variance(v_positive[0] - v_positive[1]) + _variance(v_negative[0] - v_negative[1])
     deviation = float(np.sqrt(variance))
     half = float(stats.norm.ppf((1 + level) / 2)) * deviation
     p_value = float(2 * stats.norm.sf(abs(difference) / deviation)) if deviation else float(difference == 0)
-    return Difference(areas[0], areas[1], difference, difference - half, difference + half, p_value)
+    return Difference(areas[0], areas[1], difference, difference - half, difference + half, p_value, "DeLong")
 
 
 def _placements(scores: Floats, positive: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
@@ -135,3 +139,56 @@ def _difference(
     side = min((drawn <= 0).mean(), (drawn >= 0).mean())
     p_value = min(max(2 * float(side), 1 / (resamples + 1)), 1.0)
     return Difference(first, second, first - second, float(lower), float(upper), p_value)
+
+
+def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Difference]:
+    """Compare two tables of out-of-fold predictions on the slides that both hold.
+
+    The area under the ROC curve of two classes with one slide per patient is compared by `delong`, everything else by
+    `paired_bootstrap`.
+
+    Parameters
+    ----------
+    task : Task
+    first, second : mapping of str to sequence of str
+        ``predictions.csv`` of `eosin.mil.crossval.crossval`, as text.
+
+    Raises
+    ------
+    LabelError
+        If they are not about the same slides, patients and labels, or lack columns of the task.
+    """
+    needed = ["slide_id", "patient_id", *task.columns]
+    rows = [_by_slide(table, needed) for table in (first, second)]
+    if rows[0].keys() != rows[1].keys():
+        odd = sorted(rows[0].keys() ^ rows[1].keys())
+        raise LabelError(f"only one of the two has predictions for {shown(odd)}; compare the same slides")
+    slides = list(rows[0])
+    differs = [slide for slide in slides if any(rows[0][slide][name] != rows[1][slide][name] for name in needed)]
+    if differs:
+        raise LabelError(f"patient or label of {shown(differs)} differ between the two; compare the same labels")
+    outputs = []
+    for table in rows:
+        columns = {name: [table[slide][name] for slide in slides] for name in table[slides[0]]}
+        try:
+            outputs.append(task.read_outputs(columns))
+        except KeyError as error:
+            raise LabelError(f"predictions without the column {error}; compare runs of the same task") from None
+    targets = task.encode([rows[0][slide] for slide in slides]).numpy()
+    patients = [rows[0][slide]["patient_id"] for slide in slides]
+    found = paired_bootstrap(task, outputs[0], outputs[1], targets, patients)
+    if len(getattr(task, "classes", ())) == 2 and len(set(patients)) == len(patients):
+        found["auc"] = delong(outputs[0][:, 1], outputs[1][:, 1], targets == 1)
+    return found
+
+
+def _by_slide(table: Table, needed: Sequence[str]) -> dict[str, dict[str, str]]:
+    absent = [name for name in needed if name not in table]
+    if absent:
+        raise LabelError(f"predictions without the column {absent[0]!r}; compare runs of the same task")
+    columns = list(table)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    found = {row["slide_id"]: row for row in rows}
+    if len(found) < len(rows):
+        raise LabelError("a slide was tested more than once; compare runs that test each slide once")
+    return found

@@ -61,6 +61,43 @@ def group_by_budget(lengths: Sequence[int], most_instances: int) -> list[list[in
     return groups
 
 
+class DeviceBags:
+    """Bags that stay on a device from their first use until a budget is spent; the others are copied each time.
+
+    Parameters
+    ----------
+    bags : BagSource
+    device : torch.device
+    budget_bytes : int
+        Of the stored dtype.
+    """
+
+    def __init__(self, bags: BagSource, device: torch.device, budget_bytes: int) -> None:
+        self.spec = bags.spec
+        self.ids: Sequence[str] = bags.ids
+        self._bags = bags
+        self._device = device
+        self._kept: dict[str, Tensor] = {}
+        self._free_bytes = budget_bytes
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances."""
+        return self._bags.length(bag_id)
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances, or some rows of them, on the device."""
+        if bag_id in self._kept:
+            bag = self._kept[bag_id]
+            return bag if rows is None else bag[rows.to(self._device)]
+        if rows is not None:
+            return self._bags.load(bag_id, rows).to(self._device)
+        bag = self._bags.load(bag_id).to(self._device)
+        if bag.nbytes <= self._free_bytes:
+            self._kept[bag_id] = bag
+            self._free_bytes -= bag.nbytes
+        return bag
+
+
 class EvaluationPacks:
     """All examples in packs, made again at each pass, or kept on the device when they are small.
 

@@ -187,6 +187,16 @@ class MultiTask(Task):
             strata[number] = stratum
         return strata
 
+    def by_part(
+        self, outputs: Floats, target: NDArray[Any]
+    ) -> list[tuple[str, Task, Floats, NDArray[Any], NDArray[np.int64]]]:
+        """Return for each part: its name, itself, its outputs and known targets, and the rows that have them."""
+        sliced = self._sliced(torch.from_numpy(np.asarray(target)))
+        return [
+            (name, part, own[there.numpy()], known.numpy(), there.numpy())
+            for name, (part, known, there), own in zip(self.names, sliced, self._outputs(outputs), strict=True)
+        ]
+
     def _with(self, parts: Iterable[Task]) -> Self:
         return self.model_copy(update={"parts": tuple(parts)})
 

@@ -1,10 +1,8 @@
 """The state of an unfinished training, in one file that is whole or absent: tensors, and facts as JSON beside them."""
 
-import csv
-import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eosin.files import write_file, write_text
+from eosin.files import write_file
 
 STATE = "state.safetensors"
-LOG = "log.csv"
 
 logger = logging.getLogger(__name__)
 
@@ -69,28 +66,3 @@ def read_state(folder: Path, fingerprint: str) -> State | None:
         logger.warning("%s is of another training; training starts anew", path)
         return None
     return State(tensors, facts)
-
-
-def write_log(folder: Path, history: Sequence[Mapping[str, float | int | None]]) -> None:
-    """Write one line per pass as ``log.csv``; an undefined value is an empty cell."""
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for epoch in history for name in epoch))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(folder / LOG, text.getvalue())
-
-
-def read_log(folder: Path) -> tuple[dict[str, float | int | None], ...]:
-    """Read ``log.csv`` again; empty when there is none."""
-    path = folder / LOG
-    if not path.exists():
-        return ()
-    with path.open(newline="", encoding="utf-8") as file:
-        return tuple({name: _number(text) for name, text in row.items()} for row in csv.DictReader(file))
-
-
-def _number(text: str) -> float | int | None:
-    if not text:
-        return None
-    return int(text) if text.lstrip("-").isdigit() else float(text)

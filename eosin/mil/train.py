@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import CARD, ModelCard, build_model, load_model, save_model
-from eosin.mil.data import Examples, shown
+from eosin.mil.data import BagSource, Examples, shown
 from eosin.mil.evaluate import choose_device, compute_logits
 from eosin.mil.feed import (
     EVALUATION_INSTANCES,
     KEPT_BYTES,
+    DeviceBags,
     EvaluationPacks,
     ahead,
     draw_order,
@@ -35,11 +35,14 @@ from eosin.mil.feed import (
     on_device,
     pack_bags,
 )
+from eosin.mil.log import read_log, write_events, write_log
+from eosin.mil.objective import Objective as Objective
+from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
 from eosin.mil.parallel import join, mean_over_processes, sum_gradients
 from eosin.mil.recipe import Recipe, Training
-from eosin.mil.resume import State, forget_state, read_log, read_state, write_log, write_state
+from eosin.mil.resume import State, forget_state, read_state, write_state
 from eosin.mil.seen import SEEN, write_seen
-from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
+from eosin.mil.slots import Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task
 
@@ -73,49 +76,6 @@ class Fitted:
         return save_model(folder, self.model, self.card)
 
 
-class Objective(nn.Module):
-    """What is minimised: the strategy's step, the task's loss and the loss terms, with all their parameters.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    model : Aggregator
-    task : Task
-    """
-
-    def __init__(self, recipe: Recipe, model: Aggregator, task: Task) -> None:
-        super().__init__()
-        self.strategy: Strategy = STRATEGIES.build(recipe.strategy.name, model, task, options=recipe.strategy.options)
-        self.terms = nn.ModuleList(
-            LOSS_TERMS.build(term.name, model, task, options=term.options) for term in recipe.terms
-        )
-        self._names = [term.name for term in recipe.terms]
-        self._weights = [term.weight for term in recipe.terms]
-        self._bag_weight = recipe.bag_weight
-        self._task = task
-
-    def forward(
-        self, bags: PackedBags, target: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Step, dict[str, Tensor]]:
-        """Return the objective, the step, and each part by name; `weights` (B,) weigh the bag losses."""
-        step: Step = self.strategy(bags, target)
-        if weights is None:
-            bag = self._task.loss(step.output.logits, target)
-        else:
-            bag = (self._task.bag_losses(step.output.logits, target) * weights).mean()
-        parts = {"bag": bag, **step.extra}
-        total = self._bag_weight * bag + sum(step.extra.values(), start=torch.zeros_like(bag))
-        for name, weight, term in zip(self._names, self._weights, self.terms, strict=True):
-            parts[name] = term(step.output, step.bags, target)
-            total = total + weight * parts[name]
-        return total, step, {name: part.detach() for name, part in parts.items()}
-
-    def start_step(self, progress: float) -> None:
-        """Tell the strategy and the terms which fraction of the training is done."""
-        for part in (self.strategy, *self.terms):
-            part.start_step(progress)
-
-
 def fit(
     recipe: Recipe,
     task: Task,
@@ -125,6 +85,7 @@ def fit(
     folder: Path | None = None,
     device: str = "auto",
     precision: str = "fp32",
+    device_cache_bytes: int = 0,
     progress: Callable[[Epoch], None] | None = None,
     state_interval_s: float = STATE_INTERVAL_S,
 ) -> Fitted:
@@ -138,12 +99,15 @@ def fit(
         Bags to learn from, and bags by which the epoch is chosen and training is stopped early; without `val`, the
         recipe must select the last epoch.
     folder : Path, optional
-        Receives ``model.safetensors``, ``model.json``, ``log.csv``, ``seen.csv`` (the slides that shaped the model) and
-        the state to resume from; a run with the same recipe and examples that was killed continues there.
+        Receives ``model.safetensors``, ``model.json``, ``log.csv``, the same log for TensorBoard, ``seen.csv`` (the
+        slides that shaped the model), and while training lasts the state to resume from: the last weights, the best,
+        the optimizer's. A run with the same recipe and examples that was killed continues there.
     device : str
         ``auto``, ``cpu``, ``cuda``.
     precision : {"fp32", "bf16"}
         bf16 is autocast; losses stay in float32.
+    device_cache_bytes : int
+        Training bags stay on a GPU from their first use, up to so many bytes.
     progress : callable, optional
         Is given each pass's line of the history.
     state_interval_s : float
@@ -169,7 +133,8 @@ def fit(
         return done
     task = task.fit_to(train.targets)
     with _own_randomness(recipe.training.seed, device):
-        run = _Run(recipe, task, train, val, device=device, precision=precision)
+        place = _Place(device, precision, device_cache_bytes)
+        run = _Run(recipe, task, train, val, place)
         run.fingerprint = fingerprint
         if folder is not None:
             run.resume(read_state(folder, fingerprint))
@@ -179,21 +144,29 @@ def fit(
                 progress(epoch)
             if folder is not None and not run.rank and time.monotonic() - saved > state_interval_s:
                 write_state(folder, run.state())
+                run.write_logs(folder)
                 saved = time.monotonic()
         fitted = run.result()
         if recipe.training.refit:
-            fitted = _refit(fitted, recipe, task, train, val, device=device, precision=precision)
+            fitted = _refit(fitted, recipe, task, train, val, place)
     if folder is not None and not run.rank:
-        write_log(folder, fitted.history)
+        run.write_logs(folder)
         write_seen(folder, train, val)
         fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
         forget_state(folder)
     return fitted
 
 
-def _refit(
-    fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, device: str, precision: str
-) -> Fitted:
+@dataclass(frozen=True)
+class _Place:
+    """Where and how a training computes."""
+
+    device: str
+    precision: str
+    cache_bytes: int
+
+
+def _refit(fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: _Place) -> Fitted:
     """Train from the start on training and validation bags for as many passes as the validation chose.
 
     The learning rate follows the same course as before, so that the chosen number of passes means the same.
@@ -202,7 +175,7 @@ def _refit(
         return fitted
     torch.manual_seed(recipe.training.seed)
     whole = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
-    run = _Run(whole, task, train.joined(val), None, device=device, precision=precision)
+    run = _Run(whole, task, train.joined(val), None, place)
     for _ in range(fitted.card.training["best_epoch"]):
         run.one_pass()
     return Fitted(run.result().model, fitted.card, fitted.history)
@@ -280,12 +253,10 @@ class _Part:
 class _Run:
     """One training: its parts, and how far it has come."""
 
-    def __init__(
-        self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, device: str, precision: str
-    ) -> None:
-        place = choose_device(device)
-        index = [place.index or 0] if place.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=place.type, devices=index, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+    def __init__(self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: _Place) -> None:
+        chosen = choose_device(place.device)
+        index = [chosen.index or 0] if chosen.type == "cuda" else 1
+        self.fabric = Fabric(accelerator=chosen.type, devices=index, precision=PRECISIONS[place.precision])  # type: ignore[arg-type]
         self.rank, self.world = join(self.fabric.device)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
@@ -301,9 +272,13 @@ class _Run:
         self.draw_weights = balance if self.options.balance == "sampling" else None
         self.loss_weights = balance.to(device_) if balance is not None and self.draw_weights is None else None
         self.targets = train.targets.to(device_)
+        self.bags: BagSource = train.bags
+        if place.cache_bytes and device_.type != "cpu":
+            self.bags = DeviceBags(train.bags, device_, place.cache_bytes)
         self.val_packs = None if val is None or not len(val) else self._evaluation_packs(val)
         self.read_ahead = 4 * train.bags.spec.dim * sum(map(train.bags.length, train.ids)) > KEPT_BYTES
         self.history: list[Epoch] = []
+        self.times: list[float] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
         self.fingerprint = ""
@@ -322,8 +297,14 @@ class _Run:
         """Train and validate once."""
         epoch = self._train_pass(len(self.history)) | self._validate()
         self.history.append(epoch)
+        self.times.append(time.time())
         self._keep_best(epoch)
         return epoch
+
+    def write_logs(self, folder: Path) -> None:
+        """Write what is known of the passes so far, as CSV and for TensorBoard."""
+        write_log(folder, self.history)
+        write_events(folder, self.history, self.times)
 
     def finished(self) -> bool:
         """Return whether the last pass is done or the model has not become better for long enough."""
@@ -345,21 +326,23 @@ class _Run:
         self.objective.train()
         steps = draw_order(self.train, self.draw_weights, generator, bags_per_step=self.options.bags_per_step)
         logged: list[dict[str, Tensor]] = []
+        losses: list[Tensor] = []
         packs: list[tuple[str, ...]] = []
         feed = self._feed(steps, generator)
         for part in ahead(feed) if self.read_ahead else feed:
             if part.opens_step:
                 self._schedule(number + part.step / len(steps), len(steps))
             logged.append(self._backward(part))
+            losses.append(self.objective.bag_losses)
             packs.append(part.bags.ids)
             if part.closes_step:
                 self._update()
         rates: Epoch = {"epoch": number + 1, "lr": self.optimizer.param_groups[0]["lr"]}
-        return rates | self._averages(logged, packs)
+        return rates | self._averages(logged, losses, packs)
 
     def _feed(self, steps: Sequence[Sequence[int]], generator: torch.Generator) -> Iterator["_Part"]:
         """Yield the packs of a pass, on the host."""
-        bags, most = self.train.bags, self.options.max_instances_per_bag
+        bags, most = self.bags, self.options.max_instances_per_bag
         for number, members in enumerate(steps):
             mine = members[self.rank :: self.world]
             share = 1 / len(members) if mine else 0.0  # a process without a bag takes part with weight 0
@@ -400,30 +383,38 @@ class _Run:
             group["lr"] = rate
         self.objective.start_step(done / self.options.epochs)
 
-    def _averages(self, logged: list[dict[str, Tensor]], packs: list[tuple[str, ...]]) -> Epoch:
+    def _averages(self, logged: list[dict[str, Tensor]], losses: list[Tensor], packs: list[tuple[str, ...]]) -> Epoch:
         """Return the mean of each part over the packs of a pass; the first wait for the device, and the check of it."""
         columns = {name: torch.stack([parts[name].float() for parts in logged]).cpu() for name in logged[0]}
         finite = columns["objective"].isfinite()
         if not finite.all():
-            self._refuse(packs[int(finite.int().argmin())])
+            first = int(finite.int().argmin())
+            bad = [n for n, fine in zip(packs[first], losses[first].isfinite().tolist(), strict=False) if not fine]
+            self._refuse(bad or packs[first])
         means = {f"train_{name}": float(values.mean()) for name, values in columns.items()}
         if self.world == 1:
             return dict(means)
         return {name: mean_over_processes(mean, len(logged), self.fabric.device) for name, mean in means.items()}
 
     def _refuse(self, ids: Sequence[str]) -> None:
-        bad = [name for name in ids if not self.train.bags.load(name).isfinite().all()]
-        if bad:
-            raise EosinError(f"features of {shown(bad)} are not finite; extract them again", code="not-finite")
+        """Stop with the slides whose loss was the first that is not finite, and the reason if the features show it."""
+        self._refuse_features(self.train, ids)
         raise EosinError(
             f"the loss is not finite at {shown(ids)}; use a lower learning rate or clip_norm", code="diverged"
         )
+
+    def _refuse_features(self, examples: Examples, ids: Sequence[str]) -> None:
+        bad = [name for name in ids if not examples.bags.load(name).isfinite().all()]
+        if bad:
+            raise EosinError(f"features of {shown(bad)} are not finite; extract them again", code="not-finite")
 
     def _validate(self) -> Epoch:
         if self.val_packs is None or self.val is None:
             return {}
         with self.fabric.autocast():
             logits = compute_logits(self.deployed(), self.val_packs)
+        finite = logits.isfinite().all(1).tolist()
+        self._refuse_features(self.val, [name for name, fine in zip(self.val.ids, finite, strict=True) if not fine])
         metrics = self.task.metrics(self.task.activate(logits), self.val.targets.numpy())
         loss = float(self.task.loss(logits, self.val.targets))
         return {"val_loss": loss} | {f"val_{name}": value for name, value in metrics.items()}
@@ -487,6 +478,7 @@ class _Run:
             "history": self.history,
             "best_epoch": self.best_epoch,
             "best_value": list(self.best_value),
+            "times": self.times,
         }
         return State(tensors, facts)
 
@@ -507,51 +499,8 @@ class _Run:
         self.history = list(state.facts["history"])
         self.best_epoch = state.facts["best_epoch"]
         self.best_value = tuple(state.facts["best_value"])
+        self.times = list(state.facts["times"])
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def make_optimizer(options: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of a recipe; parameters with a true attribute ``no_weight_decay`` have none."""
-    exempt = [parameter for parameter in parameters if getattr(parameter, "no_weight_decay", False)]
-    others = [parameter for parameter in parameters if not getattr(parameter, "no_weight_decay", False)]
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=options.betas[0], fused=True, **settings)
-    kinds: dict[str, type[torch.optim.Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "radam": torch.optim.RAdam,
-    }
-    settings["betas"] = options.betas
-    if options.optimizer != "radam":
-        settings["fused"] = True
-    return kinds[options.optimizer](groups, **settings)
-
-
-def rate_factor(options: Training, done: float, *, step: float) -> float:
-    """Return the learning rate of the step after so many passes, as a fraction of its highest value.
-
-    It grows linearly over the passes of the warm-up, then stays or falls to 0 along half a cosine; `step` is the length
-    of a step in passes.
-    """
-    if done < options.warmup:
-        return min((done + step) / options.warmup, 1.0)
-    if options.schedule == "constant":
-        return 1.0
-    course = (done - options.warmup) / max(options.epochs - options.warmup, 1e-9)
-    return 0.5 * (1 + math.cos(math.pi * min(course, 1.0)))
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the weights of `average` towards those of `model`; buffers that are no floats are copied."""
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)

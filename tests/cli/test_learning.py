@@ -303,7 +303,131 @@ def test_a_part_of_musk1_is_imported_and_trained_on(run: Run, shared: Path, tmp_
     assert json.loads((tmp_path / "cv/metrics.json").read_text())["metrics"]["accuracy"]["n_folds"] == 2
 
 
+SITES = [f"P{i:02d},S{i:03d},{'normal' if i % 2 else 'tumour'},{'ABC'[i % 3]}" for i in range(12)]
+
+
+def test_how_a_table_was_understood_is_said(labels: Path, run: Run, tmp_path: Path) -> None:
+    result = run("split", "--labels", labels, "--folds", 3, "--out", tmp_path)
+    assert result.stderr == (
+        "slides: column 'slide_id'; patients: column 'patient_id'; values: label; "
+        "label: column 'label', classes normal (6), tumour (6)\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["kfold", "monte-carlo", "holdout", "nested"])
+def test_every_kind_of_split_is_made_for_clam_and_stamp(labels: Path, run: Run, tmp_path: Path, kind: str) -> None:
+    options = ("--folds", 3, "--inner-folds", 2, "--kind", kind) if kind == "nested" else ("--folds", 2, "--kind", kind)
+    result = run("split", "--labels", labels, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    names = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/**/*") if path.is_file()}
+    if kind == "nested":
+        assert {f"outer_{i}/splits_{j}.csv" for i in range(3) for j in range(2)} <= names
+    else:
+        assert {"splits_0.csv", "splits_1.csv", "splits.json"} <= names
+
+
+def test_splits_of_stamp_and_nested_ones_are_trained_on(
+    features: Path, labels: Path, splits: Path, run: Run, tmp_path: Path
+) -> None:
+    arguments = ("--features", features, "--labels", labels, *QUICK)
+    result = run("crossval", *arguments, "--splits", splits / "splits.json", "--out", tmp_path / "stamp")
+    assert result.exit_code == 0, result.output
+    assert run(
+        "split", "--labels", labels, "--folds", 3, "--inner-folds", 2, "--kind", "nested", "--out", tmp_path / "n"
+    )
+    result = run("crossval", *arguments, "--splits", tmp_path / "n", "--out", tmp_path / "nested")
+    assert result.exit_code == 0, result.output
+    assert len(rows(tmp_path / "nested/predictions.csv")) == 12
+    assert load_card(tmp_path / "nested/fold_2/inner_1").features.encoder == "he_texture"
+
+
+def test_several_targets_from_two_tables_of_stamp_at_patient_level(features: Path, run: Run, tmp_path: Path) -> None:
+    table(tmp_path / "slides.csv", [f"P{i // 2},S{i:03d}.h5" for i in range(12)], header="PATIENT,FILENAME")
+    lines = [f"P{p},{'ab'[p % 2]},{p % 3 if p else ''},{p + 1},{p % 2}" for p in range(6)]
+    clini = table(tmp_path / "clini.csv", lines, header="PATIENT,kind,grade,months,dead")
+    (tmp_path / "splits_0.csv").write_text("train,val,test\n" + "".join(f"S{i:03d},,\n" for i in range(8)))
+    arguments = ("--features", features, "--labels", clini, "--slide-table", tmp_path / "slides.csv", *QUICK)
+    options = ("--level", "patient", "--task", "multitask", "--target", "kind; regression:grade; cox:months,dead")
+    last = ("--set", "recipe.training.select=last", "--splits", tmp_path, "--max-instances-per-step", 100)
+    result = run("train", *arguments, *options, *last, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "numbers from 0 to 2, 1 without" in result.stderr
+    card = load_card(tmp_path / "run")
+    assert card.recipe.training.max_instances_per_step == 100
+    assert card.training["n_train_patients"] == 4
+    result = run("predict", "--model", tmp_path / "run", "--features", features, "--out", tmp_path / "p.parquet")
+    assert result.exit_code == 0, result.output
+
+
+def test_two_cross_validations_are_compared(
+    features: Path, labels: Path, splits: Path, run: Run, tmp_path: Path
+) -> None:
+    arguments = ("crossval", "--features", features, "--labels", labels, "--splits", splits, *QUICK[:2])
+    assert run(*arguments, "--recipe", "mean", "--out", tmp_path / "a").exit_code == 0
+    result = run(*arguments, "--recipe", "max", "--out", tmp_path / "b", "--compare", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "b/report.html").read_text()
+    assert f"Compared with {tmp_path / 'a'}" in page
+    assert "paired bootstrap" in page
+
+
 # bad input
+
+
+def test_too_few_sites_are_called_sites(refused: Run, tmp_path: Path) -> None:
+    path = table(tmp_path / "l.csv", SITES, header="patient_id,slide_id,label,site")
+    line = refused("split", "--labels", path, "--group", "site", "--folds", 5, "--out", tmp_path / "out")
+    assert "sites" in line
+    assert "patients" not in line
+    path = table(tmp_path / "m.csv", [line[:-2] for line in SITES])
+    line = refused("split", "--labels", path, "--group", "site", "--out", tmp_path / "out")
+    assert "no column 'site'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def twelve(*values: str) -> list[str]:
+    """Return twelve rows, each a patient, with these values in turn."""
+    return [f"P{i},S{i:03d},{values[i % len(values)]}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "header", "task", "told"),
+    [
+        (["p0,S000,tumour", "p1,S000,normal"], "label", "binary", "slides with more than one row: S000"),
+        (twelve("a", "b", "nan", "a"), "label", "binary", "no value in column 'label' for S002, S006, S010"),
+        (twelve("a"), "label", "binary", "only the label 'a'"),
+        (["P0,S000,a"], "label", "binary", "only the label 'a'"),
+        ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patients"),
+        (twelve("3,0", "5,0"), "time,event", "cox", "holds no event"),
+        (twelve("3,1", "5,1"), "time,censorship", "cox", "1 being censored"),
+        (twelve("3,2", "5,1"), "time,event", "survival", "say which value is the event"),
+        (twelve("5"), "label", "regression", "every value in column 'label' is the same"),
+        (twelve("high", "low"), "label", "ordinal", "is not known; say it"),
+    ],
+)
+def test_labels_that_cannot_be_learnt(
+    refused: Run, features: Path, tmp_path: Path, lines: list[str], header: str, task: str, told: str
+) -> None:
+    path = table(tmp_path / "l.csv", lines, header=f"patient_id,slide_id,{header}")
+    base = ("--features", features, "--labels", path, "--out", tmp_path / "out", "--task", task)
+    assert told in refused("crossval", *base, *QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_with_nan_stop_the_run_and_name_the_slide(
+    features: Path, labels: Path, refused: Run, tmp_path: Path
+) -> None:
+    for path in features.glob("*.h5"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    bag = read_bag(features / "S002.h5")
+    data = bytearray((tmp_path / "S002.h5").read_bytes())
+    row = bag.features[1].tobytes()
+    place = bytes(data).index(row)
+    data[place : place + bag.features.itemsize] = np.array(np.nan, bag.features.dtype).tobytes()
+    (tmp_path / "S002.h5").write_bytes(bytes(data))
+    result = refused("train", "--features", tmp_path, "--labels", labels, "--out", tmp_path / "out", *QUICK)
+    assert "features of S002 are not finite" in result
+    assert not list(tmp_path.glob("out/model*"))
 
 
 @pytest.mark.parametrize(

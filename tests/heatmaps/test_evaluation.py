@@ -49,7 +49,7 @@ def table(n=60, seed=0):
     ]
 
 
-def tested(kind, n=60, seed=0):
+def judged(kind, n=60, seed=0):
     """Return task, predictions as text and what crossval would have returned."""
     rows = table(n)
     task = make_task(kind, rows, target=TARGETS[kind])
@@ -73,7 +73,7 @@ def tested(kind, n=60, seed=0):
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_task_has_a_report(tmp_path, kind):
-    task, frame, summary = tested(kind)
+    task, frame, summary = judged(kind)
     data = evaluation_report(summary, frame, task, Context(notes=("A note.",), provenance={"eosin": "1"}))
     write_report(tmp_path / "report.html", data)
     text = (tmp_path / "report.html").read_text()
@@ -93,7 +93,7 @@ def test_every_task_has_a_report(tmp_path, kind):
 
 
 def test_outputs_and_targets_are_those_that_were_written():
-    task, frame, _ = tested("classification")
+    task, frame, _ = judged("classification")
     found = Evaluated.of(task, frame)
     metrics = task.metrics(found.outputs, found.targets)
     predicted = frame["predicted"] == frame["stage"]
@@ -101,7 +101,7 @@ def test_outputs_and_targets_are_those_that_were_written():
 
 
 def test_an_undefined_measure_is_shown_as_undefined(tmp_path):
-    task, frame, summary = tested("binary")
+    task, frame, summary = judged("binary")
     for figures in (summary["out_of_fold"]["auc"], summary["folds"][0]):
         figures |= {"value": None, "lower": None, "upper": None, "auc": None}
     write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
@@ -111,7 +111,7 @@ def test_an_undefined_measure_is_shown_as_undefined(tmp_path):
 
 
 def test_sites_are_judged_alone_with_intervals():
-    task, frame, _ = tested("binary")
+    task, frame, _ = judged("binary")
     found = Evaluated.of(task, frame)
     sites = {slide: "A" if number < 40 else "B" for number, slide in enumerate(frame["slide_id"])}
     sites["s59"] = "C"
@@ -125,7 +125,7 @@ def test_sites_are_judged_alone_with_intervals():
 
 
 def test_the_worst_predictions_come_first_with_their_thumbnails(tmp_path):
-    task, frame, _ = tested("binary")
+    task, frame, _ = judged("binary")
     found = Evaluated.of(task, frame)
     worst = frame["slide_id"][int(np.argmax(task.surprise(found.outputs, found.targets)))]
     Image.new("RGB", (900, 600), (200, 100, 150)).save(tmp_path / f"{worst}.jpg")
@@ -139,27 +139,24 @@ def test_the_worst_predictions_come_first_with_their_thumbnails(tmp_path):
 
 
 def test_runs_are_compared_on_the_same_slides_only(tmp_path):
-    task, frame, _ = tested("binary")
-    _, other, _ = tested("binary", seed=1)
+    task, frame, _ = judged("binary")
+    _, other, _ = judged("binary", seed=1)
     for name, table_ in (("a", frame), ("b", other), ("c", other.iloc[1:]), ("d", other.assign(er="pos"))):
         (tmp_path / name).mkdir()
         table_.to_csv(tmp_path / name / "predictions.csv", index=False)
-    ((heading, rows),) = compare_runs(
-        task.model_dump(mode="json"), *(tmp_path / n / "predictions.csv" for n in "ab")
-    ).items()
+    asked = task.model_dump(mode="json")
+    files = {name: tmp_path / name / "predictions.csv" for name in "abcd"}
+    ((heading, rows),) = compare_runs(asked, files["a"], files["b"]).items()
     assert heading == f"Compared with {tmp_path / 'b'}"
     auc = rows.set_index("Measure").loc["Area under the ROC curve"]
     assert auc["Difference"] == pytest.approx(auc["This"] - auc["Other"])
     assert auc["Test"] == "paired bootstrap"
     for name, message in (("c", "only one of the two has predictions for s0"), ("d", "differ between the two")):
         with pytest.raises(LabelError, match=message):
-            compare_runs(
-                task.model_dump(mode="json"), tmp_path / "a/predictions.csv", tmp_path / name / "predictions.csv"
-            )
-    single = [t.assign(patient_id=t["slide_id"]) for t in (frame, other)]
-    for name, table_ in zip("ab", single, strict=True):
-        table_.to_csv(tmp_path / name / "predictions.csv", index=False)
-    ((_, rows),) = compare_runs(task.model_dump(mode="json"), *(tmp_path / n / "predictions.csv" for n in "ab")).items()
+            compare_runs(asked, files["a"], files[name])
+    for name, predictions in (("a", frame), ("b", other)):
+        predictions.assign(patient_id=predictions["slide_id"]).to_csv(files[name], index=False)
+    ((_, rows),) = compare_runs(asked, files["a"], files["b"]).items()
     assert rows.set_index("Measure").loc["Area under the ROC curve", "Test"] == "DeLong"
 
 
@@ -192,7 +189,7 @@ def test_the_report_opens_in_a_browser_without_the_network(tmp_path, kind):
     sync = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         pytest.skip("there is no chromium at /usr/bin/chromium")
-    task, frame, summary = tested(kind)
+    task, frame, summary = judged(kind)
     write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])

@@ -6,7 +6,7 @@ import torch
 
 from eosin.features.bag import FeatureSpec
 from eosin.mil.data import MemoryBags
-from eosin.mil.feed import EvaluationPacks, ahead, group_by_budget, pack_bags
+from eosin.mil.feed import DeviceBags, EvaluationPacks, ahead, group_by_budget, pack_bags
 
 
 def source(**lengths):
@@ -76,3 +76,17 @@ def test_what_goes_wrong_while_reading_is_raised_where_it_is_used():
     assert next(items) == 1
     with pytest.raises(OSError, match="disk gone"):
         next(items)
+
+
+def test_bags_stay_on_the_device_as_long_as_the_budget_lasts():
+    plain = source(a=3, b=5, c=1)
+    bags = DeviceBags(plain, torch.device("meta"), 3 * 2 * 2 + 1 * 2 * 2)
+    first = {name: bags.load(name) for name in plain.ids}
+    assert all(bag.device.type == "meta" and bag.dtype == torch.float16 for bag in first.values())
+    assert [bags.load(name) is first[name] for name in plain.ids] == [True, False, True]
+    assert bags.load("b", torch.tensor([0, 2])).shape == (2, 2)
+    assert (bags.length("b"), bags.ids, bags.spec) == (5, plain.ids, plain.spec)
+    host = DeviceBags(plain, torch.device("cpu"), 10**6)
+    for _ in range(2):
+        assert torch.equal(host.load("b", torch.tensor([0, 2])), plain.load("b")[[0, 2]])
+        assert torch.equal(host.load("b"), plain.load("b"))

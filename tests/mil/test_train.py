@@ -11,10 +11,13 @@ from eosin.mil.checkpoint import load_model
 from eosin.mil.data import MemoryBags
 from eosin.mil.evaluate import predict_outputs
 from eosin.mil.feed import draw_order
+from eosin.mil.log import EVENTS, read_log
+from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.resume import STATE, read_log
+from eosin.mil.resume import STATE
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, LossTerm, Step, Strategy
-from eosin.mil.train import fit, make_optimizer, move_average, rate_factor
+from eosin.mil.tasks import Classification
+from eosin.mil.train import fit
 
 QUICK = Training(epochs=4, lr=1e-3, bags_per_step=8)
 SMALL = Component(name="abmil", options={"embed_dims": [16], "hidden": 8})
@@ -309,3 +312,60 @@ def test_parameters_that_ask_for_it_are_not_decayed(optimizer):
     stepper.step()
     assert torch.equal(kept, torch.ones(2))
     assert (decayed < 1).all()
+
+
+def test_every_pass_is_a_line_for_tensorboard(toy, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train, val = toy.parts()
+    fitted = fit(quick(epochs=3), toy.task, train, val, folder=tmp_path)
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    losses = seen.Scalars("val/loss")
+    assert [event.step for event in losses] == [1, 2, 3]
+    assert [event.value for event in losses] == pytest.approx([epoch["val_loss"] for epoch in fitted.history])
+    assert {"lr", "train/objective", "train/bag", "val/auc"} <= set(seen.Tags()["scalars"])
+    times = [event.wall_time for event in losses]
+    assert times == sorted(times)
+    assert times[0] > 1e9
+
+
+def test_logs_of_a_killed_run_are_whole_and_go_on(toy, tmp_path):
+    train, val = toy.parts()
+
+    def kill(epoch):
+        if epoch["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(quick(), toy.task, train, val, folder=tmp_path, progress=kill, state_interval_s=0)
+    before = (tmp_path / EVENTS).read_bytes()
+    assert len(read_log(tmp_path)) == 2
+    fit(quick(), toy.task, train, val, folder=tmp_path)
+    assert len(read_log(tmp_path)) == 4
+    assert (tmp_path / EVENTS).read_bytes().startswith(before)
+
+
+class OneBroken(Classification):
+    """A task whose loss is infinite for class 2."""
+
+    def bag_losses(self, logits, target):
+        return super().bag_losses(logits, target).masked_fill(target == 2, torch.inf)
+
+
+def test_the_bag_of_a_pack_whose_loss_is_not_finite_is_named_alone(toy):
+    train, val = toy.parts()
+    targets = train.targets.clone()
+    targets[5] = 2
+    examples = type(train)(train.bags, train.ids, train.patient_ids, targets)
+    with pytest.raises(EosinError, match=rf"the loss is not finite at {train.ids[5]};") as caught:
+        fit(quick(), OneBroken(classes=("c0", "c1", "c2")), examples, val)
+    assert caught.value.code == "diverged"
+
+
+def test_validation_features_that_are_not_finite_name_their_slide(toy):
+    bags = {name: toy.bags.load(name).clone() for name in toy.examples.ids}
+    train, val = toy.parts()
+    bags[val.ids[3]][0, 0] = float("inf")
+    examples = type(val)(MemoryBags(bags, toy.bags.spec), val.ids, val.patient_ids, val.targets)
+    with pytest.raises(EosinError, match=f"features of {val.ids[3]} are not finite"):
+        fit(quick(), toy.task, train, examples)
