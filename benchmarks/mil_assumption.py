@@ -5,9 +5,9 @@
 
 Every recipe trains through eosin's own loop on the bags of `eosin.mil.planted`, with narrow layers, the same number of
 passes and the same learning rate for all. A row holds means over the seeds, and the seeds one by one; rows that are in
-the file already, with the same settings, are not computed again. Two references respect the assumption by construction: ``max_instance``, the maximum of one logit per instance, and
-``monotone``, the maximum of each embedded feature with non-negative weights after it, which can also ask for two
-concepts at once.
+the file already, with the same settings, are not computed again. Two references respect the assumption by construction:
+``max_instance``, the maximum of one logit per instance, and ``monotone``, the maximum of each embedded feature with
+non-negative weights after it, which can also ask for two concepts at once.
 """
 
 import argparse

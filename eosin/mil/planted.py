@@ -108,6 +108,7 @@ def planted_signal(
     fraction: float = 0.01,
     shift: float = 1.0,
     distractors: float = 0.0,
+    draw_length: Callable[[torch.Generator], int] | None = None,
     seed: int = 0,
 ) -> Planted:
     """Return bags like slides, with a signal in a small part of the instances of positive bags.
@@ -125,6 +126,8 @@ def planted_signal(
     distractors : float
         Share of instances, in a random half of the bags whatever their label, that are as striking as the signal in
         another direction.
+    draw_length : callable, optional
+        Draws the length of a bag, instead of `lengths`.
 
     Raises
     ------
@@ -141,8 +144,7 @@ def planted_signal(
     signal, other = shift * torch.nn.functional.normalize(_normal(2, dim, world)) * dim**0.5
 
     def bag(label: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        low, high = (torch.tensor(float(length)).log() for length in lengths)
-        length = round(float((low + (high - low) * torch.rand((), generator=generator)).exp()))
+        length = draw_length(generator) if draw_length else _log_uniform(*lengths, generator)
         shares = -torch.rand(TISSUES, generator=generator).log()  # proportions as likely as any
         tissue = torch.multinomial(shares, length, replacement=True, generator=generator)
         values = tissues[tissue] + _normal(length, dim, generator)
@@ -192,3 +194,7 @@ def _normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
 
 def _between(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
+    return round(low * (high / low) ** float(torch.rand((), generator=generator)))

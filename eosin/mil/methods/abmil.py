@@ -1,11 +1,13 @@
 """ABMIL: the bag is the attention-weighted mean of its instances.
 
 Ilse, Tomczak, Welling: Attention-based deep multiple instance learning, ICML 2018, https://arxiv.org/abs/1802.04712.
-``h = embed(x)``, ``s = w · (tanh(V h) ⊙ σ(U h))`` (the gate σ(U h) may be left out), ``a = softmax(s)`` within the
-bag, ``z = Σ a h``, ``logits = W z + b``.
 
-Deviations: several attention heads are concatenated before the classifier, where the authors' code does not run; the
-probability is not clamped, the loss reads logits.
+1. ``h = embed(x)``; ``s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w``; plain attention is without the gate σ(·).
+2. ``a = softmax(s)`` within the bag, ``z = Σ_n a_n h_n``, ``logits = W z + b``.
+
+Deviations from the authors' code: several attention heads are concatenated before the classifier, where the code does
+not run; the probability is not clamped to [1e-5, 1 - 1e-5], which takes the gradient from confident errors, since the
+loss reads logits.
 
 `PRESETS` are the networks that other repositories call ABMIL; they differ in more than their names.
 """
@@ -16,7 +18,7 @@ from torch import nn
 
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import Activation, Attention, Init, as_dtype, embedding, initialise
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 
 
@@ -83,32 +85,32 @@ class Abmil(Aggregator):
         return AttentionOutput(self.classifier(bag), bag, pool.scores, bags.values)
 
 
+_CLAM: dict[str, object] = {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25}
+_MHIM: dict[str, object] = {
+    "hidden": 128,
+    "gated": False,
+    "attention_activation": "relu",
+    "attention_bias": False,
+    "dropout": 0.25,
+    "init": "xavier",
+}
+# ACMIL halves the width of the features; 512 is that of 1,024.
 PRESETS: dict[str, dict[str, object]] = {
     "ilse": {"embed_dims": (), "hidden": 128, "dropout": 0.0},
+    "ilse_plain": {"embed_dims": (), "hidden": 128, "dropout": 0.0, "gated": False},
     "classic": {"embed_dims": (256, 128, 64), "hidden": 64, "dropout": 0.5, "init": "xavier"},
-    "clam": {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25},
+    "clam": _CLAM,
+    "clam_big": _CLAM | {"hidden": 384},
     "acmil": {"hidden": 128, "embed_bias": False, "dropout": 0.0},
-    "mhim": {
-        "hidden": 128,
-        "gated": False,
-        "attention_activation": "relu",
-        "attention_bias": False,
-        "dropout": 0.25,
-        "init": "xavier",
-    },
+    "mhim": _MHIM,
+    "mhim_v2": _MHIM | {"embed_activation": "gelu"},
     "packmil": {"embed_activation": "gelu", "hidden": 128, "gated": False, "dropout": 0.25, "init": "xavier"},
     "millab": {"hidden": 384, "dropout": 0.25},
 }
 
 RECIPE = Recipe(aggregator=Component(name="abmil"))
 RECIPES.add("abmil", RECIPE)
-RECIPES.add(
-    "abmil_ilse",
-    Recipe(
-        aggregator=Component(name="abmil", options=PRESETS["ilse"]),
-        training=Training(optimizer="adam", lr=5e-4, weight_decay=1e-4, epochs=20, schedule="constant", patience=0),
-    ),
-)
+_ILSE = Training(optimizer="adam", lr=5e-4, weight_decay=1e-4, epochs=20, schedule="constant", patience=0)
 CLASSIC = Training(
     optimizer="sgd", lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, epochs=50, schedule="constant", select="last"
 )
@@ -116,6 +118,7 @@ CLASSIC = Training(
 neural networks, 2018, https://arxiv.org/abs/1610.02501), whose layers Ilse et al. took for these sets: no validation,
 the model after the last pass. Keras' L2 penalty of 0.005 is a weight decay of 0.01; its Nesterov momentum and 1e-4
 decay of the rate are left out."""
-RECIPES.add("abmil_classic", Recipe(aggregator=Component(name="abmil", options=PRESETS["classic"]), training=CLASSIC))
-for _name in ("clam", "acmil", "mhim", "packmil", "millab"):
-    RECIPES.add(f"abmil_{_name}", Recipe(aggregator=Component(name="abmil", options=PRESETS[_name])))
+_OWN_TRAINING = {"ilse": _ILSE, "ilse_plain": _ILSE, "classic": CLASSIC}
+for _name, _options in PRESETS.items():
+    _network = Component(name="abmil", options=_options)
+    RECIPES.add(f"abmil_{_name}", Recipe(aggregator=_network, training=_OWN_TRAINING.get(_name, EVERYDAY)))

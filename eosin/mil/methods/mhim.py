@@ -465,7 +465,7 @@ RECIPES.add(
 RECIPES.add(
     "mhim_v2",
     Recipe(
-        aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"] | {"embed_activation": "gelu"}),
+        aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim_v2"]),
         strategy=Component(name="mhim_v2"),
         training=_TRAINING_V2,
     ),
