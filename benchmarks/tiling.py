@@ -5,7 +5,12 @@
 2. `half`: tiles of twice the mpp from a slide that has no such level. `loop` reads level 0 and resizes with Pillow.
 3. `giant`: `eosin tile` on 100,000 x 100,000 px (shared JPEG tiles, so the file is small) in a child process.
 4. `cohort`: tissue and tile coordinates per slide, beside CLAM's ``create_patches_fp.py`` when ``--clam`` names a
-   checkout of it and ``--clam-python`` an interpreter with its requirements.
+   checkout of it and ``--clam-python`` an interpreter with its requirements. Both from the shell, start-up included;
+   ``further`` is what a slide costs once the process runs, from cohorts of two sizes.
+   CLAM: tissue at 16 µm/px, coordinates, mask picture, process list. eosin: tissue at 8 µm/px (or 16), coordinates
+   with quality scores, thumbnail, contour picture, GeoJSON, run.json, each file synced and read back.
+5. `overlap`: IoU of the tissue found with the tissue planted, on painted slides that all have pen marks.
+6. `quality`: scores of 200,000 tiles, without blur and with it.
 
 Slides are painted by eosin (H&E-like, JPEG, 0.25 µm/px) unless ``--slide`` names another; both sides see the same.
 """
@@ -15,6 +20,7 @@ import csv
 import importlib.util
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -34,13 +40,18 @@ import tifffile
 from PIL import Image
 
 from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi.histology import lay_out
 from eosin.wsi.slide import Slide, open_slide
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi.synthetic import Cohort, make_cohort, make_slide, plan_cohort
 from eosin.wsi.tiles import iterate_tiles
+from eosin.wsi.tissue import find_tissue
 
 TILE_PX = 256
 BATCH = 32
+LEAST_MPX = 60
 COHORT_SIDES_PX = (40_000, 60_000, 80_000, 100_000)
+COPIES = (1, 4)
+PATCH_PX_FOR_200K = 48
 Row = dict[str, str | float | int]
 
 
@@ -117,7 +128,8 @@ class Times:
 
 def cpu_seconds() -> float:
     """Return the CPU time of this process and the children it waited for."""
-    return sum(os.times()[:4])
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def interleaved(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, Times]:
@@ -135,17 +147,27 @@ def interleaved(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str,
     }
 
 
+def several(passes: int, run: Callable[[Path, int, int], None], path: Path, factor: int, threads: int) -> None:
+    """Repeat a run; nothing is kept between passes."""
+    for _ in range(passes):
+        run(path, factor, threads)
+
+
 def bench_reading(path: Path, repeats: int) -> list[Row]:
     """Measure figures 1 and 2; the ratios are of CPU time, which other work on the machine disturbs least."""
     rows: list[Row] = []
     for case, factor in (("native", 1), ("half", 2)):
         with open_slide(path) as slide:
-            level0_mpx = whole_grid(slide, factor).n_tiles * (TILE_PX * factor) ** 2 / 1e6
+            one_pass_mpx = whole_grid(slide, factor).n_tiles * (TILE_PX * factor) ** 2 / 1e6
+        passes = max(1, round(LEAST_MPX / one_pass_mpx))  # of small slides, or the clock's steps would be measured
+        level0_mpx = passes * one_pass_mpx
         for threads in (1, 2):
             sides = {"loop": openslide_tiles, "eosin": eosin_tiles}
             if factor == 1:
                 sides["decode"] = bare_decode
-            found = interleaved({name: partial(run, path, factor, threads) for name, run in sides.items()}, repeats)
+            found = interleaved(
+                {name: partial(several, passes, run, path, factor, threads) for name, run in sides.items()}, repeats
+            )
             for name, times in found.items():
                 rows.append(row(case, path.name, name, threads, times, "level-0 Mpx/s", level0_mpx / times.wall_s))
             eosin = found.pop("eosin")
@@ -186,14 +208,28 @@ def giant(side_px: int, n_levels: int) -> bytes:
 TILE_CHILD = """
 import sys, time
 from pathlib import Path
+from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.quality import QualityLimits
 from eosin.wsi.slide import SlideFile
+path, job, patch, blur = sys.argv[1:]
 start = time.perf_counter()
-report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys.argv[2])))
+slides = [SlideFile(Path(path), "giant")]
+limits = QualityLimits(blur=bool(int(blur)))
+report = tile_slides(slides, JobFolder(Path(job)), Tiling(patch_size=int(patch)), quality=limits)
 assert report.records[0].status == "ok", report
+seconds, cpu = time.perf_counter() - start, time.process_time()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(time.perf_counter() - start, time.process_time(), int(peak.split()[1]) / 1024)
+print(seconds, cpu, int(peak.split()[1]) / 1024, report.records[0].message.split()[0])
 """
+
+
+def tile_in_child(path: Path, job: Path, *, patch_px: int = TILE_PX, blur: bool = False) -> tuple[Times, float, int]:
+    """Tile one slide in a process of its own; return times, peak memory in MB and the number of tiles."""
+    command = [sys.executable, "-c", TILE_CHILD, str(path), str(job), str(patch_px), str(int(blur))]
+    ended = subprocess.run(command, capture_output=True, check=True, text=True)
+    wall, cpu, megabytes, n_tiles = map(float, ended.stdout.split())
+    return Times(wall, cpu), megabytes, int(n_tiles)
 
 
 def bench_giants(folder: Path) -> list[Row]:
@@ -202,44 +238,86 @@ def bench_giants(folder: Path) -> list[Row]:
     for name, n_levels in (("pyramid", 5), ("single level", 1)):
         path = folder / f"{n_levels}.tiff"
         path.write_bytes(giant(100_000, n_levels))
-        command = [sys.executable, "-c", TILE_CHILD, str(path), str(folder / f"job{n_levels}")]
-        wall, cpu, megabytes = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
-        rows.append(row("giant", f"100,000 px {name}", "eosin tile", 1, Times(wall, cpu), "peak MB", megabytes))
+        times, megabytes, _ = tile_in_child(path, folder / f"job{n_levels}")
+        rows.append(row("giant", f"100,000 px {name}", "eosin tile", 1, times, "peak MB", megabytes))
+    return rows
+
+
+def bench_quality(folder: Path) -> list[Row]:
+    """Measure the scores of 200,000 tiles."""
+    path = folder / "quality.tiff"
+    path.write_bytes(giant(100_000, 5))
+    rows: list[Row] = []
+    for side, patch_px, blur in (
+        ("without blur", PATCH_PX_FOR_200K, False),
+        ("with blur", PATCH_PX_FOR_200K, True),
+        ("without blur", TILE_PX, False),
+        ("with blur", TILE_PX, True),
+    ):
+        times, megabytes, n_tiles = tile_in_child(path, folder / f"{side} {patch_px}", patch_px=patch_px, blur=blur)
+        rows.append(row("quality", f"{n_tiles} tiles of {patch_px} px", side, 2, times, "peak MB", megabytes))
     return rows
 
 
 def bench_cohort(folder: Path, clam: Path | None, clam_python: str) -> list[Row]:
-    """Measure figure 4; CLAM finds tissue at 16 µm/px and draws no contour picture, eosin does so at 8 µm/px."""
-    slides = folder / "cohort"
-    slides.mkdir()
-    for side in COHORT_SIDES_PX:
-        (slides / f"{side}.tiff").write_bytes(giant(side, 5))
-    sides = {"eosin tile": [str(Path(sys.executable).with_name("eosin")), "tile", str(slides), "--job"]}
+    """Measure figure 4."""
+    eosin = [str(Path(sys.executable).with_name("eosin")), "tile"]
+    sides = {
+        "eosin tile": [*eosin, "{slides}", "--job", "{out}"],
+        "eosin tile, 2 workers": [*eosin, "{slides}", "--workers", "2", "--job", "{out}"],
+        "eosin tile at 16 µm/px": [*eosin, "{slides}", "--set", "tissue.mpp=16", "--job", "{out}"],
+        "eosin tile at 16 µm/px, 2 workers": [
+            *eosin, "{slides}", "--set", "tissue.mpp=16", "--workers", "2", "--job", "{out}",
+        ],
+    }  # fmt: skip
     if clam is not None:
-        script = [clam_python, str(clam / "create_patches_fp.py"), "--source", str(slides)]
-        sides["create_patches_fp"] = [
-            *script,
-            "--patch_size",
-            "512",
-            "--step_size",
-            "512",
-            "--seg",
-            "--patch",
-            "--save_dir",
-        ]
-    places = {name: clam if name != "eosin tile" else None for name in sides}
+        script = [clam_python, str(clam / "create_patches_fp.py"), "--source", "{slides}", "--save_dir", "{out}"]
+        sides["create_patches_fp"] = [*script, "--patch_size", "512", "--step_size", "512", "--seg", "--patch"]
+    rows: list[Row] = []
+    seconds: dict[str, list[Times]] = {name: [] for name in sides}
+    for copies in COPIES:
+        slides = folder / f"cohort{copies}"
+        slides.mkdir()
+        for side in COHORT_SIDES_PX:
+            for copy in range(copies):
+                (slides / f"{side}-{copy}.tiff").write_bytes(giant(side, 5))
+        runs = {name: partial(from_shell, command, slides, folder, clam) for name, command in sides.items()}
+        for name, found in interleaved(runs, 1).items():
+            seconds[name].append(found)
+            n_slides = copies * len(COHORT_SIDES_PX)
+            label = f"{n_slides} slides of 40,000 to 100,000 px"
+            rows.append(row("cohort", label, name, 2, found, "slides/min", 60 * n_slides / found.wall_s))
+    more = (COPIES[1] - COPIES[0]) * len(COHORT_SIDES_PX)
+    for name, (few, many) in seconds.items():
+        further = Times((many.wall_s - few.wall_s) / more, (many.cpu_s - few.cpu_s) / more)
+        rows.append(row("cohort", "further slide", name, 2, further, "slides/min", 60 / further.wall_s))
+    return rows
 
-    def run(name: str) -> None:
-        out = folder / f"out-{name}"
-        shutil.rmtree(out, ignore_errors=True)
-        subprocess.run([*sides[name], str(out)], check=True, capture_output=True, cwd=places[name])
 
-    times = interleaved({name: partial(run, name) for name in sides}, 1)
-    return [
-        row("cohort", f"{len(COHORT_SIDES_PX)} slides of 40,000 to 100,000 px", name, 1, found, "slides/min",
-            60 * len(COHORT_SIDES_PX) / found.wall_s)
-        for name, found in times.items()
-    ]  # fmt: skip
+def from_shell(command: list[str], slides: Path, folder: Path, place: Path | None) -> None:
+    """Run a command line with a fresh output folder."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    filled = [part.format(slides=slides, out=out) for part in command]
+    subprocess.run(filled, check=True, capture_output=True, cwd=place if "create_patches_fp.py" in command[1] else None)
+
+
+def bench_overlap(folder: Path) -> list[Row]:
+    """Measure how well planted tissue is found where somebody drew on every slide."""
+    options = Cohort(n_slides=16, pen_fraction=1.0, seed=5)
+    make_cohort(folder / "inked", options)
+    overlaps = []
+    for plan in plan_cohort(options):
+        with open_slide(folder / "inked" / "slides" / f"{plan.slide_id}.tiff") as slide:
+            mask = find_tissue(slide)
+        layout = lay_out(plan.size_um, tumour_fraction=plan.tumour_fraction, rng=plan.rng("layout"))
+        planted = layout.resized(layout.tissue, mask.px0_per_cell[0] * mask.slide_mpp) > 0
+        height, width = (min(sides) for sides in zip(planted.shape, mask.mask.shape, strict=True))
+        found, truth = mask.mask[:height, :width], planted[:height, :width]
+        overlaps.append(float((found & truth).sum() / (found | truth).sum()))
+    named = {"mean": statistics.mean(overlaps), "least": min(overlaps)}
+    label = f"{len(overlaps)} painted slides with pen"
+    return [row("overlap", label, name, 1, None, "IoU", value) for name, value in named.items()]
 
 
 def row(case: str, slide: str, side: str, threads: int, times: Times | None, unit: str, value: float) -> Row:
@@ -254,7 +332,8 @@ def row(case: str, slide: str, side: str, threads: int, times: Times | None, uni
 def main() -> None:
     """Run the cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["reading", "giant", "cohort"])
+    parser.add_argument("--cases", nargs="+", default=["reading", "giant", "cohort", "overlap", "quality"])
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases in the table")
     parser.add_argument("--slide", type=Path, action="append", default=[], help="further JPEG slides for `reading`")
     parser.add_argument("--side", type=int, default=8192, help="level-0 pixels of the painted slide")
     parser.add_argument("--repeats", type=int, default=3)
@@ -272,14 +351,23 @@ def main() -> None:
             rows += bench_giants(folder)
         if "cohort" in options.cases:
             rows += bench_cohort(folder, options.clam, options.clam_python)
+        if "overlap" in options.cases:
+            rows += bench_overlap(folder)
+        if "quality" in options.cases:
+            rows += bench_quality(folder)
     finally:
         shutil.rmtree(folder)
     where = f"{platform.machine()}, {os.cpu_count()} cores, openslide {openslide.__library_version__}"
+    table = [{**line, "machine": where} for line in rows]
+    if options.append and options.out.exists():
+        measured = {(line["case"], line["slide"]) for line in table}
+        with options.out.open(newline="") as file:
+            table = [line for line in csv.DictReader(file) if (line["case"], line["slide"]) not in measured] + table
     options.out.parent.mkdir(exist_ok=True)
     with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**line, "machine": where} for line in rows)
+        writer.writerows(table)
     for line in rows:
         print(*line.values(), sep="\t")
 

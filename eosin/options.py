@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,8 +17,26 @@ from eosin.errors import ConfigError, UnknownNameError
 MAX_YAML_BYTES = 16 * 2**20
 
 
-class Options(BaseModel):
-    """Base of all option groups: immutable, unknown keys refused, JSON in and out."""
+class _Checked(type(BaseModel)):  # type: ignore[misc]
+    """Makes a wrong option the same `ConfigError` whether it is given to the class or read from text."""
+
+    if not TYPE_CHECKING:  # type checkers keep to the fields of each class
+
+        def __call__(cls, *args, **options):
+            try:
+                return super().__call__(*args, **options)
+            except ValidationError as error:
+                raise _config_error(cls, error, cls.__name__) from None
+
+
+class Options(BaseModel, metaclass=_Checked):
+    """Base of all option groups: immutable, unknown keys refused, JSON in and out.
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown, missing or has a bad value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

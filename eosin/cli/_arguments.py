@@ -48,6 +48,21 @@ Overrides = Annotated[
         rich_help_panel="Tissue",
     ),
 ]
+MaxBlur = Annotated[
+    float | None,
+    typer.Option(help="Leave out tiles of more blur, 0 to 1; 0.9 is a blur of 1.5 µm.", rich_help_panel="Quality"),
+]
+MaxPen = Annotated[
+    float | None, typer.Option(help="Leave out tiles with a larger share of ink.", rich_help_panel="Quality")
+]
+MaxFold = Annotated[
+    float | None,
+    typer.Option(help="Leave out tiles with a larger share of folds and dark dirt.", rich_help_panel="Quality"),
+]
+Icc = Annotated[
+    bool,
+    typer.Option("--icc", help="Convert colours to sRGB by the slide's ICC profile.", rich_help_panel="Tiling"),
+]
 Preview = Annotated[
     bool,
     typer.Option("--preview", help="Only draw tissue and tiles, to JOB/previews; no coordinates are written."),

@@ -39,6 +39,7 @@ ItemT = TypeVar("ItemT")
 GROUPS = (
     "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
     "cohort", "pipeline",  # as `eosin.demo.Demo`
+    "quality",  # as `eosin.wsi.quality.QualityLimits`
     "questions",  # as `eosin.heatmaps.question.Questions`
     "selection", "second",  # as `eosin.selection.Selection`, `eosin.stages.SecondStage`
 )  # fmt: skip

@@ -50,9 +50,13 @@ def _slide_facts(path: Path, slide_mpp: str | None) -> Mapping[str, object]:
 
 
 def _coordinates_facts(path: Path) -> Mapping[str, object]:
-    from eosin.wsi.coordinates import read_footer, read_grid
+    from eosin.wsi.coordinates import read_footer, read_grid, read_quality
+    from eosin.wsi.quality import SCORES
 
-    grid, footer = read_grid(path), read_footer(path)
+    grid, footer, quality = read_grid(path), read_footer(path), read_quality(path)
+    means = (
+        {name: round(float(getattr(quality, name).mean()), 4) for name in SCORES} if quality and grid.n_tiles else {}
+    )
     return {
         "kind": "coordinates",
         "slide_id": footer.slide_id,
@@ -61,6 +65,7 @@ def _coordinates_facts(path: Path) -> Mapping[str, object]:
         "slide_size_px0": grid.slide_size_px0,
         "slide_mpp": grid.slide_mpp,
         "mpp_source": footer.mpp_source,
+        **{f"mean_{name}": value for name, value in means.items() if value == value},
         **grid.tiling.model_dump(),
     }
 

@@ -7,8 +7,12 @@ import typer
 
 from eosin.cli._arguments import (
     Contours,
+    Icc,
     Job,
     Magnification,
+    MaxBlur,
+    MaxFold,
+    MaxPen,
     MinTissue,
     Mpp,
     Overlap,
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 STAGES = "Two stages"
 
 
-@command("tiling", "tissue", "selection")
+@command("tiling", "tissue", "quality", "selection")
 def tile(
     slides: Slides,
     *,
@@ -45,8 +49,12 @@ def tile(
     patch_size: PatchSize = None,
     overlap: Overlap = None,
     min_tissue: MinTissue = None,
+    icc: Icc = False,
     contours: Contours = None,
     overrides: Overrides = None,
+    max_blur: MaxBlur = None,
+    max_pen: MaxPen = None,
+    max_fold: MaxFold = None,
     slide_mpp: SlideMpp = None,
     preview: Preview = False,
     from_: Annotated[
@@ -83,6 +91,7 @@ def tile(
     from eosin.wsi.grid import Tiling
     from eosin.wsi.job import JobFolder, read_overrides, tile_slides
     from eosin.wsi.preview import preview_slides
+    from eosin.wsi.quality import QualityLimits
     from eosin.wsi.slide import find_slides
     from eosin.wsi.tissue import TissueOptions
 
@@ -93,12 +102,15 @@ def tile(
         patch_size=patch_size,
         overlap=overlap,
         min_tissue=min_tissue,
+        icc=icc or None,
     )
     tissue = settings.parse("tissue", TissueOptions)
+    quality = settings.parse("quality", QualityLimits, max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
     index, count = shard_numbers(shard)
     if from_ is not None:
-        _refuse_together(preview=preview, contours=contours, overrides=overrides, tissue=settings.group("tissue"))
+        wrong = {"preview": preview, "contours": contours, "overrides": overrides, "tissue": settings.group("tissue")}
+        _refuse_together(**wrong, quality=quality != QualityLimits())
         return _tile_selected(
             files,
             job,
@@ -123,6 +135,7 @@ def tile(
             tissue=tissue,
             overrides=read_overrides(overrides, tissue) if overrides else None,
             contours=contours,
+            quality=quality,
             workers=workers,
             shard=(index, count),
             timeout_s=slide_timeout(timeout, workers),

@@ -1,5 +1,6 @@
 """Slides that lie in memory: arrays, and plain pictures read whole."""
 
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,15 +27,25 @@ class ArraySlide:
         µm per pixel, as stated by the user.
     path : Path
         Names it in errors.
+    icc_profile : bytes, optional
+        Colour profile of the pixels.
     """
 
     bounds_px0 = None
 
-    def __init__(self, pixels: NDArray[np.uint8], *, mpp: float | None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        mpp: float | None,
+        path: Path | None = None,
+        icc_profile: bytes | None = None,
+    ) -> None:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
             raise ValueError(f"a slide is (h, w, 3) uint8, not {pixels.shape} {pixels.dtype}")
         self.path = path or Path("array")
         self.size_px0: tuple[int, int] = (pixels.shape[1], pixels.shape[0])
+        self.icc_profile = icc_profile
         self._pixels = pixels
         self._resolution = resolve_mpp([], power=None, user_mpp=mpp)
 
@@ -108,18 +119,31 @@ def open_picture(path: Path, *, mpp: float | None = None) -> ArraySlide:
         If it is no picture, is damaged, or has more than 80 million pixels.
     """
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with _opened(path) as image:
             if image.width * image.height > MAX_PICTURE_PX:
-                raise SlideOpenError(
-                    path,
-                    f"{image.width} x {image.height} px would have to be decoded whole; convert it with "
-                    f"`vips tiffsave {path.name} out.tif --tile --pyramid --compression jpeg --bigtiff`",
-                    code="untiled",
-                )
-            return ArraySlide(flatten(image.convert("RGBA"), WHITE), mpp=mpp, path=path)
-    except (Image.DecompressionBombError, UnidentifiedImageError) as error:
+                raise _too_large(path, f"{image.width} x {image.height} px")
+            profile = image.info.get("icc_profile") or None
+            return ArraySlide(flatten(image.convert("RGBA"), WHITE), mpp=mpp, path=path, icc_profile=profile)
+    except Image.DecompressionBombError:
+        raise _too_large(path, f"more than {2 * MAX_PICTURE_PX // 10**6} million pixels") from None
+    except UnidentifiedImageError as error:
         raise SlideOpenError(path, "no reader knows this format", code="unsupported") from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, SlideOpenError):
             raise
         raise SlideOpenError(path, f"the picture is damaged: {error}") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
+        return Image.open(path, formats=("PNG", "JPEG"))
+
+
+def _too_large(path: Path, found: str) -> SlideOpenError:
+    return SlideOpenError(
+        path,
+        f"{found} would have to be decoded whole; convert it with "
+        f"`vips tiffsave {path.name} out.tif --tile --pyramid --compression jpeg --bigtiff`",
+        code="untiled",
+    )

@@ -2,7 +2,8 @@
 
 One definition for the coordinates file of a slide and for the copy inside its feature file. What is ours:
 ``encoding-type`` and ``encoding-version``, the tiling as JSON, the true mpp and where it came from, fingerprints of
-the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find what they know beside it.
+the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find what they know beside it. The optional
+dataset ``quality`` has a row of scores per tile.
 """
 
 import hashlib
@@ -22,9 +23,12 @@ from eosin import __version__
 from eosin.errors import FeatureFileError
 from eosin.files import write_file
 from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi.quality import SCORES, TileQuality
 
 ENCODING_TYPE = "eosin.coords"
 ENCODING_VERSION = "1"
+QUALITY_TYPE = "eosin.quality"
+QUALITY_VERSION = "1"
 MAX_ROWS = 10_000_000
 LIBVER = ("v110", "v110")  # checksums the file's own structures
 _MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
@@ -64,6 +68,7 @@ def write_grid(
     fingerprint: str,
     options_hash: str = "",
     selection: str = "",
+    quality: TileQuality | None = None,
 ) -> None:
     """Write a coordinates file; it is whole or it is not there.
 
@@ -75,6 +80,8 @@ def write_grid(
         Its tiles; none is a normal content.
     slide_id, mpp_source, fingerprint, options_hash, selection : str
         See `CoordsFooter`.
+    quality : TileQuality, optional
+        Scores of the tiles, written as the dataset ``quality``.
     """
     footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection)
 
@@ -82,6 +89,8 @@ def write_grid(
         image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
         with h5py.File(image, "w", libver=LIBVER) as file:
             write_coords(file, grid, footer)
+            if quality is not None:
+                _write_quality(file, quality)
         temporary.write_bytes(image.getbuffer())
 
     write_file(path, write, verify=lambda temporary: _require_rows(temporary, grid.n_tiles))
@@ -132,6 +141,36 @@ def write_coords(group: h5py.Group, grid: TileGrid, footer: CoordsFooter) -> Non
     dataset = group.create_dataset("coords", data=rows)
     for name, value in {**_trident_attributes(grid, footer), **_own_attributes(grid, footer, rows)}.items():
         dataset.attrs[name] = value
+
+
+def _write_quality(group: h5py.Group, quality: TileQuality) -> None:
+    rows = np.stack([getattr(quality, name) for name in SCORES], axis=1).astype(np.float32)
+    dataset = group.create_dataset("quality", data=rows)
+    dataset.attrs["encoding-type"] = QUALITY_TYPE
+    dataset.attrs["encoding-version"] = QUALITY_VERSION
+    dataset.attrs["columns"] = json.dumps(SCORES)
+
+
+def read_quality(path: Path) -> TileQuality | None:
+    """Read the scores of the tiles; None where the file has none.
+
+    Raises
+    ------
+    FeatureFileError
+        If the file is missing, damaged, not ours, or its scores are of a later version.
+    """
+    with _open(path) as file:
+        n_tiles = len(read_coords(file, path).origins_px0)
+        with _damage_as_error(path):
+            if "quality" not in file:
+                return None
+            dataset = file["quality"]
+            if dataset.attrs["encoding-version"] != QUALITY_VERSION:
+                raise FeatureFileError(path, "its quality scores are of a later version: update eosin")
+            if dataset.shape != (n_tiles, len(SCORES)) or json.loads(dataset.attrs["columns"]) != list(SCORES):
+                raise FeatureFileError(path, f"quality is {dataset.shape}, expected {(n_tiles, len(SCORES))}")
+            columns = np.ascontiguousarray(dataset[()].T, np.float32)
+            return TileQuality(*columns)
 
 
 def _trident_attributes(grid: TileGrid, footer: CoordsFooter) -> dict[str, str | int]:

@@ -36,6 +36,8 @@ class Tiling(Options):
     tolerance : float
         A slide whose own mpp, or a power of two times that, is within this relative distance of `mpp` is delivered
         unresampled, or as plain averages.
+    icc : bool
+        Convert colours to sRGB by the slide's ICC profile, where it has one, for the mask as for the tiles.
     """
 
     mpp: Annotated[float, Field(ge=0.05, le=50)] = 0.5
@@ -44,6 +46,7 @@ class Tiling(Options):
     min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.25
     max_upsampling: Annotated[float, Field(ge=1, le=2)] = 1.1
     tolerance: Annotated[float, Field(ge=0, le=0.05)] = 0.01
+    icc: bool = False
 
     @model_validator(mode="after")
     def _overlap_leaves_a_step(self) -> Self:

@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.errors import ConfigError, EosinError
+from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
-from eosin.wsi.coordinates import ENCODING_VERSION, read_footer, write_grid
+from eosin.wsi.colour import in_srgb
+from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, make_grid
 from eosin.wsi.overview import make_thumbnail, read_overview
 from eosin.wsi.picture import draw_outline, write_jpeg
+from eosin.wsi.quality import QualityLimits, TileQuality
+from eosin.wsi.scoring import score_tiles
 from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
+from eosin.wsi.stain import is_dark
 from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,7 @@ def tile_slides(
     tissue: TissueOptions | None = None,
     overrides: Mapping[str, TissueOptions] | None = None,
     contours: Path | None = None,
+    quality: QualityLimits | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
@@ -111,6 +116,8 @@ def tile_slides(
     contours : Path, optional
         Folder of outlines ``<slide>.geojson`` (or ``.json``) drawn or edited in QuPath; the tissue of slides without
         a file in it is found automatically.
+    quality : QualityLimits, optional
+        Which tiles are left out for blur, ink or folds; otherwise none.
     workers : int
         0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
     shard : tuple of int
@@ -132,7 +139,9 @@ def tile_slides(
     OutputError
         If the job folder cannot be written.
     """
-    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours)
+    plan = TilePlan(
+        job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours, quality or QualityLimits()
+    )
     plan.check(slides)
     return run_batch(
         slides,
@@ -164,6 +173,8 @@ class TilePlan:
         Mask options of single slides.
     contours : Path or None
         Folder of outlines.
+    quality : QualityLimits
+        Which tiles are left out.
     """
 
     job: JobFolder
@@ -171,6 +182,7 @@ class TilePlan:
     tissue: TissueOptions
     overrides: Mapping[str, TissueOptions]
     contours: Path | None
+    quality: QualityLimits
 
     def check(self, slides: Sequence[SlideFile]) -> None:
         """Refuse a folder of outlines that is not there; warn of outlines and options that no slide will get."""
@@ -189,6 +201,15 @@ class TilePlan:
         """Coordinates file of a slide."""
         return self.job.patches(self.tiling.folder, slide_id)
 
+    def open(self, item: SlideFile) -> Slide:
+        """Open a slide, with the colours that the tiling asks for."""
+        slide = open_slide(item.path, mpp=item.mpp)
+        try:
+            return in_srgb(slide) if self.tiling.icc else slide
+        except SlideError:
+            slide.close()
+            raise
+
     def tissue_of(self, item: SlideFile) -> TissueOptions:
         """Mask options of a slide."""
         return self.overrides.get(item.slide_id, self.overrides.get(item.path.name, self.tissue))
@@ -205,7 +226,25 @@ class TilePlan:
             return find_tissue(slide, tissue, overview=overview)
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
         mask = tissue_from_outline(slide, outline, tissue)
-        return replace(mask, notes=(f"tissue as drawn in {drawn.name}",))
+        pen = None if is_dark(overview) else find_tissue(slide, tissue, overview=overview).pen
+        return replace(mask, notes=(f"tissue as drawn in {drawn.name}",), pen=pen)
+
+    def lay_tiles(
+        self, item: SlideFile, slide: Slide
+    ) -> tuple[TileGrid, TileQuality, TissueMask, NDArray[np.uint8], Outcome]:
+        """Return the tiles of an open slide, their quality, its tissue, its overview, and how it ended in words."""
+        overview = read_overview(slide, mask_mpp(slide, self.tissue_of(item)))
+        mask = self.find_mask(item, slide, overview)
+        grid = make_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        quality = score_tiles(slide, grid, mask, overview, with_blur=self.quality.measures_blur)
+        bad = quality.exceeding(self.quality)
+        keep = ~np.logical_or.reduce(list(bad.values())) if bad else np.ones(grid.n_tiles, bool)
+        lost = [f"{found.sum()} by {name}" for name, found in bad.items() if found.any()]
+        left_out = [f"{grid.n_tiles - keep.sum()} tiles left out for their quality ({', '.join(lost)})"] if lost else []
+        notes = [note for note in (str(slide.facts().get("mpp_note") or ""), *left_out, *mask.notes) if note]
+        if not keep.all():
+            grid, quality = grid.select(keep), quality.select(keep)
+        return grid, quality, mask, overview, _outcome(grid, mask, notes)
 
     def options_hash(self, slide: SlideFile) -> str:
         """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
@@ -215,6 +254,8 @@ class TilePlan:
             self.tiling.to_json(),
             self.tissue_of(slide).to_json(),
             repr(slide.mpp),
+            QUALITY_VERSION,
+            self.quality.to_json(),
             hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -240,13 +281,9 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
-    with open_slide(item.path, mpp=item.mpp) as slide:
-        overview = read_overview(slide, mask_mpp(slide, plan.tissue_of(item)))
-        mask = plan.find_mask(item, slide, overview)
-        size, mpp = slide.size_px0, slide.mpp
-        grid = make_grid(mask, plan.tiling, slide_size_px0=size, slide_mpp=mpp, path=item.path)
-        thumbnail = make_thumbnail(slide, overview)
-        _write_pictures(plan.job, item.slide_id, slide, mask, thumbnail)
+    with plan.open(item) as slide:
+        grid, quality, mask, overview, outcome = plan.lay_tiles(item, slide)
+        _write_pictures(plan.job, item.slide_id, slide, mask, make_thumbnail(slide, overview))
         write_grid(
             plan.patches(item.slide_id),
             grid,
@@ -254,8 +291,9 @@ def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
             mpp_source=slide.mpp_source,
             fingerprint=file_fingerprint(item.path),
             options_hash=plan.options_hash(item),
+            quality=quality,
         )
-        return summarise(grid, mask, str(slide.facts().get("mpp_note") or ""))
+        return outcome
 
 
 def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask, thumbnail: Image.Image) -> None:
@@ -267,9 +305,7 @@ def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMas
     write_text(job.contours_geojson(slide_id), text)
 
 
-def summarise(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
-    """Return how a slide ended, in words: tiles or the reason why there is none, and what a person should know."""
-    notes = [note for note in (mpp_note, *mask.notes) if note]
+def _outcome(grid: TileGrid, mask: TissueMask, notes: Sequence[str]) -> Outcome:
     if grid.n_tiles:
         return Outcome("ok", "; ".join([f"{grid.n_tiles} tile{'s' * (grid.n_tiles != 1)}", *notes]))
     width, height = grid.slide_size_px0
@@ -277,7 +313,7 @@ def summarise(grid: TileGrid, mask: TissueMask, mpp_note: str) -> Outcome:
         return Outcome("empty", f"the slide ({width} x {height} px) is smaller than one tile ({grid.tile_px0} px)")
     if not mask.mask.any():
         return Outcome("empty", "; ".join(["no tissue was found", *notes]))
-    reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue"
+    reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue and passes every limit of quality"
     return Outcome("empty", "; ".join([reason, *notes]))
 
 

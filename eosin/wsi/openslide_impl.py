@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 
 from eosin.errors import CorruptSlideError, SlideOpenError
 from eosin.wsi.pixels import WHITE, flatten, read_scaled
@@ -42,6 +42,7 @@ class OpenSlideReader:
         self.level_sizes: list[tuple[int, int]] = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
         self.downsamples = [float(value) for value in self._handle.level_downsamples]
         self.background = _background(properties)
+        self.icc_profile = _profile(self._handle)
         self._power = _number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER)
         self.resolution = _resolution(properties, self._power, mpp)
 
@@ -96,6 +97,7 @@ class OpenSlideReader:
             "mpp_source": self.resolution.source,
             "mpp_note": self.resolution.note or self.resolution.refusal,
             "objective_power": self._power,
+            "icc_profile": "none" if self.icc_profile is None else f"{len(self.icc_profile)} bytes",
         }
 
     def close(self) -> None:
@@ -118,6 +120,14 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideOpenError(path, "no reader knows this format", code="unsupported") from None
     except openslide.OpenSlideError as error:
         raise SlideOpenError(path, f"the file is damaged or of a kind that OpenSlide cannot read: {error}") from error
+
+
+def _profile(handle: openslide.OpenSlide) -> bytes | None:
+    try:
+        profile = handle.color_profile
+        return None if profile is None else bytes(profile.tobytes())
+    except (openslide.OpenSlideError, OSError, ImageCms.PyCMSError):
+        return None  # damaged: as if there were none; reading pixels tells more
 
 
 def _number(properties: Mapping[str, str], name: str) -> float | None:

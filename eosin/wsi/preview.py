@@ -7,12 +7,13 @@ from pathlib import Path
 from PIL import Image
 
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.wsi.grid import Tiling, make_grid
-from eosin.wsi.job import JobFolder, TilePlan, summarise
-from eosin.wsi.overview import make_thumbnail, read_overview
+from eosin.wsi.grid import Tiling
+from eosin.wsi.job import JobFolder, TilePlan
+from eosin.wsi.overview import make_thumbnail
 from eosin.wsi.picture import draw_grid, draw_outline, write_jpeg
-from eosin.wsi.slide import SlideFile, open_slide
-from eosin.wsi.tissue import TissueOptions, mask_mpp
+from eosin.wsi.quality import QualityLimits
+from eosin.wsi.slide import SlideFile
+from eosin.wsi.tissue import TissueOptions
 
 
 def preview_slides(
@@ -23,6 +24,7 @@ def preview_slides(
     tissue: TissueOptions | None = None,
     overrides: Mapping[str, TissueOptions] | None = None,
     contours: Path | None = None,
+    quality: QualityLimits | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
@@ -34,7 +36,7 @@ def preview_slides(
 
     Parameters
     ----------
-    slides, job, tiling, tissue, overrides, contours, workers, shard, timeout_s, progress
+    slides, job, tiling, tissue, overrides, contours, quality, workers, shard, timeout_s, progress
         As of `eosin.wsi.job.tile_slides`.
 
     Raises
@@ -44,7 +46,9 @@ def preview_slides(
     OutputError
         If the pictures cannot be written.
     """
-    plan = TilePlan(job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours)
+    plan = TilePlan(
+        job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours, quality or QualityLimits()
+    )
     plan.check(slides)
     return run_batch(
         slides,
@@ -69,12 +73,10 @@ def _preview(plan: TilePlan, item: SlideFile) -> Outcome:
 
 
 def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
-    with open_slide(item.path, mpp=item.mpp) as slide:
-        overview = read_overview(slide, mask_mpp(slide, plan.tissue_of(item)))
-        mask = plan.find_mask(item, slide, overview)
-        grid = make_grid(mask, plan.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+    with plan.open(item) as slide:
+        grid, _, mask, overview, outcome = plan.lay_tiles(item, slide)
         outlined = draw_outline(make_thumbnail(slide, overview), mask.contours(), slide.size_px0)
-        return draw_grid(outlined, grid), summarise(grid, mask, str(slide.facts().get("mpp_note") or ""))
+        return draw_grid(outlined, grid), outcome
 
 
 def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
@@ -94,5 +96,5 @@ def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: Tiss
     SlideError
         If the slide cannot be opened or tiled.
     """
-    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, None)
+    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, None, QualityLimits())
     return _draw(plan, item)[0]

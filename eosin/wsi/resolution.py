@@ -11,6 +11,7 @@ from pathlib import Path
 from eosin.errors import MissingResolutionError
 
 MPP_RANGE = (0.05, 20.0)
+THUMBNAIL_MPP = 200.0
 XY_TOLERANCE = 0.05
 POWER_WARN = 1.2
 POWER_REFUSE = 2.0
@@ -94,12 +95,23 @@ def resolve_mpp(stated: Sequence[StatedMpp], *, power: float | None, user_mpp: f
     if not stated:
         return Resolution(None, "none", refusal=f"the slide states no µm/px; {_HOW_TO_STATE}")
     first = stated[0]
+    if _is_thumbnail(first):
+        refusal = (
+            f"the slide has {first.x:.4g} µm/px, which is too coarse for tissue and tiles (at most {MPP_RANGE[1]:g})"
+        )
+        return Resolution(None, first.source, refusal=refusal, code="too-coarse")
     fault = _implausible(first, power)
     if fault:
         refusal = f"its {first.source} {fault}; {_HOW_TO_STATE}"
         return Resolution(None, first.source, refusal=refusal, code="bad-mpp")
     mpp = (first.x + first.y) / 2
     return Resolution(mpp, first.source, note=_power_note(mpp, power))
+
+
+def _is_thumbnail(stated: StatedMpp) -> bool:
+    """Return whether a scanner's own tag says a coarse resolution; the TIFF resolution can be a printer's, 72 dpi."""
+    square = abs(stated.x - stated.y) <= XY_TOLERANCE * max(stated.x, stated.y)
+    return stated.source != "tiff-resolution" and MPP_RANGE[1] < stated.x < THUMBNAIL_MPP and square
 
 
 def _from_user(mpp: float, power: float | None) -> Resolution:

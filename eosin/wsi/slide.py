@@ -1,6 +1,7 @@
 """What a slide is to the rest of the package, which files are slides, and how one is opened."""
 
 import csv
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
+from eosin.wsi.dicom import group_series
 from eosin.wsi.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
+
+logger = logging.getLogger(__name__)
 
 Fact = str | int | float | list[int] | list[float] | None
 
@@ -49,6 +53,10 @@ class Slide(Protocol):
     @property
     def bounds_px0(self) -> tuple[int, int, int, int] | None:
         """x, y, width, height of the scanned part when the file states it; QuPath's origin is its corner."""
+
+    @property
+    def icc_profile(self) -> bytes | None:
+        """The colour profile that the file states for its pixels; applied only by `eosin.wsi.colour.in_srgb`."""
 
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return pixels at any resolution.
@@ -162,7 +170,8 @@ def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None)
     -------
     list of SlideFile
         Sorted by id. The id is the file name without its slide extension; other dots stay.
-        A plain picture beside a slide of the same name keeps its extension in its id.
+        A plain picture beside a slide of the same name keeps its extension in its id. The DICOM files of one series
+        in one folder are one slide, named after the first.
 
     Raises
     ------
@@ -170,7 +179,7 @@ def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None)
         If a path is missing, nothing is found, or two files would have the same id.
     """
     files = _expand([Path(path) for path in paths])
-    ids = _unique_ids(files)
+    ids = _unique_ids(_one_per_series(files))
     table = _read_mpp_table(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
     return [SlideFile(path, slide_id, _mpp_for(path, slide_id, table)) for slide_id, path in sorted(ids.items())]
 
@@ -202,6 +211,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             if not name.startswith(".") and is_slide(Path(name)):
                 yield Path(root) / name
+
+
+def _one_per_series(files: Sequence[Path]) -> list[Path]:
+    grouped = group_series(files)
+    for first, members in grouped.items():
+        if len(members) > 1:
+            logger.info("%s stands for the %d files of its DICOM series", first, len(members))
+    return list(grouped)
 
 
 def _unique_ids(files: Sequence[Path]) -> dict[str, Path]:

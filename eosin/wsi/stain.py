@@ -22,7 +22,7 @@ PEN_GROW_UM = 24.0
 PEN_MIN_DENSITY = 0.3
 RIM_UM = 40.0
 PEN_REACH_UM = 2 * (PEN_GROW_UM + RIM_UM)
-ON_GLASS_SHARE = 0.65
+ON_GLASS_SHARE = 0.6
 FLAT_UM = 40.0
 FLAT_MAX_MPP = 12.0
 FLAT_VARIATION = 0.02
@@ -281,7 +281,7 @@ def _part_on_glass(piece: Mask, tissue: Mask, reach: int, least: float) -> Mask:
     kept = np.zeros_like(piece)
     for number in range(1, parts.max(initial=0) + 1):
         part = parts == number
-        rim = grow(part, reach) & ~grow(part, blurred_rim)
-        if (rim & ~tissue & ~piece).sum() > ON_GLASS_SHARE * rim.sum():
+        rim = grow(part, reach) & ~grow(part, blurred_rim) & ~piece
+        if (rim & ~tissue).sum() > ON_GLASS_SHARE * rim.sum():
             kept |= part
     return kept

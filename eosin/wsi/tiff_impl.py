@@ -123,6 +123,8 @@ class TiffReader:
         RGB of missing pixels.
     bounds_px0 : tuple of int or None
         Scanned part.
+    icc_profile : bytes or None
+        Colour profile of the pixels.
     facts : mapping
         What may be shown about the file, without the reader.
     """
@@ -136,11 +138,13 @@ class TiffReader:
         *,
         background: tuple[int, int, int] = WHITE,
         bounds_px0: tuple[int, int, int, int] | None = None,
+        icc_profile: bytes | None = None,
         facts: Facts,
     ) -> None:
         self.path = path
         self.size_px0: tuple[int, int] = levels[0].size_px
         self.bounds_px0 = bounds_px0
+        self.icc_profile = icc_profile
         self._tiff = tiff
         self._file: BinaryIO = path.open("rb")
         self._file_lock = Lock()
@@ -417,7 +421,8 @@ def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
         if levels and _pixels_agree(path, levels, reference):
             return TiffReader(
                 path, tiff, levels, reference.resolution,
-                background=reference.background, bounds_px0=reference.bounds_px0, facts=_facts_like(reference),
+                background=reference.background, bounds_px0=reference.bounds_px0,
+                icc_profile=reference.icc_profile, facts=_facts_like(reference),
             )  # fmt: skip
     except (EosinError, _DecodeError, *DAMAGE):
         pass  # whatever is odd about the file, OpenSlide's own reader is the one to tell
@@ -522,7 +527,11 @@ def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
     try:
         levels = _levels_of_series(path, tiff)
         resolution = _plain_resolution(tiff, mpp)
-        return TiffReader(path, tiff, levels, resolution, facts=_plain_facts(tiff, levels, resolution))
+        profile = levels[0].page.tags.valueof("InterColorProfile")
+        return TiffReader(
+            path, tiff, levels, resolution,
+            icc_profile=bytes(profile) if profile else None, facts=_plain_facts(tiff, levels, resolution),
+        )  # fmt: skip
     except DAMAGE as error:
         tiff.close()
         if isinstance(error, EosinError):

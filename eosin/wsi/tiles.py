@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.wsi.colour import in_srgb
 from eosin.wsi.grid import TileGrid
 from eosin.wsi.slide import Slide
 
@@ -20,7 +21,7 @@ def iterate_tiles(slide: Slide, grid: TileGrid, *, batch_size: int, threads: int
     Parameters
     ----------
     slide : Slide
-        Open; read from several threads.
+        Open; read from several threads. Colours are converted when the grid's tiling says so.
     grid : TileGrid
         Its tiles, in its order.
     batch_size : int
@@ -39,6 +40,8 @@ def iterate_tiles(slide: Slide, grid: TileGrid, *, batch_size: int, threads: int
     CorruptSlideError
         If stored pixels cannot be decoded.
     """
+    if grid.tiling.icc:
+        slide = in_srgb(slide)
     batches = [np.arange(start, min(start + batch_size, grid.n_tiles)) for start in range(0, grid.n_tiles, batch_size)]
     if threads == 0:
         yield from ((_read(slide, grid, index), index) for index in batches)

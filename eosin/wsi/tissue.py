@@ -87,6 +87,8 @@ class TissueMask:
         µm per level-0 pixel.
     notes : tuple of str
         What a person should know about this mask, for example that pen was removed.
+    pen : (h, w) bool or None
+        Marker strokes, where they were looked for.
     """
 
     mask: NDArray[np.bool_]
@@ -94,6 +96,11 @@ class TissueMask:
     slide_size_px0: tuple[int, int]
     slide_mpp: float
     notes: tuple[str, ...] = field(default=())
+    pen: NDArray[np.bool_] | None = None
+
+    def like(self, mask: NDArray[np.bool_]) -> "TissueMask":
+        """Return another mask on the same lattice."""
+        return TissueMask(mask, self.px0_per_cell, self.slide_size_px0, self.slide_mpp)
 
     @property
     def area_um2(self) -> float:
@@ -205,8 +212,9 @@ def find_tissue(
             "its background is dark, as in fluorescence; tissue is only found on bright-field slides",
             code="dark-background",
         )
-    found, notes = detect_tissue(rgb, mpp, options)
-    return TissueMask(found, (mpp / slide.mpp, mpp / slide.mpp), slide.size_px0, slide.mpp, notes)
+    found = examine(rgb, mpp, options)
+    cell = (mpp / slide.mpp, mpp / slide.mpp)
+    return TissueMask(found.mask, cell, slide.size_px0, slide.mpp, found.notes, found.pen)
 
 
 def detect_tissue(
@@ -262,13 +270,14 @@ def examine(rgb: NDArray[np.uint8], mpp: float, options: TissueOptions) -> Findi
     mask, pen = np.zeros(weak.shape, bool), np.zeros(weak.shape, bool)
     if mask[place].size:
         near, stained = planes[:, *place], is_stained(planes[:, *place], threshold)
-        pen[place] = find_pen(near, stained, mpp) if options.remove_pen else False
-        mask[place] = _clean(stained, weak[place], pen[place], mpp, options)
-    return Findings(mask, pen, _notes(mask, pen))
+        pen[place] = find_pen(near, stained, mpp)
+        left_out = pen[place] if options.remove_pen else np.zeros_like(pen[place])
+        mask[place] = _clean(stained, weak[place], left_out, mpp, options)
+    return Findings(mask, pen, _notes(mask, pen if options.remove_pen else None))
 
 
-def _notes(mask: NDArray[np.bool_], pen: NDArray[np.bool_]) -> tuple[str, ...]:
-    notes = ["pen marks were left out"] if pen.any() else []
+def _notes(mask: NDArray[np.bool_], left_out: NDArray[np.bool_] | None) -> tuple[str, ...]:
+    notes = ["pen marks were left out"] if left_out is not None and left_out.any() else []
     if mask.any() and not ODD_COVERAGE[0] <= mask.mean() <= ODD_COVERAGE[1]:
         notes.append(f"tissue covers {mask.mean():.2%} of the slide; look at its contour picture")
     return tuple(notes)

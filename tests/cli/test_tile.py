@@ -9,7 +9,7 @@ import pytest
 from shapely.affinity import scale, translate
 from shapely.geometry import mapping, shape
 
-from eosin.wsi.coordinates import read_grid
+from eosin.wsi.coordinates import read_grid, read_quality
 from eosin.wsi.geojson import read_outline
 from eosin.wsi.synthetic import make_slide
 
@@ -148,3 +148,29 @@ def test_options_that_cannot_be_followed(
 ) -> None:
     assert told in refused("tile", slide, "--job", tmp_path / "job", *options)
     assert not (tmp_path / "job").exists()
+
+
+def test_limits_of_quality_come_from_the_command_line(run: Run, slide: Path, tmp_path: Path) -> None:
+    all_of_them, none = tmp_path / "all", tmp_path / "none"
+    assert run("tile", slide, "--job", all_of_them, "--patch-size", 64, "--set", "quality.blur=true").exit_code == 0
+    quality = read_quality(all_of_them / TILING / "patches/a_patches.h5")
+    assert quality is not None
+    blur = quality.blur
+    limit = float(np.median(blur))
+    done = run("tile", slide, "--job", none, "--patch-size", 64, "--max-blur", limit, "--max-pen", 0.5)
+    assert done.exit_code == 0
+    assert len(origins(none)) == (blur <= limit).sum() < len(origins(all_of_them))
+    facts = run("info", all_of_them / TILING / "patches/a_patches.h5").stdout
+    assert f"mean_blur: {blur.mean():.4g}" in facts
+    assert "mean_pen: 0.0" in facts
+
+
+def test_limits_outside_0_to_1_are_refused(refused: Run, slide: Path, tmp_path: Path) -> None:
+    assert "max_blur" in refused("tile", slide, "--job", tmp_path / "job", "--max-blur", 2)
+
+
+def test_colours_by_the_profile_are_stated_in_the_file(run: Run, slide: Path, tmp_path: Path) -> None:
+    for flags, stated in (([], False), (["--icc"], True)):
+        job = tmp_path / str(stated)
+        assert run("tile", slide, "--job", job, "--patch-size", 64, *flags).exit_code == 0
+        assert read_grid(job / TILING / "patches/a_patches.h5").tiling.icc is stated

@@ -4,7 +4,7 @@ from PIL import Image
 
 from eosin.errors import MissingResolutionError, SlideOpenError
 from eosin.wsi import array_impl
-from eosin.wsi.array_impl import ArraySlide
+from eosin.wsi.array_impl import ArraySlide, open_picture
 from eosin.wsi.slide import open_slide
 
 
@@ -57,3 +57,12 @@ def test_damaged_foreign_and_giant_pictures_are_refused(tmp_path, tissue_picture
     monkeypatch.setattr(array_impl, "MAX_PICTURE_PX", 1000)
     with pytest.raises(SlideOpenError, match="vips tiffsave"):
         open_slide(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("size", [(10_000, 8_100), (20_000, 10_000)])
+def test_a_picture_that_is_too_large_is_refused_with_the_conversion(tmp_path, size):
+    path = tmp_path / "large.png"
+    Image.new("1", size).save(path)
+    with pytest.raises(SlideOpenError, match=r"vips tiffsave large\.png") as caught:
+        open_picture(path)
+    assert caught.value.code == "untiled"

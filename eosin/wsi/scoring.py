@@ -1,0 +1,145 @@
+"""The quality of tiles: ink, folds and glass from the overview, blur from the tiles themselves.
+
+At the overview's 8 µm/px ink, folds and glass are seen as well as anywhere, and 200,000 tiles cost nothing. Blur is
+not: what a lens loses lies below 4 µm. It is measured at 1 µm/px, where one sixteenth of the pixels of a slide of
+0.25 µm/px are read, most scanners store a level, and blur by 1 µm and more is told from sharp tissue (docs/slides.md).
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi.morphology import Mask, drop_small, window_of
+from eosin.wsi.quality import TileQuality
+from eosin.wsi.slide import Slide
+from eosin.wsi.stain import DENSITY_OF_LIGHT, find_glass, look_up, to_light
+from eosin.wsi.tiles import iterate_tiles
+from eosin.wsi.tissue import TissueMask
+
+BLUR_MPP = 1.0
+COARSEST_BLUR_MPP = 1.3
+LAGS_PX = ((1, 4), (2, 8))
+NOISE = 4.0  # variance of the difference of two equal pixels, in grey levels
+BATCH = 64
+FOLD_RATIO = 1.7
+FOLD_MIN_DENSITY = 0.8
+FOLD_WINDOW_UM = 40.0
+FOLD_MIN_UM2 = 2_500.0
+_UNIT = 100  # 8-bit optical density: at most 0.85 of each channel, so that three add up to no more than 255
+
+
+def score_tiles(
+    slide: Slide, grid: TileGrid, mask: TissueMask, overview: NDArray[np.uint8], *, with_blur: bool, threads: int = 2
+) -> TileQuality:
+    """Return the quality of every tile.
+
+    Parameters
+    ----------
+    slide : Slide
+        Open; its pixels are read only for the blur.
+    grid : TileGrid
+        The tiles.
+    mask : TissueMask
+        Tissue and ink of the slide.
+    overview : (h, w, 3) uint8
+        The slide at the mask's resolution.
+    with_blur : bool
+        Whether blur is measured; otherwise it is NaN.
+    threads : int
+        Threads that read tiles.
+
+    Raises
+    ------
+    CorruptSlideError
+        If tiles cannot be decoded.
+    """
+    boxes = grid.boxes_px0()
+    none = np.zeros(grid.n_tiles, np.float32)
+    dark = find_folds(overview, mask.mask, mask.cell_um2)
+    return TileQuality(
+        blur=_measure_blur(slide, grid, threads) if with_blur else np.full(grid.n_tiles, np.nan, np.float32),
+        pen=none if mask.pen is None else mask.like(mask.pen).fraction(boxes).astype(np.float32),
+        fold=mask.like(dark).fraction(boxes).astype(np.float32) if dark.any() else none,
+        background=(1 - mask.fraction(boxes)).astype(np.float32),
+    )
+
+
+def find_folds(overview: NDArray[np.uint8], tissue: Mask, cell_um2: float) -> Mask:
+    """Return where a picture is much darker than its tissue: folds, dark dirt, rims of air bubbles.
+
+    The optical density, summed over the channels and averaged over 40 µm, is at least 1.7 times the median of the
+    tissue, and at least 0.8. Folds are two or more layers, so most of a fold is found; tissue that is much denser than
+    the rest of its slide (follicles, blood) is found, too.
+
+    Parameters
+    ----------
+    overview : (h, w, 3) uint8
+    tissue : (h, w) bool
+    cell_um2 : float
+        Area of a pixel.
+    """
+    folds = np.zeros(tissue.shape, bool)
+    if not tissue.any():
+        return folds
+    side = max(1, round(FOLD_WINDOW_UM / math.sqrt(cell_um2)))
+    place = window_of(tissue, side)
+    table = np.minimum(np.rint(DENSITY_OF_LIGHT * _UNIT), 85).astype(np.uint8)
+    planes = look_up(table, to_light(overview[place], find_glass(overview)))
+    density = planes[0] + planes[1] + planes[2]
+    inside = tissue[place]
+    median = int(np.searchsorted(np.bincount(density[inside], minlength=256).cumsum(), inside.sum() / 2))
+    limit = min(max(FOLD_MIN_DENSITY * _UNIT, FOLD_RATIO * median), 250)
+    folds[place] = drop_small(
+        ndimage.uniform_filter(density, side) >= limit, FOLD_MIN_UM2 / cell_um2, keep_largest=False
+    )
+    return folds
+
+
+def _measure_blur(slide: Slide, grid: TileGrid, threads: int) -> NDArray[np.float32]:
+    blur = np.full(grid.n_tiles, np.nan, np.float32)
+    mpp = max(BLUR_MPP, slide.mpp)
+    side = math.floor(grid.tile_px0 * slide.mpp / mpp + 1e-6)
+    if mpp > COARSEST_BLUR_MPP or side < 4 * LAGS_PX[-1][-1]:
+        return blur
+    coarse = TileGrid(
+        grid.origins_px0,
+        grid.tile_px0,
+        Tiling(mpp=mpp, patch_size=side, tolerance=0.05),
+        grid.slide_size_px0,
+        slide.mpp,
+    )
+    for tiles, index in iterate_tiles(slide, coarse, batch_size=BATCH, threads=threads):
+        blur[index] = blur_of(tiles)
+    return blur
+
+
+def blur_of(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return how blurred tiles of about 1 µm/px are: 0 as sharp as noise, 1 without any fine detail.
+
+    In sharp tissue neighbouring pixels differ nearly as much as pixels four times as far apart; in a blurred picture
+    differences grow with the distance. With D(k) the mean squared difference of green at distance k, plus what noise
+    makes, blur is (1 - √(D(k) / D(4k))) / (1 - 1/4), the larger of k = 1 and 2. It does not depend on contrast, and
+    tiles without structure count as sharp.
+
+    Parameters
+    ----------
+    tiles : (n, h, w, 3) uint8
+
+    Returns
+    -------
+    (n,) float32
+    """
+    green = tiles[..., 1].astype(np.float32)
+    found = np.zeros(len(tiles), np.float32)
+    for near, far in LAGS_PX:
+        ratio = np.sqrt((_difference(green, near) + NOISE) / (_difference(green, far) + NOISE))
+        found = np.maximum(found, (1 - ratio) / (1 - near / far))
+    return np.clip(found, 0, 1)
+
+
+def _difference(green: NDArray[np.float32], lag: int) -> NDArray[np.float32]:
+    down, across = green[:, lag:] - green[:, :-lag], green[:, :, lag:] - green[:, :, :-lag]
+    return np.asarray(np.square(down).mean(axis=(1, 2)) + np.square(across).mean(axis=(1, 2)))
