@@ -222,7 +222,7 @@ def _scores_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
         return *_second_order(ctx, (scores,), tensors, (grad,)), *nothing
     needs_values = ctx.needs_input_grad[0]
     found = gated_scores_backward(grad.contiguous(), branches, needs_values, *tensors, *ctx.options)
-    return *_wanted(ctx, found), *nothing
+    return *_wanted(ctx, found), None, *nothing  # the index has no gradient
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
