@@ -5,7 +5,7 @@ picture each, one cell per tile, coloured in the browser: 200,000 tiles are as f
 """
 
 from dataclasses import dataclass
-from typing import Any
+from html import escape
 
 import numpy as np
 from bokeh.models import (
@@ -94,8 +94,9 @@ class Canvas:
         """Put another map in the place of the one that is shown: as it is coloured, and before it was scaled."""
         self.maps.data = map_columns(self.lattice, shown, plain)
         scale = scale_of(shown)
-        self.mapper.update(palette=palette(scale), low=scale.low, high=scale.high, tags=[plain.label])
-        self.bar.update(**_bar_texts(scale))
+        self.mapper.update(palette=palette(scale), low=scale.low, high=scale.high, tags=[escape(plain.label)])
+        self.bar.major_label_overrides = _end_words(scale)
+        self.bar.ticker.ticks = [scale.low, scale.high]  # of the same ticker: the browser does not listen to another
 
     def show_removed(self, present: NDArray[np.bool_]) -> None:
         """Veil the tiles that are not present, (n,)."""
@@ -125,7 +126,7 @@ def make_canvas(lattice: Lattice, shown: Heatmap, plain: Heatmap, *, opacity: fl
     plot = _plot(shown.grid)
     scale = scale_of(shown)
     mapper = LinearColorMapper(
-        palette=palette(scale), low=scale.low, high=scale.high, nan_color="rgba(0, 0, 0, 0)", tags=[plain.label]
+        palette=palette(scale), low=scale.low, high=scale.high, nan_color="rgba(0, 0, 0, 0)", tags=[escape(plain.label)]
     )
     maps = ColumnDataSource(map_columns(lattice, shown, plain))
     (x, y), (width, height) = lattice.origin_um, lattice.size_um
@@ -209,15 +210,13 @@ def _edges(lattice: Lattice, gone: NDArray[np.bool_]) -> dict[str, NDArray[np.fl
 
 def _colour_bar(mapper: LinearColorMapper, scale: ColourScale) -> ColorBar:
     return ColorBar(
-        color_mapper=mapper, width=14, title_text_font_style="normal", label_standoff=6, major_tick_line_color=None,
-        title_text_font_size="12px", **_bar_texts(scale),
+        color_mapper=mapper, width=14, label_standoff=6, major_tick_line_color=None,
+        ticker=FixedTicker(ticks=[scale.low, scale.high]), major_label_overrides=_end_words(scale),
     )  # fmt: skip
 
 
-def _bar_texts(scale: ColourScale) -> dict[str, Any]:
-    # an end's number would be drawn twice when both ends are equal
-    words = {scale.low: scale.low_words, scale.high: scale.high_words}
-    return {"ticker": FixedTicker(ticks=[scale.low, scale.high]), "major_label_overrides": words}
+def _end_words(scale: ColourScale) -> dict[float, str]:
+    return {scale.low: scale.low_words, scale.high: scale.high_words}
 
 
 def outline_columns(tissue: MultiPolygon, mpp: float) -> dict[str, list[NDArray[np.float64]]]:

@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from bokeh.embed import file_html
 from bokeh.layouts import column, row
 from bokeh.models import (
     CheckboxGroup,
-    Column,
     ColumnDataSource,
     CustomJS,
     Div,
     ImageURL,
+    Row,
     Select,
     Slider,
     TabPanel,
@@ -28,21 +29,25 @@ from eosin.heatmaps.export.png import View, take_view
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.viewer.canvas import OPACITY, Canvas, make_canvas, outline_columns, palette, picture
 from eosin.heatmaps.viewer.catalogue import Catalogue, Study
+from eosin.heatmaps.viewer.drawing import add_slide
 from eosin.heatmaps.viewer.layers import PERCENTILE, PLAIN, TIMES, Choice, default_scaling, scalings_of
 from eosin.heatmaps.viewer.panel import TEXT, verdict_html
 from eosin.heatmaps.viewer.session import judge, state_in_words
-from eosin.heatmaps.viewer.tiles import encode_jpeg
+from eosin.heatmaps.viewer.tiles import blank_png, encode_jpeg
 
 PICTURE_PX = 2000
 MAX_SLIDES = 50
+
+NO_TILES = f"data:image/png;base64,{base64.b64encode(blank_png()).decode()}"
+"""Address of tiles that show nothing: a tile layer is what keeps width and height of the view in proportion."""
 
 SHOW = """
 const entry = entries[select.value]
 const plain = store.data[entry.plain], rank = store.data[entry.rank]
 source.data = {value: entry.by_rank ? rank : plain, plain, rank, tile: source.data.tile}
 mapper.setv({palette: entry.palette, low: entry.low, high: entry.high, tags: [entry.label]})
-bar.ticker.ticks = [entry.low, entry.high]
 bar.major_label_overrides = new Map([[entry.low, entry.low_words], [entry.high, entry.high_words]])
+bar.ticker.ticks = [entry.low, entry.high]
 """
 FADE = "glyph.global_alpha = slider.value"
 TOGGLE = "parts.forEach((part, i) => { part.visible = box.active.includes(i) })"
@@ -88,13 +93,14 @@ def write_static(path: Path, catalogue: Catalogue) -> None:
     write_text(path, file_html(Tabs(tabs=tabs, sizing_mode="stretch_both", styles=whole), INLINE, title="eosin view"))
 
 
-def _slide_page(catalogue: Catalogue, study: Study) -> Column:
+def _slide_page(catalogue: Catalogue, study: Study) -> Row:
     with study.slides.borrow(study.listed.key) as slide:
         view = take_view(slide, longest_px=PICTURE_PX)
     choice = study.layers.choices[0]
     plain = study.layers.get(choice)
     first = default_scaling(plain)
     canvas = make_canvas(study.lattice, study.layers.get(choice, first), plain)
+    add_slide(canvas, study.grid, NO_TILES)
     _add_picture(canvas, view)
     canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
     store, entries = _all_maps(study)
@@ -116,7 +122,6 @@ def _add_picture(canvas: Canvas, view: View) -> None:
     place = {"url": [url], "x": [x], "y": [-y], "w": [width], "h": [height]}
     glyph = ImageURL(url="url", x="x", y="y", w="w", h="h", anchor="top_left")
     canvas.plot.add_glyph(ColumnDataSource(place), glyph, level="image", name="slide")
-    canvas.plot.match_aspect = True
 
 
 def _all_maps(study: Study) -> tuple[ColumnDataSource, dict[str, Any]]:
@@ -146,7 +151,7 @@ def _entry(choice: Choice, scaling: str, number: int, plain: Heatmap, shown: Hea
         high=scale.high / factor,
         low_words=scale.low_words,
         high_words=scale.high_words,
-        label=plain.label,
+        label=escape(plain.label),
     )
 
 

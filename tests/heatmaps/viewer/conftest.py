@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes import marked_pixels, write_slide
+from scenes import lattice, marked_pixels, write_slide
 
 from eosin.features.bag import FeatureBag
 from eosin.features.store import write_bag
@@ -24,14 +24,14 @@ TILE = 5 * 16 + 9  # the marked one, as in the scene
 
 @pytest.fixture(scope="module")
 def folder(scene):
-    """Features of slide-1, whose marked tile the model calls tumour, and of slide-2, which is all normal."""
+    """Features of slide-1, whose marked tile the model calls tumour, and of slide-2, normal and scanned finer."""
     folder, _, bag = scene
     write_bag(folder / "features/slide-1.h5", bag)
-    other = folder / "slide-2.tiff"
-    write_slide(other, marked_pixels(bag.grid, 3)[:, ::-1], mpp=0.5)
+    other, grid = folder / "slide-2.tiff", lattice(size_px0=(3200, 2400), slide_mpp=0.1, patch_size=40)
+    write_slide(other, marked_pixels(grid, 3), mpp=0.1, downsamples=(5,))
     values = np.random.default_rng(1).uniform(0, 0.1, size=bag.features.shape).astype(np.float32)
     provenance = {"input_fingerprint": file_fingerprint(other)}
-    write_bag(folder / "features/slide-2.h5", FeatureBag(values, bag.spec, "slide-2", bag.grid, provenance))
+    write_bag(folder / "features/slide-2.h5", FeatureBag(values, bag.spec, "slide-2", grid, provenance))
     return folder
 
 

@@ -80,8 +80,10 @@ def reader(chromium, url):
     assert [request for request in reader.requests if not request.startswith((url, "data:", "blob:"))] == []
 
 
-def tiles_asked(reader):
-    return [re.search(r"/tiles/\w+/(\w+)/(\d+)/", one).groups() for one in reader.requests if "/tiles/" in one]
+def tiles_asked(reader, key=r"\w+"):
+    """Return look and zoom of every tile that was asked for."""
+    found = [re.search(rf"/tiles/{key}/(\w+)/(\d+)/", one) for one in reader.requests]
+    return [match.groups() for match in found if match]
 
 
 def test_the_page_opens_without_faults_and_without_the_internet(reader):
@@ -90,15 +92,19 @@ def test_the_page_opens_without_faults_and_without_the_internet(reader):
     assert len(reader.read(f"{reader.model('tissue')}.data_source.data.xs")) > 0
 
 
-def test_nearer_views_are_nearer(reader):
-    script = "const r = Bokeh.documents[0].get_model_by_name('canvas').children[0].x_range; return r.end - r.start"
-    width = f"(() => {{ {script} }})()"
-    before = reader.read(width)
+def test_nearer_views_ask_for_finer_tiles(reader, catalogue):
+    reader.choose("slide", catalogue.shown[1].key)
+    reader.ready("slide-2")
+    reader.page.wait_for_timeout(800)  # what the browser reads ahead
+    before = {zoom for _, zoom in tiles_asked(reader, catalogue.shown[1].key)}
     reader.page.mouse.move(*reader.to_screen(160, 120))
-    for _ in range(3):
+    for _ in range(5):
         reader.page.mouse.wheel(0, -300)
         reader.page.wait_for_timeout(150)
-    assert reader.read(width) < before / 1.5
+    reader.page.wait_for_timeout(800)
+    after = {zoom for _, zoom in tiles_asked(reader, catalogue.shown[1].key)}
+    assert "2" in before
+    assert max(after) > max(before)
 
 
 def test_the_map_can_be_hidden_and_the_slide_made_grey(reader):

@@ -61,10 +61,11 @@ def test_saving_twice_keeps_both(catalogue, saved):
 
 def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
     _, (_, regions, added) = saved
-    for path, tiles, name in ((regions, GONE, "Removed"), (added, [0, 1, 50], "Added")):
-        features = check_geojson(path, size_px=(640, 480))
+    wanted = ((regions, GONE, "Removed", studies[0]), (added, [0, 1, 50], "Added", studies[1]))
+    for path, tiles, name, study in wanted:
+        features = check_geojson(path, size_px=study.grid.slide_size_px0)
         assert {one["properties"]["classification"]["name"] for one in features} == {name}
-        found = tiles_inside(studies[0].grid, read_regions(path))
+        found = tiles_inside(study.grid, read_regions(path))
         np.testing.assert_array_equal(np.sort(found), tiles)
 
 

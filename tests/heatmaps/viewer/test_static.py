@@ -34,6 +34,9 @@ def test_maps_change_and_fade_in_a_browser_without_a_server(chromium, page):
         "attention, rank among tiles (percentile)", "attention, times the average tile", "attention",
     ]  # fmt: skip
     models = "[...Bokeh.documents[0]._all_models.values()]"
+    shape = f"(() => {{ const p = {models}.find((m) => m.type == 'Figure'); return [p.x_range, p.y_range].map("
+    spans = tab.evaluate(shape + "(r) => r.end - r.start).concat([p.inner_width, p.inner_height]) })()")
+    assert spans[0] / spans[2] == pytest.approx(spans[1] / spans[3], rel=0.02)  # a circle is a circle
     low = f"{models}.find((m) => m.type == 'LinearColorMapper').low"
     assert tab.evaluate(low) == 0
     select.select_option(label="effect of each tile for tumour")
