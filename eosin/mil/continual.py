@@ -64,6 +64,8 @@ class Source(Options):
         Label column.
     group : str
     level : str
+    slide_table : Path, optional
+        Slides of each patient, for labels by patient.
     """
 
     features: Path
@@ -71,11 +73,22 @@ class Source(Options):
     target: str
     group: Literal["patient", "slide"] = "patient"
     level: Literal["slide", "patient"] = "slide"
+    slide_table: Path | None = None
 
     @classmethod
-    def of(cls, features: Path, labels: Path, study: Study, *, group: str, level: str) -> "Source":
+    def of(
+        cls,
+        features: Path,
+        labels: Path,
+        study: Study,
+        *,
+        group: str = "patient",
+        level: str = "slide",
+        slide_table: Path | None = None,
+    ) -> "Source":
         """Return the source of a study that was opened with these arguments."""
         places = {"features": features.resolve(), "labels": labels.resolve()}
+        places |= {} if slide_table is None else {"slide_table": slide_table.resolve()}
         return cls.parse({**places, "target": ",".join(study.task.columns), "group": group, "level": level})
 
 
@@ -303,7 +316,13 @@ def _held_out(record: TaskRecord, task: Task) -> Examples | None:
     source = record.source
     try:
         study = open_study(
-            source.features, source.labels, target=source.target, group=source.group, level=source.level, missing="drop"
+            source.features,
+            source.labels,
+            target=source.target,
+            group=source.group,
+            level=source.level,
+            slide_table=source.slide_table,
+            missing="drop",
         )
         examples = study.examples.subset(record.slides)
         return replace(examples, targets=task.encode(study.table.rows(examples.ids)))

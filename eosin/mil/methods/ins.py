@@ -5,7 +5,8 @@ instance classifier is all you need, IEEE TCSVT 2024, https://arxiv.org/abs/2307
 al., ICLR 2022).
 
 1. Instance network (aggregator `ins`): ``h = relu(W x + b)``, class logits of h, projection ``q = normalise(W_2
-   relu(W_1 h))``. The probability of a bag is the mean of its instances', and its logit the logarithm.
+   relu(W_1 h))``. The probability of a bag is the mean of its instances', and its logit the logarithm; or their
+   largest, or that some instance has the class, ``1 - Π (1 - p)``.
 2. Each step of the strategy `ins`: candidates Y are class 0 for instances of bags of class 0, else class 0 and the
    bag's; ``ŷ = argmax(softmax(logits) Y)``; ``r = softmax(q μᵀ)`` with the prototypes before the step; then instance
    by instance ``μ_ŷ ← m μ_ŷ + (1 - m) q``, then each μ is normalised; keys k are the projections of a moving-average
@@ -18,12 +19,12 @@ al., ICLR 2022).
    L_con``.
 
 Deviations from the authors' code. Candidates and certain negatives come from the labels of bags; the code reads the
-labels of patches, also inside positive slides. The bag loss reads the largest instance probability; the code takes
-two feature dimensions for classes. Places of the queue that were never filled do not take part; the code fills them
-with noise, normalised along the wrong axis. The queue need not be a multiple of the batch. There is one view per
-instance, as the code's feature dropout never acts. At most `sample` instances of a pack take part in a step. Soft
-targets are kept per bag id and instance while training runs; bags without ids, or drawn anew in each pass, start from
-uniform targets every time.
+labels of patches, also inside positive slides. The bag loss reads the pooled probability of the instances; the code
+averages features and takes two of their dimensions for classes. Places of the queue that were never filled do not take
+part; the code fills them with noise, normalised along the wrong axis. The queue need not be a multiple of the batch.
+There is one view per instance, as the code's feature dropout never acts. At most `sample` instances of a pack take part
+in a step. Soft targets are kept per bag id and instance while training runs; bags without ids, or drawn anew in each
+pass, start from uniform targets every time.
 """
 
 import copy
@@ -31,17 +32,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_max, segment_mean
+from eosin.kernels import segment_max, segment_mean, segment_sum
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import as_dtype, embedding
 from eosin.mil.methods.clam import require_classes
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
 from eosin.mil.tasks import Task
+
+TARGET = "target."
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +76,10 @@ class Ins(Aggregator):
         Width E of an embedded instance.
     projection : int
         Width P of a projection.
-    pooling : {"max", "mean"}
-        How instances make a bag. A mean cannot exceed the share of positive instances.
+    pooling : {"mean", "max", "noisy_or"}
+        How the probabilities of the instances make the bag's, equation 1. The mean is the share of a class, which stays
+        below one half where few instances are positive: such bags are told apart by their order and by a threshold
+        (``training.threshold``), not by the most probable class.
     """
 
     output_type = InsOutput
@@ -85,7 +91,7 @@ class Ins(Aggregator):
         *,
         width: int = 512,
         projection: int = 128,
-        pooling: Literal["max", "mean"] = "max",
+        pooling: Literal["mean", "max", "noisy_or"] = "mean",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.pooling = pooling
@@ -106,11 +112,22 @@ class Ins(Aggregator):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.pooling == "max":
             bag = segment_max(wide - wide[:, :1], bags.cu_seqlens)
+        elif self.pooling == "noisy_or":
+            bag = _noisy_or(wide, bags)
         else:
             share = segment_mean(wide.softmax(1), bags.cu_seqlens)
-            logs = share.clamp_min(torch.finfo(share.dtype).tiny).log()
-            bag = torch.where(bags.cu_seqlens.diff()[:, None] > 0, logs, 0.0)
+            bag = share.clamp_min(torch.finfo(share.dtype).tiny).log()
+        bag = torch.where(bags.cu_seqlens.diff()[:, None] > 0, bag, 0.0)
         return bag if self.n_outputs > 1 else bag[:, 1:] - bag[:, :1]
+
+
+def _noisy_or(logits: Tensor, bags: PackedBags) -> Tensor:
+    """Return (B, C): the log-odds that at least one instance has the class, 0 for class 0."""
+    chance = logits.log_softmax(1)
+    others = [torch.cat([chance[:, :c], chance[:, c + 1 :]], 1).logsumexp(1) for c in range(1, chance.shape[1])]
+    none = segment_sum(torch.stack(others, 1), bags.cu_seqlens).clamp_max(-torch.finfo(chance.dtype).tiny)
+    odds = torch.log(-torch.expm1(none)) - none
+    return torch.cat([torch.zeros_like(odds[:, :1]), odds], 1)
 
 
 @STRATEGIES.register("ins")
@@ -199,6 +216,17 @@ class InsStrategy(Strategy):
             "contrast": self.contrast_weight * contrast,
         }
         return Step(output, bags, losses)
+
+    def get_extra_state(self) -> Tensor:
+        """Return soft targets and the place in the queue as bytes, so that a killed training continues with them."""
+        kept = {f"{TARGET}{name}": target.cpu().clone() for name, target in self._targets.items()}
+        return torch.frombuffer(bytearray(save({**kept, "next": torch.tensor(self._next)})), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up what `get_extra_state` returned."""
+        tensors = load(state.cpu().numpy().tobytes())
+        self._next = int(tensors.pop("next"))
+        self._targets = {name.removeprefix(TARGET): target for name, target in tensors.items()}
 
     def _candidates(self, bags: PackedBags, target: Tensor) -> Tensor:
         """Return the classes that each instance may have, (N, C) of zeros and ones."""

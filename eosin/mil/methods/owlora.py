@@ -17,11 +17,13 @@ image analysis (CoMEL), ICCV 2025, https://arxiv.org/abs/2507.02395.
 ``eosin train --continue-from RUN`` starts the next task from a model (`eosin/mil/continual.py`).
 
 Deviations from the authors' code. Its slot 0, meant for the basis of W, is random and never used, so W is not
-protected; here it is (equation 2). Adam's moments and weight decay bring forbidden directions back, so A and B
-themselves are kept out of the older spans after each step, from the first draw of A on. When a task ends, its update is
-written as a singular value decomposition, so that ``A_iᵀ A_i`` and ``B_i B_iᵀ`` project exactly; what the task did not
-use takes no room. Where no room is left, a map gets no further update. Heads are not in the optimizer after their task.
-The statistics that standardize features are those of the first task. Layer norms stay as the first task left them.
+protected; here the leading part of the basis is, with 90 % of the energy (`protected`). The whole basis leaves no room:
+the spectrum of a trained map is nearly flat, so that 99 % of its energy take most directions, and a later task learns
+its head alone. Adam's moments and weight decay bring forbidden directions back, so A and B themselves are kept out of
+the older spans after each step. When a task ends, its update is written as a singular value decomposition, so that
+``A_iᵀ A_i`` and ``B_i B_iᵀ`` project exactly; what the task did not use takes no room. Where no room is left, a map
+gets no further update. Heads are not in the optimizer after their task. The statistics that standardize features are
+those of the first task. Layer norms stay as the first task left them.
 """
 
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task
 
 ENERGY = 0.99
+PROTECTED = 0.9
 UNUSED = 1e-6  # an update's singular values below this share of the largest are no direction that was learnt
 
 
@@ -96,11 +99,11 @@ class OrthogonalLora(nn.Module):
         return self.base.out_features
 
     @torch.no_grad()
-    def truncate(self, energy: float, *, protected: float | None = None) -> None:
+    def truncate(self, energy: float, *, protected: float = 1.0) -> None:
         """Replace W by its truncated decomposition and keep its basis, or the part with less energy, equation 2."""
         up, values, down = truncated_basis(self.base.weight, energy)
         self.base.weight.copy_(up * values @ down)
-        kept = len(values) if protected is None else n_leading(values, protected)
+        kept = n_leading(values, protected)
         self.basis_up.zero_()[:, :kept] = up[:, :kept]
         self.basis_down.zero_()[:kept] = down[:kept]
 
@@ -294,7 +297,7 @@ class UpdatedInSequence(Aggregator):
             layer.add_task(3 * self.rank if name.endswith("qkv") else self.rank)
 
     @torch.no_grad()
-    def take_over(self, model: Aggregator, *, energy: float = ENERGY, protected: float | None = None) -> None:
+    def take_over(self, model: Aggregator, *, energy: float = ENERGY, protected: float = PROTECTED) -> None:
         """Take the weights of the model of the tasks before the last, and leave the last as if it began now.
 
         Parameters
@@ -304,8 +307,8 @@ class UpdatedInSequence(Aggregator):
             or not.
         energy : float
             Equation 2.
-        protected : float, optional
-            Energy of the part of W's basis that later updates keep out of; all of it unless given.
+        protected : float
+            Share of W's energy in the part of its basis that later updates keep out of.
 
         Raises
         ------
@@ -381,8 +384,8 @@ class TrainNewestUpdate(Strategy):
         Its id, checked when given.
     energy : float
         Equation 2.
-    protected : float or None
-        Energy of the part of W's basis that updates keep out of: None is all of it, the paper's; 0 is nothing, which is
+    protected : float
+        Share of W's energy in the part of its basis that updates keep out of: 1 is the whole basis, 0 nothing, which is
         what the authors' code comes to.
     penalty : float
         Weight of the penalty.
@@ -396,7 +399,7 @@ class TrainNewestUpdate(Strategy):
         continue_from: Path | None = None,
         model_id: str = "",
         energy: float = ENERGY,
-        protected: float | None = None,
+        protected: float = PROTECTED,
         penalty: float = 1.0,
     ) -> None:
         super().__init__(model, task)
@@ -404,7 +407,7 @@ class TrainNewestUpdate(Strategy):
             raise ConfigError(
                 f"the strategy owlora trains the aggregator owlora, not {type(model).__name__}; name both"
             )
-        if not 0 < energy <= 1 or not 0 <= (protected or 0) <= 1:
+        if not 0 < energy <= 1 or not 0 <= protected <= 1:
             raise ConfigError(f"owlora: energy {energy} and protected {protected} must be shares above 0 and up to 1")
         if (continue_from is None) != (model.n_tasks == 1):
             raise ConfigError(

@@ -50,7 +50,7 @@ def test_the_block_is_the_authors(golden, same):
     same({"out": block(golden["x"][0], groups)[None]}, golden)
 
 
-def plain_attention(layer, x, region_size, grouping):
+def plain_attention(layer, x, region_size, grouping, padding="official"):
     """Equation 1 for one bag, on the grid."""
     n = len(x)
     side = math.ceil(math.sqrt(n))
@@ -60,25 +60,44 @@ def plain_attention(layer, x, region_size, grouping):
     k = side // region
     grid = torch.cat([x, x.new_zeros(side * side - n, x.shape[1])])
     cells = grid.view(k, region, k, region, -1)
-    means = cells.mean((0, 2)) if grouping == "official" else cells.mean((1, 3))
+    real = (torch.arange(side * side) < n).view(k, region, k, region, 1).double()
+    real = real if padding == "masked" else torch.ones_like(real)
+    axes = (0, 2) if grouping == "official" else (1, 3)
+    counts = real.sum(axes)
+    means = (cells * real).sum(axes) / counts.clamp(min=1)
     split = lambda rows: rows.view(-1, 3, layer.heads, x.shape[1] // layer.heads).permute(1, 2, 0, 3)  # noqa: E731
     q, key, value = split(layer.qkv(grid))
     gq, gk, _ = split(layer.qkv(means.flatten(0, 1)))
-    read = (gq @ key.mT * layer.scale).softmax(-1) @ value
-    out = (q @ gk.mT * layer.scale).softmax(-1) @ read + 0.1 * value
+    no_key, no_group = real.flatten() == 0, counts.flatten() == 0
+    read = (gq @ key.mT * layer.scale).masked_fill(no_key, -torch.inf).softmax(-1) @ value
+    out = (q @ gk.mT * layer.scale).masked_fill(no_group, -torch.inf).softmax(-1) @ read + 0.1 * value
     return layer.proj(out.transpose(0, 1).flatten(1)[:n])
 
 
 @pytest.mark.parametrize("region_size", [2, 3, 4])
 @pytest.mark.parametrize("grouping", ["official", "spatial"])
-def test_a_pack_is_its_bags_on_their_grids(grouping, region_size):
+@pytest.mark.parametrize("padding", ["official", "masked"])
+def test_a_pack_is_its_bags_on_their_grids(padding, grouping, region_size):
     torch.manual_seed(0)
     layer = GroupedDoubleAttention(8, heads=2, qkv_bias=True).double()
     lengths = (1, 30, 0, 5, 9, 10, 17)
     x = torch.randn(sum(lengths), 8, dtype=torch.float64)
-    found = layer(x, Groups.of(lengths, region_size, grouping, CPU))
-    wanted = [plain_attention(layer, bag, region_size, grouping) for bag in x.split(lengths) if len(bag)]
+    found = layer(x, Groups.of(lengths, region_size, grouping, CPU, padding=padding))
+    wanted = [plain_attention(layer, bag, region_size, grouping, padding) for bag in x.split(lengths) if len(bag)]
     torch.testing.assert_close(found, torch.cat(wanted))
+
+
+def test_masked_padding_takes_no_part():
+    """A bag of equal instances stays a bag of equal instances, whatever its padding; zeros would dilute it."""
+    torch.manual_seed(0)
+    layer = GroupedDoubleAttention(8, heads=2, qkv_bias=True).double()
+    one = torch.randn(1, 8, dtype=torch.float64)
+    full, padded = one.expand(16, 8), one.expand(11, 8)
+    alone = layer(full, Groups.of((16,), 4, "official", CPU, padding="masked"))
+    masked = layer(padded, Groups.of((11,), 4, "official", CPU, padding="masked"))
+    torch.testing.assert_close(masked, alone[:11])
+    assert not torch.allclose(layer(padded, Groups.of((11,), 4, "official", CPU)), alone[:11])
+    assert Gdat(5, 2, width=8, heads=2).padding == "masked"
 
 
 def test_computing_again_what_was_not_kept_changes_nothing(monkeypatch):

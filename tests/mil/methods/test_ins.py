@@ -3,7 +3,10 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
+from eosin.mil.data import Examples, MemoryBags
+from eosin.mil.evaluate import predict_outputs
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.ins import (
     Ins,
@@ -14,7 +17,9 @@ from eosin.mil.methods.ins import (
     soft_cross_entropy,
     supervised_contrast,
 )
+from eosin.mil.recipe import RECIPES
 from eosin.mil.tasks import Binary, Classification
+from eosin.mil.train import fit
 
 TASK = Classification(classes=("a", "b", "c"))
 
@@ -84,13 +89,13 @@ def test_prototypes_move_instance_by_instance():
 
 
 def test_a_bag_is_the_mean_of_its_instances():
-    net = model(pooling="mean")
+    net = model()
     bags = draw(5, 0, 2)
     output = net(bags)
     shares = [part.softmax(1).mean(0) for part in output.instance_logits.split(bags.lengths)]
     torch.testing.assert_close(output.logits.softmax(1)[[0, 2]], torch.stack([shares[0], shares[2]]))
     assert not output.logits[1].any()
-    one = model(1, pooling="mean")
+    one = model(1)
     output = one(bags)
     share = output.instance_logits[:5].softmax(1)[:, 1].mean()
     torch.testing.assert_close(output.logits[0, 0].sigmoid(), share)
@@ -98,12 +103,25 @@ def test_a_bag_is_the_mean_of_its_instances():
 
 def test_a_bag_is_as_positive_as_its_most_positive_instance():
     bags = draw(5, 0, 2)
-    output = model(1)(bags)
+    output = model(1, pooling="max")(bags)
     torch.testing.assert_close(output.logits[0, 0].sigmoid(), output.instance_logits[:5].softmax(1)[:, 1].amax())
-    output = model()(bags)
+    output = model(pooling="max")(bags)
     best = (output.instance_logits[:5] - output.instance_logits[:5, :1]).amax(0)
     torch.testing.assert_close(output.logits[0], best)
     assert not output.logits[1].any()
+
+
+def test_a_bag_has_a_class_when_some_instance_has():
+    bags = draw(5, 0, 2)
+    output = model(1, pooling="noisy_or")(bags)
+    chance = output.instance_logits.softmax(1)[:, 1]
+    torch.testing.assert_close(output.logits[0, 0].sigmoid(), 1 - (1 - chance[:5]).prod())
+    output = model(pooling="noisy_or")(bags)
+    chance = output.instance_logits[5:].softmax(1)
+    torch.testing.assert_close(output.logits[2, 1:].sigmoid(), 1 - (1 - chance[:, 1:]).prod(0))
+    assert not output.logits[1].any()
+    many = PackedBags.pack([torch.randn(5000, 4)])
+    assert model(1, pooling="noisy_or")(many).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("task", [TASK, Binary(classes=("a", "b"))])
@@ -141,6 +159,43 @@ def test_targets_are_remembered_by_bag():
     strategy(bags, target)
     again = strategy._targets["y"]
     assert ((again - first).abs() > 1e-4).any()
+
+
+def test_a_killed_training_takes_its_targets_up_again():
+    strategy, bags, target = InsStrategy(model(), TASK, start=0.0, sample=100), draw(3, 4, ids=("x", "y")), [0, 1]
+    strategy(bags, torch.tensor(target))
+    resumed = InsStrategy(model(), TASK, start=0.0, sample=100)
+    resumed.load_state_dict(strategy.state_dict())
+    assert resumed._next == strategy._next == 7
+    for name, kept in strategy._targets.items():
+        assert torch.equal(resumed._targets[name], kept)
+
+
+def planted(n_bags, seed):
+    """Bags of 40 instances around a place of their own; in every second one 5 % are shifted, less than bags differ."""
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.randn(24, generator=torch.Generator().manual_seed(7))
+    bags = {}
+    for number in range(n_bags):
+        bag = torch.randn(40, 24, generator=generator) + 0.3 * torch.randn(1, 24, generator=generator)
+        bag[:2] += 3 * shift / shift.norm() * (number % 2)
+        bags[str(number)] = bag
+    ids = tuple(bags)
+    return Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=24)), ids, ids, torch.arange(n_bags) % 2)
+
+
+def test_planted_signal_is_found_where_mean_pooling_fails():
+    task, train, test = Classification(classes=("a", "b")), planted(60, 0), planted(100, 1)
+    areas = {}
+    for name, options in (("ins", {"width": 64, "projection": 16}), ("mean", {})):
+        recipe = RECIPES[name]
+        quick = {"epochs": 20, "lr": 1e-3, "optimizer": "adamw", "bags_per_step": 4, "select": "last", "refit": False}
+        part = recipe.aggregator.model_copy(update={"options": options})
+        training = recipe.training.model_copy(update=quick | {"patience": 0, "weight_decay": 1e-3})
+        fitted = fit(recipe.model_copy(update={"aggregator": part, "training": training}), task, train)
+        outputs = predict_outputs(fitted.model, task, test.bags, test.ids)
+        areas[name] = task.metrics(outputs, test.targets.numpy())["auc"]
+    assert areas["ins"] > areas["mean"] + 0.1
 
 
 def test_it_needs_an_instance_network():

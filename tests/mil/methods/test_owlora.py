@@ -94,7 +94,7 @@ def test_a_task_trains_its_own_update_and_head_alone():
 
 def test_updates_stay_out_of_older_spans_whatever_the_optimizer_does():
     second = later_model(2, 3)
-    second.take_over(first_model(), energy=0.5)
+    second.take_over(first_model(), energy=0.5, protected=1.0)
     third = later_model(2, 3, 1)
     third.take_over(trained(second, torch.tensor([2, 4, 3])))
     trained(third, torch.tensor([5, 5, 5]))
@@ -113,7 +113,7 @@ def test_updates_stay_out_of_older_spans_whatever_the_optimizer_does():
 
 def test_the_end_of_a_task_changes_nothing_but_makes_its_update_orthonormal():
     second = later_model(2, 3)
-    second.take_over(first_model(), energy=0.5)
+    second.take_over(first_model(), energy=0.5, protected=1.0)
     trained(second, torch.tensor([2, 4, 3]))
     third = later_model(2, 3, 1)
     third.take_over(second)
