@@ -34,6 +34,13 @@ def extract(
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
     device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="LIST|N|all", help="Several at once, a process each: cuda:0,cuda:1, or a number of GPUs."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Let torch.compile make the network faster; takes a minute at first.")
+    ] = False,
     tiling: Annotated[
         str | None, typer.Option(help="Which tiling, when the job has several: 0.5mpp_256px_0px_overlap.")
     ] = None,
@@ -42,6 +49,7 @@ def extract(
     shard: Shard = "0/1",
 ) -> Done:
     """Encode the tiles of slides that `eosin tile` has cut."""
+    from eosin.features.devices import parse_devices
     from eosin.features.encoders import find_encoder, folder_name
     from eosin.features.extract import extract as extract_features
     from eosin.wsi.job import JobFolder
@@ -58,6 +66,8 @@ def extract(
             batch_size=batch_size,
             precision=cast("PrecisionName", precision),
             device=device,
+            devices=parse_devices(devices) if devices else (),
+            compiled=compiled,
             tiling=tiling,
             shard=(index, count),
             workers=workers,

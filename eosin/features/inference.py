@@ -1,7 +1,10 @@
 """An encoder that is ready to encode: weights loaded and checked, on its device."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import get_args
@@ -11,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from eosin.errors import CheckpointError, ConfigError
+from eosin.errors import CheckpointError, ConfigError, OutputError
 from eosin.features import he_texture
 from eosin.features.encoders import OWN_WEIGHTS, RANDOM, EncoderSpec, Precision, find_encoder
 from eosin.features.hub import download_weights
 from eosin.features.networks import EncoderNetwork
+from eosin.features.reading import Allocate, pageable
 from eosin.features.weights import find_weights, hash_state, load_strictly, read_state, revision_of
+
+logger = logging.getLogger(__name__)
 
 PendingRows = Callable[[], NDArray[np.float32]]
 
@@ -55,6 +61,7 @@ class Encoder:
         self.spec = spec
         self.weights_hash = weights_hash
         self.revision = revision
+        self.compiled = False
         self.precision = precision
         self.device = torch.device(device)
         self._network = None if network is None else network.to(self.device).eval().requires_grad_(False)
@@ -63,6 +70,29 @@ class Encoder:
     def dim(self) -> int:
         """Width D of the features."""
         return self.spec.dim
+
+    def compile(self) -> "Encoder":
+        """Compile the network for its device and return this encoder.
+
+        Raises
+        ------
+        ConfigError
+            When this machine cannot compile.
+        """
+        if self._network is None:
+            raise ConfigError(f"encoder {self.spec.name} is no network; leave out --compile")
+        side = self.spec.tile_px or self.spec.input_px or 0
+        try:
+            self._network.compile(dynamic=True)
+            for b in (2, 3):  # of two sizes, so that the sizes of last batches are none to compile for again
+                self.encode(np.zeros((b, side, side, 3), np.uint8))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ConfigError(
+                f"encoder {self.spec.name} cannot be compiled here ({reason}); leave out --compile", code="compile"
+            ) from error
+        self.compiled = True
+        return self
 
     def describe(self) -> dict[str, str]:
         """Return what a feature file stores about the encoder."""
@@ -134,12 +164,157 @@ def _wait_for_copy(rows: torch.Tensor) -> PendingRows:
     return wait
 
 
+class TolerantEncoder:
+    """An encoder with second attempts: less at a time when memory runs out, fp32 where values overflow.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        What computes.
+    batch_size : int
+        Tiles per step to begin with.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int) -> None:
+        self.encoder = encoder
+        self.step = batch_size
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (b, D) float32; rows may still be not finite after fp32.
+
+        Raises
+        ------
+        OutputError
+            When the device has no memory for a single tile.
+        """
+        return self.start(tiles)()
+
+    def start(self, tiles: NDArray[np.uint8]) -> PendingRows:
+        """Begin to encode; the function returned waits for the rows and makes second attempts where they are needed."""
+        try:
+            begun = self.encoder.start(tiles) if len(tiles) <= self.step else None
+        except Exception as error:  # noqa: BLE001 - raised again when the rows are asked for
+            return partial(self._finish, tiles, partial(_raise, error))
+        return partial(self._finish, tiles, begun)
+
+    def _finish(self, tiles: NDArray[np.uint8], begun: PendingRows | None) -> NDArray[np.float32]:
+        rows = self._attempt(begun)
+        if rows is None:
+            rows = self._steps(tiles, self.encoder.precision)
+        if self.encoder.precision != "fp32" and not np.isfinite(rows).all():
+            logger.warning("a batch is not finite in %s; computed again in fp32", self.encoder.precision)
+            rows = self._steps(tiles, "fp32")
+        return rows
+
+    def _attempt(self, begun: PendingRows | None) -> NDArray[np.float32] | None:
+        """Return the rows; None when memory ran out or nothing was begun."""
+        try:
+            return None if begun is None else begun()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._halve(error)
+            return None
+
+    def _steps(self, tiles: NDArray[np.uint8], precision: Precision) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = []
+        start = 0
+        while start < len(tiles):
+            try:
+                rows.append(self.encoder.encode(tiles[start : start + self.step], precision=precision))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(error)
+                continue
+            start += self.step
+        return np.concatenate(rows)
+
+    def _halve(self, error: RuntimeError) -> None:
+        if self.step == 1:
+            raise OutputError(str(self.encoder.device), "has no memory for a single tile of this encoder") from error
+        self.step = self.step // 2
+        torch.cuda.empty_cache()
+        logger.warning("out of memory on %s; going on with %d tiles at a time", self.encoder.device, self.step)
+
+
+def _raise(error: Exception) -> NDArray[np.float32]:
+    raise error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """An encoder that is not loaded yet.
+
+    Parameters
+    ----------
+    name, weights, precision, compiled
+        As `load_encoder` takes them.
+    """
+
+    name: str
+    weights: Path | None = None
+    precision: Precision = "fp32"
+    compiled: bool = False
+
+    def load(self, device: str) -> "Encoder":
+        """Load it on a device; ``auto`` takes the first GPU when there is one.
+
+        Raises
+        ------
+        ConfigError
+            When there is no such device, or as `load_encoder`.
+        """
+        return load_encoder(
+            self.name,
+            weights=self.weights,
+            precision=self.precision,
+            device=usable_device(device),
+            compiled=self.compiled,
+        )
+
+
+def usable_device(device: str) -> str:
+    """Return a device of this machine; ``auto`` is the first GPU when there is one.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be used.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"device {device!r} cannot be used here ({reason}); --device auto takes what there is"
+        ) from None
+    return device
+
+
+def allocator(encoder: Encoder) -> Allocate:
+    """Return what makes the memory for tiles on their way to an encoder: pinned where a GPU is to copy from it."""
+    return _pinned if encoder.device.type == "cuda" else pageable
+
+
+def _pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    memory: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory
+
+
 def load_encoder(
     name: str,
     *,
     weights: Path | None = None,
     precision: Precision = "fp32",
     device: str = "cpu",
+    compiled: bool = False,
 ) -> Encoder:
     """Load an encoder and its weights.
 
@@ -153,6 +328,9 @@ def load_encoder(
         Autocast type of the network.
     device : str
         For example ``cpu`` or ``cuda:0``.
+    compiled : bool
+        Whether `torch.compile` makes the network faster, at the cost of a minute before the first tile; rows then
+        differ in their last digits.
 
     Raises
     ------
@@ -169,12 +347,13 @@ def load_encoder(
     if weights is not None and (spec.build is None or name.endswith(RANDOM)):
         raise ConfigError(f"encoder {spec.name} uses no weights from files; leave out --weights")
     if spec.build is None:
-        return Encoder(spec, _descriptor_hash(), None)
+        descriptor = Encoder(spec, _descriptor_hash(), None)
+        return descriptor.compile() if compiled else descriptor
     network, path = _random_network(spec), None
     if not name.endswith(RANDOM):
         path = find_weights(weights or _fetch_weights(spec), spec.file, source=spec.source)
         _load_weights(network, spec, path)
-    return Encoder(
+    encoder = Encoder(
         spec,
         hash_state(network.state_dict()),
         network,
@@ -182,6 +361,7 @@ def load_encoder(
         precision=precision,
         device=device,
     )
+    return encoder.compile() if compiled else encoder
 
 
 def _fetch_weights(spec: EncoderSpec) -> Path:

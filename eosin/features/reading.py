@@ -10,8 +10,7 @@ import queue
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -31,6 +30,8 @@ QUEUED_BATCHES = 4
 HANG_S = 300.0
 POLL_S = 0.2
 JOIN_S = 10.0
+
+_NOTHING_LEFT = object()
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,19 @@ class TileBatch:
 
 @dataclass(frozen=True)
 class SlideEnd:
-    """No more tiles of this slide; `error` says why when not all of them came."""
+    """No more tiles of this slide; `error` says why when not all of them came, `message` why none were needed."""
 
     slide_id: str
     error: EosinError | None = None
+    message: str = ""
+
+
+Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+
+
+def pageable(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return uint8 memory as the operating system gives it."""
+    return np.empty(shape, np.uint8)
 
 
 def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
@@ -105,7 +115,8 @@ def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
 class _Child:
     """A spawned process that reads slides one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Allocate) -> None:
+        self.allocate = allocate
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -121,7 +132,7 @@ class _Child:
             if message is None:
                 return
             index, shape = message
-            tiles = np.empty(shape, np.uint8)
+            tiles = self.allocate(shape)
             self.connection.recv_bytes_into(tiles.reshape(-1).data)
             yield TileBatch(request.slide.slide_id, tiles, index)
 
@@ -176,24 +187,35 @@ def _send_slide(connection: "Connection[Any, Any]", request: ReadRequest) -> Non
 
 
 class SlideReaders:
-    """Readers that work ahead through a list of slides; a context manager and an iterator over what they read.
+    """Readers that work ahead through slides; a context manager and an iterator over what they read.
 
     Parameters
     ----------
-    requests : sequence of ReadRequest
-        Slides in the order in which they are begun.
+    requests : iterable of ReadRequest, SlideEnd or None
+        Slides in the order in which they are begun, asked for as readers become free. A `SlideEnd` is passed on; None
+        means that there is nothing to read at the moment.
     workers : int
         Number of child processes, each with one slide at a time; 0 reads in a thread of this process.
+    allocate : callable
+        Makes the memory that batches of child processes are received in; a GPU copies from pinned memory while it
+        computes.
     """
 
-    def __init__(self, requests: Sequence[ReadRequest], *, workers: int) -> None:
-        self._requests = deque(requests)
-        self._left = len(requests)
+    def __init__(
+        self,
+        requests: Iterable[ReadRequest | SlideEnd | None],
+        *,
+        workers: int,
+        allocate: Allocate = pageable,
+    ) -> None:
+        self._requests = iter(requests)
+        self._asking = threading.Lock()
         self._queue: queue.Queue[TileBatch | SlideEnd] = queue.Queue(QUEUED_BATCHES)
         self._stopping = threading.Event()
-        count = min(max(1, workers), len(requests))
+        self._failure: Exception | None = None
         self._isolated = workers > 0
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        self._allocate = allocate
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, workers))]
 
     def __enter__(self) -> "SlideReaders":
         for thread in self._threads:
@@ -205,37 +227,48 @@ class SlideReaders:
         for thread in self._threads:
             thread.join(JOIN_S)
 
-    def __iter__(self) -> Iterator[TileBatch | SlideEnd]:
-        while self._left:
-            item = self._next()
-            self._left -= isinstance(item, SlideEnd)
-            yield item
-
-    def _next(self) -> TileBatch | SlideEnd:
+    def __iter__(self) -> Iterator[TileBatch | SlideEnd | None]:
+        """Yield what is read, and None now and then while nothing is."""
         while True:
             working = any(thread.is_alive() for thread in self._threads)
             try:
-                return self._queue.get(timeout=POLL_S)
+                yield self._queue.get(timeout=POLL_S if working else 0)
             except queue.Empty:
+                if self._failure is not None:
+                    raise self._failure from None
                 if not working:
-                    raise RuntimeError("the readers ended before all slides were read") from None
+                    return
+                yield None
 
     def _work(self) -> None:
         child: _Child | None = None
         try:
-            while not self._stopping.is_set():
-                try:
-                    request = self._requests.popleft()
-                except IndexError:
-                    return
+            for request in self._asked():
+                if isinstance(request, SlideEnd):
+                    self._put(request)
+                    continue
                 if self._isolated and child is None:
-                    child = _Child()
+                    child = _Child(self._allocate)
                 if not self._read(request, child) and child is not None:
                     child.stop()
                     child = None
+        except Exception as error:  # noqa: BLE001 - raised again where the run waits
+            self._failure = error
         finally:
             if child is not None:
                 child.stop()
+
+    def _asked(self) -> Iterator[ReadRequest | SlideEnd]:
+        """Yield what this reader is to do, until there is nothing left or the run stops."""
+        while not self._stopping.is_set():
+            with self._asking:
+                request = next(self._requests, _NOTHING_LEFT)
+            if isinstance(request, ReadRequest | SlideEnd):
+                yield request
+            elif request is _NOTHING_LEFT:
+                return
+            else:
+                self._stopping.wait(POLL_S)
 
     def _read(self, request: ReadRequest, child: _Child | None) -> bool:
         """Put one slide into the queue; return whether the child can go on to the next."""

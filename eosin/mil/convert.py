@@ -2,7 +2,7 @@
 
 A foreign file is read with ``weights_only=True``, without fallback: it can hold tensors and nothing that runs. Which
 network it is follows from the names and shapes of its tensors; a tensor that nothing here explains is an error, never
-left out in silence.
+left out in silence, and so is a layer that is missing unless the caller wants it filled.
 """
 
 import re
@@ -21,10 +21,12 @@ from eosin.errors import CheckpointError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.checkpoint import ModelCard, build_model, save_model
 from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.slots import Aggregator
 from eosin.mil.tasks import Binary, Classification, Task
 
 Tensors = dict[str, Tensor]
 TRAINING_ONLY = ("instance_loss_fn.", "instance_classifiers.")
+WRAPPERS = ("model.", "net.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +47,21 @@ class Found:
     tensors: Tensors
 
     @property
-    def n_outputs(self) -> int:
-        """Number of logits."""
-        return len(self.tensors["classifier.bias"])
+    def n_outputs(self) -> int | None:
+        """Number of logits; None for a network without its last layer."""
+        bias = self.tensors.get("classifier.bias")
+        return None if bias is None else len(bias)
 
     @property
     def dim(self) -> int:
         """Width of the features it was trained on."""
-        first = self.tensors.get("embed.0.weight", self.tensors.get("instance_classifier.weight"))
-        return self.tensors["classifier.weight"].shape[1] if first is None else first.shape[1]
+        return self.tensors["embed.0.weight" if "embed.0.weight" in self.tensors else "query.0.weight"].shape[1]
 
 
-def convert_checkpoint(path: Path, out: Path, *, features: FeatureSpec, classes: Sequence[str]) -> ModelCard:
-    """Turn a checkpoint of CLAM, DSMIL, MIL-Lab, HIPPO or PackMIL into a model folder.
+def convert_checkpoint(
+    path: Path, out: Path, *, features: FeatureSpec, classes: Sequence[str], partial: bool = False
+) -> ModelCard:
+    """Turn a checkpoint of CLAM, ACMIL, DSMIL, TransMIL, MIL-Lab, HIPPO or PackMIL into a model folder.
 
     Parameters
     ----------
@@ -70,6 +74,9 @@ def convert_checkpoint(path: Path, out: Path, *, features: FeatureSpec, classes:
         What the model was trained on, which no such file says; its width must be the checkpoint's.
     classes : sequence of str
         Names of the classes; two for a model with one output, whose logit speaks for the second.
+    partial : bool
+        Give layers that the file lacks fresh weights, the same every time; the model card names them. For networks that
+        are published without their last layer (Feather) or as a start for training (DSMIL).
 
     Raises
     ------
@@ -84,20 +91,34 @@ def convert_checkpoint(path: Path, out: Path, *, features: FeatureSpec, classes:
     task = _task(found.n_outputs, classes, path)
     recipe = Recipe(aggregator=found.aggregator, training=Training(standardize=False))
     with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         model = build_model(recipe, task, features.dim)
-    try:
-        model.load_state_dict(found.tensors)
-    except RuntimeError as error:
-        raise CheckpointError(path, f"does not fill the model: {' '.join(str(error).split())}") from None
     facts = {"converted_from": found.tool, "file": path.name}
+    untrained = _fill(model, found.tensors, path, partial=partial)
+    if untrained:
+        facts["untrained"] = ", ".join(untrained)
     card = ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=features, training=facts)
     return save_model(out, model.eval(), card)
 
 
-def _task(n_outputs: int, classes: Sequence[str], path: Path) -> Task:
-    expected = max(n_outputs, 2)
-    if len(classes) != expected:
-        raise CheckpointError(path, f"has {n_outputs} outputs; name {expected} classes, not {len(classes)}")
+def _fill(model: Aggregator, tensors: Tensors, path: Path, *, partial: bool) -> list[str]:
+    """Load the tensors; return the layers that the file lacks."""
+    try:
+        missing, surplus = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(path, f"does not fill the model: {' '.join(str(error).split())}") from None
+    layers = sorted({name.rpartition(".")[0] for name in missing})
+    if surplus or (layers and not partial):
+        fault = f"has {', '.join(surplus)} besides" if surplus else f"lacks the layers {', '.join(layers)}"
+        raise CheckpointError(path, f"{fault}; pass --partial where fresh, untrained layers are wanted")
+    return layers
+
+
+def _task(n_outputs: int | None, classes: Sequence[str], path: Path) -> Task:
+    expected = len(classes) if n_outputs is None else max(n_outputs, 2)
+    if len(classes) != expected or expected < 2:
+        outputs = "no last layer" if n_outputs is None else f"{n_outputs} outputs"
+        raise CheckpointError(path, f"has {outputs}; name {max(expected, 2)} classes, not {len(classes)}")
     return (Binary if n_outputs == 1 else Classification).parse({"classes": tuple(classes)})
 
 
@@ -139,17 +160,20 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> Found:
     CheckpointError
         If no known network has such tensors, or there are others besides.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING_ONLY)}
-    for marks, read in _LAYOUTS:
-        if all(any(re.fullmatch(mark, name) for name in kept) for mark in marks):
-            rest = dict(kept)
-            found = read(_Taker(rest, path))
-            if rest:
-                raise CheckpointError(
-                    path, f"looks like {found.tool}, but nothing explains {', '.join(sorted(rest)[:5])}"
-                )
-            return found
-    raise CheckpointError(path, f"is of no network that is known here; it holds {', '.join(sorted(kept)[:5])}")
+    for prefix in ("", *WRAPPERS):
+        inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        kept = {name: value for name, value in inside.items() if not name.startswith(TRAINING_ONLY)}
+        for marks, read in _LAYOUTS:
+            if len(inside) == len(tensors) and all(any(re.fullmatch(mark, name) for name in kept) for mark in marks):
+                return _explained(kept, read, path)
+    raise CheckpointError(path, f"is of no network that is known here; it holds {', '.join(sorted(tensors)[:5])}")
+
+
+def _explained(tensors: Tensors, read: "Callable[[_Taker], Found]", path: Path) -> Found:
+    found = read(_Taker(tensors, path))
+    if tensors:
+        raise CheckpointError(path, f"looks like {found.tool}, but nothing explains {', '.join(sorted(tensors)[:5])}")
+    return found
 
 
 class _Taker:
@@ -165,8 +189,18 @@ class _Taker:
         return self.rest.pop(name)
 
     def linear(self, old: str, new: str) -> Tensors:
-        """Return weight and bias of a linear layer under its new name."""
-        return {f"{new}.{part}": self.take(f"{old}.{part}") for part in ("weight", "bias")}
+        """Return weight and bias of a linear layer under its new name; nothing when the file has neither."""
+        parts = [part for part in ("weight", "bias") if f"{old}.{part}" in self.rest]
+        return {f"{new}.{part}": self.take(f"{old}.{part}") for part in (("weight", "bias") if parts else ())}
+
+    def stack(self, old: str, new: str, count: int) -> Tensors:
+        """Return `count` linear layers, one per branch and with its number for ``*`` in the name, as one."""
+        layers = [self.linear(old.replace("*", str(branch)), "") for branch in range(count)]
+        return {f"{new}{part}": torch.stack([layer[part] for layer in layers]) for part in layers[0]}
+
+    def count(self, pattern: str) -> int:
+        """Return how many names match."""
+        return sum(re.fullmatch(pattern, name) is not None for name in self.rest)
 
     def index(self, pattern: str) -> str:
         """Return the group of the first name that matches."""
@@ -174,15 +208,17 @@ class _Taker:
 
 
 def _clam(taker: _Taker) -> Found:
-    place = taker.index(r"attention_net\.(\d)\.attention_a\.0\.weight")
-    tensors = taker.linear("attention_net.0", "embed.0") | _gated(taker, f"attention_net.{place}")
-    single = "classifiers.weight" in taker.rest
+    tensors = taker.linear("attention_net.0", "embed.0")
+    gated = taker.count(r"attention_net\.\d\.attention_a\.0\.weight") == 1
+    place = taker.index(r"attention_net\.(\d)\.(?:attention_a\.)?0\.weight")
+    tensors |= _gated(taker, f"attention_net.{place}") if gated else _ungated(taker, f"attention_net.{place}")
+    single = taker.count(r"classifiers\.\d+\.weight") == 0
     if single:
         tensors |= taker.linear("classifiers", "classifier")
     else:
-        heads = [taker.linear(f"classifiers.{k}", "") for k in range(len(tensors["attention.w.bias"]))]
-        tensors |= {f"classifier{part}": torch.cat([head[part] for head in heads]) for part in (".weight", ".bias")}
-    options = {"width": len(tensors["embed.0.bias"]), "hidden": len(tensors["attention.V.bias"])}
+        heads = taker.stack("classifiers.*", "", len(tensors["attention.w.bias"]))
+        tensors |= {f"classifier{part}": torch.cat(list(heads[part])) for part in (".weight", ".bias")}
+    options = {"width": len(tensors["embed.0.bias"]), "hidden": len(tensors["attention.V.bias"]), "gated": gated}
     return Found("CLAM", Component(name="clam_sb" if single else "clam_mb", options=options), tensors)
 
 
@@ -192,6 +228,64 @@ def _gated(taker: _Taker, prefix: str) -> Tensors:
         | taker.linear(f"{prefix}.attention_b.0", "attention.U")
         | taker.linear(f"{prefix}.attention_c", "attention.w")
     )
+
+
+def _ungated(taker: _Taker, prefix: str) -> Tensors:
+    last = 3 if f"{prefix}.3.weight" in taker.rest else 2  # with and without dropout between
+    return taker.linear(f"{prefix}.0", "attention.V") | taker.linear(f"{prefix}.{last}", "attention.w")
+
+
+def _acmil_common(taker: _Taker, branches: int) -> Tensors:
+    tensors = {"embed.0.weight": taker.take("dimreduction.fc1.weight")} | taker.linear(
+        "Slide_classifier.fc", "classifier"
+    )
+    return tensors | taker.stack("classifier.*.fc", "branch_classifier", branches)
+
+
+def _acmil(taker: _Taker) -> Found:
+    branches = taker.count(r"classifier\.\d+\.fc\.weight")
+    tensors = _acmil_common(taker, branches)
+    for old, new in (("attention_V.0", "V"), ("attention_U.0", "U"), ("attention_weights", "w")):
+        tensors |= taker.linear(f"attention.{old}", f"attention.{new}")
+    options = {
+        "width": len(tensors["embed.0.weight"]), "hidden": len(tensors["attention.V.bias"]), "branches": branches,
+    }  # fmt: skip
+    return Found("ACMIL", Component(name="acmil", options=options), tensors)
+
+
+def _acmil_mha(taker: _Taker) -> Found:
+    queries = taker.take("q")[0]
+    branches = len(queries)
+    tensors = _acmil_common(taker, branches) | {"queries": queries}
+    parts = {"q_proj": "query", "k_proj": "key", "v_proj": "read.value", "out_proj": "read.out"}
+    for old, new in parts.items():
+        tensors |= taker.stack(f"sub_attention.*.{old}", new, branches)
+    norm = taker.stack("sub_attention.*.layer_norm", "", branches)
+    tensors |= {"read.scale": norm[".weight"], "read.shift": norm[".bias"]}
+    for old, new in (("v_proj", "value"), ("out_proj", "out")):
+        tensors |= {
+            name: value[None] for name, value in taker.linear(f"bag_attention.{old}", f"read_bag.{new}").items()
+        }
+    for part, new in (("weight", "scale"), ("bias", "shift")):
+        tensors[f"read_bag.{new}"] = taker.take(f"bag_attention.layer_norm.{part}")[None]
+    for unused in [name for name in taker.rest if re.match(r"bag_attention\.[qk]_proj\.", name)]:
+        taker.take(unused)  # the bag takes its weights from the branches
+    options = {"width": queries.shape[1], "branches": branches}
+    return Found("ACMIL", Component(name="acmil_mha", options=options), tensors)
+
+
+def _transmil(taker: _Taker) -> Found:
+    tensors = taker.linear("_fc1.0", "embed.0") | taker.linear("norm", "norm") | taker.linear("_fc2", "classifier")
+    tensors["cls_token"] = taker.take("cls_token")[0]
+    for layer in ("layer1", "layer2"):
+        tensors |= taker.linear(f"{layer}.norm", f"{layer}.norm")
+        tensors |= taker.linear(f"{layer}.attn.to_out.0", f"{layer}.to_out")
+        for part in ("to_qkv", "res_conv"):
+            tensors[f"{layer}.{part}.weight"] = taker.take(f"{layer}.attn.{part}.weight")
+    for old, new in (("proj", "conv7"), ("proj1", "conv5"), ("proj2", "conv3")):
+        tensors |= taker.linear(f"pos_layer.{old}", f"ppeg.{new}")
+    options = {"width": len(tensors["embed.0.bias"]), "heads": len(tensors["layer1.res_conv.weight"])}
+    return Found("TransMIL", Component(name="transmil", options=options), tensors)
 
 
 def _dsmil(taker: _Taker) -> Found:
@@ -205,8 +299,10 @@ def _dsmil(taker: _Taker) -> Found:
     passing = "b_classifier.v.1.weight" in taker.rest
     if passing:
         tensors |= taker.linear("b_classifier.v.1", "value.1")
-    tensors |= taker.linear("b_classifier.fcc", "classifier")
-    tensors["classifier.weight"] = tensors["classifier.weight"].flatten(1)  # (K, K, D) convolution
+    tensors |= {  # a convolution (K, K, D)
+        name: value.flatten(1) if value.ndim == 3 else value
+        for name, value in taker.linear("b_classifier.fcc", "classifier").items()
+    }
     options = {"hidden": len(tensors["query.0.bias"]), "nonlinear": nonlinear, "passing_v": passing}
     return Found("DSMIL", Component(name="dsmil", options=options), tensors)
 
@@ -250,7 +346,10 @@ _PACKMIL = {
     "classifier.0": "classifier",
 }
 _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[_Taker], Found]], ...] = (
-    ((r"attention_net\.\d\.attention_a\.0\.weight",), _clam),
+    ((r"attention_net\.0\.weight",), _clam),
+    ((r"dimreduction\.fc1\.weight", r"sub_attention\.0\.q_proj\.weight"), _acmil_mha),
+    ((r"dimreduction\.fc1\.weight", r"attention\.attention_V\.0\.weight"), _acmil),
+    ((r"_fc1\.0\.weight", r"layer1\.attn\.to_qkv\.weight"), _transmil),
     ((r"b_classifier\..*",), _dsmil),
     ((r"model\.global_attn\.attention_a\.0\.weight",), _attention("MIL-Lab", _MILLAB)),
     ((r"attention_weights\.attention_V\.0\.weight",), _attention("HIPPO", _HIPPO)),

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, OutputError
-from eosin.features import extract as module
-from eosin.features import reading
+from eosin.features import encoding, inference, reading
+from eosin.features.bag import FeatureBag
 from eosin.features.encoders import find_encoder
-from eosin.features.extract import TolerantEncoder, extract
-from eosin.features.inference import Encoder, load_encoder
+from eosin.features.extract import extract
+from eosin.features.inference import Encoder, TolerantEncoder, load_encoder
 from eosin.features.reading import ReadRequest, TileBatch
 from eosin.features.store import read_bag, read_footer
 from eosin.files import file_fingerprint
@@ -173,14 +173,14 @@ def test_which_tiling(job: JobFolder) -> None:
 def test_another_resolution_than_the_encoder_knows_is_warned_of(
     job: JobFolder, caplog: pytest.LogCaptureFixture, folder: str, warned: bool
 ) -> None:
-    module.Extraction(job, folder, Encoder(find_encoder("kaiko_vits16"), "", None)).check_tiles()
+    encoding.Extraction(job, folder, Encoder(find_encoder("kaiko_vits16"), "", None)).check_tiles()
     assert ("trained on tiles of about 0.5" in caplog.text) == warned
 
 
 def test_tiles_that_the_descriptor_cannot_take_are_refused(job: JobFolder) -> None:
     with pytest.raises(ConfigError, match="at least 32 px; these have 16"):
-        module.Extraction(job, "0.5mpp_16px_0px_overlap", load_encoder("he_texture")).check_tiles()
-    module.Extraction(job, "imported", load_encoder("he_texture")).check_tiles()
+        encoding.Extraction(job, "0.5mpp_16px_0px_overlap", load_encoder("he_texture")).check_tiles()
+    encoding.Extraction(job, "imported", load_encoder("he_texture")).check_tiles()
 
 
 def test_shards_share_the_work(job: JobFolder) -> None:
@@ -230,7 +230,7 @@ def test_out_of_memory_halves_the_step_and_stays_there() -> None:
 
 def test_features_that_stay_not_finite_fail_the_slide(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     slides = [add_slide(job.root, "s")]
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: Stub(nan_in=("fp16", "fp32")))
+    monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: Stub(nan_in=("fp16", "fp32")))
     report = extract(slides, job, "he_texture", workers=0)
     assert report.failed[0].reason == "non-finite"
     assert "(0, 0)" in report.failed[0].message
@@ -238,7 +238,7 @@ def test_features_that_stay_not_finite_fail_the_slide(job: JobFolder, monkeypatc
 
 
 def test_large_values_are_kept_in_float32(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: Stub(scale=1000))
+    monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: Stub(scale=1000))
     slide = add_slide(job.root, "s")
     extract([slide], job, "he_texture", workers=0)
     assert read_bag(job.features(TILING.folder, "he_texture", "s")).features.dtype == np.float32
@@ -248,7 +248,7 @@ def test_large_values_are_kept_in_float32(job: JobFolder, monkeypatch: pytest.Mo
 def test_a_surprise_from_the_encoder_is_noted_for_its_own_slide(
     job: JobFolder, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: Stub(refuses=3 if batch_size == 4 else 7))
+    monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: Stub(refuses=3 if batch_size == 4 else 7))
     slides = [add_slide(job.root, f"s{n}", n=n) for n in (5, 7, 6)]
     report = extract(slides, job, "he_texture", batch_size=batch_size, workers=0)
     assert [record.reason for record in report.records] == ["", "internal", ""]
@@ -257,7 +257,7 @@ def test_a_surprise_from_the_encoder_is_noted_for_its_own_slide(
 
 def test_what_was_read_ahead_of_a_failed_slide_is_dropped(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = Stub(refuses=7)
-    monkeypatch.setattr(module, "load_encoder", lambda *_, **__: stub)
+    monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: stub)
     slides = [add_slide(job.root, "a", n=40), add_slide(job.root, "b", n=5)]
     monkeypatch.setattr(stub, "refuses", 4)
     report = extract(slides, job, "he_texture", batch_size=4, workers=0)
@@ -270,3 +270,57 @@ def test_a_folder_that_cannot_be_written_stops_the_run(job: JobFolder) -> None:
     features_of(job, slide).parent.parent.joinpath("features_timm_test_vit_random").write_text("in the way")
     with pytest.raises(OutputError):
         extract([slide], job, ENCODER, workers=0)
+
+
+def test_memory_for_tiles_comes_from_where_the_device_wants_it(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        shapes.append(shape)
+        return np.empty(shape, np.uint8)
+
+    monkeypatch.setattr("eosin.features.extract.allocator", lambda _: allocate)
+    slides = [add_slide(job.root, "s", n=5)]
+    assert extract(slides, job, ENCODER, batch_size=3, workers=1).count("ok") == 1
+    assert shapes == [(3, 32, 32, 3), (2, 32, 32, 3)]
+
+
+def test_files_are_written_while_the_next_slide_is_encoded(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: Stub())
+    write, encoded = encoding.write_bag, threading.Event()
+    keep = encoding.Encoding._keep
+
+    def keep_and_tell(self: encoding.Encoding, slide: SlideFile, batch: TileBatch, rows: NDArray[np.float32]) -> None:
+        keep(self, slide, batch, rows)
+        if slide.slide_id == "s1":
+            encoded.set()
+
+    def wait_and_write(path: Path, bag: FeatureBag) -> None:
+        assert path.stem != "s0" or encoded.wait(10), "the second slide was not encoded before the first was written"
+        write(path, bag)
+
+    monkeypatch.setattr(encoding.Encoding, "_keep", keep_and_tell)
+    monkeypatch.setattr(encoding, "write_bag", wait_and_write)
+    slides = [add_slide(job.root, f"s{i}", n=4, seed=i) for i in range(3)]
+    assert extract(slides, job, "he_texture", workers=0).count("ok") == 3
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nlong story")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler\); leave out --compile"):
+        load_encoder(ENCODER, compiled=True)
+    with pytest.raises(ConfigError, match="no network"):
+        load_encoder("he_texture", compiled=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_rows(job: JobFolder) -> None:
+    encoder = load_encoder(ENCODER, compiled=True)
+    plain = load_encoder(ENCODER)
+    tiles = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    for b in (7, 1, 4):
+        np.testing.assert_allclose(encoder.encode(tiles[:b]), plain.encode(tiles[:b]), rtol=1e-4, atol=1e-5)
+    assert encoder.weights_hash == plain.weights_hash

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -93,11 +94,142 @@ def test_clam_with_a_branch_per_class(tmp_path):
     torch.testing.assert_close(model(PackedBags.pack([bag])).logits[0], logits, rtol=1e-4, atol=1e-5)
 
 
+def convert(old, folder, *, dim, classes="abc", wrap=True, **options):
+    torch.save({"model": old, "epoch": 3} if wrap else old, folder / "their.pt")
+    card = convert_checkpoint(folder / "their.pt", folder / "out", features=spec(dim), classes=list(classes), **options)
+    return card, load_model(folder / "out")[0]
+
+
+def linears(shapes):
+    return {
+        f"{name}.{part}": torch.randn(shape if part == "weight" else shape[:1])
+        for name, shape in shapes.items()
+        for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_clam_without_a_gate(last, tmp_path):
+    shapes = {"attention_net.0": (6, 5), "attention_net.3.module.0": (4, 6), f"attention_net.3.module.{last}": (1, 4)}
+    old = linears(shapes | {"classifiers": (3, 6)})
+    card, model = convert(old, tmp_path, dim=5, wrap=False)
+    assert card.recipe.aggregator.options["gated"] is False
+    bag = torch.randn(7, 5)
+    h = torch.relu(linear(bag, old, "attention_net.0"))
+    hidden = torch.tanh(linear(h, old, "attention_net.3.module.0"))
+    scores = linear(hidden, old, f"attention_net.3.module.{last}")
+    logits = linear(scores.softmax(0).T @ h, old, "classifiers")
+    torch.testing.assert_close(model(PackedBags.pack([bag])).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_acmil_says_what_the_authors_code_says(shared, tmp_path):
+    with np.load(shared / "golden" / "acmil_ga.npz") as file:
+        golden = {name: torch.from_numpy(file[name]).float() for name in file.files}
+    names = {"attention.V": "attention.attention_V.0", "attention.U": "attention.attention_U.0",
+             "attention.w": "attention.attention_weights", "slide_classifier": "Slide_classifier.fc"}  # fmt: skip
+    old = {f"{new}.{part}": golden[f"{name}.{part}"] for name, new in names.items() for part in ("weight", "bias")}
+    old["dimreduction.fc1.weight"] = golden["embed.weight"]
+    for branch in range(4):
+        for part in ("weight", "bias"):
+            old[f"classifier.{branch}.fc.{part}"] = golden[f"branch_classifier.{part}"][branch]
+    card, model = convert(old, tmp_path, dim=40)
+    assert (card.recipe.aggregator.name, card.training["converted_from"]) == ("acmil", "ACMIL")
+    output = model(PackedBags.pack([golden["x"]]))
+    torch.testing.assert_close(output.logits, golden["slide_logits"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.branch_logits[0], golden["branch_logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_acmil_with_heads_equals_every_key_and_value_written_out(tmp_path):
+    width, branches, heads = 16, 3, 8
+    shapes = {"Slide_classifier.fc": (3, width), "bag_attention.v_proj": (width, width),
+              "bag_attention.out_proj": (width, width), "bag_attention.layer_norm": (width,)}  # fmt: skip
+    for branch in range(branches):
+        shapes[f"classifier.{branch}.fc"] = (3, width)
+        shapes[f"sub_attention.{branch}.layer_norm"] = (width,)
+        shapes |= {f"sub_attention.{branch}.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    old = linears(shapes) | {"dimreduction.fc1.weight": torch.randn(width, 5), "q": torch.randn(1, branches, width)}
+    card, model = convert(old, tmp_path, dim=5)
+    assert card.recipe.aggregator.name == "acmil_mha"
+    bag = torch.randn(9, 5)
+    h = torch.relu(bag @ old["dimreduction.fc1.weight"].T)
+
+    def by_head(rows):
+        return rows.view(len(rows), heads, -1).transpose(0, 1)
+
+    def read(weights, part):
+        pooled = (weights @ by_head(linear(h, old, f"{part}.v_proj"))).transpose(0, 1).flatten(1)
+        norm = (old[f"{part}.layer_norm.weight"], old[f"{part}.layer_norm.bias"])
+        return torch.nn.functional.layer_norm(linear(pooled, old, f"{part}.out_proj"), (width,), *norm, eps=1e-6)
+
+    weights, logits = [], []
+    for branch in range(branches):
+        part = f"sub_attention.{branch}"
+        query, key = (
+            by_head(linear(x, old, f"{part}.{y}")) for x, y in ((old["q"][0, [branch]], "q_proj"), (h, "k_proj"))
+        )
+        weights.append((query @ key.mT / (width // heads) ** 0.5).softmax(-1))
+        logits.append(linear(read(weights[-1], part), old, f"classifier.{branch}.fc"))
+    whole = linear(read(torch.stack(weights).mean(0), "bag_attention"), old, "Slide_classifier.fc")
+    output = model(PackedBags.pack([bag]))
+    torch.testing.assert_close(output.branch_logits[0], torch.cat(logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_transmil_says_what_the_authors_code_says(shared, tmp_path, prefix):
+    with np.load(shared / "golden" / "transmil.npz") as file:
+        golden = {name: torch.from_numpy(file[name]).float() for name in file.files}
+    names = {"embed.": "_fc1.0.", "classifier.": "_fc2.", "to_out.": "to_out.0.", "ppeg.conv7.": "pos_layer.proj.",
+             "ppeg.conv5.": "pos_layer.proj1.", "ppeg.conv3.": "pos_layer.proj2."}  # fmt: skip
+    old = {}
+    for name, value in golden.items():
+        if name.split(".")[0] in ("embed", "cls_token", "ppeg", "layer1", "layer2", "norm", "classifier"):
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            old[prefix + name] = value
+    card, model = convert(old, tmp_path, dim=24, classes="ab", wrap=False)
+    assert card.recipe.aggregator.options.items() >= {"width": 16, "heads": 8}.items()
+    output = model(PackedBags.pack([golden["x"]]))
+    torch.testing.assert_close(output.logits, golden["logits"], rtol=1e-3, atol=1e-4)
+
+
+def test_feather_has_no_last_layer(tmp_path):
+    shapes = {"embed.0": (6, 5), "attention.V": (4, 6), "attention.U": (4, 6), "attention.w": (1, 4)}
+    old = linears({name: shapes[new] for name, new in _MILLAB.items() if new in shapes})
+    with pytest.raises(CheckpointError, match="lacks the layers classifier; pass --partial"):
+        convert(old, tmp_path, dim=5)
+    card, model = convert(old, tmp_path, dim=5, partial=True)
+    assert card.training["untrained"] == "classifier"
+    bag = torch.randn(7, 5)
+    h = torch.relu(linear(bag, old, "model.patch_embed.0"))
+    parts = (f"model.global_attn.attention_{part}" for part in ("a.0", "b.0", "c"))
+    output = model(PackedBags.pack([bag]))
+    torch.testing.assert_close(output.embedding, gated(h, old, *parts).softmax(0).T @ h, rtol=1e-4, atol=1e-5)
+    again = convert(old, tmp_path, dim=5, partial=True)[1]
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_a_real_start_for_training_loads_and_predicts(shared, tmp_path):
+    path = shared / "data/checkpoints/dsmil_init.pth"
+    card = convert_checkpoint(path, tmp_path, features=spec(512), classes=["normal", "tumour"], partial=True)
+    assert card.training["untrained"] == "classifier, instance_classifier"
+    model, _ = load_model(tmp_path)
+    old, bag = read_tensors(path), torch.randn(20, 512)
+    new = model.state_dict()
+    instance = linear(bag, new, "instance_classifier")
+    query = linear(bag, old, "b_classifier.q")
+    value = torch.relu(linear(bag, old, "b_classifier.v.1"))
+    attention = (query @ query[instance.argmax(0)].T / 128**0.5).softmax(0)  # (n, K)
+    expected = new["classifier.weight"] @ (attention.T @ value).flatten() + new["classifier.bias"]
+    output = model(PackedBags.pack([bag]))
+    torch.testing.assert_close(output.logits[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused(shared, tmp_path):
     folder = shared / "data/checkpoints"
     clam = folder / "clam_demo_s_0_checkpoint.pt"
     for path, dim, classes, message in [
-        (folder / "dsmil_init.pth", 512, "ab", r"lacks the tensor i_classifier\.fc\.weight"),
+        (folder / "dsmil_init.pth", 512, "ab", "lacks the layers classifier, instance_classifier; pass --partial"),
         (clam, 512, "ab", "trained on features of width 1024, not 512"),
         (clam, 1024, "abc", "has 2 outputs; name 2 classes, not 3"),
         (tmp_path / "none.pt", 5, "ab", "no such file"),

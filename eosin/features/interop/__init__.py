@@ -15,9 +15,17 @@ from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features.interop import clam, npz, others, stamp, trident
-from eosin.features.interop.foreign import Foreign, ImportOptions, Places, SlideFacts, store, table_text
+from eosin.features.interop.foreign import (
+    Foreign,
+    ImportOptions,
+    Places,
+    SlideFacts,
+    merged_labels,
+    safe_id,
+    store,
+)
 from eosin.features.store import MAX_BYTES, open_hdf5, read_bag
-from eosin.files import write_text
+from eosin.files import locked, write_text
 
 __all__ = ["ImportOptions", "Imported", "export_bag", "import_file"]
 
@@ -49,7 +57,8 @@ def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> 
     path : Path
         The file; what it is follows from its content.
     out : Path
-        Features go to ``OUT/features``, coordinates to ``OUT/<tiling>/patches``: then `OUT` is a job folder.
+        Features go to ``OUT/features``, coordinates to ``OUT/<tiling>/patches``: then `OUT` is a job folder. Labels are
+        added to ``OUT/labels.csv``.
     options : ImportOptions, optional
         What the file does not say; asked for by name when it is needed.
 
@@ -61,7 +70,9 @@ def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> 
     ------
     FeatureFileError
         When the file is missing, damaged or of no known layout; with the code ``incomplete`` when it lacks something
-        that only the user knows.
+        that only the user knows; with ``labels`` when it contradicts labels that are there.
+    FeatureMismatchError
+        When `OUT` has features of another encoder, mpp or width.
     """
     options = options or ImportOptions()
     if not path.is_file():
@@ -69,11 +80,14 @@ def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> 
     if path.suffix == ".npz":
         return _import_npz(path, out, options)
     kind, slides = _read(path, options)
+    labels = {safe_id(slide.slide_id, path): slide.label for slide in slides if slide.label is not None}
+    table = out / "labels.csv"
+    merged_labels(table, labels, path)  # a contradiction is found before anything is written
     written = [store(slide, path, out, options) for slide in slides]
-    labels = [(slide.slide_id, slide.slide_id, slide.label) for slide in slides if slide.label is not None]
     if labels:
-        written.append(out / "labels.csv")
-        write_text(written[-1], table_text(["patient_id", "slide_id", "label"], labels))
+        with locked(out / ".labels.csv.lock"):
+            write_text(table, merged_labels(table, labels, path))
+        written.append(table)
     return Imported(kind, tuple(written))
 
 

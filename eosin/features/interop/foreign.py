@@ -14,7 +14,7 @@ from pydantic import Field
 from eosin.errors import FeatureFileError, UnknownNameError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import find_encoder
-from eosin.features.store import MAX_DIM, MAX_ROWS, SUFFIX, write_bag
+from eosin.features.store import MAX_DIM, MAX_ROWS, SUFFIX, read_spec, write_bag
 from eosin.files import file_fingerprint
 from eosin.options import Options
 from eosin.wsi.coordinates import write_grid
@@ -173,6 +173,49 @@ def table_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return text.getvalue()
 
 
+LABEL_COLUMNS = ("patient_id", "slide_id", "label")
+
+
+def merged_labels(table: Path, labels: Mapping[str, str], path: Path) -> str:
+    """Return the table of labels with those of another file added, each slide its own patient.
+
+    Parameters
+    ----------
+    table : Path
+        ``labels.csv`` of earlier imports, where there is one.
+    labels : mapping of str to str
+        Label by slide.
+    path : Path
+        Where they are from.
+
+    Raises
+    ------
+    FeatureFileError
+        When a slide has another label there already, or the table is not one of ours.
+    """
+    rows = _read_labels(table)
+    for slide_id, label in labels.items():
+        _, known = rows.setdefault(slide_id, (slide_id, label))
+        if known != label:
+            raise FeatureFileError(
+                path,
+                f"labels {slide_id} as {label!r}, but {table} as {known!r}; correct one or choose another --out",
+                code="labels",
+            )
+    return table_text(LABEL_COLUMNS, [(patient, slide_id, label) for slide_id, (patient, label) in rows.items()])
+
+
+def _read_labels(table: Path) -> dict[str, tuple[str, str]]:
+    """Return patient and label by slide."""
+    if not table.is_file():
+        return {}
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = [*csv.reader(file)] or [[]]
+    if tuple(header) != LABEL_COLUMNS or any(len(row) != len(LABEL_COLUMNS) for row in rows):
+        raise FeatureFileError(table, f"has not the columns {', '.join(LABEL_COLUMNS)} alone; choose another --out")
+    return {slide_id: (patient, label) for patient, slide_id, label in rows}
+
+
 def safe_id(name: object, path: Path) -> str:
     """Return a slide id that is a plain file name.
 
@@ -228,8 +271,23 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Pa
     if slide.fingerprint:
         facts["input_fingerprint"] = slide.fingerprint
     target = out / "features" / f"{safe_id(foreign.slide_id, path)}{SUFFIX}"
+    require_same_kind(target, spec)
     write_bag(target, FeatureBag(rows, spec, foreign.slide_id, grid, facts))
     return target
+
+
+def require_same_kind(target: Path, spec: FeatureSpec) -> None:
+    """Refuse to put features into a folder of features that were made differently.
+
+    Raises
+    ------
+    FeatureMismatchError
+        Naming the new file and one that is there.
+    """
+    for other in sorted(target.parent.glob(f"[!.]*{SUFFIX}")):
+        if other != target:
+            read_spec(other).require_match(spec, target, expected_by=str(other))
+            return
 
 
 def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFacts) -> Path:

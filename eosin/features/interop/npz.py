@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from eosin.errors import FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.interop.foreign import table_text
+from eosin.features.interop.foreign import merged_labels, require_same_kind, table_text
 from eosin.features.store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, write_bag
 from eosin.files import write_text
 
@@ -52,11 +52,14 @@ def import_bags(arrays: Mapping[str, NDArray[np.generic]], path: Path, out: Path
     ids = [f"{path.stem}-{bag:0{width}d}" for bag in range(len(labels))]
     starts = np.searchsorted(index, np.arange(len(labels) + 1))
     spec = FeatureSpec(encoder=f"npz:{path.stem}", dim=instances.shape[1])
+    table = out / "labels.csv"
+    text = merged_labels(table, dict(zip(ids, map(str, labels), strict=True)), path)
+    require_same_kind(out / "features" / f"{ids[0]}{SUFFIX}", spec)
     for bag, slide_id in enumerate(ids):
         rows = instances[starts[bag] : starts[bag + 1]]
         write_bag(out / "features" / f"{slide_id}{SUFFIX}", FeatureBag(rows, spec, slide_id))
-    write_text(out / "labels.csv", table_text(["patient_id", "slide_id", "label"], zip(ids, ids, labels, strict=True)))
-    written = [out / "features", out / "labels.csv"]
+    write_text(table, text)
+    written = [out / "features", table]
     if "cv_train_mask" in arrays:
         _write_splits(_checked_folds(arrays["cv_train_mask"], len(labels), path), ids, out / "splits")
         written.append(out / "splits")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eosin.errors import EosinError, FeatureFileError
+from eosin.errors import EosinError, FeatureFileError, FeatureMismatchError
 from eosin.features.interop import Imported, ImportOptions, import_file
 from eosin.features.store import find_bags, read_bag
 from eosin.wsi.coordinates import read_grid
@@ -120,7 +120,7 @@ def test_stamp(tmp_path: Path) -> None:
     assert (bag.grid.tile_px0, bag.spec.patch_size, bag.spec.encoder) == (1024, 224, "uni_v2")
     assert bag.spec.mpp == pytest.approx(256 / 224, abs=1e-5)
     whole = write_h5(tmp_path / "p.h5", {"feats": ROWS[0]}, root={"encoder": "titan", "feat_type": "slide"})
-    assert read_bag(import_file(whole, tmp_path / "out").paths[0]).features.shape == (1, 8)
+    assert read_bag(import_file(whole, tmp_path / "whole").paths[0]).features.shape == (1, 8)
 
 
 def test_old_stamp(tmp_path: Path) -> None:
@@ -232,6 +232,53 @@ def test_a_pickle_in_a_tensor_file_never_runs(tmp_path: Path) -> None:
     with pytest.raises(EosinError, match="never executed"):
         import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(encoder="x"))
     assert not (tmp_path / "canary").exists()
+
+
+def write_acmil(path: Path, labels: dict[str, str]) -> Path:
+    with h5py.File(path, "w") as file:
+        for name, label in labels.items():
+            group = file.create_group(name)
+            group["feat"], group["coords"] = ROWS, CORNERS
+            group.attrs["label"] = label
+    return path
+
+
+def test_labels_of_several_files_are_put_together(tmp_path: Path) -> None:
+    options, out = ImportOptions(encoder="x"), tmp_path / "out"
+    import_file(write_acmil(tmp_path / "a.h5", {"s1": "tumour", "s2": "normal"}), out, options)
+    import_file(write_acmil(tmp_path / "b.h5", {"s3": "tumour", "s2": "normal"}), out, options)
+    assert (out / "labels.csv").read_text() == ("patient_id,slide_id,label\ns1,s1,tumour\ns2,s2,normal\ns3,s3,tumour\n")
+    assert sorted(find_bags(out / "features")) == ["s1", "s2", "s3"]
+    before = (out / "labels.csv").read_bytes()
+    with pytest.raises(FeatureFileError, match=r"c\.h5: labels s1 as 'normal', .*as 'tumour'") as caught:
+        import_file(write_acmil(tmp_path / "c.h5", {"s4": "normal", "s1": "normal"}), out, options)
+    assert caught.value.code == "labels"
+    assert (out / "labels.csv").read_bytes() == before
+    assert sorted(find_bags(out / "features")) == ["s1", "s2", "s3"], "nothing of the file was written"
+
+
+def test_patients_that_a_user_has_filled_in_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "labels.csv").write_text("patient_id,slide_id,label\np7,s1,tumour\n")
+    import_file(write_acmil(tmp_path / "a.h5", {"s1": "tumour", "s2": "normal"}), out, ImportOptions(encoder="x"))
+    assert (out / "labels.csv").read_text() == "patient_id,slide_id,label\np7,s1,tumour\ns2,s2,normal\n"
+    (out / "labels.csv").write_text("slide,grade\ns1,3\n")
+    with pytest.raises(FeatureFileError, match="choose another --out"):
+        import_file(write_acmil(tmp_path / "b.h5", {"s3": "tumour"}), out, ImportOptions(encoder="x"))
+
+
+def test_features_of_two_kinds_do_not_come_into_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, rows in (("a", ROWS), ("b", ROWS[:, :7]), ("c", ROWS)):
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",")
+    import_file(tmp_path / "a.csv", out, ImportOptions(encoder="x"))
+    with pytest.raises(FeatureMismatchError, match=r"b\.h5: .*a\.h5 expects: width 7, not 8"):
+        import_file(tmp_path / "b.csv", out, ImportOptions(encoder="x"))
+    with pytest.raises(FeatureMismatchError, match=r"c\.h5: .*a\.h5 expects: encoder y, not x"):
+        import_file(tmp_path / "c.csv", out, ImportOptions(encoder="y"))
+    import_file(tmp_path / "a.csv", out, ImportOptions(encoder="y"))
+    assert list(find_bags(out / "features")) == ["a"]
 
 
 def test_our_own_files_are_recognised(tmp_path: Path) -> None:
