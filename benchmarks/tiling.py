@@ -12,7 +12,8 @@
 5. `overlap`: IoU of the tissue found with the tissue planted, on painted slides that all have pen marks.
 6. `quality`: scores of 200,000 tiles, without blur and with it.
 
-Slides are painted by eosin (H&E-like, JPEG, 0.25 µm/px) unless ``--slide`` names another; both sides see the same.
+Reading is timed without opening; each pass opens the slide anew. Slides are painted by eosin (H&E-like, JPEG,
+0.25 µm/px) unless ``--slide`` names another; both sides see the same.
 """
 
 import argparse
@@ -53,6 +54,7 @@ COHORT_SIDES_PX = (40_000, 60_000, 80_000, 100_000)
 COPIES = (1, 4)
 PATCH_PX_FOR_200K = 48
 Row = dict[str, str | float | int]
+Run = Callable[[], object]
 
 
 def paint(path: Path, side_px: int, *, mpp: float) -> Path:
@@ -75,17 +77,21 @@ def whole_grid(slide: Slide, factor: int) -> TileGrid:
     return TileGrid(origins, side, tiling, slide.size_px0, slide.mpp)
 
 
-def eosin_tiles(path: Path, factor: int, threads: int) -> None:
-    """Read every tile with eosin."""
-    with open_slide(path) as slide:
-        for _ in iterate_tiles(
-            slide, whole_grid(slide, factor), batch_size=BATCH, threads=threads if threads > 1 else 0
-        ):
+def eosin_tiles(path: Path, factor: int, threads: int) -> Run:
+    """Open a slide with eosin; return what reads every tile."""
+    slide = open_slide(path)
+    grid = whole_grid(slide, factor)
+
+    def run() -> None:
+        for _ in iterate_tiles(slide, grid, batch_size=BATCH, threads=threads if threads > 1 else 0):
             pass
+        slide.close()
+
+    return run
 
 
-def openslide_tiles(path: Path, factor: int, threads: int) -> None:
-    """Read every tile with the usual loop."""
+def openslide_tiles(path: Path, factor: int, threads: int) -> Run:
+    """Open a slide with OpenSlide; return the usual loop."""
     with open_slide(path) as slide:
         origins = whole_grid(slide, factor).origins_px0.tolist()
     handle = openslide.OpenSlide(path)
@@ -95,32 +101,38 @@ def openslide_tiles(path: Path, factor: int, threads: int) -> None:
         image = handle.read_region(tuple(origin), 0, (side, side)).convert("RGB")
         np.asarray(image if factor == 1 else image.resize((TILE_PX, TILE_PX), Image.Resampling.BOX))
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, origins))
-    handle.close()
+    def run() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, origins))
+        handle.close()
+
+    return run
 
 
-def bare_decode(path: Path, factor: int, threads: int) -> None:
-    """Decode every stored tile once and drop it."""
+def bare_decode(path: Path, factor: int, threads: int) -> Run:
+    """Read every stored tile's bytes; return what decodes each once and drops it."""
     del factor
     with tifffile.TiffFile(path) as tiff, path.open("rb") as file:
         page = tiff.pages.first
+        tables, colours = page.jpegtables, "YCBCR" if page.photometric == 6 else "RGB"
         stored = []
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
             file.seek(offset)
             stored.append(file.read(count))
-        colours = "YCBCR" if page.photometric == 6 else "RGB"
 
-        def decode(data: bytes) -> None:
-            imagecodecs.jpeg8_decode(data, tables=page.jpegtables, colorspace=colours, outcolorspace="RGB")
+    def decode(data: bytes) -> None:
+        imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colours, outcolorspace="RGB")
 
+    def run() -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(decode, stored))
+
+    return run
 
 
 @dataclass(frozen=True)
 class Times:
-    """Medians over the turns of one side."""
+    """Seconds of one side."""
 
     wall_s: float
     cpu_s: float
@@ -132,25 +144,31 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
-def interleaved(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, Times]:
-    """Time each side; the sides take turns, the first turn does not count."""
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+def timed(run: Run) -> Times:
+    """Run and return how long it took."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    run()
+    return Times(time.perf_counter() - wall, cpu_seconds() - cpu)
+
+
+def reading(passes: int, prepare: Callable[[Path, int, int], Run], path: Path, factor: int, threads: int) -> Times:
+    """Time several passes over a slide; it is opened anew for each, so that no cache is warm, and outside the time."""
+    turns = [timed(prepare(path, factor, threads)) for _ in range(passes)]
+    return Times(sum(turn.wall_s for turn in turns), sum(turn.cpu_s for turn in turns))
+
+
+def interleaved(sides: dict[str, Callable[[], Times]], repeats: int) -> dict[str, Times]:
+    """Return the medians of each side; the sides take turns, the first turn does not count."""
+    turns: dict[str, list[Times]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, run in sides.items():
-            wall, cpu = time.perf_counter(), cpu_seconds()
-            run()
+            found = run()
             if turn:
-                turns[name].append((time.perf_counter() - wall, cpu_seconds() - cpu))
+                turns[name].append(found)
     return {
-        name: Times(*(statistics.median(values) for values in zip(*pairs, strict=True)))
-        for name, pairs in turns.items()
+        name: Times(statistics.median(t.wall_s for t in some), statistics.median(t.cpu_s for t in some))
+        for name, some in turns.items()
     }
-
-
-def several(passes: int, run: Callable[[Path, int, int], None], path: Path, factor: int, threads: int) -> None:
-    """Repeat a run; nothing is kept between passes."""
-    for _ in range(passes):
-        run(path, factor, threads)
 
 
 def bench_reading(path: Path, repeats: int) -> list[Row]:
@@ -160,16 +178,15 @@ def bench_reading(path: Path, repeats: int) -> list[Row]:
         with open_slide(path) as slide:
             one_pass_mpx = whole_grid(slide, factor).n_tiles * (TILE_PX * factor) ** 2 / 1e6
         passes = max(1, round(LEAST_MPX / one_pass_mpx))  # of small slides, or the clock's steps would be measured
-        level0_mpx = passes * one_pass_mpx
         for threads in (1, 2):
             sides = {"loop": openslide_tiles, "eosin": eosin_tiles}
             if factor == 1:
                 sides["decode"] = bare_decode
-            found = interleaved(
-                {name: partial(several, passes, run, path, factor, threads) for name, run in sides.items()}, repeats
-            )
+            runs = {name: partial(reading, passes, side, path, factor, threads) for name, side in sides.items()}
+            found = interleaved(runs, repeats)
             for name, times in found.items():
-                rows.append(row(case, path.name, name, threads, times, "level-0 Mpx/s", level0_mpx / times.wall_s))
+                mpx_per_s = passes * one_pass_mpx / times.wall_s
+                rows.append(row(case, path.name, name, threads, times, "level-0 Mpx/s", mpx_per_s))
             eosin = found.pop("eosin")
             for name, times in found.items():
                 ratio = times.cpu_s / eosin.cpu_s
@@ -294,12 +311,13 @@ def bench_cohort(folder: Path, clam: Path | None, clam_python: str) -> list[Row]
     return rows
 
 
-def from_shell(command: list[str], slides: Path, folder: Path, place: Path | None) -> None:
-    """Run a command line with a fresh output folder."""
+def from_shell(command: list[str], slides: Path, folder: Path, place: Path | None) -> Times:
+    """Time a command line with a fresh output folder."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     filled = [part.format(slides=slides, out=out) for part in command]
-    subprocess.run(filled, check=True, capture_output=True, cwd=place if "create_patches_fp.py" in command[1] else None)
+    where = place if "create_patches_fp.py" in command[1] else None
+    return timed(lambda: subprocess.run(filled, check=True, capture_output=True, cwd=where))
 
 
 def bench_overlap(folder: Path) -> list[Row]:

@@ -17,10 +17,12 @@ from eosin.errors import ConfigError, UnknownNameError
 MAX_YAML_BYTES = 16 * 2**20
 
 
-class _Checked(type(BaseModel)):  # type: ignore[misc]
-    """Makes a wrong option the same `ConfigError` whether it is given to the class or read from text."""
+if TYPE_CHECKING:  # type checkers keep to the fields of each class
+    from pydantic._internal._model_construction import ModelMetaclass as _Checked
+else:
 
-    if not TYPE_CHECKING:  # type checkers keep to the fields of each class
+    class _Checked(type(BaseModel)):
+        """Makes a wrong option the same `ConfigError` whether it is given to the class or read from text."""
 
         def __call__(cls, *args, **options):
             try:

@@ -48,11 +48,13 @@ def make_thumbnail(slide: Slide, overview: NDArray[np.uint8] | None = None) -> I
     slide : Slide
         Open slide with a known mpp.
     overview : (h, w, 3) uint8, optional
-        The slide at some mpp, read already; used when it is large enough.
+        The slide at some mpp, read already; used when it is at least half as large as the thumbnail may be.
     """
     longest = max(slide.size_px0)
     mpp = slide.mpp * max(1.0, longest / THUMBNAIL_PX)
-    if overview is None or max(overview.shape) < min(THUMBNAIL_PX, longest):
+    if overview is None or 2 * max(overview.shape) < min(THUMBNAIL_PX, longest):
         return Image.fromarray(read_overview(slide, mpp))
+    if max(overview.shape) <= THUMBNAIL_PX:
+        return Image.fromarray(overview)
     size = (max(1, round(slide.size_px0[0] * slide.mpp / mpp)), max(1, round(slide.size_px0[1] * slide.mpp / mpp)))
     return Image.fromarray(overview).resize(size, Image.Resampling.BOX, reducing_gap=1.0)

@@ -12,7 +12,7 @@ from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_ext
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
 STAIN_RANGE = (0.022, 0.04)
-SAMPLE_PX = 500_000
+SAMPLE_PX = 250_000
 GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
@@ -147,14 +147,22 @@ def stain_threshold(planes: Planes) -> float:
     return float(np.clip(np.exp(threshold_otsu(values)), low, high))  # type: ignore[no-untyped-call]
 
 
-def is_stained(planes: Planes, threshold: float) -> Mask:
-    """Return where the optical density of two channels differs by more than a threshold."""
+def is_stained(darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshold: float) -> Mask:
+    """Return where the optical density of two channels differs by more than a threshold.
+
+    Parameters
+    ----------
+    darkest, lightest : (h, w) uint8
+        From `darkest_of` and `lightest_of`.
+    threshold : float
+        Difference of optical density.
+    """
     limits = (np.arange(256) + 1) * 10.0**-threshold - 1
     table = np.ceil(limits).clip(0, 255).astype(np.uint8)  # the darkest channel must be below
-    return np.asarray(darkest_of(planes) < look_up(table, lightest_of(planes)))
+    return np.asarray(darkest < look_up(table, lightest))
 
 
-def find_pen(planes: Planes, candidates: Mask, mpp: float) -> Mask:
+def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: float) -> Mask:
     """Find marker strokes.
 
     By colours that haematoxylin, eosin and DAB do not have; ink of the stains' own colours by its evenness, and red
@@ -165,6 +173,8 @@ def find_pen(planes: Planes, candidates: Mask, mpp: float) -> Mask:
     ----------
     planes : (3, h, w) uint8
         From `to_light`.
+    darkest : (h, w) uint8
+        From `darkest_of`.
     candidates : (h, w) bool
         What would count as tissue.
     mpp : float
@@ -174,7 +184,6 @@ def find_pen(planes: Planes, candidates: Mask, mpp: float) -> Mask:
     -------
     (h, w) bool
     """
-    darkest = darkest_of(planes)
     odd = (darkest < light_at(PEN_MIN_DENSITY)) & _is_not_darkest_in_green(planes, darkest)
     pen = _where(odd, planes, _has_colour_of_no_stain)
     if mpp <= FLAT_MAX_MPP:
@@ -198,13 +207,15 @@ def _where(strong: Mask, planes: Planes, rule: Callable[[Density], Mask]) -> Mas
 
 def _is_not_darkest_in_green(planes: Planes, darkest: NDArray[np.uint8]) -> Mask:
     """Return the few pixels that may have a colour of no stain: green does not absorb most, or all do (black)."""
-    black = planes[0] < light_at(0.425)  # 0.85 * 0.5
+    grey = np.ceil(256 * 10.0 ** (-0.85 * DENSITY_OF_LIGHT) - 1).astype(np.uint8)
+    black = (darkest < light_at(0.5)) & (planes[0] <= look_up(grey, darkest))
     return np.asarray((planes[1] > darkest) | black)
 
 
 def _has_colour_of_no_stain(density: Density) -> Mask:
     red, green, blue = density
-    strongest, weakest = density.max(axis=0), density.min(axis=0)
+    strongest = np.maximum(np.maximum(red, green), blue)
+    weakest = np.minimum(np.minimum(red, green), blue)
     blue_ink = (red > 1.25 * green) & (red - green > 0.1) | (red > 1.12 * green) & (red > 0.6)
     green_ink = (green < 0.85 * red) & (green < 0.85 * blue)
     yellow_ink = (green < 0.5 * blue) & (red < 0.4 * blue)

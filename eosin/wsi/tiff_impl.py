@@ -353,14 +353,12 @@ def decode_reduced(data: bytes, size_px: tuple[int, int], shrink: int) -> NDArra
     if stored != (width * shrink, height * shrink):
         raise _DecodeError(f"it is {stored[0]} x {stored[1]} px")
     decoder = Image._getdecoder("RGB", "jpeg", ("RGB", ""), (shrink, 0))
-    picture = Image.core.new("RGB", size_px)
-    decoder.setimage(picture, (0, 0, width, height))
+    picture = Image.new("RGB", size_px, None)
+    decoder.setimage(picture.im, (0, 0, width, height))
     used, code = decoder.decode(data)
     if used >= 0 or code < 0:
         raise _DecodeError(f"the JPEG is damaged or cut off (code {code})")
-    encoder = Image._getencoder("RGB", "raw", ("RGB",), ())
-    encoder.setimage(picture, (0, 0, width, height))
-    return np.frombuffer(encoder.encode(max(65536, 3 * width * height))[2], np.uint8).reshape(height, width, 3)
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, 3)
 
 
 def _stored_size(data: bytes) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from eosin.wsi.stain import (
     is_dark,
     is_stained,
     light_at,
+    lightest_of,
     stain_threshold,
     to_light,
 )
@@ -264,13 +265,14 @@ def examine(rgb: NDArray[np.uint8], mpp: float, options: TissueOptions) -> Findi
     if mpp < BLUR_UM:
         planes = blur_density(planes, BLUR_UM / mpp / 2)
     threshold = options.min_stain or stain_threshold(planes)
-    weak = is_stained(planes, WEAK_SHARE * threshold)
+    darkest, lightest = darkest_of(planes), lightest_of(planes)
+    weak = is_stained(darkest, lightest, WEAK_SHARE * threshold)
     reach = 2 + math.ceil(max(options.close_um, 2 * options.open_um, PEN_REACH_UM) / mpp)
-    place = window_of(weak | (darkest_of(planes) < light_at(PEN_MIN_DENSITY)), reach)
+    place = window_of(weak | (darkest < light_at(PEN_MIN_DENSITY)), reach)
     mask, pen = np.zeros(weak.shape, bool), np.zeros(weak.shape, bool)
     if mask[place].size:
-        near, stained = planes[:, *place], is_stained(planes[:, *place], threshold)
-        pen[place] = find_pen(near, stained, mpp)
+        stained = is_stained(darkest[place], lightest[place], threshold)
+        pen[place] = find_pen(planes[:, *place], darkest[place], stained, mpp)
         left_out = pen[place] if options.remove_pen else np.zeros_like(pen[place])
         mask[place] = _clean(stained, weak[place], left_out, mpp, options)
     return Findings(mask, pen, _notes(mask, pen if options.remove_pen else None))

@@ -115,7 +115,8 @@ def test_pen_and_folds_are_scored_where_they_are(sharp, write_slide, tmp_path):
     assert in_fold.sum() >= 3
     assert quality.fold[in_fold].mean() > 0.5
     assert (quality.fold[in_fold] > 0.25).mean() > 0.6
-    assert quality.fold[off_fold].mean() < 0.02
+    assert quality.fold[off_fold].mean() < 0.08  # dense follicles count, too
+    assert np.median(quality.fold[off_fold]) == 0
     assert np.isnan(quality.blur).all()
 
 
