@@ -11,7 +11,7 @@ Slides = Annotated[list[Path], typer.Argument(metavar="SLIDES", help="Slides, an
 Job = Annotated[Path, typer.Option(help="Job folder; holds the results of every slide.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one per slide.")]
-Labels = Annotated[Path, typer.Option(help="Table of slides, patients and labels (CSV).")]
+Labels = Annotated[Path, typer.Option(help="Table of slides, patients and labels (csv, tsv, xlsx, parquet).")]
 SlideMpp = Annotated[
     str | None,
     typer.Option(metavar="X|TABLE", help="µm/px of all slides, or a CSV table with the columns slide and mpp."),
@@ -87,11 +87,11 @@ TaskKind = Annotated[
     str | None,
     typer.Option("--task", help="What the labels mean: classification, survival ...", show_default="classification"),
 ]
-Target = Annotated[str | None, typer.Option(help="Column of the label, if not label; for survival: time,event.")]
+Target = Annotated[str | None, typer.Option(help="Column of the label, if not label; time,event for survival; 'er; ordinal:grade' for multitask.")]
 Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
 Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]
 Missing = Annotated[str, typer.Option(help="Labels of slides without features: error or drop.")]
-Splits = Annotated[Path | None, typer.Option(help="Folder of splits; `eosin split` makes them.")]
+Splits = Annotated[Path | None, typer.Option(help="Splits: folder or file of `eosin split` or CLAM, splits.json of STAMP, a table with a column Split.")]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 TrainPrecision = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Model = Annotated[Path, typer.Option(help="Model folder.")]
@@ -116,7 +116,9 @@ def tile_mpp(mpp: float | None, magnification: float | None) -> float | None:
         raise ConfigError(f"--mpp {mpp:g} and --magnification {magnification:g} were both given; give one")
     if magnification <= 0:
         raise ConfigError(f"--magnification {magnification:g}: must be more than 0")
-    return MPP_AT_1X / magnification
+    mpp = MPP_AT_1X / magnification
+    typer.echo(f"--magnification {magnification:g} is taken as {mpp:g} µm/px (10 / magnification)", err=True)
+    return mpp
 
 
 def slide_mpp_source(text: str | None) -> float | Path | None:

@@ -189,7 +189,7 @@ def _trident_attributes(grid: TileGrid, footer: CoordsFooter) -> dict[str, str |
 
 
 def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64]) -> dict[str, str | float]:
-    return {
+    attributes: dict[str, str | float] = {
         "encoding-type": ENCODING_TYPE,
         "encoding-version": ENCODING_VERSION,
         "eosin_version": __version__,
@@ -200,7 +200,10 @@ def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64
         "slide_fingerprint": footer.fingerprint,
         "options_hash": footer.options_hash,
         "coords_sha256": _digest(rows),
-    } | ({"selection": footer.selection} if footer.selection else {})
+    }
+    if footer.selection:
+        attributes["selection"] = footer.selection
+    return attributes
 
 
 def nominal_magnification(mpp: float) -> int:

@@ -87,6 +87,24 @@ def test_a_pen_ring_does_not_make_its_inside_tissue(scene):
     assert iou(mask, inside) > 0.93
 
 
+@pytest.mark.parametrize("colour", ["green", "blue", "red"])
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_a_ring_of_more_ink_than_tissue_is_left_out(colour, strength):
+    rng = np.random.default_rng(4)
+    rows, columns = np.indices((140, 180))
+    inside = np.hypot(columns - 90, rows - 70) < 20
+    density = (np.array([0.07, 0.35, 0.12]) + rng.random((140, 180, 1)) * [0.3, 0.3, 0.12]) * inside[..., None]
+    image = Image.fromarray(shine(density * strength, rng))
+    ImageDraw.Draw(image).ellipse((20, 8, 160, 132), outline=PENS[colour], width=9)
+    noisy = (np.asarray(image) + rng.normal(0, 1.5, (140, 180, 3))).clip(0, 255).astype(np.uint8)
+    ink = (np.asarray(image) == PENS[colour]).all(axis=2)
+    assert ink.sum() > 2 * inside.sum()
+    mask, notes = detect_tissue(noisy, MPP, OPTIONS)
+    assert (mask & ink).sum() == 0
+    assert iou(mask, inside) > 0.9
+    assert notes == ("pen marks were left out",)
+
+
 def test_pen_is_kept_on_request_and_when_it_is_the_stain(scene):
     picture, inside = scene
     image = Image.fromarray(picture.copy())
