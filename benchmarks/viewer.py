@@ -12,10 +12,13 @@ Run: ``python benchmarks/viewer.py --slide SLIDE.svs --out benchmarks/results/vi
 """
 
 import argparse
+import dataclasses
+import http.client
 import io
 import platform
 import statistics
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,8 +35,9 @@ from eosin.heatmaps.viewer.canvas import make_canvas
 from eosin.heatmaps.viewer.catalogue import Catalogue, Listed, Study
 from eosin.heatmaps.viewer.lattice import make_lattice, tiles_in_outline
 from eosin.heatmaps.viewer.layers import Layers
+from eosin.heatmaps.viewer.server import serving
 from eosin.heatmaps.viewer.session import Edited, in_words, judge
-from eosin.heatmaps.viewer.tiles import OpenSlides, Pyramid, encode_jpeg
+from eosin.heatmaps.viewer.tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, build_model
 from eosin.mil.recipe import Component, Recipe, Training
@@ -120,6 +124,25 @@ def measure_answers(name: str, n_tiles: int, repetitions: int) -> Iterator[dict[
             }  # fmt: skip
 
 
+def measure_transplant(name: str, n_tiles: int, repetitions: int) -> Iterator[dict[str, object]]:
+    """Yield the time until a slide answers to 1,000 tiles that are added to it."""
+    catalogue, study = make_study(name, n_tiles)
+    donor = dataclasses.replace(study, listed=dataclasses.replace(study.listed, key="1" * 16, slide_id="donor"))
+    whole, tiles = Edited.untouched(study), np.arange(0, n_tiles, max(1, n_tiles // 1000))
+    before = judge(catalogue, whole.logits())
+
+    def answer() -> str:
+        edited = whole.transplant(donor, tiles)
+        return in_words(catalogue, edited, before, judge(catalogue, edited.logits()), "tumour")
+
+    answer()
+    (seconds,) = medians([answer], repetitions)
+    yield {
+        "what": "answer", "case": f"{name}, {len(tiles)} tiles added to {n_tiles}",
+        "way": "viewer: added tiles to answer", "milliseconds": round(1000 * seconds, 1), "method": study.seen.method,
+    }  # fmt: skip
+
+
 def widened(logits: np.ndarray) -> np.ndarray:
     """Return two logits for a model with one."""
     return logits if len(logits) > 1 else np.concatenate([[0.0], logits])
@@ -182,9 +205,26 @@ def ours_as_opened(path: Path) -> tuple[int, float]:
         return serve_all(slide)
 
 
+def over_http(path: Path) -> tuple[int, float]:
+    """Tiles of the viewer as a browser gets them from its server; the time of the client counts, too."""
+    store = TileStore(OpenSlides({"0" * 16: SlideFile(path, path.stem)}))
+    with store.slides.borrow("0" * 16) as slide:
+        places = all_tiles(Pyramid(slide.size_px0, slide.mpp))
+    with serving(lambda document, template: None, store) as url:
+        address = urllib.parse.urlsplit(url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port)
+        for zoom, column, row in places:
+            connection.request("GET", f"{address.path}tiles/{'0' * 16}/colour/{zoom}/{column}/{row}.jpg")
+            assert connection.getresponse().read().startswith(b"\xff\xd8")
+        connection.close()
+    store.slides.close()
+    return len(places), len(places) * 0.512**2
+
+
 TILE_WAYS = {
     "viewer, OpenSlide, 512 px": ours_with_openslide,
     "viewer, reader of open_slide, 512 px": ours_as_opened,
+    "viewer, over HTTP, 512 px": over_http,
     "OpenSlide DeepZoom generator, 254 + 2 px": deepzoom_all,
 }
 
@@ -216,6 +256,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/viewer.csv"))
     arguments = parser.parse_args()
     rows = [row for name in arguments.models for row in measure_answers(name, arguments.tiles, arguments.repetitions)]
+    rows += list(measure_transplant(arguments.models[0], arguments.tiles, arguments.repetitions))
     rows += [row for path in arguments.slide for row in measure_tiles(path, arguments.repetitions)]
     table = pd.DataFrame(rows)
     table["threads"] = torch.get_num_threads()

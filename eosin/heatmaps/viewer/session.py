@@ -11,9 +11,10 @@ from scipy.special import expit
 
 from eosin.errors import ConfigError
 from eosin.heatmaps.counterfactual import as_probability
-from eosin.heatmaps.pooled import Floats, Target
+from eosin.heatmaps.pooled import Floats, PooledBag, Target
 from eosin.heatmaps.viewer.catalogue import Catalogue, Study
 from eosin.heatmaps.viewer.lattice import Indices
+from eosin.heatmaps.viewer.sums import pooled_logits
 
 Action = Literal["remove", "keep only", "restore"]
 ACTIONS: tuple[Action, ...] = ("remove", "keep only", "restore")
@@ -34,6 +35,13 @@ class Added:
 
     donor: Study
     tiles: Indices
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Whether each of the donor's tiles is added, (n of the donor,)."""
+        chosen = np.zeros(self.donor.n_tiles, dtype=bool)
+        chosen[self.tiles] = True
+        return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +118,17 @@ class Edited:
 
     def logits(self) -> Floats:
         """Return what the model says now, (K,): exact, from sums or by running it again."""
-        subsets = self.study.seen.subsets
-        if self.added is None:
+        subsets, added = self.study.seen.subsets, self.added
+        donor = None if added is None else added.donor.seen.subsets
+        if isinstance(subsets, PooledBag) and isinstance(donor, PooledBag | None):
+            parts = [(subsets, self.present)]
+            if donor is not None and added is not None:
+                parts.append((donor, added.mask))
+            return pooled_logits(parts)
+        if added is None:
             return subsets.keep_only(np.flatnonzero(self.present)) if self.n_removed else subsets.logits()
         rest = subsets.select(np.flatnonzero(self.present)) if self.n_removed else subsets
-        return rest.add(self.added.donor.seen.subsets.select(self.added.tiles))
+        return rest.add(added.donor.seen.subsets.select(added.tiles))
 
     def random_like(self, rng: np.random.Generator) -> "Edited":
         """Return as many tiles removed and added, chosen by chance: what such a change does whatever they show."""
