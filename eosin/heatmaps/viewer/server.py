@@ -106,7 +106,7 @@ class _Tiles(RequestHandler):
         self.finish(f"the tile could not be read ({status_code})\n")
 
 
-class _Connection(ServerConnection):
+class _Connection(ServerConnection):  # type: ignore[misc]
     """A websocket whose error messages carry no traceback."""
 
     def error(self, message: Any, text: str) -> Any:
@@ -115,7 +115,7 @@ class _Connection(ServerConnection):
         return answer
 
 
-class _Guarded(BokehTornado):
+class _Guarded(BokehTornado):  # type: ignore[misc]
     """Bokeh's application behind the guard."""
 
     def __init__(self, application: Application, *, token: str, port: int, extra_patterns: list[Any]) -> None:
