@@ -52,7 +52,7 @@ BATCH = 32
 LEAST_MPX = 60
 COHORT_SIDES_PX = (40_000, 60_000, 80_000, 100_000)
 COPIES = (1, 4)
-PATCH_PX_FOR_200K = 48
+TILINGS = ((64, 14), (TILE_PX, 0))  # patch and overlap; the first makes 200,000 tiles
 Row = dict[str, str | float | int]
 Run = Callable[[], object]
 
@@ -229,11 +229,11 @@ from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
 from eosin.wsi.quality import QualityLimits
 from eosin.wsi.slide import SlideFile
-path, job, patch, blur = sys.argv[1:]
+path, job, patch, overlap, blur = sys.argv[1:]
 start = time.perf_counter()
 slides = [SlideFile(Path(path), "giant")]
 limits = QualityLimits(blur=bool(int(blur)))
-report = tile_slides(slides, JobFolder(Path(job)), Tiling(patch_size=int(patch)), quality=limits)
+report = tile_slides(slides, JobFolder(Path(job)), Tiling(patch_size=int(patch), overlap=int(overlap)), quality=limits)
 assert report.records[0].status == "ok", report
 seconds, cpu = time.perf_counter() - start, time.process_time()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -241,9 +241,11 @@ print(seconds, cpu, int(peak.split()[1]) / 1024, report.records[0].message.split
 """
 
 
-def tile_in_child(path: Path, job: Path, *, patch_px: int = TILE_PX, blur: bool = False) -> tuple[Times, float, int]:
+def tile_in_child(
+    path: Path, job: Path, *, patch_px: int = TILE_PX, overlap_px: int = 0, blur: bool = False
+) -> tuple[Times, float, int]:
     """Tile one slide in a process of its own; return times, peak memory in MB and the number of tiles."""
-    command = [sys.executable, "-c", TILE_CHILD, str(path), str(job), str(patch_px), str(int(blur))]
+    command = [sys.executable, "-c", TILE_CHILD, str(path), str(job), str(patch_px), str(overlap_px), str(int(blur))]
     ended = subprocess.run(command, capture_output=True, check=True, text=True)
     wall, cpu, megabytes, n_tiles = map(float, ended.stdout.split())
     return Times(wall, cpu), megabytes, int(n_tiles)
@@ -265,14 +267,12 @@ def bench_quality(folder: Path) -> list[Row]:
     path = folder / "quality.tiff"
     path.write_bytes(giant(100_000, 5))
     rows: list[Row] = []
-    for side, patch_px, blur in (
-        ("without blur", PATCH_PX_FOR_200K, False),
-        ("with blur", PATCH_PX_FOR_200K, True),
-        ("without blur", TILE_PX, False),
-        ("with blur", TILE_PX, True),
-    ):
-        times, megabytes, n_tiles = tile_in_child(path, folder / f"{side} {patch_px}", patch_px=patch_px, blur=blur)
-        rows.append(row("quality", f"{n_tiles} tiles of {patch_px} px", side, 2, times, "peak MB", megabytes))
+    for patch_px, overlap_px in TILINGS:
+        for side, blur in (("without blur", False), ("with blur", True)):
+            times, megabytes, n_tiles = tile_in_child(
+                path, folder / f"{side} {patch_px}", patch_px=patch_px, overlap_px=overlap_px, blur=blur
+            )
+            rows.append(row("quality", f"{n_tiles} tiles of {patch_px} px", side, 2, times, "peak MB", megabytes))
     return rows
 
 
@@ -317,7 +317,9 @@ def from_shell(command: list[str], slides: Path, folder: Path, place: Path | Non
     shutil.rmtree(out, ignore_errors=True)
     filled = [part.format(slides=slides, out=out) for part in command]
     where = place if "create_patches_fp.py" in command[1] else None
-    return timed(lambda: subprocess.run(filled, check=True, capture_output=True, cwd=where))
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    kept["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")  # as after an installation, on both sides
+    return timed(lambda: subprocess.run(filled, check=True, capture_output=True, cwd=where, env=kept))
 
 
 def bench_overlap(folder: Path) -> list[Row]:

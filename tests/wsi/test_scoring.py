@@ -159,7 +159,7 @@ def test_scores_are_stored_beside_the_coordinates(tmp_path):
     assert read_grid(path).n_tiles == 3
 
 
-@pytest.mark.parametrize("harm", ["rows", "version"])
+@pytest.mark.parametrize("harm", ["rows", "version", "value"])
 def test_scores_that_do_not_fit_are_an_error(tmp_path, harm):
     path = tmp_path / "a_patches.h5"
     make_grid_file(path, quality=TileQuality(*np.zeros((4, 3), np.float32)))
@@ -169,8 +169,10 @@ def test_scores_that_do_not_fit_are_an_error(tmp_path, harm):
             del file["quality"]
             file["quality"] = np.zeros((2, 4), np.float32)
             file["quality"].attrs.update(attributes)
-        else:
+        elif harm == "version":
             file["quality"].attrs["encoding-version"] = "9"
+        else:
+            file["quality"][1, 2] = 0.5
     with pytest.raises(FeatureFileError):
         read_quality(path)
 
