@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, grow, open_threads, pieces_touching
+from eosin.wsi.morphology import (
+    close_gaps,
+    drop_small,
+    fill_holes,
+    find_windows,
+    grow,
+    open_threads,
+    pieces_touching,
+    slide_extremes,
+    window_of,
+)
 
 
 def dot(shape=(61, 61), at=(30, 30)):
@@ -57,3 +67,23 @@ def test_pieces_with_a_seed_are_kept_whole():
     mask[2:6, 2:6] = mask[2:6, 10:16] = True
     assert pieces_touching(mask, dot((9, 20), (3, 3))).sum() == 16
     assert not pieces_touching(mask, dot((9, 20), (8, 19))).any()
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 13])
+def test_extremes_are_those_of_whole_windows(side):
+    plane = np.random.default_rng(side).integers(0, 256, (30, 40), dtype=np.uint8)
+    low, high = slide_extremes(plane, side)
+    windows = np.lib.stride_tricks.sliding_window_view(plane, (side, side))
+    assert np.array_equal(low, windows.min(axis=(2, 3)))
+    assert np.array_equal(high, windows.max(axis=(2, 3)))
+
+
+def test_windows_hold_what_is_true_and_a_margin():
+    mask = np.zeros((50, 60), bool)
+    mask[10:20, 5], mask[40, 58] = True, True
+    assert window_of(mask, 3) == (slice(7, 44), slice(2, 62))
+    assert sorted(find_windows(mask, 1), key=str) == [(slice(39, 42), slice(57, 60)), (slice(9, 21), slice(4, 7))]
+    nothing = np.zeros((5, 5), bool)
+    assert nothing[window_of(nothing, 3)].size == 0
+    assert find_windows(nothing, 3) == []
+    assert len(find_windows(np.random.default_rng(0).random((200, 200)) < 0.1, 0)) == 1

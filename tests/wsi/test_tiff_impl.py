@@ -1,3 +1,4 @@
+import io
 import struct
 from collections import Counter
 
@@ -12,7 +13,7 @@ from eosin.wsi.array_impl import ArraySlide
 from eosin.wsi.grid import Tiling, make_grid
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.slide import open_slide
-from eosin.wsi.tiff_impl import TiffReader, open_plain
+from eosin.wsi.tiff_impl import TiffReader, _DecodeError, decode_reduced, open_plain
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import find_tissue
 
@@ -304,3 +305,44 @@ def test_a_picture_without_width_is_refused(tmp_path, tissue_picture):
         tiff.pages[0].tags["ImageWidth"].overwrite(0)
     with pytest.raises(SlideOpenError):
         open_slide(path)
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_reduced_decoding_is_pillows_draft(tissue_picture, shrink, subsampling):
+    buffer = io.BytesIO()
+    Image.fromarray(tissue_picture[400:656, 500:756]).save(buffer, "JPEG", quality=85, subsampling=subsampling)
+    data, size = buffer.getvalue(), (256 // shrink, 256 // shrink)
+    with Image.open(buffer) as image:
+        image.draft("RGB", size)
+        wanted = np.asarray(image)
+    assert wanted.shape == (*size, 3)
+    assert np.array_equal(decode_reduced(data, size, shrink), wanted)
+    for bad in (data[: len(data) // 2], data[:100], b"", b"no picture" * 50):
+        with pytest.raises(_DecodeError):
+            decode_reduced(bad, size, shrink)
+    with pytest.raises(_DecodeError, match="256 x 256"):
+        decode_reduced(data, (64, 65), shrink)
+
+
+def test_many_segments_are_decoded_in_threads_to_the_same_pixels(write_slide, tissue_picture, monkeypatch):
+    path = write_slide("a.tiff", tissue_picture, compression="jpeg", tile=64)
+    read = []
+    for many in (1, 10_000):
+        monkeypatch.setattr(tiff_impl, "MANY_SEGMENTS", many)
+        with open_slide(path) as slide:
+            read.append(slide.read((-30, -20), (1700, 1300), 0.5))
+    assert np.array_equal(read[0], read[1])
+    assert (read[0][:20] == 255).all()
+
+
+def test_a_damaged_segment_among_many_is_told(write_slide, tissue_picture, monkeypatch):
+    path = write_slide("a.tiff", tissue_picture, compression="jpeg", tile=64)
+    monkeypatch.setattr(tiff_impl, "MANY_SEGMENTS", 1)
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = (values[200] for values in (tiff.pages.first.dataoffsets, tiff.pages.first.databytecounts))
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    with open_slide(path) as slide, pytest.raises(CorruptSlideError, match="segment 200"):
+        slide.read((0, 0), (1600, 1200), 0.5)

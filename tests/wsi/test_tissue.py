@@ -52,6 +52,20 @@ def test_tissue_is_found(scene):
     assert notes == ()
 
 
+def test_glass_around_a_picture_changes_nothing(scene):
+    picture, _ = scene
+    image = Image.fromarray(picture)
+    ImageDraw.Draw(image).line([(215, 5), (222, 150), (210, 295)], fill=PENS["blue"], width=9)
+    rng = np.random.default_rng(7)
+    large = rng.normal(243, 1.5, (500, 700, 3)).clip(0, 255).astype(np.uint8)
+    large[60:360, 150:550] = np.asarray(image)
+    fixed = TissueOptions(min_stain=0.03)
+    small, _ = detect_tissue(np.asarray(image), MPP, fixed)
+    found, _ = detect_tissue(large, MPP, fixed)
+    assert (found[60:360, 150:550] ^ small).sum() <= 0.002 * small.sum()
+    assert found.sum() == found[60:360, 150:550].sum()
+
+
 @pytest.mark.parametrize("strength", [0.1, 0.3, 2.0])
 def test_faint_and_strong_stains_are_found(scene, strength):
     picture, inside = scene
