@@ -9,7 +9,11 @@ pathology, 2025, https://arxiv.org/abs/2509.20923.
    where there is no downsampler (`overflow`).
 2. Main branch: the slides, packed and never mixed. Residual branch: neighbouring slides join a pack until the next
    would exceed L; each pack is one bag, a hyperslide, read by the same network.
-3. Hyperslide labels, by classes, grades or survival: `packmil_labels`. Objective: ``main + λ residual``.
+3. Hyperslide labels. Classes: counts / largest count, focal loss ``mean ¼ (1 - e^{-b})² b`` with b the sigmoid
+   cross-entropy. Grades (ISUP 0 to 5): mean primary and secondary Gleason pattern, their sum interpolated between 0→0,
+   6→1, 7→2 or 3, 8→4, 9→5 and rounded; loss ``-(1 - p) log p``. Survival: the earliest slide's bin; if that slide is
+   censored, also the earliest event's bin, and the fraction of censored slides as a soft c in ``-(1 - c) (log S_{Y-1} +
+   log h_Y) - c log S_{Y_c}``. `packmil_labels` says it in full. Objective: ``main + λ residual``.
 4. Attention-driven downsampler (aggregator `downsampled` around any other): ``a = softmax(w tanh(V x))``, ``x ← x (1
    + a)``, in training pad with zeros to a multiple of r, shuffle, ``gelu(W_1 x)``, reduce groups of r, ``W_2``. Bags
    up to m·r and all bags at inference are not reduced.
