@@ -17,6 +17,7 @@ opposite of it. With background instances from N(0, I):
 among tissue in varying proportions and, if wanted, striking instances that mean nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -197,4 +198,4 @@ def _between(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
-    return round(low * (high / low) ** float(torch.rand((), generator=generator)))
+    return round(low * math.pow(high / low, float(torch.rand((), generator=generator))))
