@@ -40,7 +40,7 @@ def add_slide(canvas: Canvas, grid: TileGrid, address: str) -> WMTSTileSource:
         y_origin_offset=pyramid.side_um,
         wrap_around=False,
     )
-    canvas.plot.renderers.insert(0, TileRenderer(tile_source=source, name="slide"))
+    canvas.plot.renderers.insert(0, TileRenderer(tile_source=source, name="pixels"))
     return source
 
 

@@ -128,7 +128,9 @@ class Layers:
             heatmap = self._made[choice]
         if scaling not in scalings_of(heatmap):
             return heatmap
-        return {PERCENTILE: heatmap.percentile, TIMES: heatmap.relative, PLAIN: lambda: heatmap}[scaling]()
+        if scaling == PERCENTILE:
+            return heatmap.percentile()
+        return heatmap.relative() if scaling == TIMES else heatmap
 
 
 def scalings_of(heatmap: Heatmap) -> tuple[str, ...]:

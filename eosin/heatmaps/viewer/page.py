@@ -1,12 +1,13 @@
 """The live page: one per browser tab. What a reader does becomes an edit, an edit becomes a prediction in words."""
 
-import asyncio
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,6 +82,14 @@ class Desk:
 
 
 @dataclass(frozen=True, eq=False)
+class _Step:
+    """An edit and what the model said to it."""
+
+    edited: Edited
+    after: Verdict
+
+
+@dataclass(frozen=True, eq=False)
 class _Prepared:
     """A slide with everything that its first view needs."""
 
@@ -130,25 +139,21 @@ class Page:
             catalogue.classes,
         )
         self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas")
-        self.steps: dict[str, list[Edited]] = {}
-        self.told_steps: dict[str, list[str]] = {}
+        self.steps: dict[str, list[_Step]] = {}
         self.befores: dict[str, Verdict] = {}
         self.copied: tuple[Study, Indices] | None = None
         self.canvas: Canvas | None = None
         self.slide_tiles: WMTSTileSource | None = None
         self.study: Study | None = None
         self.choice = Choice("")
-        self._is_filling = False
+        self._is_filling = self._is_working = False
         self._has_chosen_class = False
         self._connect()
         if desk.out is None:
             self.panel.save.label = "Saving needs --out"
         document.title = "eosin view"
-        document.add_root(
-            row(
-                self.holder, self.panel.layout, sizing_mode="stretch_both", styles={"height": "100vh", "padding": "8px"}
-            )
-        )
+        whole = {"height": "100vh", "padding": "8px", "box-sizing": "border-box"}
+        document.add_root(row(self.holder, self.panel.layout, sizing_mode="stretch_both", styles=whole))
         self.open(catalogue.shown[0].key)
 
     def _connect(self) -> None:
@@ -164,7 +169,7 @@ class Page:
             (panel.transplant, self.transplant),
             (panel.save, self.save),
         ):
-            button.on_event(ButtonClick, functools.partial(_press, act))
+            button.on_event(ButtonClick, partial(_press, act))
         panel.gallery_plot.on_event(Tap, self.jump)
 
     @property
@@ -175,9 +180,11 @@ class Page:
     @property
     def edited(self) -> Edited:
         """The slide as it is edited now."""
-        study = self._shown_study()
-        steps = self.steps.setdefault(study.listed.key, [])
-        return steps[-1] if steps else Edited.untouched(study)
+        steps = self._shown_steps()
+        return steps[-1].edited if steps else Edited.untouched(self._shown_study())
+
+    def _shown_steps(self) -> list[_Step]:
+        return self.steps.setdefault(self._shown_study().listed.key, [])
 
     def _shown_study(self) -> Study:
         if self.study is None:
@@ -192,17 +199,22 @@ class Page:
         """Show a spinner, do `work` away from the page's loop, then `then` on it; no words, no spinner."""
         if words:
             self.panel.status.text = spinner(words)
+            self._is_working = True
+        self.desk.pool.submit(work).add_done_callback(partial(self._hand_over, words, then))
 
-        async def run() -> None:
-            try:
-                result = await asyncio.get_running_loop().run_in_executor(self.desk.pool, work)
-                if words:
-                    self.tell("")
-                then(result)
-            except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
-                self.tell(_told(error))
+    def _hand_over(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
+        """Go on in the page's own loop; runs in the thread of the work, when the tab may be closed already."""
+        with contextlib.suppress(RuntimeError):
+            self.document.add_next_tick_callback(partial(self._finish, words, then, done))
 
-        self.document.add_next_tick_callback(run)
+    def _finish(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
+        if words:
+            self._is_working = False
+            self.tell("")
+        try:
+            then(done.result())
+        except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
+            self.tell(_told(error))
 
     @told
     def open(self, key: str) -> None:
@@ -212,11 +224,12 @@ class Page:
 
     def _prepare(self, key: str) -> _Prepared:
         study = self.desk.catalogue.study(key)
-        choices = study.layers.choices
-        choice = self.choice if self.choice in choices else choices[0]
-        heatmap = study.layers.get(choice)
+        before = judge(self.desk.catalogue, study.seen.subsets.logits())
+        name = self.class_name if self._has_chosen_class else before.leading
+        families = study.layers.families()
+        choice = _choose(study, self.choice.family if self.choice.family in families else families[0], name)
         _ = study.tissue  # found here, away from the page's loop
-        return _Prepared(study, choice, heatmap, judge(self.desk.catalogue, study.seen.subsets.logits()))
+        return _Prepared(study, choice, study.layers.get(choice), before)
 
     def _show(self, prepared: _Prepared) -> None:
         study = prepared.study
@@ -291,6 +304,9 @@ class Page:
 
     def _do(self, edited: Edited, started: float) -> None:
         """Ask the model about an edit: at once where it answers from sums, else with a spinner."""
+        if self._is_working:
+            self.tell("One thing at a time: the last one is not done yet.")
+            return
         if edited.study.is_instant:
             self._done(edited, judge(self.desk.catalogue, edited.logits()), started)
             return
@@ -301,29 +317,34 @@ class Page:
         )
 
     def _done(self, edited: Edited, after: Verdict, started: float) -> None:
-        key = edited.study.listed.key
-        self.steps[key] = [*self.steps.get(key, []), edited][-MAX_UNDO:]
-        words = in_words(self.desk.catalogue, edited, self.befores[key], after, self.class_name)
-        self.told_steps[key] = [*self.told_steps.get(key, []), words][-MAX_UNDO:]
-        if self.study is edited.study:
+        key, step = edited.study.listed.key, _Step(edited, after)
+        self.steps[key] = [*self.steps.get(key, []), step][-MAX_UNDO:]
+        if self._shown_study().listed.key == key:
             self._refresh(edited)
             self._tell_result()
         self.tell(f"Answered in {1000 * (time.perf_counter() - started):.0f} ms.")
-        self._compare_with_chance(edited, after)
+        self._compare_with_chance()
 
-    def _compare_with_chance(self, edited: Edited, after: Verdict) -> None:
-        if not (edited.study.is_instant and edited.is_touched and self.class_name):
+    def _compare_with_chance(self) -> None:
+        """Add to the last answer what as many random tiles do, where that takes no time to speak of."""
+        steps, name = self._shown_steps(), self.class_name
+        if not (steps and name and steps[-1].edited.is_touched and steps[-1].edited.study.is_instant):
             return
-        key, name = edited.study.listed.key, self.class_name
-        output, words = self.desk.catalogue.classes.index(name), self.told_steps[key][-1]
-        before = self.befores[key].log_odds[name]
+        step, output = steps[-1], self.desk.catalogue.classes.index(name)
+        before = self.befores[step.edited.study.listed.key].log_odds[name]
 
         def show(values: NDArray[np.float64]) -> None:
-            if self.told_steps.get(key, [""])[-1] == words and self.study is edited.study:
-                note = controls_in_words(before, after.log_odds[name], values)
-                self.panel.result.text = result_html(words, note)
+            now = self._shown_steps()
+            if now and now[-1] is step and self.class_name == name:
+                note = controls_in_words(before, step.after.log_odds[name], values)
+                self.panel.result.text = result_html(self._sentences()[-1], note)
 
-        self.later("", lambda: controls(edited, output), show)
+        self.later("", lambda: controls(step.edited, output), show)
+
+    def _sentences(self) -> list[str]:
+        """Return what each step did, for the class that is asked about."""
+        before, name = self.befores[self._shown_study().listed.key], self.class_name
+        return [in_words(self.desk.catalogue, step.edited, before, step.after, name) for step in self._shown_steps()]
 
     def _refresh(self, edited: Edited) -> None:
         """Show what is removed and which tiles stand highest among the others."""
@@ -339,8 +360,7 @@ class Page:
 
     def _enable(self) -> None:
         panel, edited = self.panel, self.edited
-        has_steps = bool(self.steps.get(edited.study.listed.key))
-        panel.undo.disabled = panel.start_over.disabled = not has_steps
+        panel.undo.disabled = panel.start_over.disabled = not self._shown_steps()
         panel.save.disabled = not (edited.is_touched and self.desk.out is not None)
         source, tiles = self.copied or (None, ())
         panel.transplant.visible = source is not None and source.listed.key != edited.study.listed.key
@@ -349,32 +369,30 @@ class Page:
 
     def _tell_result(self) -> None:
         study, catalogue = self._shown_study(), self.desk.catalogue
-        key, before = study.listed.key, self.befores[study.listed.key]
+        before, sentences = self.befores[study.listed.key], self._sentences()
         how = "answers at once, exactly" if study.is_instant else "must be run again for every question"
         sentence = state_in_words(before)
         self.panel.verdict.text = verdict_html(
             study.listed.slide_id, sentence, before, study.n_tiles, f"{catalogue.card.recipe.aggregator.name} {how}"
         )
-        steps = self.told_steps.get(key, [])
-        self.panel.result.text = result_html(steps[-1]) if steps else ""
-        self.panel.history.text = history_html(steps)
+        self.panel.result.text = result_html(sentences[-1]) if sentences else ""
+        self.panel.history.text = history_html(sentences)
 
     @told
     def undo(self) -> None:
         """Take the last edit back."""
-        key = self._shown_study().listed.key
-        self.steps[key] = self.steps.get(key, [])[:-1]
-        self.told_steps[key] = self.told_steps.get(key, [])[:-1]
-        self._refresh(self.edited)
-        self._tell_result()
+        self._go_back_to(self._shown_steps()[:-1])
 
     @told
     def start_over(self) -> None:
         """Take all edits of the slide back."""
-        key = self._shown_study().listed.key
-        self.steps[key], self.told_steps[key] = [], []
+        self._go_back_to([])
+
+    def _go_back_to(self, steps: list[_Step]) -> None:
+        self.steps[self._shown_study().listed.key] = steps
         self._refresh(self.edited)
         self._tell_result()
+        self._compare_with_chance()
 
     @told
     def transplant(self) -> None:
@@ -409,31 +427,22 @@ class Page:
             return
         self._has_chosen_class = True
         self._change_map(self.choice.family, self.class_name)
-        edited, key = self.edited, self._shown_study().listed.key
-        if self.told_steps.get(key):
-            self._do_again(edited)
-
-    def _do_again(self, edited: Edited) -> None:
-        """Put the last edit into the words of another class."""
-        key = edited.study.listed.key
-        self.steps[key] = self.steps[key][:-1]
-        self.told_steps[key] = self.told_steps[key][:-1]
-        self._do(edited, time.perf_counter())
+        self._tell_result()
+        self._compare_with_chance()
 
     def _change_map(self, family: str, name: str) -> None:
         study = self._shown_study()
-        names = study.layers.classes_of(family)
-        if not names:
-            raise LookupError("no such map")
-        choice = Choice(family, name if name in names else names[-1])
+        choice = _choose(study, family, name)
         words = "" if study.layers.is_made(choice) else f"Computing {family} ..."
         self.later(words, lambda: study.layers.get(choice), lambda heatmap: self._put_map(choice, heatmap))
 
     def _put_map(self, choice: Choice, heatmap: Heatmap) -> None:
+        is_other = choice.family != self.choice.family
         self.choice = choice
         self._is_filling = True
         self.panel.scaling.options = list(scalings_of(heatmap))
-        self.panel.scaling.value = default_scaling(heatmap)
+        if is_other:
+            self.panel.scaling.value = default_scaling(heatmap)
         self._is_filling = False
         self._paint_map(heatmap)
 
@@ -474,6 +483,14 @@ class Page:
         count = len(columns["url"])
         words = f"The {count} tiles that stand highest in this map; press one to go there."
         self.panel.gallery_title.text = words if count else ""
+
+
+def _choose(study: Study, family: str, name: str) -> Choice:
+    """Return the map of a family that is about a class, or the last of the family where none is."""
+    names = study.layers.classes_of(family)
+    if not names:
+        raise LookupError("there is no such map")
+    return Choice(family, name if name in names else names[-1])
 
 
 def _press(act: Callable[[], None], _event: ButtonClick) -> None:

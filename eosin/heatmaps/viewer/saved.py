@@ -142,7 +142,7 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
     after = judge(catalogue, edited.logits())
     added = edited.added
     return SavedSession(
-        kind=KIND,
+        kind="eosin-viewer-session",
         version=1,
         eosin=__version__,
         model_id=catalogue.card.model_id,

@@ -11,6 +11,8 @@ import hmac
 import logging
 import re
 import secrets
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,6 @@ from bokeh.server.tornado import BokehTornado
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop
-from tornado.netutil import bind_sockets
 from tornado.web import OutputTransform, RequestHandler
 
 from eosin.errors import ConfigError
@@ -36,6 +37,7 @@ ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 2**20
 MAX_MESSAGE_BYTES = 8 * 2**20
 TILE_THREADS = 4
+BACKLOG = 128
 PATHS = re.compile(r"/?|/ws|/static/js/[A-Za-z0-9._-]+\.js|/tiles/[0-9a-f]{16}/[a-z]{1,8}(/[0-9]{1,8}){3}\.jpg")
 TILE_ROUTE = r"/tiles/([0-9a-f]{16})/([a-z]{1,8})/([0-9]{1,8})/([0-9]{1,8})/([0-9]{1,8})\.jpg"
 POLICY = (
@@ -205,21 +207,32 @@ def start_viewer(build_page: BuildPage, store: TileStore, *, port: int = 0) -> V
         If the port is taken or not allowed.
     """
     token = secrets.token_urlsafe(24)
-    try:
-        sockets = bind_sockets(port, address=ADDRESS)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"port {port} cannot be used ({error}); leave --port out to take a free one") from None
-    chosen = sockets[0].getsockname()[1]
+    listener = _listen(port)
+    chosen = listener.getsockname()[1]
     pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="tiles")
     template = f"/{token}/tiles/{{key}}/{{look}}/{{Z}}/{{X}}/{{Y}}.jpg"
     application = Application(FunctionHandler(lambda document: build_page(document, template)))
     routes = [(TILE_ROUTE, _Tiles, {"store": store, "pool": pool})]
     guarded = _Guarded(application, token=token, port=chosen, extra_patterns=routes)
     http = HTTPServer(guarded, max_body_size=MAX_BODY_BYTES, max_header_size=2**14, idle_connection_timeout=600)
-    http.add_sockets(sockets)
+    http.add_socket(listener)
     server = BaseServer(IOLoop.current(), guarded, http)
     server.start()
     return Viewer(f"http://{ADDRESS}:{chosen}/{token}/", server, pool)
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if sys.platform != "win32":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((ADDRESS, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"port {port} cannot be used ({error}); leave --port out to take a free one") from None
+    return listener
 
 
 def run_until_stopped(start: Callable[[], Viewer], ready: Callable[[str], None]) -> None:

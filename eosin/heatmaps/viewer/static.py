@@ -121,7 +121,7 @@ def _add_picture(canvas: Canvas, view: View) -> None:
     url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(view.image)).decode()}"
     place = {"url": [url], "x": [x], "y": [-y], "w": [width], "h": [height]}
     glyph = ImageURL(url="url", x="x", y="y", w="w", h="h", anchor="top_left")
-    canvas.plot.add_glyph(ColumnDataSource(place), glyph, level="image", name="slide")
+    canvas.plot.add_glyph(ColumnDataSource(place), glyph, level="image", name="pixels")
 
 
 def _all_maps(study: Study) -> tuple[ColumnDataSource, dict[str, Any]]:

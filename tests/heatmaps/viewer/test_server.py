@@ -184,7 +184,7 @@ def talk(place, *, origin, token, subprotocols):
 
     async def session():
         request = HTTPRequest(f"ws://{place[0]}:{place[1]}/{token}/ws", headers={"Origin": origin})
-        connection = await websocket_connect(request, subprotocols=subprotocols, connect_timeout=10)
+        connection = await websocket_connect(request, subprotocols=subprotocols)
         try:
             return await asyncio.wait_for(connection.read_message(), 10)
         finally:
