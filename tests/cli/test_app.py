@@ -30,6 +30,7 @@ PROMISED = {  # names that scripts rely on
     "heatmap": "--model --slide --features --out --format",
     "run": "--slides --labels --encoder --recipe --job",
     "counterfactual": "--model --features --slide --out",
+    "view": "--model --features --slides --out --port --html --replay",
     "import": "--out",
     "export": "--to --out",
     "convert": "--encoder --out",
