@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from shapely.geometry.base import BaseGeometry
 
@@ -24,9 +23,10 @@ from eosin.features.extract import extract
 from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.evaluation import METRIC_NAMES
+from eosin.heatmaps.evaluation import confusions, panels
 from eosin.heatmaps.explain import FORMATS, explain_slide
-from eosin.heatmaps.report import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
+from eosin.heatmaps.measures import METRIC_NAMES, Evaluated
+from eosin.heatmaps.report import Metric, Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
 from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, shown
@@ -630,13 +630,15 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
     columns = result.predictions.columns.astype(str)
     rows = [dict(zip(columns, row, strict=True)) for row in result.predictions.itertuples(index=False)]
     patients = result.predictions["patient_id"].nunique()
+    found = Evaluated.of(result.task, result.predictions)
     return ReportData(
         title="Cross-validation, slide by slide",
         summary=(
             f"{len(rows)} slides of {patients} patients, each predicted by a model that was trained on other patients."
         ),
         metrics=_metrics(result, patients),
-        roc=_roc(result),
+        panels=panels(found),
+        confusions=confusions(found),
         slides=tuple(_card(result, row, truth) for row in rows),
         predictions=result.predictions,
         tables={"Folds": pd.DataFrame(result.metrics["folds"])},
@@ -652,18 +654,7 @@ def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
     return tuple(
         Metric(METRIC_NAMES.get(name, name), estimate["value"], estimate["lower"], estimate["upper"], note)
         for name, estimate in ((name, estimates[name]) for name in names)
-        if estimate["value"] is not None
     )
-
-
-def _roc(result: Result) -> tuple[RocInput, ...]:
-    """Return the curve of a two-class task; the second class is the positive one."""
-    classes: tuple[str, ...] = getattr(result.task, "classes", ())
-    if len(classes) != 2:
-        return ()
-    truth = (result.predictions[result.task.columns[0]] == classes[1]).to_numpy()
-    score = result.predictions[f"prob_{classes[1]}"].to_numpy(dtype=np.float64)
-    return (RocInput("held-out slides", truth, score),) if 0 < truth.sum() < len(truth) else ()
 
 
 def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeometry] | None) -> SlideCard:

@@ -87,11 +87,17 @@ TaskKind = Annotated[
     str | None,
     typer.Option("--task", help="What the labels mean: classification, survival ...", show_default="classification"),
 ]
-Target = Annotated[str | None, typer.Option(help="Column of the label, if not label; time,event for survival; 'er; ordinal:grade' for multitask.")]
+Target = Annotated[
+    str | None,
+    typer.Option(help="Column of the label, if not label; time,event for survival; 'er; ordinal:grade' for multitask."),
+]
 Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
 Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]
 Missing = Annotated[str, typer.Option(help="Labels of slides without features: error or drop.")]
-Splits = Annotated[Path | None, typer.Option(help="Splits: folder or file of `eosin split` or CLAM, splits.json of STAMP, a table with a column Split.")]
+Splits = Annotated[
+    Path | None,
+    typer.Option(help="Of `eosin split` or CLAM (folder or file), of STAMP (splits.json), or a table's column Split."),
+]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 TrainPrecision = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Model = Annotated[Path, typer.Option(help="Model folder.")]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from eosin.cli._common import Settings, merge
-from eosin.errors import ConfigError, UnknownNameError
+from eosin.cli._common import Settings, merge, say
+from eosin.errors import ConfigError, OutputError, UnknownNameError
 
 if TYPE_CHECKING:
     from eosin.mil.recipe import Recipe
@@ -67,6 +67,26 @@ def read_study(
         slide_table=slide_table,
         cache_bytes=int(cache_gb * BYTES_PER_GB),
     )
+
+
+def begin(study: "Study", out: Path, *, device: str, precision: str) -> None:
+    """Say how the table was understood, once nothing stands in the way of hours of work.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device or precision.
+    OutputError
+        If the folder cannot be made.
+    """
+    from eosin.mil.train import require_machine
+
+    require_machine(device, precision)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(out, f"cannot be written to ({error.strerror})") from error
+    say("; ".join(study.notes))
 
 
 def owner(group: str) -> "Literal['patient', 'slide']":

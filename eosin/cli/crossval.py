@@ -19,7 +19,7 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, Settings, command, progress, say
+from eosin.cli._common import Done, Settings, command, progress
 from eosin.cli._study import CacheGb, MaxInstancesPerStep, SlideTable
 from eosin.errors import ConfigError
 
@@ -61,8 +61,10 @@ def crossval(
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
-    from eosin.cli._study import choose_recipe, read_study
-    from eosin.heatmaps.evaluation import Context, compare_runs, report_crossval
+    from eosin.cli._study import begin, choose_recipe, read_study
+    from eosin.files import file_fingerprint
+    from eosin.heatmaps.evaluation import Context, report_crossval
+    from eosin.heatmaps.measures import compare_runs, sweep_table
     from eosin.mil.crossval import METRICS, PREDICTIONS
 
     chosen = choose_recipe(recipe, settings, max_instances_per_step=max_instances_per_step)
@@ -81,7 +83,7 @@ def crossval(
     )
     number, seed = settings.choose("folds", folds, 5), chosen.training.seed
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
-    say("; ".join(study.notes))
+    begin(study, out, device=device, precision=precision)
     results = out
     if sweep is None:
         metrics = _train(chosen, study, parts, out, device=device, precision=precision)
@@ -89,11 +91,13 @@ def crossval(
         metrics = _sweep(candidates, study, parts, out, device=device, precision=precision)
         results = out / CHOSEN
     tables = {} if compare is None else compare_runs(metrics["task"], results / PREDICTIONS, compare / PREDICTIONS)
+    if sweep is not None:
+        tables |= sweep_table(out / SWEEP_TABLE, metrics)
     context = Context(
         thumbnails=features.parent.parent / "thumbnails",
         tables=tables,
         provenance={
-            "labels": str(labels),
+            "labels": f"{labels} ({file_fingerprint(labels)})",
             "splits": f"{splits or f'{number} new folds'}, never with a {group} on two sides",
             "computed": f"{device}, {precision}, seed {seed}",
         },

@@ -56,7 +56,7 @@ def train(
     settings: Settings,
 ) -> Done:
     """Train one model; a run that was killed continues where it was."""
-    from eosin.cli._study import BYTES_PER_GB, owner, read_study, training_split
+    from eosin.cli._study import BYTES_PER_GB, begin, owner, read_study, training_split
     from eosin.mil.continual import Source, continued
     from eosin.mil.train import fit
 
@@ -76,7 +76,7 @@ def train(
     if continue_from is not None:
         chosen, study = continued(continue_from, study, chosen)
     split = training_split(study, splits, fold, chosen)
-    say("; ".join(study.notes))
+    begin(study, out, device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
         fit(
             chosen,

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.stats import chi2
 from sklearn.metrics import auc, precision_recall_curve, roc_curve
@@ -145,17 +146,16 @@ def survival_panel(
         lost = time[members & ~event]
         places = np.searchsorted(times, lost, side="right")
         axes.plot(lost, np.append(1, survival)[places], "|", color=colour, markersize=5, markeredgewidth=0.8)
-    ticks = np.linspace(0, float(time.max()), 5)
+    ticks = [tick for tick in MaxNLocator(5).tick_values(0, float(time.max())) if 0 <= tick <= time.max()]
     rows = ["  ".join(f"{int((time[members] >= tick).sum())}" for tick in ticks) for members, _, _ in names]
     axes.set(ylim=(0, 1.02), xlim=(0, None), xlabel="Time", ylabel="Survival", xticks=ticks)
-    axes.set_xticklabels([f"{tick:.3g}" for tick in ticks])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     statistic = log_rank(high.astype(np.int64), time, event)
     p_value = "undefined" if statistic is None else f"{chi2.sf(statistic, 1):.2g}"
     caption = (
-        f"Halves by the median risk within each fold; ticks: censored. Log-rank p = {p_value}. At risk at the marked "
-        f"times: lower {', '.join(rows[0].split())}; higher {', '.join(rows[1].split())}."
+        f"Patients, halved by the median risk of each fold; ticks: censored. Log-rank p = {p_value}. At risk at the "
+        f"marked times: lower {', '.join(rows[0].split())}; higher {', '.join(rows[1].split())}."
     )
     return Panel(_svg(figure), title, caption)
 

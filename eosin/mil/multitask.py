@@ -168,7 +168,9 @@ class MultiTask(Task):
             values = part.surprise(own[there.numpy()], known.numpy())
             ranks[there.numpy(), number] = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
         known_parts = np.isfinite(ranks).sum(1)
-        return np.divide(np.nansum(ranks, 1), known_parts, out=np.full(len(target), np.nan), where=known_parts > 0)
+        blank = np.full(len(target), np.nan)
+        means: Floats = np.divide(np.nansum(ranks, 1), known_parts, out=blank, where=known_parts > 0)
+        return means
 
     def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
         """Pool each part."""

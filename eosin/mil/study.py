@@ -25,7 +25,17 @@ from eosin.mil.splits import (
     write_nested_splits,
     write_splits,
 )
-from eosin.mil.tables import SITE_COLUMNS, LabelTable, detect_column, read_labels, read_table
+from eosin.mil.tables import (
+    PATIENT_COLUMNS,
+    SITE_COLUMNS,
+    SLIDE_COLUMNS,
+    LabelTable,
+    detect_column,
+    id_notes,
+    read_labels,
+    read_sheet,
+    read_table,
+)
 from eosin.mil.tasks import Task, make_task
 
 CACHE_BYTES = 2 * 2**30
@@ -53,12 +63,19 @@ def open_labels(
         If no layout fits, or ids are missing or twice.
     """
     if slide_table is not None:
-        return read_two_tables(labels, slide_table)
+        table = read_two_tables(labels, slide_table)
+        return replace(table, notes=(*table.notes, *_notes_on_ids(labels), *_notes_on_ids(slide_table)))
     if {"train", "train_label", "test_label"} <= set(read_table(labels)):
         table, _ = read_fold_table(labels)
         notes = ("slides: the columns train, val and test of a fold of TransMIL", "patients: each slide its own")
         return replace(table, notes=notes)
     return read_labels(labels, group=group)
+
+
+def _notes_on_ids(path: Path) -> list[str]:
+    sheet = read_sheet(path)
+    found = {detect_column(sheet.columns, names) for names in (PATIENT_COLUMNS, SLIDE_COLUMNS)}
+    return [note for name in sorted(filter(None, found)) for note in id_notes(sheet, name, path)]
 
 
 def pose_task(kind: str, table: LabelTable, target: str | None = None) -> Task:

@@ -69,8 +69,8 @@ def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats) -> float |
     times : (t,) float
     """
     weights = _weights(time, event)
-    areas = [_area_at(risk, time, event, weights, moment) for moment in times]
-    if not areas or any(area is None for area in areas):
+    areas = [area for moment in times if (area := _area_at(risk, time, event, weights, moment)) is not None]
+    if not areas or len(areas) < len(times):
         return None
     survival = _step(*kaplan_meier(time, event), times)
     falls = -np.diff(np.append(1.0, survival))
@@ -162,4 +162,5 @@ def discordance(risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_
     ties = np.abs(difference) <= tied
     wrong = np.where(ties, 0.5, difference < 0) * compared
     pairs = compared.sum(0) + compared.sum(1)
-    return np.divide(wrong.sum(0) + wrong.sum(1), pairs, out=np.full(len(risk), np.nan), where=pairs > 0)
+    shares: Floats = np.divide(wrong.sum(0) + wrong.sum(1), pairs, out=np.full(len(risk), np.nan), where=pairs > 0)
+    return shares

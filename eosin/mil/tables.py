@@ -341,7 +341,7 @@ def read_labels(
         )
     ids = dict.fromkeys((slides, patients))
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
-    notes += [note for name in ids for note in _id_notes(sheet, name, path)]
+    notes += [note for name in ids for note in id_notes(sheet, name, path)]
     frame = _one_row_per_slide(frame, slides)
     others = [name for name in frame if name not in ids and not name.startswith("Unnamed:") and name]
     slide_ids = tuple(slide_id(value) for value in frame[slides])
@@ -353,8 +353,14 @@ def read_labels(
     return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
 
 
-def _id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:
-    """Refuse ids that a spreadsheet has spoilt; say where it may have taken leading zeros."""
+def id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:
+    """Refuse ids that a spreadsheet has spoilt, and say where it may have taken leading zeros.
+
+    Raises
+    ------
+    LabelError
+        If one is a date, a fraction or a number that was rounded.
+    """
     if name in sheet.spoilt:
         raise LabelError(
             f"{path}: column {name!r} holds ids, but {sheet.spoilt[name]}; "

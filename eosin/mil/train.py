@@ -122,8 +122,7 @@ def fit(
     EosinError
         With code ``diverged``: a loss is not finite; the message names the bags.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is not known; use {' or '.join(PRECISIONS)}")
+    require_machine(device, precision)
     _require_examples(recipe.training, task, train, val)
     fingerprint = _fingerprint(recipe, task, train, val, f"{precision} {choose_device(device).type}")
     done = None if folder is None else _finished(folder, fingerprint)
@@ -155,6 +154,13 @@ def fit(
         fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
         forget_state(folder)
     return fitted
+
+
+def require_machine(device: str, precision: str) -> None:
+    """Raise `ConfigError` when there is no such device here or no such precision."""
+    choose_device(device)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known; use {' or '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)

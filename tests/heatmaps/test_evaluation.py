@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from eosin.errors import LabelError
-from eosin.heatmaps.evaluation import Context, Evaluated, compare_runs, evaluation_report, site_table, worst_cards
+from eosin.heatmaps.evaluation import Context, evaluation_report, worst_cards
 from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
+from eosin.heatmaps.measures import Evaluated, compare_runs, site_table
 from eosin.heatmaps.report import write_report
 from eosin.mil.evaluate import bootstrap, summarise_folds
 from eosin.mil.tasks import make_task

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 
 from eosin.errors import LabelError
+from eosin.mil.checkpoint import load_card
 from eosin.mil.crossval import cohort_of, crossval
+from eosin.mil.data import LabelTable, make_examples
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.splits import Split, make_splits
+from eosin.mil.tasks import make_task
 from eosin.mil.train import fit
 
 RECIPE = Recipe(
@@ -67,3 +70,47 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
     with pytest.raises(LabelError, match="more than once"):
         crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_pooled_figures_follow_the_threshold_of_each_fold(toy, tmp_path):
+    """The accuracy of all test predictions is that of the column ``predicted``, whatever each fold's threshold."""
+    tuned = RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update={"threshold": True, "epochs": 2})})
+    splits = make_splits(toy.cohort, folds=3)
+    summary = crossval(tuned, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=5)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    thresholds = {row["fold"]: float(row["threshold"]) for row in rows}
+    assert len(set(thresholds.values())) > 1
+    for row in rows:
+        assert row["predicted"] == ("c1" if float(row["prob_c1"]) >= thresholds[row["fold"]] else "c0")
+    right = np.mean([row["predicted"] == row["label"] for row in rows])
+    assert summary["out_of_fold"]["accuracy"]["value"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("kind", ["survival", "cox"])
+def test_survival_is_judged_over_time_and_bins_come_from_the_training_fold(make_toy, tmp_path, kind):
+    toy = make_toy(n_bags=90)
+    rng = np.random.default_rng(0)
+    risk = np.array([label == "c1" for label in toy.table.values["label"]])
+    died, lost = rng.exponential(np.where(risk, 2.0, 9.0)), rng.exponential(8.0, len(risk))
+    values = {
+        "time": tuple(f"{t:.4f}" for t in np.minimum(died, lost)),
+        "event": tuple(str(int(seen)) for seen in died <= lost),
+    }
+    table = LabelTable(toy.table.slide_ids, toy.table.patient_ids, values)
+    task = make_task(kind, table.rows(), target="time,event")
+    examples = make_examples(toy.bags, table, task)
+    cohort = cohort_of(examples, task, table.rows())
+    longer = RECIPE.training.model_copy(update={"bags_per_step": 16, "epochs": 40})
+    recipe = RECIPE.model_copy(update={"training": longer})
+    splits = make_splits(cohort, folds=2)
+    summary = crossval(recipe, task, examples, splits, cohort, tmp_path, resamples=20)
+    pooled = summary["out_of_fold"]
+    assert pooled["cindex"]["value"] > 0.6
+    assert pooled["time_auc"]["value"] > 0.6
+    if kind == "survival":
+        assert 0 < pooled["integrated_brier"]["value"] < 0.3
+    for number, split in enumerate(splits):
+        train = examples.subset(split.train).targets
+        fitted = load_card(tmp_path / f"fold_{number}").load_task()
+        assert fitted.edges == task.fit_to(train).edges

@@ -4,8 +4,8 @@ import pytest
 from eosin.errors import LabelError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import write_bag
-from eosin.mil.splits import make_splits, write_splits
-from eosin.mil.study import open_study
+from eosin.mil.splits import make_nested_splits, write_splits
+from eosin.mil.study import open_study, write_all_splits
 
 SPEC = FeatureSpec(encoder="toy", dim=2)
 
@@ -37,20 +37,48 @@ def test_features_and_labels_become_a_study(folder):
 
 
 def test_patients_may_be_the_bags(folder):
-    study = open_study(folder / "features", folder / "labels.csv", level="patient", site="site")
+    study = open_study(folder / "features", folder / "labels.csv", level="patient", keep_sites=True)
     assert study.examples.ids == tuple(f"p{n}" for n in range(12))
     assert study.examples.bags.length("p1") == 4
     assert study.cohort.sites[:4] == ("site0", "site1", "site2", "site0")
     assert study.examples.targets.tolist() == [0, 1] * 6
 
 
+def test_splits_of_slides_are_splits_of_their_patients(folder):
+    study = open_study(folder / "features", folder / "labels.csv")
+    patients = open_study(folder / "features", folder / "labels.csv", level="patient")
+    splits = study.splits(folds=3)
+    write_splits(folder / "splits", splits, study.cohort)
+    patient = study.table.patient_of()
+    for of_slides, of_patients in zip(splits, patients.splits(folder / "splits"), strict=True):
+        for part, names in of_patients.parts().items():
+            assert set(names) == {patient[slide] for slide in of_slides.parts()[part]}
+            assert len(names) == len(set(names))
+
+
+def test_splits_come_from_stamps_file_from_a_column_and_nested(folder):
+    study = open_study(folder / "features", folder / "labels.csv")
+    splits = study.splits(folds=3, val_fraction=0)
+    write_all_splits(folder / "splits", [splits], study.cohort)
+    sets = [{name: set(part) for name, part in split.parts().items()} for split in splits]
+    found = study.splits(folder / "splits" / "splits.json")
+    assert [{name: set(part) for name, part in split.parts().items()} for split in found] == sets
+    rows = [f"{slide},{part},x" for part, names in splits[0].parts().items() for slide in names]
+    (folder / "parts.csv").write_text("\n".join(["ID,Split,Label", *rows, "unknown,train,x"]))
+    (found,) = study.splits(folder / "parts.csv")
+    assert {name: set(part) for name, part in found.parts().items()} == sets[0]
+    assert study.nested(folder / "splits") == study.nested(None) == []
+    nested = make_nested_splits(study.cohort, folds=3, inner_folds=2)
+    write_all_splits(folder / "nested", nested, study.cohort)
+    assert study.nested(folder / "nested") == nested
+
+
 def test_splits_of_another_cohort_are_refused(folder):
     study = open_study(folder / "features", folder / "labels.csv")
-    slides = study.splits(folds=3)
-    patients = open_study(folder / "features", folder / "labels.csv", level="patient")
-    write_splits(folder / "splits", slides, study.cohort)
-    with pytest.raises(LabelError, match="not in the label table"):
-        patients.splits(folder / "splits")
-    assert make_splits(patients.cohort, folds=3)
-    with pytest.raises(LabelError, match="no column 'hospital'"):
-        open_study(folder / "features", folder / "labels.csv", site="hospital")
+    assert "label: column 'grade', classes g0 (6), g1 (12)" in study.notes
+    (folder / "splits_0.csv").write_text("train,val,test\ns000,,nobody\n")
+    with pytest.raises(LabelError, match="not in the label table: nobody"):
+        study.splits(folder / "splits_0.csv")
+    (folder / "plain.csv").write_text((folder / "labels.csv").read_text().replace("site,", "where,"))
+    with pytest.raises(LabelError, match="no column 'site'"):
+        open_study(folder / "features", folder / "plain.csv", target="grade", keep_sites=True)

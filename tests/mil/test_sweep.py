@@ -4,9 +4,12 @@ import pytest
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.errors import ConfigError, UnknownNameError
-from eosin.mil.checkpoint import load_card
+from eosin.mil.checkpoint import load_card, load_model
+from eosin.mil.crossval import crossval
+from eosin.mil.evaluate import predict_outputs
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.splits import make_splits
+from eosin.mil.seen import read_seen
+from eosin.mil.splits import make_nested_splits, make_splits
 from eosin.mil.sweep import Sweep, run_sweep
 
 
@@ -53,3 +56,38 @@ def test_a_candidate_that_cannot_be_judged_is_refused(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3)
     with pytest.raises(ConfigError, match="nothing to choose by"):
         run_sweep({"x": recipe(select="last")}, toy.task, toy.examples, splits, toy.cohort, tmp_path)
+
+
+def test_nested_splits_choose_by_the_mean_over_inner_folds_and_test_once(toy, tmp_path):
+    candidates = {"good": recipe(), "bad": recipe(lr=1e-9, epochs=1)}
+    nested = make_nested_splits(toy.cohort, folds=2, inner_folds=2)
+    seen = []
+    summary = run_sweep(
+        candidates, toy.task, toy.examples, nested, toy.cohort, tmp_path, resamples=5,
+        progress=lambda name, fold: seen.append((name, fold)),
+    )  # fmt: skip
+    means = {(name, fold.number): sum(part["auc"] for part in fold.validation) / 2 for name, fold in seen}
+    best = [max(candidates, key=lambda name, fold=fold: means[name, fold]) for fold in range(2)]
+    assert summary["choices"] == best == ["good", "good"]
+    with (tmp_path / "chosen" / "predictions.csv").open(newline="") as file:
+        tested = [line["slide_id"] for line in csv.DictReader(file)]
+    assert sorted(tested) == sorted(toy.examples.ids)
+    for fold, splits in enumerate(nested):
+        for place, split in enumerate(splits):
+            folder = tmp_path / "candidate_0" / f"fold_{fold}" / f"inner_{place}"
+            assert set(read_seen(folder).patient_of) == set(split.train) | set(split.val)
+            assert not set(read_seen(folder).patient_of) & set(split.test)
+    assert set(summary["recipe"]) == {"good"}
+
+
+def test_models_of_nested_splits_answer_together(toy, tmp_path):
+    (splits, *_) = make_nested_splits(toy.cohort, folds=2, inner_folds=2)
+    crossval(recipe(), toy.task, toy.examples, [splits], toy.cohort, tmp_path, resamples=2)
+    ids = list(splits[0].test)
+    alone = []
+    for place in range(2):
+        model, card = load_model(tmp_path / "fold_0" / f"inner_{place}")
+        alone.append(predict_outputs(model, card.load_task(), toy.bags, ids)[:, 1])
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        found = {line["slide_id"]: float(line["prob_c1"]) for line in csv.DictReader(file)}
+    assert [found[name] for name in ids] == pytest.approx(((alone[0] + alone[1]) / 2).tolist())

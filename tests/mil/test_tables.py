@@ -200,6 +200,16 @@ def test_two_tables_of_stamp(tmp_path):
     assert pose_task("classification", table, "isMSIH").encode(table.rows()).tolist() == [0, 1, 0]
 
 
+def test_ids_of_stamps_workbook_are_judged_too(tmp_path):
+    (tmp_path / "slide.csv").write_text("PATIENT,FILENAME\n7,x.h5\n9,y.h5\n")
+    workbook(tmp_path / "clini.xlsx", ["PATIENT", "label"], [7, "a"], [9, "b"])
+    table = open_labels(tmp_path / "clini.xlsx", slide_table=tmp_path / "slide.csv")
+    assert any("2 ids in 'PATIENT' are stored as numbers" in note for note in table.notes)
+    workbook(tmp_path / "clini.xlsx", ["PATIENT", "label"], [7, "a"], [9, "b"], [datetime.date(2024, 1, 5), "b"])
+    with pytest.raises(LabelError, match="column 'PATIENT' holds ids, but row 4 is a date"):
+        open_labels(tmp_path / "clini.xlsx", slide_table=tmp_path / "slide.csv")
+
+
 def test_a_fold_of_transmil_is_known_by_its_columns(shared):
     table = open_labels(shared / "data/interop/labels_csv/transmil-camelyon16-fold0.csv")
     assert len(table) == 399
