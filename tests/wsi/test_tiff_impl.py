@@ -346,3 +346,14 @@ def test_a_damaged_segment_among_many_is_told(write_slide, tissue_picture, monke
     path.write_bytes(data)
     with open_slide(path) as slide, pytest.raises(CorruptSlideError, match="segment 200"):
         slide.read((0, 0), (1600, 1200), 0.5)
+
+
+def test_tables_of_different_lengths_are_damage(write_slide, tissue_picture):
+    path = write_slide("a.ome.tif", tissue_picture, tile=None)
+    with tifffile.TiffFile(path) as tiff:
+        entry = tiff.pages.first.tags["StripOffsets"].offset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, entry + 4, 0)  # the number of offsets
+    path.write_bytes(data)
+    with pytest.raises(SlideOpenError, match="damaged"):
+        open_plain(path)
