@@ -1,49 +1,165 @@
-"""`eosin counterfactual`: what the model would have said of a slide without, or with only, some of its tiles."""
+"""`eosin counterfactual`: what the model would have said of slides without, or with only, some of their tiles."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eosin.cli._arguments import Model, Out, SlideMpp, slide_mpp_source
-from eosin.cli._common import Done, Settings, command
+from eosin.cli._common import Done, Settings, command, progress
+from eosin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eosin.heatmaps.cohort_questions import Cohort
+    from eosin.heatmaps.examination import Questions
+    from eosin.heatmaps.question import DonorFile
+    from eosin.wsi.slide import SlideFile
 
 
 @command("questions")
 def counterfactual(
     *,
     model: Model,
-    features: Annotated[Path, typer.Option(help="The slide's feature file.")],
-    slide: Annotated[Path | None, typer.Option(help="The slide itself, for pictures.")] = None,
+    features: Annotated[Path, typer.Option(help="The slide's feature file; a folder asks a whole cohort.")],
+    slide: Annotated[
+        Path | None, typer.Option(help="The slide itself, for pictures; of a cohort, the folder that is searched.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Of a cohort: table of slides, patients and labels, for sensitivity and tests.")
+    ] = None,
     out: Out,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Class to ask about; the predicted one unless given.")
     ] = None,
     regions: Annotated[
-        Path | None, typer.Option(help="GeoJSON of QuPath: its areas are removed and kept alone.")
+        Path | None,
+        typer.Option(help="GeoJSON of QuPath: its areas are removed and kept alone. Of a cohort, a folder of them."),
     ] = None,
     region_class: Annotated[
         list[str] | None, typer.Option(help="Ask about areas of this class alone; repeatable.")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="csv, geojson, html, png.")] = "csv,geojson,html",
+    donor: Annotated[
+        list[Path] | None, typer.Option(help="Feature file of a slide whose most attended tiles are added; repeatable.")
+    ] = None,
+    donor_slide: Annotated[list[Path] | None, typer.Option(help="The donors' slides, in their order.")] = None,
+    donor_regions: Annotated[
+        list[Path] | None, typer.Option(help="GeoJSON of the donors, in their order: tiles in its areas are added.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="csv, parquet, geojson, png, figure.png, html.")
+    ] = "csv,geojson,html",
     slide_mpp: SlideMpp = None,
     settings: Settings,
 ) -> Done:
-    """Ask which tiles a prediction needs, which suffice, and what each one adds."""
-    from eosin.features.store import read_bag
-    from eosin.heatmaps.question import Questions, question_slide
+    """Ask which tiles a prediction needs, which suffice, what each one adds, and what other slides' tiles would do."""
+    from eosin.heatmaps.question import Questions
+
+    questions = settings.parse("questions", Questions)
+    donors = _donors(donor or (), donor_slide or (), donor_regions or (), slide_mpp)
+    formats, classes = format_.split(","), region_class or ()
+    found = None if slide is None else _slides(slide, slide_mpp)
+    if features.is_dir():
+        cohort = _cohort(features, labels, found or {}, regions)
+        return _ask_cohort(model, cohort, out, class_name, classes, donors, questions, formats)
+    if labels is not None:
+        raise ConfigError("--labels belongs to a cohort; pass the folder of feature files as --features")
+    return _ask_slide(model, features, out, found, class_name, regions, classes, donors, questions, formats)
+
+
+def _slides(path: Path, slide_mpp: str | None) -> "dict[str, SlideFile]":
     from eosin.wsi.slide import find_slides
 
-    found = None if slide is None else find_slides([slide], slide_mpp=slide_mpp_source(slide_mpp))[0]
+    return {file.slide_id: file for file in find_slides([path], slide_mpp=slide_mpp_source(slide_mpp))}
+
+
+def _donors(
+    features: Sequence[Path], slides: Sequence[Path], regions: Sequence[Path], slide_mpp: str | None
+) -> "list[DonorFile]":
+    from eosin.heatmaps.question import DonorFile
+
+    for name, given in (("--donor-slide", slides), ("--donor-regions", regions)):
+        if given and len(given) != len(features):
+            raise ConfigError(f"{len(given)} {name} for {len(features)} --donor; give one for each, in their order")
+    opened = [next(iter(_slides(path, slide_mpp).values())) for path in slides]
+    given = itertools.zip_longest(features, opened, regions)
+    return [DonorFile(path, slide, annotation) for path, slide, annotation in given]
+
+
+def _ask_slide(
+    model: Path,
+    features: Path,
+    out: Path,
+    found: "dict[str, SlideFile] | None",
+    class_name: str | None,
+    regions: Path | None,
+    region_classes: Sequence[str],
+    donors: "Sequence[DonorFile]",
+    questions: "Questions",
+    formats: Sequence[str],
+) -> Done:
+    from eosin.features.store import read_bag
+    from eosin.heatmaps.question import question_slide
+
+    if found is not None and len(found) != 1:
+        raise ConfigError(f"--slide: {len(found)} slides for one feature file; pass the slide that it came from")
     paths = question_slide(
         model,
         read_bag(features),
         out,
-        slide_file=found,
+        slide_file=None if found is None else next(iter(found.values())),
         class_name=class_name,
         annotation=regions,
-        region_classes=region_class or (),
-        questions=settings.parse("questions", Questions),
-        formats=format_.split(","),
+        region_classes=region_classes,
+        donors=donors,
+        questions=questions,
+        formats=formats,
     )
     return Done(paths)
+
+
+def _cohort(features: Path, labels: Path | None, slides: "dict[str, SlideFile]", regions: Path | None) -> "Cohort":
+    from eosin.features.store import find_bags
+    from eosin.heatmaps.cohort_questions import Cohort
+    from eosin.mil.tables import read_labels
+
+    if regions is not None and not regions.is_dir():
+        raise ConfigError(f"--regions {regions}: pass a folder of <slide>.geojson when --features is a folder")
+    annotations = {} if regions is None else {path.stem: path for path in sorted(regions.glob("*.geojson"))}
+    files = find_bags(features)
+    table = None if labels is None else read_labels(labels)
+    if table is not None:
+        files = {name: path for name, path in files.items() if name in table.slide_ids}
+        if not files:
+            raise ConfigError(f"{labels}: none of the slides in {features} has a row")
+    return Cohort(files, table, slides, annotations)
+
+
+def _ask_cohort(
+    model: Path,
+    cohort: "Cohort",
+    out: Path,
+    class_name: str | None,
+    region_classes: Sequence[str],
+    donors: "Sequence[DonorFile]",
+    questions: "Questions",
+    formats: Sequence[str],
+) -> Done:
+    from eosin.heatmaps.cohort_questions import question_cohort
+
+    if class_name is None:
+        raise ConfigError("a cohort is asked about one class; pass it as --class")
+    with progress("counterfactuals", len(cohort.features)) as advance:
+        paths, report = question_cohort(
+            model,
+            cohort,
+            out,
+            class_name=class_name,
+            region_classes=region_classes,
+            donors=donors,
+            questions=questions,
+            formats=formats,
+            progress=advance,
+        )
+    return Done(paths, report)

@@ -30,7 +30,17 @@ def heatmap(
     ] = None,
     out: Out,
     format_: Annotated[
-        str | None, typer.Option("--format", help="png, geojson, tiff, csv, html.", show_default="png,geojson")
+        str | None,
+        typer.Option(
+            "--format", help="png, geojson, tiff, scores.tiff, csv, parquet, html.", show_default="png,geojson"
+        ),
+    ] = None,
+    maps: Annotated[
+        str | None,
+        typer.Option(
+            help="attention, instance_logit, effect, log_weight_gradient, gradient, rollout; pictures show the first.",
+            show_default="all that the model can give",
+        ),
     ] = None,
     job: Annotated[Path | None, typer.Option(help="Job folder for features that are made now; OUT/job.")] = None,
     slide_mpp: SlideMpp = None,
@@ -41,11 +51,13 @@ def heatmap(
 ) -> Done:
     """Draw which tiles a model weighed, for people and for QuPath."""
     from eosin.cli._encode import encode_like, worst
+    from eosin.heatmaps.explain import map_name
     from eosin.mil.checkpoint import load_model
     from eosin.wsi.slide import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
+    stem = map_name(loaded[0])
     slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp))
     reports = []
     if features is None:
@@ -58,11 +70,11 @@ def heatmap(
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in slides}
     broken = {record.slide_id for report in reports for record in report.failed}
     usable = [file for file in slides if file.slide_id not in broken]
-    work = partial(_explain, loaded, files, out, formats)
+    work = partial(_explain, loaded, files, out, formats, _chosen(maps))
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
     return Done(
         [
-            out / f"{record.slide_id}_attention.{name}"
+            out / f"{record.slide_id}_{stem}.{name}"
             for record in drawn.records
             if record.status == "ok"
             for name in formats
@@ -80,11 +92,22 @@ def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(wanted)
 
 
+def _chosen(wanted: str | None) -> list[str] | None:
+    from eosin.heatmaps.mapset import ATTRIBUTIONS
+
+    names = wanted.split(",") if wanted else None
+    for name in names or ():
+        if name not in ATTRIBUTIONS:
+            raise UnknownNameError("map", name, ATTRIBUTIONS)
+    return names
+
+
 def _explain(
     loaded: "tuple[Aggregator, ModelCard]",
     features: Mapping[str, Path],
     out: Path,
     formats: Sequence[str],
+    maps: Sequence[str] | None,
     slide: "SlideFile",
 ) -> "Outcome":
     from eosin.batch import Outcome
@@ -92,7 +115,7 @@ def _explain(
     from eosin.heatmaps.explain import explain_slide
 
     try:
-        explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats)
+        explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats, maps=maps)
     except SlideError as error:
         if error.code == "empty":
             return Outcome("empty", error.detail)

@@ -156,7 +156,7 @@ def _attention_maps(output: AttentionOutput, grid: TileGrid, classes: Sequence[s
     weights = torch.softmax(output.scores.double(), dim=0)
     mean = weights.mean(1).cpu().numpy()
     if isinstance(output, AcmilOutput):  # heads of a branch speak with one voice
-        weights = weights.unflatten(1, (output.branch_logits.shape[1], -1)).mean(2)
+        weights = torch.unflatten(weights, 1, (output.branch_logits.shape[1], -1)).mean(2)
     maps = [Heatmap(mean, grid, "attention", "attention")]
     if weights.shape[1] > 1:
         names = _branch_names(output, weights.shape[1], classes)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.heatmaps.pooled import Floats, PooledBag
-from eosin.heatmaps.readout import ExactBag, MaxBag, ReadoutBag, SmoothMaxBag
+from eosin.heatmaps.readout import ExactBag, MaxBag, NoisyOrBag, ReadoutBag, SmoothMaxBag
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil, AcmilMultiHead
 from eosin.mil.methods.clam import ClamMultiBranch, ClamSingleBranch
 from eosin.mil.methods.dsmil import Dsmil
 from eosin.mil.methods.ins import Ins, InsOutput
-from eosin.mil.methods.pooling import LsePooling, MaxPooling, MeanPooling
+from eosin.mil.methods.pooling import LsePooling, MaxPooling, MeanPooling, Pooling
 from eosin.mil.slots import AggregatorOutput, AttentionOutput
 
 Exact = PooledBag | ExactBag
@@ -36,19 +36,31 @@ def closed_form(model: nn.Module, pack: PackedBags, output: AggregatorOutput) ->
 def _of_mean(model: MeanPooling, pack: PackedBags, output: AggregatorOutput) -> PooledBag:
     """Averaging is attention with equal scores."""
     terms = _terms("ne,ke->nk", model.embed(pack.values), model.classifier.weight)
-    return PooledBag(np.zeros((len(terms), 1)), terms[:, None], as_array(model.classifier.bias))
+    bias = as_array(model.classifier.bias)
+    if model.level == "instance":
+        terms, bias = terms + bias, np.zeros_like(bias)
+    return PooledBag(np.zeros((len(terms), 1)), terms[:, None], bias)
 
 
 @closed_form.register
 def _of_maximum(model: MaxPooling, pack: PackedBags, output: AggregatorOutput) -> MaxBag:
-    head, bias = (parameter.detach().double().cpu() for parameter in (model.classifier.weight, model.classifier.bias))
-    return MaxBag(model.embed(pack.values).cpu(), head, bias)
+    return MaxBag(*_pooled_rows(model, pack))
 
 
 @closed_form.register
 def _of_smooth_maximum(model: LsePooling, pack: PackedBags, output: AggregatorOutput) -> SmoothMaxBag:
+    rows, head, bias = _pooled_rows(model, pack)
+    return SmoothMaxBag(rows, model.sharpness, head, bias)
+
+
+def _pooled_rows(model: Pooling, pack: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is pooled (n, F), and the linear head (K, F) and bias (K,) that follow."""
+    rows = model.embed(pack.values)
+    if model.level == "instance":
+        head = torch.eye(model.n_outputs, dtype=torch.float64)
+        return model.classifier(rows).cpu(), head, head.new_zeros(model.n_outputs)
     head, bias = (parameter.detach().double().cpu() for parameter in (model.classifier.weight, model.classifier.bias))
-    return SmoothMaxBag(model.embed(pack.values).cpu(), model.sharpness, head, bias)
+    return rows.cpu(), head, bias
 
 
 @closed_form.register
@@ -60,6 +72,10 @@ def _of_instance_classifier(model: Ins, pack: PackedBags, output: AggregatorOutp
         head = head[1:] - head[:1]
     if model.pooling == "max":
         return MaxBag(logits - logits[:, :1], head, head.new_zeros(len(head)))
+    if model.pooling == "noisy_or":
+        chance = logits.log_softmax(1)
+        others = [chance[:, [k for k in range(chance.shape[1]) if k != c]].logsumexp(1) for c in range(1, len(head.T))]
+        return NoisyOrBag(torch.stack(others, 1), head)
     floor = torch.finfo(torch.promote_types(output.instance_logits.dtype, torch.float32)).tiny
 
     def read(share: Tensor) -> Tensor:

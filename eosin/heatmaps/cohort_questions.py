@@ -15,7 +15,7 @@ from eosin.errors import ConfigError
 from eosin.features.store import read_bag
 from eosin.heatmaps.cohort import CohortEffect, Interval, summarise_cohort
 from eosin.heatmaps.counterfactual import Effect
-from eosin.heatmaps.examination import Donor, Questions, examine
+from eosin.heatmaps.examination import Donor, Questions, examine, see_donor
 from eosin.heatmaps.explain import class_choices, predict_bag, require_same_slide
 from eosin.heatmaps.export.png import DPI, render
 from eosin.heatmaps.export.table import write_frame
@@ -111,7 +111,7 @@ def question_cohort(
     loaded = load_model(model) if isinstance(model, Path) else model
     require_formats(formats, has_slide=bool(cohort.slides))
     _require_class(loaded[1], class_name)
-    given = [open_donor(donor, loaded[1], region_classes) for donor in donors]
+    given = [see_donor(*loaded, open_donor(donor, loaded[1], region_classes)) for donor in donors]
     of_slides = [name for name in formats if name not in COHORT_FORMATS]
     work = _Work(loaded, cohort, out_dir / "slides", class_name, region_classes, given, questions, of_slides)
     report = run_batch(list(cohort.features), work, key=str, stage=STAGE, progress=progress)
@@ -226,11 +226,14 @@ def draw_cohort(summary: Sequence[CohortEffect], class_name: str) -> Picture:
         (0.12, "#b35806", "change", [(effect.change, effect.interval) for effect in summary]),
         (-0.12, "0.45", "beyond random tiles", [(e.change_over_random, e.interval_over_random) for e in summary]),
     ):
-        known = [(place, mean, interval) for place, (mean, interval) in zip(places, ends, strict=True) if interval]
-        axes.hlines([p + shift for p, _, _ in known], [i[0] for _, _, i in known], [i[1] for _, _, i in known], colour)
-        axes.plot(
-            [mean for _, mean, _ in known], [p + shift for p, _, _ in known], "o", color=colour, label=label, ms=4
-        )
+        known = [
+            (place + shift, mean, interval)
+            for place, (mean, interval) in zip(places.tolist(), ends, strict=True)
+            if mean is not None and interval is not None
+        ]
+        heights = [height for height, _, _ in known]
+        axes.hlines(heights, [low for _, _, (low, _) in known], [high for _, _, (_, high) in known], colour)
+        axes.plot([mean for _, mean, _ in known], heights, "o", color=colour, label=label, ms=4)
     axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_yticks(places, [f"{effect.kind} {effect.what}"[:LARGEST_CAPTION] for effect in summary])
     axes.set_xlabel(f"mean change of the log-odds of {class_name}, 95 % interval over patients")

@@ -6,19 +6,18 @@ slide. Every set is compared with random sets of the same number of tiles, becau
 prediction whatever they show.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
 from eosin.heatmaps.readout import ExactBag
-from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Look, Subsets
+from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Subsets
 from eosin.wsi.grid import TileGrid
 
 Kind = Literal["remove", "keep only", "add"]
@@ -252,8 +251,7 @@ def is_exact(subsets: Subsets) -> bool:
 
 def _run_again(bag: ForwardBag, log_odds: Target) -> tuple[Floats, float]:
     if is_exact(bag):
-        exact = bag.remove_each(np.arange(bag.n_instances))
-        return float(log_odds.of(bag.logits())) - log_odds.of(exact), 1.0
+        return float(log_odds.of(bag.logits())) - log_odds.of(bag.without_each), 1.0
     guess = bag.best_guess(log_odds)
     return -guess.values, guess.agreement
 
@@ -361,76 +359,8 @@ def certify(
     return _value(target, search.logits[-1]), _value(target, bag.remove(best))
 
 
-def effects_table(effects: Sequence[Effect], columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Return one row per effect: the fields of `Effect`, probabilities and change; `columns` are put in front."""
-    rows = [
-        {
-            **(columns or {}),
-            "kind": effect.kind,
-            "tiles": effect.what,
-            "n_tiles": effect.n_tiles,
-            "probability_before": effect.probability_before,
-            "probability_after": effect.probability_after,
-            "log_odds_before": effect.before,
-            "log_odds_after": effect.after,
-            "change": effect.change,
-            "control_mean": effect.control_mean,
-            "control_low": effect.control_low,
-            "control_high": effect.control_high,
-            "control_rank": effect.control_rank,
-            "n_controls": effect.n_controls,
-            "effect_size": effect.effect_size,
-        }
-        for effect in effects
-    ]
-    return pd.DataFrame(rows)
-
-
-def in_words(effect: Effect, class_name: str) -> str:
-    """Return an effect as a sentence for a pathologist."""
-    how = {
-        "remove": f"Without the {effect.what}",
-        "keep only": f"With the {effect.what} alone",
-        "add": f"With the {effect.what} added",
-    }[effect.kind]
-    before, after = (as_probability(value) for value in (effect.probability_before, effect.probability_after))
-    says = "still says" if effect.before > 0 else "still does not say"
-    turned = "no longer says" if effect.before > 0 else "now says"
-    verdict = f"{says if effect.is_still_predicted else turned} {class_name}"
-    sentence = f"{how} ({effect.n_tiles}) the model {verdict}: {before} → {after}"
-    if effect.control_mean is None:
-        return f"{sentence}."
-    random = as_probability(float(expit(effect.control_mean)))
-    return f"{sentence}; with as many random tiles {random} (p = {effect.control_rank:.2g})."
-
-
 def as_probability(probability: float) -> str:
     """Return a probability with three digits, and never as 0 or 1."""
     if probability > 0.9995:
         return "> 0.999"
     return "< 0.001" if probability < 0.0005 else f"{probability:.3f}"
-
-
-def describe_method(look: Look, search: Search) -> str:
-    """Return how the numbers were made, in a sentence that stands in every output."""
-    if look.method == "closed form":
-        return (
-            "All numbers are exact: the model is linear after its softmax pooling, so every prediction follows from "
-            "its sums without running it again."
-        )
-    if look.method == "closed form but for critical tiles":
-        return (
-            "All numbers are exact: predictions follow from the sums of the model's softmax pooling, and the model was "
-            "run again where a tile is taken that it compares all others with."
-        )
-    largest = int(np.diff(search.removed).max(initial=1))
-    at_once = "one tile" if largest == 1 else f"{largest} tiles"
-    how = f"the search removed {at_once} at a time"
-    if not search.evaluations:
-        return (
-            f"Every number is the model run again on the tiles that remain; {how} in the order of first-order guesses."
-        )
-    return (
-        f"Every number is the model run again on the tiles that remain; {how} and judged {search.evaluations} "
-        "candidates, shortlisted by first-order guesses."
-    )

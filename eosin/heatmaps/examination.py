@@ -1,7 +1,7 @@
 """The counterfactual examination of one slide: which questions are asked, and what the answers mean in words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from eosin.heatmaps.counterfactual import (
     SmallestSet,
     ablate_top,
     certify,
-    describe_method,
     intervene,
     is_linear,
     smallest_necessary,
@@ -32,6 +31,7 @@ from eosin.heatmaps.findings import Counterfactuals as Counterfactuals
 from eosin.heatmaps.pooled import Direction, Floats, PooledBag, Search, Target
 from eosin.heatmaps.reevaluation import BUDGET
 from eosin.heatmaps.subsets import ForwardBag, Look, Subsets, look
+from eosin.heatmaps.wording import describe_method
 from eosin.mil.checkpoint import ModelCard
 from eosin.mil.slots import Aggregator
 from eosin.options import Options
@@ -82,10 +82,19 @@ class Donor:
     bag : FeatureBag
     regions : mapping of str to (k,) int64
         Sets of its tiles by name; its most attended tiles are added besides.
+    seen : Look, optional
+        What answers for it, when it is there already: `see_donor`.
     """
 
     bag: FeatureBag
     regions: Mapping[str, Indices] = field(default_factory=dict)
+    seen: Look | None = None
+
+
+def see_donor(model: Aggregator, card: ModelCard, donor: Donor) -> Donor:
+    """Return the donor with what answers for it, so that many slides can be asked at the price of one look."""
+    wide = model.n_outputs < len(class_choices(card))
+    return replace(donor, seen=donor.seen or look(model, donor.bag, single_logit_is_second_class=wide))
 
 
 def examine(
@@ -130,11 +139,7 @@ def examine(
     if chosen not in classes:
         raise UnknownNameError("class of the model", chosen, classes)
     exam = _Exam(seen, Target(classes.index(chosen)), _affordable(seen.subsets, questions))
-    added = [
-        effect
-        for donor in donors
-        for effect in exam.transplants(look(model, donor.bag, single_logit_is_second_class=wide), donor)
-    ]
+    added = [effect for donor in donors for effect in exam.transplants(see_donor(model, card, donor))]
     return exam.ask(bag.slide_id, chosen, regions or {}, added)
 
 
@@ -196,8 +201,10 @@ class _Exam:
             direction=questions.direction,
         )
 
-    def transplants(self, donor_seen: Look, donor: Donor) -> list[Effect]:
-        """Add the donor's most attended tiles, and those of its regions."""
+    def transplants(self, donor: Donor) -> list[Effect]:
+        """Add the most attended tiles of a donor that has been seen, and those of its regions."""
+        donor_seen = donor.seen
+        assert donor_seen is not None  # `see_donor`
         unranked = donor_seen.attention is None
         contribution = tile_effects(donor_seen.subsets, self.target)[0] if unranked else np.zeros(0)
         ranking, name = _ranking(donor_seen, contribution)

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from eosin.heatmaps.counterfactual import Effect, SmallestSet, as_probability, effects_table, in_words
+from eosin.heatmaps.counterfactual import Effect, SmallestSet, as_probability
 from eosin.heatmaps.pooled import Direction, Floats, Search, Target
+from eosin.heatmaps.wording import effects_table, in_words
 
 SEARCHED, NECESSARY, SUFFICIENT, BEST = (
     "tiles of the search",

@@ -10,6 +10,8 @@ from the two largest values of every channel, so leaving out each single instanc
 - smooth maximum: ``(1/r) log mean exp(r h)`` changes by ``(log(1 - s_i) + log(n / (n - 1))) / r`` with s_i the share of
   instance i in the sum of its channel.
 
+- noisy or (INS): the logarithms of "not this instance" add up, and one is taken away.
+
 Everything is float64 but the stored rows of maxima, whose values are those of the model.
 """
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from eosin.heatmaps.pooled import Direction, Floats, Search, Target, choose
 
 BLOCK_ENTRIES = 2**24  # numbers of a block of candidates
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 class LeavesOneOut(Protocol):
@@ -323,6 +326,61 @@ class SmoothMaxBag(ExactBag):
         largest, places = self.rows.max(0)
         heavy: list[int] = torch.unique(places[self._shares(largest, total) > 0.5]).tolist()
         return heavy
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyOrBag(ExactBag):
+    """``logits = head · [0, log odds that some instance has class c]``; the bag without instances has logits 0.
+
+    Parameters
+    ----------
+    none : (n, C - 1) float64
+        Logarithm of each instance's probability of not being of the class, for all classes but the first.
+    head : (K, C) float64
+    """
+
+    none: Tensor
+    head: Tensor
+
+    @property
+    def n_instances(self) -> int:
+        """Number of instances n."""
+        return len(self.none)
+
+    def logits(self) -> Floats:
+        """Return the prediction, (K,)."""
+        odds = self._odds(self.none.sum(0)) if self.n_instances else self.none.new_zeros(self.none.shape[1])
+        return np.asarray(self._headed(odds[None]).numpy()[0])
+
+    def leave_one_out(self) -> Floats:
+        """Return the change of the logits when each single instance is removed, (n, K)."""
+        if self.n_instances < 2:
+            return np.asarray(-self.logits()[None].repeat(self.n_instances, axis=0))
+        return np.asarray(self._headed(self._odds(self.none.sum(0) - self.none)).numpy() - self.logits())
+
+    def log_weight_gradient(self) -> Floats:
+        """Return the derivative of the logits by the logarithm of how often each instance occurs, (n, K)."""
+        total = self.none.sum(0).clamp_max(-SMALLEST)
+        return np.asarray(self._headed(self.none / torch.expm1(total)).numpy())
+
+    def select(self, index: NDArray[np.int64]) -> "NoisyOrBag":
+        """Return the bag of the instances at `index`."""
+        return replace(self, none=self.none[torch.from_numpy(np.asarray(index))])
+
+    def join(self, donor: "NoisyOrBag") -> "NoisyOrBag":
+        """Return the bag with the instances of a donor added."""
+        return replace(self, none=torch.cat([self.none, donor.none]))
+
+    def with_zero_logit(self) -> "NoisyOrBag":
+        """Return the bag with a logit 0 for the first class."""
+        return replace(self, head=torch.cat([torch.zeros_like(self.head), self.head]))
+
+    def _odds(self, none: Tensor) -> Tensor:
+        none = none.clamp_max(-SMALLEST)
+        return torch.log(-torch.expm1(none)) - none
+
+    def _headed(self, odds: Tensor) -> Tensor:
+        return torch.nn.functional.pad(odds, (1, 0)) @ self.head.T
 
 
 def _zero_first(head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ instances that the model is run on; `plan_search` divides it. How well a guess r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +108,11 @@ class ForwardBag:
         here = np.ones(self.n_instances, dtype=bool) if alive is None else alive
         rows = np.flatnonzero(here)
         return self._judge([rows[rows != candidate] for candidate in np.asarray(candidates).tolist()])
+
+    @cached_property
+    def without_each(self) -> Floats:
+        """The prediction without each single instance, (n, K)."""
+        return self.remove_each(np.arange(self.n_instances))
 
     def guesses(self, target: Target, alive: NDArray[np.bool_] | None = None) -> dict[str, Floats]:
         """Return first-order guesses, by name, of the change of the target when each instance leaves, (n,) each.

@@ -188,7 +188,7 @@ def _of_gdat(model: Gdat, pack: PackedBags) -> Trace:
     blocks = [block for block in model.blocks if isinstance(block, GdatBlock)]
     with inputs_of([block.norm1 for block in blocks]) as seen:
         output = model(pack)
-    groups = Groups.of(pack.lengths, model.region_size, model.grouping, pack.values.device)
+    groups = Groups.of(pack.lengths, model.region_size, model.grouping, pack.values.device, padding=model.padding)
     layers = [partial(_through_groups, block, calls[0], groups) for block, calls in zip(blocks, seen, strict=True)]
     return Trace(_pooling_weights(output, heads=1)[:, 0], layers, lambda row: row)
 

@@ -50,3 +50,19 @@ def test_what_does_not_belong_together_is_refused():
         summarise_cohort([effect(1, 0)], [True, False], ["a"])
     with pytest.raises(ConfigError, match="one intervention"):
         summarise_cohort([effect(1, 0), Effect("keep only", "x", 3, 1, 0)], [True, True], ["a", "b"])
+
+
+def test_change_of_sensitivity_has_an_interval_and_truth_may_be_unknown():
+    effects = [effect(2.0, -1.0 if i < 6 else 1.0, control=2.0) for i in range(10)]
+    patients = [f"p{i}" for i in range(10)]
+    summary = summarise_cohort(effects, [True] * 10, patients)
+    assert summary.sensitivity == (1.0, 0.4)
+    low, high = summary.sensitivity_change
+    assert -1 <= low < -0.6 < high < 0
+    assert np.isnan(summary.specificity_change).all()
+    assert summary.effect_size == pytest.approx(np.mean([-3] * 6 + [-1] * 4) / np.std([-3] * 6 + [-1] * 4, ddof=1))
+    assert summary.p_over_random < 0.05
+    unknown = summarise_cohort(effects, None, patients)
+    assert unknown.change == summary.change
+    assert np.isnan(unknown.sensitivity).all()
+    assert unknown.p_turned == 1

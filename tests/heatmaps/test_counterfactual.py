@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ from eosin.heatmaps.counterfactual import (
     Effect,
     ablate_top,
     certify,
-    effects_table,
-    in_words,
     intervene,
     smallest_necessary,
+    smallest_sufficient,
     tile_effects,
     top_tiles,
     transplant,
 )
 from eosin.heatmaps.pooled import PooledBag, Target
+from eosin.heatmaps.readout import MaxBag
 from eosin.heatmaps.subsets import ForwardBag
+from eosin.heatmaps.wording import effects_table, in_words
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.pooling import MeanPooling
 
@@ -170,3 +172,54 @@ def test_tile_effects_of_other_models_say_how_far_to_trust_them():
     effects, agreement = tile_effects(ForwardBag(model, PackedBags.pack([values])), TUMOUR)
     assert effects.shape == (80,)
     assert 0.8 < agreement <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_tile_suffices_or_none_does_for_a_linear_model(seed):
+    bag = random_bag(7, spread=1.5, seed=seed)
+    bag = PooledBag(bag.scores, bag.terms, np.array([3.0 - seed, 0.0]))
+    found = smallest_sufficient(bag, TUMOUR, tile_effects(bag, TUMOUR)[0])
+    sets = [chosen for size in range(1, 8) for chosen in itertools.combinations(range(7), size)]
+    sufficient = [chosen for chosen in sets if TUMOUR.of(bag.keep_only(list(chosen))) > 0]
+    assert (found is None) == (not sufficient)
+    if found is not None:
+        assert found.is_certain
+        assert len(found.tiles) == len(sufficient[0]) == 1
+        assert TUMOUR.of(bag.keep_only(found.tiles)) > 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 40])
+def test_sufficient_set_of_other_models_is_the_first_that_does(n):
+    rng = np.random.default_rng(n)
+    counts = MaxBag(
+        torch.from_numpy(np.eye(n)), torch.stack([torch.zeros(n), torch.ones(n)]).double(), torch.zeros(2).double()
+    )
+    needed = n // 2
+    bag = replace(
+        counts, bias=torch.tensor([needed + 0.5, 0.0], dtype=torch.float64)
+    )  # tumour from needed + 1 tiles on
+    effects = rng.normal(size=n)
+    found = smallest_sufficient(bag, TUMOUR, effects)
+    if n == needed:
+        assert found is None
+    else:
+        assert found.tiles.tolist() == np.argsort(-effects)[: needed + 1].tolist()
+        assert found.is_certain == (needed == 0)
+    impossible = replace(counts, bias=torch.tensor([n + 1.0, 0.0], dtype=torch.float64))
+    assert smallest_sufficient(impossible, TUMOUR, effects) is None
+
+
+def test_best_set_to_raise_is_never_worse_than_the_search():
+    bag = random_bag(60, seed=2)
+    search = bag.greedy(TUMOUR, "max", 12)
+    greedy, best = certify(bag, TUMOUR, search, direction="max")
+    assert best >= greedy > float(TUMOUR.of(bag.logits()))
+
+
+def test_effect_size_is_in_deviations_of_the_controls(slide):
+    effect = intervene(slide, TUMOUR, np.arange(4), kind="remove", what="loud tiles", controls=40)
+    assert effect.effect_size == pytest.approx((effect.after - effect.control_mean) / effect.control_sd)
+    assert effect.effect_size < -3
+    assert intervene(slide, TUMOUR, np.arange(4), kind="remove", what="loud", controls=0).effect_size is None
+    table = effects_table([effect])
+    assert table.effect_size[0] == effect.effect_size

@@ -23,7 +23,7 @@ SMALL = {
     "downsampled": {"host": "abmil", "host_options": {"embed_dims": (8,), "hidden": 6}, "hidden": 6},
     "dsmil": {"hidden": 6},
     "gdat": {"width": 8, "heads": 2, "region_size": 2, "hidden": 6},
-    "ins": {"width": 8, "projection": 4},
+    "ins": {"width": 8, "projection": 4, "pooling": "max"},
     "lse": {"embed_dims": (8,)},
     "mambamil": {"width": 8, "d_state": 4, "hidden": 6},
     "max": {"embed_dims": (8,)},

@@ -87,11 +87,13 @@ def test_files_of_one_slide(scene, model_folder, tmp_path):
     assert rows.n_tiles.tolist() == [1, 1]
     assert rows.probability_after["remove"] < 0.5 < rows.probability_after["keep only"]
     assert rows.control_rank["remove"] == pytest.approx(1 / 21)
-    features = check_geojson(paths[1], size_px=(640, 480))
+    by_format = dict(zip(FORMATS, paths, strict=True))
+    pd.testing.assert_frame_equal(pd.read_parquet(by_format["parquet"]), table, rtol=1e-8, check_dtype=False)
+    features = check_geojson(by_format["geojson"], size_px=(640, 480))
     strongest = max(features, key=lambda feature: feature["properties"]["measurements"]["effect"])
     assert strongest["geometry"]["coordinates"][0][0] == [x0, y0]
     assert strongest["properties"]["measurements"]["removal_round"] == 1
-    page = paths[3].read_text(encoding="utf-8")
+    page = by_format["html"].read_text(encoding="utf-8")
     assert "Without the tiles in Tumor (1) the model no longer says tumour" in page
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,11 @@ CLOSED = {
     "mean": {"embed_dims": (8,)},
     "max": {"embed_dims": (8,)},
     "lse": {"embed_dims": (8,)},
-    "ins": {"width": 8, "projection": 4},
+    "mean instance": {"embed_dims": (8,), "level": "instance"},
+    "max instance": {"embed_dims": (8,), "level": "instance"},
+    "lse instance": {"embed_dims": (8,), "level": "instance"},
+    "ins": {"width": 8, "projection": 4, "pooling": "max"},
+    "ins or": {"width": 8, "projection": 4, "pooling": "noisy_or"},
     "ins mean": {"width": 8, "projection": 4, "pooling": "mean"},
     "acmil_mha": {"width": 8, "heads": 2, "branches": 3, "mask_p": 0.0},
 }
@@ -115,7 +121,7 @@ def test_search_by_re_evaluation_is_that_of_the_closed_form(bag, direction):
     assert second.evaluations == first.evaluations
 
 
-@pytest.mark.parametrize("name", ["max", "lse", "ins", "ins mean", "acmil_mha"])
+@pytest.mark.parametrize("name", ["max", "lse", "ins", "ins mean", "ins or", "acmil_mha"])
 @pytest.mark.parametrize("direction", ["min", "max", "least"])
 def test_search_of_every_exact_bag_is_that_of_re_evaluation(bag, name, direction):
     model = build(name, CLOSED[name])
@@ -127,7 +133,9 @@ def test_search_of_every_exact_bag_is_that_of_re_evaluation(bag, name, direction
         assert first.order.tolist() == second.order.tolist()
 
 
-@pytest.mark.parametrize("name", ["max", "lse", "ins", "ins mean", "acmil_mha", "mean"])
+@pytest.mark.parametrize(
+    "name", ["max", "lse", "ins", "ins mean", "ins or", "acmil_mha", "mean", "mean instance", "lse instance"]
+)
 @pytest.mark.parametrize("n", [1, 2])
 def test_smallest_bags_of_every_exact_form(name, n):
     model = build(name, CLOSED[name])
@@ -165,6 +173,16 @@ def test_weight_gradient_is_the_slope_of_copies(bag, name):
             copies[i] = count
             ends.append(forward(model, bag, np.repeat(np.arange(N), copies)))
         np.testing.assert_allclose(gradient[i], (ends[1] - ends[0]) * 100, rtol=2e-4, atol=1e-7)
+
+
+def test_weight_gradient_of_a_noisy_or_is_the_slope_of_the_sum(bag):
+    seen = look(build("ins or", CLOSED["ins or"]), bag).subsets
+    ends = []
+    for factor in (1 - 1e-6, 1 + 1e-6):
+        none = seen.none.clone()
+        none[3] *= factor
+        ends.append(replace(seen, none=none).logits())
+    np.testing.assert_allclose(seen.log_weight_gradient()[3], (ends[1] - ends[0]) / 2e-6, rtol=1e-6)
 
 
 def test_a_maximum_has_no_weights(bag):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -58,17 +60,19 @@ def test_set_transformer_is_the_rollout_of_whole_maps(pack):
     np.testing.assert_allclose(trace_attention(model, pack).row(), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("padding", ["masked", "official"])
 @torch.no_grad()
-def test_gdat_is_the_rollout_of_whole_maps(pack):
+def test_gdat_is_the_rollout_of_whole_maps(pack, padding):
     torch.manual_seed(0)
-    model = Gdat(DIM, 2, width=8, heads=2, region_size=2, hidden=6).double().eval()
-    groups = Groups.of((N,), 2, "official", torch.device("cpu"))
+    model = Gdat(DIM, 2, width=8, heads=2, region_size=2, hidden=6, padding=padding).double().eval()
+    groups = Groups.of((N,), 2, "official", torch.device("cpu"), padding=padding)
     tokens, row = model.embed(pack.values), None
     maps = []
     for block in model.blocks:
         normed = np.zeros((groups.lengths[0], 8))
         normed[groups.padded] = plain(block.norm1(tokens))
-        means = normed.reshape(len(groups.sizes), -1, 8).mean(1)
+        starts = np.cumsum([0, *groups.sizes.tolist()])
+        means = np.stack([normed[a:b].mean(0) for a, b in itertools.pairwise(starts)])
         query, key, _ = np.split(normed @ plain(block.attn.qkv.weight).T, 3, axis=1)
         group_query, group_key, _ = np.split(means @ plain(block.attn.qkv.weight).T, 3, axis=1)
         through = attention(query, group_key, 2, block.attn.scale) @ attention(group_query, key, 2, block.attn.scale)

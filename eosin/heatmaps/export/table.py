@@ -1,4 +1,4 @@
-"""Scores as a table: one row per tile, for whatever reads CSV."""
+"""Scores as a table: one row per tile, as CSV for whatever reads text, as parquet for exact numbers and types."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,26 @@ def write_csv(path: Path, heatmaps: Sequence[Heatmap]) -> None:
     heatmaps : sequence of Heatmap
         On one grid.
     """
+    write_frame(path, tile_table(heatmaps))
+
+
+def write_parquet(path: Path, heatmaps: Sequence[Heatmap]) -> None:
+    """Write the table of `write_csv` as parquet: the same columns, with every digit and the labels as metadata."""
+    write_frame(path, tile_table(heatmaps))
+
+
+def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
+    """Return one row per tile: ``x_px0, y_px0, size_px0``, then each map by its kind."""
     grid = heatmaps[0].grid
     columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
-    write_frame(path, pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps}))
+    frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
+    frame.attrs = {"labels": {heatmap.kind: heatmap.label for heatmap in heatmaps}}
+    return frame
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as CSV with nine digits."""
-    write_file(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.9g"))
+    """Write a table by the suffix of its name: parquet as it is, anything else as CSV with nine digits."""
+    if path.suffix == ".parquet":
+        write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    else:
+        write_file(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.9g"))

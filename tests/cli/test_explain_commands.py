@@ -1,0 +1,302 @@
+"""`eosin heatmap` and `eosin counterfactual` on slides whose right answer is known, and on input that does not fit."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from shapely import box, geometry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "heatmaps"))
+
+from scenes import feature_bag, lattice, marked_pixels, write_slide
+
+from eosin.features.bag import FeatureBag
+from eosin.features.store import write_bag
+from eosin.files import file_fingerprint
+from eosin.mil.checkpoint import ModelCard, build_model, save_model
+from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.tasks import make_task
+
+from .conftest import Run
+
+DIM, TILE = 6, 20
+QUICK = ("--set", "questions.rounds=3", "--set", "questions.controls=9", "--set", "questions.fractions=[0.05]")
+ABMIL = {"embed_dims": (), "gated": False, "hidden": 1, "attention_bias": False}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides, half of them with one tile that a model calls tumour, with features, outlines and labels."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "slides").mkdir()
+    (folder / "regions").mkdir()
+    rows = []
+    for number in range(6):
+        name, is_tumour = f"s{number}", number % 2 == 0
+        grid = lattice(size_px0=(320, 240), slide_mpp=0.5, patch_size=40)
+        write_slide(folder / "slides" / f"{name}.tiff", marked_pixels(grid, TILE), mpp=0.5)
+        features = np.random.default_rng(number).uniform(0, 0.1, size=(grid.n_tiles, DIM)).astype(np.float32)
+        features[TILE] = 1.0 if is_tumour else 0.05
+        spec = feature_bag(features, grid).spec
+        provenance = {"input_fingerprint": file_fingerprint(folder / "slides" / f"{name}.tiff")}
+        write_bag(folder / "features" / f"{name}.h5", FeatureBag(features, spec, name, grid, provenance))
+        outline = {
+            "type": "Feature",
+            "geometry": geometry.mapping(box(*grid.boxes_px0()[TILE].tolist())),
+            "properties": {"classification": {"name": "Tumor", "color": [200, 0, 0]}},
+        }
+        (folder / "regions" / f"{name}.geojson").write_text(json.dumps(outline))
+        rows.append({"slide_id": name, "patient_id": f"p{number}", "label": "tumour" if is_tumour else "normal"})
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(study: Path) -> dict[str, Path]:
+    """A model that attends to large features and calls them tumour, and others with weights as they fall."""
+    spec = feature_bag(np.zeros((1, DIM), np.float32), lattice(size_px0=(40, 40), slide_mpp=0.5, patch_size=40)).spec
+    task = make_task("classification", [{"label": "normal"}, {"label": "tumour"}])
+    made = {}
+    for name, options in {"abmil": ABMIL, "mean": {"embed_dims": ()}, "gdat": {"width": 8, "heads": 2}}.items():
+        recipe = Recipe(aggregator=Component(name=name, options=options), training=Training(standardize=False))
+        torch.manual_seed(0)
+        model = build_model(recipe, task, DIM)
+        if name == "abmil":
+            with torch.no_grad():
+                model.attention.V.weight.fill_(1.0)
+                model.attention.w.weight.fill_(6.0)
+                model.classifier.weight.copy_(torch.tensor([[0.0], [10.0]]).expand(2, DIM))
+                model.classifier.bias.copy_(torch.tensor([0.0, -8.0]))
+        made[name] = study / "models" / name
+        save_model(made[name], model, ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=spec))
+    return made
+
+
+def test_every_format_of_a_heat_map_is_named_and_written(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    formats = "png,geojson,tiff,scores.tiff,csv,parquet,html"
+    slide = ("--slide", study / "slides/s0.tiff", "--features", study / "features", "--out", tmp_path)
+    result = run("heatmap", "--model", models["abmil"], *slide, "--format", formats)
+    assert result.exit_code == 0, result.output
+    assert [Path(line).name for line in result.stdout.splitlines()] == [
+        f"s0_attention.{name}" for name in formats.split(",")
+    ]
+    assert pd.read_parquet(tmp_path / "s0_attention.parquet").effect.idxmax() == TILE
+
+
+def test_model_without_attention_is_drawn_by_its_effects(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    slide = ("--slide", study / "slides/s0.tiff", "--features", study / "features", "--out", tmp_path)
+    result = run("heatmap", "--model", models["mean"], *slide, "--format", "png,csv")
+    assert result.exit_code == 0, result.output
+    assert [Path(line).name for line in result.stdout.splitlines()] == ["s0_effect.png", "s0_effect.csv"]
+
+
+def test_maps_can_be_chosen(study: Path, models: dict[str, Path], run: Run, refused: Run, tmp_path: Path) -> None:
+    base = ("--slide", study / "slides/s0.tiff", "--features", study / "features", "--out", tmp_path)
+    result = run("heatmap", "--model", models["gdat"], *base, "--format", "csv", "--maps", "rollout,gradient")
+    assert result.exit_code == 0, result.output
+    columns = pd.read_csv(tmp_path / "s0_attention.csv").columns
+    assert {column.split("_")[0] for column in columns[3:]} == {"rollout", "gradient"}
+    assert "no map named 'saliency'" in refused("heatmap", "--model", models["gdat"], *base, "--maps", "saliency")
+    assert "does not weigh tiles" in refused("heatmap", "--model", models["mean"], *base, "--maps", "attention")
+
+
+def test_tiles_of_another_slide_are_added(study: Path, models: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    result = run(
+        "counterfactual", "--model", models["abmil"], "--features", study / "features/s1.h5", "--out", tmp_path,
+        "--class", "tumour", "--donor", study / "features/s0.h5", "--donor-regions", study / "regions/s0.geojson",
+        "--donor-slide", study / "slides/s0.tiff", "--region-class", "Tumor", "--format", "csv,parquet,figure.png,html",
+        *QUICK,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "s1_counterfactual.csv")
+    pd.testing.assert_frame_equal(
+        table, pd.read_parquet(tmp_path / "s1_counterfactual.parquet"), rtol=1e-8, check_dtype=False
+    )
+    added = table[table.kind == "add"].set_index("tiles")
+    assert set(added.index) == {"5 % most attended tiles of s0", "tiles in Tumor of s0"}
+    assert (added.probability_before < 0.5).all()
+    assert (added.probability_after > 0.5).all()
+    assert (added.n_controls == 9).all()
+    page = (tmp_path / "s1_counterfactual.html").read_text(encoding="utf-8")
+    assert "With the tiles in Tumor of s0 added (1) the model now says tumour" in page
+
+
+@pytest.mark.parametrize("direction", ["min", "max", "least"])
+def test_searches_in_every_direction(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path, direction: str
+) -> None:
+    arguments = (
+        "--model",
+        models["abmil"],
+        "--features",
+        study / "features/s0.h5",
+        "--out",
+        tmp_path,
+        "--format",
+        "csv",
+    )
+    chosen = ("--set", f"questions.direction={direction}", "--set", "questions.on=probability")
+    result = run("counterfactual", *arguments, *QUICK, *chosen)
+    assert result.exit_code == 0, result.output
+    rows = pd.read_csv(tmp_path / "s0_counterfactual.csv").set_index("tiles")
+    change = rows.change["tiles of the search"]
+    assert {"min": change < -1, "max": change > 0, "least": abs(change) < 0.5}[direction]
+    assert ("best set of the search's size" in rows.index) == (direction != "least")
+    assert ("smallest necessary set" in rows.index) == (direction == "min")
+    assert rows.n_tiles["smallest sufficient set"] == 1
+    assert rows.kind["smallest sufficient set"] == "keep only"
+
+
+def test_cohort_gives_tables_tests_and_one_report(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    result = run(
+        "counterfactual", "--model", models["abmil"], "--features", study / "features", "--labels",
+        study / "labels.csv", "--slide", study / "slides", "--regions", study / "regions", "--region-class", "Tumor",
+        "--class", "tumour", "--donor", study / "features/s0.h5", "--out", tmp_path, "--format",
+        "csv,parquet,html,geojson,png", *QUICK,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [Path(line).name for line in result.stdout.splitlines()] == [
+        "interventions.csv", "cohort.csv", "interventions.parquet", "cohort.parquet", "report.html",
+    ]  # fmt: skip
+    cohort = pd.read_csv(tmp_path / "cohort.csv").set_index(["kind", "what"])
+    region = cohort.loc["remove", "tiles in Tumor"]
+    assert (region.n_slides, region.n_patients) == (6, 6)
+    assert (region.sensitivity_before, region.sensitivity_after) == (1, 0)
+    assert (region.specificity_before, region.specificity_after) == (1, 1)
+    assert region.sensitivity_change_high < 0
+    assert region.change_over_random < 0
+    added = cohort.loc["add", "5 % most attended tiles of s0"]
+    assert added.n_slides == 5  # not to itself
+    assert added.specificity_after == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Without the tiles in Tumor (1) the model no longer says tumour" in page
+    assert "sensitivity 1.00 → 0.00" in page
+    assert len(list((tmp_path / "slides").glob("*.geojson"))) == len(list((tmp_path / "slides").glob("*.png"))) == 6
+
+
+def test_one_bad_slide_of_a_cohort_is_listed(study: Path, models: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    features.mkdir()
+    for path in (study / "features").glob("*.h5"):
+        (features / path.name).write_bytes(path.read_bytes())
+    (features / "s1.h5").write_bytes(b"broken")
+    base = ("--model", models["abmil"], "--features", features, "--class", "tumour", "--out", tmp_path / "out")
+    result = run("counterfactual", *base, "--format", "csv", *QUICK)
+    assert result.exit_code == 1
+    assert "failed: s1:" in result.stderr
+    assert set(pd.read_csv(tmp_path / "out/interventions.csv").slide) == {"s0", "s2", "s3", "s4", "s5"}
+    assert pd.read_csv(tmp_path / "out/cohort.csv").sensitivity_before.isna().all()
+
+
+def bad_region(kind: str) -> Any:
+    shapes = {
+        "outside": [[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9100], [9000, 9000]],
+        "self-intersecting": [[0, 0], [300, 200], [300, 0], [0, 200], [0, 0]],
+        "damaged": [[0, 0], ["x", 1]],
+        "not finite": [[0, 0], [1e999, 0], [5, 5], [0, 0]],
+    }
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [shapes[kind]]}, "properties": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("outside", "outside the slide"), ("damaged", "damaged"), ("not finite", "geojson")]
+)
+def test_regions_that_cannot_be_used(
+    study: Path, models: dict[str, Path], refused: Run, tmp_path: Path, kind: str, told: str
+) -> None:
+    (tmp_path / "a.geojson").write_text(json.dumps(bad_region(kind)))
+    base = ("--model", models["abmil"], "--features", study / "features/s0.h5", "--out", tmp_path / "out", *QUICK)
+    assert told in refused("counterfactual", *base, "--regions", tmp_path / "a.geojson")
+    assert not (tmp_path / "out").exists()
+
+
+def test_region_that_crosses_itself_is_repaired(study: Path, models: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.geojson").write_text(json.dumps(bad_region("self-intersecting")))
+    base = ("--model", models["abmil"], "--features", study / "features/s0.h5", "--out", tmp_path, "--format", "csv")
+    result = run("counterfactual", *base, *QUICK, "--regions", tmp_path / "a.geojson")
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "s0_counterfactual.csv")
+    assert (table[table.tiles == "annotated tiles"].n_tiles > 5).all()
+
+
+def changed(study: Path, path: Path, **changes: Any) -> Path:
+    """Write the features of s0 with something that does not fit."""
+    grid = changes.get("grid", lattice(size_px0=changes.get("size", (320, 240)), slide_mpp=0.5, patch_size=40))
+    grid = grid.select(np.arange(changes.get("tiles", grid.n_tiles)))
+    features = np.random.default_rng(0).random((grid.n_tiles, changes.get("dim", DIM))).astype(np.float32)
+    spec = feature_bag(features, grid).spec.model_copy(update={"encoder": changes.get("encoder", "test")})
+    provenance = {"input_fingerprint": changes.get("fingerprint", "")}
+    write_bag(path, FeatureBag(features, spec, "s0", grid, provenance))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "told"),
+    [
+        ({"encoder": "other"}, "heatmap", "encoder other"),
+        ({"encoder": "other"}, "counterfactual", "encoder other"),
+        ({"dim": 9}, "heatmap", "9"),
+        ({"dim": 9}, "counterfactual", "9"),
+        ({"size": (640, 240)}, "heatmap", "pass the slide that they came from"),
+        ({"size": (640, 240)}, "counterfactual", "pass the slide that they came from"),
+        ({"fingerprint": "0" * 64}, "heatmap", "another file"),
+        ({"fingerprint": "0" * 64}, "counterfactual", "another file"),
+        ({"tiles": 1}, "counterfactual", "at least two tiles, found 1"),
+        ({"tiles": 0}, "counterfactual", "no tiles"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_in_one_line(
+    study: Path, models: dict[str, Path], refused: Run, tmp_path: Path, changes: dict[str, Any], command: str, told: str
+) -> None:
+    features = changed(study, tmp_path / "s0.h5", **changes)
+    base = ("--model", models["abmil"], "--slide", study / "slides/s0.tiff", "--features", features)
+    assert told in refused(command, *base, "--out", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_slide_without_tiles_is_no_failure_and_one_tile_is_a_map(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    base = ("--model", models["abmil"], "--slide", study / "slides/s0.tiff", "--out", tmp_path / "out")
+    empty = run("heatmap", *base, "--features", changed(study, tmp_path / "empty.h5", tiles=0), "--format", "csv")
+    assert empty.exit_code == 0, empty.output
+    assert "1 empty" in empty.stderr
+    one = run("heatmap", *base, "--features", changed(study, tmp_path / "one.h5", tiles=1), "--format", "csv,png,html")
+    assert one.exit_code == 0, one.output
+    assert pd.read_csv(tmp_path / "out/s0_attention.csv").attention.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--class", "stroma"), "stroma"),
+        ((), "asked about one class"),
+        (("--class", "tumour", "--regions", "labels.csv"), "folder of <slide>.geojson"),
+        (("--class", "tumour", "--format", "docx"), "docx"),
+        (
+            ("--class", "tumour", "--donor", "features/s0.h5", "--donor-regions", "a", "--donor-regions", "b"),
+            "2 --donor-regions",
+        ),
+        (("--class", "tumour", "--donor", "nowhere.h5"), "nowhere.h5"),
+        (("--class", "tumour", "--set", "questions.direction=up"), "direction"),
+        (("--class", "tumour", "--set", "questions.fractions=[1.5]"), "fractions"),
+    ],
+)
+def test_cohort_questions_that_make_no_sense(
+    study: Path, models: dict[str, Path], refused: Run, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    placed = [study / part if part in ("labels.csv", "features/s0.h5") else part for part in arguments]
+    base = ("--model", models["abmil"], "--features", study / "features", "--out", tmp_path / "out")
+    assert told in refused("counterfactual", *base, *placed)
+    assert not (tmp_path / "out").exists()
