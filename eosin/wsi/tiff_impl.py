@@ -183,6 +183,9 @@ class TiffReader:
     def _read_level(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return pixels of one level, in that level's pixels; background outside."""
         (left, top), (width, height) = corner, size
+        whole = self._within_segment(level, corner, size)
+        if whole is not None:
+            return whole
         result = np.empty((height, width, 3), np.uint8)
         right, bottom = min(left + width, level.size_px[0]), min(top + height, level.size_px[1])
         if left < 0 or top < 0 or right < left + width or bottom < top + height:
@@ -201,6 +204,21 @@ class TiffReader:
             _in_threads(paste, places)
         return result
 
+    def _within_segment(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8] | None:
+        """Return a region that lies in one stored segment without copying it, as tiles on the file's lattice do."""
+        (left, top), (width, height), (segment_w, segment_h) = corner, size, level.segment_px
+        if left < 0 or top < 0 or left + width > level.size_px[0] or top + height > level.size_px[1]:
+            return None
+        x, y = left % segment_w, top % segment_h
+        if x + width > segment_w or y + height > segment_h:
+            return None
+        segment = self._segment(level, (top // segment_h) * level.across + left // segment_w)
+        if segment is None:
+            return None
+        region = segment[y : y + height, x : x + width]
+        region.flags.writeable = False  # the cache holds it, too
+        return region
+
     def _paste(self, result: NDArray[np.uint8], level: Level, corner: tuple[int, int], place: tuple[int, int]) -> None:
         """Copy the part of a segment that lies in the result."""
         (left, top), (segment_w, segment_h) = corner, level.segment_px
@@ -218,10 +236,14 @@ class TiffReader:
         return self._cache.get((level.number, level.shrink, index), lambda: self._decode(level, index))
 
     def _decode(self, level: Level, index: int) -> NDArray[np.uint8]:
+        x, y = (index % level.across) * level.segment_px[0], (index // level.across) * level.segment_px[1]
         try:
-            return decode_segment(level, index, self._stored_bytes(level, index))
+            pixels = decode_segment(level, index, self._stored_bytes(level, index))
+            needed = [min(level.segment_px[axis], level.size_px[axis] - (x, y)[axis]) for axis in (1, 0)]
+            if pixels.shape[0] < needed[0] or pixels.shape[1] < needed[1]:
+                raise _DecodeError(f"it is only {pixels.shape[1]} x {pixels.shape[0]} px")
+            return pixels
         except (_DecodeError, OSError) as error:
-            x, y = (index % level.across) * level.segment_px[0], (index // level.across) * level.segment_px[1]
             place = ", ".join(str(round(value * level.downsample)) for value in (x, y))
             raise CorruptSlideError(
                 self.path, f"stored pixels cannot be decoded (segment {index} at level-0 ({place})): {error}"

@@ -357,3 +357,23 @@ def test_tables_of_different_lengths_are_damage(write_slide, tissue_picture):
     path.write_bytes(data)
     with pytest.raises(SlideOpenError, match="damaged"):
         open_plain(path)
+
+
+def test_a_tile_on_the_files_lattice_is_not_copied_and_cannot_be_spoilt(write_slide, tissue_picture):
+    with open_slide(write_slide("a.tiff", tissue_picture, compression="jpeg")) as slide:
+        first, again = (slide.read((512, 256), (256, 256), 0.5) for _ in range(2))
+        assert np.shares_memory(first, again)
+        assert not first.flags.writeable
+        part = slide.read((520, 260), (100, 90), 0.5)
+        across = slide.read((500, 250), (256, 256), 0.5)
+    assert np.array_equal(part, first[4:94, 8:108])
+    assert np.array_equal(across[6:, 12:], first[:250, :244])
+
+
+def test_a_piece_that_is_smaller_than_stated_is_damage(write_slide, tissue_picture, monkeypatch):
+    path = write_slide("a.ome.tif", tissue_picture, tile=None)
+    small = np.zeros((3, 1600, 3), np.uint8)
+    with open_plain(path) as slide:
+        monkeypatch.setattr(tiff_impl, "decode_segment", lambda *_: small)
+        with pytest.raises(CorruptSlideError, match="only 1600 x 3 px"):
+            slide.read((0, 0), (300, 300), 0.5)
