@@ -16,22 +16,25 @@ if TYPE_CHECKING:
 
 @command()
 def import_(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="What each is follows from its content.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Files, and folders that are searched.")],
     *,
     out: Out,
     encoder: Annotated[str | None, typer.Option(help="Encoder that made the features, if the file is silent.")] = None,
-    slide: Annotated[Path | None, typer.Option(help="The slide, for its mpp, size and fingerprint.")] = None,
+    slide: Annotated[Path | None, typer.Option(help="The slide, or a folder of slides, for mpp and size.")] = None,
     slide_mpp: Annotated[float | None, typer.Option(help="µm per level-0 pixel of the slides.")] = None,
-    coords: Annotated[Path | None, typer.Option(help="Coordinates file of features that have no places.")] = None,
+    coords: Annotated[Path | None, typer.Option(help="Coordinates of features without places; or a folder.")] = None,
 ) -> Done:
-    """Turn files of CLAM, TRIDENT, STAMP and others into features, coordinates, labels and splits of ours."""
-    from eosin.features.interop import ImportOptions
+    """Turn files of CLAM, TRIDENT, STAMP and others into features, coordinates, labels and splits of ours.
+
+    What each file is follows from its content.
+    """
+    from eosin.features.interop import ImportOptions, find_files
 
     options = ImportOptions.parse(
         {"encoder": encoder, "slide": slide, "slide_mpp": slide_mpp, "coords": coords}, source="import"
     )
     imported: list[Imported] = []
-    report = apply_to_each(files, partial(_import, imported, out, options), key=str, stage="import")
+    report = apply_to_each(find_files(files), partial(_import, imported, out, options), key=str, stage="import")
     return Done(list(dict.fromkeys(path for one in imported for path in one.paths)), report)
 
 

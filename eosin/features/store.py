@@ -179,15 +179,20 @@ def _compare(path: Path, bag: FeatureBag) -> None:
         raise FeatureFileError(path, "does not hold what was written; check the disk")
 
 
-def read_bag(path: Path, *, verify: bool = False) -> FeatureBag:
-    """Open a feature file without reading its rows.
+_used: set[tuple[int, int, int, int]] = set()  # files whose rows were compared with their checksums in this process
+
+
+def read_bag(path: Path, *, verify: bool | None = None) -> FeatureBag:
+    """Open a feature file.
 
     Parameters
     ----------
     path : Path
         A file that `write_bag` made.
-    verify : bool
-        Also compare every byte with its checksum, about a second per 5 GB when the file is in memory.
+    verify : bool, optional
+        Whether to compare the rows, too, with their checksums: about a second per 5 GB when the file is in memory.
+        None does so on the first use in this process and again when the file has changed; after that opening takes
+        milliseconds, whatever the size.
 
     Returns
     -------
@@ -203,13 +208,21 @@ def read_bag(path: Path, *, verify: bool = False) -> FeatureBag:
         spec, footer = _read_header(file, path)
         features = _map_rows(file, path, spec, footer.n_rows, offset)
         slide_id = str(file.attrs["slide_id"])
-        grid = read_coords(file, path) if "coords" in file else None
+        grid = read_coords(file, path, checked=not verify) if "coords" in file else None
         provenance = _read_provenance(file, footer)
-        if verify:
+        identity = _identity(path)
+        if verify or (verify is None and identity not in _used):
             _check_rows(file, path, features)
+            _used.add(identity)
         if grid is not None and grid.n_tiles != footer.n_rows:
             raise FeatureFileError(path, f"has {footer.n_rows} rows of features for {grid.n_tiles} places")
     return FeatureBag(features, spec, slide_id, grid, provenance)
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """Return what changes when a file does."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def read_spec(path: Path) -> FeatureSpec:
@@ -377,18 +390,19 @@ def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
 
 
 def _read_header(file: h5py.File, path: Path) -> tuple[FeatureSpec, Footer]:
-    kind, version = file.attrs.get("encoding-type"), file.attrs.get("encoding-version")
+    attributes = file.attrs
+    kind, version = attributes.get("encoding-type"), attributes.get("encoding-version")
     if (kind, version) != (ENCODING_TYPE, ENCODING_VERSION):
         raise FeatureFileError(path, f"is {kind} {version}; this eosin reads {ENCODING_TYPE} {ENCODING_VERSION}")
-    values = {name: _plain(file.attrs[name]) for name in FeatureSpec.model_fields if name in file.attrs}
+    values = {name: _plain(attributes[name]) for name in FeatureSpec.model_fields if name in attributes}
     try:
         spec = FeatureSpec.parse(values, source="its header")
     except ConfigError as error:
         raise FeatureFileError(path, f"has a damaged header ({error})") from error
     return spec, Footer(
-        n_rows=int(file.attrs["n_rows"]),
-        input_fingerprint=str(file.attrs["input_fingerprint"]),
-        options_hash=str(file.attrs["options_hash"]),
+        n_rows=int(attributes["n_rows"]),
+        input_fingerprint=str(attributes["input_fingerprint"]),
+        options_hash=str(attributes["options_hash"]),
     )
 
 

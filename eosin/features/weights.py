@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PREFIXES = ("module.", "backbone.", "model.", "encoder.", "trunk.", "vit.", "din
 TEACHERS = ("teacher.", "teacher_backbone.", "ema.", "momentum_encoder.")
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "dino_head.", "ibot_head.", "decoder")
 SHOWN_KEYS = 3
+MAX_UNPACKING, MIN_UNPACKED = 10, 2**20
 
 
 def find_weights(path: Path, file: str = "", *, source: str = "") -> Path:
@@ -116,6 +118,7 @@ def _read_safetensors(path: Path) -> Mapping[str, object]:
 
 
 def _read_torch(path: Path) -> object:
+    _refuse_bomb(path)
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # about formats that it then refuses
@@ -135,6 +138,16 @@ def _read_torch(path: Path) -> object:
     return content
 
 
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it is; torch itself compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(member.file_size for member in archive.infolist())
+    if declared > MAX_UNPACKING * max(path.stat().st_size, MIN_UNPACKED):
+        raise CheckpointError(path, f"unpacks to {declared} bytes; refused", code="unsafe")
+
+
 def read_tensor_file(path: Path) -> NDArray[np.generic]:
     """Read a torch file that is one tensor; nothing in it is ever executed.
 
@@ -146,6 +159,8 @@ def read_tensor_file(path: Path) -> NDArray[np.generic]:
     content = _read_torch(path)
     if not isinstance(content, Tensor):
         raise CheckpointError(path, f"holds a {type(content).__name__}; expected one tensor of features")
+    if content.numel() * content.element_size() > content.untyped_storage().nbytes():
+        raise CheckpointError(path, f"declares {tuple(content.shape)} values and stores fewer; refused", code="unsafe")
     array: NDArray[np.generic] = (content.float() if content.is_floating_point() else content).numpy()
     return array
 

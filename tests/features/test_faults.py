@@ -3,22 +3,26 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 import eosin
 from eosin.errors import OutputError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.extract import extract
+from eosin.features.interop import ImportOptions, export_bag, import_file
 from eosin.features.store import verify_bag, write_bag
 from eosin.files import file_fingerprint
 from eosin.wsi.coordinates import write_grid
@@ -110,22 +114,83 @@ def test_killed_at_every_line(tmp_path: Path, every: int) -> None:
     assert 0 < whole_after_kill < lines.count("files.py"), "some kills must fall between the rename and the end"
 
 
-def test_killed_at_random_times(tmp_path: Path) -> None:
-    path, bag = tmp_path / "s.h5", make_bag(8_000, 200)
+def plain_write(path: Path) -> Callable[[], None]:
+    bag = make_bag(8_000, 200)
+    return lambda: write_bag(path / "s.h5", bag)
+
+
+def export_as(layout: Literal["trident", "clam"]) -> Callable[[Path], Callable[[], None]]:
+    def prepare(path: Path) -> Callable[[], None]:
+        write_bag(path.parent / "ours" / "s.h5", make_bag(8_000, 200))
+        return lambda: void(export_bag(path.parent / "ours" / "s.h5", path, layout))
+
+    return prepare
+
+
+def import_trident(path: Path) -> Callable[[], None]:
+    write_bag(path.parent / "ours" / "s.h5", make_bag(8_000, 200))
+    theirs = export_bag(path.parent / "ours" / "s.h5", path.parent / "theirs", "trident")[1]
+    return lambda: void(import_file(theirs, path, ImportOptions(slide_mpp=0.5)))
+
+
+def convert_checkpoint_of_abmil(path: Path) -> Callable[[], None]:
+    from eosin.mil.convert import convert_checkpoint
+
+    names = {"feature.0": (256, 900), "attention_a.0": (256, 256), "attention_b.0": (256, 256),
+             "attention_c": (1, 256), "classifier.0": (2, 256)}  # fmt: skip
+    old = {f"{name}.weight": torch.ones(shape) for name, shape in names.items()}
+    old |= {f"{name}.bias": torch.ones(shape[0]) for name, shape in names.items()}
+    path.parent.mkdir(exist_ok=True)
+    torch.save(old, path.parent / "their.pt")
+    spec = FeatureSpec(encoder="e", dim=900)
+    return lambda: void(convert_checkpoint(path.parent / "their.pt", path, features=spec, classes=["a", "b"]))
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+WRITERS = {
+    "features": plain_write,
+    "trident": export_as("trident"),
+    "clam": export_as("clam"),
+    "import": import_trident,
+    "convert": convert_checkpoint_of_abmil,
+}
+
+
+def finals(folder: Path) -> dict[str, bytes]:
+    """Return what lies under final names."""
+    paths = [path for path in folder.rglob("[!.]*") if path.is_file()] if folder.is_dir() else []
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_killed_at_random_times(tmp_path: Path, writer: str, times: int) -> None:
+    """Whatever lies under a final name is byte for byte what an unbroken run writes, and a second run completes it."""
+    folder = tmp_path / "work" / "out"
+    action = WRITERS[writer](folder)
     started = time.monotonic()
-    write_bag(path, bag)
+    action()
     duration = time.monotonic() - started
-    verify_bag(path)
-    draw = random.Random(0)
-    absent = 0
-    for _ in range(60):
-        path.unlink(missing_ok=True)
-        in_a_child(lambda: write_bag(path, bag), kill_after_s=draw.uniform(0, 1.2 * duration))
-        if path.exists():
-            verify_bag(path)
-        else:
-            absent += 1
-    assert absent > 0
+    whole = without_dates(finals(folder))
+    draw, incomplete = random.Random(0), 0
+    for _ in range(times):
+        shutil.rmtree(folder)
+        in_a_child(action, kill_after_s=draw.uniform(0, 1.2 * duration))
+        found = without_dates(finals(folder))
+        assert found.items() <= whole.items()
+        incomplete += found != whole
+        folder.mkdir(parents=True, exist_ok=True)
+    action()
+    assert without_dates(finals(folder)) == whole
+    assert incomplete > 0
+
+
+def without_dates(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return contents with the digits of times of HDF5 files of other tools left out: their names alone count."""
+    return {name: b"" if name.startswith(("20x", "h5_files")) else data for name, data in files.items()}
 
 
 def test_an_older_file_survives_a_kill(tmp_path: Path) -> None:
@@ -153,6 +218,65 @@ def test_disk_full_at_every_place(tmp_path: Path, n: int, step: int) -> None:
         assert list(tmp_path.iterdir()) == [], limit
     assert in_a_child(lambda: write_with(size)) == 0
     verify_bag(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 2 MB, or skip where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here ({error})")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    """Every byte of room from none to enough for the file: it is there and whole, or the run stops and nothing is."""
+    bag, path, filler = make_bag(3_000, 60), small_disk / "s.h5", small_disk / "filler"
+    write_bag(path, bag)
+    whole = path.read_bytes()
+    path.unlink()
+    free = os.statvfs(small_disk)
+    room = free.f_bavail * free.f_frsize
+    page = free.f_frsize
+    outcomes = set()
+    for left in [
+        *range(0, len(whole) + 8 * page, 8 * page),
+        *range(len(whole) - 2 * page, len(whole) + 4 * page, page),
+    ]:
+        filler.write_bytes(bytes(max(0, room - left)))
+        status = in_a_child(lambda: write_bag(path, bag))
+        outcomes.add(status)
+        assert status in (0, 3)
+        assert finals(small_disk).keys() - {"filler"} == ({"s.h5"} if status == 0 else set())
+        if status == 0:
+            assert path.read_bytes() == whole
+            path.unlink()
+        assert not list(small_disk.glob(".s.h5.*"))
+    assert outcomes == {0, 3}
+
+
+def test_a_full_disk_ends_the_command_with_3(small_disk: Path, tmp_path: Path) -> None:
+    slides = make_job(tmp_path / "slides", 2)
+    shutil.copytree(tmp_path / "slides", small_disk / "job", ignore=shutil.ignore_patterns("*.tiff"))
+    stat = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - 3 * stat.f_frsize)))
+    command = [
+        sys.executable,
+        "-c",
+        "from eosin.cli.app import main; main()",
+        "extract",
+        *(str(slide.path) for slide in slides),
+    ]
+    command += ["--job", str(small_disk / "job"), "--encoder", "he_texture", "--workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert feature_files(small_disk / "job") == {}
 
 
 SCRIPT = """

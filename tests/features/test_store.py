@@ -1,9 +1,12 @@
 """The feature file: round trip, trust, refusals."""
 
+import itertools
+import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -99,18 +102,88 @@ def test_damage_outside_the_rows_is_found_on_every_opening(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found(tmp_path: Path, n: int) -> None:
+def test_every_flipped_bit_is_found_by_verify_and_by_the_next_use(tmp_path: Path, n: int) -> None:
     path = tmp_path / "a.h5"
     store.write_bag(path, make_bag(40, 33, dtype=np.float16))
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
     places = set(rng.integers(0, 8 * len(whole), n)) | set(range(8 * store.PREAMBLE.size))
-    for place in places:
+    for number, place in enumerate(sorted(places)):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << (place % 8)
         path.write_bytes(damaged)
-        with pytest.raises(FeatureFileError):
-            store.verify_bag(path)
+        os.utime(path, ns=(number, number))  # writes may come faster than the clock of a file system ticks
+        for read in (store.verify_bag, store.read_bag):
+            with pytest.raises(FeatureFileError):
+                read(path)
+
+
+def edits(rng: np.random.Generator) -> Iterator[Callable[[h5py.File], None]]:
+    """Yield edits of the header as somebody would make them with h5py."""
+
+    def set_attribute(file: h5py.File) -> None:
+        name = str(rng.choice(sorted(file.attrs)))
+        file.attrs[name] = str(rng.choice(["eosin-features", "1.1", "uni_v1", "0", "{}"]))
+
+    def delete_attribute(file: h5py.File) -> None:
+        owner = file[str(rng.choice(["/", "coords", "features", "checksums"]))]
+        del owner.attrs[str(rng.choice(sorted(owner.attrs)))]
+
+    def add_attribute(file: h5py.File) -> None:
+        file[str(rng.choice(["/", "coords"]))].attrs[f"note{rng.integers(1000)}"] = int(rng.integers(1000))
+
+    def move_a_tile(file: h5py.File) -> None:
+        file["coords"][rng.integers(len(file["coords"])), rng.integers(2)] += int(rng.integers(1, 500))
+
+    def change_a_checksum(file: h5py.File) -> None:
+        file["checksums"][0] += np.uint32(rng.integers(1, 9999))
+
+    def rename_a_member(file: h5py.File) -> None:
+        file.move("coords", f"places{rng.integers(1000)}")
+
+    kinds = (set_attribute, delete_attribute, add_attribute, move_a_tile, change_a_checksum, rename_a_member)
+    while True:
+        yield from kinds
+
+
+@pytest.mark.parametrize("n", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_every_edit_of_the_header_is_found_by_verify_and_by_the_next_use(tmp_path: Path, n: int) -> None:
+    path = tmp_path / "a.h5"
+    store.write_bag(path, make_bag(40, 33))
+    whole = path.read_bytes()
+    changed = 0
+    for edit in itertools.islice(edits(np.random.default_rng(2)), n):
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            edit(file)
+        if path.read_bytes() == whole:
+            continue
+        changed += 1
+        for read in (store.verify_bag, store.read_bag, store.read_spec, store.read_footer):
+            with pytest.raises(FeatureFileError):
+                read(path)
+    assert changed > 0.9 * n
+
+
+def test_rows_are_checked_on_the_first_use_and_when_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, checked = tmp_path / "a.h5", []
+    store.write_bag(path, make_bag(300, 40))
+    check = store._check_rows
+    monkeypatch.setattr(store, "_check_rows", lambda *arguments: (checked.append(1), check(*arguments)))
+    os.utime(path, ns=(1, 1))  # as a file that this process has not written
+    for _ in range(3):
+        store.read_bag(path)
+    assert len(checked) == 1
+    os.utime(path, ns=(2, 2))
+    store.read_bag(path)
+    assert len(checked) == 2
+    store.read_bag(path, verify=True)
+    assert len(checked) == 3
+    os.utime(path, ns=(3, 3))
+    store.read_bag(path, verify=False)
+    assert len(checked) == 3
 
 
 def test_damage_names_the_rows(tmp_path: Path) -> None:
@@ -121,7 +194,7 @@ def test_damage_names_the_rows(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[offset + 5000 * 400] ^= 1
     path.write_bytes(data)
-    store.read_bag(path)
+    store.read_bag(path, verify=False)
     with pytest.raises(FeatureFileError, match=r"damaged in rows \d+ to \d+") as caught:
         store.read_bag(path, verify=True)
     first, last = (int(word) for word in caught.value.detail.replace(";", "").split() if word.isdigit())
@@ -242,10 +315,23 @@ def test_find_bags(tmp_path: Path) -> None:
     assert list(store.find_bags(tmp_path)) == ["a", "b.x"]
 
 
-def test_mixed_folders_are_refused_with_both_named(tmp_path: Path) -> None:
-    store.write_bag(tmp_path / "a.h5", make_bag(dim=5))
-    store.write_bag(tmp_path / "b.h5", make_bag(dim=6))
-    with pytest.raises(FeatureMismatchError, match=r"b\.h5.*a\.h5.*width 6, not 5"):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dim": 6}, "width 6, not 5"),
+        ({"encoder": "uni_v1"}, "encoder uni_v1, not he_texture"),
+        ({"mpp": 1.0}, "mpp 1, not 0.5"),
+        ({"patch_size": 512}, "patch size 512, not 256"),
+        ({"weights_hash": "other"}, "weights other, not abc"),
+    ],
+)
+def test_mixed_folders_are_refused_with_both_named(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    bag = make_bag()
+    store.write_bag(tmp_path / "a.h5", bag)
+    spec = bag.spec.model_copy(update=change)
+    rows = np.ones((bag.n_instances, spec.dim), np.float32)
+    store.write_bag(tmp_path / "b.h5", replace(bag, features=rows, spec=spec))
+    with pytest.raises(FeatureMismatchError, match=rf"b\.h5.*a\.h5.*{named}"):
         store.read_common_spec(store.find_bags(tmp_path))
     (tmp_path / "b.h5").unlink()
-    assert store.read_common_spec(store.find_bags(tmp_path)) == make_bag().spec
+    assert store.read_common_spec(store.find_bags(tmp_path)) == bag.spec

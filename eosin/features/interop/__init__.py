@@ -24,13 +24,14 @@ from eosin.features.interop.foreign import (
     safe_id,
     store,
 )
-from eosin.features.store import MAX_BYTES, open_hdf5, read_bag
+from eosin.features.store import FREE_EXPANSION_BYTES, MAX_BYTES, MAX_EXPANSION, open_hdf5, read_bag
 from eosin.files import locked, write_text
 
-__all__ = ["ImportOptions", "Imported", "export_bag", "import_file"]
+__all__ = ["ImportOptions", "Imported", "export_bag", "find_files", "import_file"]
 
 Layout = Literal["trident", "clam"]
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+SUFFIXES = (*HDF5_SUFFIXES, ".npz", ".pt", ".csv")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> 
     options = options or ImportOptions()
     if not path.is_file():
         raise FeatureFileError(path, "no such file", code="missing")
+    options = options.of(path)
     if path.suffix == ".npz":
         return _import_npz(path, out, options)
     kind, slides = _read(path, options)
@@ -89,6 +91,23 @@ def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> 
             write_text(table, merged_labels(table, labels, path))
         written.append(table)
     return Imported(kind, tuple(written))
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """List the files to import among files and folders; folders are searched with their subfolders.
+
+    Raises
+    ------
+    ConfigError
+        When a folder has none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(file for file in path.rglob("[!.]*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"{path}: has no file of a kind that eosin imports ({', '.join(SUFFIXES)})")
+        files += [file for file in found if not file.name.endswith(".index.npz")]  # belongs to a bag of slideflow
+    return files
 
 
 def _read(path: Path, options: ImportOptions) -> tuple[str, Sequence[Foreign]]:
@@ -158,7 +177,8 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
         with zipfile.ZipFile(path) as archive:
             declared = sum(member.file_size for member in archive.infolist())
-        if declared > MAX_BYTES:
+        expanded = declared > FREE_EXPANSION_BYTES and declared > MAX_EXPANSION * path.stat().st_size
+        if declared > MAX_BYTES or expanded:
             raise FeatureFileError(path, f"declares {declared} bytes; refused", code="unsafe")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -14,6 +14,7 @@ from eosin.features.bag import FeatureBag
 from eosin.features.interop.foreign import Foreign, Places, safe_id
 from eosin.features.store import require_dataset
 from eosin.files import write_file
+from eosin.wsi.grid import TileGrid
 
 
 def is_coordinates(file: h5py.File) -> bool:
@@ -86,7 +87,7 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
     bag : FeatureBag
         With places.
     out : Path
-        Receives ``h5_files/<slide>.h5`` and ``pt_files/<slide>.pt``.
+        Receives ``h5_files/<slide>.h5``, ``pt_files/<slide>.pt`` and, for heat maps, ``patches/<slide>.h5``.
 
     Returns
     -------
@@ -109,6 +110,27 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
                 file.create_dataset(name, data=values, chunks=(32, values.shape[1]), maxshape=(None, values.shape[1]))
 
     tensor, h5 = out / "pt_files" / f"{bag.slide_id}.pt", out / "h5_files" / f"{bag.slide_id}.h5"
+    patches, grid = out / "patches" / f"{bag.slide_id}.h5", bag.grid
     write_file(h5, write_h5)
     write_file(tensor, lambda temporary: torch.save(torch.from_numpy(rows), temporary))
-    return [h5, tensor]
+    write_file(patches, lambda temporary: _write_coordinates(temporary, grid, bag.slide_id))
+    return [h5, tensor, patches]
+
+
+def _write_coordinates(path: Path, grid: TileGrid, slide_id: str) -> None:
+    """Write tiles of level 0; a tile that was made smaller by a whole number says so as CLAM once did."""
+    times, rest = divmod(grid.tile_px0, grid.tiling.patch_size)
+    whole = rest == 0 and times > 1
+    size = np.array(grid.slide_size_px0, np.int64)
+    attributes = {
+        "patch_size": grid.tiling.patch_size if whole else grid.tile_px0,
+        "patch_level": 0,
+        "downsample": np.ones(2),
+        "downsampled_level_dim": size,
+        "level_dim": size,
+        "name": slide_id,
+        "save_path": ".",
+    }
+    with h5py.File(path, "w") as file:
+        coords = file.create_dataset("coords", data=grid.origins_px0, chunks=(1, 2), maxshape=(None, 2))
+        coords.attrs.update(attributes | ({"custom_downsample": times} if whole else {}))

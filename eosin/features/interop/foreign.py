@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +15,16 @@ from pydantic import Field
 from eosin.errors import FeatureFileError, UnknownNameError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import find_encoder
-from eosin.features.store import MAX_DIM, MAX_ROWS, SUFFIX, read_spec, write_bag
+from eosin.features.store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, read_spec, write_bag
 from eosin.files import file_fingerprint
 from eosin.options import Options
 from eosin.wsi.coordinates import write_grid
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import open_slide
+from eosin.wsi.slide import find_slides, open_slide
 
 Numbers = NDArray[np.generic]
+PATCHES = "_patches"
 
 
 class ImportOptions(Options):
@@ -35,15 +37,42 @@ class ImportOptions(Options):
     slide_mpp : float, optional
         µm per level-0 pixel of the slide.
     slide : Path, optional
-        The slide itself, for its mpp, size and fingerprint.
+        The slide itself, for its mpp, size and fingerprint, or a folder of slides, of which the one of the file's name
+        is taken.
     coords : Path, optional
-        Coordinates file that belongs to features without places.
+        Coordinates file that belongs to features without places, or a folder of such files.
     """
 
     encoder: str | None = None
     slide_mpp: Annotated[float, Field(gt=0.01, lt=100)] | None = None
     slide: Path | None = None
     coords: Path | None = None
+
+    def of(self, path: Path) -> "ImportOptions":
+        """Return the options with the slide and the coordinates of one file in the place of folders of them.
+
+        Raises
+        ------
+        FeatureFileError
+            When a folder has none for this file.
+        """
+        name = path.stem.removesuffix(PATCHES)
+        found: dict[str, Path | None] = {}
+        if self.slide is not None and self.slide.is_dir():
+            found["slide"] = _slides(self.slide).get(name)
+        if self.coords is not None and self.coords.is_dir():
+            files = (self.coords / f"{name}{end}" for end in (SUFFIX, PATCHES + SUFFIX))
+            found["coords"] = next((file for file in files if file.is_file()), None)
+        for option, file in found.items():
+            if file is None:
+                folder = getattr(self, option)
+                raise FeatureFileError(path, f"has no {option} called {name} in {folder}", code="incomplete")
+        return self.model_copy(update=found)
+
+
+@lru_cache(maxsize=4)
+def _slides(folder: Path) -> dict[str, Path]:
+    return {slide.slide_id: slide.path for slide in find_slides([folder])}
 
 
 @dataclass(frozen=True)
@@ -303,7 +332,13 @@ def _checked(features: Numbers, path: Path, *, alone: bool) -> NDArray[np.float1
     rows = features[None] if features.ndim == 1 and alone and features.size else features
     if rows.ndim == 1 and rows.size == 0:
         raise FeatureFileError(path, "has no tiles and does not say how wide its features are", code="empty")
-    if rows.ndim != 2 or len(rows) > MAX_ROWS or rows.shape[1] > MAX_DIM or rows.dtype.kind not in "fiu":
+    if (
+        rows.ndim != 2
+        or len(rows) > MAX_ROWS
+        or 4 * rows.size > MAX_BYTES
+        or rows.shape[1] > MAX_DIM
+        or rows.dtype.kind not in "fiu"
+    ):
         raise FeatureFileError(path, f"features are {rows.shape} of {rows.dtype}; expected (n, D) numbers")
     if not np.isfinite(rows).all():
         raise FeatureFileError(path, "holds features that are not finite", code="non-finite")

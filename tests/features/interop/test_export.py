@@ -49,13 +49,38 @@ def test_as_trident_reads(tmp_path: Path) -> None:
 def test_as_clam_reads(tmp_path: Path) -> None:
     bag = make_bag(40)
     write_bag(tmp_path / "s.1.h5", bag)
-    h5, tensor = export_bag(tmp_path / "s.1.h5", tmp_path / "clam", "clam")
+    h5, tensor, patches = export_bag(tmp_path / "s.1.h5", tmp_path / "clam", "clam")
+    assert [path.parent.name for path in (h5, tensor, patches)] == ["h5_files", "pt_files", "patches"]
     with h5py.File(h5) as file:
         assert (file["coords"].dtype, file["features"].dtype) == (np.int32, np.float32)
         assert dict(file["coords"].attrs) == {}
         assert file["features"].chunks == (32, 8)
         np.testing.assert_array_equal(file["coords"][:], bag.grid.origins_px0)
     np.testing.assert_array_equal(torch.load(tensor, weights_only=True).numpy(), bag.features)
+    with h5py.File(patches) as file:
+        coords = file["coords"]
+        assert (coords.dtype, coords.chunks, coords.maxshape) == (np.int64, (1, 2), (None, 2))
+        assert (coords.attrs["patch_level"], coords.attrs["patch_size"], coords.attrs["name"]) == (0, 256, "s.1")
+        assert coords.attrs["level_dim"].tolist() == [50000, 60000]
+        assert coords.attrs["custom_downsample"] == 2
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(0, 30), patch=st.sampled_from([224, 256]), scale=st.sampled_from([0.9, 1.0, 1.5, 2.0, 4.0]))
+def test_clam_and_back(tmp_path: Path, n: int, patch: int, scale: float) -> None:
+    bag = make_bag(n, patch=patch, mpp=0.25 * scale, slide_mpp=0.25)
+    write_bag(tmp_path / "s.1.h5", bag)
+    h5, tensor, patches = export_bag(tmp_path / "s.1.h5", tmp_path / "clam", "clam")
+    options = ImportOptions(slide_mpp=0.25, encoder="uni_v1", coords=patches)
+    for number, path in enumerate((h5, tensor)):
+        back = read_bag(import_file(path, tmp_path / f"back{number}-{scale}-{patch}", options).paths[0])
+        np.testing.assert_array_equal(back.features, bag.features)
+        assert back.grid is not None
+        np.testing.assert_array_equal(back.grid.origins_px0, bag.grid.origins_px0)
+        assert (back.grid.tile_px0, back.grid.slide_size_px0) == (bag.grid.tile_px0, (50000, 60000))
+        if bag.grid.tile_px0 % patch == 0:
+            assert back.spec.mpp == pytest.approx(bag.spec.mpp)
+            assert back.spec.patch_size == patch
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

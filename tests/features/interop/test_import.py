@@ -3,6 +3,10 @@
 import json
 import os
 import pickle
+import resource
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -10,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from eosin.errors import EosinError, FeatureFileError, FeatureMismatchError
-from eosin.features.interop import Imported, ImportOptions, import_file
+from eosin.errors import ConfigError, EosinError, FeatureFileError, FeatureMismatchError
+from eosin.features.interop import Imported, ImportOptions, find_files, import_file
 from eosin.features.store import find_bags, read_bag
 from eosin.wsi.coordinates import read_grid
 from eosin.wsi.grid import TileGrid
+from eosin.wsi.synthetic import make_slide
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(5, 8)).astype(np.float32)
@@ -232,6 +237,90 @@ def test_a_pickle_in_a_tensor_file_never_runs(tmp_path: Path) -> None:
     with pytest.raises(EosinError, match="never executed"):
         import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(encoder="x"))
     assert not (tmp_path / "canary").exists()
+
+
+def bomb_of_rows(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("feats", (10**9, 1024), "f4", chunks=(1000, 1024), compression="gzip")
+        file.attrs.update({"extractor": "x", "unit": "um", "tile_size_um": 256.0})
+
+
+def bomb_of_columns(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", (10, 10**9), "f4", chunks=(1, 1000))
+        file.create_dataset("coords", data=CORNERS).attrs.update(TRIDENT_ATTRIBUTES)
+
+
+def bomb_of_zeros(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("feats", data=np.zeros((60_000, 128), np.float32), chunks=(6_000, 128), compression="gzip")
+
+
+def bomb_of_places(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("coords", (10**9, 2), "i8", chunks=(1000, 2)).attrs.update(CLAM_ATTRIBUTES)
+
+
+def bomb_of_an_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("instances.npy", bytes(64 * 2**20))
+
+
+def bomb_of_a_tensor(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"")
+        archive.writestr("archive/data/0", bytes(64 * 2**20))
+
+
+def bomb_of_a_stride(path: Path) -> None:
+    torch.save(torch.zeros(1, 1).expand(10**7, 8192), path)
+
+
+def bomb_of_text(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(3 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("a.h5", bomb_of_rows), ("b.h5", bomb_of_columns), ("c.h5", bomb_of_zeros), ("d.h5", bomb_of_places),
+     ("e.npz", bomb_of_an_archive), ("f.pt", bomb_of_a_tensor), ("g.pt", bomb_of_a_stride), ("h.csv", bomb_of_text)],
+)  # fmt: skip
+def test_bombs_are_refused_before_anything_is_read(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    make(tmp_path / name)
+    options = ImportOptions(encoder="x", slide_mpp=0.5)
+    started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(EosinError, match="refused") as caught:
+        import_file(tmp_path / name, tmp_path / "out", options)
+    assert caught.value.code == "unsafe"
+    assert time.perf_counter() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_features_coordinates_and_slides(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b.1")):
+        places = CORNERS + 512 * number
+        write_h5(tmp_path / "patches" / f"{name}.h5", {"coords": places}, coords=CLAM_ATTRIBUTES | {"name": name})
+        write_h5(tmp_path / "h5_files" / f"{name}.h5", {"features": ROWS, "coords": places.astype(np.int32)})
+        make_slide(tmp_path / "slides" / f"{name}.tiff", size_px0=(512, 512), mpp=0.25, seed=number)
+    files = find_files([tmp_path / "h5_files"])
+    assert [file.stem for file in files] == ["a", "b.1"]
+    options = ImportOptions(encoder="x", coords=tmp_path / "patches", slide=tmp_path / "slides")
+    for number, file in enumerate(files):
+        bag = read_bag(import_file(file, tmp_path / "out", options).paths[0])
+        assert bag.grid is not None
+        np.testing.assert_array_equal(bag.grid.origins_px0, CORNERS + 512 * number)
+        assert bag.spec.mpp == pytest.approx(0.5, rel=0.01)
+        assert len(bag.provenance["input_fingerprint"]) == 16
+    other = write_h5(tmp_path / "c.h5", {"features": ROWS, "coords": CORNERS.astype(np.int32)})
+    with pytest.raises(FeatureFileError, match=r"has no slide called c in .*slides") as caught:
+        import_file(other, tmp_path / "out", options)
+    assert caught.value.code == "incomplete"
+    with pytest.raises(FeatureFileError, match=r"has no coords called c in .*patches"):
+        import_file(other, tmp_path / "out", ImportOptions(encoder="x", coords=tmp_path / "patches"))
+    with pytest.raises(ConfigError, match="no file of a kind"):
+        find_files([tmp_path / "slides"])
 
 
 def write_acmil(path: Path, labels: dict[str, str]) -> Path:
