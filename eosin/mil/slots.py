@@ -8,9 +8,9 @@ sum(weight_i * term_i(output, bags, target))``, where a strategy returns ``outpu
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor, nn
 
 from eosin.errors import ConfigError, UnknownNameError
@@ -237,7 +237,7 @@ class ModuleRegistry(Registry[type[C]]):
         UnknownNameError
             If the name or an option does not exist; the message lists those that do.
         ConfigError
-            If a value does not fit the constructor's annotation.
+            If a value does not fit the constructor's annotation, or the range that the option's name implies.
         """
         schema = _schema(self[name])
         unknown = [key for key in options if key not in schema.model_fields]
@@ -259,11 +259,31 @@ def _schema(cls: type) -> type[BaseModel]:
     constructor = cls.__init__  # type: ignore[misc]
     hints = get_type_hints(constructor)
     fields: dict[str, Any] = {
-        key: (hints.get(key, Any), ... if parameter.default is parameter.empty else parameter.default)
+        key: (_bounded(key, hints.get(key, Any)), ... if parameter.default is parameter.empty else parameter.default)
         for key, parameter in inspect.signature(constructor).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+
+
+LEAST = {
+    **dict.fromkeys(("width", "hidden", "heads", "layers", "branches", "k", "factor", "tokens", "seeds", "rate"), 1),
+    **dict.fromkeys(("sample", "queue_size", "region_size", "rank", "pack_length", "projection", "expansion"), 1),
+    **dict.fromkeys(("expand", "d_state", "d_conv", "head_dim", "pinv_iterations"), 1),
+    **dict.fromkeys(("mask_k", "min_length", "isab_layers", "sab_layers"), 0),
+}
+"""Least value of an option that counts or measures something, the same in every method that has it."""
+
+
+def _bounded(option: str, hint: Any) -> Any:
+    """Return the type of an option with the range that its name implies."""
+    if hint is int and option in LEAST:
+        return Annotated[int, Field(ge=LEAST[option])]
+    if hint is float and option.endswith("dropout"):
+        return Annotated[float, Field(ge=0, lt=1)]
+    if hint is float and option.endswith(("_ratio", "_fraction", "_p")):
+        return Annotated[float, Field(ge=0, le=1)]
+    return hint
 
 
 AGGREGATORS: ModuleRegistry[Aggregator] = ModuleRegistry("aggregator")
