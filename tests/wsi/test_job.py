@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eosin.errors import ConfigError, OutputError
-from eosin.wsi.coordinates import read_footer, read_grid
+from eosin.wsi.coordinates import read_footer, read_grid, read_quality
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, read_overrides, tile_slides
@@ -224,6 +224,32 @@ report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.records[0].status, report.records[0].message.split()[0], peak.split()[1])
 """
+
+
+SCORED = """
+import sys
+from pathlib import Path
+from eosin.wsi.grid import Tiling
+from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.quality import QualityLimits
+from eosin.wsi.slide import SlideFile
+slides = [SlideFile(Path(sys.argv[1]), "giant")]
+tiling = Tiling(patch_size=64, overlap=14)
+report = tile_slides(slides, JobFolder(Path(sys.argv[2])), tiling, quality=QualityLimits(blur=True))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(report.records[0].message.split()[0], peak.split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_200_000_tiles_are_scored_within_a_gigabyte(giant_slide, tmp_path):
+    path = giant_slide("5 levels.tiff", 100_000, mpp=0.25, n_levels=5)
+    command = [sys.executable, "-c", SCORED, str(path), str(tmp_path / "job")]
+    n_tiles, peak_kb = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(n_tiles) > 200_000
+    assert int(peak_kb) < 1024 * 1024
+    quality = read_quality(JobFolder(tmp_path / "job").patches("0.5mpp_64px_14px_overlap", "giant"))
+    assert np.isfinite(quality.blur).all()
 
 
 @pytest.mark.parametrize("n_levels", [5, pytest.param(1, marks=pytest.mark.slow)])

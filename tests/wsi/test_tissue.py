@@ -239,6 +239,7 @@ def test_planted_tissue_is_found_with_pen_marks_present(tmp_path, seed):
     off_ink = ~grow(ink, 4)
     assert ink.mean() > 0.005
     assert iou(unmarked[:height, :width], truth) > 0.9
+    assert iou(found, truth) > 0.9
     assert iou(found & off_ink, truth & off_ink) > 0.9
     assert (found & ~truth & ink).sum() < 0.1 * ink.sum()
 
