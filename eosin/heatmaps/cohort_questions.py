@@ -303,8 +303,9 @@ def _cohort_report(
         slides=(together, *cards),
         tables={f"Interventions on {class_name}": printed_cohort(summary)},
         notes=(
-            "Effects are those of this model; they say what it uses, not what causes the disease. p values are of "
-            "single interventions, not adjusted for their number.",
+            "Effects are those of this model; they say what it uses, not what causes the disease. Intervals are of "
+            "95 %, those of sensitivity and specificity of their change. p values are of single interventions, not "
+            "adjusted for their number; the last is McNemar's test of the predictions that turn.",
             *(f"Left out, {record.slide_id}: {record.message}." for record in left_out),
         ),
         provenance={
@@ -342,4 +343,4 @@ def _printed(interval: Interval) -> str:
 
 
 def _printed_rate(rate: Interval, change: Interval) -> str:
-    return "–" if np.isnan(rate[0]) else f"{rate[0]:.2f} → {rate[1]:.2f}, change {_printed(change)}"
+    return "–" if np.isnan(rate[0]) else f"{rate[0]:.2f} → {rate[1]:.2f} {_printed(change)}"

@@ -103,8 +103,10 @@ class Counterfactuals:
                 alone = self._share_of_tiles(len(self.sufficient.tiles))
                 sentences.append(f"In the order of their effects, {alone} alone would be called {self.class_name}.")
         if self.enough_alone is not None:
-            alone = self._share_of_tiles(self.enough_alone)
-            sentences.append(f"Each by itself, {alone} would be called {self.class_name}.")
+            alone = (
+                f"Each by itself, {self._share_of_tiles(self.enough_alone)}" if self.enough_alone else "No single tile"
+            )
+            sentences.append(f"{alone} would be called {self.class_name}.")
         if self.agreement < 1:
             sentences.append(
                 "The map of single tiles is a first-order guess; its rank correlation with the exact effects of "
