@@ -20,7 +20,7 @@ QUICK = ("--set", "recipe.training.epochs=1", "--set", "recipe.training.select=l
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fine")
-    make_fine_cohort(folder, FineCohort(n_slides=4, side_px=512, radius_px=50))
+    make_fine_cohort(folder, FineCohort(n_slides=6, side_px=512, radius_px=50))
     return folder
 
 
@@ -32,7 +32,7 @@ def first_stage(fine: Path, run: Run) -> Path:
     assert run("tile", fine / "slides", "--job", job, *tiles).exit_code == 0
     assert run("extract", fine / "slides", "--job", job, "--encoder", "he_texture").exit_code == 0
     features = job / "2mpp_32px_0px_overlap/features_he_texture"
-    arguments = ("--features", features, "--labels", fine / "labels.csv", "--folds", 2, "--out", job / "crossval")
+    arguments = ("--features", features, "--labels", fine / "labels.csv", "--folds", 3, "--out", job / "crossval")
     assert run("crossval", *arguments, *QUICK).exit_code == 0
     return job
 
@@ -46,7 +46,7 @@ def test_the_grid_of_the_second_stage_is_written(fine: Path, first_stage: Path, 
     assert 5 <= read_grid(path).n_tiles <= 20
     assert json.loads(read_footer(path).selection)["out_of_fold"] == "yes"
     again = run("tile", fine / "slides", "--job", first_stage, *second, "--set", "selection.seed=0")
-    assert "4 skipped" in again.stderr
+    assert "6 skipped" in again.stderr
     assert run("extract", fine / "slides", "--job", first_stage, "--encoder", "he_texture",
                "--tiling", folder.name).exit_code == 0  # fmt: skip
 

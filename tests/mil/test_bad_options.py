@@ -164,7 +164,11 @@ def test_a_single_class_is_refused_where_the_task_is_made():
         Classification.parse({"classes": ["a"]})
 
 
-@pytest.mark.parametrize("aggregator", list(AGGREGATORS))
+KINDS = ("abmil", "acmil", "clam_mb", "dsmil", "ins", "mean", "owlora")  # one per kind of output or of model
+ANY = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in AGGREGATORS]
+
+
+@pytest.mark.parametrize("aggregator", ANY)
 @pytest.mark.parametrize(("kind", "name"), [part for part in PARTS if part[0] != "aggregator"])
 def test_every_combination_trains_or_is_refused_when_built(aggregator, kind, name):
     own = recipe_with(kind, name)

@@ -20,11 +20,12 @@ al., ICLR 2022).
 
 Deviations from the authors' code. Candidates and certain negatives come from the labels of bags; the code reads the
 labels of patches, also inside positive slides. The bag loss reads the pooled probability of the instances; the code
-averages features and takes two of their dimensions for classes. Places of the queue that were never filled do not take
-part; the code fills them with noise, normalised along the wrong axis. The queue need not be a multiple of the batch.
-There is one view per instance, as the code's feature dropout never acts. At most `sample` instances of a pack take part
-in a step. Soft targets are kept per bag id and instance while training runs; bags without ids, or drawn anew in each
-pass, start from uniform targets every time.
+averages features and takes two of their dimensions for classes. The recipe pools by the largest probability: with the
+mean, bags of which a tenth is positive are hardly told apart (docs/methods.md). Places of the queue that were never
+filled do not take part; the code fills them with noise, normalised along the wrong axis. The queue need not be a
+multiple of the batch. There is one view per instance, as the code's feature dropout never acts. At most `sample`
+instances of a pack take part in a step. Soft targets are kept per bag id and instance while training runs; bags without
+ids, or drawn anew in each pass, start from uniform targets every time.
 """
 
 import copy
@@ -367,7 +368,7 @@ def supervised_contrast(query: Tensor, features: Tensor, labels: Tensor, tempera
 
 
 RECIPE = Recipe(
-    aggregator=Component(name="ins"),
+    aggregator=Component(name="ins", options={"pooling": "max"}),
     strategy=Component(name="ins"),
     training=Training(optimizer="sgd", lr=0.01, weight_decay=1e-3, epochs=40, patience=0, schedule="constant"),
 )

@@ -172,13 +172,13 @@ def test_a_killed_training_takes_its_targets_up_again():
 
 
 def planted(n_bags, seed):
-    """Bags of 40 instances around a place of their own; in every second one 5 % are shifted, less than bags differ."""
+    """Bags of 40 instances around a place of their own; in every second one 10 % are shifted, the mean hardly more."""
     generator = torch.Generator().manual_seed(seed)
     shift = torch.randn(24, generator=torch.Generator().manual_seed(7))
     bags = {}
     for number in range(n_bags):
         bag = torch.randn(40, 24, generator=generator) + 0.3 * torch.randn(1, 24, generator=generator)
-        bag[:2] += 3 * shift / shift.norm() * (number % 2)
+        bag[:4] += 4 * shift / shift.norm() * (number % 2)
         bags[str(number)] = bag
     ids = tuple(bags)
     return Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=24)), ids, ids, torch.arange(n_bags) % 2)
@@ -190,7 +190,7 @@ def test_planted_signal_is_found_where_mean_pooling_fails():
     for name, options in (("ins", {"width": 64, "projection": 16}), ("mean", {})):
         recipe = RECIPES[name]
         quick = {"epochs": 20, "lr": 1e-3, "optimizer": "adamw", "bags_per_step": 4, "select": "last", "refit": False}
-        part = recipe.aggregator.model_copy(update={"options": options})
+        part = recipe.aggregator.model_copy(update={"options": recipe.aggregator.options | options})
         training = recipe.training.model_copy(update=quick | {"patience": 0, "weight_decay": 1e-3})
         fitted = fit(recipe.model_copy(update={"aggregator": part, "training": training}), task, train)
         outputs = predict_outputs(fitted.model, task, test.bags, test.ids)
