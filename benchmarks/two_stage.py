@@ -22,7 +22,7 @@ import torch
 
 from eosin.features.store import find_bags, read_footer
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.pipeline import Pipeline, Result, run_stages
+from eosin.pipeline import Pipeline, Result, run_pipeline
 from eosin.selection import Selection
 from eosin.stages import SecondStage, run_two_stage
 from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
@@ -41,7 +41,7 @@ RECIPE = Recipe(
 def one_stage(cohort: Path, job: Path, tiling: Tiling) -> Result:
     """Go the plain way."""
     options = Pipeline(tiling=tiling, recipe=RECIPE, folds=4, formats=())
-    return run_stages([cohort / "slides"], cohort / "labels.csv", JobFolder(job), options)
+    return run_pipeline([cohort / "slides"], cohort / "labels.csv", JobFolder(job), options)
 
 
 def two_stages(cohort: Path, job: Path, budget: int) -> Result:
