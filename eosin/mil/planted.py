@@ -13,6 +13,9 @@ opposite of it. With background instances from N(0, I):
 - `false_frequency`: the same concepts, one or two instances of each. Negative bags hold one or two instances of one
   concept in the training part, and 35 to 45 in the test part: many of one are no reason to be positive.
 
+The numbers are those of the paper's algorithms 1 to 3 as torchmil (https://github.com/Franblueee/torchmil) states them,
+save that either concept, not always the first, is the one of a negative bag, and one or two instances where it has one.
+
 `planted_signal` makes bags like slides: some percent of a bag's instances are of a kind that only positive bags have,
 among tissue in varying proportions and, if wanted, striking instances that mean nothing.
 """

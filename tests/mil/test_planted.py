@@ -102,7 +102,7 @@ TRAINING = Training(optimizer="adamw", lr=2e-3, epochs=30, bags_per_step=10, sel
 
 
 def auc(name, make, task, options, **data):
-    train, test = (make(100, part=part, **data).examples for part in ("train", "test"))
+    train, test = (make(120, part=part, **data).examples for part in ("train", "test"))
     options = {"embed_dims": [32], "dropout": 0.0} | options
     fitted = fit(Recipe(aggregator=Component(name=name, options=options), training=TRAINING), task, train)
     outputs = predict_outputs(fitted.model, task, test.bags, test.ids)
@@ -118,7 +118,7 @@ def test_the_highest_logit_of_an_instance_keeps_the_assumption_that_pooled_featu
 
 def test_attention_finds_what_the_mean_drowns():
     task = Classification(classes=("0", "1"))
-    data = {"dim": 16, "lengths": (200, 200), "fraction": 0.02, "shift": 1.2}
+    data = {"dim": 16, "lengths": (300, 300), "fraction": 0.02, "shift": 1.2}
     mean = auc("mean", planted_signal, task, {}, **data)
     for name in ("abmil", "dsmil"):
         found = auc(name, planted_signal, task, {}, **data)
@@ -126,18 +126,17 @@ def test_attention_finds_what_the_mean_drowns():
         assert found > mean + 0.05
 
 
-SPARSE = {"dim": 16, "lengths": (1000, 1000), "fraction": 0.01, "shift": 1.5, "distractors": 0.05}
-NARROW = {"embed_dims": [32], "width": 32, "hidden": 16}
+SPARSE = {"dim": 16, "lengths": (2000, 2000), "fraction": 0.01, "shift": 1.5, "distractors": 0.05}
+NARROW = {"embed_dims": [64], "width": 64, "hidden": 32}
+LONGER = TRAINING.model_copy(update={"epochs": 40, "bags_per_step": 5, "clip_norm": 1.0, "warmup": 2.0})
 
 
 def recipe_auc(name):
-    """AUC of a recipe's parts, with narrow layers and the same training for all."""
+    """AUC of a recipe's parts, with narrow layers and the same training for all, as in benchmarks/mil_assumption.py."""
     recipe = RECIPES[name]
     host, options = recipe.aggregator.name, recipe.aggregator.options
     options = options | {key: value for key, value in NARROW.items() if AGGREGATORS.defaults(host).get(key)}
-    if host == "downsampled":
-        options = options | {"host_options": options["host_options"] | {"embed_dims": [32]}}
-    update = {"aggregator": Component(name=host, options=options), "training": TRAINING}
+    update = {"aggregator": Component(name=host, options=options), "training": LONGER}
     train, test = (planted_signal(80, part=part, **SPARSE).examples for part in ("train", "test"))
     task = Classification(classes=("0", "1"))
     fitted = fit(recipe.model_copy(update=update), task, train)
@@ -151,9 +150,6 @@ def mean_auc():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["max", "lse", "abmil", "clam_sb", "clam_mb", "dsmil", "acmil", "aem", "mhim", "mhim_dsmil", "mhim_v2", "packmil"],
-)
+@pytest.mark.parametrize("name", ["max", "lse", "abmil", "clam_sb", "clam_mb", "acmil", "acmil_mha", "aem", "mhim"])
 def test_recipes_find_one_percent_among_distractors_where_the_mean_does_not(name, mean_auc):
-    assert recipe_auc(name) > max(0.85, mean_auc + 0.05)
+    assert recipe_auc(name) > max(0.85, mean_auc + 0.2)
