@@ -229,22 +229,17 @@ class TilePlan:
         pen = None if is_dark(overview) else find_tissue(slide, tissue, overview=overview).pen
         return replace(mask, notes=(f"tissue as drawn in {drawn.name}",), pen=pen)
 
-    def lay_tiles(
-        self, item: SlideFile, slide: Slide
-    ) -> tuple[TileGrid, TileQuality, TissueMask, NDArray[np.uint8], Outcome]:
-        """Return the tiles of an open slide, their quality, its tissue, its overview, and how it ended in words."""
+    def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
+        """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
         overview = read_overview(slide, mask_mpp(slide, self.tissue_of(item)))
         mask = self.find_mask(item, slide, overview)
         grid = make_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         quality = score_tiles(slide, grid, mask, overview, with_blur=self.quality.measures_blur)
-        bad = quality.exceeding(self.quality)
-        keep = ~np.logical_or.reduce(list(bad.values())) if bad else np.ones(grid.n_tiles, bool)
-        lost = [f"{found.sum()} by {name}" for name, found in bad.items() if found.any()]
-        left_out = [f"{grid.n_tiles - keep.sum()} tiles left out for their quality ({', '.join(lost)})"] if lost else []
-        notes = [note for note in (str(slide.facts().get("mpp_note") or ""), *left_out, *mask.notes) if note]
-        if not keep.all():
+        keep, left_out = quality.within(self.quality)
+        if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
-        return grid, quality, mask, overview, _outcome(grid, mask, notes)
+        notes = [note for note in (str(slide.facts().get("mpp_note") or ""), left_out, *mask.notes) if note]
+        return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))
 
     def options_hash(self, slide: SlideFile) -> str:
         """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
@@ -259,6 +254,31 @@ class TilePlan:
             hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """What was found on one slide.
+
+    Parameters
+    ----------
+    grid : TileGrid
+        The tiles that stay.
+    quality : TileQuality
+        Their scores.
+    mask : TissueMask
+        Tissue and ink.
+    overview : (h, w, 3) uint8
+        The slide at the mask's resolution.
+    outcome : Outcome
+        How the slide ended, in words.
+    """
+
+    grid: TileGrid
+    quality: TileQuality
+    mask: TissueMask
+    overview: NDArray[np.uint8]
+    outcome: Outcome
 
 
 def _slide_id(slide: SlideFile) -> str:
@@ -282,18 +302,18 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
     with plan.open(item) as slide:
-        grid, quality, mask, overview, outcome = plan.lay_tiles(item, slide)
-        _write_pictures(plan.job, item.slide_id, slide, mask, make_thumbnail(slide, overview))
+        tiled = plan.lay_tiles(item, slide)
+        _write_pictures(plan.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview))
         write_grid(
             plan.patches(item.slide_id),
-            grid,
+            tiled.grid,
             slide_id=item.slide_id,
             mpp_source=slide.mpp_source,
             fingerprint=file_fingerprint(item.path),
             options_hash=plan.options_hash(item),
-            quality=quality,
+            quality=tiled.quality,
         )
-        return outcome
+        return tiled.outcome
 
 
 def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask, thumbnail: Image.Image) -> None:

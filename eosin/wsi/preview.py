@@ -74,9 +74,10 @@ def _preview(plan: TilePlan, item: SlideFile) -> Outcome:
 
 def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
     with plan.open(item) as slide:
-        grid, _, mask, overview, outcome = plan.lay_tiles(item, slide)
-        outlined = draw_outline(make_thumbnail(slide, overview), mask.contours(), slide.size_px0)
-        return draw_grid(outlined, grid), outcome
+        tiled = plan.lay_tiles(item, slide)
+        thumbnail = make_thumbnail(slide, tiled.overview)
+        outlined = draw_outline(thumbnail, tiled.mask.contours(), slide.size_px0)
+        return draw_grid(outlined, tiled.grid), tiled.outcome
 
 
 def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:

@@ -69,7 +69,13 @@ class TileQuality:
         chosen = rows if rows.size else np.zeros(0, np.int64)
         return type(self)(*(np.ascontiguousarray(getattr(self, field.name)[chosen]) for field in fields(self)))
 
-    def exceeding(self, limits: QualityLimits) -> dict[str, NDArray[np.bool_]]:
-        """Return for each limit that is set which tiles exceed it; what was not measured exceeds nothing."""
+    def within(self, limits: QualityLimits) -> tuple[NDArray[np.bool_], str]:
+        """Return which tiles keep to all limits that are set, and in words how many do not, and for what.
+
+        What was not measured exceeds no limit.
+        """
         stated = {"blur": limits.max_blur, "pen": limits.max_pen, "fold": limits.max_fold}
-        return {name: getattr(self, name) > limit for name, limit in stated.items() if limit is not None}
+        bad = {name: getattr(self, name) > limit for name, limit in stated.items() if limit is not None}
+        keep = ~np.any(list(bad.values()), axis=0) if bad else np.ones(self.blur.shape, bool)
+        lost = ", ".join(f"{found.sum()} by {name}" for name, found in bad.items() if found.any())
+        return keep, f"{(~keep).sum()} tiles left out for their quality ({lost})" if lost else ""

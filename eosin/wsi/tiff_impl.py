@@ -15,24 +15,22 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image
 
 from eosin.errors import CorruptSlideError, EosinError, SlideOpenError
 from eosin.wsi.cache import SegmentCache
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
+from eosin.wsi.segments import DecodeError, Level, decode_segment
 
 CACHE_BYTES = (16 * 2**20, 128 * 2**20)
 MAX_SEGMENT_PX = 64 * 2**20
@@ -44,66 +42,9 @@ DAMAGE = (  # what tifffile raises on damaged files
     tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
     OverflowError, ZeroDivisionError, struct.error,
 )  # fmt: skip
-FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-END_OF_IMAGE = b"\xff\xd9"
-RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-YCBCR_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
 _UNITS_UM = {1: None, 2: 25400.0, 3: 10000.0}
 _OME_LENGTHS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 Facts = dict[str, str | int | float | list[int] | list[float] | None]
-
-
-class _DecodeError(Exception):
-    """Stored bytes that are no picture of the size that the file states."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of the file: a lattice of segments (tiles, or strips as wide as the picture).
-
-    Parameters
-    ----------
-    page : TiffPage
-        Directory of the file that holds it.
-    number : int
-        Identifies the stored level in the cache.
-    size_px, segment_px : tuple of int
-        Width and height.
-    offsets, counts : (n,) int64
-        Where each segment lies; a count of 0 means that it is missing.
-    downsample : float
-        Level-0 pixels per pixel.
-    shrink : int
-        Factor by which the JPEG decoder reduces the stored pixels.
-    """
-
-    page: Any
-    number: int
-    size_px: tuple[int, int]
-    segment_px: tuple[int, int]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    downsample: float
-    shrink: int = 1
-
-    @property
-    def across(self) -> int:
-        """Segments in a row."""
-        return -(-self.size_px[0] // self.segment_px[0])
-
-    @property
-    def is_jpeg(self) -> bool:
-        """Whether segments can be decoded at a fraction of their size."""
-        return bool(self.page.compression == 7 and self.page.is_tiled)
-
-    def shrunk(self, factor: int) -> "Level":
-        """Return the level that the JPEG decoder makes of this one."""
-        width, height = (-(-side // factor) for side in self.size_px)
-        segment = (self.segment_px[0] // factor, self.segment_px[1] // factor)
-        return Level(
-            self.page, self.number, (width, height), segment, self.offsets, self.counts,
-            self.downsample * factor, factor,
-        )  # fmt: skip
 
 
 class TiffReader:
@@ -241,9 +182,9 @@ class TiffReader:
             pixels = decode_segment(level, index, self._stored_bytes(level, index))
             needed = [min(level.segment_px[axis], level.size_px[axis] - (x, y)[axis]) for axis in (1, 0)]
             if pixels.shape[0] < needed[0] or pixels.shape[1] < needed[1]:
-                raise _DecodeError(f"it is only {pixels.shape[1]} x {pixels.shape[0]} px")
+                raise DecodeError(f"it is only {pixels.shape[1]} x {pixels.shape[0]} px")
             return pixels
-        except (_DecodeError, OSError) as error:
+        except (DecodeError, OSError) as error:
             place = ", ".join(str(round(value * level.downsample)) for value in (x, y))
             raise CorruptSlideError(
                 self.path, f"stored pixels cannot be decoded (segment {index} at level-0 ({place})): {error}"
@@ -252,12 +193,12 @@ class TiffReader:
     def _stored_bytes(self, level: Level, index: int) -> bytes:
         offset, count = int(level.offsets[index]), int(level.counts[index])
         if count > 8 * MAX_SEGMENT_PX:
-            raise _DecodeError(f"{count} bytes are stated for it")
+            raise DecodeError(f"{count} bytes are stated for it")
         with self._file_lock:
             self._file.seek(offset)
             data = self._file.read(count)
         if len(data) != count:
-            raise _DecodeError("the file ends before it")
+            raise DecodeError("the file ends before it")
         return data
 
     def facts(self) -> Facts:
@@ -311,115 +252,6 @@ def _with_shrunk(levels: Sequence[Level]) -> Iterator[Level]:
                 yield level.shrunk(factor)
 
 
-def decode_segment(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
-    """Decode one stored segment.
-
-    Returns
-    -------
-    (h, w, 3) uint8
-        As large as the level's segments; strips and tiles at the edge may be smaller.
-
-    Raises
-    ------
-    _DecodeError
-        If the bytes are no picture of the stated size.
-    """
-    try:
-        if not level.is_jpeg:
-            return _decode_any(level, index, data)
-        if END_OF_IMAGE not in data[-64:]:
-            raise _DecodeError("the JPEG is cut off")
-        return _decode_jpeg(level, data) if level.shrink == 1 else _decode_shrunk(level, index, data)
-    except (ValueError, RuntimeError, KeyError, TypeError, IndexError, SyntaxError, struct.error) as error:
-        raise _DecodeError(str(error) or type(error).__name__) from error
-
-
-def _decode_jpeg(level: Level, data: bytes) -> NDArray[np.uint8]:
-    width, height = level.segment_px
-    pixels: NDArray[np.uint8] = np.empty((height, width, 3), np.uint8)
-    colours = "YCBCR" if _is_ycbcr(level, data) else "RGB"
-    tables = level.page.jpegtables
-    imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colours, outcolorspace="RGB", out=pixels)
-    return pixels
-
-
-def _is_ycbcr(level: Level, data: bytes) -> bool:
-    """Return the colours of the stored JPEG: the TIFF tag, unless a JFIF header contradicts it (JFIF is YCbCr)."""
-    return bool(level.page.photometric == 6) or data[6:10] == b"JFIF"
-
-
-def _decode_shrunk(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
-    width, height = level.segment_px
-    marker = YCBCR_MARKER if _is_ycbcr(level, data) else RGB_MARKER
-    tables = (level.page.jpegtables or b"")[2:-2]  # without start and end of image
-    pixels = decode_reduced(data[:2] + marker + tables + data[2:], (width, height), level.shrink)
-    return _without_padding(level, index, pixels)
-
-
-def decode_reduced(data: bytes, size_px: tuple[int, int], shrink: int) -> NDArray[np.uint8]:
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size.
-
-    Pillow's own decoder without the parsing around it, which for tiles of 256 px costs as much as the decoding.
-
-    Returns
-    -------
-    (h, w, 3) uint8
-
-    Raises
-    ------
-    _DecodeError
-        If the bytes are no JPEG that is `shrink` times as large as `size_px`.
-    """
-    width, height = size_px
-    stored = _stored_size(data)
-    if stored != (width * shrink, height * shrink):
-        raise _DecodeError(f"it is {stored[0]} x {stored[1]} px")
-    decoder = Image._getdecoder("RGB", "jpeg", ("RGB", ""), (shrink, 0))
-    picture = Image.new("RGB", size_px, None)
-    decoder.setimage(picture.im, (0, 0, width, height))
-    used, code = decoder.decode(data)
-    if used >= 0 or code < 0:
-        raise _DecodeError(f"the JPEG is damaged or cut off (code {code})")
-    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, 3)
-
-
-def _stored_size(data: bytes) -> tuple[int, int]:
-    """Return width and height that the frame header of a JPEG states."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if kind in FRAME_HEADERS:
-            height, width = struct.unpack_from(">HH", data, place + 5)
-            return width, height
-        place += 2 + length
-    raise _DecodeError("it has no frame header")
-
-
-def _without_padding(level: Level, index: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Replace averages over what lies beyond the picture's edge by their neighbours inside."""
-    row, column = divmod(index, level.across)
-    stored = level.page.imagewidth, level.page.imagelength
-    whole = [stored[axis] // level.shrink - place * level.segment_px[axis] for axis, place in enumerate((column, row))]
-    partial = [0 < count < level.segment_px[axis] for axis, count in enumerate(whole)]
-    if any(partial):
-        pixels = pixels.copy()
-    if partial[0]:
-        pixels[:, whole[0]] = pixels[:, whole[0] - 1]
-    if partial[1]:
-        pixels[whole[1]] = pixels[whole[1] - 1]
-    return pixels
-
-
-def _decode_any(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
-    decoded, _, _ = level.page.decode(data, index, jpegtables=level.page.jpegtables)
-    if decoded is None or decoded.ndim != 4 or decoded.shape[-1] < 3 or decoded.dtype != np.uint8:
-        raise _DecodeError("it is no 8-bit RGB picture")
-    pixels: NDArray[np.uint8] = decoded[0]
-    if pixels.shape[-1] == 4:
-        raise _DecodeError("it has an alpha channel")
-    return pixels
-
-
 def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
     """Return a direct reader for a slide that OpenSlide has open, or None when the file does not qualify.
 
@@ -444,7 +276,7 @@ def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
                 background=reference.background, bounds_px0=reference.bounds_px0,
                 icc_profile=reference.icc_profile, facts=_facts_like(reference),
             )  # fmt: skip
-    except (EosinError, _DecodeError, *DAMAGE):
+    except (EosinError, DecodeError, *DAMAGE):
         pass  # whatever is odd about the file, OpenSlide's own reader is the one to tell
     tiff.close()
     return None

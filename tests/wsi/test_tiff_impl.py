@@ -12,8 +12,9 @@ from eosin.wsi import tiff_impl
 from eosin.wsi.array_impl import ArraySlide
 from eosin.wsi.grid import Tiling, make_grid
 from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.segments import DecodeError, decode_reduced
 from eosin.wsi.slide import open_slide
-from eosin.wsi.tiff_impl import TiffReader, _DecodeError, decode_reduced, open_plain
+from eosin.wsi.tiff_impl import TiffReader, open_plain
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import find_tissue
 
@@ -319,9 +320,9 @@ def test_reduced_decoding_is_pillows_draft(tissue_picture, shrink, subsampling):
     assert wanted.shape == (*size, 3)
     assert np.array_equal(decode_reduced(data, size, shrink), wanted)
     for bad in (data[: len(data) // 2], data[:100], b"", b"no picture" * 50):
-        with pytest.raises(_DecodeError):
+        with pytest.raises(DecodeError):
             decode_reduced(bad, size, shrink)
-    with pytest.raises(_DecodeError, match="256 x 256"):
+    with pytest.raises(DecodeError, match="256 x 256"):
         decode_reduced(data, (64, 65), shrink)
 
 
