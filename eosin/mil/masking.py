@@ -28,7 +28,7 @@ def voted(ranks: Tensor, bags: PackedBags, counts: list[int], *, largest: bool =
 
 
 def randomly_high(ranks: Tensor, bags: PackedBags, ratio: float, factor: float) -> tuple[Tensor, list[int]]:
-    """Draw a fraction of each bag from its highest, equation 2: (N,) bool and how many of each bag."""
+    """Draw a fraction of each bag from its highest, equation 2 of `mhim`: (N,) bool and how many of each bag."""
     wide = ratio / factor if factor else 0.0
     if wide > 1:
         wide, factor = 1.0, ratio
