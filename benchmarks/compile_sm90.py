@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # a compiled kernel is wanted, whatever the tests' environment says
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -128,8 +129,8 @@ def _one_pass_cases() -> Iterator[Case]:
     given = {"starts": "*i32", "ends": "*i32", "row_index": "*i64", "width": "i32", "hidden": "i32"}
     for dtype in ("bf16", "fp16"):
         typed = given | dict.fromkeys(("values", "weight"), FLOATS[dtype])
-        for width in (384, 512, 1024):
-            for hidden, gated in ((256, True), (64, True), (128, False)):
+        for width in (512, 1024):
+            for hidden, gated in ((256, True), (128, False)):
                 blocks = gate.one_pass_sizes(200_000, hidden, width)
                 blocks.pop("rows")
                 warps = blocks.pop("num_warps")
@@ -179,8 +180,10 @@ def _few_key_cases() -> Iterator[Case]:
     tables = dict.fromkeys(("bags", "starts", "ends"), "*i32")
     for dtype, pointer in FLOATS.items():
         given = sizes | tables | dict.fromkeys(("queries", "keys", "values", "d_queries"), pointer)
-        for n_keys, head_width in ((16, 64), (64, 64), (64, 128), (128, 64), (128, 128)):
-            blocks = few.launch_sizes(200_000, n_keys, head_width, head_width)
+        for n_keys, head_width in ((16, 64),) if dtype == "fp32" else ((16, 64), (64, 64), (64, 128), (128, 64)):
+            kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+            assert few.fits(n_keys, head_width, head_width, kind)
+            blocks = few.launch_sizes(200_000, n_keys, head_width, head_width, kind)
             blocks.pop("rows")
             warps = blocks.pop("num_warps")
             label = f"{dtype} keys={n_keys} head width={head_width}"

@@ -1,5 +1,6 @@
 """Attention between a bag and a few learned vectors, in both directions."""
 
+import torch
 from torch import Tensor
 
 from eosin.kernels._checks import check_floating, check_offsets
@@ -90,8 +91,8 @@ def few_key_attention(
     Returns
     -------
     (N, F)
-        float32 at least. Differentiable in all tensors. Memory is that of a block of instances. On a GPU, more than 128
-        keys, or heads wider than 128, go by blocks of torch.
+        float32 at least. Differentiable in all tensors. Memory is that of a block of instances. On a GPU, more keys
+        × width of a head than 128 × 64 (16 × 64 in float32) go by blocks of torch.
 
     Raises
     ------
@@ -108,16 +109,16 @@ def few_key_attention(
     if backend == "reference" or 0 in (n_bags, keys.shape[1], queries.shape[1], values.shape[2]):
         return reference.few_key_attention(queries, keys, values, cu_seqlens, heads=heads, scale=scale)
     dtype = product_dtype(queries, keys)
-    if backend == "triton" and not _fits_a_program(keys, values, heads):
+    if backend == "triton" and not _fits_a_program(keys, values, heads, dtype):
         backend = "torch"  # blocks of library products do as well where tiles are this large
     out: Tensor = ops.few_key_attention(queries, keys, values, cu_seqlens, heads, scale, dtype, backend)
     return out
 
 
-def _fits_a_program(keys: Tensor, values: Tensor, heads: int) -> bool:
+def _fits_a_program(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype) -> bool:
     from eosin.kernels.few_query_attention import triton_impl
 
-    return triton_impl.fits(keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads)
+    return triton_impl.fits(keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads, dtype)
 
 
 def _check_heads(heads: int, **widths: int) -> None:

@@ -16,28 +16,31 @@ from eosin.kernels._chunks import ChunkTable, chunk_table
 from eosin.kernels._dispatch import interpreting
 from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, pool_combine, product
 
-MOST_KEYS = MOST_HEAD_WIDTH = 128  # beyond, the tiles of one program do not fit
+MOST_ENTRIES = {2: 128 * 64, 4: 16 * 64}  # of a head's keys in one program, by bytes: beyond, registers spill
 
 
-def fits(n_keys: int, head_width: int, read_width: int) -> bool:
+def fits(n_keys: int, head_width: int, read_width: int, dtype: torch.dtype) -> bool:
     """Return whether keys and values of one head fit into a program."""
-    return n_keys <= MOST_KEYS and max(head_width, read_width) <= MOST_HEAD_WIDTH
+    key_block, head_block, read_block = _blocks(n_keys, head_width, read_width)
+    return key_block * max(head_block, read_block) <= MOST_ENTRIES[dtype.itemsize]
 
 
-def launch_sizes(n_rows: int, n_keys: int, head_width: int, read_width: int) -> dict[str, int]:
+def launch_sizes(n_rows: int, n_keys: int, head_width: int, read_width: int, dtype: torch.dtype) -> dict[str, int]:
     """Return rows per chunk and block sizes: a plain function of the shapes, so that results never change."""
-    key_block, head_block, read_block = (
-        max(16, triton.next_power_of_2(size)) for size in (n_keys, head_width, read_width)
-    )
-    large = key_block * max(head_block, read_block) > 64 * 64
+    key_block, head_block, read_block = _blocks(n_keys, head_width, read_width)
+    small = dtype.itemsize == 2 and key_block * max(head_block, read_block) <= 64 * 64
     return {
         "rows": 256 if n_rows < 8192 else 1024,
-        "ROW_BLOCK": 32 if large else 64,
+        "ROW_BLOCK": 64 if small else 16,
         "KEY_BLOCK": key_block,
         "HEAD_BLOCK": head_block,
         "READ_BLOCK": read_block,
-        "num_warps": 8 if large else 4,
+        "num_warps": 8,
     }
+
+
+def _blocks(*sizes: int) -> list[int]:
+    return [max(16, triton.next_power_of_2(size)) for size in sizes]
 
 
 def key_forward(
@@ -46,7 +49,7 @@ def key_forward(
     """Return what the instances read, as `torch_impl.key_forward`."""
     queries, keys, values = queries.contiguous(), keys.to(dtype).contiguous(), values.to(dtype).contiguous()
     out = queries.new_empty((len(queries), values.shape[2]), dtype=accumulation_dtype(queries.dtype))
-    table, sizes = _plan(queries, keys, values, cu_seqlens, heads)
+    table, sizes = _plan(queries, keys, values, cu_seqlens, heads, dtype)
     if table.n_chunks:
         few_key_forward[(table.n_chunks, heads)](
             queries, keys, values, table.bag, table.start, table.end, out, scale, keys.shape[1],
@@ -68,7 +71,7 @@ def key_backward(
     """Return the gradients of queries, keys and values, as `torch_impl.key_backward`."""
     queries, grad = queries.contiguous(), grad.contiguous()
     narrow_keys, narrow_values = keys.to(dtype).contiguous(), values.to(dtype).contiguous()
-    table, sizes = _plan(queries, keys, values, cu_seqlens, heads)
+    table, sizes = _plan(queries, keys, values, cu_seqlens, heads, dtype)
     d_queries = torch.empty_like(queries)
     wide = accumulation_dtype(queries.dtype)
     key_parts, value_parts = (
@@ -84,9 +87,9 @@ def key_backward(
 
 
 def _plan(
-    queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor, heads: int
+    queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor, heads: int, dtype: torch.dtype
 ) -> tuple[ChunkTable, dict[str, int]]:
-    sizes = launch_sizes(len(queries), keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads)
+    sizes = launch_sizes(len(queries), keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads, dtype)
     return chunk_table(cu_seqlens, sizes.pop("rows")), sizes
 
 

@@ -75,7 +75,7 @@ def _run_backward(
         d_values += d_pooled_values
     hidden = len(gate.v_weight)
     halves = [d_weight[:hidden], d_bias[:hidden], d_weight[hidden:], d_bias[hidden:]]
-    found = [d_values, *halves, d_w, d_raw.sum(0), -(d_raw * unmasked).sum() / temperature, d_scores[:, 0]]
+    found = [d_values, *halves, d_w, d_raw.sum(0), -(d_raw * unmasked).sum(), d_scores[:, 0]]
     return dense(found, inputs[: 1 + N_GATE + 2])
 
 

@@ -400,13 +400,13 @@ def one_pass_partial(
         tl.debug_barrier()  # the scores are read again by other threads
         for part in range(0, ROW_BLOCK, READ_BLOCK):
             again = first + part + tl.arange(0, READ_BLOCK)
-            share = tl.exp2((tl.load(scores + again, mask=again < end, other=NEVER) - shift) * LOG2_E)
+            weight_again = tl.exp2((tl.load(scores + again, mask=again < end, other=NEVER) - shift) * LOG2_E)
             x = tl.load(
                 values + places_of(row_index, again, end, GATHERED)[:, None] * width + column[None, :],
                 mask=(again[:, None] < end) & (column[None, :] < width),
                 other=0.0,
             )
-            z += tl.sum(x.to(tl.float32) * share[:, None], 0)
+            z += tl.sum(x.to(tl.float32) * weight_again[:, None], 0)
     one = tl.zeros([1], tl.int64) + chunk
     tl.store(top + one, m)
     tl.store(total + one, mass)
