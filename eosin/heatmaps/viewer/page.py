@@ -18,6 +18,7 @@ from bokeh.events import ButtonClick, SelectionGeometry, Tap
 from bokeh.layouts import column, row
 from bokeh.models import ColumnDataSource, Div, WMTSTileSource
 from numpy.typing import NDArray
+from tornado.ioloop import IOLoop
 
 from eosin.errors import EosinError
 from eosin.heatmaps.heatmap import Heatmap
@@ -200,11 +201,16 @@ class Page:
         if words:
             self.panel.status.text = spinner(words)
             self._is_working = True
-        self.desk.pool.submit(work).add_done_callback(partial(self._hand_over, words, then))
+        loop = IOLoop.current()
 
-    def _hand_over(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
-        """Go on in the page's own loop; runs in the thread of the work, when the tab may be closed already."""
-        with contextlib.suppress(RuntimeError):
+        def hand_over(done: Future[ResultT]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server may have stopped meanwhile
+                loop.add_callback(self._take_over, words, then, done)
+
+        self.desk.pool.submit(work).add_done_callback(hand_over)
+
+    def _take_over(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
+        with contextlib.suppress(RuntimeError):  # the tab may be closed meanwhile
             self.document.add_next_tick_callback(partial(self._finish, words, then, done))
 
     def _finish(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
