@@ -335,6 +335,8 @@ def _level(page: Any, number: int, downsample: float) -> Level:
     segment = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
     offsets = np.asarray(page.dataoffsets, np.int64)
     counts = np.asarray(page.databytecounts, np.int64)
+    if 0 in segment:
+        raise ValueError(f"it states stored pieces of {segment[0]} x {segment[1]} px")
     if len(offsets) != len(counts):
         raise ValueError(f"it states {len(offsets)} places and {len(counts)} sizes of stored pieces")
     return Level(page, number, size, segment, offsets, counts, downsample)

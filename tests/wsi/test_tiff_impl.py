@@ -378,3 +378,14 @@ def test_a_piece_that_is_smaller_than_stated_is_damage(write_slide, tissue_pictu
         monkeypatch.setattr(tiff_impl, "decode_segment", lambda *_: small)
         with pytest.raises(CorruptSlideError, match="only 1600 x 3 px"):
             slide.read((0, 0), (300, 300), 0.5)
+
+
+def test_pieces_of_no_size_are_damage(write_slide, tissue_picture):
+    path = write_slide("a.ome.tif", tissue_picture, tile=None)
+    with tifffile.TiffFile(path) as tiff:
+        entry = tiff.pages.first.tags["RowsPerStrip"].valueoffset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<H", data, entry, 0)
+    path.write_bytes(data)
+    with pytest.raises(SlideOpenError, match="pieces of 1600 x 0 px"):
+        open_plain(path)
