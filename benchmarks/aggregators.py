@@ -2,9 +2,9 @@
 
     python benchmarks/aggregators.py [--names abmil transmil] [--variants eosin plain] [--sizes 200000]
 
-Each case runs in a process of its own, which may hold 6 GB, bag included, warms up on a small bag and reports how far
-the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted. Seconds are
-the processor's, summed over threads, which other programs do not lengthen. Rows replace those of the same case in
+Each case runs in a process of its own, which may hold 6 GB beside its libraries, warms up on a small bag and says how
+far the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted. Seconds
+are the processor's, summed over threads, which other programs do not lengthen. Rows replace those of the same case in
 benchmarks/results/aggregators_cpu.csv, so that the table can be made in pieces.
 """
 
@@ -106,7 +106,7 @@ def _objective(output):
 
 
 def _limit_memory() -> None:
-    limit = int(MEMORY_LIMIT_GB * 1e9)
+    limit = int(_status_mb("VmData") * 1e6 + MEMORY_LIMIT_GB * 1e9)  # what the libraries hold does not count
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
