@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from eosin.features.interop import import_file
 from eosin.mil.crossval import crossval
 from eosin.mil.evaluate import summarise_folds
-from eosin.mil.recipe import RECIPES, Component, Recipe
+from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe
 from eosin.mil.study import Study, open_study
 from eosin.options import override
 
@@ -34,10 +34,12 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "mil"
 SHOWN = ("accuracy", "auc", "balanced_accuracy", "f1")
 
 
-def recipes(names: list[str], changes: list[str]) -> dict[str, Recipe]:
+def recipes(names: list[str], changes: list[str], *, same_training: bool = False) -> dict[str, Recipe]:
     """Return recipes by name; ``abmil_plain`` and ``abmil_classic_plain`` are without the gate."""
     known = {name: RECIPES[name] for name in RECIPES}
     known |= {f"{name}_plain": without_gate(RECIPES[name]) for name in ("abmil", "abmil_classic")}
+    if same_training:
+        known = {name: recipe.model_copy(update={"training": EVERYDAY}) for name, recipe in known.items()}
     return {name: Recipe.parse(override(known[name].model_dump(mode="json"), changes)) for name in names}
 
 
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", help="names of .npz files in ../shared/data/mil")
     parser.add_argument("--recipes", nargs="+", default=["abmil", "abmil_plain"])
     parser.add_argument("--folds", type=int, help="only the first folds")
+    parser.add_argument("--same-training", action="store_true", help="the everyday training instead of each paper's")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="key=value of every recipe")
     parser.add_argument("--out", type=Path, required=True, help="csv; rows of other runs in it stay")
     arguments = parser.parse_args()
@@ -101,7 +104,8 @@ def main() -> None:
     if arguments.out.exists():
         with arguments.out.open(newline="") as file:
             table = {(line["set"], line["method"]): line for line in csv.DictReader(file)}
-    chosen = recipes(arguments.recipes, arguments.changes)
+    names = list(RECIPES) if arguments.recipes == ["all"] else arguments.recipes
+    chosen = recipes(names, arguments.changes, same_training=arguments.same_training)
     for name in arguments.sets:
         for line in rows_of(name, chosen, most_folds=arguments.folds):
             table[line["set"], line["method"]] = line
