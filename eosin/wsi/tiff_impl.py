@@ -339,6 +339,9 @@ def _level(page: Any, number: int, downsample: float) -> Level:
         raise ValueError(f"it states stored pieces of {segment[0]} x {segment[1]} px")
     if len(offsets) != len(counts):
         raise ValueError(f"it states {len(offsets)} places and {len(counts)} sizes of stored pieces")
+    needed = -(-size[0] // segment[0]) * -(-size[1] // segment[1])
+    if len(counts) < needed:  # a piece that is missing on purpose has an entry of no bytes
+        raise ValueError(f"it lists {len(counts)} of the {needed} stored pieces of {size[0]} x {size[1]} px")
     return Level(page, number, size, segment, offsets, counts, downsample)
 
 

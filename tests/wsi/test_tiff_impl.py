@@ -389,3 +389,14 @@ def test_pieces_of_no_size_are_damage(write_slide, tissue_picture):
     path.write_bytes(data)
     with pytest.raises(SlideOpenError, match="pieces of 1600 x 0 px"):
         open_plain(path)
+
+
+def test_a_picture_that_is_larger_than_its_table_is_damage_and_not_a_sea_of_glass(write_slide, tissue_picture):
+    path = write_slide("a.ome.tif", tissue_picture, tile=None)
+    with tifffile.TiffFile(path) as tiff:
+        entry = tiff.pages.first.tags["ImageLength"].valueoffset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<H", data, entry, 60_000)
+    path.write_bytes(data)
+    with pytest.raises(SlideOpenError, match="lists 150 of the 7500 stored pieces"):
+        open_plain(path)
