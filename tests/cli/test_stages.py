@@ -30,7 +30,7 @@ def first_stage(fine: Path, run: Run) -> Path:
     job = fine / "job"
     tiles = ("--mpp", 2, "--patch-size", 32)
     assert run("tile", fine / "slides", "--job", job, *tiles).exit_code == 0
-    assert run("extract", fine / "slides", "--job", job, "--encoder", "he_texture").exit_code == 0
+    assert run("extract", fine / "slides", "--job", job, "--encoder", "he_texture", "--workers", 0).exit_code == 0
     features = job / "2mpp_32px_0px_overlap/features_he_texture"
     arguments = ("--features", features, "--labels", fine / "labels.csv", "--folds", 3, "--out", job / "crossval")
     assert run("crossval", *arguments, *QUICK).exit_code == 0
