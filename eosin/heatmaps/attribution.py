@@ -204,8 +204,9 @@ def require_grid(bag: FeatureBag) -> TileGrid:
 def pack_bag(model: torch.nn.Module, bag: FeatureBag) -> PackedBags:
     """Return the slide's features as a pack of one bag, on the model's device and in its precision."""
     parameter = next(model.parameters(), torch.empty(0))
-    # float16 features and 64-bit models both occur; a copy also frees the tensor from the file's memory map
-    values = torch.from_numpy(np.array(bag.features, dtype=np.float32)).to(parameter.device, parameter.dtype)
+    # float16 features and 64-bit models both occur; a copy also frees the tensor from the file's memory map, and torch
+    # widens it several times faster than numpy
+    values = torch.from_numpy(np.array(bag.features)).to(parameter.device, parameter.dtype)
     coords = None if bag.grid is None else [torch.from_numpy(bag.grid.origins_px0)]
     return PackedBags.pack([values], coords_px0=coords, ids=(bag.slide_id,))
 

@@ -19,6 +19,7 @@ from eosin.mil.methods.pooling import LsePooling, MaxPooling, MeanPooling, Pooli
 from eosin.mil.slots import AggregatorOutput, AttentionOutput
 
 Exact = PooledBag | ExactBag
+CACHED_ROWS = 1024
 
 
 @singledispatch
@@ -145,8 +146,9 @@ def _of_averaged_branches(model: Acmil, output: AttentionOutput) -> tuple[Floats
 
 
 def _terms(rule: str, instances: Tensor, weights: Tensor) -> Floats:
-    # float64 weights would copy the instances; the products are summed in blocks instead
-    blocks = [torch.einsum(rule, block.double(), weights.detach().double()) for block in torch.split(instances, 8192)]
+    # float64 weights would copy the instances; the products are summed in blocks that stay in the cache instead
+    wide = weights.detach().double()
+    blocks = [torch.einsum(rule, block.double(), wide) for block in torch.split(instances, CACHED_ROWS)]
     return as_array(torch.cat(blocks))
 
 
