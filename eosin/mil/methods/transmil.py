@@ -277,6 +277,21 @@ class NystromLayer(nn.Module):
         projected: Tensor = torch.unflatten(functional.linear(rows, weight.flatten(0, 1)), -1, (len(heads), -1))
         return projected
 
+    def _projections(self, tokens: Tensor, parts: range, heads: range, layout: Layout) -> list[Tensor]:
+        """Return some of queries, keys and values of some heads, each (P, H, d).
+
+        The norm is taken by rows, so that no second copy of the tokens exists. A row of zeros projects to zeros, there
+        being no bias: padding may come last.
+        """
+
+        def project(piece: Tensor) -> Tensor:
+            normed = self.norm(piece)
+            return torch.cat([self._project(normed, part, heads) for part in parts], 1)
+
+        pieces = torch.split(tokens, max(1, attention.CHECKPOINT_ROWS))
+        joint = _padded(torch.cat([recomputed(project, len(tokens), piece) for piece in pieces]), layout)
+        return list(joint.chunk(len(parts), 1))
+
     def _inverse(self, query: Tensor, key: Tensor) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
@@ -287,9 +302,7 @@ class NystromLayer(nn.Module):
         self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the values of some heads and, beside them, the class token's weights: (T, H d + H)."""
-        normed = self.norm(tokens)
-        # a row of zeros projects to zeros: there is no bias, so that padding may come last
-        query, key, value = (_padded(self._project(normed, part, heads), layout) for part in range(3))  # (P, H, d)
+        query, key, value = self._projections(tokens, range(3), heads, layout)
         mixed = self._mixed(marks_q, key, value, inverse, layout)
         out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale)
         out = (out + self._convolved(value, heads, layout))[layout.padded]  # (T, H, d)
@@ -301,11 +314,10 @@ class NystromLayer(nn.Module):
         self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the class tokens' values of some heads, (B, H d)."""
-        normed = self.norm(tokens)
-        key, value = (_padded(self._project(normed, part, heads), layout) for part in (1, 2))
+        key, value = self._projections(tokens, range(1, 3), heads, layout)
         mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, m, d)
         rows = layout.padded[layout.first]  # (B,)
-        query = self._project(normed[layout.first], 0, heads)
+        query = self._project(self.norm(tokens[layout.first]), 0, heads)
         out = (self._class_shares(query, marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
         return (out + self._convolved_class(value, rows, heads, layout)).flatten(1)
 
