@@ -11,7 +11,7 @@ from eosin.mil.planted import (
     planted_signal,
     single_concept,
 )
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.recipe import RECIPES, Component, Training
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks import Binary, Classification
 from eosin.mil.train import fit
@@ -104,7 +104,8 @@ TRAINING = Training(optimizer="adamw", lr=2e-3, epochs=30, bags_per_step=10, sel
 def auc(name, make, task, options, **data):
     train, test = (make(120, part=part, **data).examples for part in ("train", "test"))
     options = {"embed_dims": [32], "dropout": 0.0} | options
-    fitted = fit(Recipe(aggregator=Component(name=name, options=options), training=TRAINING), task, train)
+    update = {"aggregator": Component(name=name, options=options), "training": TRAINING}
+    fitted = fit(RECIPES[name].model_copy(update=update), task, train)
     outputs = predict_outputs(fitted.model, task, test.bags, test.ids)
     return task.metrics(outputs, test.targets.numpy())["auc"]
 
