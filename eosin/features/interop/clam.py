@@ -4,6 +4,7 @@ A coordinates file has the tile side at one pyramid level and that level's downs
 feature file has no attributes at all: its tile size comes from the coordinates file beside it.
 """
 
+import io
 from pathlib import Path
 
 import h5py
@@ -112,9 +113,15 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
     tensor, h5 = out / "pt_files" / f"{bag.slide_id}.pt", out / "h5_files" / f"{bag.slide_id}.h5"
     patches, grid = out / "patches" / f"{bag.slide_id}.h5", bag.grid
     write_file(h5, write_h5)
-    write_file(tensor, lambda temporary: torch.save(torch.from_numpy(rows), temporary))
+    saved = io.BytesIO()  # torch would put the temporary name into the file
+    torch.save(torch.from_numpy(rows), saved)
+    write_file(tensor, lambda temporary: _write_bytes(temporary, saved.getvalue()))
     write_file(patches, lambda temporary: _write_coordinates(temporary, grid, bag.slide_id))
     return [h5, tensor, patches]
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _write_coordinates(path: Path, grid: TileGrid, slide_id: str) -> None:
