@@ -43,15 +43,16 @@ def view(
     with progress("check slides", len(files)) as advance:
         catalogue = open_catalogue(model, features, files, progress=advance)
     report = _require_shown(catalogue)
-    if replay:
-        return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report)
-    if html is not None:
-        write_static(html, catalogue)
-        return Done([html], report)
-    for one in catalogue.refused:
-        say(f"not shown: {one.refusal}")
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        show_slides(catalogue, out=out, port=port, ready=lambda url: _announce(url, browser=browser))
+    with contextlib.closing(catalogue.slides):
+        if replay:
+            return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report)
+        if html is not None:
+            write_static(html, catalogue)
+            return Done([html], report)
+        for one in catalogue.refused:
+            say(f"not shown: {one.refusal}")
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            show_slides(catalogue, out=out, port=port, ready=lambda url: _announce(url, browser=browser))
     return Done([], report)
 
 

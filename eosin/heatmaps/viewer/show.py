@@ -42,7 +42,6 @@ def show_slides(catalogue: Catalogue, *, out: Path | None = None, port: int = 0,
             run_until_stopped(lambda: start_viewer(page_builder(desk), store, port=port), ready)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            catalogue.slides.close()
 
 
 def page_builder(desk: Desk) -> BuildPage:

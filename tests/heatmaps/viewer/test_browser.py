@@ -22,6 +22,9 @@ class Reader:
         self.wait("window.Bokeh && Bokeh.documents.length > 0")
 
     def model(self, name):
+        """Return what the script calls a model; layers are looked up in the figure that is shown."""
+        if name in ("map", "tissue"):
+            return f"{self.model('canvas')}.children[0].renderers?.find((one) => one.name == '{name}')"
         return f"Bokeh.documents[0].get_model_by_name('{name}')"
 
     def wait(self, condition):
