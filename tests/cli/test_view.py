@@ -40,7 +40,7 @@ def test_a_page_is_written_and_slides_without_features_are_listed(run, cohort, f
         "view", "--model", model, "--features", some, "--slides", slide(cohort, 0), "--slides", slide(cohort, 1),
         "--html", tmp_path / "page.html",
     )  # fmt: skip
-    assert done.exit_code == 1
+    assert done.exit_code == 1, done.output
     assert "failed: S001: " in done.stderr
     assert "has no feature file" in done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "page.html")]
