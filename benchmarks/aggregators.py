@@ -2,10 +2,10 @@
 
     python benchmarks/aggregators.py [--names abmil transmil] [--variants eosin plain] [--sizes 200000]
 
-Each case runs in a process of its own, which may hold 6 GB beside its libraries, warms up on a small bag and says how
-far the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted. Seconds
-are the processor's, summed over threads, which other programs do not lengthen. Rows replace those of the same case in
-benchmarks/results/aggregators_cpu.csv, so that the table can be made in pieces.
+Each case runs in a process of its own, which may hold 6 GB beside bag and libraries, warms up on a small bag and says
+how far the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted.
+Seconds are the processor's, summed over threads, which other programs do not lengthen. Rows replace those of the same
+case in benchmarks/results/aggregators_cpu.csv, so that the table can be made in pieces.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def measure(name: str, variant: str, n: int) -> dict[str, float]:
     """Run one case in this process and return seconds and peak memory."""
     import torch
 
-    _limit_memory()
+    _limit_memory(n * WIDTH * 4)
     torch.manual_seed(0)
     step = _step(name, variant)
     step(torch.randn(WARM_UP, WIDTH))
@@ -105,8 +105,9 @@ def _objective(output):
     return loss
 
 
-def _limit_memory() -> None:
-    limit = int(_status_mb("VmData") * 1e6 + MEMORY_LIMIT_GB * 1e9)  # what the libraries hold does not count
+def _limit_memory(bag_bytes: int) -> None:
+    held = int(_status_mb("VmData") * 1e6)  # what the libraries hold does not count
+    limit = held + bag_bytes + int(MEMORY_LIMIT_GB * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

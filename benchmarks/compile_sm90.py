@@ -36,6 +36,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 MAX_SHARED_BYTES = 227 * 1024
 RESULTS = Path(__file__).parent / "results" / "compile_sm90.csv"
 COLUMNS = ("triton", "kernel", "configuration", "warps", "registers", "shared_bytes", "spilled_bytes")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -115,7 +116,7 @@ def _gate_cases() -> Iterator[Case]:
         for heads in (1, 5):
             for gated in (True, False):
                 for dropout in (True, False) if gated else (False,):
-                    blocks = gate.launch_sizes(256, heads)
+                    blocks = gate.launch_sizes(256, heads, DTYPES[dtype])
                     warps = blocks.pop("num_warps")
                     constants = {**blocks, "GATED": gated, "ACTIVATION": 1, "DROPOUT": dropout}
                     given = integers | {"projected": pointer, "d_projected": pointer, "keep_scale": "fp32"}
@@ -180,8 +181,8 @@ def _few_key_cases() -> Iterator[Case]:
     tables = dict.fromkeys(("bags", "starts", "ends"), "*i32")
     for dtype, pointer in FLOATS.items():
         given = sizes | tables | dict.fromkeys(("queries", "keys", "values", "d_queries"), pointer)
-        for n_keys, head_width in ((16, 64),) if dtype == "fp32" else ((16, 64), (64, 64), (64, 128), (128, 64)):
-            kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        for n_keys, head_width in ((16, 64),) if dtype == "fp32" else ((16, 64), (64, 64), (128, 64)):
+            kind = DTYPES[dtype]
             assert few.fits(n_keys, head_width, head_width, kind)
             blocks = few.launch_sizes(200_000, n_keys, head_width, head_width, kind)
             blocks.pop("rows")

@@ -91,8 +91,8 @@ def few_key_attention(
     Returns
     -------
     (N, F)
-        float32 at least. Differentiable in all tensors. Memory is that of a block of instances. On a GPU, more keys
-        × width of a head than 128 × 64 (16 × 64 in float32) go by blocks of torch.
+        float32 at least. Differentiable in all tensors. Memory is that of a block of instances. On a GPU, more than
+        128 keys (16 in float32), or heads wider than 64, go by blocks of torch.
 
     Raises
     ------

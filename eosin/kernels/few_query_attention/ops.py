@@ -53,8 +53,8 @@ def _shared_backward(
 
 
 def _projection(query: Tensor, k_weight: Tensor | None, v_weight: Tensor | None, dtype: torch.dtype) -> Projection:
-    weights = (None if weight is None else weight.to(dtype) for weight in (k_weight, v_weight))
-    return Projection(*weights, heads=len(query))
+    keys, values = (None if weight is None else weight.to(dtype) for weight in (k_weight, v_weight))
+    return Projection(keys, values, heads=len(query))
 
 
 def _fake_shared(query: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

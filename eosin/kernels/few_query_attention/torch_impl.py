@@ -7,7 +7,9 @@ query, and the backward pass scores it again. Where that is cheaper, the project
 projected, read and forgotten. The way back, from instances to few keys, has no state: a block needs nothing of others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ def _pooled(
     return read[:, 0], lse[:, 0]
 
 
-def _op():  # type: ignore[no-untyped-def]
+def _op() -> Callable[..., Any]:
     from eosin.kernels.few_query_attention import ops  # which builds on this module
 
     return ops.shared_query_attention
@@ -268,7 +270,7 @@ def _key_weights(query: Tensor, key: Tensor, scale: float, wide: torch.dtype) ->
 
 
 def _by_head(tokens: Tensor, heads: int) -> Tensor:
-    return tokens.unflatten(2, (heads, -1)).transpose(1, 2).contiguous()  # (B, H, M, width / H)
+    return torch.unflatten(tokens, 2, (heads, -1)).transpose(1, 2).contiguous()  # (B, H, M, width / H)
 
 
 def _together(tokens: Tensor) -> Tensor:

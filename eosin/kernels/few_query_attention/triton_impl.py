@@ -16,13 +16,15 @@ from eosin.kernels._chunks import ChunkTable, chunk_table
 from eosin.kernels._dispatch import interpreting
 from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, pool_combine, product
 
+MOST_WIDTH = 64  # of a head
 MOST_ENTRIES = {2: 128 * 64, 4: 16 * 64}  # of a head's keys in one program, by bytes: beyond, registers spill
 
 
 def fits(n_keys: int, head_width: int, read_width: int, dtype: torch.dtype) -> bool:
     """Return whether keys and values of one head fit into a program."""
     key_block, head_block, read_block = _blocks(n_keys, head_width, read_width)
-    return key_block * max(head_block, read_block) <= MOST_ENTRIES[dtype.itemsize]
+    widest = max(head_block, read_block)
+    return widest <= MOST_WIDTH and key_block * widest <= MOST_ENTRIES[dtype.itemsize]
 
 
 def launch_sizes(n_rows: int, n_keys: int, head_width: int, read_width: int, dtype: torch.dtype) -> dict[str, int]:

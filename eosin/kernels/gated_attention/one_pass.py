@@ -65,6 +65,7 @@ def _run_backward(
     d_scores, d_pooled_values = pool.backward(
         (True, needs_values), grads[1:], results[1:], scores, Rows(values, None), cu_seqlens
     )
+    assert d_scores is not None
     d_scores = torch.where(scores == float("-inf"), 0, d_scores + grads[0])
     unmasked = torch.where(scores == float("-inf"), 0, scores if added is None else scores - added[:, None])
     d_raw = d_scores / temperature
@@ -107,9 +108,8 @@ def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[: _N_TENSORS - 2]
     if torch.is_grad_enabled():  # a second derivative is asked for
         values, *gate, temperature, added, cu_seqlens, index = tensors
-        outputs = reference.gated_attention_pool(
-            gathered(values, index), None, None, *gate, temperature, added, None, cu_seqlens, activation=ctx.options[0]
-        )
+        arguments: list[Any] = [gathered(values, index), None, None, *gate, temperature, added, None, cu_seqlens]
+        outputs = reference.gated_attention_pool(*arguments, activation=ctx.options[0])
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=False) if need]
         rest = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
         return *(next(rest) if need else None for need in needs), *(None,) * 4
