@@ -83,8 +83,8 @@ def _donors(
         if given and len(given) != len(features):
             raise ConfigError(f"{len(given)} {name} for {len(features)} --donor; give one for each, in their order")
     opened = [next(iter(_slides(path, slide_mpp).values())) for path in slides]
-    given = itertools.zip_longest(features, opened, regions)
-    return [DonorFile(path, slide, annotation) for path, slide, annotation in given]
+    matched = itertools.zip_longest(features, opened, regions)
+    return [DonorFile(path, slide, annotation) for path, slide, annotation in matched]
 
 
 def _ask_slide(
