@@ -22,6 +22,7 @@ from typing import Any
 from bokeh.application import Application
 from bokeh.application.handlers.function import FunctionHandler
 from bokeh.document import Document
+from bokeh.io import doc as current_document
 from bokeh.server.connection import ServerConnection
 from bokeh.server.server import BaseServer
 from bokeh.server.tornado import BokehTornado
@@ -112,7 +113,9 @@ class _Connection(ServerConnection):  # type: ignore[misc]
     """A websocket whose error messages carry no traceback."""
 
     def error(self, message: Any, text: str) -> Any:
-        answer = super().error(message, "the viewer could not do that; the terminal says why")
+        # Bokeh keeps the document of what failed as the current one, and no page can be made once that is gone
+        getattr(current_document, "_PATCHED_CURDOCS", []).clear()
+        answer = super().error(message, "the viewer could not do that")
         answer.content["traceback"] = None
         return answer
 

@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from bokeh.io import doc as current_document
 from bokeh.models import Div
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketError, websocket_connect
@@ -242,6 +243,7 @@ def test_nonsense_over_the_websocket_gets_no_traceback(place):
     assert "ERROR" in told
     assert "Traceback" not in told
     assert "site-packages" not in told
+    assert not current_document._PATCHED_CURDOCS  # else no further page could be made
 
 
 def test_a_page_that_cannot_be_made_tells_the_terminal_and_not_the_browser(desk, caplog):
