@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_packs import error, gate_parameters, normal, offsets
 
@@ -24,7 +24,8 @@ WIDTH = 1024
 KERNELS = sorted((Path(kernels.__file__).parent).rglob("triton_impl.py"))
 # nothing, one, a block and its neighbours, primes, and one bag that is longer than all others together
 skewed = st.lists(st.sampled_from([0, 1, 2, 13, 31, 32, 33, 63, 64, 65, 127, 257]), min_size=1, max_size=4)
-few = settings(max_examples=6, deadline=None, derandomize=True)
+DRAWN = (Phase.explicit, Phase.generate)  # the interpreter is too slow to look for smaller examples
+few = settings(max_examples=4, deadline=None, derandomize=True, phases=DRAWN)
 
 
 def compared(function, tensors, lengths, **options):
@@ -36,7 +37,9 @@ def compared(function, tensors, lengths, **options):
             outputs = function(**leaves, cu_seqlens=offsets(tuple(lengths)).to(DEVICE), **options)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         total = sum((o.nan_to_num(neginf=0) * normal(*o.shape, seed=9).to(o)).sum() for o in outputs)
-        gradients = torch.autograd.grad(total, list(leaves.values()))
+        wanted = list(leaves.values())
+        found = torch.autograd.grad(total, wanted, allow_unused=True)  # a pack without instances uses nothing
+        gradients = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, found, strict=True)]
         runs.append([*(o.nan_to_num(neginf=0) for o in outputs), *gradients])
     for found, exact in zip(*runs, strict=True):
         assert error(found.cpu(), exact.cpu()) <= 2e-5 or (found.cpu() - exact.cpu()).abs().max() < 2e-6
@@ -57,7 +60,7 @@ def test_gated_attention_pool(lengths, seed):
 
 
 @given(lengths=st.lists(st.sampled_from([0, 1, 2, 13, 31, 32, 33]), min_size=1, max_size=3), seed=st.integers(0, 99))
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True, phases=DRAWN)
 def test_selective_scan(lengths, seed):
     n = sum(lengths)
     shapes = {"u": (n, 5), "delta": (n, 5), "a": (5, 3), "b": (n, 3), "c": (n, 3), "z": (n, 5)}

@@ -62,9 +62,7 @@ def _run_backward(
     source = Rows(values, index)
     gate = make_gate(inputs[1 : 1 + N_GATE], 0.0, 0, activation, dtype)
     scores, temperature = results[0], temperature.to(torch.float32)
-    d_scores, d_pooled_values = pool.backward(
-        (True, needs_values), grads[1:], results[1:], scores, Rows(values, None), cu_seqlens
-    )
+    d_scores, d_pooled_values = pool.backward((True, needs_values), grads[1:], results[1:], scores, source, cu_seqlens)
     assert d_scores is not None
     d_scores = torch.where(scores == float("-inf"), 0, d_scores + grads[0])
     unmasked = torch.where(scores == float("-inf"), 0, scores if added is None else scores - added[:, None])
