@@ -182,6 +182,14 @@ def test_what_is_no_http_is_dropped(place, junk):
     assert ask(place, f"/{place[2]}/")[0] == 200
 
 
+async def hang_up(connection):
+    """Close a websocket and wait until it is closed."""
+    connection.close()
+    with contextlib.suppress(TimeoutError):
+        while await asyncio.wait_for(connection.read_message(), 5) is not None:
+            pass
+
+
 def talk(place, *, origin, token, subprotocols):
     """Open a websocket and return the first message, or the refusal."""
 
@@ -191,7 +199,7 @@ def talk(place, *, origin, token, subprotocols):
         try:
             return await asyncio.wait_for(connection.read_message(), 10)
         finally:
-            connection.close()
+            await hang_up(connection)
 
     try:
         return asyncio.run(session())
@@ -235,7 +243,7 @@ def test_nonsense_over_the_websocket_gets_no_traceback(place):
                 fragments.append(message)
         except TimeoutError:
             pass
-        connection.close()
+        await hang_up(connection)
         return "".join(str(fragment) for fragment in fragments)
 
     told = asyncio.run(converse())
