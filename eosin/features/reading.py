@@ -133,7 +133,7 @@ class _Child:
                 return
             index, shape = message
             tiles = self.allocate(shape)
-            self.connection.recv_bytes_into(tiles.reshape(-1).data)
+            self._fill(tiles, request)
             yield TileBatch(request.slide.slide_id, tiles, index)
 
     def _receive(self, request: ReadRequest, stopping: threading.Event) -> Any:
@@ -143,21 +143,43 @@ class _Child:
                 if stopping.is_set():
                     return None
                 if time.monotonic() > patience:
-                    raise CorruptSlideError(request.slide.path, f"gave no tile for {HANG_S:g} s", code="timeout")
+                    raise _hung(request)
             return self.connection.recv()
-        except (EOFError, ConnectionError):
-            message = f"the process that decoded it died ({self._cause_of_death()})"
-            raise CorruptSlideError(request.slide.path, message, code="crashed") from None
+        except (EOFError, OSError):
+            raise self._died(request) from None
 
-    def _cause_of_death(self) -> str:
+    def _fill(self, tiles: NDArray[np.uint8], request: ReadRequest) -> None:
+        """Receive the pixels of a batch; a process that stops in the midst of them is killed, which ends the wait."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.process.kill()
+
+        watch = threading.Timer(HANG_S, give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            self.connection.recv_bytes_into(tiles.reshape(-1).data)
+        except (EOFError, OSError):
+            raise (_hung(request) if late.is_set() else self._died(request)) from None
+        finally:
+            watch.cancel()
+
+    def _died(self, request: ReadRequest) -> CorruptSlideError:
         self.process.join(timeout=10)
         code = self.process.exitcode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return CorruptSlideError(request.slide.path, f"the process that decoded it died ({cause})", code="crashed")
 
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+def _hung(request: ReadRequest) -> CorruptSlideError:
+    return CorruptSlideError(request.slide.path, f"gave no tile for {HANG_S:g} s", code="timeout")
 
 
 def _serve(connection: "Connection[Any, Any]") -> None:
