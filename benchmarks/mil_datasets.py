@@ -9,9 +9,9 @@ instances.
 How far MUSK1 can be trusted: the everyday settings were chosen by experiments inside its training folds, but the
 test-fold accuracies of four candidates were seen on the way (gated: 0.824 for a first draft on ten folds, 0.825 without
 the refit, 0.853 with it, 0.818 with a refit on a shortened schedule), and the last was dropped for its result. MUSK1
-therefore flatters the settings a little. No setting was tuned on any other set. `abmil_classic` is the network and the
-training of the published tables, taken as released and fixed before it was run on any set. `--same-training` gives every
-recipe the everyday settings, so that methods are compared and not their schedules.
+therefore flatters the settings a little. No setting was tuned on any other set. `abmil_classic` is the network and
+training of the published tables, taken as released and fixed before it was run on any set. `--same-training` gives
+every recipe the everyday settings, so that methods are compared and not their schedules.
 """
 
 import argparse
