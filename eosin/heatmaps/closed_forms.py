@@ -51,7 +51,7 @@ def _of_maximum(model: MaxPooling, pack: PackedBags, output: AggregatorOutput) -
 @closed_form.register
 def _of_smooth_maximum(model: LsePooling, pack: PackedBags, output: AggregatorOutput) -> SmoothMaxBag:
     rows, head, bias = _pooled_rows(model, pack)
-    return SmoothMaxBag(rows, model.sharpness, head, bias)
+    return SmoothMaxBag(rows, head, bias, model.sharpness)
 
 
 def _pooled_rows(model: Pooling, pack: PackedBags) -> tuple[Tensor, Tensor, Tensor]:

@@ -196,8 +196,8 @@ def _pooled_without(whole: Tensor, ratio: Tensor, values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class MaxBag(ExactBag):
-    """``logits = head · max over the instances, channel by channel, + bias``; the bag without instances pools to 0.
+class RowsBag(ExactBag):
+    """A bag that is pooled channel by channel and read by a linear head.
 
     Parameters
     ----------
@@ -215,6 +215,30 @@ class MaxBag(ExactBag):
     def n_instances(self) -> int:
         """Number of instances n."""
         return len(self.rows)
+
+    def select(self, index: NDArray[np.int64]) -> Self:
+        """Return the bag of the instances at `index`."""
+        return replace(self, rows=self.rows[torch.from_numpy(np.asarray(index))])
+
+    def join(self, donor: Self) -> Self:
+        """Return the bag with the instances of a donor added."""
+        return replace(self, rows=torch.cat([self.rows, donor.rows]))
+
+    def with_zero_logit(self) -> Self:
+        """Return the bag with a logit 0 for the first class."""
+        head = torch.cat([torch.zeros_like(self.head), self.head])
+        return replace(self, head=head, bias=torch.cat([torch.zeros_like(self.bias), self.bias]))
+
+
+@dataclass(frozen=True, eq=False)
+class MaxBag(RowsBag):
+    """``logits = head · max over the instances, channel by channel, + bias``; the bag without instances pools to 0.
+
+    Parameters
+    ----------
+    rows, head, bias
+        As of `RowsBag`.
+    """
 
     def logits(self) -> Floats:
         """Return the prediction, (K,)."""
@@ -235,43 +259,20 @@ class MaxBag(ExactBag):
     def log_weight_gradient(self) -> None:
         """Return None: how often an instance occurs does not move a maximum."""
 
-    def select(self, index: NDArray[np.int64]) -> "MaxBag":
-        """Return the bag of the instances at `index`."""
-        return replace(self, rows=self.rows[torch.from_numpy(np.asarray(index))])
-
-    def join(self, donor: "MaxBag") -> "MaxBag":
-        """Return the bag with the instances of a donor added."""
-        return replace(self, rows=torch.cat([self.rows, donor.rows]))
-
-    def with_zero_logit(self) -> "MaxBag":
-        """Return the bag with a logit 0 for the first class."""
-        head, bias = _zero_first(self.head, self.bias)
-        return replace(self, head=head, bias=bias)
-
 
 @dataclass(frozen=True, eq=False)
-class SmoothMaxBag(ExactBag):
+class SmoothMaxBag(RowsBag):
     """``logits = head · (1/r) log mean exp(r h) + bias``; the bag without instances pools to 0.
 
     Parameters
     ----------
-    rows : (n, F) float
-        Channels h of each instance.
+    rows, head, bias
+        As of `RowsBag`.
     sharpness : float
         r.
-    head : (K, F) float64
-    bias : (K,) float64
     """
 
-    rows: Tensor
     sharpness: float
-    head: Tensor
-    bias: Tensor
-
-    @property
-    def n_instances(self) -> int:
-        """Number of instances n."""
-        return len(self.rows)
 
     def logits(self) -> Floats:
         """Return the prediction, (K,)."""
@@ -299,19 +300,6 @@ class SmoothMaxBag(ExactBag):
         steps = torch.split(self.rows, max(1, BLOCK_ENTRIES // self.rows.shape[1]))
         parts = [(self._shares(rows, total) - 1 / n) @ self.head.T for rows in steps]
         return np.asarray((torch.cat(parts) / self.sharpness).numpy())
-
-    def select(self, index: NDArray[np.int64]) -> "SmoothMaxBag":
-        """Return the bag of the instances at `index`."""
-        return replace(self, rows=self.rows[torch.from_numpy(np.asarray(index))])
-
-    def join(self, donor: "SmoothMaxBag") -> "SmoothMaxBag":
-        """Return the bag with the instances of a donor added."""
-        return replace(self, rows=torch.cat([self.rows, donor.rows]))
-
-    def with_zero_logit(self) -> "SmoothMaxBag":
-        """Return the bag with a logit 0 for the first class."""
-        head, bias = _zero_first(self.head, self.bias)
-        return replace(self, head=head, bias=bias)
 
     def _total(self) -> Tensor:
         """Return the logarithm of each channel's sum, (F,)."""
@@ -381,7 +369,3 @@ class NoisyOrBag(ExactBag):
 
     def _headed(self, odds: Tensor) -> Tensor:
         return torch.nn.functional.pad(odds, (1, 0)) @ self.head.T
-
-
-def _zero_first(head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat([torch.zeros_like(head), head]), torch.cat([torch.zeros_like(bias), bias])
