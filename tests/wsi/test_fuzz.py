@@ -112,9 +112,9 @@ def test_300_damaged_copies_of_real_slides(shared: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_10_000_damaged_copies_of_real_slides(shared: Path, tmp_path: Path):
-    for seed in range(1, 11):
-        fuzz_real_slides(shared, tmp_path, 1000, seed)
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_1_000_more_damaged_copies_of_real_slides(shared: Path, tmp_path: Path, seed: int):
+    fuzz_real_slides(shared, tmp_path, 1000, seed)
 
 
 READ_TILES = """
