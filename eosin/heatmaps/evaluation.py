@@ -251,7 +251,7 @@ def confusions(found: Evaluated) -> tuple[Confusion, ...]:
 
 def worst_cards(found: Evaluated, thumbnails: Path | None) -> tuple[SlideCard, ...]:
     """Return the slides whose predictions are farthest from the truth, with their thumbnails where there are any."""
-    surprise = found.task.surprise(found.outputs, found.targets)
+    surprise = found.task.surprise(found.outputs, found.targets, folds=found.folds)
     known = np.flatnonzero(np.isfinite(surprise))
     order = known[np.argsort(-surprise[known], kind="stable")][:WORST]
     return tuple(_worst_card(found, int(row), thumbnails) for row in order)

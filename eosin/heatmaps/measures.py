@@ -59,31 +59,40 @@ class Evaluated:
         ``predictions.csv``, every value as text.
     outputs : (n, outputs) float
     targets : (n, ...) array
+    decided : (n, ...) int
+        What was decided, by the thresholds of each fold.
     """
 
     task: Task
     frame: pd.DataFrame
     outputs: Floats
     targets: NDArray[Any]
+    decided: NDArray[np.int64]
 
     @classmethod
     def of(cls, task: Task, frame: pd.DataFrame) -> "Evaluated":
         """Read the outputs and targets that a table of predictions holds."""
         rows = [{str(name): str(value) for name, value in row.items()} for row in frame.to_dict("records")]
         columns = {str(name): [row[str(name)] for row in rows] for name in frame}
-        return cls(task, frame, task.read_outputs(columns), task.encode(rows).numpy())
+        targets = task.encode(rows).numpy()
+        return cls(task, frame, task.read_outputs(columns), targets, task.read_decided(columns))
 
     @property
     def patients(self) -> list[str]:
         """Patient of each row."""
         return [str(name) for name in self.frame["patient_id"]]
 
+    @property
+    def folds(self) -> NDArray[np.int64]:
+        """Number of the fold of each row."""
+        return np.unique(self.frame["fold"].to_numpy(str), return_inverse=True)[1]
+
     def parts(self) -> list[tuple[str, "Evaluated"]]:
         """Return each target of a task of several with its name and the rows that know it; else itself, unnamed."""
         if not isinstance(self.task, MultiTask):
             return [("", self)]
         return [
-            (name, Evaluated(part, self.frame.iloc[there], outputs, targets))
+            (name, Evaluated(part, self.frame.iloc[there], outputs, targets, part.decide(outputs)))
             for name, part, outputs, targets, there in self.task.by_part(self.outputs, self.targets)
         ]
 
@@ -160,7 +169,14 @@ def site_table(found: Evaluated, sites: Mapping[str, str]) -> pd.DataFrame | Non
 def _site_row(found: Evaluated, site: str, rows: NDArray[np.int64]) -> dict[str, Any]:
     patients = [found.patients[row] for row in rows]
     estimates = bootstrap(
-        found.task, found.outputs[rows], found.targets[rows], patients, resamples=SITE_RESAMPLES, seed=0
+        found.task,
+        found.outputs[rows],
+        found.targets[rows],
+        patients,
+        decided=found.decided[rows],
+        folds=found.folds[rows],
+        resamples=SITE_RESAMPLES,
+        seed=0,
     )
     row: dict[str, Any] = {"Site": site, "Slides": str(len(rows)), "Patients": str(len(set(patients)))}
     for name in [name for name in SITE_METRICS if name in estimates][:3]:

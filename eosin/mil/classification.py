@@ -129,12 +129,23 @@ class _ClassTask(Task):
         """Return the probabilities of the classes."""
         return np.stack([np.asarray(columns[f"prob_{name}"], np.float64) for name in self.classes], 1)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def read_decided(self, columns: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
+        """Return the numbers of the predicted classes."""
+        return np.asarray([self.classes.index(name) for name in columns["predicted"]], np.int64)
+
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return the metrics of `eosin.mil.metrics.classification_metrics`."""
         predicted = self.decide(outputs) if decided is None else decided
         return classification_metrics(outputs, target, predicted, self.classes)
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return one minus the probability of the true class."""
         return np.asarray(1 - outputs[np.arange(len(target)), target])
 
@@ -293,7 +304,14 @@ class Ordinal(_ClassTask):
         """Return the number of the median class."""
         return np.asarray((outputs.cumsum(1) < 0.5).sum(1).clip(max=outputs.shape[1] - 1), np.int64)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return quadratic_kappa, mean_absolute_error in classes, and the metrics of a classification."""
         predicted = self.decide(outputs) if decided is None else decided
         matrix = confusion(target, predicted, len(self.classes))

@@ -1,6 +1,6 @@
 """Two models on the same slides: is the difference more than chance?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from scipy import stats
 
 from eosin.errors import LabelError
 from eosin.mil.evaluate import LEVEL, RESAMPLES, patient_draws
-from eosin.mil.metrics import Floats
+from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.tables import Table, shown
 from eosin.mil.task import Task
 
@@ -86,6 +86,8 @@ def paired_bootstrap(
     targets: NDArray[Any],
     patients: Sequence[str],
     *,
+    decided: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+    folds: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
@@ -100,6 +102,8 @@ def paired_bootstrap(
     targets : (n, ...) array
     patients : sequence of str
         Patient of each row; a patient is drawn with all rows.
+    decided, folds : pair of (n, ...) int, optional
+        Decisions and folds of the rows of each model, see `Task.metrics`.
     resamples, level, seed
         Number of draws, coverage, seed.
 
@@ -117,10 +121,18 @@ def paired_bootstrap(
         raise LabelError(
             f"{len(first)} and {len(second)} predictions for {len(targets)} slides; compare the same slides"
         )
-    values = task.metrics(first, targets), task.metrics(second, targets)
+    outputs = (first, second)
+    decisions = decided or tuple(task.decide(model) for model in outputs)
+
+    def measure(model: int, rows: NDArray[np.int64]) -> Metrics:
+        of_rows = None if folds is None else folds[model][rows]
+        return task.metrics(outputs[model][rows], targets[rows], decisions[model][rows], folds=of_rows)
+
+    everyone = np.arange(len(targets))
+    values = measure(0, everyone), measure(1, everyone)
     draws: dict[str, list[float]] = {name: [] for name in values[0]}
     for rows in patient_draws(patients, resamples, seed):
-        one, two = task.metrics(first[rows], targets[rows]), task.metrics(second[rows], targets[rows])
+        one, two = measure(0, rows), measure(1, rows)
         for name, drawn in draws.items():
             a, b = one[name], two[name]
             if a is not None and b is not None:
@@ -167,19 +179,27 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     differs = [slide for slide in slides if any(rows[0][slide][name] != rows[1][slide][name] for name in needed)]
     if differs:
         raise LabelError(f"patient or label of {shown(differs)} differ between the two; compare the same labels")
-    outputs = []
-    for table in rows:
-        columns = {name: [table[slide][name] for slide in slides] for name in table[slides[0]]}
-        try:
-            outputs.append(task.read_outputs(columns))
-        except KeyError as error:
-            raise LabelError(f"predictions without the column {error}; compare runs of the same task") from None
+    read = [_read(task, table, slides) for table in rows]
     targets = task.encode([rows[0][slide] for slide in slides]).numpy()
     patients = [rows[0][slide]["patient_id"] for slide in slides]
-    found = paired_bootstrap(task, outputs[0], outputs[1], targets, patients)
+    (first_outputs, *first_rest), (second_outputs, *second_rest) = read
+    decided, folds = zip(first_rest, second_rest, strict=True)
+    found = paired_bootstrap(task, first_outputs, second_outputs, targets, patients, decided=decided, folds=folds)
     if len(getattr(task, "classes", ())) == 2 and len(set(patients)) == len(patients):
-        found["auc"] = delong(outputs[0][:, 1], outputs[1][:, 1], targets == 1)
+        found["auc"] = delong(first_outputs[:, 1], second_outputs[:, 1], targets == 1)
     return found
+
+
+def _read(
+    task: Task, table: Mapping[str, Mapping[str, str]], slides: Sequence[str]
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
+    """Return the outputs of some slides, what was decided and the number of the fold."""
+    columns = {name: [table[slide][name] for slide in slides] for name in table[slides[0]]}
+    try:
+        folds = np.unique(columns["fold"], return_inverse=True)[1]
+        return task.read_outputs(columns), task.read_decided(columns), folds
+    except KeyError as error:
+        raise LabelError(f"predictions without the column {error}; compare runs of the same task") from None
 
 
 def _by_slide(table: Table, needed: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -219,6 +219,7 @@ def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) 
         np.concatenate([fold.targets for fold in folds]),
         [patient for fold in folds for patient in fold.patient_ids],
         decided=np.concatenate([fold.task.decide(fold.outputs) for fold in folds]),
+        folds=np.repeat([fold.number for fold in folds], [len(fold.ids) for fold in folds]),
         resamples=resamples,
     )
     return {

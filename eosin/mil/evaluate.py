@@ -112,6 +112,7 @@ def bootstrap(
     patients: Sequence[str],
     *,
     decided: NDArray[np.int64] | None = None,
+    folds: NDArray[np.int64] | None = None,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
@@ -129,6 +130,8 @@ def bootstrap(
         Patient of each row.
     decided : (n, ...) int, optional
         Decisions that were made already, see `Task.metrics`.
+    folds : (n,) int, optional
+        Fold of each row, see `Task.metrics`.
     resamples, level, seed
         Number of draws, coverage of the interval, seed of the draws.
 
@@ -138,10 +141,13 @@ def bootstrap(
         The interval is None when less than half of the draws define the metric.
     """
     decisions = task.decide(outputs) if decided is None else decided
-    values = task.metrics(outputs, targets, decisions)
-    draws = [
-        task.metrics(outputs[rows], targets[rows], decisions[rows]) for rows in patient_draws(patients, resamples, seed)
-    ]
+
+    def measure(rows: NDArray[np.int64]) -> Metrics:
+        of_rows = None if folds is None else folds[rows]
+        return task.metrics(outputs[rows], targets[rows], decisions[rows], folds=of_rows)
+
+    values = measure(np.arange(len(outputs)))
+    draws = [measure(rows) for rows in patient_draws(patients, resamples, seed)]
     return {name: _estimate(value, [draw.get(name) for draw in draws], level) for name, value in values.items()}
 
 

@@ -114,7 +114,14 @@ class MultiLabel(Task):
         """Return 1 for each label whose probability is at least one half, (B, K)."""
         return np.asarray(outputs >= 0.5, np.int64)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return auc and average_precision, each also per label, and accuracy and f1, each the mean over labels."""
         flags = self.decide(outputs) if decided is None else decided
         areas = [roc_auc(outputs[:, k], target[:, k] == 1) for k in range(self.n_outputs)]
@@ -128,7 +135,7 @@ class MultiLabel(Task):
         found |= {f"auc_{name}": area for name, area in zip(self.targets, areas, strict=True)}
         return found | {f"average_precision_{name}": area for name, area in zip(self.targets, precisions, strict=True)}
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean over the labels of one minus the probability of the truth."""
         return np.asarray(np.abs(outputs - target).mean(1))
 

@@ -149,24 +149,34 @@ class MultiTask(Task):
         ]
         return np.concatenate([part.read_outputs(table) for part, table in zip(self.parts, own, strict=True)], 1)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return the metrics of each part over its known targets, ``<name>_`` before them, and ``score``."""
         found: Metrics = {}
         chosen: list[float | None] = []
         sliced = self._sliced(torch.from_numpy(np.asarray(target)))
         for name, (part, known, there), own in zip(self.names, sliced, self._outputs(outputs), strict=True):
-            metrics = part.metrics(own[there.numpy()], known.numpy()) if len(known) else {}
+            where = there.numpy()
+            of_part = None if folds is None else folds[where]
+            metrics = part.metrics(own[where], known.numpy(), folds=of_part) if len(known) else {}
             chosen.append(metrics.get(part.selection_metric))
             found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
         return {"score": mean_if_defined(chosen)} | found
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean rank, from 0 to 1, of the surprise of the known targets."""
         ranks = np.full((len(target), len(self.parts)), np.nan)
         sliced = self._sliced(torch.from_numpy(np.asarray(target)))
         for number, ((part, known, there), own) in enumerate(zip(sliced, self._outputs(outputs), strict=True)):
-            values = part.surprise(own[there.numpy()], known.numpy())
-            ranks[there.numpy(), number] = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
+            where = there.numpy()
+            values = part.surprise(own[where], known.numpy(), folds=None if folds is None else folds[where])
+            ranks[where, number] = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
         known_parts = np.isfinite(ranks).sum(1)
         blank = np.full(len(target), np.nan)
         means: Floats = np.divide(np.nansum(ranks, 1), known_parts, out=blank, where=known_parts > 0)

@@ -81,11 +81,18 @@ class Regression(Task):
         """Return the column ``predicted``."""
         return {"predicted": outputs[:, 0]}
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the absolute error."""
         return np.asarray(np.abs(outputs[:, 0] - target))
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return mean_absolute_error, rmse, r2, pearson and spearman."""
         error = outputs[:, 0] - target
         spread = float(((target - target.mean()) ** 2).sum())

@@ -136,15 +136,27 @@ class _Survival(Task):
         """Return a number that is higher for an earlier event, (B,)."""
         raise NotImplementedError
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return cindex, see `concordance`, and time_auc over `edges`, see `eosin.mil.survival_metrics.time_auc`."""
         time, event, risk = target[:, 0], target[:, 1] == 1, self.risk(outputs)
-        area = time_auc(risk, time, event, np.asarray(self.edges)) if self.edges else None
-        return {"cindex": concordance(risk, time, event), "time_auc": area}
+        groups = self._groups(folds)
+        area = time_auc(risk, time, event, np.asarray(self.edges), groups=groups) if self.edges else None
+        return {"cindex": concordance(risk, time, event, groups=groups), "time_auc": area}
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the share of the pairs with others that can be compared in which the risk is on the wrong side."""
-        return discordance(self.risk(outputs), target[:, 0], target[:, 1] == 1)
+        return discordance(self.risk(outputs), target[:, 0], target[:, 1] == 1, groups=self._groups(folds))
+
+    def _groups(self, folds: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        """Return the folds when risks of different models have no common scale."""
+        return None
 
     def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
         """Return the task with the median of the edges; the outputs stay."""
@@ -161,14 +173,18 @@ class _Survival(Task):
 class DiscreteSurvival(_Survival):
     """Survival in a few bins of time: one logit per bin, the hazard of an event in it.
 
-    ``h = σ(logits)``, ``S_k = Π_{j<=k} (1 - h_j)``. Loss of a bag with an event in bin Y: ``-log S_{Y-1} - log h_Y``;
-    of a censored one: ``-(1 - alpha) log S_Y``; each argument at least 1e-7 (Zadeh and Schmid, 2020; the form
-    that MHIM v2 and PackMIL use, with alpha 0).
+    ``h = σ(logits + base)``, ``S_k = Π_{j<=k} (1 - h_j)``. Loss of a bag with an event in bin Y:
+    ``-log S_{Y-1} - log h_Y``; of a censored one: ``-(1 - alpha) log S_Y``; each argument at least 1e-7 (Zadeh and
+    Schmid, 2020; the form that MHIM v2 and PackMIL use, with alpha 0 and without a base).
 
     Attributes
     ----------
     edges : tuple of float
         Upper ends of all bins but the last: quantiles of the times of events of the training part, see `fit_to`.
+    base : tuple of float
+        Log-odds of the hazards of the training part without regard to the bags, added to the logits. A model then
+        starts from what is known of the average patient and learns who differs; without it the level of the hazards,
+        which all bags share, is learnt first and takes most passes of a training. Empty adds nothing.
     bins : int
         Number of bins.
     alpha : float
@@ -180,6 +196,8 @@ class DiscreteSurvival(_Survival):
     """
 
     kind: Literal["survival"] = "survival"
+    learnt: ClassVar[frozenset[str]] = frozenset({"edges", "base"})
+    base: tuple[float, ...] = ()
     bins: int = Field(default=BINS, ge=2)
     alpha: float = Field(default=0.0, ge=0, le=1)
 
@@ -193,15 +211,35 @@ class DiscreteSurvival(_Survival):
         """One logit per bin."""
         return self.bins
 
+    def fit_to(self, target: Tensor) -> Self:
+        """Return the task with `edges` and `base` of these targets."""
+        binned = super().fit_to(target)
+        return binned.model_copy(update={"base": binned._average(target)})
+
+    def _average(self, target: Tensor) -> tuple[float, ...]:
+        """Return the logits that minimise the loss when all bags have the same, with half an event more and less."""
+        place, seen = self._place(target)[:, None], target[:, 1:] == 1  # (B, 1)
+        bins = torch.arange(self.bins)
+        events = ((place == bins) & seen).sum(0)
+        survived = torch.where(seen, place > bins, (place >= bins) * (1 - self.alpha)).sum(0)
+        return tuple(((events + 0.5) / (survived + 0.5)).double().log().tolist())
+
+    def _place(self, target: Tensor) -> Tensor:
+        """Return the bin of each time, (B,); a time on an edge opens the next bin."""
+        edges = torch.tensor(self.edges, dtype=target.dtype, device=target.device)
+        return torch.bucketize(target[:, 0].contiguous(), edges, right=True)
+
+    def _hazard_logits(self, logits: Tensor) -> Tensor:
+        values = wide(logits)
+        return values + torch.tensor(self.base, dtype=values.dtype, device=values.device) if self.base else values
+
     def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the negative log-likelihood of each bag."""
-        edges = torch.tensor(self.edges, dtype=target.dtype, device=target.device)
-        place = torch.bucketize(target[:, 0].contiguous(), edges, right=True)  # a time on an edge opens the next bin
-        return survival_losses(wide(logits), place, target[:, 1], alpha=self.alpha)
+        return survival_losses(self._hazard_logits(logits), self._place(target), target[:, 1], alpha=self.alpha)
 
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of surviving each bin, (B, K)."""
-        return to_numpy((1 - wide(logits).sigmoid()).cumprod(1))
+        return to_numpy((1 - self._hazard_logits(logits).sigmoid()).cumprod(1))
 
     def risk(self, outputs: Floats) -> Floats:
         """Return minus the sum of the survival probabilities."""
@@ -215,11 +253,18 @@ class DiscreteSurvival(_Survival):
         """Return the probabilities of surviving each bin."""
         return np.stack([np.asarray(columns[f"survival_{k + 1}"], np.float64) for k in range(self.bins)], 1)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return cindex, time_auc and integrated_brier over `edges`."""
         times = np.asarray(self.edges)
         brier = integrated_brier(outputs[:, : len(times)], target[:, 0], target[:, 1] == 1, times)
-        return super().metrics(outputs, target) | {"integrated_brier": brier}
+        return super().metrics(outputs, target, folds=folds) | {"integrated_brier": brier}
 
     def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:
         """Return the task with the median of the edges, and survival at these, linear between those of each task."""
@@ -281,6 +326,9 @@ class Cox(_Survival):
     t (Breslow's handling of ties); of a censored one: 0. Risk sets are those of a pack, so a step should have many
     bags: set ``training.bags_per_step`` to 16 or more.
 
+    The partial likelihood leaves the level and, with it, any comparison of two models open, so risks of different
+    models are compared within the fold of each only: C-index and time-dependent AUC count pairs of one fold.
+
     Attributes
     ----------
     time, event : str
@@ -310,6 +358,9 @@ class Cox(_Survival):
     def activate(self, logits: Tensor) -> Floats:
         """Return the logarithm of the relative risk, (B, 1)."""
         return to_numpy(wide(logits))
+
+    def _groups(self, folds: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        return folds
 
     def risk(self, outputs: Floats) -> Floats:
         """Return the logarithm of the relative risk."""

@@ -4,6 +4,8 @@ Times of censored patients are not known, so patients whose event was seen stand
 each is weighted by one over the probability G of not being censored until then (inverse probability of censoring).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,8 @@ from eosin.mil.metrics import Floats
 TIED_RISK = 1e-8
 
 Flags = NDArray[np.bool_]
+Groups = NDArray[np.int64]
+Rows = NDArray[np.int64]
 
 
 def kaplan_meier(time: Floats, event: Flags) -> tuple[Floats, Floats]:
@@ -53,7 +57,7 @@ def _step(times: Floats, values: Floats, at: Floats) -> Floats:
     return np.asarray(np.append(1.0, values)[place])
 
 
-def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats) -> float | None:
+def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats, *, groups: Groups | None = None) -> float | None:
     """Return the mean cumulative/dynamic area under the ROC curve: does risk tell who has the event until t?
 
     At each t, patients with an event until t are weighted by 1 / G and compared with all who live longer; the mean over
@@ -67,9 +71,12 @@ def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats) -> float |
     time : (n,) float
     event : (n,) bool
     times : (t,) float
+    groups : (n,) int, optional
+        Only patients of one group are compared with each other; the weights are those of all.
     """
     weights = _weights(time, event)
-    areas = [area for moment in times if (area := _area_at(risk, time, event, weights, moment)) is not None]
+    members = _members(groups, len(risk))
+    areas = [area for moment in times if (area := _area_at(risk, time, event, weights, moment, members)) is not None]
     if not areas or len(areas) < len(times):
         return None
     survival = _step(*kaplan_meier(time, event), times)
@@ -82,14 +89,23 @@ def _weights(time: Floats, event: Flags) -> Floats:
     return np.divide(event, kept, out=np.zeros(len(time)), where=kept > 0)
 
 
-def _area_at(risk: Floats, time: Floats, event: Flags, weights: Floats, moment: float) -> float | None:
-    cases, controls = event & (time <= moment), np.sort(risk[time > moment])
-    total = float(weights[cases].sum())
-    if not total or not len(controls):
-        return None
-    below = np.searchsorted(controls, risk[cases] - TIED_RISK, side="left")
-    up_to = np.searchsorted(controls, risk[cases] + TIED_RISK, side="right")
-    return float((weights[cases] * (below + up_to) / 2).sum() / (total * len(controls)))
+def _members(groups: Groups | None, n: int) -> list[Rows]:
+    """Return the rows of each group; one group of all when there are none."""
+    return [np.arange(n)] if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+
+
+def _area_at(
+    risk: Floats, time: Floats, event: Flags, weights: Floats, moment: float, members: Sequence[Rows]
+) -> float | None:
+    right = pairs = 0.0
+    for rows in members:
+        cases = rows[event[rows] & (time[rows] <= moment)]
+        controls = np.sort(risk[rows[time[rows] > moment]])
+        below = np.searchsorted(controls, risk[cases] - TIED_RISK, side="left")
+        up_to = np.searchsorted(controls, risk[cases] + TIED_RISK, side="right")
+        right += float((weights[cases] * (below + up_to) / 2).sum())
+        pairs += float(weights[cases].sum()) * len(controls)
+    return right / pairs if pairs else None
 
 
 def integrated_brier(survival: Floats, time: Floats, event: Flags, times: Floats) -> float | None:
@@ -136,14 +152,16 @@ def log_rank(groups: NDArray[np.int64], time: Floats, event: Flags) -> float | N
     return (observed - expected) ** 2 / variance if variance > 0 else None
 
 
-def concordance(risk: Floats, time: Floats, event: NDArray[np.bool_], *, tied: float = TIED_RISK) -> float | None:
+def concordance(
+    risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_RISK, groups: Groups | None = None
+) -> float | None:
     """Return Harrell's C: how often the higher risk has the earlier event; None when no pair can be compared.
 
     Pair (i, j) is compared when i has an event and j lives longer, or is censored at the same time. Risks that differ
-    by at most `tied` count one half (scikit-survival's ``concordance_index_censored``).
+    by at most `tied` count one half (scikit-survival's ``concordance_index_censored``). With `groups` (n,) only pairs
+    within a group are compared: all such pairs of all groups together, as a stratified C-index does.
     """
-    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
-    compared = later & event[:, None]
+    compared = _comparable(time, event, groups)
     difference = risk[:, None] - risk[None, :]
     ties = (np.abs(difference) <= tied) & compared
     right = (difference > 0) & compared & ~ties
@@ -151,13 +169,21 @@ def concordance(risk: Floats, time: Floats, event: NDArray[np.bool_], *, tied: f
     return (int(right.sum()) + 0.5 * int(ties.sum())) / pairs if pairs else None
 
 
-def discordance(risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_RISK) -> Floats:
+def _comparable(time: Floats, event: Flags, groups: Groups | None) -> NDArray[np.bool_]:
+    """Return whether i is known to have its event before j, (n, n)."""
+    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
+    together = True if groups is None else groups[:, None] == groups[None, :]
+    return np.asarray(later & event[:, None] & together)
+
+
+def discordance(
+    risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_RISK, groups: Groups | None = None
+) -> Floats:
     """Return, for each patient, the share of comparable pairs in which the risk is on the wrong side; NaN without one.
 
-    Pairs and ties as in `concordance`.
+    Pairs, ties and groups as in `concordance`.
     """
-    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
-    compared = later & event[:, None]
+    compared = _comparable(time, event, groups)
     difference = risk[:, None] - risk[None, :]
     ties = np.abs(difference) <= tied
     wrong = np.where(ties, 0.5, difference < 0) * compared

@@ -156,7 +156,18 @@ class Task(Options):
         """Return what is predicted where that is a class, (B,) or (B, labels); without columns where it is not."""
         return np.zeros((len(outputs), 0), np.int64)
 
-    def metrics(self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None) -> Metrics:
+    def read_decided(self, columns: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
+        """Return what was decided, as `decide` does, from the columns of `table` as text: by the thresholds of then."""
+        return self.decide(self.read_outputs(columns))
+
+    def metrics(
+        self,
+        outputs: Floats,
+        target: NDArray[Any],
+        decided: NDArray[np.int64] | None = None,
+        *,
+        folds: NDArray[np.int64] | None = None,
+    ) -> Metrics:
         """Return every metric of activated outputs by name; None where the data do not define it.
 
         Parameters
@@ -165,11 +176,17 @@ class Task(Options):
         target : (n, ...) array
         decided : (n, ...) int, optional
             Decisions that were made already, by the thresholds of several models; `decide` makes them otherwise.
+        folds : (n,) int, optional
+            Fold, and so model, that each row is from. Outputs without a scale that models share, the risks of Cox
+            models, are compared within a fold only.
         """
         raise NotImplementedError
 
-    def surprise(self, outputs: Floats, target: NDArray[Any]) -> Floats:
-        """Return how far each prediction is from the truth, (n,); higher is worse, NaN where it cannot be said."""
+    def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
+        """Return how far each prediction is from the truth, (n,); higher is worse, NaN where it cannot be said.
+
+        `folds` as of `metrics`.
+        """
         raise NotImplementedError
 
     def pooled(self, tasks: Sequence[Self], outputs: Sequence[Floats]) -> tuple[Self, Floats]:

@@ -113,3 +113,14 @@ def test_survival_is_judged_over_time_and_bins_come_from_the_training_fold(make_
         train = examples.subset(split.train).targets
         fitted = load_card(tmp_path / f"fold_{number}").load_task()
         assert fitted.edges == task.fit_to(train).edges
+    if kind == "cox":
+        assert_folds_are_not_compared(tmp_path, task, table, pooled["cindex"]["value"])
+
+
+def assert_folds_are_not_compared(folder, task, table, pooled):
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    risk, folds = np.array([float(row["risk"]) for row in rows]), np.array([int(row["fold"]) for row in rows])
+    target = task.encode(table.rows([row["slide_id"] for row in rows])).numpy()
+    shifted = task.metrics((risk + 50 * folds)[:, None], target, folds=folds)["cindex"]
+    assert pooled == pytest.approx(shifted)

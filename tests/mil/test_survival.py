@@ -3,9 +3,13 @@ import pytest
 import torch
 
 from eosin.errors import LabelError
-from eosin.mil.data import LabelTable
+from eosin.mil.data import LabelTable, make_examples
+from eosin.mil.evaluate import predict_outputs
+from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.survival import Cox, DiscreteSurvival, concordance, survival_losses
+from eosin.mil.survival_metrics import kaplan_meier
 from eosin.mil.tasks import load_task, make_task
+from eosin.mil.train import fit
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -51,6 +55,50 @@ def test_bins_hold_equal_numbers_of_the_training_parts_events():
     early = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[1.0, 1.0]]).double())
     late = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[59.0, 1.0]]).double())
     assert early < 0.01 < 5 < late
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_training_starts_from_the_hazards_of_the_average_patient(alpha):
+    rng = np.random.default_rng(0)
+    pairs = np.stack([rng.exponential(5, 400), rng.random(400) < 0.5], 1)
+    target = torch.from_numpy(pairs)
+    fitted = DiscreteSurvival(alpha=alpha).fit_to(target)
+    logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    fitted.loss(logits.expand(400, -1), target).backward()
+    assert logits.grad.abs().max() < 2e-3  # half an event more and less than the minimum of the loss
+    survival = fitted.activate(torch.zeros(1, 4))[0, :3]
+    times, curve = kaplan_meier(pairs[:, 0], pairs[:, 1] == 1)
+    if not alpha:
+        at_edges = np.append(1.0, curve)[np.searchsorted(times, fitted.edges, side="right")]
+        np.testing.assert_allclose(survival, at_edges, atol=0.1)  # who is censored in a bin counts as surviving it
+    none = DiscreteSurvival(edges=fitted.edges)
+    np.testing.assert_allclose(none.activate(torch.tensor([fitted.base])), fitted.activate(torch.zeros(1, 4)), 1e-6)
+    assert none.same_question(fitted.model_copy(update={"alpha": 0.0}))
+
+
+def survival_cohort(make_toy, n_bags):
+    toy = make_toy(n_bags=n_bags)
+    rng = np.random.default_rng(0)
+    died, lost = rng.exponential(np.where(toy.examples.targets == 1, 2.0, 9.0)), rng.exponential(8.0, n_bags)
+    pairs = zip(np.minimum(died, lost), (died <= lost).astype(int), strict=True)
+    columns = [(f"{time:.4f}", str(seen)) for time, seen in pairs]
+    values = dict(zip(("time", "event"), zip(*columns, strict=True), strict=True))
+    table = LabelTable(toy.table.slide_ids, toy.table.patient_ids, values)
+    task = make_task("survival", table.rows(), target="time,event")
+    return toy, task, make_examples(toy.bags, table, task)
+
+
+def test_survival_is_learnt_in_the_passes_of_an_everyday_recipe(make_toy):
+    toy, task, examples = survival_cohort(make_toy, 500)
+    train, test = examples.subset(examples.ids[:200]), examples.subset(examples.ids[200:])
+    small = Component(name="abmil", options={"embed_dims": [16], "hidden": 8})
+    training = Training(lr=1e-3, bags_per_step=16, epochs=15, select="last")
+    fitted = fit(Recipe(aggregator=small, training=training), task, train)
+    task, target = fitted.card.load_task(), test.targets.numpy()
+    found = task.metrics(predict_outputs(fitted.model, task, toy.bags, test.ids), target)["cindex"]
+    oracle = concordance(toy.examples.targets[200:].double().numpy(), target[:, 0], target[:, 1] == 1)
+    assert oracle > 0.65
+    assert found > oracle - 0.05
 
 
 def test_a_censorship_column_is_turned_round():

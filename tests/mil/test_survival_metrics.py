@@ -90,3 +90,25 @@ def test_folds_with_other_bins_are_judged_at_common_times():
     np.testing.assert_allclose(values[3:, :3], np.tile(1 - np.array(pooled.edges) / 10, (3, 1)))
     np.testing.assert_allclose(values[:3, :2], np.tile(1 - np.array(pooled.edges[:2]) / 10, (3, 1)))
     assert values.shape == (6, 4)
+
+
+def test_groups_compare_within_only_whatever_the_levels_of_their_risks():
+    risk, time, event = cohort(1, n=150, ties=False)
+    groups, times = np.arange(150) % 3, np.quantile(time[event], [0.25, 0.5])
+    pairs = right = 0.0
+    for group in range(3):
+        rows = groups == group
+        comparable = (event[rows][:, None] & (time[rows][:, None] < time[rows][None, :])).sum()
+        pairs += comparable
+        right += comparable * concordance(risk[rows], time[rows], event[rows])
+    assert concordance(risk, time, event, groups=groups) == pytest.approx(right / pairs, abs=1e-12)
+    moved, target = risk + 100 * groups, np.stack([time, event], 1)
+    task = Cox(edges=tuple(times))
+    fair = task.metrics(risk[:, None], target, folds=groups)
+    assert fair == pytest.approx(task.metrics(moved[:, None], target, folds=groups))
+    assert task.metrics(moved[:, None], target)["cindex"] < fair["cindex"] - 0.05
+    surprise = task.surprise(moved[:, None], target, folds=groups)
+    np.testing.assert_allclose(surprise, discordance(risk, time, event, groups=groups))
+    assert time_auc(risk, time, event, times, groups=np.zeros(150, int)) == pytest.approx(
+        time_auc(risk, time, event, times)
+    )
