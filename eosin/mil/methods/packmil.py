@@ -26,11 +26,12 @@ it. Batch norms of the code's networks are left out, since they mix slides. Samp
 there is no loop over instances.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from eosin.errors import ConfigError
@@ -107,40 +108,78 @@ class Downsampled(Aggregator):
             The limit; None reduces no bag.
         """
         weights = segment_softmax(self.attention(bags.values), bags.cu_seqlens).to(bags.values.dtype)
-        values = bags.values
-        rows = max(1, attention.CHECKPOINT_ROWS)
-        pieces = zip(torch.split(values, rows), torch.split(weights, rows), strict=True)
-        hidden = torch.cat([recomputed(self._hidden, len(values), *piece) for piece in pieces])
-        if longer_than is None or self.factor == 1:
-            return bags.with_values(self.second(hidden))
-        reduced, lengths = self._reduced(hidden, bags.lengths, longer_than)
-        ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(self.second(reduced), ends, lengths, None, bags.ids)
+        groups = [0] * bags.n_bags
+        if longer_than is not None and self.factor > 1:
+            groups = [-(-n // self.factor) if n > longer_than else 0 for n in bags.lengths]
+        if not any(groups):
+            return bags.with_values(self.second(self._in_pieces(self._hidden, bags.values, weights)))
+        length, group = torch.tensor(bags.lengths), torch.tensor(groups)
+        values = self._pooled(bags, weights, _group_rows(length, group, self.factor))
+        after = torch.where(group > 0, group, length)
+        plain = torch.nonzero(torch.repeat_interleave(group == 0, length))[:, 0].to(values.device)
+        if len(plain):
+            whole = self._in_pieces(self._hidden, bags.values[plain], weights[plain])
+            values = torch.cat([values, whole])[_back_in_order(group, after).to(values.device)]
+        lengths = tuple(after.tolist())
+        ends = functional.pad(after.cumsum(0), (1, 0)).to(bags.cu_seqlens)
+        return PackedBags(self.second(values), ends, lengths, None, bags.ids)
+
+    def _pooled(self, bags: PackedBags, weights: Tensor, slots: Tensor) -> Tensor:
+        """Return one row per group of slots, (G, r) -> (G, D); features are put in order, which needs no gradient."""
+        slots = slots.flatten().to(bags.values.device)
+        rows = slots.clamp(max=bags.n_instances - 1)
+        values = bags.values[rows]
+        values[slots == bags.n_instances] = 0
+        return self._in_pieces(self._group_of_hidden, values, weights[rows])
+
+    def _in_pieces(self, function: Callable[[Tensor, Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:
+        """Apply a function to pieces of whole groups; what lies between is computed again in backward if it is much."""
+        most = max(attention.CHECKPOINT_ROWS // self.factor, 1) * self.factor
+        parts = zip(torch.split(values, most), torch.split(weights, most), strict=True)
+        pieces = [recomputed(function, len(values), *part) for part in parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _hidden(self, values: Tensor, weights: Tensor) -> Tensor:
-        return functional.gelu(self.first(values * (1 + weights)))
+        """Return ``gelu(W_1 (x (1 + a)) + b_1)``; scaled after the product, a asks for no gradient of the features."""
+        product = functional.linear(values, self.first.weight)
+        scale, bias = (1 + weights).to(product.dtype), self.first.bias.to(product.dtype)
+        return functional.gelu(torch.addcmul(bias, product, scale))
 
-    def _reduced(self, hidden: Tensor, lengths: tuple[int, ...], limit: int) -> tuple[Tensor, tuple[int, ...]]:
-        """Reduce shuffled groups of the bags above a limit; padding rows are what a row of zeros becomes."""
-        r = self.factor
-        groups = [-(-n // r) if n > limit else 0 for n in lengths]
-        length, group = torch.tensor(lengths), torch.tensor(groups)
-        after = torch.where(group > 0, group, length)
-        blank = functional.gelu(self.first(hidden.new_zeros(1, hidden.shape[1]))).to(hidden.dtype)
-        source = torch.cat([hidden, blank])
-        slots = _group_rows(length, group, r).to(hidden.device)  # (G, r), row of each slot
-        picked = source[slots]  # (G, r, D)
+    def _group_of_hidden(self, values: Tensor, weights: Tensor) -> Tensor:
+        groups = torch.unflatten(self._hidden(values, weights), 0, (-1, self.factor))  # (G, r, D)
         if self.reduce == "max":
-            pooled = picked.amax(1)
-        else:
-            choice = torch.randint(r, (len(slots), 1, hidden.shape[1]), device=hidden.device)
-            pooled = picked.gather(1, choice)[:, 0]
-        bag = torch.repeat_interleave(torch.arange(len(lengths)), after)
-        place = torch.arange(len(bag)) - (after.cumsum(0) - after)[bag]
-        plain = (length.cumsum(0) - length)[bag] + place
-        grouped = len(hidden) + (group.cumsum(0) - group)[bag] + place
-        rows = torch.where(group[bag] > 0, grouped, plain).to(hidden.device)
-        return torch.cat([hidden, pooled])[rows], tuple(after.tolist())
+            largest: Tensor = Largest.apply(groups)
+            return largest
+        choice = torch.randint(self.factor, (len(groups), 1, groups.shape[2]), device=groups.device)
+        return groups.gather(1, choice)[:, 0]
+
+
+class Largest(torch.autograd.Function):
+    """The largest of the r rows of a group, channel by channel, the first of ties: (G, r, D) -> (G, D).
+
+    torch's own keeps all rows for the backward pass and goes over them four times there.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, groups: Tensor) -> Tensor:
+        """Return the largest."""
+        largest = groups[:, 0].clone()
+        place = torch.zeros_like(largest, dtype=torch.uint8)
+        for number, rows in enumerate(groups.unbind(1)[1:], start=1):
+            place = torch.maximum(place, (rows > largest).to(place.dtype) * number)
+            torch.maximum(largest, rows, out=largest)
+        ctx.save_for_backward(place)
+        ctx.factor = groups.shape[1]  # type: ignore[attr-defined]
+        return largest
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        """Give the gradient to the row that was largest."""
+        (place,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        groups = gradient.new_empty(len(gradient), ctx.factor, gradient.shape[1])  # type: ignore[attr-defined]
+        for number, rows in enumerate(groups.unbind(1)):
+            torch.mul(gradient, place == number, out=rows)
+        return groups
 
 
 @STRATEGIES.register("packmil")
@@ -294,6 +333,14 @@ def merged(bags: PackedBags, pack_of: Sequence[int]) -> PackedBags:
         lengths[number] += length
     ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
     return PackedBags(bags.values, ends, tuple(lengths), bags.coords_px0)
+
+
+def _back_in_order(group: Tensor, after: Tensor) -> Tensor:
+    """Return the rows that put groups, then instances of bags that have none, in the order of their bags."""
+    bag = torch.repeat_interleave(torch.arange(len(group)), after)
+    is_plain = (group == 0)[bag]
+    n_groups = int(group.sum())
+    return torch.where(is_plain, n_groups + is_plain.cumsum(0), (~is_plain).cumsum(0)) - 1
 
 
 def _group_rows(length: Tensor, group: Tensor, r: int) -> Tensor:

@@ -7,7 +7,7 @@ from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.packmil import PRESETS, Downsampled, PackMil, merged, next_fit, random_rank
+from eosin.mil.methods.packmil import PRESETS, Downsampled, Largest, PackMil, merged, next_fit, random_rank
 from eosin.mil.methods.packmil_labels import (
     asymmetric_loss,
     choose_labels,
@@ -368,6 +368,37 @@ def test_groups_of_long_bags_are_reduced(reduce):
         assert matches.all()  # every value is that channel's value of some row
         if reduce == "max":
             torch.testing.assert_close(rows_.amax(0), pool.amax(0))
+
+
+def test_the_largest_of_a_group_gets_the_gradient():
+    torch.manual_seed(0)
+    groups = torch.randn(50, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 3, dtype=torch.float64)
+    found, wanted = Largest.apply(groups), groups.amax(1)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad((result * weight).sum(), groups)[0] for result in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+    tied = torch.zeros(1, 3, 1, requires_grad=True)
+    Largest.apply(tied).sum().backward()
+    assert tied.grad.flatten().tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("rows_at_once", [2**15, 6])
+def test_weights_of_the_downsampler_get_the_gradient_of_the_plain_equations(rows_at_once, monkeypatch):
+    monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows_at_once)
+    torch.manual_seed(0)
+    model = Downsampled(4, 3, host="mean", host_options={"embed_dims": ()}, factor=3, hidden=3).double()
+    bags = PackedBags.pack([torch.randn(n, 4, dtype=torch.float64) for n in (9, 5, 12)])
+    model.downsample(bags, longer_than=5).unpack()[1].square().sum().backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    plain = bags.unpack()[1]
+    hidden = functional.gelu(model.first(plain * (1 + model.attention(plain).softmax(0))))
+    model.second(hidden).square().sum().backward()
+    assert len(found) == 8
+    torch.testing.assert_close(
+        found, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 def test_the_strategy_reduces_and_inference_does_not():
