@@ -57,9 +57,9 @@ def measure(name: str, variant: str, n: int) -> dict[str, float]:
 
     _limit_memory(n * WIDTH * 4)
     torch.manual_seed(0)
-    step = _step(name, variant)
-    step(torch.randn(WARM_UP, WIDTH))
-    bag = torch.randn(n, WIDTH)
+    read, step = _step(name, variant)
+    step(read(torch.randn(WARM_UP, WIDTH)))
+    bag = read(torch.randn(n, WIDTH))
     before = _resident_mb()
     _reset_peak()
     forward, backward = step(bag)
@@ -72,18 +72,20 @@ def measure(name: str, variant: str, n: int) -> dict[str, float]:
 
 
 def _step(name, variant):
-    """Return a function that takes a bag forward and backward and returns the seconds of both."""
+    """Return what makes a bag of a matrix, and what takes it forward and backward and returns the seconds of both."""
     if variant == "eosin":
         import eosin.mil.methods  # noqa: F401 (registers)
         from eosin.mil.bags import PackedBags
         from eosin.mil.slots import AGGREGATORS
 
         model = AGGREGATORS.build(name, WIDTH, OUTPUTS).train()
-        logits = lambda bag: _objective(model(PackedBags.pack([bag])))  # noqa: E731
+        read = lambda rows: PackedBags.pack([rows])  # noqa: E731
+        logits = lambda bag: _objective(model(bag))  # noqa: E731
     else:
         from plain_aggregators import build
 
         model = build(name, WIDTH, OUTPUTS).train()
+        read = lambda rows: rows  # noqa: E731
         logits = lambda bag: model(bag).square().sum()  # noqa: E731
 
     def step(bag):
@@ -93,7 +95,7 @@ def _step(name, variant):
         loss.backward()
         return middle - begin, time.process_time() - middle
 
-    return step
+    return read, step
 
 
 def _objective(output):

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_ROWS = 1024  # most instances of one bag that are computed as one block
 CHUNK_ELEMENTS = 2**23  # most entries of an attention map that exist at one time
 CHECKPOINT_ROWS = 2**15  # from this many instances on, layers are computed again in the backward pass
+NORM_ROWS = 2**12  # tokens that are normed at once where there are many
 
 
 def recomputed(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
@@ -28,6 +30,66 @@ def recomputed(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> 
         return function(*tensors)
     result: Tensor = checkpoint(function, *tensors, use_reentrant=False)
     return result
+
+
+def by_rows(function: Callable[..., Tensor], *tensors: Tensor, size: int | None = None) -> Tensor:
+    """Return ``function(*tensors)`` where each row of the result depends on the same rows of the tensors only.
+
+    Many rows are computed `size` at a time, `CHECKPOINT_ROWS` unless given, and again in backward.
+    """
+    rows = len(tensors[0])
+    if rows < CHECKPOINT_ROWS:
+        return function(*tensors)
+    pieces = zip(*(torch.split(tensor, max(1, size or CHECKPOINT_ROWS)) for tensor in tensors), strict=True)
+    return torch.cat([recomputed(function, rows, *piece) for piece in pieces])
+
+
+def normed_linear(tokens: Tensor, norm: nn.LayerNorm, weight: Tensor) -> Tensor:
+    """Return ``W LN(x)``: (N, E), (A, E) -> (N, A); with many rows the normed tokens never exist all at once.
+
+    Differentiable once with many rows, in tokens, weight and the norm's parameters.
+    """
+    if len(tokens) < CHECKPOINT_ROWS:
+        return functional.linear(norm(tokens), weight)
+    out: Tensor = _NormedLinear.apply(tokens, norm.weight, norm.bias, weight, norm.eps)
+    return out
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(tokens, gain, shift, weight)
+        ctx.eps = eps
+        out = []
+        for piece in torch.split(tokens, NORM_ROWS):
+            out.append(functional.linear(_normed(piece, gain, shift, eps)[0], weight))
+        return torch.cat(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, gain, shift, weight = ctx.saved_tensors
+        dtokens, dweight = torch.empty_like(tokens), torch.zeros_like(weight, dtype=_wide(weight))
+        dgain, dshift = torch.zeros_like(gain), torch.zeros_like(shift)
+        for first in range(0, len(tokens), NORM_ROWS):
+            rows = slice(first, first + NORM_ROWS)
+            normed, wide, *statistics = _normed(tokens[rows], gain, shift, ctx.eps)
+            dweight += grad[rows].mT @ normed.to(grad.dtype)
+            dnormed = (grad[rows] @ weight.to(grad.dtype)).to(wide.dtype)
+            piece, of_gain, of_shift = torch.ops.aten.native_layer_norm_backward(
+                dnormed, wide, gain.shape, *statistics, gain, shift, [True, True, True]
+            )
+            dtokens[rows] = piece
+            dgain += of_gain
+            dshift += of_shift
+        return dtokens, dgain, dshift, dweight.to(weight.dtype), None
+
+
+def _normed(tokens: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return normed tokens, the tokens in the type of the norm, and their means and inverse deviations."""
+    wide = tokens.to(gain.dtype)
+    normed, mean, inverse = torch.native_layer_norm(wide, gain.shape, gain, shift, eps)
+    return normed, wide, mean, inverse
 
 
 def bag_product(values: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -133,7 +195,7 @@ class _Blocks:
     """Some rows of a pack, cut into c blocks of R places; each block belongs to one bag, the last of a bag is not full.
 
     rows (c, R) int64 is the packed row of each place, filled (c, R) whether the place is used, bag (c,) the bag;
-    start and stop bound the packed rows of all the blocks.
+    start and stop bound the packed rows of all the blocks. When all are full, no row is copied to be read or written.
     """
 
     rows: Tensor
@@ -141,14 +203,21 @@ class _Blocks:
     bag: Tensor
     start: int
     stop: int
+    full: bool
 
     def gather(self, packed: Tensor) -> Tensor:
         """Return (c, R, ...); a place that is not filled holds some other row."""
+        if self.full:
+            return packed[self.start : self.stop].unflatten(0, self.rows.shape)
         return packed[self.rows]
 
     def scatter(self, blocks: Tensor, packed: Tensor) -> None:
         """Write the filled places of (c, R, ...) to their rows."""
-        packed[self.start : self.stop] = blocks[self.filled].to(packed.dtype)
+        packed[self.start : self.stop] = blocks.flatten(0, 1) if self.full else blocks[self.filled]
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """Return scores of each place (c, H, m, R), -inf where it is not filled."""
+        return scores if self.full else scores.masked_fill_(~self.filled[:, None, None], float("-inf"))
 
 
 def _blocks(
@@ -168,7 +237,8 @@ def _blocks(
         filled = place < fill[part, None]
         rows = start[part, None] + torch.where(filled, place, 0)
         stop = int(start[part[-1]] + fill[part[-1]])
-        yield _Blocks(rows.to(device), filled.to(device), bag[part].to(device), int(start[part[0]]), stop)
+        full = bool((fill[part] == size).all())
+        yield _Blocks(rows.to(device), filled.to(device), bag[part].to(device), int(start[part[0]]), stop, full)
 
 
 class _BagAttention(torch.autograd.Function):
@@ -186,18 +256,19 @@ class _BagAttention(torch.autograd.Function):
         wide = _wide(query)
         grad = grad.transpose(1, 2).to(wide)  # (B, H, m, e)
         level = (grad * out).sum(-1)
-        dquery = query.new_zeros(query.shape, dtype=wide)
+        scaled = query.to(wide) * ctx.scale
+        dquery = torch.zeros_like(scaled)
         dkey, dvalue = torch.empty_like(key), torch.empty_like(value)
         for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
             bag = blocks.bag
-            weights = _bag_scores(query, key, blocks, ctx.scale).sub_(lse[bag][..., None]).exp_()  # (c, H, m, R)
+            weights = _bag_scores(scaled, key, blocks).sub_(lse[bag][..., None]).exp_()  # (c, H, m, R)
             blocks.scatter((weights.mT @ grad[bag]).transpose(1, 2), dvalue)
             dscores = grad[bag] @ blocks.gather(value).to(wide).permute(0, 2, 3, 1)
-            dscores.sub_(level[bag][..., None]).mul_(weights).mul_(ctx.scale)
+            dscores.sub_(level[bag][..., None]).mul_(weights)
             dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
             dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
-            blocks.scatter((dscores.mT @ query[bag].to(wide).transpose(1, 2)).transpose(1, 2), dkey)
-        return dquery.to(query.dtype), dkey, dvalue, None, None
+            blocks.scatter((dscores.mT @ scaled[bag].transpose(1, 2)).transpose(1, 2), dkey)
+        return (dquery * ctx.scale).to(query.dtype), dkey, dvalue, None, None
 
 
 class _MixedWeights(torch.autograd.Function):
@@ -206,8 +277,9 @@ class _MixedWeights(torch.autograd.Function):
         _, lse = _attended(query, key, key[..., :0], lengths, scale)
         out = key.new_empty(key.shape[:2])
         shares = mix.to(lse.dtype).transpose(1, 2)  # (B, H, m)
+        scaled = query.to(lse.dtype) * scale
         for blocks in _blocks(lengths, query.shape[1] * query.shape[2], query.device):
-            weights = _bag_scores(query, key, blocks, scale).sub_(lse[blocks.bag][..., None]).exp_()  # (c, H, m, R)
+            weights = _bag_scores(scaled, key, blocks).sub_(lse[blocks.bag][..., None]).exp_()  # (c, H, m, R)
             blocks.scatter((shares[blocks.bag][:, :, None] @ weights)[:, :, 0].mT, out)
         ctx.save_for_backward(query, key, mix, lse)
         ctx.lengths, ctx.scale = lengths, scale
@@ -220,16 +292,17 @@ class _MixedWeights(torch.autograd.Function):
         wide = lse.dtype
         shares = mix.to(wide).transpose(1, 2)
         dmix, _ = _attended(query, key, grad[..., None].to(wide), ctx.lengths, ctx.scale)  # (B, H, m, 1)
-        dquery, dkey = query.new_zeros(query.shape, dtype=wide), torch.empty_like(key)
+        scaled = query.to(wide) * ctx.scale
+        dquery, dkey = torch.zeros_like(scaled), torch.empty_like(key)
         for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
             bag = blocks.bag
             dscores = blocks.gather(grad).to(wide).mT[:, :, None] - dmix[bag]  # (c, H, m, R)
-            dscores = dscores * _bag_scores(query, key, blocks, ctx.scale).sub_(lse[bag][..., None]).exp_()
-            dscores.mul_(shares[bag][..., None]).mul_(ctx.scale)
+            dscores.mul_(_bag_scores(scaled, key, blocks).sub_(lse[bag][..., None]).exp_())
+            dscores.mul_(shares[bag][..., None])
             dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
             dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
-            blocks.scatter((dscores.mT @ query[bag].to(wide).transpose(1, 2)).transpose(1, 2), dkey)
-        return dquery.to(query.dtype), dkey, dmix[..., 0].mT.to(mix.dtype), None, None
+            blocks.scatter((dscores.mT @ scaled[bag].transpose(1, 2)).transpose(1, 2), dkey)
+        return (dquery * ctx.scale).to(query.dtype), dkey, dmix[..., 0].mT.to(mix.dtype), None, None
 
 
 def _attended(
@@ -241,8 +314,9 @@ def _attended(
     top = query.new_full((n_bags, heads, m), float("-inf"), dtype=wide)  # running maximum
     total = torch.zeros_like(top)
     out = query.new_zeros(n_bags, heads, m, value.shape[-1], dtype=wide)
+    scaled = query.to(wide) * scale
     for blocks in _blocks(lengths, heads * m, query.device):
-        scores = _bag_scores(query, key, blocks, scale)
+        scores = _bag_scores(scaled, key, blocks)
         owner = blocks.bag[:, None, None].expand(-1, heads, m)
         peak = top.scatter_reduce(0, owner, scores.amax(-1), "amax")
         shrink = torch.where(top == float("-inf"), 0, (top - peak).exp())
@@ -267,9 +341,10 @@ class _InstanceAttention(torch.autograd.Function):
         present: Tensor | None,
     ) -> Tensor:
         out = query.new_empty(*query.shape[:2], value.shape[-1])
+        scaled, values = key.to(_wide(query)) * scale, value.to(_wide(query))
         for blocks in _blocks(lengths, key.shape[1] * key.shape[2], query.device):
-            weights = _instance_weights(query, key, blocks, scale, present)
-            blocks.scatter((weights @ value[blocks.bag].to(weights.dtype).transpose(1, 2)).transpose(1, 2), out)
+            weights = _instance_weights(query, scaled, blocks, present)
+            blocks.scatter((weights @ values[blocks.bag].transpose(1, 2)).transpose(1, 2), out)
         ctx.save_for_backward(query, key, value)
         ctx.lengths, ctx.scale, ctx.present = lengths, scale, present
         return out
@@ -280,34 +355,33 @@ class _InstanceAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         wide = _wide(query)
         dquery = torch.empty_like(query)
-        dkey, dvalue = (torch.zeros_like(kept, dtype=wide) for kept in (key, value))
+        scaled, values = key.to(wide) * ctx.scale, value.to(wide)
+        dkey, dvalue = torch.zeros_like(scaled), torch.zeros_like(values)
         for blocks in _blocks(ctx.lengths, key.shape[1] * key.shape[2], query.device):
             bag = blocks.bag
-            weights = _instance_weights(query, key, blocks, ctx.scale, ctx.present)  # (c, H, R, m)
-            grads = blocks.gather(grad).to(wide) * blocks.filled[..., None, None]
+            weights = _instance_weights(query, scaled, blocks, ctx.present)  # (c, H, R, m)
+            grads = blocks.gather(grad).to(wide)
+            grads = grads if blocks.full else grads * blocks.filled[..., None, None]
             grads = grads.transpose(1, 2)  # (c, H, R, e)
             dvalue += _per_bag((weights.mT @ grads).transpose(1, 2), bag, len(value))
-            dscores = grads @ value[bag].to(wide).permute(0, 2, 3, 1)
-            dscores.sub_((dscores * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
+            dscores = grads @ values[bag].permute(0, 2, 3, 1)
+            dscores = torch._softmax_backward_data(dscores, weights, -1, wide)
             dkeys = dscores.mT @ blocks.gather(query).to(wide).transpose(1, 2)  # (c, H, m, d)
             dkey += _per_bag(dkeys.transpose(1, 2), bag, len(key))
-            blocks.scatter((dscores @ key[bag].to(wide).transpose(1, 2)).transpose(1, 2), dquery)
-        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None
+            blocks.scatter((dscores @ scaled[bag].transpose(1, 2)).transpose(1, 2), dquery)
+        return dquery, (dkey * ctx.scale).to(key.dtype), dvalue.to(value.dtype), None, None, None
 
 
-def _bag_scores(query: Tensor, key: Tensor, blocks: _Blocks, scale: float) -> Tensor:
-    """Return (c, H, m, R), -inf in places that are not filled."""
-    wide = _wide(query)
-    keys = blocks.gather(key).to(wide).permute(0, 2, 3, 1)
-    scores = (query[blocks.bag].to(wide).transpose(1, 2) @ keys).mul_(scale)
-    return scores.masked_fill_(~blocks.filled[:, None, None], float("-inf"))
+def _bag_scores(scaled: Tensor, key: Tensor, blocks: _Blocks) -> Tensor:
+    """Return (c, H, m, R) from queries that are scaled, -inf in places that are not filled."""
+    keys = blocks.gather(key).to(scaled.dtype).permute(0, 2, 3, 1)
+    return blocks.hide(scaled[blocks.bag].transpose(1, 2) @ keys)
 
 
-def _instance_weights(query: Tensor, key: Tensor, blocks: _Blocks, scale: float, present: Tensor | None) -> Tensor:
-    """Return (c, H, R, m)."""
-    wide = _wide(query)
-    keys = key[blocks.bag].to(wide).permute(0, 2, 3, 1)
-    scores = (blocks.gather(query).to(wide).transpose(1, 2) @ keys).mul_(scale)
+def _instance_weights(query: Tensor, scaled: Tensor, blocks: _Blocks, present: Tensor | None) -> Tensor:
+    """Return (c, H, R, m) from keys that are scaled."""
+    keys = scaled[blocks.bag].permute(0, 2, 3, 1)
+    scores = blocks.gather(query).to(scaled.dtype).transpose(1, 2) @ keys
     if present is not None:
         scores.masked_fill_(~present[blocks.bag][:, None, None], float("-inf"))
     return scores.softmax(-1)

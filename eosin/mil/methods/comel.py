@@ -37,7 +37,14 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_sum
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, bag_product, instance_attention, recomputed
+from eosin.mil.attention import (
+    bag_attention,
+    bag_product,
+    by_rows,
+    instance_attention,
+    normed_linear,
+    recomputed,
+)
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import Attention, as_dtype, embedding, initialise
 from eosin.mil.methods.clam import require_classes
@@ -47,6 +54,9 @@ from eosin.mil.methods.owlora import truncated_basis as truncated_basis
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
 from eosin.mil.tasks import Task
+
+OWN_SHARE = 0.1  # of a token's own value in equation 1
+HEADS_AT_ONCE = 2  # heads of a large pack that are computed at one time
 
 Grouping = Literal["official", "spatial"]
 Padding = Literal["masked", "official"]
@@ -121,7 +131,7 @@ class Gdat(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, bag embeddings, scores and the instances after the last block."""
-        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
+        return self.aggregate(bags.with_values(by_rows(self.embed, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -159,6 +169,11 @@ class Groups:
     token: Tensor
     present: Tensor
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether padding takes part, so that P exceeds N."""
+        return len(self.padded) < sum(self.lengths)
+
     @classmethod
     def of(
         cls,
@@ -187,24 +202,25 @@ class Groups:
         present = numbers < count[:, None]
         token = torch.where(present, first[:, None] + numbers, 0)
         if padding == "masked":
-            return cls._without_padding(lengths, first[bag] + group, token, present, device)
+            return cls._without_padding(lengths, first[bag] + group, count, device)
         total = count * size
         padded = (total.cumsum(0) - total)[bag] + group * size[bag] + member
         sizes = torch.repeat_interleave(size, count)
         return cls._moved(device, padded, tuple(total.tolist()), sizes, token, present)
 
     @classmethod
-    def _without_padding(
-        cls, lengths: tuple[int, ...], group: Tensor, token: Tensor, present: Tensor, device: torch.device
-    ) -> "Groups":
-        """Keep instances and the groups that have any; `group` (N,) counts the groups of all bags."""
+    def _without_padding(cls, lengths: tuple[int, ...], group: Tensor, count: Tensor, device: torch.device) -> "Groups":
+        """Keep instances and the groups that have any; `group` (N,) counts the `count` (B,) groups of each bag."""
         order = torch.argsort(group, stable=True)
         padded = torch.empty_like(order)
         padded[order] = torch.arange(len(order))
-        filled = torch.bincount(group, minlength=int(token.max()) + 1)
-        number = (filled > 0).cumsum(0) - 1
-        present = present & (filled > 0)[token]
-        return cls._moved(device, padded, lengths, filled[filled > 0], torch.where(present, number[token], 0), present)
+        sizes = torch.bincount(group, minlength=int(count.sum()))
+        bag = torch.repeat_interleave(torch.arange(len(count)), count)
+        filled = torch.bincount(bag[sizes > 0], minlength=len(count))  # (B,) groups of each bag
+        numbers = torch.arange(max(1, int(filled.max())))
+        present = numbers < filled[:, None]
+        token = torch.where(present, (filled.cumsum(0) - filled)[:, None] + numbers, 0)
+        return cls._moved(device, padded, lengths, sizes[sizes > 0], token, present)
 
     @classmethod
     def _moved(
@@ -248,7 +264,7 @@ class GroupedDoubleAttention(nn.Module):
         out: Tensor = self.proj(self.attend(tokens, groups))
         return out
 
-    def attend(self, tokens: Tensor, groups: Groups, norm: nn.Module | None = None) -> Tensor:
+    def attend(self, tokens: Tensor, groups: Groups, norm: nn.LayerNorm | None = None) -> Tensor:
         """Return what `forward` projects, (N, E), for tokens that ``norm`` goes over first.
 
         The norm is taken here because it is cheaper to compute again than to keep.
@@ -257,7 +273,7 @@ class GroupedDoubleAttention(nn.Module):
             return tokens
         rows = len(tokens)
         means = recomputed(partial(self._means, groups, norm), rows, tokens)
-        size = self.heads if rows < attention.CHECKPOINT_ROWS else 2
+        size = self.heads if rows < attention.CHECKPOINT_ROWS else HEADS_AT_ONCE
         parts = [
             recomputed(partial(self._attend, groups, slice(first, first + size), norm), rows, tokens, means)
             for first in range(0, self.heads, size)
@@ -269,24 +285,25 @@ class GroupedDoubleAttention(nn.Module):
         padded = _padded(tokens if norm is None else norm(tokens), groups)
         return torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]
 
-    def _attend(self, groups: Groups, heads: slice, norm: nn.Module | None, tokens: Tensor, means: Tensor) -> Tensor:
+    def _attend(self, groups: Groups, heads: slice, norm: nn.LayerNorm | None, tokens: Tensor, means: Tensor) -> Tensor:
         """Return the values of some heads, (N, H d)."""
-        normed = tokens if norm is None else norm(tokens)
-        query, key, value = (self._project(normed, part, heads, groups) for part in range(3))  # (P, H, d)
-        group_query, group_key = (self._project(means, part, heads) for part in range(2))  # (B, m, H, d)
+        weight = torch.unflatten(self.qkv.weight, 0, (3, self.heads, -1))[:, heads]  # (3, H, d, E)
+        rows = weight.flatten(0, 2)
+        joint = functional.linear(tokens, rows) if norm is None else normed_linear(tokens, norm, rows)
+        joint = _padded(joint, groups) if groups.has_padding else joint  # of other rows the order is of no matter
+        query, key, value = self._with_bias(joint, slice(0, 3), heads)  # (P, H, d)
+        group_query, group_key = self._with_bias(functional.linear(means, weight[:2].flatten(0, 2)), slice(0, 2), heads)
         read = bag_attention(group_query, key, value, groups.lengths, self.scale)
         out = instance_attention(query, group_key, read, groups.lengths, self.scale, present=groups.present)
-        return (out + 0.1 * value)[groups.padded].flatten(1)
+        out = torch.add(out, value, alpha=OWN_SHARE)
+        return (out[groups.padded] if groups.has_padding else out).flatten(1)
 
-    def _project(self, rows: Tensor, part: int, heads: slice, groups: Groups | None = None) -> Tensor:
-        """Return the queries (0), keys (1) or values (2) of some heads, with the rows of zeros of ``groups``."""
-        weight = torch.unflatten(self.qkv.weight, 0, (3, self.heads, -1))[part, heads]
-        projected = functional.linear(rows, weight.flatten(0, 1))
-        if groups is not None:
-            projected = _padded(projected, groups)
+    def _with_bias(self, joint: Tensor, parts: slice, heads: slice) -> tuple[Tensor, ...]:
+        """Split products with the weights of some parts and heads, (..., parts H d), and add the bias of each."""
         if self.qkv.bias is not None:
-            projected = projected + torch.unflatten(self.qkv.bias, 0, (3, self.heads, -1))[part, heads].flatten()
-        return torch.unflatten(projected, -1, (weight.shape[0], -1))
+            joint = joint + torch.unflatten(self.qkv.bias, 0, (3, self.heads, -1))[parts, heads].flatten()
+        size = self.qkv.out_features // 3 // self.heads
+        return torch.unflatten(joint, -1, (parts.stop, -1, size)).unbind(-3)
 
 
 def _padded(rows: Tensor, groups: Groups) -> Tensor:
@@ -316,9 +333,8 @@ class GdatBlock(nn.Module):
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Transform instances: (N, E) -> (N, E)."""
         attended = self.attn.attend(tokens, groups, self.norm1)
-        rows = max(1, attention.CHECKPOINT_ROWS // self.ff1.out_features * self.ff1.in_features)
-        pairs = zip(torch.split(tokens, rows), torch.split(attended, rows), strict=True)
-        return torch.cat([recomputed(self._finish, len(tokens), *pair) for pair in pairs])
+        size = max(1, attention.CHECKPOINT_ROWS // self.ff1.out_features * self.ff1.in_features)
+        return by_rows(self._finish, tokens, attended, size=size)
 
     def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Project what some tokens read and apply the MLP, each with its residual."""
