@@ -3,12 +3,19 @@
 For float32 and bfloat16 they call oneDNN, which on many CPUs is twice as fast as the BLAS behind `torch.mm` and
 applies bias and activation before the result leaves the cache. Its kernels are those that `torch.compile` uses;
 where torch was built without them, or for other types and devices, plain torch computes the same.
+
+The gradient of a weight sums over instances, and oneDNN's layer would have to transpose the upstream gradient first.
+A convolution of one pixel is the same layer, its weight's gradient reads both factors as they lie, and the bias comes
+with it.
 """
 
 import torch
 from torch import Tensor
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_LINE = 64  # pixels of a line of the picture that a block of rows becomes
+_SUM_ROWS = 512
+_ENOUGH_ROWS = 3072  # from where on a convolution is the faster way to a weight's gradient
 
 
 def product_dtype(values: Tensor, weight: Tensor) -> torch.dtype:
@@ -39,6 +46,60 @@ def transposed_product(left: Tensor, right: Tensor, plus: Tensor | None = None) 
     if left.dtype == torch.bfloat16:  # takes the transposed factor as it lies, where oneDNN's layer copies it
         return left.T @ right if plus is None else plus.add_(left.T @ right)
     return product(left.T, right.contiguous(), plus)  # of rows with gaps oneDNN makes a product a hundred times slower
+
+
+class AffineGradient:
+    """Running sums of the gradients of W (A, D) and b (A) in ``rows Wᵀ + b``.
+
+    Parameters
+    ----------
+    weight : (A, D)
+        W, or a tensor like it.
+    dtype : torch.dtype
+        Type of the sums.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = torch.zeros_like(weight, dtype=dtype)
+        self.bias = self.weight.new_zeros(len(weight))
+
+    def add(self, upstream: Tensor, rows: Tensor) -> None:
+        """Add a block of rows: (n, A), (n, D)."""
+        if _convolves(upstream, rows):
+            weight, bias = _convolution_gradients(upstream, rows)
+            self.weight += weight
+            self.bias += bias
+        else:
+            self.weight = transposed_product(upstream, rows, plus=self.weight)
+            for part in upstream.split(_SUM_ROWS):  # a whole block would be converted in memory that is new each time
+                self.bias += part.sum(0, dtype=self.bias.dtype)
+
+
+def _convolves(upstream: Tensor, rows: Tensor) -> bool:
+    whole = len(rows) >= _ENOUGH_ROWS and len(rows) % _LINE == 0
+    narrow = rows.dtype == torch.float32 and uses_onednn(rows)
+    return whole and narrow and upstream.is_contiguous() and rows.is_contiguous()
+
+
+def _convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return upstreamᵀ rows and the sum of upstream: (n, A), (n, D) -> (A, D), (A,)."""
+    size = (upstream.shape[1], rows.shape[1])
+    _, weight, bias = torch.ops.aten.convolution_backward(
+        *(_picture(upstream), _picture(rows), rows.new_empty(*size, 1, 1), size[:1]),
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[False, True, True],
+    )
+    return weight.view(size), bias
+
+
+def _picture(rows: Tensor) -> Tensor:
+    """Return rows as a picture of lines, channels last: (n, D) -> (1, D, 64, n / 64)."""
+    return rows.view(1, _LINE, len(rows) // _LINE, -1).permute(0, 3, 1, 2)
 
 
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:

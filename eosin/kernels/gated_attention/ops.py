@@ -16,7 +16,6 @@ from eosin.kernels.gated_attention import reference
 from eosin.kernels.gated_attention.torch_impl import (
     Embedding,
     Gate,
-    GateGradients,
     Kept,
     Masks,
     pool_backward,
@@ -67,7 +66,7 @@ def _scores_backward(grad: Tensor, branches: Tensor, needs_values: bool, *inputs
         return dense([d_values, *halves, d_w, grad.sum(0)], tensors)
     kept = Kept(values.new_empty(0, 0), branches)
     d_values, found = score_backward(grad, source, gate, kept, needs_values=needs_values)
-    return dense([d_values, *_gate_gradients(found, grad)], tensors)
+    return dense([d_values, *found.parameters(), grad.sum(0)], tensors)
 
 
 def _pool(*inputs: Any) -> tuple[Tensor, ...]:
@@ -100,8 +99,9 @@ def _pool_backward(
     d_raw = found.scores / call.masks.temperature
     d_temperature = -(d_raw * call.masks.unmasked(results[0])).sum()
     d_mask = found.scores.sum(1) if call.masks.added is not None and call.masks.added.dim() == 1 else found.scores
-    gradients = [found.values, found.embed_weight, found.embed_bias, *_gate_gradients(found.gate, d_raw)]
-    return dense([*gradients, d_temperature, d_mask], inputs[:N_POOL_GRADIENTS])
+    embedder = (None, None) if found.embedder is None else (found.embedder.weight, found.embedder.bias)
+    gradients = [found.values, *embedder, *found.gate.parameters(), d_raw.sum(0), d_temperature, d_mask]
+    return dense(gradients, inputs[:N_POOL_GRADIENTS])
 
 
 class _PoolCall:
@@ -146,10 +146,6 @@ def _kept(source: Rows, parameters: tuple[Any, ...], dtype: torch.dtype, *, inst
         values.new_empty((n_rows if instances else 0, v_weight.shape[1]), dtype=dtype),
         values.new_empty((n_rows if branches else 0, n_branches), dtype=dtype),
     )
-
-
-def _gate_gradients(found: GateGradients, d_raw: Tensor) -> list[Tensor | None]:
-    return [found.v_weight, found.v_bias, found.u_weight, found.u_bias, found.w_weight, d_raw.sum(0)]
 
 
 def dense(gradients: list[Tensor | None], inputs: tuple[Any, ...]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import host_offsets
-from eosin.kernels._products import affine, product, transposed_product
+from eosin.kernels._products import AffineGradient, affine, product, transposed_product
 from eosin.kernels._rows import Rows
 from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, GATE_BRANCHES, keep_mask
 
@@ -104,42 +104,19 @@ class Gate:
         """Return the raw scores of a block from its branches: (n, A), (n, A) -> (n, H)."""
         layer = (hidden if gate is None else hidden * gate).to(self.w_weight.dtype)
         if self.dropout:
-            layer = layer * self._dropout_scales(len(hidden), first)
+            layer = layer * self.dropout_scales(len(hidden), first)
         scores = layer @ self.w_weight.T
         return scores if self.w_bias is None else scores.add_(self.w_bias)
 
-    def backward(
-        self, d_scores: Tensor, hidden: Tensor, gate: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients of w, V h + b and U h + b: (n, H), (n, A), (n, A) -> (H, A), (n, A), (n, A)."""
-        narrow = d_scores.to(hidden.dtype)
-        d_layer = _outer(narrow, self.w_weight.to(hidden.dtype))
-        layer = hidden if gate is None else hidden * gate
-        if self.dropout:
-            scales = self._dropout_scales(len(hidden), first).to(hidden.dtype)
-            d_layer *= scales
-            layer = layer * scales
-        d_weight = transposed_product(narrow, layer)
-        d_gate = None
-        if gate is not None:  # tensors of this size are not made anew where an old one is done with
-            d_gate = torch.mul(d_layer, hidden, out=layer)
-            torch.ops.aten.sigmoid_backward.grad_input(d_gate, gate, grad_input=d_gate)
-            d_layer *= gate
-        return d_weight, self._through_activation(d_layer, hidden), d_gate
-
-    def to_rows(self, d_hidden: Tensor, d_gate: Tensor | None) -> Tensor:
-        """Return the gradient of a block's instances through the projections: (n, A), (n, A) -> (n, E)."""
-        rows = product(d_hidden, self.v_weight)
-        return rows if d_gate is None or self.u_weight is None else product(d_gate, self.u_weight, plus=rows)
-
-    def _through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
+    def through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
+        """Turn the gradient of act(x) into that of x, in place, from act(x): (n, A), (n, A) -> (n, A)."""
         if self.activation == "relu":
             torch.ops.aten.threshold_backward.grad_input(gradient, hidden, 0, grad_input=gradient)
         else:
             torch.ops.aten.tanh_backward.grad_input(gradient, hidden, grad_input=gradient)
         return gradient
 
-    def _dropout_scales(self, n_rows: int, first: int) -> Tensor:
+    def dropout_scales(self, n_rows: int, first: int) -> Tensor:
         """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""
         scales = self.w_weight.new_full((n_rows, len(self.v_weight)), 1.0)
         for branch in GATE_BRANCHES[: 1 if self.u_weight is None else 2]:
@@ -176,29 +153,68 @@ class Masks:
 
 
 class GateGradients:
-    """Running sums of the gradients of a gate's parameters."""
+    """Running sums of the gradients of a gate's parameters, V and U in one matrix (2A, E).
 
-    def __init__(self, gate: Gate) -> None:
-        dtype = gate.w_weight.dtype
+    What a block needs beside its branches has its place for all blocks: memory that is new for each costs as much as
+    the arithmetic.
+
+    Parameters
+    ----------
+    gate : Gate
+        The hidden layer.
+    n_rows : int
+        Rows of the longest block.
+    """
+
+    def __init__(self, gate: Gate, n_rows: int) -> None:
         self.gate = gate
-        self.v_weight = torch.zeros_like(gate.v_weight, dtype=dtype)
-        self.v_bias = self.v_weight.new_zeros(len(gate.v_weight))
-        self.u_weight = torch.zeros_like(self.v_weight)
-        self.u_bias = torch.zeros_like(self.v_bias)
+        self.projections = gate.v_weight if gate.u_weight is None else torch.cat([gate.v_weight, gate.u_weight])
+        self.sums = AffineGradient(self.projections, gate.w_weight.dtype)
         self.w_weight = torch.zeros_like(gate.w_weight)
+        self._narrow_w = gate.w_weight.to(gate.v_weight.dtype)
+        self._layer, self._d_layer = gate.v_weight.new_empty(2, n_rows, len(gate.v_weight))
+        self._d_branches = gate.v_weight.new_empty(n_rows, len(self.projections))
 
-    def add(
-        self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add a block; return the gradients of its projections V h + b and U h + b: (n, A), (n, A)."""
-        d_weight, d_hidden, d_gate = self.gate.backward(d_scores, hidden, opening, first)
-        self.w_weight += d_weight
-        self.v_weight = transposed_product(d_hidden, rows, plus=self.v_weight)
-        self.v_bias += d_hidden.sum(0, dtype=self.v_bias.dtype)
-        if d_gate is not None:
-            self.u_weight = transposed_product(d_gate, rows, plus=self.u_weight)
-            self.u_bias += d_gate.sum(0, dtype=self.u_bias.dtype)
-        return d_hidden, d_gate
+    def add(self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
+        """Add a block; return the gradients of V h + b and U h + b side by side: (n, A or 2A), valid until the next."""
+        d_layer = self._through_scores(d_scores.to(hidden.dtype), hidden, opening, first)
+        d_branches = self._d_branches[: len(rows)]
+        if opening is None:
+            self.gate.through_activation(d_branches.copy_(d_layer), hidden)
+        else:
+            d_hidden, d_opening = d_branches.chunk(2, dim=1)
+            torch.mul(d_layer, hidden, out=d_opening)
+            torch.ops.aten.sigmoid_backward.grad_input(d_opening, opening, grad_input=d_opening)
+            self.gate.through_activation(torch.mul(d_layer, opening, out=d_hidden), hidden)
+        self.sums.add(d_branches, rows)
+        return d_branches
+
+    def _through_scores(self, d_scores: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
+        """Add the gradient of w; return that of the layer that w reads: (n, H), (n, A), (n, A) -> (n, A)."""
+        layer, d_layer = self._layer[: len(hidden)], self._d_layer[: len(hidden)]
+        if len(self._narrow_w) == 1:
+            torch.mul(d_scores, self._narrow_w, out=d_layer)
+        else:
+            d_layer = product(d_scores, self._narrow_w)
+        layer = hidden if opening is None else torch.mul(hidden, opening, out=layer)
+        if self.gate.dropout:
+            scales = self.gate.dropout_scales(len(hidden), first).to(hidden.dtype)
+            d_layer *= scales
+            layer = layer * scales
+        self.w_weight += transposed_product(d_scores, layer)
+        return d_layer
+
+    def to_rows(self, d_branches: Tensor) -> Tensor:
+        """Return the gradient of a block's instances through the projections: (n, A or 2A) -> (n, E)."""
+        return product(d_branches, self.projections)
+
+    def parameters(self) -> list[Tensor | None]:
+        """Return the gradients of v_weight, v_bias, u_weight, u_bias and w_weight; None where there is no gate."""
+        width = len(self.gate.v_weight)
+        weight, bias = self.sums.weight, self.sums.bias
+        halves = [weight[:width], bias[:width], weight[width:], bias[width:]]
+        gated = self.gate.u_weight is not None
+        return [*halves[:2], *(halves[2:] if gated else (None, None)), self.w_weight]
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,22 @@ class Kept:
         return self.branches[block, :width], None if gate.u_weight is None else self.branches[block, width:]
 
 
+class Widened:
+    """Rows in the type of the sums; one place serves every block, as new memory costs more than the conversion."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._place = torch.empty(0)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the rows in the type of the sums, valid until the next call: (n, E)."""
+        if rows.dtype == self.dtype:
+            return rows
+        if len(self._place) < len(rows):
+            self._place = torch.empty_like(rows, dtype=self.dtype)
+        return self._place[: len(rows)].copy_(rows)
+
+
 class SoftmaxGradient:
     """The gradient of pooling within each bag.
 
@@ -257,12 +289,13 @@ class SoftmaxGradient:
         self.level = d_lse - (pooled * self.d_pooled).sum(2)  # (B, H)
         self.lse = torch.where(lse == NEVER, 0, lse)
         self.middle = entropy - self.lse
+        self._widened = Widened(lse.dtype)
 
     def scores(self, bag: int, scores: Tensor, rows: Tensor) -> Tensor:
         """Return the gradient of scores of one bag: (n, H), (n, E) -> (n, H)."""
         weights = (scores - self.lse[bag]).exp_()
         surprise = torch.where(weights > 0, scores + self.middle[bag], 0)
-        projected = rows.to(weights.dtype) @ self.d_pooled[bag].T
+        projected = self._widened(rows) @ self.d_pooled[bag].T
         return weights * (projected + self.level[bag] - self.d_entropy[bag] * surprise)
 
     def add_rows(self, bag: int, scores: Tensor, d_rows: Tensor) -> None:
@@ -290,6 +323,7 @@ class BagStates:
         self.top = like.new_full((n_bags, heads), NEVER)
         self.total, self.spread = like.new_zeros(n_bags, heads), like.new_zeros(n_bags, heads)
         self.weighted = like.new_zeros(n_bags, heads, width)
+        self._widened = Widened(like.dtype)
 
     def add(self, bag: int, scores: Tensor, rows: Tensor) -> None:
         """Merge rows of one bag into its state: (n, H), (n, E)."""
@@ -302,7 +336,7 @@ class BagStates:
         lowered = torch.where(decay > 0, old - shift, 0)
         self.spread[bag] = (self.spread[bag] + lowered * self.total[bag]) * decay + (weights * relative).sum(0)
         self.total[bag] = self.total[bag] * decay + weights.sum(0)
-        self.weighted[bag].mul_(decay[:, None]).add_(weights.T @ rows.to(weights.dtype))
+        self.weighted[bag].mul_(decay[:, None]).add_(weights.T @ self._widened(rows))
         self.top[bag] = top
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,13 +378,13 @@ def score_backward(
 ) -> tuple[Tensor | None, GateGradients]:
     """Return the gradient of the values (if needed) and of the gate's parameters."""
     d_values = values.new_gradient() if needs_values else None
-    gradients = GateGradients(gate)
+    gradients = GateGradients(gate, min(ROWS, len(values)))
     for block in blocks(len(values)):
         rows = values[block].to(gate.v_weight.dtype)
         hidden, opening = kept.branches_of(block, rows, gate)
         d_branches = gradients.add(d_scores[block], rows, hidden, opening, block.start)
         if d_values is not None:
-            values.add_gradient(d_values, block, gate.to_rows(*d_branches))
+            values.add_gradient(d_values, block, gradients.to_rows(d_branches))
     return d_values, gradients
 
 
@@ -378,8 +412,7 @@ class PoolGradients:
     """Gradients that `pool_backward` found; None where not needed."""
 
     values: Tensor | None
-    embed_weight: Tensor | None
-    embed_bias: Tensor | None
+    embedder: AffineGradient | None
     gate: GateGradients
     scores: Tensor  # (N, H), of the scores after temperature and masks
 
@@ -403,11 +436,10 @@ def pool_backward(
     """
     offsets = host_offsets(cu_seqlens)
     softmax = SoftmaxGradient(upstream[1:], results[1:])
-    gradients, d_scores = GateGradients(gate), torch.empty_like(results[0])
+    gradients, d_scores = GateGradients(gate, min(ROWS, len(values))), torch.empty_like(results[0])
     d_values = values.new_gradient() if needs_values else None
-    d_weight = None if embedding.weight is None else d_scores.new_zeros(embedding.weight.shape)
-    d_bias = None if d_weight is None else d_weight.new_zeros(len(d_weight))
-    needs_rows = needs_values or d_weight is not None
+    embedder = None if embedding.weight is None else AffineGradient(embedding.weight, d_scores.dtype)
+    needs_rows = needs_values or embedder is not None
     for block in blocks(len(values)):
         rows = kept.instances_of(block, values, embedding)
         hidden, opening = kept.branches_of(block, rows, gate)
@@ -417,21 +449,15 @@ def pool_backward(
         d_branches = gradients.add(d_scores[block] / masks.temperature, rows, hidden, opening, block.start)
         if not needs_rows:
             continue
-        d_rows = gate.to_rows(*d_branches)
+        d_rows = gradients.to_rows(d_branches)
         for bag, part in pieces(offsets, block):
             softmax.add_rows(bag, results[0][block][part], d_rows[part])
-        if d_weight is not None and d_bias is not None:
+        if embedder is not None:
             d_rows = embedding.backward(d_rows, rows)
-            d_bias += d_rows.sum(0, dtype=d_bias.dtype)
-            d_weight = transposed_product(d_rows, values[block].to(embedding.dtype), plus=d_weight)
+            embedder.add(d_rows, values[block].to(embedding.dtype))
         if d_values is not None:
             values.add_gradient(d_values, block, embedding.to_values(d_rows))
-    return PoolGradients(d_values, d_weight, d_bias, gradients, d_scores)
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right, without a product's overhead for one head: (n, H), (H, A) -> (n, A)."""
-    return left * right if len(right) == 1 else product(left, right)
+    return PoolGradients(d_values, embedder, gradients, d_scores)
 
 
 def _per_head(mask: Tensor) -> Tensor:
