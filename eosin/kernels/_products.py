@@ -71,8 +71,8 @@ class AffineGradient:
             self.bias += bias
         else:
             self.weight = transposed_product(upstream, rows, plus=self.weight)
-            for part in upstream.split(_SUM_ROWS):  # a whole block would be converted in memory that is new each time
-                self.bias += part.sum(0, dtype=self.bias.dtype)
+            for first in range(0, len(upstream), _SUM_ROWS):  # a whole block would be converted in new memory
+                self.bias += upstream[first : first + _SUM_ROWS].sum(0, dtype=self.bias.dtype)
 
 
 def _convolves(upstream: Tensor, rows: Tensor) -> bool:

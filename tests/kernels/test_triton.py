@@ -193,6 +193,17 @@ def test_one_pass_is_taken_at_inference_and_for_small_hidden_layers():
         assert not pays(tensors(64, width=1536), torch.bfloat16)
 
 
+def test_one_pass_passes_torchs_own_checks():
+    import eosin.kernels.gated_attention.one_pass  # noqa: F401 (registers)
+
+    gate = (tensor.requires_grad_() for tensor in gate_parameters(24, 20, 1, dtype=torch.float32).values())
+    values, one = normal(9, 24, dtype=torch.float32).requires_grad_(), torch.tensor(1.0, requires_grad=True)
+    arguments = (values, *gate, one, None, offsets((4, 0, 5)), torch.arange(8, -1, -1), "tanh", torch.float32)
+    arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.eosin.one_pass_pool.default, tuple(arguments), test_utils=checks)
+
+
 def test_one_pass_in_half_precision():
     values, parameters = normal(90, 24, dtype=torch.bfloat16), gate_parameters(24, 20, 1, dtype=torch.bfloat16)
     bags = offsets((60, 30)).to(DEVICE)

@@ -172,7 +172,7 @@ class GateGradients:
         self.sums = AffineGradient(self.projections, gate.w_weight.dtype)
         self.w_weight = torch.zeros_like(gate.w_weight)
         self._narrow_w = gate.w_weight.to(gate.v_weight.dtype)
-        self._layer, self._d_layer = gate.v_weight.new_empty(2, n_rows, len(gate.v_weight))
+        self._layer, self._d_layer = (gate.v_weight.new_empty(n_rows, len(gate.v_weight)) for _ in range(2))
         self._d_branches = gate.v_weight.new_empty(n_rows, len(self.projections))
 
     def add(self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
@@ -195,7 +195,7 @@ class GateGradients:
         if len(self._narrow_w) == 1:
             torch.mul(d_scores, self._narrow_w, out=d_layer)
         else:
-            d_layer = product(d_scores, self._narrow_w)
+            d_layer.copy_(product(d_scores, self._narrow_w))
         layer = hidden if opening is None else torch.mul(hidden, opening, out=layer)
         if self.gate.dropout:
             scales = self.gate.dropout_scales(len(hidden), first).to(hidden.dtype)
