@@ -17,22 +17,24 @@ from shapely.geometry.base import BaseGeometry
 from eosin import __version__
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
-from eosin.features.bag import FeatureSpec
+from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import Precision, find_encoder, folder_name
 from eosin.features.extract import extract
 from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map
 from eosin.heatmaps.evaluation import confusions, panels
-from eosin.heatmaps.explain import FORMATS, explain_slide
+from eosin.heatmaps.explain import FORMATS, class_choices, explain_slide, map_name
+from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.mapset import map_slide
 from eosin.heatmaps.measures import METRIC_NAMES, Evaluated
 from eosin.heatmaps.report import Metric, Picture, ReportData, SlideCard, slide_pictures, write_report
-from eosin.mil.checkpoint import load_card, load_model
+from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
 from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, shown
 from eosin.mil.predict import predict
 from eosin.mil.recipe import Recipe
-from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator, AttentionOutput
 from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
 from eosin.mil.study import open_labels, pose_task
 from eosin.mil.tasks import Task
@@ -410,16 +412,19 @@ class _Run:
             )
 
     def heatmaps(self, result: Result) -> None:
-        """Explain every tested slide by the model that has not seen it, if the model weighs tiles."""
-        ids = [slide for slide in result.predictions["slide_id"] if slide in result.slides]
+        """Explain every tested slide by the model that has not seen it."""
         model, _ = load_model(result.model)
-        if not issubclass(model.output_type, AttentionOutput):
-            return
+        name, formats = map_name(model), self.options.formats
         items = [
             _Explain(
-                result.slides[i], result.feature_file(i), result.fold_model(i), result.heatmaps, self.options.formats
+                result.slides[slide],
+                result.feature_file(slide),
+                result.fold_model(slide),
+                result.heatmaps / f"{slide}_{name}",
+                formats,
             )
-            for i in ids
+            for slide in result.predictions["slide_id"]
+            if slide in result.slides
         ]
         with self.progress("heat maps", len(items)) as advance:
             self.note(
@@ -492,6 +497,7 @@ def predict_slides(
     job: JobFolder,
     out: Path,
     *,
+    patient_of: Mapping[str, str] | None = None,
     slide_mpp: float | Path | None = None,
     machine: Machine | None = None,
     progress: ProgressBar = no_progress,
@@ -508,6 +514,8 @@ def predict_slides(
         Receives tiles and features; what is there already is used.
     out : Path
         The table, see `eosin.mil.predict.predict`; a slide that could not be tiled or encoded has a row that says why.
+    patient_of : mapping of str to str, optional
+        Patient of each slide, for a second table.
     slide_mpp : float or Path, optional
         As of `eosin.wsi.slide.find_slides`.
     machine : Machine, optional
@@ -530,7 +538,15 @@ def predict_slides(
     encoded = encode_like(load_card(models[0]).features, found, job, machine=means, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
         failures = encoded.report.failed
-        predicted = predict(models, encoded.files, out, failures=failures, device=means.device, progress=advance)
+        predicted = predict(
+            models,
+            encoded.files,
+            out,
+            failures=failures,
+            patient_of=patient_of,
+            device=means.device,
+            progress=advance,
+        )
     return worst([encoded.report, predicted])
 
 
@@ -569,17 +585,17 @@ def _bags(features: Path, table: LabelTable) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Explain:
-    """The heat map of one slide: what it is made from, and where the note lies that says so."""
+    """The heat map of one slide: what it is made from, its files without their formats, and the note that says so."""
 
     slide: SlideFile
     features: Path
     model: Path
-    out: Path
+    stem: Path
     formats: tuple[str, ...]
 
     @property
     def note(self) -> Path:
-        return self.out / f"{self.slide.slide_id}.json"
+        return self.stem.with_name(f"{self.slide.slide_id}.json")
 
     def origin(self) -> dict[str, Any]:
         footer = read_footer(self.features)
@@ -591,7 +607,7 @@ class _Explain:
         }
 
     def files(self) -> list[Path]:
-        return [self.out / f"{self.slide.slide_id}_attention.{name}" for name in self.formats]
+        return [self.stem.with_name(f"{self.stem.name}.{name}") for name in self.formats]
 
     def is_done(self) -> bool:
         try:
@@ -602,7 +618,7 @@ class _Explain:
 
 
 def _explain(item: _Explain) -> Outcome:
-    explain_slide(item.model, item.slide, read_bag(item.features), item.out, formats=item.formats)
+    explain_slide(item.model, item.slide, read_bag(item.features), item.stem.parent, formats=item.formats)
     write_json(item.note, item.origin())
     return Outcome()
 
@@ -663,10 +679,9 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
     if "predicted" in row:
         facts |= {"predicted": row["predicted"], "probability": f"{row['prob_' + row['predicted']]:.3f}"}
     bag = read_bag(result.feature_file(slide_id))
-    model, _ = load_model(result.fold_model(slide_id))
     pictures: tuple[Picture, ...] = ()
-    if issubclass(model.output_type, AttentionOutput) and bag.n_instances:
-        heatmap = attention_map(model, bag).percentile()
+    if bag.n_instances:
+        heatmap = _shown_map(*load_model(result.fold_model(slide_id)), bag)
         file = result.slides[slide_id]
         outline = None if truth is None else truth.get(slide_id)
         with open_slide(file.path, mpp=file.mpp) as slide:
@@ -675,8 +690,17 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
     return SlideCard(slide_id, facts | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
 
 
+def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:
+    """Return the map that the files of `explain_slide` show: the attention, or what each tile adds."""
+    if issubclass(model.output_type, AttentionOutput):
+        return attention_map(model, bag).percentile()
+    return map_slide(model, bag, classes=class_choices(card), outputs=card.load_task().columns).maps[0]
+
+
 def _notes(result: Result) -> tuple[str, ...]:
     notes = ["Attention shows what the model weighed, not which way it counted."]
+    if not issubclass(load_model(result.model)[0].output_type, AttentionOutput):
+        notes = ["The model weighs no tiles; its maps show what the prediction would lose without each tile."]
     if result.left_out:
         notes.append(f"{len(result.left_out)} labelled slides have no features: {shown(result.left_out)}.")
     if result.report.failed:

@@ -93,6 +93,20 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     assert models[0] != models[1]
 
 
+def test_a_model_without_attention_shows_what_each_tile_adds(cohort: Path, result: Result, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(result.job.root, job, ignore=shutil.ignore_patterns("heatmaps", "crossval", "model"))
+    recipe = OPTIONS.recipe.model_copy(update={"aggregator": Component(name="mean")})
+    made = run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe}))
+    slide = made.predictions["slide_id"][0]
+    assert (made.heatmaps / f"{slide}_effect.png").is_file()
+    data = make_report(made)
+    assert all(len(card.pictures) == 2 for card in data.slides)
+    assert "adds" in data.slides[0].pictures[1].caption
+    assert data.notes[0].startswith("The model weighs no tiles")
+    assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
+
+
 def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path: Path) -> None:
     folder, job = tmp_path / "cohort", tmp_path / "job"
     shutil.copytree(cohort, folder)
@@ -162,12 +176,3 @@ def test_folder_without_slides_is_refused(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError):
         run_pipeline([tmp_path / "none"], cohort / "labels.csv", JobFolder(tmp_path / "job"), OPTIONS)
-
-
-def test_model_without_attention_gives_no_heat_maps(cohort: Path, result: Result, tmp_path: Path) -> None:
-    job = tmp_path / "job"
-    shutil.copytree(result.job.root, job, ignore=shutil.ignore_patterns("heatmaps"))
-    pooled = Recipe(aggregator=Component(name="mean"), training=TRAINING)
-    plain = run(cohort, job, OPTIONS.model_copy(update={"recipe": pooled}))
-    assert not (job / "heatmaps").exists()
-    assert make_report(plain).slides[0].pictures == ()

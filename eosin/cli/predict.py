@@ -16,26 +16,46 @@ def predict(
     features: Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")] = None,
     slides: SlidesOption = None,
     out: Annotated[Path, typer.Option(help="Table of predictions (.csv or .parquet); a killed run continues.")],
+    patients: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Any table with slides and their patients; writes OUT_patients, too, with one row per patient.",
+        ),
+    ] = None,
     job: Annotated[Path | None, typer.Option(help="Job folder for what is made from --slides.")] = None,
     slide_mpp: SlideMpp = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> Done:
-    """Predict slides with a trained model or an ensemble; a bad slide is a row with its reason."""
+    """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
     from eosin.errors import ConfigError
     from eosin.features.store import find_bags
+    from eosin.mil.patients import patients_file, read_patients
     from eosin.mil.predict import predict as predict_files
     from eosin.pipeline import Machine, predict_slides
     from eosin.wsi.job import JobFolder
 
+    patient_of = None if patients is None else read_patients(patients)
+    made = [out] if patients is None else [out, patients_file(out)]
     if features is not None and not slides:
         files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)
         with progress("predict", len(files)) as advance:
-            return Done([out], predict_files(model, files, out, device=device, progress=advance))
+            report = predict_files(model, files, out, patient_of=patient_of, device=device, progress=advance)
+        return Done(made, report)
     if slides and features is None and job is not None:
         machine = Machine(workers=workers, device=device, weights=weights)
         mpp = slide_mpp_source(slide_mpp)
-        report = predict_slides(model, slides, JobFolder(job), out, slide_mpp=mpp, machine=machine, progress=progress)
-        return Done([out], report)
+        report = predict_slides(
+            model,
+            slides,
+            JobFolder(job),
+            out,
+            patient_of=patient_of,
+            slide_mpp=mpp,
+            machine=machine,
+            progress=progress,
+        )
+        return Done(made, report)
     raise ConfigError("what is to be predicted? pass --features FOLDER, or --slides SLIDES with --job JOB")

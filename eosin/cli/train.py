@@ -1,5 +1,6 @@
 """`eosin train`: features + labels → one model."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,11 +23,14 @@ from eosin.cli._arguments import (
 from eosin.cli._common import Done, Settings, command, merge, progress, say
 from eosin.cli._study import CacheGb, DeviceCacheGb, MaxInstancesPerStep, SlideTable
 
+REPORT = "report.html"
+
 if TYPE_CHECKING:
     from eosin.mil.continual import Source
     from eosin.mil.recipe import Recipe
     from eosin.mil.splits import Split
     from eosin.mil.study import Study
+    from eosin.mil.train import Fitted
 
 
 @command("recipe", "task", "target")
@@ -55,7 +59,7 @@ def train(
     precision: TrainPrecision = "fp32",
     settings: Settings,
 ) -> Done:
-    """Train one model; a run that was killed continues where it was."""
+    """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
     from eosin.cli._study import BYTES_PER_GB, begin, owner, read_study, training_split
     from eosin.mil.continual import Source, continued
     from eosin.mil.train import fit
@@ -78,7 +82,7 @@ def train(
     split = training_split(study, splits, fold, chosen)
     begin(study, out, device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
-        fit(
+        fitted = fit(
             chosen,
             study.task,
             study.examples.subset(split.train),
@@ -89,8 +93,9 @@ def train(
             device_cache_bytes=int(device_cache_gb * BYTES_PER_GB),
             progress=advance,
         )
+    told = [] if continue_from is not None else _report(fitted, study, split, out, features, labels, device)
     source = Source.of(features, labels, study, group=owner(group), level=level, slide_table=slide_table)
-    return Done([out, *_judge(out, study, source, split, continue_from, device)])
+    return Done([out, *told, *_judge(out, study, source, split, continue_from, device)])
 
 
 def _recipe(
@@ -105,6 +110,33 @@ def _recipe(
         return choose_recipe(name, settings, max_instances_per_step=max_instances_per_step)
     base = base_recipe(continue_from).model_dump(mode="json")
     return Recipe.parse(merge(base, settings.group("recipe")), source="recipe")
+
+
+def _report(
+    fitted: "Fitted", study: "Study", split: "Split", out: Path, features: Path, labels: Path, device: str
+) -> list[Path]:
+    """Test the model on slides that have not trained it, when there are some."""
+    from eosin.files import file_fingerprint
+    from eosin.heatmaps.evaluation import Context, report_crossval
+    from eosin.mil.crossval import METRICS, PREDICTIONS
+    from eosin.mil.holdout import judge, unseen_part
+
+    name, ids = unseen_part(split, fitted.card.recipe)
+    if not ids or os.environ.get("RANK", "0") != "0":
+        return []
+    metrics = judge(fitted, study.task, study.examples.subset(ids), out, device=device)
+    chosen_by = "" if name == "test" else ", which chose the epoch and any threshold, so that the figures flatter"
+    context = Context(
+        title=f"One model on its {name} part",
+        summary=f"in the {name} part of the split{chosen_by}; the model was trained on other patients.",
+        thumbnails=features.parent.parent / "thumbnails",
+        provenance={
+            "labels": f"{labels} ({file_fingerprint(labels)})",
+            "model": f"{out} ({fitted.card.model_id})",
+        },
+    )
+    report_crossval(out / REPORT, metrics, out / PREDICTIONS, study, context)
+    return [out / METRICS, out / PREDICTIONS, out / REPORT]
 
 
 def _judge(

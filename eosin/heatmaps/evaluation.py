@@ -1,4 +1,4 @@
-"""The report of a cross-validation: what its predictions are worth, where they fail, and where they come from."""
+"""The report of an evaluation: what its predictions are worth, where they fail, and where they come from."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -42,6 +42,8 @@ class Context:
     Attributes
     ----------
     title : str
+    summary : str
+        What was tested and how, before the main figure; that of a cross-validation when it is empty.
     sites : mapping of str to str
         Site of each slide; may be empty.
     thumbnails : Path, optional
@@ -54,6 +56,7 @@ class Context:
     """
 
     title: str = "Cross-validation"
+    summary: str = ""
     sites: Mapping[str, str] = field(default_factory=dict)
     thumbnails: Path | None = None
     notes: Sequence[str] = ()
@@ -129,13 +132,16 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
     found = Evaluated.of(task, frame)
     patients = len(set(found.patients))
     first = task.selection_metric
-    tables = {"Over folds": over_folds(led_by(first, metrics["metrics"])), "Folds": fold_table(metrics["folds"], first)}
+    tables = {}
+    if len(metrics["folds"]) > 1:
+        over = over_folds(led_by(first, metrics["metrics"]))
+        tables = {"Over folds": over, "Folds": fold_table(metrics["folds"], first)}
     sites = site_table(found, context.sites)
     if sites is not None:
         tables["Sites"] = sites
     return ReportData(
         title=context.title,
-        summary=_summary(metrics, task, found, patients),
+        summary=_summary(metrics, task, found, context.summary),
         metrics=metric_rows(led_by(first, metrics["out_of_fold"])),
         metrics_note=(
             f"All {len(frame)} test predictions together, with the 95 % interval of a bootstrap over {patients} "
@@ -165,13 +171,14 @@ def _shortened(frame: pd.DataFrame) -> list[str]:
     return [f"The first {SHOWN_PREDICTIONS} of {len(frame)} predictions are shown; predictions.csv holds all."]
 
 
-def _summary(metrics: Mapping[str, Any], task: Task, found: Evaluated, patients: int) -> str:
-    slides = found.frame["slide_id"].nunique()
+def _summary(metrics: Mapping[str, Any], task: Task, found: Evaluated, how: str) -> str:
+    slides, patients = found.frame["slide_id"].nunique(), len(set(found.patients))
     best = metrics["out_of_fold"].get(task.selection_metric, {})
-    text = (
-        f"{slides} slides of {patients} patients in {metrics['n_folds']} folds, each tested by a model that was "
-        "trained on other patients and chosen without them."
+    usual = (
+        f"in {metrics['n_folds']} folds, each tested by a model that was trained on other patients and chosen "
+        "without them."
     )
+    text = f"{slides} slides of {patients} patients {how or usual}"
     if best.get("value") is None:
         return text
     interval = "" if best["lower"] is None else f" ({best['lower']:.3f} to {best['upper']:.3f})"

@@ -156,6 +156,33 @@ def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float,
     return with_validation(split, cohort, val_fraction=val_fraction, seed=recipe.training.seed + number)
 
 
+def judge_models(made: Sequence[Fitted], task: Task, test: Examples, *, number: int = 0, device: str = "auto") -> Fold:
+    """Return what a model, or several together, say of slides.
+
+    Parameters
+    ----------
+    made : sequence of Fitted
+    task : Task
+        As it was before training.
+    test : Examples
+    number : int
+        Of the fold.
+    device : str
+        ``auto``, ``cpu``, ``cuda``.
+    """
+    tasks = [fitted.card.load_task() for fitted in made]
+    outputs = [
+        predict_outputs(fitted.model, own, test.bags, test.ids, device=choose_device(device))
+        for fitted, own in zip(made, tasks, strict=True)
+    ]
+    pooled, together = task.pooled(tasks, outputs)
+    judge = tasks[0] if len(tasks) == 1 else with_mean_threshold(pooled, tasks)
+    mean = together.reshape(len(tasks), len(test), -1).mean(0)
+    targets = test.targets.numpy()
+    validation = tuple(fitted.card.training["validation"] for fitted in made)
+    return Fold(number, test.ids, test.patient_ids, mean, targets, judge.metrics(mean, targets), judge, validation)
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """What all folds have in common."""
@@ -172,18 +199,7 @@ class _Plan:
         folder = self.out / f"fold_{number}"
         folders = [folder / f"inner_{place}" for place in range(len(splits))] if nested else [folder]
         made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
-        test = self.examples.subset(splits[0].test)
-        tasks = [fitted.card.load_task() for fitted in made]
-        outputs = [
-            predict_outputs(fitted.model, task, test.bags, test.ids, device=choose_device(self.device))
-            for fitted, task in zip(made, tasks, strict=True)
-        ]
-        task, together = self.task.pooled(tasks, outputs)
-        task = tasks[0] if len(tasks) == 1 else with_mean_threshold(task, tasks)
-        mean = together.reshape(len(tasks), len(test), -1).mean(0)
-        targets = test.targets.numpy()
-        validation = tuple(fitted.card.training["validation"] for fitted in made)
-        return Fold(number, test.ids, test.patient_ids, mean, targets, task.metrics(mean, targets), task, validation)
+        return judge_models(made, self.task, self.examples.subset(splits[0].test), number=number, device=self.device)
 
     def _train(self, number: int, split: Split, folder: Path) -> Fitted:
         training = self.recipe.training

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import CARD, ModelCard, build_model, load_model, save_model
-from eosin.mil.data import BagSource, Examples, shown
+from eosin.mil.data import BagSource, Examples, PatientBags, shown
 from eosin.mil.evaluate import choose_device, compute_logits
 from eosin.mil.feed import (
     EVALUATION_INSTANCES,
@@ -451,6 +451,7 @@ class _Run:
         chosen = self.history[self.best_epoch - 1]
         task = self._tuned_task(model)
         facts = {
+            "level": "patient" if isinstance(self.train.bags, PatientBags) else "slide",
             "epochs": len(self.history),
             "best_epoch": self.best_epoch,
             "validation": {name[4:]: value for name, value in chosen.items() if name.startswith("val_")},

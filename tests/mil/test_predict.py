@@ -172,8 +172,9 @@ import torch
 torch.set_num_threads(1)
 from eosin.features.store import find_bags
 from eosin.mil import predict as prediction
+from eosin.mil import prediction_table
 
-prediction.SAVE_INTERVAL_S = 0
+prediction_table.SAVE_INTERVAL_S = 0
 model, folder, out = map(Path, sys.argv[1:4])
 draw = random.Random(0)
 states = []
