@@ -30,7 +30,7 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.methods.comel import Gdat, GdatBlock, Groups
 from eosin.mil.methods.packmil import Downsampled
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, SetTransformer
-from eosin.mil.methods.transmil import Layout, NystromLayer, TransMil, pseudo_inverse
+from eosin.mil.methods.transmil import Layout, NystromLayer, TransMil
 from eosin.mil.slots import AttentionOutput
 from eosin.mil.standardize import Standardized
 
@@ -102,20 +102,15 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
 def _of_set_transformer(model: SetTransformer, pack: PackedBags) -> Trace:
     encoder = [block for block in model.encoder if isinstance(block, InducedBlock)]
     decoder = [block for block in model.decoder if isinstance(block, MultiheadBlock)]
-    listened: list[nn.Module] = [*encoder, *(block.point.key for block in encoder), *(block.query for block in decoder)]
-    with inputs_of(listened) as seen:
+    with inputs_of([*encoder, *(block.query for block in decoder)]) as seen:
         output = model(pack)
     inputs = [calls[0] for calls in seen]
-    given, summaries, seeds = (
-        inputs[: len(encoder)],
-        inputs[len(encoder) : 2 * len(encoder)],
-        inputs[2 * len(encoder) :],
-    )
+    given, seeds = inputs[: len(encoder)], inputs[len(encoder) :]
     read = np.full(model.pool.seeds.shape[1], 1 / model.pool.seeds.shape[1])
     for block, tokens in reversed(list(zip(decoder, seeds, strict=True))):
         read = 0.5 * read + 0.5 * read @ _seed_attention(block, tokens[0])
     start = _pooling_weights(output, heads=model.pool.block.heads) @ read
-    layers = [partial(_through_points, *parts) for parts in zip(encoder, given, summaries, strict=True)]
+    layers = [partial(_through_points, *parts) for parts in zip(encoder, given, strict=True)]
     return Trace(start, layers, lambda row: row)
 
 
@@ -132,9 +127,10 @@ def _seed_attention(block: MultiheadBlock, tokens: Tensor) -> Floats:
 
 
 @torch.no_grad()
-def _through_points(block: InducedBlock, bags: PackedBags, summary: Tensor, row: Floats) -> Floats:
-    """Return the row after an ISAB that made the summary (1, m, d): tiles to inducing points, and these to tiles."""
+def _through_points(block: InducedBlock, bags: PackedBags, row: Floats) -> Floats:
+    """Return the row after an ISAB: tiles to inducing points, and these to tiles."""
     tokens = block.tokens
+    summary = block.inducing.read_bags(tokens[0], bags)  # (1, m, d)
     point, inducing = block.point, block.inducing
     keys = _by_head(point.key(summary[0]), point.heads)
     shares = gather_row(row, bags.values, point.query, keys, scale=point.scale).mean(1, keepdim=True)  # (m, 1)
@@ -151,7 +147,7 @@ def gather_row(
     keys: Tensor,
     *,
     scale: float,
-    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Return ``Σ_n r_n softmax_m(q_n k_m)`` for tokens that read m others, (m, H), in steps that bound memory.
 
@@ -164,15 +160,15 @@ def gather_row(
         Tokens (c, E) to queries (c, H · d).
     keys : (m, H, d)
     scale : float
-    present : (m,) bool, optional
-        Keys that exist.
+    counts : (m,) bool or float, optional
+        How many equal keys each one stands for; 0 for none.
     """
     total = keys.new_zeros(keys.shape[:2])
     weights = torch.from_numpy(row).to(keys)
     for part, share in zip(torch.split(values, ROWS_PER_STEP), torch.split(weights, ROWS_PER_STEP), strict=True):
         scores = torch.einsum("nhd,mhd->nmh", _by_head(project(part), keys.shape[1]), keys) * scale
-        if present is not None:
-            scores = scores.masked_fill(~present[None, :, None], float("-inf"))
+        if counts is not None:
+            scores = scores + counts.to(scores.dtype).log()[:, None]
         total += torch.einsum("n,nmh->mh", share, scores.softmax(1))
     return total
 
@@ -202,8 +198,8 @@ def _through_groups(block: GdatBlock, tokens: Tensor, groups: Groups, row: Float
     means = torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]  # (1, m, E)
     projections = [partial(_project_third, attention.qkv, third) for third in range(2)]
     keys = _by_head(projections[1](means[0]), attention.heads)
-    present = groups.present[0]
-    shares = gather_row(row, normed, projections[0], keys, scale=attention.scale, present=present)
+    counts = groups.present[0]
+    shares = gather_row(row, normed, projections[0], keys, scale=attention.scale, counts=counts)
     query, key = (
         _by_head(project(part), attention.heads) for project, part in zip(projections, (means, padded), strict=True)
     )
@@ -222,15 +218,16 @@ def _project_third(qkv: nn.Linear, third: int, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NystromFactors:
-    """The three factors of a Nyström layer for one bag: ``A1 A2⁺ A3`` per head, over the padded rows P.
+    """The three factors of a Nyström layer for one bag: ``A1 A2⁺ A3`` per head, over its T tokens.
 
     Parameters
     ----------
     normed : (T, E)
         Tokens after the layer's norm.
     marks_query, marks_key : (m, H, d)
-        Landmarks.
+        Landmarks, equal ones once.
     inverse : (H, m, m)
+        Of all landmarks that each row stands for.
     layer : NystromLayer
     layout : Layout
     """
@@ -245,33 +242,25 @@ class NystromFactors:
     @classmethod
     def of(cls, layer: NystromLayer, tokens: Tensor, layout: Layout) -> "NystromFactors":
         """Compute the factors for the tokens (T, E) that a layer was given."""
-        normed = layer.norm(tokens)
-        padded = normed.new_zeros(sum(layout.lengths), normed.shape[1]).index_copy(0, layout.padded, normed)
-        means = torch.segment_reduce(padded, "mean", lengths=layout.group, axis=0)  # (m, E)
-        query, key = (_by_head(_project_third(layer.to_qkv, third, means), layer.heads) for third in range(2))
-        scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * layer.scale  # (H, m, m)
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
-        inverse = pseudo_inverse(wide[None], layer.pinv_iterations)[0]
-        return cls(normed, query, key, inverse, layer, layout)
+        query, key, inverse = layer.landmarks(layer.landmark_means(tokens, layout), layout)
+        return cls(layer.norm(tokens), query[0], key[0], inverse[0], layer, layout)
 
     def to_landmarks(self, row: Floats) -> Tensor:
         """Return ``r A1 A2⁺`` per head of a row of tokens (T,): (m, H)."""
         project = partial(_project_third, self.layer.to_qkv, 0)
-        shares = gather_row(row, self.normed, project, self.marks_key, scale=self.layer.scale)  # (m, H)
+        counts = self.layout.counts[0]
+        shares = gather_row(row, self.normed, project, self.marks_key, scale=self.layer.scale, counts=counts)  # (m, H)
         return torch.einsum("mh,hmk->kh", shares, self.inverse.to(shares))
 
     def from_landmarks(self, mix: Tensor) -> Tensor:
-        """Return ``mix A3`` per head of weights of landmarks (m, H), without padding: (T, H)."""
-        padded = self.padded_third(1)
-        query = self.marks_query[None]
-        weights = mixed_weights(query, padded, mix[None].to(query), self.layout.lengths, self.layer.scale)
-        return weights[self.layout.padded]
+        """Return ``mix A3`` per head of weights of landmarks (m, H): (T, H)."""
+        key, query = self.third(1), self.marks_query[None]
+        lengths, zeros = self.layout.lengths, self.layout.zeros
+        return mixed_weights(query, key, mix[None].to(query), lengths, self.layer.scale, zeros=zeros)
 
-    def padded_third(self, third: int) -> Tensor:
-        """Return the queries, keys or values of the padded rows, (P, H, d)."""
-        rows = _by_head(_project_third(self.layer.to_qkv, third, self.normed), self.layer.heads)
-        # no bias: rows of zeros stay zeros
-        return rows.new_zeros(sum(self.layout.lengths), *rows.shape[1:]).index_copy(0, self.layout.padded, rows)
+    def third(self, number: int) -> Tensor:
+        """Return the queries (0), keys (1) or values (2) of the tokens, (T, H, d)."""
+        return _by_head(_project_third(self.layer.to_qkv, number, self.normed), self.layer.heads)
 
 
 @trace_attention.register(TransMil)

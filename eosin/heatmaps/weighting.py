@@ -120,15 +120,15 @@ def _of_transmil(model: TransMil, pack: PackedBags, value: Value) -> Floats:
     start = np.zeros(len(layout.source))
     start[int(layout.first[0])] = 1.0
     mix = factors.to_landmarks(start)  # (m, H)
-    key, values = factors.padded_third(1), factors.padded_third(2)
+    key, values = factors.third(1), factors.third(2)
     query = factors.marks_query[None]
-    scale = model.layer2.scale
-    read = bag_attention(query, key, values, layout.lengths, scale)[0]  # (m, H, d)
+    scale, zeros = model.layer2.scale, layout.zeros
+    read = bag_attention(query, key, values, layout.lengths, scale, zeros=zeros)[0]  # (m, H, d)
     level = mix * torch.einsum("mhd,hd->mh", read, slope)
     own = torch.einsum("phd,hd->ph", values, slope)
-    shared = mixed_weights(query, key, mix[None].to(query), layout.lengths, scale)
-    lost = mixed_weights(query, key, level[None].to(query), layout.lengths, scale)
-    prices = (shared * own - lost).double().sum(1, keepdim=True)[layout.padded]
+    shared = mixed_weights(query, key, mix[None].to(query), layout.lengths, scale, zeros=zeros)
+    lost = mixed_weights(query, key, level[None].to(query), layout.lengths, scale, zeros=zeros)
+    prices = (shared * own - lost).double().sum(1, keepdim=True)
     return np.asarray(layout.per_instance(prices)[:, 0].cpu().numpy())
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_ROWS = 1024  # most instances of one bag that are computed as one block
+BLOCK_COST = 64  # what a block costs whatever it holds, in rows
 CHUNK_ELEMENTS = 2**23  # most entries of an attention map that exist at one time
 CHECKPOINT_ROWS = 2**15  # from this many instances on, layers are computed again in the backward pass
 NORM_ROWS = 2**12  # tokens that are normed at once where there are many
@@ -103,7 +104,15 @@ def bag_product(values: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tenso
     return torch.cat(products) if products else values.new_zeros(0, tokens.shape[1])
 
 
-def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def bag_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    *,
+    zeros: Tensor | None = None,
+) -> Tensor:
     """Let the tokens of each bag attend to the instances of that bag.
 
     Memory is that of a few blocks of the attention map, forward and backward; softmax and sums are held in float32 at
@@ -119,6 +128,8 @@ def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int,
         Instances per bag.
     scale : float
         Multiplies the inner products before the softmax.
+    zeros : (B,) float, optional
+        How many instances each bag has besides whose keys and values are 0.
 
     Returns
     -------
@@ -126,7 +137,7 @@ def bag_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int,
         0 for an empty bag.
     """
     with _full_precision(query):
-        out: Tensor = _BagAttention.apply(query, key, value, lengths, scale)
+        out: Tensor = _BagAttention.apply(query, key, value, lengths, scale, zeros)
     return out
 
 
@@ -137,7 +148,7 @@ def instance_attention(
     lengths: tuple[int, ...],
     scale: float,
     *,
-    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Let each instance attend to the tokens of its own bag; memory and derivatives as `bag_attention`.
 
@@ -151,19 +162,27 @@ def instance_attention(
         Instances per bag.
     scale : float
         Multiplies the inner products before the softmax.
-    present : (B, m) bool, optional
-        False for tokens that a bag does not have.
+    counts : (B, m) bool or float, optional
+        How many equal tokens each one stands for; 0 for tokens that a bag does not have.
 
     Returns
     -------
     (N, H, e)
     """
     with _full_precision(query):
-        out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale, present)
+        out: Tensor = _InstanceAttention.apply(query, key, value, lengths, scale, counts)
     return out
 
 
-def mixed_weights(query: Tensor, key: Tensor, mix: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def mixed_weights(
+    query: Tensor,
+    key: Tensor,
+    mix: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    *,
+    zeros: Tensor | None = None,
+) -> Tensor:
     """Return the weight of each instance in a mixture of the tokens' attention, computed as in `bag_attention`.
 
     For tokens t the result is ``Σ_t mix_t a_tn`` with a the weights of `bag_attention`.
@@ -180,13 +199,15 @@ def mixed_weights(query: Tensor, key: Tensor, mix: Tensor, lengths: tuple[int, .
         Instances per bag.
     scale : float
         Multiplies the inner products before the softmax.
+    zeros : (B,) float, optional
+        As in `bag_attention`.
 
     Returns
     -------
     (N, H)
     """
     with _full_precision(query):
-        out: Tensor = _MixedWeights.apply(query, key, mix, lengths, scale)
+        out: Tensor = _MixedWeights.apply(query, key, mix, lengths, scale, zeros)
     return out
 
 
@@ -224,8 +245,8 @@ def _blocks(
     lengths: Sequence[int], entries: int, device: torch.device, *, limit: int | None = CHUNK_ELEMENTS
 ) -> Iterator[_Blocks]:
     """Yield the blocks of a pack in chunks, so that rows times `entries` stays below `limit`."""
-    size = min(BLOCK_ROWS, max(16, max(lengths, default=0)))
     length = torch.tensor(lengths, dtype=torch.int64)
+    size = _block_rows(length)
     count = (length + size - 1) // size  # (B,) blocks of each bag
     bag = torch.repeat_interleave(torch.arange(len(lengths)), count)
     number = torch.arange(len(bag)) - (count.cumsum(0) - count)[bag]  # of the block within its bag
@@ -241,10 +262,26 @@ def _blocks(
         yield _Blocks(rows.to(device), filled.to(device), bag[part].to(device), int(start[part[0]]), stop, full)
 
 
+def _block_rows(length: Tensor) -> int:
+    """Return the rows R of a block with which bags of these lengths (B,) leave the fewest places empty."""
+    most = min(BLOCK_ROWS, max(16, int(length.max()) if len(length) else 0))
+    sizes = [size for size in (16, 32, 64, 128, 256, 512) if size < most]
+    costs = [int(((length + size - 1) // size).sum()) * (size + BLOCK_COST) for size in (*sizes, most)]
+    return (*sizes, most)[costs.index(min(costs))]
+
+
 class _BagAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        out, lse = _attended(query, key, value, lengths, scale)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        zeros: Tensor | None,
+    ) -> Tensor:
+        out, lse = _attended(query, key, value, lengths, scale, zeros)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.lengths, ctx.scale = lengths, scale
         return out.transpose(1, 2).to(query.dtype)
@@ -268,13 +305,21 @@ class _BagAttention(torch.autograd.Function):
             dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
             dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
             blocks.scatter((dscores.mT @ scaled[bag].transpose(1, 2)).transpose(1, 2), dkey)
-        return (dquery * ctx.scale).to(query.dtype), dkey, dvalue, None, None
+        return (dquery * ctx.scale).to(query.dtype), dkey, dvalue, None, None, None
 
 
 class _MixedWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, mix: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        _, lse = _attended(query, key, key[..., :0], lengths, scale)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        mix: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        zeros: Tensor | None,
+    ) -> Tensor:
+        _, lse = _attended(query, key, key[..., :0], lengths, scale, zeros)
         out = key.new_empty(key.shape[:2])
         shares = mix.to(lse.dtype).transpose(1, 2)  # (B, H, m)
         scaled = query.to(lse.dtype) * scale
@@ -282,7 +327,7 @@ class _MixedWeights(torch.autograd.Function):
             weights = _bag_scores(scaled, key, blocks).sub_(lse[blocks.bag][..., None]).exp_()  # (c, H, m, R)
             blocks.scatter((shares[blocks.bag][:, :, None] @ weights)[:, :, 0].mT, out)
         ctx.save_for_backward(query, key, mix, lse)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.lengths, ctx.scale, ctx.zeros = lengths, scale, zeros
         return out
 
     @staticmethod
@@ -291,7 +336,7 @@ class _MixedWeights(torch.autograd.Function):
         query, key, mix, lse = ctx.saved_tensors
         wide = lse.dtype
         shares = mix.to(wide).transpose(1, 2)
-        dmix, _ = _attended(query, key, grad[..., None].to(wide), ctx.lengths, ctx.scale)  # (B, H, m, 1)
+        dmix, _ = _attended(query, key, grad[..., None].to(wide), ctx.lengths, ctx.scale, ctx.zeros)  # (B, H, m, 1)
         scaled = query.to(wide) * ctx.scale
         dquery, dkey = torch.zeros_like(scaled), torch.empty_like(key)
         for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
@@ -302,17 +347,20 @@ class _MixedWeights(torch.autograd.Function):
             dqueries = dscores @ blocks.gather(key).to(wide).transpose(1, 2)  # (c, H, m, d)
             dquery += _per_bag(dqueries.transpose(1, 2), bag, len(query))
             blocks.scatter((dscores.mT @ scaled[bag].transpose(1, 2)).transpose(1, 2), dkey)
-        return (dquery * ctx.scale).to(query.dtype), dkey, dmix[..., 0].mT.to(mix.dtype), None, None
+        return (dquery * ctx.scale).to(query.dtype), dkey, dmix[..., 0].mT.to(mix.dtype), None, None, None
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, zeros: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values (B, H, m, e) and the logarithm of each softmax's sum (B, H, m), 0 for an empty bag."""
     n_bags, m, heads, _ = query.shape
     wide = _wide(query)
     top = query.new_full((n_bags, heads, m), float("-inf"), dtype=wide)  # running maximum
     total = torch.zeros_like(top)
+    if zeros is not None:  # their scores are 0, and they add nothing to the values
+        total += zeros[:, None, None]
+        top = torch.where(total > 0, 0, top)
     out = query.new_zeros(n_bags, heads, m, value.shape[-1], dtype=wide)
     scaled = query.to(wide) * scale
     for blocks in _blocks(lengths, heads * m, query.device):
@@ -338,15 +386,16 @@ class _InstanceAttention(torch.autograd.Function):
         value: Tensor,
         lengths: tuple[int, ...],
         scale: float,
-        present: Tensor | None,
+        counts: Tensor | None,
     ) -> Tensor:
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         scaled, values = key.to(_wide(query)) * scale, value.to(_wide(query))
+        logs = None if counts is None else counts.to(scaled.dtype).log()
         for blocks in _blocks(lengths, key.shape[1] * key.shape[2], query.device):
-            weights = _instance_weights(query, scaled, blocks, present)
+            weights = _instance_weights(query, scaled, blocks, logs)
             blocks.scatter((weights @ values[blocks.bag].transpose(1, 2)).transpose(1, 2), out)
         ctx.save_for_backward(query, key, value)
-        ctx.lengths, ctx.scale, ctx.present = lengths, scale, present
+        ctx.lengths, ctx.scale, ctx.logs = lengths, scale, logs
         return out
 
     @staticmethod
@@ -359,7 +408,7 @@ class _InstanceAttention(torch.autograd.Function):
         dkey, dvalue = torch.zeros_like(scaled), torch.zeros_like(values)
         for blocks in _blocks(ctx.lengths, key.shape[1] * key.shape[2], query.device):
             bag = blocks.bag
-            weights = _instance_weights(query, scaled, blocks, ctx.present)  # (c, H, R, m)
+            weights = _instance_weights(query, scaled, blocks, ctx.logs)  # (c, H, R, m)
             grads = blocks.gather(grad).to(wide)
             grads = grads if blocks.full else grads * blocks.filled[..., None, None]
             grads = grads.transpose(1, 2)  # (c, H, R, e)
@@ -378,12 +427,12 @@ def _bag_scores(scaled: Tensor, key: Tensor, blocks: _Blocks) -> Tensor:
     return blocks.hide(scaled[blocks.bag].transpose(1, 2) @ keys)
 
 
-def _instance_weights(query: Tensor, scaled: Tensor, blocks: _Blocks, present: Tensor | None) -> Tensor:
-    """Return (c, H, R, m) from keys that are scaled."""
+def _instance_weights(query: Tensor, scaled: Tensor, blocks: _Blocks, logs: Tensor | None) -> Tensor:
+    """Return (c, H, R, m) from keys that are scaled and the logarithms (B, m) of how often each is there."""
     keys = scaled[blocks.bag].permute(0, 2, 3, 1)
     scores = blocks.gather(query).to(scaled.dtype).transpose(1, 2) @ keys
-    if present is not None:
-        scores.masked_fill_(~present[blocks.bag][:, None, None], float("-inf"))
+    if logs is not None:
+        scores += logs[blocks.bag][:, None, None]
     return scores.softmax(-1)
 
 

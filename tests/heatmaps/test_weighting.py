@@ -41,19 +41,18 @@ class Weighted:
         return kernels.AttentionPool(scores, *kernels.attention_pool(scores, instances, bags.cu_seqlens))
 
     def keys(self, bag_attention):
-        def weighted(query, key, value, lengths, scale):
+        def weighted(query, key, value, lengths, scale, *, zeros):
             self.calls += 1
             if self.calls % 2:
-                return bag_attention(query, key, value, lengths, scale)  # the first layer
+                return bag_attention(query, key, value, lengths, scale, zeros=zeros)  # the first layer
             layout = transmil.Layout.of((N,), 4, key.device)
             per_token = torch.zeros(len(layout.source), dtype=key.dtype)
             per_token[layout.instances] = self.log_weights
             per_token[layout.copies] = per_token[layout.originals]
-            rows = torch.zeros(len(key), dtype=key.dtype)
-            rows[layout.padded] = per_token
-            column = rows[:, None, None].expand(-1, key.shape[1], 1)
+            column = per_token[:, None, None].expand(-1, key.shape[1], 1)
             ones = torch.full((*query.shape[:3], 1), 1 / scale, dtype=query.dtype)
-            return bag_attention(torch.cat([query, ones], 3), torch.cat([key, column], 2), value, lengths, scale)
+            query, key = torch.cat([query, ones], 3), torch.cat([key, column], 2)
+            return bag_attention(query, key, value, lengths, scale, zeros=zeros)
 
         return weighted
 

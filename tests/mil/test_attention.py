@@ -124,7 +124,7 @@ def test_tokens_that_a_bag_does_not_have_are_not_read():
     query, key, value = tensors((N, HEADS, WIDTH), (B, TOKENS, HEADS, WIDTH), (B, TOKENS, HEADS, VALUE))
     present = torch.ones(B, TOKENS, dtype=torch.bool)
     present[2, 1] = present[5, :4] = False
-    found = instance_attention(query, key, value, LENGTHS, 0.7, present=present)
+    found = instance_attention(query, key, value, LENGTHS, 0.7, counts=present)
     wanted = []
     for number, part in enumerate(query.split(LENGTHS)):
         keep = present[number]

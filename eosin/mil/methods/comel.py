@@ -294,7 +294,7 @@ class GroupedDoubleAttention(nn.Module):
         query, key, value = self._with_bias(joint, slice(0, 3), heads)  # (P, H, d)
         group_query, group_key = self._with_bias(functional.linear(means, weight[:2].flatten(0, 2)), slice(0, 2), heads)
         read = bag_attention(group_query, key, value, groups.lengths, self.scale)
-        out = instance_attention(query, group_key, read, groups.lengths, self.scale, present=groups.present)
+        out = instance_attention(query, group_key, read, groups.lengths, self.scale, counts=groups.present)
         out = torch.add(out, value, alpha=OWN_SHARE)
         return (out[groups.padded] if groups.has_padding else out).flatten(1)
 

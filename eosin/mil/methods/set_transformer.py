@@ -19,7 +19,9 @@ need it; the code's default is off. The paper has `pma_ff`.
 
 Learned tokens read the instances by `few_query_attention`, in memory that does not grow with the bag. The instances'
 side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS` instances on; the only
-loop runs over these chunks. In the PMA a seed's query is folded into the key map, so that neither keys nor values of
+loop runs over these chunks. A pack of small bags is read as a whole instead, without a loop over bags and heads, and
+where its instances are few beside the learned tokens, the queries are folded into the maps of keys and values as in the
+PMA. In the PMA a seed's query is folded into the key map, so that neither keys nor values of
 the instances are computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b_v) = W_v Σ a x + b_v``.
 """
 
@@ -33,11 +35,13 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, few_key_attention, few_query_attention
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, recomputed
+from eosin.mil.attention import bag_attention, by_rows, instance_attention, recomputed
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import as_dtype, embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+
+SMALL_BAG = 256  # most instances of the longest bag of a pack that a CPU reads as a whole
 
 Scale = Literal["model", "head"]
 
@@ -107,7 +111,7 @@ class SetTransformer(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, pooled seeds, the pooling's scores and the instances that it reads."""
-        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
+        return self.aggregate(bags.with_values(by_rows(self.embed, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -156,6 +160,10 @@ class MultiheadBlock(nn.Module):
         """Let the same tokens read the instances of every bag: (m, X), (N, Y) -> (B, m, d)."""
         projected = self.query(query)
         key, value = self.key, self.value
+        if _small(bags):
+            tokens = self._split(projected).expand(bags.n_bags, -1, -1, -1)
+            keys, values = self._split(key(bags.values)), self._split(value(bags.values))
+            return self._finish(projected + bag_attention(tokens, keys, values, bags.lengths, self.scale).flatten(2))
         read = few_query_attention(
             projected,
             bags.values,
@@ -176,6 +184,27 @@ class MultiheadBlock(nn.Module):
             projected, self.key(keys), self.value(keys), cu_seqlens, heads=self.heads, scale=self.scale
         )
         return self._finish(projected + as_dtype(read, projected))
+
+    def read_small(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Do as `read_tokens` for a pack of small bags."""
+        projected = self.query(query)
+        heads, (n_bags, m, _), width = self.heads, keys.shape, projected.shape[1]
+        if len(query) * (width + heads * m) < n_bags * m * width:
+            read = self._read_folded(self._split(projected), keys, lengths)
+        else:
+            parts = (self._split(part) for part in (projected, self.key(keys), self.value(keys)))
+            read = instance_attention(*parts, lengths, self.scale).flatten(1)
+        return self._finish(projected + read)
+
+    def _read_folded(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Let queries (N, H, e) read the tokens of their bag, not projected: -> (N, d)."""
+        k_weight, v_weight = (torch.unflatten(part.weight, 0, (self.heads, -1)) for part in (self.key, self.value))
+        folded = torch.einsum("nhe,hey->nhy", query, k_weight).flatten(0, 1)[:, None]  # every head a row of its own
+        tokens = keys[:, :, None]
+        rows = tuple(self.heads * length for length in lengths)
+        read = instance_attention(folded, tokens, tokens, rows, self.scale).view(*query.shape[:2], keys.shape[2])
+        values = torch.einsum("nhy,hey->nhe", read, v_weight).flatten(1) + self.value.bias
+        return values + 0 * self.key.bias.sum()  # it shifts all scores alike: its gradient is 0, not missing
 
     def attend_within(self, tokens: Tensor) -> Tensor:
         """Let the tokens of a bag read each other: (B, k, X) -> (B, k, d)."""
@@ -228,6 +257,8 @@ class InducedBlock(nn.Module):
     def forward(self, bags: PackedBags) -> Tensor:
         """Transform instances: (N, X) -> (N, d)."""
         summary = self.inducing.read_bags(self.tokens[0], bags)  # (B, m, d)
+        if _small(bags):
+            return self.point.read_small(bags.values, summary, bags.lengths)
         sizes, pieces = _row_chunks(bags)
         parts = [
             recomputed(partial(self.point.read_tokens, cu_seqlens=offsets), bags.n_instances, values, summary)
@@ -269,6 +300,10 @@ class PoolingBlock(nn.Module):
 def _learned(count: int, width: int) -> nn.Parameter:
     """Return tokens with the authors' initial spread: Xavier uniform of a (1, m, d) tensor."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, count, width)))
+
+
+def _small(bags: PackedBags) -> bool:
+    return bags.values.is_cpu and bags.max_length <= SMALL_BAG
 
 
 def _row_chunks(bags: PackedBags) -> tuple[list[int], list[Tensor]]:

@@ -22,8 +22,10 @@ code those of the whole batch, so that results do not depend on what is trained 
 the second layer only the class token is computed, since nothing else is read. The code exports no attention. Training
 is with RAdam without Lookahead.
 
-Bags are never padded to each other: landmarks, attention, convolutions and grids are those of each bag. The only loop
-runs over groups of heads, from `CHECKPOINT_ROWS` instances on, to bound memory.
+Bags are never padded to each other: landmarks, attention, convolutions and grids are those of each bag. The zeros of
+equation 3 are counted, not computed: as keys they add to the sums of the softmax, and the landmarks that are zeros
+altogether, nearly all of a small bag's, are equal and stand in the matrices once, with their number as a weight. The
+only loop runs over groups of heads, from `CHECKPOINT_ROWS` instances on, to bound memory.
 """
 
 import math
@@ -38,7 +40,14 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import ScanOrder, causal_conv
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, instance_attention, mixed_weights, recomputed
+from eosin.mil.attention import (
+    bag_attention,
+    by_rows,
+    instance_attention,
+    mixed_weights,
+    normed_linear,
+    recomputed,
+)
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import embedding
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
@@ -97,7 +106,7 @@ class TransMil(Aggregator):
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
         """Return logits, class tokens, scores of the first layer and instances."""
-        return self.aggregate(bags.with_values(recomputed(self.embed, bags.n_instances, bags.values)))
+        return self.aggregate(bags.with_values(by_rows(self.embed, bags.values)))
 
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
@@ -113,7 +122,7 @@ class TransMil(Aggregator):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of a pack lie: T tokens, of each bag its class token and s² instances; P rows after padding.
+    """Where the tokens of a pack lie: T tokens, of each bag its class token and s² instances.
 
     Attributes
     ----------
@@ -123,16 +132,20 @@ class Layout:
         Row of each class token among the T.
     body : (T - B,) int64
         Rows of the others.
-    padded : (T,) int64
-        Row of each token among the P.
     lengths : tuple of int
-        Padded length of each bag, a multiple of m.
+        Tokens of each bag.
     offsets : (B + 1,) int32
-        Offsets of the padded bags.
+        Offsets of the bags among the T.
     trailed : ScanOrder
-        The padded bags with half the taps as rows of zeros behind each.
-    group : (B * m,) int64
-        Rows that each landmark is the mean of.
+        The bags with half the taps as rows of zeros behind each.
+    zeros : (B,) float32
+        Rows of zeros in front of each bag, which make its length a multiple of m.
+    counts : (B, M) float32
+        How many landmarks each place stands for: the first for those of zeros only, each other one for one or none.
+    members : (B * M,) int64
+        Tokens of the landmarks at each place.
+    group : (B,) float32
+        Rows, zeros included, that each landmark is the mean of.
     cell : (T - B,) int64
         Cell of each token of `body` in one tall grid that holds the grids of all bags, three rows apart.
     grid : (height, width)
@@ -146,10 +159,12 @@ class Layout:
     source: Tensor
     first: Tensor
     body: Tensor
-    padded: Tensor
     lengths: tuple[int, ...]
     offsets: Tensor
     trailed: ScanOrder
+    zeros: Tensor
+    counts: Tensor
+    members: Tensor
     group: Tensor
     cell: Tensor
     grid: tuple[int, int]
@@ -170,8 +185,9 @@ class Layout:
         wrapped = torch.where(place < length[bag], place, place - length[bag])
         copied = place >= length[bag]
         copied &= place >= 0
-        padding = -count % landmarks
-        padded = count + padding
+        zeros = -count % landmarks
+        group = (count + zeros) // landmarks
+        counts, members = _places(landmarks, zeros, group)
         top = _starts(side + 3)
         width = max(1, int(side.max()))
         place_b, bag_b = place[body], bag[body]
@@ -180,23 +196,40 @@ class Layout:
             "source": torch.where(place < 0, 0, 1 + _starts(length)[bag] + wrapped),
             "first": _starts(count),
             "body": body,
-            "padded": _starts(padded)[bag] + padding[bag] + place + 1,
-            "group": torch.repeat_interleave(padded // landmarks, landmarks),
+            "zeros": zeros.float(),
+            "counts": counts.float(),
+            "members": members.flatten(),
+            "group": group.float(),
             "cell": cell,
             "copies": rows[copied],
             "originals": (rows - length[bag])[copied],
             "instances": rows[(place >= 0) & ~copied],
         }
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}
-        offsets = _offsets(padded).to(device)
-        trailed = _trailed(padded, device)
+        offsets = _offsets(count).to(device)
+        trailed = _trailed(count, device)
         height = int((side + 3).sum())
-        return cls(lengths=tuple(padded.tolist()), offsets=offsets, trailed=trailed, grid=(height, width), **tensors)
+        return cls(lengths=tuple(count.tolist()), offsets=offsets, trailed=trailed, grid=(height, width), **tensors)
 
     def per_instance(self, weights: Tensor) -> Tensor:
         """Add the weights (T, H) of repeated instances to the instance they repeat: (N, H)."""
         extra = torch.zeros_like(weights).index_copy(0, self.originals, weights[self.copies])
         return (weights + extra)[self.instances]
+
+
+def _places(landmarks: int, zeros: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many landmarks each place stands for and how many tokens these have, both (B, M).
+
+    Landmarks of zeros only share the first place; the next one may begin with some zeros.
+    """
+    empty = zeros // group
+    shared = (empty > 0).long()
+    place = torch.arange(int((landmarks - empty + shared).max()))
+    number = place - shared[:, None] + empty[:, None]  # of the landmark at a place, beyond the shared one
+    real = (place >= shared[:, None]) & (number < landmarks)
+    partial_zeros = torch.where(number == empty[:, None], (zeros - empty * group)[:, None], 0)
+    counts = torch.where(place < shared[:, None], empty[:, None], real.long())
+    return counts, torch.where(real, group[:, None] - partial_zeros, 0)
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -257,100 +290,97 @@ class NystromLayer(nn.Module):
     def _project_out(self, values: Sequence[Tensor]) -> Tensor:
         return functional.dropout(self.to_out(torch.cat(list(values), 1)), self.dropout, self.training)
 
+    def landmarks(self, means: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys of landmarks, (B, M, H, d), and A2⁺ for what these read, (B, H, M, M).
+
+        Parameters
+        ----------
+        means : (B, M, E)
+            As `landmark_means`.
+        layout : Layout
+        """
+        query, key = (self._project(means, part) for part in range(2))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = query.to(wide).transpose(1, 2) @ key.to(wide).permute(0, 2, 3, 1) * self.scale
+            counts = layout.counts.to(wide)
+            shares = torch.softmax(scores + counts.log()[:, None, None], -1)  # of all that a place stands for
+            single = shares / counts.clamp_min(1)[:, None, None]
+            inverse = pseudo_inverse(single, self.pinv_iterations, counts)
+            return query, key, inverse * counts[:, None, None]
+
+    def landmark_means(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Return the mean of each landmark's normed rows: (T, E) -> (B, M, E)."""
+        sums = torch.segment_reduce(self.norm(tokens), "sum", lengths=layout.members, axis=0)
+        return sums.view(len(layout.lengths), -1, tokens.shape[1]) / layout.group.to(sums.dtype)[:, None, None]
+
     def _groups(self, tokens: Tensor, layout: Layout) -> list[tuple[range, tuple[Tensor, ...]]]:
         """Return the heads that are computed at once, with their landmarks' queries, keys and pseudo-inverse."""
-        means = recomputed(partial(self._means, layout=layout), len(tokens), tokens)
-        query, key = (self._project(means, part, range(self.heads)) for part in range(2))  # (B, m, H, d)
-        inverse = self._inverse(query, key)  # (B, H, m, m)
+        means = recomputed(partial(self.landmark_means, layout=layout), len(tokens), tokens)
+        query, key, inverse = self.landmarks(means, layout)
         size = self.heads if len(tokens) < attention.CHECKPOINT_ROWS else 2
         groups = [range(first, min(first + size, self.heads)) for first in range(0, self.heads, size)]
         return [(h, (query[:, :, _slice(h)], key[:, :, _slice(h)], inverse[:, _slice(h)])) for h in groups]
 
-    def _means(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Return the mean of each group of padded tokens, (B, m, E)."""
-        means = torch.segment_reduce(_padded(self.norm(tokens), layout), "mean", lengths=layout.group, axis=0)
-        return means.view(len(layout.lengths), -1, tokens.shape[1])
-
-    def _project(self, rows: Tensor, part: int, heads: range) -> Tensor:
-        """Return the queries (0), keys (1) or values (2) of some heads: (..., E) -> (..., H, d)."""
-        weight = torch.unflatten(self.to_qkv.weight, 0, (3, self.heads, -1))[part, _slice(heads)]
-        projected: Tensor = torch.unflatten(functional.linear(rows, weight.flatten(0, 1)), -1, (len(heads), -1))
+    def _project(self, rows: Tensor, part: int) -> Tensor:
+        """Return the queries (0), keys (1) or values (2) of normed rows: (..., E) -> (..., H, d)."""
+        weight = torch.unflatten(self.to_qkv.weight, 0, (3, -1))[part]
+        projected: Tensor = torch.unflatten(functional.linear(rows, weight), -1, (self.heads, -1))
         return projected
 
-    def _projections(self, tokens: Tensor, parts: range, heads: range, layout: Layout) -> list[Tensor]:
-        """Return some of queries, keys and values of some heads, each (P, H, d).
-
-        The norm is taken by rows, so that no second copy of the tokens exists. A row of zeros projects to zeros, there
-        being no bias: padding may come last.
-        """
-
-        def project(piece: Tensor) -> Tensor:
-            normed = self.norm(piece)
-            return torch.cat([self._project(normed, part, heads) for part in parts], 1)
-
-        pieces = torch.split(tokens, max(1, attention.CHECKPOINT_ROWS))
-        joint = _padded(torch.cat([recomputed(project, len(tokens), piece) for piece in pieces]), layout)
-        return list(joint.chunk(len(parts), 1))
-
-    def _inverse(self, query: Tensor, key: Tensor) -> Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        with torch.autocast(query.device.type, enabled=False):
-            scores = query.to(wide).transpose(1, 2) @ key.to(wide).permute(0, 2, 3, 1) * self.scale
-            return pseudo_inverse(torch.softmax(scores, -1), self.pinv_iterations)
+    def _projections(self, tokens: Tensor, parts: slice, heads: range) -> tuple[Tensor, ...]:
+        """Return some of queries, keys and values of some heads, each (T, H, d)."""
+        weight = torch.unflatten(self.to_qkv.weight, 0, (3, self.heads, -1))[parts, _slice(heads)]
+        joint = normed_linear(tokens, self.norm, weight.flatten(0, 2))
+        return torch.unflatten(joint, 1, weight.shape[:3]).unbind(1)
 
     def _attend(
         self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the values of some heads and, beside them, the class token's weights: (T, H d + H)."""
-        query, key, value = self._projections(tokens, range(3), heads, layout)
+        query, key, value = self._projections(tokens, slice(0, 3), heads)
         mixed = self._mixed(marks_q, key, value, inverse, layout)
-        out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale)
-        out = (out + self._convolved(value, heads, layout))[layout.padded]  # (T, H, d)
-        shares = self._class_shares(query[layout.padded[layout.first]], marks_k) @ inverse  # (B, H, 1, m)
-        weights = mixed_weights(marks_q, key, shares[:, :, 0].mT, layout.lengths, self.scale)[layout.padded]
+        out = instance_attention(query, marks_k, mixed, layout.lengths, self.scale, counts=layout.counts)
+        out = out + self._convolved(value, heads, layout)  # (T, H, d)
+        shares = self._class_shares(query[layout.first], marks_k, layout) @ inverse  # (B, H, 1, M)
+        mix = shares[:, :, 0].mT
+        weights = mixed_weights(marks_q, key, mix, layout.lengths, self.scale, zeros=layout.zeros)
         return torch.cat([out.flatten(1), weights.to(out.dtype)], 1)
 
     def _attend_class(
         self, tokens: Tensor, marks_q: Tensor, marks_k: Tensor, inverse: Tensor, *, heads: range, layout: Layout
     ) -> Tensor:
         """Return the class tokens' values of some heads, (B, H d)."""
-        key, value = self._projections(tokens, range(1, 3), heads, layout)
-        mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, m, d)
-        rows = layout.padded[layout.first]  # (B,)
-        query = self._project(self.norm(tokens[layout.first]), 0, heads)
-        out = (self._class_shares(query, marks_k).to(mixed.dtype) @ mixed)[:, :, 0]
-        return (out + self._convolved_class(value, rows, heads, layout)).flatten(1)
+        key, value = self._projections(tokens, slice(1, 3), heads)
+        mixed = self._mixed(marks_q, key, value, inverse, layout).transpose(1, 2)  # (B, H, M, d)
+        query = self._project(self.norm(tokens[layout.first]), 0)[:, _slice(heads)]
+        out = (self._class_shares(query, marks_k, layout).to(mixed.dtype) @ mixed)[:, :, 0]
+        return (out + self._convolved_class(value, heads, layout)).flatten(1)
 
     def _mixed(self, marks_q: Tensor, key: Tensor, value: Tensor, inverse: Tensor, layout: Layout) -> Tensor:
-        read = bag_attention(marks_q, key, value, layout.lengths, self.scale).transpose(1, 2)  # (B, H, m, d)
-        return (inverse @ read.to(inverse.dtype)).transpose(1, 2).to(value.dtype)
+        read = bag_attention(marks_q, key, value, layout.lengths, self.scale, zeros=layout.zeros).transpose(1, 2)
+        return (inverse @ read.to(inverse.dtype)).transpose(1, 2).to(value.dtype)  # (B, M, H, d)
 
-    def _class_shares(self, query: Tensor, marks_k: Tensor) -> Tensor:
-        """Return the class token's row of A1, (B, H, 1, m)."""
+    def _class_shares(self, query: Tensor, marks_k: Tensor, layout: Layout) -> Tensor:
+        """Return the class token's row of A1, (B, H, 1, M), of all landmarks that a place stands for."""
         wide = torch.promote_types(query.dtype, torch.float32)
         scores = query[:, :, None] @ marks_k.permute(0, 2, 3, 1) * self.scale
-        return torch.softmax(scores.to(wide), -1)
+        return torch.softmax(scores.to(wide) + layout.counts.to(wide).log()[:, None, None], -1)
 
     def _convolved(self, value: Tensor, heads: range, layout: Layout) -> Tensor:
-        """Return the convolution along each bag, (P, H, d): a causal one, read half its taps later."""
+        """Return the convolution along each bag, (T, H, d): a causal one, read half its taps later."""
         weight = torch.repeat_interleave(self.res_conv.weight[_slice(heads), 0, :, 0], value.shape[2], 0)
         order = layout.trailed
         out = causal_conv(value.flatten(1), weight, None, layout.offsets, order=order, activation="none")
         return out[order.place + TAPS // 2].view_as(value)
 
-    def _convolved_class(self, value: Tensor, rows: Tensor, heads: range, layout: Layout) -> Tensor:
+    def _convolved_class(self, value: Tensor, heads: range, layout: Layout) -> Tensor:
         """Return the convolution at the class tokens, (B, H, d): in front of them are zeros only."""
         reach = TAPS // 2
-        ends = torch.tensor(layout.lengths, device=rows.device).cumsum(0)
-        near = rows[:, None] + torch.arange(reach + 1, device=rows.device)  # (B, taps)
-        inside = near < ends[:, None]
+        near = layout.first[:, None] + torch.arange(reach + 1, device=layout.first.device)  # (B, taps)
+        inside = near < layout.offsets[1:, None]
         window = value[torch.where(inside, near, 0)] * inside[..., None, None]  # (B, taps, H, d)
         return torch.einsum("bthd,ht->bhd", window, self.res_conv.weight[_slice(heads), 0, reach:, 0])
-
-
-def _padded(rows: Tensor, layout: Layout) -> Tensor:
-    """Put rows of zeros in front of each bag: (T, ...) -> (P, ...)."""
-    return rows.new_zeros(sum(layout.lengths), *rows.shape[1:]).index_copy(0, layout.padded, rows)
 
 
 class Ppeg(nn.Module):
@@ -393,19 +423,27 @@ def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Lay
     return tokens.index_add(0, layout.body, coded.to(tokens.dtype))
 
 
-def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
+def pseudo_inverse(matrix: Tensor, iterations: int, counts: Tensor | None = None) -> Tensor:
     """Approximate the Moore-Penrose inverse of each matrix by equation 4: (B, H, m, m) -> (B, H, m, m).
 
-    The starting point depends on the largest row and column sums over the heads of a bag.
+    The starting point depends on the largest row and column sums over the heads of a bag. With `counts` (B, m) a row
+    and column stand for that many equal ones, or for none, of a larger matrix; the result holds one of each of the
+    larger result. With C the counts, products of larger matrices are ``X C Y``, so that the iteration is that of
+    ``√C X √C``.
     """
-    size = matrix.abs()
-    largest = size.sum(-1).flatten(1).amax(1) * size.sum(-2).flatten(1).amax(1)  # (B,)
+    counts = matrix.new_ones(matrix.shape[0], matrix.shape[-1]) if counts is None else counts
+    root = counts.sqrt()[:, None, :, None]  # (B, 1, m, 1)
+    size = matrix.abs() * (counts > 0)[:, None, :, None]
+    rows, columns = (size * counts[:, None, None]).sum(-1), (size * counts[:, None, :, None]).sum(-2)
+    largest = rows.flatten(1).amax(1) * columns.flatten(1).amax(1)  # (B,)
+    matrix = root * matrix * root.mT
     inverse = matrix.mT / largest[:, None, None, None]
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     for _ in range(iterations):
         product = matrix @ inverse
         inverse = 0.25 * inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
-    return inverse
+    shrink = torch.where(root > 0, 1 / root, 0)
+    return shrink * inverse * shrink.mT
 
 
 def _slice(heads: range) -> slice:

@@ -119,8 +119,8 @@ def test_the_layout_repeats_the_first_instances():
     layout = Layout.of((5, 0, 1), 4, torch.device("cpu"))
     assert layout.source.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 0, 0, 6]
     assert layout.first.tolist() == [0, 10, 11]
-    assert layout.lengths == (12, 4, 4)
-    assert layout.padded.tolist() == [*range(2, 12), 15, 18, 19]
+    assert layout.lengths == (10, 1, 2)
+    assert layout.zeros.tolist() == [2, 3, 2]
     assert layout.copies.tolist() == [6, 7, 8, 9]
     assert layout.originals.tolist() == [1, 2, 3, 4]
 
