@@ -212,7 +212,7 @@ def bench_difference(path: Path) -> list[Row]:
 
 
 def giant(side_px: int, n_levels: int) -> bytes:
-    """Return a BigTIFF of 0.25 µm/px whose tile tables point at two shared JPEG tiles."""
+    """Return a BigTIFF of 0.25 µm/px whose tile tables point at two shared JPEG tiles a level."""
     source = Path(__file__).parents[1] / "tests" / "wsi" / "conftest.py"
     spec = importlib.util.spec_from_file_location("giants", source)
     assert spec is not None

@@ -161,10 +161,10 @@ def make_grid(
     xs, ys = (_axis_origins(side, tile_px0, step) for side in slide_size_px0)
     if len(xs) * len(ys) > MAX_TILES:
         raise ConfigError(f"the tiling has {len(xs) * len(ys)} tiles on this slide; more than {MAX_TILES} is refused")
-    origins = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
-    grid = TileGrid(origins, tile_px0, tiling, slide_size_px0, slide_mpp)
-    share = mask.fraction(grid.boxes_px0())
-    return grid.select((share >= tiling.min_tissue - 1e-9) & (share > 0))
+    share = mask.lattice(xs, ys, tile_px0)
+    rows, columns = np.nonzero((share >= tiling.min_tissue - 1e-9) & (share > 0))
+    origins = np.stack([xs[columns], ys[rows]], axis=1)
+    return TileGrid(origins, tile_px0, tiling, slide_size_px0, slide_mpp)
 
 
 def _px0_per_delivered_px(tiling: Tiling, slide_mpp: float, path: Path | str) -> float:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.batch import Outcome, Record, Report, run_batch
@@ -18,13 +16,13 @@ from eosin.wsi.colour import in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, make_grid
-from eosin.wsi.overview import make_thumbnail, read_overview
+from eosin.wsi.overview import Overview, make_thumbnail
 from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.quality import QualityLimits, TileQuality
 from eosin.wsi.scoring import score_tiles
 from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
 from eosin.wsi.stain import is_dark
-from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, mask_mpp, tissue_from_outline
+from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
 
@@ -219,19 +217,19 @@ class TilePlan:
         names = [f"{slide_id}{suffix}" for suffix in OUTLINE_SUFFIXES] if self.contours else []
         return next((path for name in names if (path := Path(self.contours or ".") / name).is_file()), None)
 
-    def find_mask(self, item: SlideFile, slide: Slide, overview: NDArray[np.uint8]) -> TissueMask:
+    def find_mask(self, item: SlideFile, slide: Slide, overview: Overview) -> TissueMask:
         """Return the tissue of an open slide: as drawn by a person, else found on the overview."""
         tissue, drawn = self.tissue_of(item), self.drawn(item.slide_id)
         if drawn is None:
             return find_tissue(slide, tissue, overview=overview)
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
         mask = tissue_from_outline(slide, outline, tissue)
-        pen = None if is_dark(overview) else find_tissue(slide, tissue, overview=overview).pen
+        pen = None if is_dark(overview.rgb) else find_tissue(slide, tissue, overview=overview).pen
         return replace(mask, notes=(f"tissue as drawn in {drawn.name}",), pen=pen)
 
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
-        overview = read_overview(slide, mask_mpp(slide, self.tissue_of(item)))
+        overview = look_over(slide, self.tissue_of(item))
         mask = self.find_mask(item, slide, overview)
         grid = make_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         quality = score_tiles(slide, grid, mask, overview, with_blur=self.quality.measures_blur)
@@ -268,8 +266,8 @@ class Tiled:
         Their scores.
     mask : TissueMask
         Tissue and ink.
-    overview : (h, w, 3) uint8
-        The slide at the mask's resolution.
+    overview : Overview
+        What the tissue was found on.
     outcome : Outcome
         How the slide ended, in words.
     """
@@ -277,7 +275,7 @@ class Tiled:
     grid: TileGrid
     quality: TileQuality
     mask: TissueMask
-    overview: NDArray[np.uint8]
+    overview: Overview
     outcome: Outcome
 
 
@@ -303,7 +301,7 @@ def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
     with plan.open(item) as slide:
         tiled = plan.lay_tiles(item, slide)
-        _write_pictures(plan.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview))
+        _write_pictures(plan.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))
         write_grid(
             plan.patches(item.slide_id),
             tiled.grid,

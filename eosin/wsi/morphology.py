@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from eosin.wsi.pieces import find_pieces
+
 Mask = NDArray[np.bool_]
 SMALL_RADIUS = 3.0
 LARGE_RADIUS = 12.0
@@ -50,12 +52,21 @@ def _slide(plane: NDArray[np.uint8], side: int, axis: int, pick: np.ufunc) -> ND
     return plane
 
 
+def window_sums(plane: NDArray[np.uint8], side: int) -> NDArray[np.uint32]:
+    """Return the sums of `side` x `side` cells around each cell; beyond the edge the picture is mirrored."""
+    before = side // 2
+    padded = np.pad(plane, (before, side - 1 - before), mode="symmetric").astype(np.uint32)
+    height, width = plane.shape
+    down = sum((padded[start : start + height] for start in range(1, side)), padded[:height])
+    return sum((down[:, start : start + width] for start in range(1, side)), down[:, :width])
+
+
 def find_windows(mask: Mask, margin: int) -> list[tuple[slice, slice]]:
     """Return the boxes of the connected pieces of a mask, larger by `margin` cells; one for all when they are many."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
+    pieces = find_pieces(mask)
+    if pieces.count == 0:
         return []
-    boxes = ndimage.find_objects(labels) if count <= MANY_PIECES else [_extent(mask)]
+    boxes = pieces.boxes() if pieces.count <= MANY_PIECES else [_extent(mask)]
     return [(_widened(rows, margin), _widened(columns, margin)) for rows, columns in boxes]
 
 
@@ -92,33 +103,24 @@ def open_threads(mask: Mask, radius: float) -> Mask:
 
 def drop_small(mask: Mask, min_cells: float, *, keep_largest: bool) -> Mask:
     """Return the pieces of at least `min_cells`, and on request the largest whatever its size."""
-    if not mask.any():
+    pieces = find_pieces(mask)
+    if pieces.count == 0:
         return mask
-    labels, _ = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel())
-    keep = sizes >= min_cells
+    keep = pieces.sizes >= min_cells
     if keep_largest:
-        keep[1 + np.argmax(sizes[1:])] = True
-    keep[0] = False
-    return np.asarray(keep[labels])
+        keep[np.argmax(pieces.sizes)] = True
+    return mask if keep.all() else pieces.mask(keep)
 
 
 def pieces_touching(mask: Mask, seeds: Mask) -> Mask:
     """Return the pieces of a mask that hold at least one seed."""
-    labels, count = ndimage.label(mask)
-    keep = np.zeros(count + 1, bool)
-    keep[labels[seeds]] = True
-    keep[0] = False
-    return np.asarray(keep[labels])
+    pieces = find_pieces(mask)
+    keep = pieces.touching(seeds)
+    return mask if keep.all() else pieces.mask(keep)
 
 
 def fill_holes(mask: Mask, max_cells: float) -> Mask:
     """Fill holes of at most `max_cells` that do not touch the picture's edge."""
-    labels, count = ndimage.label(~mask)
-    if count == 0:
-        return mask
-    fill = np.bincount(labels.ravel()) <= max_cells
-    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        fill[edge] = False
-    fill[0] = True
-    return np.asarray(fill[labels])
+    gaps = find_pieces(~mask)
+    fill = (gaps.sizes <= max_cells) & ~gaps.on_edge()
+    return mask | gaps.mask(fill) if fill.any() else mask

@@ -1,12 +1,15 @@
 """Masks to polygons and back."""
 
+from collections import defaultdict
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from shapely import LinearRing, MultiPolygon, Polygon, affinity, box, make_valid
+from shapely import LinearRing, MultiPolygon, Polygon, box, linearrings, make_valid, simplify
 from shapely.geometry.base import BaseGeometry
 from skimage.draw import polygon
-from skimage.measure import find_contours
+
+from eosin.wsi.morphology import window_of
+from eosin.wsi.pieces import find_pieces
 
 
 def trace_outline(
@@ -28,28 +31,97 @@ def trace_outline(
     MultiPolygon
         One polygon per piece, holes included, simplified by less than half a cell.
     """
-    labels, _ = ndimage.label(mask)
-    pieces = [
-        _trace_piece(labels[where] == number, origin_cells=(where[1].start, where[0].start))
-        for number, where in enumerate(ndimage.find_objects(labels), start=1)
-    ]
-    width, height = px0_per_cell
-    outline = MultiPolygon([part for piece in pieces for part in polygons_of(piece)])
-    scaled = affinity.scale(outline, width, height, origin=(0, 0))
-    inside = make_valid(scaled).intersection(box(0, 0, *slide_size_px0))
-    return MultiPolygon(polygons_of(inside))
+    rows, columns = window_of(mask, 0)
+    corner = np.array([columns.start, rows.start])
+    outline = MultiPolygon(_pieces(mask[rows, columns], corner, np.asarray(px0_per_cell, np.float64)))
+    width, height = slide_size_px0
+    _, _, right, bottom = outline.bounds if not outline.is_empty else (0, 0, 0, 0)
+    if right <= width and bottom <= height:
+        return outline
+    return MultiPolygon(polygons_of(make_valid(outline).intersection(box(0, 0, width, height))))
 
 
-def _trace_piece(piece: NDArray[np.bool_], origin_cells: tuple[int, int]) -> BaseGeometry:
-    rings: list[NDArray[np.float64]] = find_contours(np.pad(piece, 1).astype(np.float32), 0.5, fully_connected="low")  # type: ignore[no-untyped-call]
-    x0, y0 = origin_cells
-    # pixel (0, 0) of the padded piece has its centre half a cell outside the piece
-    points = [ring[:, ::-1] - 0.5 + (x0, y0) for ring in rings if len(ring) >= 4]
-    shapes = sorted((Polygon(ring) for ring in points), key=lambda shape: shape.area, reverse=True)
-    if not shapes:
-        return MultiPolygon()
-    whole = Polygon(shapes[0].exterior, [hole.exterior for hole in shapes[1:]])
-    return make_valid(whole.simplify(0.4))
+def _pieces(mask: NDArray[np.bool_], corner: NDArray[np.int64], cell_px0: NDArray[np.float64]) -> list[Polygon]:
+    """Return a polygon for each piece, its holes cut out; `corner` is x and y of the first cell."""
+    cells, sides, rings = _follow(mask)
+    if not rings:
+        return []
+    points = ((_middles(cells, sides, mask.shape[1]) + corner) * cell_px0)[np.concatenate(rings)]
+    lengths = np.array([len(ring) for ring in rings])
+    pieces = find_pieces(mask)
+    row, column = np.divmod(cells[[ring[0] for ring in rings]], mask.shape[1])
+    owners = pieces.labels[np.searchsorted(pieces.starts, row * pieces.pitch + column, "right") - 1]
+    whole = simplify(linearrings(points, indices=np.repeat(np.arange(len(rings)), lengths)), 0.4 * cell_px0.min())
+    is_hole = _areas(points, lengths) < 0
+    holes: defaultdict[int, list[LinearRing]] = defaultdict(list)
+    for ring, owner in zip(whole[is_hole], owners[is_hole].tolist(), strict=True):
+        holes[owner].append(ring)
+    outer = zip(whole[~is_hole], owners[~is_hole].tolist(), strict=True)
+    found = [Polygon(ring, holes[owner]) for ring, owner in outer]
+    return [part for piece in found for part in polygons_of(piece if piece.is_valid else make_valid(piece))]
+
+
+TOP, RIGHT, BOTTOM, LEFT = range(4)
+
+
+def _follow(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], list[list[int]]]:
+    """Return cell and side of every edge between tissue and glass, and the closed rings that they make.
+
+    Edges are followed with the tissue on the right; where two cells meet by a corner only, each keeps to itself.
+    """
+    width = mask.shape[1]
+    around = np.pad(mask, 1)
+    inside = around[1:-1, 1:-1]
+    glass = (around[:-2, 1:-1], around[1:-1, 2:], around[2:, 1:-1], around[1:-1, :-2])
+    edges = [np.flatnonzero(inside & ~beyond) for beyond in glass]
+    first = np.cumsum([0, *(len(some) for some in edges)])
+    cells, sides = np.concatenate(edges), np.repeat(np.arange(4), [len(some) for some in edges])
+    flat, pitch = around.ravel(), width + 2
+    place = (cells // width + 1) * pitch + cells % width + 1
+    onward = np.array([1, pitch, -1, -pitch])[sides]  # from cell to cell along the edge
+    outward = np.array([-pitch, 1, pitch, -1])[sides]
+    ahead = flat[place + onward]
+    corner = flat[place + onward + outward]
+    side = np.where(~ahead, (sides + 1) % 4, np.where(~corner, sides, (sides + 3) % 4))
+    target = place + np.where(ahead, onward, 0) + np.where(ahead & corner, outward, 0)
+    cell = (target // pitch - 1) * width + target % pitch - 1
+    following = np.empty(len(cells), np.int64)
+    for number, some in enumerate(edges):
+        mine = side == number
+        following[mine] = first[number] + np.searchsorted(some, cell[mine])
+    return cells, sides, _rings(following.tolist())
+
+
+def _rings(following: list[int]) -> list[list[int]]:
+    rings = []
+    seen = bytearray(len(following))
+    for start in range(len(following)):
+        ring = []
+        edge = start
+        while not seen[edge]:
+            seen[edge] = 1
+            ring.append(edge)
+            edge = following[edge]
+        if ring:
+            rings.append(ring)
+    return rings
+
+
+def _middles(cells: NDArray[np.int64], sides: NDArray[np.int64], width: int) -> NDArray[np.float64]:
+    """Return x and y of the middles of the edges, in cells, (n, 2)."""
+    row, column = np.divmod(cells, width)
+    x = column + np.array([0.5, 1.0, 0.5, 0.0])[sides]
+    y = row + np.array([0.0, 0.5, 1.0, 0.5])[sides]
+    return np.stack([x, y], axis=1)
+
+
+def _areas(points: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the signed areas of rings; y grows downwards, so what lies to the right of its outline is positive."""
+    last = np.cumsum(lengths) - 1
+    after = np.arange(1, len(points) + 1)
+    after[last] = last - lengths + 1
+    (x, y), (to_x, to_y) = points.T, points[after].T
+    return np.asarray(np.add.reduceat(x * to_y - to_x * y, last - lengths + 1) / 2)
 
 
 def polygons_of(shape: BaseGeometry) -> list[Polygon]:

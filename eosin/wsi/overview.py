@@ -1,6 +1,8 @@
 """A whole slide as one small picture."""
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +10,31 @@ from PIL import Image
 
 from eosin.errors import ConfigError
 from eosin.wsi.slide import Slide
+from eosin.wsi.stain import find_glass
 
 MAX_OVERVIEW_PX = 100_000_000
 THUMBNAIL_PX = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """A slide as one picture.
+
+    Attributes
+    ----------
+    rgb : (h, w, 3) uint8
+        From `read_overview`.
+    mpp : float
+        µm per pixel.
+    """
+
+    rgb: NDArray[np.uint8]
+    mpp: float
+
+    @cached_property
+    def glass(self) -> NDArray[np.float64]:
+        """Colour of empty glass, (3,)."""
+        return find_glass(self.rgb)
 
 
 def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:

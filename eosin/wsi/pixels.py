@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 NATIVE_SLACK_PX = 0.5
+NATIVE_BLOCK_PX = 512
 BLOCK_PX = 2048
 WHITE = (255, 255, 255)
 ReadLevel = Callable[[int, tuple[int, int], tuple[int, int]], NDArray[np.uint8]]
@@ -37,8 +38,11 @@ def flatten(rgba: Image.Image, background: tuple[int, int, int]) -> NDArray[np.u
 
 
 def is_native(ratio: float, longest_px: int) -> bool:
-    """Return whether pixels `ratio` times as fine as delivered are within half a delivered pixel over the region."""
-    return abs(ratio - 1) * longest_px <= NATIVE_SLACK_PX
+    """Return whether pixels `ratio` times as fine as delivered are within half a delivered pixel over the region.
+
+    Regions longer than 512 px are put together from blocks, so for them it is half a pixel over a block.
+    """
+    return abs(ratio - 1) * min(longest_px, NATIVE_BLOCK_PX) <= NATIVE_SLACK_PX
 
 
 def choose_level(downsamples: list[float], wanted: float, longest_px: int) -> int:
@@ -55,7 +59,7 @@ def choose_level(downsamples: list[float], wanted: float, longest_px: int) -> in
     longest_px : int
         Longer side of the delivered region.
     """
-    slack = 1 + NATIVE_SLACK_PX / max(longest_px, 1)
+    slack = 1 + NATIVE_SLACK_PX / min(max(longest_px, 1), NATIVE_BLOCK_PX)
     fine = [level for level, downsample in enumerate(downsamples) if downsample <= wanted * slack]
     return fine[-1] if fine else 0
 
@@ -70,8 +74,8 @@ def read_scaled(
     """Return a region at any downsample, with anti-aliasing and bounded memory.
 
     Pixels of a level are delivered as they are stored when the level is within half a delivered pixel over the
-    region. Otherwise the next finer level is averaged: plain area average at whole ratios, Pillow's Hamming filter
-    in between, where its box filter would shift lines by up to half a pixel.
+    region, or over each 512 px of a larger one. Otherwise the next finer level is averaged: plain area average at
+    whole ratios, Pillow's Hamming filter in between, where its box filter would shift lines by up to half a pixel.
 
     Parameters
     ----------
@@ -93,11 +97,16 @@ def read_scaled(
     level = choose_level(downsamples, downsample, max(size_px))
     ratio = downsample / downsamples[level]
     x, y = (position / downsamples[level] for position in origin_px0)
-    if is_native(ratio, max(size_px)):
+    native = is_native(ratio, max(size_px))
+    if native and abs(ratio - 1) * max(size_px) <= NATIVE_SLACK_PX:
         return read_level(level, (round(x), round(y)), size_px)
     result = np.empty((size_px[1], size_px[0], 3), np.uint8)
-    for left, top, width, height in _blocks(size_px, max(1, int(BLOCK_PX / ratio))):
-        block = _resample(read_level, level, (x + left * ratio, y + top * ratio), (width, height), ratio)
+    for left, top, width, height in _blocks(size_px, NATIVE_BLOCK_PX if native else max(1, int(BLOCK_PX / ratio))):
+        corner = (x + left * ratio, y + top * ratio)
+        if native:
+            block = read_level(level, (round(corner[0]), round(corner[1])), (width, height))
+        else:
+            block = _resample(read_level, level, corner, (width, height), ratio)
         result[top : top + height, left : left + width] = block
     return result
 

@@ -75,7 +75,7 @@ def _preview(plan: TilePlan, item: SlideFile) -> Outcome:
 def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
     with plan.open(item) as slide:
         tiled = plan.lay_tiles(item, slide)
-        thumbnail = make_thumbnail(slide, tiled.overview)
+        thumbnail = make_thumbnail(slide, tiled.overview.rgb)
         outlined = draw_outline(thumbnail, tiled.mask.contours(), slide.size_px0)
         return draw_grid(outlined, tiled.grid), tiled.outcome
 

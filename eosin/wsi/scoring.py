@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.morphology import Mask, drop_small, window_of
+from eosin.wsi.morphology import Mask, drop_small, window_of, window_sums
+from eosin.wsi.overview import Overview
 from eosin.wsi.quality import TileQuality
 from eosin.wsi.slide import Slide
-from eosin.wsi.stain import DENSITY_OF_LIGHT, find_glass, look_up, to_light
+from eosin.wsi.stain import total_density
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import TissueMask
 
@@ -28,11 +28,11 @@ FOLD_RATIO = 1.7
 FOLD_MIN_DENSITY = 0.8
 FOLD_WINDOW_UM = 40.0
 FOLD_MIN_UM2 = 2_500.0
-_UNIT = 100  # 8-bit optical density: at most 0.85 of each channel, so that three add up to no more than 255
+_UNIT = 100  # of 8-bit optical density: at most 0.85 of each channel
 
 
 def score_tiles(
-    slide: Slide, grid: TileGrid, mask: TissueMask, overview: NDArray[np.uint8], *, with_blur: bool, threads: int = 2
+    slide: Slide, grid: TileGrid, mask: TissueMask, overview: Overview, *, with_blur: bool, threads: int = 2
 ) -> TileQuality:
     """Return the quality of every tile.
 
@@ -44,8 +44,8 @@ def score_tiles(
         The tiles.
     mask : TissueMask
         Tissue and ink of the slide.
-    overview : (h, w, 3) uint8
-        The slide at the mask's resolution.
+    overview : Overview
+        The slide at the mask's resolution, or at a whole multiple of its mpp.
     with_blur : bool
         Whether blur is measured; otherwise it is NaN.
     threads : int
@@ -56,18 +56,28 @@ def score_tiles(
     CorruptSlideError
         If tiles cannot be decoded.
     """
-    boxes = grid.boxes_px0()
+    at, side = grid.origins_px0, grid.tile_px0
     none = np.zeros(grid.n_tiles, np.float32)
-    dark = find_folds(overview, mask.mask, mask.cell_um2)
+    folds = _folds_of(mask, overview)
     return TileQuality(
         blur=_measure_blur(slide, grid, threads) if with_blur else np.full(grid.n_tiles, np.nan, np.float32),
-        pen=none if mask.pen is None else mask.like(mask.pen).fraction(boxes).astype(np.float32),
-        fold=mask.like(dark).fraction(boxes).astype(np.float32) if dark.any() else none,
-        background=(1 - mask.fraction(boxes)).astype(np.float32),
+        pen=none
+        if mask.pen is None or not mask.pen.any()
+        else mask.like(mask.pen).share_of(at, side).astype(np.float32),
+        fold=folds.share_of(at, side).astype(np.float32) if folds.mask.any() else none,
+        background=(1 - mask.share_of(at, side)).astype(np.float32),
     )
 
 
-def find_folds(overview: NDArray[np.uint8], tissue: Mask, cell_um2: float) -> Mask:
+def _folds_of(mask: TissueMask, overview: Overview) -> TissueMask:
+    """Return the folds on the lattice of the overview."""
+    ratio = round(mask.mask.shape[0] / overview.rgb.shape[0])
+    width, height = (side * ratio for side in mask.px0_per_cell)
+    dark = find_folds(overview, mask.mask[::ratio, ::ratio])
+    return TissueMask(dark, (width, height), mask.slide_size_px0, mask.slide_mpp)
+
+
+def find_folds(overview: Overview, tissue: Mask) -> Mask:
     """Return where a picture is much darker than its tissue: folds, dark dirt, rims of air bubbles.
 
     The optical density, summed over the channels and averaged over 40 µm, is at least 1.7 times the median of the
@@ -76,24 +86,20 @@ def find_folds(overview: NDArray[np.uint8], tissue: Mask, cell_um2: float) -> Ma
 
     Parameters
     ----------
-    overview : (h, w, 3) uint8
+    overview : Overview
     tissue : (h, w) bool
-    cell_um2 : float
-        Area of a pixel.
     """
     folds = np.zeros(tissue.shape, bool)
     if not tissue.any():
         return folds
-    side = max(1, round(FOLD_WINDOW_UM / math.sqrt(cell_um2)))
+    side = max(1, round(FOLD_WINDOW_UM / overview.mpp))
     place = window_of(tissue, side)
-    table = np.minimum(np.rint(DENSITY_OF_LIGHT * _UNIT), 85).astype(np.uint8)
-    planes = look_up(table, to_light(overview[place], find_glass(overview)))
-    density = planes[0] + planes[1] + planes[2]
+    density = total_density(overview.rgb[place], overview.glass, _UNIT)
     inside = tissue[place]
     median = int(np.searchsorted(np.bincount(density[inside], minlength=256).cumsum(), inside.sum() / 2))
     limit = min(max(FOLD_MIN_DENSITY * _UNIT, FOLD_RATIO * median), 250)
     folds[place] = drop_small(
-        ndimage.uniform_filter(density, side) >= limit, FOLD_MIN_UM2 / cell_um2, keep_largest=False
+        window_sums(density, side) >= limit * side**2, FOLD_MIN_UM2 / overview.mpp**2, keep_largest=False
     )
     return folds
 

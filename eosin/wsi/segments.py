@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import imagecodecs
@@ -19,6 +20,29 @@ class DecodeError(Exception):
     """Stored bytes that are no picture of the size that the file states."""
 
 
+class Places:
+    """Where the segments of a level lie in the file.
+
+    Parameters
+    ----------
+    page : TiffPage
+        Their directory. Tables of 100,000 entries take their time and are made when they are asked for.
+    """
+
+    def __init__(self, page: Any) -> None:
+        self._page = page
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """First byte of each, (n,)."""
+        return np.asarray(self._page.dataoffsets, np.int64)
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Bytes of each, (n,); 0 where a segment is missing."""
+        return np.asarray(self._page.databytecounts, np.int64)
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the file: a lattice of segments (tiles, or strips as wide as the picture).
@@ -31,8 +55,8 @@ class Level:
         Identifies the stored level in the cache.
     size_px, segment_px : tuple of int
         Width and height.
-    offsets, counts : (n,) int64
-        Where each segment lies; a count of 0 means that it is missing.
+    places : Places
+        Where each segment lies.
     downsample : float
         Level-0 pixels per pixel.
     shrink : int
@@ -43,8 +67,7 @@ class Level:
     number: int
     size_px: tuple[int, int]
     segment_px: tuple[int, int]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    places: Places
     downsample: float
     shrink: int = 1
 
@@ -58,13 +81,17 @@ class Level:
         """Whether segments can be decoded at a fraction of their size."""
         return bool(self.page.compression == 7 and self.page.is_tiled)
 
+    def has(self, index: int) -> bool:
+        """Return whether a segment is stored."""
+        counts, offsets = self.places.counts, self.places.offsets
+        return index < len(counts) and bool(counts[index] and offsets[index])
+
     def shrunk(self, factor: int) -> "Level":
         """Return the level that the JPEG decoder makes of this one."""
         width, height = (-(-side // factor) for side in self.size_px)
         segment = (self.segment_px[0] // factor, self.segment_px[1] // factor)
         return Level(
-            self.page, self.number, (width, height), segment, self.offsets, self.counts,
-            self.downsample * factor, factor,
+            self.page, self.number, (width, height), segment, self.places, self.downsample * factor, factor
         )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Colours of a bright-field overview: glass, stain, marker ink."""
 
+import math
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,7 @@ from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_ext
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
 STAIN_RANGE = (0.022, 0.04)
-SAMPLE_PX = 250_000
+SAMPLE_PX = 100_000
 GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
@@ -43,9 +45,9 @@ def darkest_of(planes: Planes) -> NDArray[np.uint8]:
     return np.asarray(planes.min(axis=0))
 
 
-def light_at(density: float) -> float:
-    """Return the light that an optical density lets through, on the scale of `Planes`."""
-    return float(256 * 10.0**-density - 1)
+def light_at(density: float) -> int:
+    """Return the least light, on the scale of `Planes`, that a lower optical density than this lets through."""
+    return math.ceil(256 * 10.0**-density - 1)
 
 
 def look_up(table: NDArray[np.uint8], plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -114,9 +116,21 @@ def to_light(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> Planes:
     """
     planes = np.empty((3, *rgb.shape[:2]), np.uint8)
     for channel, light in enumerate(glass):
-        table = np.clip(np.rint((np.arange(256) + 1) / (light + 1) * 256) - 1, 0, 255).astype(np.uint8)
-        planes[channel] = look_up(table, rgb[..., channel])
+        planes[channel] = look_up(_light_table(light), rgb[..., channel])
     return planes
+
+
+def _light_table(glass: float) -> NDArray[np.uint8]:
+    return np.clip(np.rint((np.arange(256) + 1) / (glass + 1) * 256) - 1, 0, 255).astype(np.uint8)
+
+
+def total_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64], unit: int) -> NDArray[np.uint8]:
+    """Return the optical density of the three channels together, (h, w), in `unit`-ths; of each channel at most 85."""
+    densities = np.minimum(np.rint(DENSITY_OF_LIGHT * unit), 85).astype(np.uint8)
+    red, green, blue = (
+        look_up(densities[_light_table(light)], rgb[..., channel]) for channel, light in enumerate(glass)
+    )
+    return np.asarray(red + green + blue)
 
 
 def blur_density(planes: Planes, sigma: float) -> Planes:
@@ -162,7 +176,45 @@ def is_stained(darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshol
     return np.asarray(darkest < look_up(table, lightest))
 
 
-def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: float) -> Mask:
+class Grain(Protocol):
+    """How much a picture varies from cell to cell, at 12 µm per cell or finer."""
+
+    def where_even(self) -> Mask:
+        """Return where density is high and even over 40 µm, which tissue with its nuclei is not."""
+
+    def is_even(self, ink: Mask) -> bool:
+        """Return whether what may be ink varies as little from cell to cell as ink does and tissue does not."""
+
+
+class OwnGrain:
+    """The grain of the picture itself.
+
+    Parameters
+    ----------
+    darkest : (h, w) uint8
+        From `darkest_of`.
+    mpp : float
+        µm per pixel.
+    """
+
+    def __init__(self, darkest: NDArray[np.uint8], mpp: float) -> None:
+        self._darkest = darkest
+        self._mpp = mpp
+
+    def where_even(self) -> Mask:
+        """Return where density is high and even; nowhere on pictures that are too coarse to tell."""
+        if self._mpp > FLAT_MAX_MPP:
+            return np.zeros(self._darkest.shape, bool)
+        return find_even(self._darkest, self._mpp)
+
+    def is_even(self, ink: Mask) -> bool:
+        """Return whether most of what may be ink is even."""
+        rows, columns = (slice(found.min(), found.max() + 1) for found in np.nonzero(ink))
+        varied = variation(self._darkest[rows, columns], ink[rows, columns])
+        return bool(varied.size and np.median(varied) < INK_VARIATION)
+
+
+def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: float, grain: Grain) -> Mask:
     """Find marker strokes.
 
     By colours that haematoxylin, eosin and DAB do not have; ink of the stains' own colours by its evenness, and red
@@ -179,6 +231,8 @@ def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: 
         What would count as tissue.
     mpp : float
         µm per pixel.
+    grain : Grain
+        Of the same picture.
 
     Returns
     -------
@@ -186,15 +240,14 @@ def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: 
     """
     odd = (darkest < light_at(PEN_MIN_DENSITY)) & _is_not_darkest_in_green(planes, darkest)
     pen = _where(odd, planes, _has_colour_of_no_stain)
-    if mpp <= FLAT_MAX_MPP:
-        pen |= _pieces_on_glass(_even_and_strong(darkest, mpp), candidates, mpp)
+    pen |= _pieces_on_glass(grain.where_even(), candidates, mpp)
     pen |= _pieces_on_glass(_where(_may_be_red(planes), planes, _is_red), candidates, mpp)
     pen = drop_small(pen, PEN_MIN_UM2 / mpp**2, keep_largest=False)
     if not pen.any():
         return pen
     core, pen = pen, grow(pen, PEN_GROW_UM / mpp)
     most = (pen & candidates).sum() > PEN_SHARE_LIMIT * max(candidates.sum(), 1)
-    return np.zeros_like(pen) if most and not _is_even(core, darkest) else pen
+    return np.zeros_like(pen) if most and not grain.is_even(core) else pen
 
 
 def _where(strong: Mask, planes: Planes, rule: Callable[[Density], Mask]) -> Mask:
@@ -234,17 +287,16 @@ def _is_red(density: Density) -> Mask:
     return np.asarray((green > 0.35) & (blue > 0.62 * green) & (red < 0.3 * green) & (blue < 1.25 * green))
 
 
-def _is_even(ink: Mask, darkest: NDArray[np.uint8]) -> bool:
-    """Return whether most of what may be ink varies as little from pixel to pixel as ink does and tissue does not."""
-    rows, columns = (slice(found.min(), found.max() + 1) for found in np.nonzero(ink))
-    inner = ~grow(~ink[rows, columns], 2)
-    density = DENSITY_OF_LIGHT[darkest[rows, columns]]
+def variation(darkest: NDArray[np.uint8], ink: Mask) -> Density:
+    """Return the relative variation of density among the 3 x 3 neighbours of the cells well inside ink, (n,)."""
+    inner = ~grow(~ink, 2)
+    density = DENSITY_OF_LIGHT[darkest]
     mean = ndimage.uniform_filter(density, 3)
     variance = ndimage.uniform_filter(density**2, 3) - mean**2
-    return bool(inner.any() and np.median(np.sqrt(variance[inner].clip(0)) / mean[inner]) < INK_VARIATION)
+    return np.asarray(np.sqrt(variance[inner].clip(0)) / mean[inner])
 
 
-def _even_and_strong(darkest: NDArray[np.uint8], mpp: float) -> Mask:
+def find_even(darkest: NDArray[np.uint8], mpp: float) -> Mask:
     """Return where density is high and even over 40 µm, which tissue with its nuclei is not."""
     side = max(3, round(FLAT_UM / mpp))
     found = np.zeros(darkest.shape, bool)

@@ -30,11 +30,13 @@ from eosin.wsi.cache import SegmentCache
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
-from eosin.wsi.segments import DecodeError, Level, decode_segment
+from eosin.wsi.segments import DecodeError, Level, Places, decode_segment
 
 CACHE_BYTES = (16 * 2**20, 128 * 2**20)
 MAX_SEGMENT_PX = 64 * 2**20
 MANY_SEGMENTS = 32
+CORNER_PX = 64
+SEGMENT_RUN = 16
 MAX_THREADS = 4
 DIRECT_VENDORS = ("aperio", "generic-tiff", "philips")
 SHRINKS = (2, 4, 8)
@@ -137,12 +139,11 @@ class TiffReader:
             for row in range(max(top, 0) // segment_h, -(-bottom // segment_h))
             for column in range(max(left, 0) // segment_w, -(-right // segment_w))
         ]
-        paste = partial(self._paste, result, level, (left, top))
         if len(places) < MANY_SEGMENTS:
             for place in places:
-                paste(place)
-        else:
-            _in_threads(paste, places)
+                self._paste(result, level, (left, top), place, self._segment)
+        else:  # more than is worth keeping
+            _in_threads(partial(self._paste, result, level, (left, top), segment_of=self._decoded), places)
         return result
 
     def _within_segment(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8] | None:
@@ -160,19 +161,29 @@ class TiffReader:
         region.flags.writeable = False  # the cache holds it, too
         return region
 
-    def _paste(self, result: NDArray[np.uint8], level: Level, corner: tuple[int, int], place: tuple[int, int]) -> None:
+    def _paste(
+        self,
+        result: NDArray[np.uint8],
+        level: Level,
+        corner: tuple[int, int],
+        place: tuple[int, int],
+        segment_of: Callable[[Level, int], NDArray[np.uint8] | None],
+    ) -> None:
         """Copy the part of a segment that lies in the result."""
         (left, top), (segment_w, segment_h) = corner, level.segment_px
         x, y = place[0] * segment_w - left, place[1] * segment_h - top  # the segment's corner in the result
         right = min(x + segment_w, result.shape[1], level.size_px[0] - left)
         bottom = min(y + segment_h, result.shape[0], level.size_px[1] - top)
         x0, y0 = max(x, 0), max(y, 0)
-        segment = self._segment(level, place[1] * level.across + place[0])
+        segment = segment_of(level, place[1] * level.across + place[0])
         target = result[y0:bottom, x0:right]
         target[:] = self._background if segment is None else segment[y0 - y : bottom - y, x0 - x : right - x]
 
+    def _decoded(self, level: Level, index: int) -> NDArray[np.uint8] | None:
+        return self._decode(level, index) if level.has(index) else None
+
     def _segment(self, level: Level, index: int) -> NDArray[np.uint8] | None:
-        if index >= len(level.counts) or level.counts[index] == 0 or level.offsets[index] == 0:
+        if not level.has(index):
             return None
         return self._cache.get((level.number, level.shrink, index), lambda: self._decode(level, index))
 
@@ -191,7 +202,7 @@ class TiffReader:
             ) from error
 
     def _stored_bytes(self, level: Level, index: int) -> bytes:
-        offset, count = int(level.offsets[index]), int(level.counts[index])
+        offset, count = int(level.places.offsets[index]), int(level.places.counts[index])
         if count > 8 * MAX_SEGMENT_PX:
             raise DecodeError(f"{count} bytes are stated for it")
         with self._file_lock:
@@ -220,10 +231,16 @@ class TiffReader:
 
 
 def _in_threads(paste: Callable[[tuple[int, int]], None], places: Sequence[tuple[int, int]]) -> None:
-    """Decode many segments at a time; the decoders release the interpreter's lock."""
+    """Decode many segments, a run of them in each thread's turn; the decoders release the interpreter's lock."""
+    runs = [places[start : start + SEGMENT_RUN] for start in range(0, len(places), SEGMENT_RUN)]
+
+    def paste_run(run: Sequence[tuple[int, int]]) -> None:
+        for place in run:
+            paste(place)
+
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="segments") as pool:
         try:
-            for _ in pool.map(paste, places):
+            for _ in pool.map(paste_run, runs):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -317,8 +334,9 @@ def _levels_like(tiff: tifffile.TiffFile, reference: OpenSlideReader) -> list[Le
 
 
 def _is_rgb_jpeg(page: Any) -> bool:
-    counts = page.databytecounts
-    is_missing = 0 in counts and page.description.startswith("Aperio")  # Aperio fills these from other levels
+    is_missing = (
+        page.description.startswith("Aperio") and 0 in page.databytecounts
+    )  # Aperio fills these from other levels
     return bool(
         page.compression == 7
         and page.photometric in (2, 6)
@@ -333,31 +351,31 @@ def _is_rgb_jpeg(page: Any) -> bool:
 def _level(page: Any, number: int, downsample: float) -> Level:
     size = (page.imagewidth, page.imagelength)
     segment = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
-    offsets = np.asarray(page.dataoffsets, np.int64)
-    counts = np.asarray(page.databytecounts, np.int64)
     if 0 in segment:
         raise ValueError(f"it states stored pieces of {segment[0]} x {segment[1]} px")
-    if len(offsets) != len(counts):
-        raise ValueError(f"it states {len(offsets)} places and {len(counts)} sizes of stored pieces")
+    n_offsets, n_counts = len(page.dataoffsets), len(page.databytecounts)
+    if n_offsets != n_counts:
+        raise ValueError(f"it states {n_offsets} places and {n_counts} sizes of stored pieces")
     needed = -(-size[0] // segment[0]) * -(-size[1] // segment[1])
-    if len(counts) < needed:  # a piece that is missing on purpose has an entry of no bytes
-        raise ValueError(f"it lists {len(counts)} of the {needed} stored pieces of {size[0]} x {size[1]} px")
-    return Level(page, number, size, segment, offsets, counts, downsample)
+    if n_counts < needed:  # a piece that is missing on purpose has an entry of no bytes
+        raise ValueError(f"it lists {n_counts} of the {needed} stored pieces of {size[0]} x {size[1]} px")
+    return Level(page, number, size, segment, Places(page), downsample)
 
 
 def _pixels_agree(path: Path, levels: Sequence[Level], reference: OpenSlideReader) -> bool:
-    """Compare the first stored segment of every level, and of level 0 the middle one too, with OpenSlide's pixels."""
+    """Compare a corner of each level's first stored segment, and the middle one of level 0, with OpenSlide's pixels."""
     middle = (levels[0].across * (-(-levels[0].size_px[1] // levels[0].segment_px[1]))) // 2
-    probes = [(levels[0], middle), *((level, 0) for level in levels)]
+    probes = [(levels[0], middle, MAX_SEGMENT_PX), *((level, 0, CORNER_PX) for level in levels)]
     with path.open("rb") as file:
-        for level, index in probes:
-            if level.counts[index] == 0:
+        for level, index, longest in probes:
+            count = level.page.databytecounts[index]
+            if count == 0:
                 continue
-            file.seek(int(level.offsets[index]))
-            decoded = decode_segment(level, index, file.read(int(level.counts[index])))
+            file.seek(level.page.dataoffsets[index])
+            decoded = decode_segment(level, index, file.read(count))
             row, column = divmod(index, level.across)
             x, y = column * level.segment_px[0], row * level.segment_px[1]
-            width, height = (min(level.segment_px[i], level.size_px[i] - (x, y)[i]) for i in (0, 1))
+            width, height = (min(level.segment_px[i], level.size_px[i] - (x, y)[i], longest) for i in (0, 1))
             wanted = reference.read_level(level.number, (x, y), (width, height))
             if not np.array_equal(decoded[:height, :width], wanted):
                 return False

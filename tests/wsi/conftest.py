@@ -77,25 +77,34 @@ def giant_slide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 def sparse_bigtiff(side_px: int, mpp: float, n_levels: int) -> bytes:
+    """Return a round piece of tissue, made of whole level-0 tiles; coarser levels show the same."""
     body = bytearray(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
-    glass, tissue = (_append(body, _jpeg(picture)) for picture in _tile_pictures())
+    across = -(-side_px // TILE_PX)
+    tissue = np.hypot(*(np.indices((across, across)) - across / 2)) < across / 4
     previous = 8
     for level in range(n_levels):
         side = -(-side_px // 4**level)
-        across = -(-side // TILE_PX)
-        where = np.hypot(*(np.indices((across, across)) - across / 2)) < across / 4  # a round piece in the middle
-        offsets = np.where(where.ravel(), tissue[0], glass[0]).astype("<u8")
-        counts = np.where(where.ravel(), tissue[1], glass[1]).astype("<u8")
-        tables = [_append(body, table.tobytes())[0] for table in (offsets, counts)]
-        position = _append(body, _directory(side, mpp * 4**level, level, tables, len(offsets), body))[0]
+        places = _append_tiles(body, tissue, 4**level)
+        tables = [_append(body, column.astype("<u8").tobytes())[0] for column in places.T]
+        position = _append(body, _directory(side, mpp * 4**level, level, tables, len(places), body))[0]
         struct.pack_into("<Q", body, previous, position)
         previous = position + len(body[position:]) - 8
     return bytes(body)
 
 
-def _tile_pictures() -> list[NDArray[np.uint8]]:
-    picture = paint_tissue((TILE_PX, TILE_PX), (128, 128), 1000)
-    return [np.full((TILE_PX, TILE_PX, 3), 243, np.uint8), picture]
+def _append_tiles(body: bytearray, tissue: NDArray[np.bool_], factor: int) -> NDArray[np.int64]:
+    """Append the tiles of one level, equal ones once; return offset and size of each, (n, 2)."""
+    picture = np.asarray(Image.fromarray(paint_tissue((TILE_PX, TILE_PX), (128, 128), 1000)).reduce(factor))
+    picture = np.tile(picture, (factor, factor, 1))
+    count = -(-len(tissue) // factor)
+    padded = np.pad(tissue, (0, count * factor - len(tissue)))
+    cells = padded.reshape(count, factor, count, factor).swapaxes(1, 2).reshape(-1, factor, factor)
+    known: dict[bytes, tuple[int, int]] = {}
+    for cell in cells:
+        if cell.tobytes() not in known:
+            shown = np.kron(cell, np.ones((TILE_PX // factor, TILE_PX // factor), bool))
+            known[cell.tobytes()] = _append(body, _jpeg(np.where(shown[..., None], picture, np.uint8(243))))
+    return np.array([known[cell.tobytes()] for cell in cells], np.int64)
 
 
 def _jpeg(picture: NDArray[np.uint8]) -> bytes:

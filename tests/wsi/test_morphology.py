@@ -12,6 +12,7 @@ from eosin.wsi.morphology import (
     pieces_touching,
     slide_extremes,
     window_of,
+    window_sums,
 )
 
 
@@ -87,3 +88,10 @@ def test_windows_hold_what_is_true_and_a_margin():
     assert nothing[window_of(nothing, 3)].size == 0
     assert find_windows(nothing, 3) == []
     assert len(find_windows(np.random.default_rng(0).random((200, 200)) < 0.1, 0)) == 1
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+def test_sums_of_windows_are_those_of_the_uniform_filter(side):
+    plane = np.random.default_rng(0).integers(0, 256, (13, 17), dtype=np.uint8)
+    expected = ndimage.uniform_filter(plane.astype(float), side) * side**2
+    assert np.allclose(window_sums(plane, side), expected)
