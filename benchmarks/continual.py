@@ -5,20 +5,19 @@
 Three tasks of two classes each, whose instances lie around a place of their own like organs, learnt one after the other
 by the same aggregator for the same number of passes: by training all weights on (`fine-tuning`), and by OWLoRA with
 several shares of the first task's weights protected. Judged with the classes of all tasks to choose from, as the paper
-does, and with the task known. A row holds the measures of one seed; the last rows are medians.
+does, and with the task known. A row holds the measures of one seed; the last rows are mean and standard deviation.
 """
 
 import argparse
-import csv
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from tables import Row, with_summaries, write_table
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.features.bag import FeatureSpec
@@ -115,6 +114,7 @@ def learn(way: str, seed: int, host: str, epochs: int) -> dict[str, float]:
         "backward_transfer": found.backward_transfer,
         "average_task_known": known.final_average,
         "forgetting_task_known": known.forgetting,
+        "backward_transfer_task_known": known.backward_transfer,
     }
 
 
@@ -127,8 +127,8 @@ def accuracies(fitted: Fitted, examples: Examples, first_class: int) -> tuple[fl
     return float((outputs.argmax(1) == truth + first_class).mean()), float((own.argmax(1) == truth).mean())
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of all hosts, seeds and ways, then the medians."""
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    """Return the rows of all hosts, seeds and ways, then their summaries."""
     found: list[dict[str, Any]] = []
     for host in arguments.hosts:
         for seed in range(arguments.seeds):
@@ -136,16 +136,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 values = {key: round(value, 4) for key, value in learn(way, seed, host, arguments.epochs).items()}
                 found.append({"aggregator": host, "way": way, "seed": seed, **values})
                 print(*found[-1].values(), flush=True)
-    return [*found, *(middle(host, way, found) for host in arguments.hosts for way in WAYS)]
-
-
-def middle(host: str, way: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians over the seeds."""
-    mine = [row for row in found if (row["aggregator"], row["way"]) == (host, way)]
-    names = list(mine[0])[3:]
-    return {"aggregator": host, "way": way, "seed": "median"} | {
-        name: median(row[name] for row in mine) for name in names
-    }
+    return with_summaries(found, over="seed", key=("aggregator", "way"))
 
 
 def main() -> None:
@@ -157,12 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/continual.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = rows(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_table(arguments.out, rows(arguments))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ non-negative weights after it, which can also ask for two concepts at once.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from tables import read_table, write_table
 from torch import Tensor
 from torch.nn import functional
 
@@ -140,24 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table: dict[tuple[str, str], dict[str, object]] = {}
-    if arguments.out.exists():
-        with arguments.out.open(newline="") as file:
-            table = {(line["test"], line["recipe"]): dict(line) for line in csv.DictReader(file)}
+    table = {(line["test"], line["recipe"]): line for line in read_table(arguments.out)}
     done = {(*key, line["bags"], line["epochs"], line["seeds"]) for key, line in table.items()}
     for line in rows(arguments, done):
         print(*line.values(), flush=True)
         table[str(line["test"]), str(line["recipe"])] = line
-        write(arguments.out, [table[key] for key in sorted(table)])
-
-
-def write(path: Path, lines: list[dict[str, object]]) -> None:
-    """Write the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+        write_table(arguments.out, [table[key] for key in sorted(table)])
 
 
 if __name__ == "__main__":

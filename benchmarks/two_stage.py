@@ -9,16 +9,15 @@ slides to predictions; the last rows are medians over the seeds.
 """
 
 import argparse
-import csv
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from tables import Row, with_summaries, write_table
 
 from eosin.features.store import find_bags, read_footer
 from eosin.mil.recipe import Component, Recipe, Training
@@ -57,12 +56,13 @@ def measured(way: str, seed: int, run: Callable[[], Result]) -> dict[str, Any]:
     result = run()
     seconds = time.perf_counter() - started
     fine = 0 if way == "one stage, 2 µm/px" else sum(read_footer(p).n_rows for p in find_bags(result.features).values())
-    auc = result.metrics["out_of_fold"]["auc"]["value"]
-    return {"way": way, "seed": seed, "auc": round(auc, 4), "tiles_at_1um": fine, "seconds": round(seconds, 1)}
+    auc, accuracy = (round(result.metrics["out_of_fold"][name]["value"], 4) for name in ("auc", "accuracy"))
+    found = {"auc": auc, "accuracy": accuracy, "tiles_at_1um": fine, "seconds": round(seconds, 1)}
+    return {"way": way, "seed": seed, **found}
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of all seeds, then the medians."""
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    """Return the rows of all seeds, then their summaries."""
     found = []
     for seed in range(arguments.seeds):
         folder = Path(tempfile.mkdtemp(prefix="two_stage_"))
@@ -78,14 +78,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             found.append(measured(way, seed, run))
             print(*found[-1].values(), flush=True)
         shutil.rmtree(folder)
-    names = dict.fromkeys(row["way"] for row in found)
-    return [*found, *(middle(name, [row for row in found if row["way"] == name]) for name in names)]
-
-
-def middle(way: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians of the rows of one way."""
-    values = {key: median(row[key] for row in found) for key in ("auc", "tiles_at_1um", "seconds")}
-    return {"way": way, "seed": "median", **values}
+    return with_summaries(found, over="seed", key=("way",))
 
 
 def main() -> None:
@@ -98,12 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/two_stage.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = rows(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_table(arguments.out, rows(arguments))
 
 
 if __name__ == "__main__":

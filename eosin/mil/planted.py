@@ -109,7 +109,7 @@ def planted_signal(
     dim: int = 32,
     part: Part,
     lengths: tuple[int, int] = (2000, 2000),
-    fraction: float = 0.01,
+    fraction: float | tuple[float, float] = 0.01,
     shift: float = 1.0,
     distractors: float = 0.0,
     draw_length: Callable[[torch.Generator], int] | None = None,
@@ -123,8 +123,9 @@ def planted_signal(
         As `single_concept`; the parts differ in their draws alone.
     lengths : (int, int)
         Smallest and largest number of instances; drawn evenly on a logarithmic scale.
-    fraction : float
-        Share of a positive bag's instances that carry the signal; at least one does.
+    fraction : float or (float, float)
+        Share of a positive bag's instances that carry the signal, at least one does; or the ends of a range from which
+        it is drawn for each bag, evenly on a logarithmic scale.
     shift : float
         Root mean square distance of the signal from the tissue it lies in, per feature, in standard deviations.
     distractors : float
@@ -138,7 +139,8 @@ def planted_signal(
     ConfigError
         If a share is none, or the lengths are no range.
     """
-    if not 0 < fraction <= 1 or not 0 <= distractors < 1 or not 1 <= lengths[0] <= lengths[1]:
+    least, most = (fraction, fraction) if isinstance(fraction, float | int) else fraction
+    if not 0 < least <= most <= 1 or not 0 <= distractors < 1 or not 1 <= lengths[0] <= lengths[1]:
         raise ConfigError(
             f"planted_signal: fraction {fraction} must lie in (0, 1], distractors {distractors} in [0, 1) and lengths "
             f"{lengths} be a range from at least 1"
@@ -153,7 +155,8 @@ def planted_signal(
         tissue = torch.multinomial(shares, length, replacement=True, generator=generator)
         values = tissues[tissue] + _normal(length, dim, generator)
         place = torch.rand(length, generator=generator).argsort()
-        positive = place < max(1, round(fraction * length)) * label
+        share = most if least == most else least * (most / least) ** float(torch.rand((), generator=generator))
+        positive = place < max(1, round(share * length)) * label
         values[positive] += signal
         if torch.rand((), generator=generator) < 0.5:
             values[place >= length - round(distractors * length)] += other

@@ -92,8 +92,23 @@ def test_the_signal_is_as_rare_and_as_strong_as_asked():
     assert 27 < distance < 33
 
 
+def test_the_share_of_the_signal_may_differ_between_bags():
+    drawn = planted_signal(80, part="train", dim=2, lengths=(1000, 1000), fraction=(0.01, 0.16))
+    shares = torch.tensor([float(planted.float().mean()) for _, planted, label in bags_of(drawn) if label])
+    assert 0.01 <= shares.min() < 0.015
+    assert 0.11 < shares.max() <= 0.16
+    assert 0.025 < shares.median() < 0.065  # half of them below the geometric mean of the ends, 0.04
+
+
 def test_what_makes_no_sense_is_refused():
-    for options in ({"fraction": 0.0}, {"distractors": 1.0}, {"lengths": (10, 5)}, {"lengths": (0, 5)}):
+    for options in (
+        {"fraction": 0.0},
+        {"fraction": (0.1, 0.05)},
+        {"fraction": (0.0, 0.1)},
+        {"distractors": 1.0},
+        {"lengths": (10, 5)},
+        {"lengths": (0, 5)},
+    ):
         with pytest.raises(ConfigError, match="planted_signal"):
             planted_signal(2, part="train", **options)
 
