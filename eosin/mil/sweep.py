@@ -133,7 +133,7 @@ def run_sweep(
             progress=note,
         )
         lines.append(_line(name, summary))
-    choices = [_choice(folds, number, task) for number in range(len(splits))]
+    choices = [choose(folds, number, task) for number in range(len(splits))]
     picked = [folds[name][number] for number, name in enumerate(choices)]
     summary = write_folds(next(iter(candidates.values())), task, picked, out / CHOSEN, resamples=resamples)
     chosen = {name: recipe.model_dump(mode="json") for name, recipe in candidates.items() if name in choices}
@@ -143,7 +143,7 @@ def run_sweep(
     return summary
 
 
-def _choice(folds: Mapping[str, Sequence[Fold]], number: int, task: Task) -> str:
+def choose(folds: Mapping[str, Sequence[Fold]], number: int, task: Task) -> str:
     """Return the candidate with the best mean validation value: the selection metric, the loss where it ties."""
     values = {}
     for name, made in folds.items():
