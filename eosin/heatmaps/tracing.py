@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from eosin.heatmaps.rollout import Floats, rollout_row
 from eosin.mil.attention import mixed_weights
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.comel import Gdat, GdatBlock, Groups
+from eosin.mil.methods.gdat import Gdat, GdatBlock, Groups
 from eosin.mil.methods.packmil import Downsampled
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, SetTransformer
 from eosin.mil.methods.transmil import Layout, NystromLayer, TransMil

@@ -25,7 +25,7 @@ from eosin.heatmaps.pooled import Floats
 from eosin.heatmaps.tracing import NystromFactors, inputs_of
 from eosin.mil.attention import bag_attention, mixed_weights
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.comel import Gdat
+from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.mambamil import MambaMil
 from eosin.mil.methods.packmil import Downsampled
 from eosin.mil.methods.set_transformer import MultiheadBlock, SetTransformer

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, bag_product, instance_attention, mixed_weights, recomputed
+from eosin.mil.attention import (
+    bag_attention,
+    bag_product,
+    by_rows,
+    instance_attention,
+    mixed_weights,
+    normed_linear,
+    recomputed,
+)
 
 LENGTHS = (0, 1, 37, 5, 0, 64)
 HEADS, TOKENS, WIDTH, VALUE = 2, 5, 3, 4
@@ -138,3 +146,95 @@ def test_tokens_that_a_bag_does_not_have_are_not_read():
     )
     for first, second in grads:
         torch.testing.assert_close(first, second)
+
+
+def grads_agree(found, wanted, inputs, **tolerance):
+    (weight,) = tensors(found.shape)
+    pairs = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, wanted))
+    for found_grad, wanted_grad in zip(*pairs, strict=True):
+        torch.testing.assert_close(found_grad, wanted_grad, **tolerance)
+
+
+def test_zeros_are_instances_like_others_without_being_there():
+    zeros = torch.tensor([3, 0, 2, 7, 0, 1])
+    inputs = query, key, value = tensors((B, TOKENS, HEADS, WIDTH), (N, HEADS, WIDTH), (N, HEADS, VALUE))
+    (mix,) = tensors((B, TOKENS, HEADS))
+    longer = tuple(length + more for length, more in zip(LENGTHS, zeros.tolist(), strict=True))
+    filled = torch.cat([torch.arange(length) < own for length, own in zip(longer, LENGTHS, strict=True)])
+    place = torch.nonzero(filled)[:, 0]
+    long_key, long_value = (
+        torch.zeros(sum(longer), *part.shape[1:], dtype=part.dtype).index_copy(0, place, part) for part in (key, value)
+    )
+    found = bag_attention(query, key, value, LENGTHS, 0.7, zeros=zeros)
+    wanted = plain_bag_attention(query, long_key, long_value, longer, 0.7)
+    torch.testing.assert_close(found, wanted)
+    grads_agree(found, wanted, inputs)
+    found = mixed_weights(query, key, mix, LENGTHS, 0.7, zeros=zeros)
+    long_key = torch.zeros_like(long_key).index_copy(0, place, key)
+    wanted = plain_mixed_weights(query, long_key, mix, longer, 0.7)[place]
+    torch.testing.assert_close(found, wanted)
+    grads_agree(found, wanted, (query, key, mix))
+
+
+def test_a_token_that_counts_often_is_that_many_tokens():
+    inputs = query, key, value = tensors((N, HEADS, WIDTH), (B, TOKENS, HEADS, WIDTH), (B, TOKENS, HEADS, VALUE))
+    counts = torch.tensor([4, 1, 0, 2, 1])
+    found = instance_attention(query, key, value, LENGTHS, 0.7, counts=counts.expand(B, -1))
+    often = torch.repeat_interleave(torch.arange(TOKENS), counts)
+    wanted = plain_instance_attention(query, key[:, often], value[:, often], LENGTHS, 0.7)
+    torch.testing.assert_close(found, wanted)
+    grads_agree(found, wanted, inputs)
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [((40, 40), 40), ((20, 320, 16, 70), 64), ((5000,), 1024), ((), 16)])
+def test_blocks_leave_few_places_empty(lengths, rows, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 1024)
+    assert attention._block_rows(torch.tensor(lengths, dtype=torch.int64)) == rows
+
+
+def test_a_norm_and_a_map_by_rows_are_the_norm_and_the_map(monkeypatch):
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(6, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    tokens, weight = tensors((37, 6), (5, 6))
+    wanted = torch.nn.functional.linear(norm(tokens), weight)
+    torch.testing.assert_close(normed_linear(tokens, norm, weight), wanted)
+    monkeypatch.setattr(attention, "CHECKPOINT_ROWS", 37)
+    monkeypatch.setattr(attention, "NORM_ROWS", 10)
+    found = normed_linear(tokens, norm, weight)
+    torch.testing.assert_close(found, wanted)
+    grads_agree(found, wanted, (tokens, weight, norm.weight, norm.bias))
+
+
+def test_a_norm_and_a_map_by_rows_keep_to_autocast(monkeypatch):
+    norm = torch.nn.LayerNorm(6)
+    tokens, weight = tensors((37, 6), (5, 6), dtype=torch.float32)
+    wanted = torch.nn.functional.linear(norm(tokens), weight)
+    monkeypatch.setattr(attention, "CHECKPOINT_ROWS", 37)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = normed_linear(tokens, norm, weight)
+    assert found.dtype == torch.bfloat16
+    probe = torch.randn(found.shape)
+    inputs = (tokens, weight, norm.weight, norm.bias)
+    rounded, exact = (torch.autograd.grad((out * probe).sum(), inputs) for out in (found, wanted))
+    for gradient, other in zip(rounded, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, other, rtol=0.05, atol=0.1)
+
+
+def test_rows_that_are_computed_a_few_at_a_time_change_nothing(monkeypatch):
+    first, second = tensors((23, 3), (23, 3))
+    wanted = first.sin() * second
+    torch.testing.assert_close(by_rows(lambda a, b: a.sin() * b, first, second), wanted)
+    monkeypatch.setattr(attention, "CHECKPOINT_ROWS", 8)
+    sizes = []
+
+    def product(a, b):
+        sizes.append(len(a))
+        return a.sin() * b
+
+    found = by_rows(product, first, second, size=5)
+    torch.testing.assert_close(found, wanted)
+    grads_agree(found, wanted, (first, second))
+    assert max(sizes) == 5

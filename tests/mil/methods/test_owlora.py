@@ -7,7 +7,7 @@ from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, save_model
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.comel import Gdat
+from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.owlora import (
     GrowingHead,
     OrthogonalLora,

@@ -5,6 +5,7 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods import set_transformer
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, PoolingBlock, SetTransformer
 
 
@@ -52,9 +53,10 @@ def test_the_block_reads_the_other_way_too(golden, same):
     compare(block, golden, out, {"gin_Q": query, "gin_K": keys}, same)
 
 
-@pytest.mark.parametrize("rows", [2**15, 13])
-def test_the_induced_block_is_the_authors(golden, same, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "small"), [(2**15, 30), (2**15, 29), (13, 29)])
+def test_the_induced_block_is_the_authors(golden, same, rows, small, monkeypatch):
     monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows)
+    monkeypatch.setattr(set_transformer, "SMALL_BAG", small)
     golden = golden("st_isab")
     names = [("w_tokens", "w_inducing_points")] + [
         (f"w_{part}_{role}", f"w_{part}_block_{role}")
@@ -125,6 +127,26 @@ def test_the_ways_of_a_block_agree_with_every_matrix_written_out(layer_norm, sca
     torch.testing.assert_close(both, one_by_one)
 
 
+@pytest.mark.parametrize("lengths", [(2, 1, 0), (9, 14, 3)])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_small_bags_are_read_as_others(layer_norm, lengths, monkeypatch):
+    """Few instances read the tokens through folded queries, more instances through projected tokens."""
+    torch.manual_seed(0)
+    block = MultiheadBlock(6, 10, 8, heads=2, layer_norm=layer_norm).double()
+    bags = PackedBags.pack([torch.randn(n, 6, dtype=torch.float64) for n in lengths])
+    keys = torch.randn(3, 5, 10, dtype=torch.float64)
+    folds = []
+    monkeypatch.setattr(block, "_read_folded", lambda *args: folds.append(1) or type(block)._read_folded(block, *args))
+    found = block.read_small(bags.values, keys, lengths)
+    wanted = block.read_tokens(bags.values, keys, bags.cu_seqlens)
+    torch.testing.assert_close(found, wanted)
+    assert len(folds) == (lengths[0] == 2)
+    for ours, other in zip(
+        *(torch.autograd.grad(out.sin().sum(), list(block.parameters())) for out in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(ours, other, atol=1e-12, rtol=1e-7)
+
+
 @pytest.mark.parametrize("rows", [2**15, 7])
 @pytest.mark.parametrize("pma_ff", [False, True])
 def test_a_pack_is_its_bags(pma_ff, rows, monkeypatch):
@@ -136,6 +158,7 @@ def test_a_pack_is_its_bags(pma_ff, rows, monkeypatch):
     alone = torch.cat([model(PackedBags.pack([bag])).logits for bag in bags.unpack()])
     alone_grads = torch.autograd.grad(alone.square().sum(), list(model.parameters()))
     monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows)
+    monkeypatch.setattr(set_transformer, "SMALL_BAG", 20 if rows > 20 else 0)
     packed = model(bags).logits
     torch.testing.assert_close(packed, alone)
     grads = torch.autograd.grad(packed.square().sum(), list(model.parameters()))
