@@ -42,6 +42,7 @@ from eosin.mil.train import fit
 from eosin.options import Options
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.quality import QualityLimits
 from eosin.wsi.slide import SlideFile, find_slides, open_slide
 from eosin.wsi.tissue import TissueOptions
 
@@ -57,7 +58,7 @@ class Pipeline(Options):
 
     Attributes
     ----------
-    tiling, tissue
+    tiling, tissue, quality
         As of `eosin.wsi.job.tile_slides`.
     encoder : str
         Name, see `eosin.features.encoders`.
@@ -74,6 +75,7 @@ class Pipeline(Options):
 
     tiling: Tiling = Tiling()
     tissue: TissueOptions = TissueOptions()
+    quality: QualityLimits = QualityLimits()
     encoder: str = "he_texture"
     recipe: Recipe = Recipe()
     task: str = "classification"
@@ -341,8 +343,15 @@ class _Run:
     def tile(self, files: Sequence[SlideFile], advance: Callable[[object], None] | None) -> Report:
         if self.tiles is not None:
             return self.tiles.write(files, advance)
-        tissue, workers = self.options.tissue, self.machine.workers
-        return tile_slides(files, self.job, self.options.tiling, tissue=tissue, workers=workers, progress=advance)
+        return tile_slides(
+            files,
+            self.job,
+            self.options.tiling,
+            tissue=self.options.tissue,
+            quality=self.options.quality,
+            workers=self.machine.workers,
+            progress=advance,
+        )
 
     def note(self, report: Report) -> None:
         """Keep each slide's worst record: a failure stays, whatever comes later."""

@@ -10,6 +10,9 @@ from eosin.cli._arguments import (
     Device,
     Job,
     Labels,
+    MaxBlur,
+    MaxFold,
+    MaxPen,
     Missing,
     Precision,
     RecipeName,
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from eosin.features.encoders import Precision as PrecisionName
 
 
-@command("tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats", "second")
+@command("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
 def run(
     *,
     slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
@@ -41,6 +44,9 @@ def run(
     folds: Annotated[int | None, typer.Option(help="Folds when no splits are given.", show_default="5")] = None,
     missing: Missing = "error",
     slide_mpp: SlideMpp = None,
+    max_blur: MaxBlur = None,
+    max_pen: MaxPen = None,
+    max_fold: MaxFold = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
@@ -63,6 +69,7 @@ def run(
     options = {key: value for key, value in given.items() if value is not None}
     groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
     chosen = choose_recipe(recipe, settings).model_dump(mode="json")
+    groups["quality"] = settings.group("quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
     two_stage = recipe == "two_stage" or "second" in settings.data
     if two_stage:
         groups["tiling"] = {"mpp": FIRST_TILING.mpp, **settings.group("tiling")}

@@ -11,7 +11,7 @@ from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features.bag import FeatureSpec
 from eosin.features.store import read_bag, read_spec, verify_bag
-from eosin.wsi.coordinates import read_footer, read_grid
+from eosin.wsi.coordinates import read_footer, read_grid, read_quality
 from eosin.wsi.grid import TileGrid
 from eosin.wsi.job import JobFolder
 
@@ -29,7 +29,8 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     """Check all files of a job.
 
     Feature files: every byte, every rule of the format, one specification per folder, and the tiles of today's
-    coordinates file. Coordinates files: structure and checksum. Pictures and outlines: that they can be read.
+    coordinates file. Coordinates files: structure, and checksums of rows and quality scores. Pictures and outlines:
+    that they can be read.
 
     Parameters
     ----------
@@ -109,6 +110,7 @@ def _are_others(grid: TileGrid, path: Path) -> bool:
 
 def _verify_coordinates(path: Path) -> Outcome:
     grid, footer = read_grid(path), read_footer(path)
+    read_quality(path)  # raises when the scores are damaged
     if footer.slide_id != path.name.removesuffix(PATCHES):
         raise FeatureFileError(path, f"holds slide {footer.slide_id}; it was renamed or copied", code="mismatch")
     return Outcome("ok" if grid.n_tiles else "empty")

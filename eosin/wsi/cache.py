@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
 from threading import Lock
 
 import numpy as np
@@ -10,6 +9,24 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 ENTRY_BYTES = 2048  # what Python needs for an entry; counts when segments are tiny
+
+
+class _Making:
+    """An array that a thread is making; others wait until the lock is free. A Future would cost ten times as much."""
+
+    __slots__ = ("done", "error", "pixels")
+
+    def __init__(self) -> None:
+        self.done = Lock()
+        self.done.acquire()
+        self.pixels: Pixels | None = None
+        self.error: BaseException | None = None
+
+    def result(self) -> Pixels:
+        with self.done:
+            if self.pixels is None:
+                raise self.error or RuntimeError("nothing was made")
+            return self.pixels
 
 
 class SegmentCache:
@@ -25,36 +42,37 @@ class SegmentCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._lock = Lock()
-        self._entries: OrderedDict[Hashable, Future[Pixels]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Pixels] = OrderedDict()
+        self._making: dict[Hashable, _Making] = {}
 
     def get(self, key: Hashable, make: Callable[[], Pixels]) -> Pixels:
         """Return the array of a key; calls `make` when it is not kept. What `make` raises is not kept."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-            else:
-                made: Future[Pixels] = Future()
-                self._entries[key] = made
-        return entry.result() if entry is not None else self._make(key, made, make)
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                return kept
+            other = self._making.get(key)
+            if other is None:
+                mine = self._making[key] = _Making()
+        return self._make(key, mine, make) if other is None else other.result()
 
-    def _make(self, key: Hashable, entry: Future[Pixels], make: Callable[[], Pixels]) -> Pixels:
+    def _make(self, key: Hashable, mine: _Making, make: Callable[[], Pixels]) -> Pixels:
         try:
-            pixels = make()
+            pixels = mine.pixels = make()
         except BaseException as error:
+            mine.error = error
             with self._lock:
-                del self._entries[key]
-            entry.set_exception(error)
+                del self._making[key]
             raise
-        entry.set_result(pixels)
-        with self._lock:
-            self._bytes += pixels.nbytes + ENTRY_BYTES
-            self._evict()
-        return pixels
-
-    def _evict(self) -> None:
-        while self._bytes > self._max_bytes:
-            key = next((key for key, entry in self._entries.items() if entry.done()), None)
-            if key is None:
-                return
-            self._bytes -= self._entries.pop(key).result().nbytes + ENTRY_BYTES
+        else:
+            with self._lock:
+                del self._making[key]
+                self._kept[key] = pixels
+                self._bytes += pixels.nbytes + ENTRY_BYTES
+                while self._bytes > self._max_bytes:
+                    _, oldest = self._kept.popitem(last=False)
+                    self._bytes -= oldest.nbytes + ENTRY_BYTES
+            return pixels
+        finally:
+            mine.done.release()

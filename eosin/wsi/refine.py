@@ -119,7 +119,9 @@ class FinerGrain:
         even = np.zeros(self.darkest.shape, bool)
         perhaps = drop_small(find_even(self.darkest, mpp), PEN_MIN_UM2 / mpp**2, keep_largest=False)
         for window in find_windows(perhaps, MARGIN_CELLS):
-            place = tuple(slice(side.start, min(side.stop, n)) for side, n in zip(window, even.shape, strict=True))
+            height, width = even.shape
+            rows, columns = window
+            place = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
             found = find_even(self.closer.darkest(self.closer.finer(place, self.origin)), self.closer.mpp)
             even[place] |= found[::2, ::2] | found[1::2, ::2] | found[::2, 1::2] | found[1::2, 1::2]
         return even

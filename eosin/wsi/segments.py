@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+MAX_SEGMENT_PX = 64 * 2**20
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -76,6 +77,20 @@ class Level:
         """Segments in a row."""
         return -(-self.size_px[0] // self.segment_px[0])
 
+    @cached_property
+    def start_rgb(self) -> bytes:
+        """What a stored JPEG of RGB begins with: its tables, which the directory keeps once."""
+        return self._start(RGB_MARKER)
+
+    @cached_property
+    def start_ycbcr(self) -> bytes:
+        """What a stored JPEG of YCbCr begins with."""
+        return self._start(YCBCR_MARKER)
+
+    def _start(self, marker: bytes) -> bytes:
+        tables: bytes = (self.page.jpegtables or b"")[2:-2]  # without start and end of image
+        return b"\xff\xd8" + marker + tables
+
     @property
     def is_jpeg(self) -> bool:
         """Whether segments can be decoded at a fraction of their size."""
@@ -133,17 +148,27 @@ def _is_ycbcr(level: Level, data: bytes) -> bool:
 
 
 def _decode_shrunk(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
-    width, height = level.segment_px
-    marker = YCBCR_MARKER if _is_ycbcr(level, data) else RGB_MARKER
-    tables = (level.page.jpegtables or b"")[2:-2]  # without start and end of image
-    pixels = decode_reduced(data[:2] + marker + tables + data[2:], (width, height), level.shrink)
-    return _without_padding(level, index, pixels)
+    start = level.start_ycbcr if _is_ycbcr(level, data) else level.start_rgb
+    return _without_padding(level, index, decode_reduced(data, level.segment_px, level.shrink, start=start))
 
 
-def decode_reduced(data: bytes, size_px: tuple[int, int], shrink: int) -> NDArray[np.uint8]:
+def decode_reduced(
+    data: bytes, size_px: tuple[int, int], shrink: int, *, start: bytes = b"\xff\xd8"
+) -> NDArray[np.uint8]:
     """Decode a JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Pillow's own decoder without the parsing around it, which for tiles of 256 px costs as much as the decoding.
+
+    Parameters
+    ----------
+    data : bytes
+        The JPEG.
+    size_px : tuple of int
+        Width and height of the result.
+    shrink : int
+        2, 4 or 8.
+    start : bytes
+        Takes the place of the first two bytes: the start of the image, and tables that the TIFF keeps once.
 
     Returns
     -------
@@ -161,7 +186,7 @@ def decode_reduced(data: bytes, size_px: tuple[int, int], shrink: int) -> NDArra
     decoder = Image._getdecoder("RGB", "jpeg", ("RGB", ""), (shrink, 0))
     picture = Image.new("RGB", size_px, None)
     decoder.setimage(picture.im, (0, 0, width, height))
-    used, code = decoder.decode(data)
+    used, code = decoder.decode(start + data[2:])
     if used >= 0 or code < 0:
         raise DecodeError(f"the JPEG is damaged or cut off (code {code})")
     return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, 3)

@@ -135,7 +135,7 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
     """
     from eosin.wsi.array_impl import open_picture  # OpenSlide is loaded only where pixels are read
     from eosin.wsi.openslide_impl import OpenSlideReader
-    from eosin.wsi.tiff_impl import open_direct, open_plain
+    from eosin.wsi.tiff_open import open_direct, open_plain
 
     path = Path(path)
     if not path.is_file():

@@ -47,7 +47,7 @@ def darkest_of(planes: Planes) -> NDArray[np.uint8]:
 
 def light_at(density: float) -> int:
     """Return the least light, on the scale of `Planes`, that a lower optical density than this lets through."""
-    return math.ceil(256 * 10.0**-density - 1)
+    return math.ceil(256 * math.pow(10.0, -density) - 1)
 
 
 def look_up(table: NDArray[np.uint8], plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -121,7 +121,8 @@ def to_light(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> Planes:
 
 
 def _light_table(glass: float) -> NDArray[np.uint8]:
-    return np.clip(np.rint((np.arange(256) + 1) / (glass + 1) * 256) - 1, 0, 255).astype(np.uint8)
+    light = np.rint((np.arange(256) + 1) / (glass + 1) * 256) - 1
+    return np.asarray(light.clip(0, 255), np.uint8)
 
 
 def total_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64], unit: int) -> NDArray[np.uint8]:

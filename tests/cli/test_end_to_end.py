@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from eosin.batch import Report
+from eosin.errors import ConfigError
 from eosin.features.store import read_bag
 from eosin.mil.checkpoint import load_card
+from eosin.wsi.quality import QualityLimits
 from eosin.wsi.synthetic import Cohort, make_cohort
 
 from .conftest import Run
@@ -58,12 +61,31 @@ def test_run_names_the_slides_that_failed(run: Run, small: Path, tmp_path: Path)
     assert (tmp_path / "job/report.html").is_file()
 
 
+def test_run_leaves_tiles_out_for_their_quality(
+    run: Run, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def tile_slides(slides: object, *_: object, quality: QualityLimits, **__: object) -> Report:
+        limits.append(quality)
+        raise ConfigError("enough was seen")
+
+    monkeypatch.setattr("eosin.pipeline.tile_slides", tile_slides)
+    result = run(
+        "run", "--slides", small / "slides", "--labels", small / "labels.csv", "--job", tmp_path / "job",
+        "--folds", 2, "--max-pen", 0.1, "--max-blur", 0.9, "--set", "quality.max_fold=0.5",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert limits == [QualityLimits(max_pen=0.1, max_blur=0.9, max_fold=0.5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--encoder", "he_textur"], "did you mean he_texture"),
         (["--recipe", "abmill"], "did you mean abmil"),
         (["--set", "tiling.mppp=1"], "tiling named 'mppp'"),
+        (["--max-pen", "2"], "max_pen"),
         (["--set", "cohort.n_slides=1"], "no group of options"),
         (["--target", "grade"], "grade"),
         (["--missing", "ignore"], "known: drop, error"),

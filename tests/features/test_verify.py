@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from eosin.features.verify import verify_job
 from eosin.wsi.coordinates import write_grid
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder
+from eosin.wsi.quality import TileQuality
 
 FOLDER = Tiling().folder
 
@@ -68,6 +70,16 @@ def test_each_damage_is_named(job: JobFolder) -> None:
     assert found.pop(f"{FOLDER}/features_e/a.h5") in ("damaged", "features")
     assert found.pop(f"{FOLDER}/patches/a_patches.h5") == "features"
     assert found == {"thumbnails/a.jpg": "damaged", "contours_geojson/a.geojson": "damaged"}
+
+
+def test_damaged_quality_scores_are_told(job: JobFolder) -> None:
+    scores = TileQuality(*np.zeros((4, 3), np.float32))
+    path = job.patches(FOLDER, "q")
+    write_grid(path, make_grid(3), slide_id="q", mpp_source="user", fingerprint="f", quality=scores)
+    assert reasons(job) == {}
+    with h5py.File(path, "r+") as file:
+        file["quality"][1, 2] = 0.5
+    assert reasons(job) == {f"{FOLDER}/patches/q_patches.h5": "features"}
 
 
 def test_files_that_do_not_belong_together(job: JobFolder) -> None:

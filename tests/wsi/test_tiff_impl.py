@@ -8,13 +8,14 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import CorruptSlideError, SlideOpenError
-from eosin.wsi import tiff_impl
+from eosin.wsi import tiff_impl, tiff_open
 from eosin.wsi.array_impl import ArraySlide
 from eosin.wsi.grid import Tiling, make_grid
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.segments import DecodeError, decode_reduced
 from eosin.wsi.slide import open_slide
-from eosin.wsi.tiff_impl import TiffReader, open_plain
+from eosin.wsi.tiff_impl import TiffReader
+from eosin.wsi.tiff_open import open_plain
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import find_tissue
 
@@ -169,8 +170,8 @@ def test_files_that_differ_from_openslide_are_left_to_it(write_jpeg_slide, write
     path = write_jpeg_slide()
     with open_slide(path) as slide:
         assert isinstance(slide, TiffReader)
-    plain = tiff_impl.decode_segment
-    monkeypatch.setattr(tiff_impl, "decode_segment", lambda *arguments: plain(*arguments) ^ 1)
+    plain = tiff_open.decode_segment
+    monkeypatch.setattr(tiff_open, "decode_segment", lambda *arguments: plain(*arguments) ^ 1)
     with open_slide(path) as slide:
         assert isinstance(slide, OpenSlideReader)
 
