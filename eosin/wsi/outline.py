@@ -61,34 +61,30 @@ def _pieces(mask: NDArray[np.bool_], corner: NDArray[np.int64], cell_px0: NDArra
     return [part for piece in found for part in polygons_of(piece if piece.is_valid else make_valid(piece))]
 
 
-TOP, RIGHT, BOTTOM, LEFT = range(4)
-
-
 def _follow(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], list[list[int]]]:
     """Return cell and side of every edge between tissue and glass, and the closed rings that they make.
 
+    Sides count from the top, clockwise.
     Edges are followed with the tissue on the right; where two cells meet by a corner only, each keeps to itself.
     """
-    width = mask.shape[1]
     around = np.pad(mask, 1)
-    inside = around[1:-1, 1:-1]
-    glass = (around[:-2, 1:-1], around[1:-1, 2:], around[2:, 1:-1], around[1:-1, :-2])
-    edges = [np.flatnonzero(inside & ~beyond) for beyond in glass]
+    flat, pitch, width = around.ravel(), around.shape[1], mask.shape[1]
+    inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    rim = np.flatnonzero(mask & ~inner)
+    rim = (rim // width + 1) * pitch + rim % width + 1
+    outward, onward = np.array([-pitch, 1, pitch, -1]), np.array([1, pitch, -1, -pitch])
+    edges = [rim[~flat[rim + step]] for step in outward.tolist()]
     first = np.cumsum([0, *(len(some) for some in edges)])
-    cells, sides = np.concatenate(edges), np.repeat(np.arange(4), [len(some) for some in edges])
-    flat, pitch = around.ravel(), width + 2
-    place = (cells // width + 1) * pitch + cells % width + 1
-    onward = np.array([1, pitch, -1, -pitch])[sides]  # from cell to cell along the edge
-    outward = np.array([-pitch, 1, pitch, -1])[sides]
-    ahead = flat[place + onward]
-    corner = flat[place + onward + outward]
+    place, sides = np.concatenate(edges), np.repeat(np.arange(4), [len(some) for some in edges])
+    step, out = onward[sides], outward[sides]
+    ahead, corner = flat[place + step], flat[place + step + out]
     side = np.where(~ahead, (sides + 1) % 4, np.where(~corner, sides, (sides + 3) % 4))
-    target = place + np.where(ahead, onward, 0) + np.where(ahead & corner, outward, 0)
-    cell = (target // pitch - 1) * width + target % pitch - 1
-    following = np.empty(len(cells), np.int64)
+    target = place + np.where(ahead, step, 0) + np.where(ahead & corner, out, 0)
+    following = np.empty(len(place), np.int64)
     for number, some in enumerate(edges):
         mine = side == number
-        following[mine] = first[number] + np.searchsorted(some, cell[mine])
+        following[mine] = first[number] + np.searchsorted(some, target[mine])
+    cells = (place // pitch - 1) * width + place % pitch - 1
     return cells, sides, _rings(following.tolist())
 
 

@@ -116,10 +116,10 @@ class FinerGrain:
     def where_even(self) -> Mask:
         """Return where density is high and even: what looks so from afar is read."""
         mpp = FACTOR * self.closer.mpp
-        even = np.zeros(self.darkest.shape, bool)
+        even: Mask = np.zeros(self.darkest.shape, bool)
         perhaps = drop_small(find_even(self.darkest, mpp), PEN_MIN_UM2 / mpp**2, keep_largest=False)
         for window in find_windows(perhaps, MARGIN_CELLS):
-            height, width = even.shape
+            height, width = self.darkest.shape
             rows, columns = window
             place = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
             found = find_even(self.closer.darkest(self.closer.finer(place, self.origin)), self.closer.mpp)

@@ -8,12 +8,19 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy import ndimage
 from shapely import MultiPolygon
 
 from eosin.errors import SlideError
 from eosin.options import Options
-from eosin.wsi.morphology import close_gaps, drop_small, fill_holes, open_threads, pieces_touching, window_of
+from eosin.wsi.morphology import (
+    close_gaps,
+    drop_small,
+    fill_holes,
+    open_threads,
+    pieces_touching,
+    window_of,
+    window_sums,
+)
 from eosin.wsi.outline import fill_outline, trace_outline
 from eosin.wsi.overview import Overview, read_overview
 from eosin.wsi.refine import FACTOR, Closer, FinerGrain, enlarge, refine
@@ -408,6 +415,5 @@ def _meshes(weak: NDArray[np.bool_], sure: NDArray[np.bool_], window: float) -> 
     alone = weak & ~sure
     if not alone.any():
         return sure
-    glass = ndimage.uniform_filter((~sure).astype(np.float32), side)
-    stained = ndimage.uniform_filter(alone.astype(np.float32), side)
-    return np.asarray(sure | (weak & (stained > MESH_SHARE * glass)))
+    glass, stained = (window_sums(cells.view(np.uint8), side) for cells in (~sure, alone))
+    return np.asarray(sure | (weak & (stained > MESH_SHARE * glass.astype(np.float32))))
