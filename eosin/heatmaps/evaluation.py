@@ -23,7 +23,16 @@ from eosin.heatmaps.figures import (
     scatter_panel,
     survival_panel,
 )
-from eosin.heatmaps.measures import Evaluated, fold_table, led_by, metric_name, metric_rows, over_folds, site_table
+from eosin.heatmaps.measures import (
+    Evaluated,
+    estimate_table,
+    fold_table,
+    led_by,
+    metric_name,
+    metric_rows,
+    over_folds,
+    site_table,
+)
 from eosin.heatmaps.report import Confusion, Picture, ReportData, SlideCard, write_report
 from eosin.mil.metrics import Floats, confusion
 from eosin.mil.study import Study
@@ -32,6 +41,7 @@ from eosin.mil.tasks import load_task
 
 WORST = 12
 THUMBNAIL_PX = 300
+PATIENTS_HEADING = "By patient, the mean over the slides"
 SHOWN_PREDICTIONS = 300
 
 
@@ -136,6 +146,8 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
     if len(metrics["folds"]) > 1:
         over = over_folds(led_by(first, metrics["metrics"]))
         tables = {"Over folds": over, "Folds": fold_table(metrics["folds"], first)}
+    if "patients" in metrics:
+        tables = {PATIENTS_HEADING: estimate_table(led_by(first, metrics["patients"]))} | tables
     sites = site_table(found, context.sites)
     if sites is not None:
         tables["Sites"] = sites

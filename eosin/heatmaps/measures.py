@@ -110,6 +110,18 @@ def metric_rows(estimates: Mapping[str, Mapping[str, Any]]) -> tuple[Metric, ...
     )
 
 
+def estimate_table(estimates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a row per metric with its value and interval."""
+    return pd.DataFrame(
+        {
+            "Measure": metric_name(name),
+            "Value": or_undefined(found["value"]),
+            "95 % interval": "undefined" if found["lower"] is None else (found["lower"], found["upper"]),
+        }
+        for name, found in estimates.items()
+    )
+
+
 def metric_name(metric: str) -> str:
     """Return a metric's name in words, with the class or target it is of, and an arrow when lower is better."""
     base = next((key for key in sorted(METRIC_NAMES, key=len, reverse=True) if _is(metric, key)), None)

@@ -22,6 +22,7 @@ from eosin.mil.train import Fitted, fit
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
+PATIENTS = "predictions_patients.csv"
 VAL_FRACTION = 0.15
 
 
@@ -117,7 +118,8 @@ def crossval(
     -------
     dict
         What ``metrics.json`` holds: ``metrics`` over folds (mean, standard_deviation, standard_error, interval,
-        n_folds), ``out_of_fold`` over all test predictions with intervals of a bootstrap over patients, and ``folds``.
+        n_folds), ``out_of_fold`` over all test predictions with intervals of a bootstrap over patients, ``folds``, and
+        where some patients have several slides ``patients``, the same as ``out_of_fold`` by patient.
 
     Raises
     ------
@@ -138,9 +140,16 @@ def crossval(
 
 
 def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int) -> dict[str, Any]:
-    """Write ``predictions.csv`` and ``metrics.json`` of finished folds; return the latter."""
+    """Write ``predictions.csv`` and ``metrics.json`` of finished folds; return the latter.
+
+    Where a patient has several slides with one target, ``predictions_patients.csv``, too.
+    """
     write_text(out / PREDICTIONS, _predictions(folds))
     summary = _summary(recipe, task, folds, resamples)
+    patients = by_patient(folds)
+    if patients:
+        write_text(out / PATIENTS, _predictions(patients))
+        summary["patients"] = _pooled(task, patients, resamples)
     write_json(out / METRICS, summary)
     return summary
 
@@ -227,9 +236,27 @@ def _predictions(folds: Sequence[Fold]) -> str:
     return text.getvalue()
 
 
-def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+def by_patient(folds: Sequence[Fold]) -> list[Fold]:
+    """Return the folds with a row per patient, the mean over the patient's slides as in `eosin.mil.patients`.
+
+    Empty when no patient has several slides, or the slides of one have different targets.
+    """
+    made = []
+    for fold in folds:
+        names, first, number = np.unique(fold.patient_ids, return_index=True, return_inverse=True)
+        if not np.array_equal(fold.targets, fold.targets[first][number], equal_nan=fold.targets.dtype.kind == "f"):
+            return []
+        outputs = np.stack([fold.outputs[number == place].mean(0) for place in range(len(names))])
+        patients, targets = tuple(map(str, names)), fold.targets[first]
+        metrics = fold.task.metrics(outputs, targets)
+        made.append(Fold(fold.number, patients, patients, outputs, targets, metrics, fold.task, fold.validation))
+    return made if any(len(one.ids) < len(other.ids) for one, other in zip(made, folds, strict=True)) else []
+
+
+def _pooled(task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+    """Return every metric over all rows of the folds with its interval."""
     judge, outputs = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
-    pooled = bootstrap(
+    found = bootstrap(
         judge,
         outputs,
         np.concatenate([fold.targets for fold in folds]),
@@ -238,11 +265,16 @@ def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) 
         folds=np.repeat([fold.number for fold in folds], [len(fold.ids) for fold in folds]),
         resamples=resamples,
     )
+    return {name: estimate.as_json() for name, estimate in found.items()}
+
+
+def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+    judge, _ = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
     return {
         "task": judge.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "n_folds": len(folds),
         "metrics": summarise_folds([fold.metrics for fold in folds]),
-        "out_of_fold": {name: estimate.as_json() for name, estimate in pooled.items()},
+        "out_of_fold": _pooled(task, folds, resamples),
         "folds": [{"fold": fold.number, "n_test": len(fold.ids), **fold.metrics} for fold in folds],
     }

@@ -369,6 +369,8 @@ def read_splits(path: Path) -> list[Split]:
 
 def _read_csv(path: Path) -> Split:
     table = read_table(path)
+    if path.stem.endswith("_descriptor"):
+        raise LabelError(f"{path}: counts the slides of a split and names none; pass the file without _descriptor")
     if not {"train", "test"} <= set(table):
         raise LabelError(f"{path}: is no split; expected the columns train, val, test, found {', '.join(table)}")
     columns = [table.get(part, ()) for part in PARTS]

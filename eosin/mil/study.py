@@ -261,13 +261,16 @@ def open_study(
     table = open_labels(labels, slide_table=slide_table, group=group)
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
-    bags = FeatureFolder(_labelled(find_bags(features), table), cache_bytes=cache_bytes)
+    files = find_bags(features)
+    bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
     examples = make_examples(bags, table, made, missing=missing)
     rows = table.rows(examples.ids)
     if level == "patient":
         rows = _first_of_each_patient(rows)
         examples = patient_examples(examples)
-    notes = (*table.notes, made.describe(rows))
+    spare = len(files) - len(bags.ids)
+    left_out = (f"{spare} of {len(files)} slides with features have no label and are left out",) if spare else ()
+    notes = (*table.notes, made.describe(rows), *left_out)
     return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes)
 
 

@@ -4,19 +4,17 @@ Ids are text: leading zeros and the dots of TCGA names stay. A label that is emp
 or say what the slide is. What a spreadsheet did to ids is refused where it can be seen and stated where it cannot.
 """
 
-import csv
-import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import openpyxl
-import pandas as pd
-from openpyxl.utils.exceptions import InvalidFileException
+from typing import Literal
 
 from eosin.errors import LabelError
+from eosin.mil.sheets import Sheet
+from eosin.mil.sheets import Table as Table
+from eosin.mil.sheets import read_sheet as read_sheet
+from eosin.mil.sheets import read_table as read_table
 from eosin.wsi.names import SLIDE_SUFFIXES
 
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
@@ -30,11 +28,7 @@ SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
 OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
 FILE_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt", ".hdf5")
 MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
-SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
-EXACT_DIGITS = 15
 SHOWN = 5
-
-Table = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -147,156 +141,6 @@ def shown(names: Sequence[str]) -> str:
 def has_value(text: str) -> bool:
     """Return whether a cell says anything."""
     return text.strip().lower() not in MISSING
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table as it was read.
-
-    Attributes
-    ----------
-    columns : mapping of str to tuple of str
-        Every value as text.
-    numbers : mapping of str to tuple of int
-        Of columns whose file stores types: the rows whose cell is a number and no text.
-    spoilt : mapping of str to str
-        Of such columns: what makes one of their values no id (a date, a fraction, a rounded number).
-    """
-
-    columns: Table
-    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    spoilt: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_table(path: Path) -> Table:
-    """Read the columns of a csv, tsv, xlsx or parquet file, every value as text.
-
-    Raises
-    ------
-    LabelError
-        If the file is missing, empty or of another kind.
-    """
-    return read_sheet(path).columns
-
-
-def read_sheet(path: Path) -> Sheet:
-    """Read a table with what its file knows about the types of its cells.
-
-    Raises
-    ------
-    LabelError
-        As `read_table`.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise LabelError(f"{path}: tables are {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}")
-    try:
-        if suffix == ".xlsx":
-            sheet = _read_xlsx(path)
-        elif suffix == ".parquet":
-            sheet = _read_parquet(path)
-        else:
-            sheet = Sheet(_read_text(path))
-    except FileNotFoundError:
-        raise LabelError(f"{path}: no such file") from None
-    except LabelError:
-        raise
-    except (OSError, ValueError, KeyError, pd.errors.ParserError, InvalidFileException, csv.Error) as error:
-        raise LabelError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
-    except Exception as error:  # openpyxl and pyarrow have no common parent for what a damaged file makes them raise
-        if type(error).__module__.split(".")[0] not in ("openpyxl", "pyarrow", "zipfile", "xml"):
-            raise
-        raise LabelError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
-    if not any(sheet.columns.values()):
-        raise LabelError(f"{path}: the table has no rows")
-    return sheet
-
-
-def _read_text(path: Path) -> Table:
-    frame = pd.read_csv(
-        path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=_separator(path), skip_blank_lines=True
-    )
-    return {str(name): tuple(str(value).strip() for value in frame[name]) for name in frame}
-
-
-def _separator(path: Path) -> str:
-    """Return what separates the columns: the most frequent of comma, semicolon and tab in the first line."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline()
-    return max(",;\t", key=first.count)
-
-
-def _read_parquet(path: Path) -> Sheet:
-    frame = pd.read_parquet(path)
-    columns = {str(name): [None if pd.isna(value) else value for value in frame[name]] for name in frame}
-    return _typed_sheet(columns)
-
-
-def _read_xlsx(path: Path) -> Sheet:
-    """Read the first sheet; a number that Excel shows with leading zeros keeps them."""
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    try:
-        rows = [list(row) for row in book.worksheets[0].iter_rows()]
-    finally:
-        book.close()
-    rows = [row for row in rows if any(cell.value is not None for cell in row)]
-    if not rows:
-        return Sheet({})
-    header = ["" if cell.value is None else str(cell.value).strip() for cell in rows[0]]
-    columns: dict[str, list[Any]] = {}
-    for place, name in enumerate(header):
-        if name and name in columns:
-            raise LabelError(f"{path}: two columns are called {name!r}; rename one")
-        if name:
-            columns[name] = [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
-    return _typed_sheet(columns)
-
-
-def _shown_value(cell: Any) -> Any:
-    zeros = str(getattr(cell, "number_format", ""))
-    if isinstance(cell.value, int) and not isinstance(cell.value, bool) and zeros and not zeros.strip("0"):
-        return f"{cell.value:0{len(zeros)}d}"
-    return cell.value
-
-
-def _typed_sheet(columns: Mapping[str, Sequence[Any]]) -> Sheet:
-    table: Table = {}
-    numbers: dict[str, tuple[int, ...]] = {}
-    spoilt: dict[str, str] = {}
-    for name, values in columns.items():
-        table[name] = tuple(_as_text(value) for value in values)
-        found = tuple(row for row, value in enumerate(values) if _is_number(value))
-        if found:
-            numbers[name] = found
-        faults = [(row, fault) for row, value in enumerate(values) if (fault := _fault(value))]
-        if faults:
-            spoilt[name] = f"row {faults[0][0] + 2} is {faults[0][1]}"
-    return Sheet(table, numbers, spoilt)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 10**EXACT_DIGITS:
-        return str(int(value))
-    return str(value).strip()
-
-
-def _fault(value: object) -> str:
-    """Return what makes a cell no id, or nothing."""
-    if isinstance(value, datetime.date | datetime.time):
-        return f"a date ({value})"
-    if isinstance(value, float) and not value.is_integer():
-        return f"a fraction ({value})"
-    if _is_number(value) and abs(value) >= 10**EXACT_DIGITS:  # type: ignore[arg-type]
-        return f"a number of more than {EXACT_DIGITS} digits, which spreadsheets round ({value:.6g})"
-    return ""
 
 
 def read_labels(

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,34 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
     with pytest.raises(LabelError, match="more than once"):
         crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_patients_with_several_slides_are_judged_too(make_toy, tmp_path):
+    toy = make_toy(n_bags=60, per_patient=3)
+    summary = crossval(
+        RECIPE, toy.task, toy.examples, make_splits(toy.cohort, folds=2), toy.cohort, tmp_path, resamples=20
+    )
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        slides = list(csv.DictReader(file))
+    with (tmp_path / "predictions_patients.csv").open(newline="") as file:
+        patients = list(csv.DictReader(file))
+    assert len(patients) == len(set(toy.cohort.patient_ids)) == 20
+    for row in patients:
+        assert row["slide_id"] == row["patient_id"]
+        own = [float(slide["prob_c1"]) for slide in slides if slide["patient_id"] == row["patient_id"]]
+        assert float(row["prob_c1"]) == pytest.approx(np.mean(own))
+    right = np.mean([row["predicted"] == row["label"] for row in patients])
+    assert summary["patients"]["accuracy"]["value"] == pytest.approx(right)
+
+
+def test_patients_whose_slides_differ_have_no_row(make_toy, tmp_path):
+    toy = make_toy(n_bags=40)
+    patients = tuple(f"p{number // 2}" for number in range(40))
+    examples = replace(toy.examples, patient_ids=patients)
+    cohort = replace(toy.cohort, patient_ids=patients)
+    summary = crossval(RECIPE, toy.task, examples, make_splits(cohort, folds=2), cohort, tmp_path, resamples=20)
+    assert "patients" not in summary
+    assert not (tmp_path / "predictions_patients.csv").exists()
 
 
 def test_pooled_figures_follow_the_threshold_of_each_fold(toy, tmp_path):

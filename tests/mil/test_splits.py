@@ -211,6 +211,11 @@ def test_the_two_layouts_of_clam_say_the_same(shared):
     }
 
 
+def test_counts_of_clam_are_no_split(shared):
+    with pytest.raises(LabelError, match="pass the file without _descriptor"):
+        read_splits(shared / "data/interop/splits/clam-task1-splits_0_descriptor.csv")
+
+
 def test_what_is_no_split_is_refused(tmp_path):
     (tmp_path / "splits_0.csv").write_text("a,b\n1,2\n")
     with pytest.raises(LabelError, match="is no split"):

@@ -29,6 +29,7 @@ def test_features_and_labels_become_a_study(folder):
     )
     study = open_study(folder / "features", folder / "labels.csv")
     assert study.task.target == "grade"
+    assert study.notes[-1] == "1 of 19 slides with features have no label and are left out"
     assert len(study.examples) == len(study.cohort.slide_ids) == 18
     assert set(study.cohort.strata) == {"g0", "g1"}
     splits = study.splits(folds=3)

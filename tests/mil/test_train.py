@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
-from eosin.mil import train as loop
+from eosin.mil import training_run as loop
 from eosin.mil.checkpoint import load_model
 from eosin.mil.data import MemoryBags
 from eosin.mil.evaluate import predict_outputs
@@ -144,7 +144,7 @@ def test_the_best_epoch_is_kept_and_training_stops_early(toy, monkeypatch):
         snapshots.append({name: value.clone() for name, value in run.deployed().state_dict().items()})
         return {"val_loss": next(losses), "val_auc": None}
 
-    monkeypatch.setattr(loop._Run, "_validate", validate)
+    monkeypatch.setattr(loop.TrainingRun, "_validate", validate)
     fitted = fit(quick(epochs=5, patience=2), toy.task, train, val)
     assert len(fitted.history) == 4
     assert fitted.card.training["best_epoch"] == 2
