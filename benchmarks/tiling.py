@@ -52,7 +52,7 @@ BATCH = 32
 LEAST_MPX = 60
 COHORT_SIDES_PX = (40_000, 60_000, 80_000, 100_000)
 COPIES = (1, 4)
-TILINGS = ((64, 14), (TILE_PX, 0))  # patch and overlap; the first makes 200,000 tiles
+TILINGS = ((64, 15), (TILE_PX, 0))  # patch and overlap; the first makes 200,000 tiles
 Row = dict[str, str | float | int]
 Run = Callable[[], object]
 

@@ -234,7 +234,7 @@ from eosin.wsi.job import JobFolder, tile_slides
 from eosin.wsi.quality import QualityLimits
 from eosin.wsi.slide import SlideFile
 slides = [SlideFile(Path(sys.argv[1]), "giant")]
-tiling = Tiling(patch_size=64, overlap=14)
+tiling = Tiling(patch_size=64, overlap=15)
 report = tile_slides(slides, JobFolder(Path(sys.argv[2])), tiling, quality=QualityLimits(blur=True))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.records[0].message.split()[0], peak.split()[1])
@@ -248,7 +248,7 @@ def test_200_000_tiles_are_scored_within_a_gigabyte(giant_slide, tmp_path):
     n_tiles, peak_kb = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert int(n_tiles) > 200_000
     assert int(peak_kb) < 1024 * 1024
-    quality = read_quality(JobFolder(tmp_path / "job").patches("0.5mpp_64px_14px_overlap", "giant"))
+    quality = read_quality(JobFolder(tmp_path / "job").patches("0.5mpp_64px_15px_overlap", "giant"))
     assert np.isfinite(quality.blur).all()
 
 
