@@ -70,10 +70,10 @@ def main() -> None:
     """Read the arguments, measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPE_NAMES))
-    parser.add_argument("--slides", type=int, default=40)
+    parser.add_argument("--slides", type=int, default=32)
     parser.add_argument("--most-tumour", type=float, default=0.03)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, help="where slides and features are kept for another call")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cohort.csv"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tables import Row, with_summaries, write_table
+from tables import Row, read_table, with_summaries, write_table
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.features.bag import FeatureSpec
@@ -140,7 +140,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 def main() -> None:
-    """Read the arguments, measure, write the table."""
+    """Read the arguments, measure, write the table; rows of other aggregators that are in the file stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", nargs="+", default=list(HOSTS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/continual.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    write_table(arguments.out, rows(arguments))
+    kept = [row for row in read_table(arguments.out) if row["aggregator"] not in arguments.hosts]
+    write_table(arguments.out, [*kept, *rows(arguments)])
 
 
 if __name__ == "__main__":

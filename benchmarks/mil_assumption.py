@@ -33,10 +33,11 @@ from eosin.mil.slots import AGGREGATORS, AggregatorOutput
 from eosin.mil.tasks import Binary, Classification, Task
 from eosin.mil.train import fit
 
+# of every recipe, but for DSMIL's query, whose width bounds its scores
 NARROW = {"embed_dims": (64,), "width": 64, "hidden": 32, "tokens": 16, "region_size": 4}
 RECIPE_NAMES = (
-    *("mean", "max", "lse", "abmil", "clam_sb", "clam_mb", "dsmil", "transmil", "set_transformer", "acmil"),
-    *("acmil_mha", "aem", "mhim", "mhim_dsmil", "mhim_v2", "packmil", "mambamil", "ins", "comel", "two_stage"),
+    *("mean", "max", "lse", "abmil", "clam_sb", "clam_mb", "dsmil", "acmil", "acmil_mha", "aem", "mhim"),
+    *("mhim_dsmil", "mhim_v2", "packmil", "ins", "two_stage", "transmil", "set_transformer", "mambamil", "comel"),
 )
 REFERENCES = ("max_instance", "monotone")
 LIKE_SLIDES = {"lengths": (2000, 2000), "fraction": 0.01, "dim": 16, "shift": 1.5}
@@ -70,7 +71,8 @@ def recipe_of(name: str, training: Training) -> tuple[Recipe, Task]:
         return Recipe(aggregator=aggregator, training=training), Binary(classes=("0", "1"))
     recipe = RECIPES[name]
     host, options = recipe.aggregator.name, dict(recipe.aggregator.options)
-    options |= {key: value for key, value in NARROW.items() if AGGREGATORS.defaults(host).get(key)}
+    has = AGGREGATORS.defaults(host) | options
+    options |= {key: value for key, value in NARROW.items() if has.get(key) and (host, key) != ("dsmil", "hidden")}
     if host == "downsampled":
         options["host_options"] = options["host_options"] | {"embed_dims": (64,), "hidden": 32}
     aggregator = Component(name=host, options=options)

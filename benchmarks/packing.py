@@ -85,8 +85,8 @@ TIMED = {
     "brca": Size(train=24, test=2, dim=512, width=512, epochs=4, per_step=4),
 }
 SCORED = {
-    "panda": Size(train=128, test=400, dim=64, width=64, epochs=30, per_step=8),
-    "brca": Size(train=48, test=150, dim=64, width=64, epochs=30, per_step=4),
+    "panda": Size(train=128, test=400, dim=64, width=64, epochs=20, per_step=8, shift=1.5),
+    "brca": Size(train=40, test=150, dim=64, width=64, epochs=20, per_step=4, shift=1.5),
 }
 
 
@@ -160,16 +160,27 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def explain(recipe: Recipe, train: Examples, device: str) -> tuple[float, float]:
-    """Return the share of matrix products in a pass, and its operations per step."""
-    once = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 1})})
+def products_share(recipe: Recipe, train: Examples, device: str) -> float:
+    """Return the share of matrix products in a pass."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        fit(once, TASK, train, device=device)
+        fit(lasting(recipe, 1), TASK, train, device=device)
     events = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
-    with Operations() as operations:
-        fit(once, TASK, train, device=device)
-    steps = -(-len(train) // once.training.bags_per_step)
-    return sum(events.get(name, 0.0) for name in PRODUCTS) / sum(events.values()), operations.count / steps
+    return sum(events.get(name, 0.0) for name in PRODUCTS) / sum(events.values())
+
+
+def operations_per_step(recipe: Recipe, train: Examples, device: str) -> float:
+    """Return how many operations a step is, from what a second pass adds."""
+    counts = []
+    for epochs in (1, 2):
+        with Operations() as operations:
+            fit(lasting(recipe, epochs), TASK, train, device=device)
+        counts.append(operations.count)
+    return (counts[1] - counts[0]) / -(-len(train) // recipe.training.bags_per_step)
+
+
+def lasting(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the recipe with another number of passes."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": epochs})})
 
 
 def draw(lengths: str, size: Size, seed: int) -> tuple[Examples, Examples]:
@@ -209,7 +220,12 @@ def rounds(lengths: str, size: Size, arguments: argparse.Namespace) -> dict[str,
             seeded = recipes[name].training.model_copy(update={"seed": seed})
             last = measure(recipes[name].model_copy(update={"training": seeded}), train, test, arguments.device)
             found[name].append(last)
-            print(lengths, name, f"{np.median(last.seconds):.2f} s, AUC {last.auc:.3f}, accuracy {last.accuracy:.3f}")
+            print(
+                lengths,
+                name,
+                f"{np.median(last.seconds):.2f} s, AUC {last.auc:.3f}, accuracy {last.accuracy:.3f}",
+                flush=True,
+            )
     return found
 
 
@@ -218,10 +234,13 @@ def seconds(lengths: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
     size = TIMED[lengths]
     found = rounds(lengths, size, arguments)
     train, _ = draw(lengths, size, arguments.rounds - 1)
+    thin_size = replace(size, dim=8, width=8)  # as many operations, in no time
+    thin, thin_recipes = draw(lengths, thin_size, 0)[0], ways(lengths, thin_size)
     spent = {name: float(np.median([s for one in found[name] for s in one.seconds])) for name in found}
     columns = {}
     for name, recipe in ways(lengths, size).items():
-        share, operations = explain(recipe, train, arguments.device)
+        share = products_share(recipe, train, arguments.device)
+        operations = operations_per_step(thin_recipes[name], thin, arguments.device)
         columns[name] = {
             "threads": f"{torch.get_num_threads()}",
             "timed_bags": f"{len(train)}",

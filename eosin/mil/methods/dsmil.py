@@ -16,6 +16,9 @@ Both halves of the objective are the task's own loss: their sigmoid cross-entrop
 softmax cross-entropy for a classification. Weights start orthogonal with zero bias as in the training script; `init`
 changes it. The code's `average` takes the mean of the two probabilities, and at inference alone. `PRESETS` are the
 variants inside MHIM-MIL and PackMIL, which embed first and pool a projection.
+
+Scores lie between -√A and √A, since queries do between -1 and 1: with a narrow query no attention is sharp enough for
+few instances among many (docs/methods.md).
 """
 
 from dataclasses import dataclass
