@@ -43,6 +43,8 @@ METRIC_NAMES = {
     "score": "Mean over the targets",
 }
 LOWER_IS_BETTER = ("log_loss", "brier", "ece", "mean_absolute_error", "rmse", "integrated_brier")
+NO_LESS_THAN_ZERO = ("log_loss", "brier", "mean_absolute_error", "rmse")
+CORRELATIONS = ("kappa", "quadratic_kappa", "pearson", "spearman")
 SITE_METRICS = ("auc", "balanced_accuracy", "quadratic_kappa", "cindex", "spearman", "r2", "accuracy", "f1", "score")
 SITE_RESAMPLES = 300
 FOLD_METRICS = 5
@@ -124,12 +126,17 @@ def estimate_table(estimates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def metric_name(metric: str) -> str:
     """Return a metric's name in words, with the class or target it is of, and an arrow when lower is better."""
-    base = next((key for key in sorted(METRIC_NAMES, key=len, reverse=True) if _is(metric, key)), None)
+    base = _base(metric)
     if base is None:
         return metric
     rest = metric.removeprefix(base).removeprefix("_") if metric.startswith(base) else metric.removesuffix(f"_{base}")
     named = METRIC_NAMES[base] + (f", {rest}" if rest else "")
     return f"{named} ↓" if base in LOWER_IS_BETTER else named
+
+
+def _base(metric: str) -> str | None:
+    """Return the metric without the class or target that it is of; None for one that has no name in words."""
+    return next((key for key in sorted(METRIC_NAMES, key=len, reverse=True) if _is(metric, key)), None)
 
 
 def _is(metric: str, key: str) -> bool:
@@ -144,12 +151,20 @@ def over_folds(figures: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             "Mean": or_undefined(found["mean"]),
             "Standard deviation": or_undefined(found["standard_deviation"]),
             "Standard error": or_undefined(found["standard_error"]),
-            "95 % interval of the mean": tuple(found["interval"]) if found["interval"] else "undefined",
+            "95 % interval of the mean": _within(name, found["interval"]) if found["interval"] else "undefined",
             "Folds": found["n_folds"],
         }
         for name, found in figures.items()
     ]
     return pd.DataFrame(rows)
+
+
+def _within(metric: str, interval: Sequence[float]) -> tuple[float, float]:
+    """Return an interval without values that the metric cannot have: Student's knows no limits when folds are few."""
+    base = _base(metric)
+    lowest = -np.inf if base in (None, "r2") else -1.0 if base in CORRELATIONS else 0.0
+    highest = np.inf if base is None or base in NO_LESS_THAN_ZERO else 1.0
+    return max(interval[0], lowest), min(interval[1], highest)
 
 
 def or_undefined(value: float | None) -> float | str:

@@ -13,7 +13,7 @@ from PIL import Image
 from eosin.errors import LabelError
 from eosin.heatmaps.evaluation import Context, evaluation_report, worst_cards
 from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
-from eosin.heatmaps.measures import Evaluated, compare_runs, site_table
+from eosin.heatmaps.measures import Evaluated, compare_runs, over_folds, site_table
 from eosin.heatmaps.report import write_report
 from eosin.mil.evaluate import bootstrap, summarise_folds
 from eosin.mil.tasks import make_task
@@ -109,6 +109,23 @@ def test_an_undefined_measure_is_shown_as_undefined(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert re.search(r"Area under the ROC curve</td><td class=\"number\">undefined<", text)
     assert "0.500" not in re.findall(r"Area under the ROC curve</td>.*", text)[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("auc_c1", (0.0, 1.0)),
+        ("kappa", (-0.5, 1.0)),
+        ("er_brier", (0.0, 1.5)),
+        ("r2", (-0.5, 1.0)),
+        ("grade_quadratic_kappa", (-0.5, 1.0)),
+        ("integrated_brier", (0.0, 1.0)),
+    ],
+)
+def test_intervals_over_few_folds_stay_within_what_a_metric_can_be(metric, told):
+    figures = {"mean": 0.5, "standard_deviation": 1.0, "standard_error": 0.5, "interval": [-0.5, 1.5], "n_folds": 3}
+    table = over_folds({metric: figures})
+    assert table["95 % interval of the mean"][0] == told
 
 
 def test_sites_are_judged_alone_with_intervals():
