@@ -1,6 +1,6 @@
 """Time and memory of every aggregator, forward and backward on one bag of 200,000 instances, beside plain PyTorch.
 
-    python benchmarks/aggregators.py [--names abmil transmil] [--variants eosin plain] [--sizes 200000]
+    python benchmarks/aggregators.py [--names abmil transmil] [--variants eosin plain] [--sizes 200000] [--note WHY]
 
 Each case runs in a process of its own, which may hold 6 GB beside bag and libraries, warms up on a small bag and says
 how far the peak of its resident memory exceeds what it held before: bag, parameters and libraries are not counted.
@@ -130,15 +130,15 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def run(name: str, variant: str, n: int) -> Row:
-    """Run one case in a process of its own."""
+def run(name: str, variant: str, n: int, note: str = "") -> Row:
+    """Run one case in a process of its own; the note says what else there is to know of it."""
     command = [sys.executable, __file__, "--one", name, variant, str(n)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_LIMIT)
     except subprocess.TimeoutExpired:
         return _row(name, variant, n, {}, f"longer than {SECONDS_LIMIT} s")
     if done.returncode == 0:
-        return _row(name, variant, n, json.loads(done.stdout.splitlines()[-1]), "")
+        return _row(name, variant, n, json.loads(done.stdout.splitlines()[-1]), note)
     if "memory" in done.stderr or done.returncode < 0:
         return _row(name, variant, n, {}, f"out of memory above {MEMORY_LIMIT_GB:g} GB")
     raise RuntimeError(done.stderr)
@@ -203,6 +203,7 @@ def main() -> int:
     parser.add_argument("--names", nargs="+")
     parser.add_argument("--variants", nargs="+", default=["plain", "eosin"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[200_000])
+    parser.add_argument("--note", default="", help="what the rows say, for instance why a bag is smaller")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "VARIANT", "N"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -213,7 +214,7 @@ def main() -> int:
     for name in options.names or names():
         for n in options.sizes:
             for variant in options.variants:
-                row = run(name, variant, n)
+                row = run(name, variant, n, options.note)
                 write([row], options.out)
                 print(*asdict(row).values(), flush=True)
     return 0
