@@ -229,7 +229,7 @@ class _Blocks:
     def gather(self, packed: Tensor) -> Tensor:
         """Return (c, R, ...); a place that is not filled holds some other row."""
         if self.full:
-            return packed[self.start : self.stop].unflatten(0, self.rows.shape)
+            return packed[self.start : self.stop].view(*self.rows.shape, *packed.shape[1:])
         return packed[self.rows]
 
     def scatter(self, blocks: Tensor, packed: Tensor) -> None:

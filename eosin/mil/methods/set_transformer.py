@@ -192,8 +192,8 @@ class MultiheadBlock(nn.Module):
         if len(query) * (width + heads * m) < n_bags * m * width:
             read = self._read_folded(self._split(projected), keys, lengths)
         else:
-            parts = (self._split(part) for part in (projected, self.key(keys), self.value(keys)))
-            read = instance_attention(*parts, lengths, self.scale).flatten(1)
+            tokens, values = self._split(self.key(keys)), self._split(self.value(keys))
+            read = instance_attention(self._split(projected), tokens, values, lengths, self.scale).flatten(1)
         return self._finish(projected + read)
 
     def _read_folded(self, query: Tensor, keys: Tensor, lengths: tuple[int, ...]) -> Tensor:
