@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ def iterate_tiles(slide: Slide, grid: TileGrid, *, batch_size: int, threads: int
     batch_size : int
         Tiles per batch; the last may be shorter.
     threads : int
-        Threads that read; 0 reads in the caller's.
+        Threads that read, each a part of every batch; 0 reads in the caller's.
 
     Yields
     ------
@@ -47,24 +47,58 @@ def iterate_tiles(slide: Slide, grid: TileGrid, *, batch_size: int, threads: int
         yield from ((_read(slide, grid, index), index) for index in batches)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
-        waiting: deque[tuple[Future[NDArray[np.uint8]], NDArray[np.int64]]] = deque()
+        waiting: deque[_Batch] = deque()
         try:
             for index in batches:
-                waiting.append((pool.submit(_read, slide, grid, index), index))
+                waiting.append(_Batch(pool, slide, grid, index, threads))
                 if len(waiting) > threads + AHEAD - 1:
-                    future, ready = waiting.popleft()
-                    yield future.result(), ready
+                    ready = waiting.popleft()
+                    yield ready.result(), ready.index
             while waiting:
-                future, ready = waiting.popleft()
-                yield future.result(), ready
+                ready = waiting.popleft()
+                yield ready.result(), ready.index
         finally:
-            for future, _ in waiting:
-                future.cancel()
+            for batch in waiting:
+                batch.cancel()
+
+
+class _Batch:
+    """Tiles that are being read, a run of neighbours by each thread."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, slide: Slide, grid: TileGrid, index: NDArray[np.int64], threads: int
+    ) -> None:
+        self.index = index
+        self._tiles = _room_for(grid, len(index))
+        runs = np.array_split(np.arange(len(index)), min(threads, len(index)))
+        self._parts = [
+            pool.submit(_read_into, self._tiles[run[0] : run[-1] + 1], slide, grid, index[run]) for run in runs
+        ]
+
+    def result(self) -> NDArray[np.uint8]:
+        """Return the tiles, (b, h, w, 3)."""
+        for part in self._parts:
+            part.result()
+        return self._tiles
+
+    def cancel(self) -> None:
+        """Leave out what no thread has begun with."""
+        for part in self._parts:
+            part.cancel()
+
+
+def _room_for(grid: TileGrid, count: int) -> NDArray[np.uint8]:
+    side = grid.tiling.patch_size
+    return np.empty((count, side, side, 3), np.uint8)
 
 
 def _read(slide: Slide, grid: TileGrid, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-    side = grid.tiling.patch_size
-    tiles = np.empty((len(index), side, side, 3), np.uint8)
-    for row, (x, y) in enumerate(grid.origins_px0[index].tolist()):
-        tiles[row] = slide.read((x, y), (side, side), grid.delivered_mpp)
+    tiles = _room_for(grid, len(index))
+    _read_into(tiles, slide, grid, index)
     return tiles
+
+
+def _read_into(tiles: NDArray[np.uint8], slide: Slide, grid: TileGrid, index: NDArray[np.int64]) -> None:
+    side, mpp = grid.tiling.patch_size, grid.delivered_mpp
+    for row, (x, y) in enumerate(grid.origins_px0[index].tolist()):
+        tiles[row] = slide.read((x, y), (side, side), mpp)
