@@ -4,15 +4,15 @@
 
 Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`eosin.wsi.fine_texture`). For each seed, one
 after the other on the same slides and folds: one stage at 2 µm/px, one stage at 1 µm/px that sees every tile, and two
-stages with a budget. A row holds the out-of-fold AUC, the tiles that had to be encoded at 1 µm/px, and the seconds from
-slides to predictions; the last rows are medians over the seeds.
+stages with a budget. A row holds the out-of-fold AUC and accuracy, the tiles that had to be encoded at 1 µm/px, and the
+seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds.
 """
 
 import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ def measured(way: str, seed: int, run: Callable[[], Result]) -> dict[str, Any]:
     return {"way": way, "seed": seed, **found}
 
 
-def rows(arguments: argparse.Namespace) -> list[Row]:
-    """Return the rows of all seeds, then their summaries."""
-    found = []
+def rows(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Yield after each seed the rows of all so far, then their summaries."""
+    found: list[Row] = []
     for seed in range(arguments.seeds):
         folder = Path(tempfile.mkdtemp(prefix="two_stage_"))
         options = FineCohort(n_slides=arguments.slides, side_px=arguments.side, radius_px=90, seed=seed)
@@ -78,7 +78,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
             found.append(measured(way, seed, run))
             print(*found[-1].values(), flush=True)
         shutil.rmtree(folder)
-    return with_summaries(found, over="seed", key=("way",))
+        yield with_summaries(found, over="seed", key=("way",))
 
 
 def main() -> None:
@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/two_stage.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    write_table(arguments.out, rows(arguments))
+    for lines in rows(arguments):
+        write_table(arguments.out, lines)
 
 
 if __name__ == "__main__":
