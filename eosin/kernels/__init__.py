@@ -7,6 +7,7 @@ memory-bounded torch path, or Triton on a GPU. `use_backend` or the variable ``E
 
 from eosin.kernels._dispatch import choose, use_backend
 from eosin.kernels.causal_conv import causal_conv
+from eosin.kernels.embedding import embed_instances
 from eosin.kernels.few_query_attention import few_key_attention, few_query_attention
 from eosin.kernels.gated_attention import AttentionPool, gated_attention_pool, gated_attention_scores
 from eosin.kernels.leave_one_out import GreedyPath, greedy_removal, leave_one_out, pooled_without
@@ -31,6 +32,7 @@ __all__ = [
     "bag_index",
     "causal_conv",
     "choose",
+    "embed_instances",
     "few_key_attention",
     "few_query_attention",
     "gated_attention_pool",

@@ -8,6 +8,19 @@ from torch import Tensor
 
 from eosin.kernels._checks import check_shape
 
+ROWS = 4096  # rows per block: 4 MB of float32 per branch at A = 256; shorter ones cost more in calls than they save
+
+
+def blocks(n_rows: int) -> Iterator[slice]:
+    """Yield the rows of each block of a pack."""
+    for first in range(0, n_rows, ROWS):
+        yield slice(first, min(first + ROWS, n_rows))
+
+
+def longest_block(n_rows: int) -> int:
+    """Return the number of rows of the longest block of a pack."""
+    return min(ROWS, n_rows)
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -13,12 +13,13 @@ from eosin.mil.bags import PackedBags
 Activation = Literal["relu", "gelu"]
 Init = Literal["default", "xavier"]
 
+_ONE_KERNEL = {nn.Linear, nn.ReLU, nn.Dropout}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 def embedding(
     in_dim: int, widths: tuple[int, ...], *, activation: Activation = "relu", bias: bool = True, dropout: float = 0.0
-) -> nn.Sequential:
+) -> "Embedding":
     """Return what turns features into instances: a linear layer, an activation and dropout per width.
 
     Parameters
@@ -45,7 +46,22 @@ def embedding(
     for fan_in, fan_out in zip((in_dim, *widths), widths, strict=False):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
         layers += [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(*layers)
+    return Embedding(*layers)
+
+
+class Embedding(nn.Sequential):
+    """Linear layers, each with its activation and perhaps dropout; those with relu run as one kernel on a CPU."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return instances (N, E) of features (N, D)."""
+        if values.device.type != "cpu" or not {type(layer) for layer in self} <= _ONE_KERNEL:
+            embedded: Tensor = super().forward(values)  # type: ignore[no-untyped-call]
+            return embedded
+        dropout = next((layer.p for layer in self if isinstance(layer, nn.Dropout)), 0.0) if self.training else 0.0
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                values = kernels.embed_instances(values, layer.weight, layer.bias, dropout=dropout)
+        return values
 
 
 class Attention(nn.Module):

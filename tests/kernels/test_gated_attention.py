@@ -4,15 +4,15 @@ import torch
 from kernel_packs import LENGTHS, error, gate_parameters, normal, offsets
 
 from eosin import kernels
-from eosin.kernels.gated_attention import torch_impl
-from eosin.kernels.gated_attention.dropout import keep_mask
+from eosin.kernels import _rows
+from eosin.kernels._dropout import keep_mask
 
 BACKENDS = ["reference", "torch"]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(torch_impl, "ROWS", 4)
+    monkeypatch.setattr(_rows, "ROWS", 4)
 
 
 @pytest.mark.parametrize("name", ["abmil_plain", "abmil_gated", "aem"])

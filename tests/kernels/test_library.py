@@ -30,6 +30,7 @@ def operator_calls():
         "segment_pool": (scores, values, bags, torch.arange(8, -1, -1), "torch"),
         "gated_scores": (values, *gate, None, *options, "torch"),
         "gated_pool": (values, None, None, *gate, one, None, None, bags, torch.arange(8, -1, -1), 0.0, False, *options),
+        "embed_instances": (values, normal(5, 4, seed=8).requires_grad_(), None, 0.25, 3, torch.float64),
         "shared_query_attention": (
             normal(2, 3, 2).requires_grad_(),
             values,

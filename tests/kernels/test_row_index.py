@@ -5,7 +5,7 @@ import torch
 from kernel_packs import gate_parameters, normal, offsets
 
 from eosin import kernels
-from eosin.kernels.gated_attention import torch_impl as gated_impl
+from eosin.kernels import _rows
 from eosin.kernels.segment_pool import torch_impl as pool_impl
 
 BAGS = (9, 0, 5, 1)
@@ -15,7 +15,7 @@ BACKENDS = ["reference", "torch"]
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(gated_impl, "ROWS", 4)
+    monkeypatch.setattr(_rows, "ROWS", 4)
     monkeypatch.setattr(pool_impl, "ROWS", 4)
 
 

@@ -15,10 +15,10 @@ from eosin.kernels._checks import (
     check_unit_interval,
 )
 from eosin.kernels._dispatch import choose
+from eosin.kernels._dropout import EMBEDDING_BRANCH, draw_seed, keep_mask
 from eosin.kernels._products import product_dtype
 from eosin.kernels._rows import check_row_index, gathered
 from eosin.kernels.gated_attention import one_pass, ops, reference
-from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, draw_seed, keep_mask
 from eosin.kernels.segment_pool import ops as pool_ops
 
 

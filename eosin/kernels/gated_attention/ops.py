@@ -12,9 +12,9 @@ from torch import Tensor
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._library import Operator
 from eosin.kernels._rows import Rows, gathered
+from eosin.kernels.embedding.torch_impl import Embedding
 from eosin.kernels.gated_attention import reference
 from eosin.kernels.gated_attention.torch_impl import (
-    Embedding,
     Gate,
     Kept,
     Masks,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from eosin.kernels._checks import accumulation_dtype
-from eosin.kernels.gated_attention.dropout import keep_mask
+from eosin.kernels._dropout import dropped
+from eosin.kernels.embedding.reference import embed_instances
 from eosin.kernels.segment_pool.reference import attention_pool
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
@@ -38,10 +39,10 @@ def gated_attention_scores(
     dtype = accumulation_dtype(torch.promote_types(values.dtype, v_weight.dtype))
     x = values.to(dtype)
     hidden = ACTIVATIONS[activation](linear(x, v_weight.to(dtype), _cast(v_bias, dtype)))
-    hidden = _dropped(hidden, gate_dropout, seed, branch=0)
+    hidden = dropped(hidden, seed, gate_dropout, branch=0)
     if u_weight is not None:
         gate = torch.sigmoid(linear(x, u_weight.to(dtype), _cast(u_bias, dtype)))
-        hidden = hidden * _dropped(gate, gate_dropout, seed, branch=1)
+        hidden = hidden * dropped(gate, seed, gate_dropout, branch=1)
     return linear(hidden, w_weight.to(dtype), _cast(w_bias, dtype))
 
 
@@ -51,9 +52,7 @@ def embedded(
     """Return ``dropout(relu(W x + b))``, or the values themselves without W: (N, D) -> (N, E)."""
     if embed_weight is None:
         return values
-    dtype = accumulation_dtype(torch.promote_types(values.dtype, embed_weight.dtype))
-    instances = torch.relu(linear(values.to(dtype), embed_weight.to(dtype), _cast(embed_bias, dtype)))
-    return _dropped(instances, embed_dropout, seed, branch=2)
+    return embed_instances(values, embed_weight, embed_bias, dropout=embed_dropout, seed=seed)
 
 
 def gated_attention_pool(
@@ -104,13 +103,6 @@ def masked_scores(raw: Tensor, temperature: Tensor, score_mask: Tensor | None, k
 
 def _per_head(mask: Tensor) -> Tensor:
     return mask[:, None] if mask.dim() == 1 else mask
-
-
-def _dropped(hidden: Tensor, probability: float, seed: int, branch: int) -> Tensor:
-    if probability == 0:
-        return hidden
-    keep = keep_mask(seed, hidden.shape, probability, branch=branch, device=hidden.device)
-    return hidden * keep / (1 - probability)
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -14,63 +14,12 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import host_offsets
+from eosin.kernels._dropout import GATE_BRANCHES, drop_
 from eosin.kernels._products import AffineGradient, affine, product, transposed_product
-from eosin.kernels._rows import Rows
-from eosin.kernels.gated_attention.dropout import EMBEDDING_BRANCH, GATE_BRANCHES, keep_mask
+from eosin.kernels._rows import Rows, blocks, longest_block
+from eosin.kernels.embedding.torch_impl import Embedding
 
-ROWS = 4096  # rows per block: 4 MB of float32 per branch at A = 256; shorter ones cost more in calls than they save
 NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The instances that are scored and pooled: the values themselves, or ``h = dropout(relu(W x + b))``.
-
-    Parameters
-    ----------
-    weight, bias : (E, D) or None, (E,) or None
-        The projection; None leaves the values as they are.
-    dropout : float
-        Chance of an entry of h to be dropped.
-    seed : int
-        Seed of the dropout mask.
-    dtype : torch.dtype
-        Type in which products run.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    dropout: float
-    seed: int
-    dtype: torch.dtype
-
-    def rows(self, values: Tensor, first: int) -> Tensor:
-        """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E)."""
-        values = values.to(self.dtype)
-        if self.weight is None:
-            return values
-        embedded = affine(values, self.weight, self.bias, "relu")
-        if self.dropout:
-            keep = keep_mask(
-                self.seed,
-                embedded.shape,
-                self.dropout,
-                branch=EMBEDDING_BRANCH,
-                device=embedded.device,
-                first_row=first,
-            )
-            embedded *= keep
-            embedded /= 1 - self.dropout
-        return embedded
-
-    def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
-        """Turn the gradient of h into that of ``W x + b``; where h is 0 it was cut off or dropped, and it is 0."""
-        torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=d_embedded)
-        return d_embedded.div_(1 - self.dropout) if self.dropout else d_embedded
-
-    def to_values(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
-        return gradient if self.weight is None else product(gradient, self.weight)
 
 
 @dataclass(frozen=True)
@@ -120,10 +69,7 @@ class Gate:
         """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""
         scales = self.w_weight.new_full((n_rows, len(self.v_weight)), 1.0)
         for branch in GATE_BRANCHES[: 1 if self.u_weight is None else 2]:
-            keep = keep_mask(
-                self.seed, scales.shape, self.dropout, branch=branch, device=scales.device, first_row=first
-            )
-            scales = scales.mul_(keep).div_(1 - self.dropout)
+            drop_(scales, self.seed, self.dropout, branch=branch, first_row=first)
         return scales
 
 
@@ -357,12 +303,6 @@ def pieces(offsets: list[int], block: slice) -> Iterator[tuple[int, slice]]:
         bag += 1
 
 
-def blocks(n_rows: int) -> Iterator[slice]:
-    """Yield the rows of each block."""
-    for first in range(0, n_rows, ROWS):
-        yield slice(first, min(first + ROWS, n_rows))
-
-
 def score_forward(values: Rows, gate: Gate, kept: Kept) -> Tensor:
     """Return raw scores: (N, D) -> (N, H)."""
     scores = gate.w_weight.new_empty((len(values), len(gate.w_weight)))
@@ -378,7 +318,7 @@ def score_backward(
 ) -> tuple[Tensor | None, GateGradients]:
     """Return the gradient of the values (if needed) and of the gate's parameters."""
     d_values = values.new_gradient() if needs_values else None
-    gradients = GateGradients(gate, min(ROWS, len(values)))
+    gradients = GateGradients(gate, longest_block(len(values)))
     for block in blocks(len(values)):
         rows = values[block].to(gate.v_weight.dtype)
         hidden, opening = kept.branches_of(block, rows, gate)
@@ -436,7 +376,7 @@ def pool_backward(
     """
     offsets = host_offsets(cu_seqlens)
     softmax = SoftmaxGradient(upstream[1:], results[1:])
-    gradients, d_scores = GateGradients(gate, min(ROWS, len(values))), torch.empty_like(results[0])
+    gradients, d_scores = GateGradients(gate, longest_block(len(values))), torch.empty_like(results[0])
     d_values = values.new_gradient() if needs_values else None
     embedder = None if embedding.weight is None else AffineGradient(embedding.weight, d_scores.dtype)
     needs_rows = needs_values or embedder is not None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eosin.kernels._chunks import chunk_table
 from eosin.kernels._dispatch import interpreting
+from eosin.kernels._dropout import threshold
 from eosin.kernels._rows import Rows
-from eosin.kernels.gated_attention.dropout import threshold
 from eosin.kernels.gated_attention.torch_impl import Gate
 from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, places_of, pool_combine
 

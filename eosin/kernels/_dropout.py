@@ -1,8 +1,10 @@
-"""The dropout mask of the gate: a hash of (seed, row, column), so that it depends on no tiling, chunk or device.
+"""The dropout mask of embeddings and gates: a hash of seed, row and column; no tiling, chunk or device changes it.
 
 Row and column are hashed apart and combined by two multiply-xorshift rounds; an entry is dropped when the low 24 bits
 fall below ``p · 2^24``. All arithmetic is on 32-bit integers that wrap around, in torch and in Triton alike.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ BITS = 24
 GATE_BRANCHES = (0, 1)  # the activated projection and the gate
 EMBEDDING_BRANCH = 2
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # the second as a signed 32-bit integer
+_SHIFTS = (16, 15, 16)
 _COLUMN_SALT = 0x5BD1E995
+_CACHED = 1 << 16  # entries that are hashed at once on a CPU: their dozen steps stay in its cache
 
 
 def keep_mask(
@@ -45,11 +49,38 @@ def keep_mask(
     (n_rows, n_columns) bool
         True where kept.
     """
+    keep = torch.empty(shape, dtype=torch.bool, device=device)
+    for part, kept in _tiles(seed, shape, probability, branch, device, first_row):
+        keep[part] = kept
+    return keep
+
+
+def drop_(values: Tensor, seed: int, probability: float, *, branch: int, first_row: int = 0) -> Tensor:
+    """Drop entries of a block of rows in place and scale the rest by 1 / (1 - p): (n, A) -> (n, A)."""
+    for part, kept in _tiles(seed, values.shape, probability, branch, values.device, first_row):
+        values[part].mul_(kept).div_(1 - probability)
+    return values
+
+
+def dropped(values: Tensor, seed: int, probability: float, *, branch: int) -> Tensor:
+    """Return what `drop_` makes of all rows, differentiably: (N, A) -> (N, A)."""
+    if probability == 0:
+        return values
+    return values * keep_mask(seed, values.shape, probability, branch=branch, device=values.device) / (1 - probability)
+
+
+def _tiles(
+    seed: int, shape: tuple[int, ...], probability: float, branch: int, device: torch.device, first_row: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows at a time and which of their entries are kept."""
     n_rows, n_columns = shape
     rows = row_hash(seed, branch, torch.arange(first_row, first_row + n_rows, device=device))
     columns = column_hash(seed, branch, torch.arange(n_columns, device=device))
-    bits = _mixed(rows[:, None] ^ columns[None, :])
-    return (bits & ((1 << BITS) - 1)) >= threshold(probability)
+    at_once = max(1, _CACHED // max(1, n_columns)) if device.type == "cpu" else max(1, n_rows)
+    for first in range(0, n_rows, at_once):
+        part = slice(first, first + at_once)
+        bits = _mixed(rows[part, None] ^ columns[None, :]).bitwise_and_((1 << BITS) - 1)
+        yield part, bits >= threshold(probability)
 
 
 def threshold(probability: float) -> int:
@@ -59,7 +90,7 @@ def threshold(probability: float) -> int:
 
 def row_hash(seed: int, branch: int, rows: Tensor) -> Tensor:
     """Return the int32 hash of packed row numbers."""
-    return _mixed(_mixed(rows.to(torch.int32)) ^ (seed ^ branch))
+    return _mixed(_mixed(rows.to(torch.int32, copy=True)) ^ (seed ^ branch))
 
 
 def column_hash(seed: int, branch: int, columns: Tensor) -> Tensor:
@@ -74,13 +105,11 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """Scramble int32 values: x ^= x >> 16, x *= c1, x ^= x >> 15, x *= c2, x ^= x >> 16, shifts unsigned."""
-    bits = bits ^ _shifted(bits, 16)
-    bits = bits * _MULTIPLIERS[0]
-    bits = bits ^ _shifted(bits, 15)
-    bits = bits * _MULTIPLIERS[1]
-    return bits ^ _shifted(bits, 16)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by) & ((1 << (32 - by)) - 1)
+    """Scramble int32 values in place: x ^= x >> 16, x *= c1, x ^= x >> 15, x *= c2, x ^= x >> 16, shifts unsigned."""
+    shifted = torch.empty_like(bits)
+    for by, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+        torch.bitwise_right_shift(bits, by, out=shifted)
+        bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - by)) - 1))
+        if multiplier != 1:
+            bits.mul_(multiplier)
+    return bits

@@ -1,0 +1,83 @@
+"""The embedding by blocks of rows: product, bias, relu and dropout while a block is in the cache.
+
+Only h is kept for the backward pass: where it is 0, it was cut off or dropped.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eosin.kernels._dropout import EMBEDDING_BRANCH, drop_
+from eosin.kernels._products import AffineGradient, affine, product
+from eosin.kernels._rows import blocks, longest_block
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The instances that are scored and pooled: the values themselves, or ``h = dropout(relu(W x + b))``.
+
+    Parameters
+    ----------
+    weight, bias : (E, D) or None, (E,) or None
+        The projection; None leaves the values as they are.
+    dropout : float
+        Chance of an entry of h to be dropped.
+    seed : int
+        Seed of the dropout mask.
+    dtype : torch.dtype
+        Type in which products run.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    dropout: float
+    seed: int
+    dtype: torch.dtype
+
+    def rows(self, values: Tensor, first: int) -> Tensor:
+        """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E)."""
+        values = values.to(self.dtype)
+        if self.weight is None:
+            return values
+        embedded = affine(values, self.weight, self.bias, "relu")
+        if self.dropout:
+            drop_(embedded, self.seed, self.dropout, branch=EMBEDDING_BRANCH, first_row=first)
+        return embedded
+
+    def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
+        """Turn the gradient of h into that of ``W x + b``; where h is 0 it was cut off or dropped, and it is 0."""
+        torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=d_embedded)
+        return d_embedded.div_(1 - self.dropout) if self.dropout else d_embedded
+
+    def to_values(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
+        return gradient if self.weight is None else product(gradient, self.weight)
+
+
+def forward(values: Tensor, embedding: Embedding) -> Tensor:
+    """Return all embedded instances: (N, D) -> (N, E)."""
+    if len(values) == longest_block(len(values)):
+        return embedding.rows(values, 0)
+    assert embedding.weight is not None
+    embedded = values.new_empty((len(values), len(embedding.weight)), dtype=embedding.dtype)
+    for block in blocks(len(values)):
+        embedded[block] = embedding.rows(values[block], block.start)
+    return embedded
+
+
+def backward(
+    grad: Tensor, embedded: Tensor, values: Tensor, embedding: Embedding, *, sums: torch.dtype, needs_values: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of values (if needed), weight and bias: (N, D), (E, D), (E,)."""
+    assert embedding.weight is not None
+    d_values = torch.empty_like(values) if needs_values else None
+    total = AffineGradient(embedding.weight, sums)
+    place = torch.empty_like(embedded[: longest_block(len(values))])
+    for block in blocks(len(values)):
+        rows = values[block].to(embedding.dtype)
+        through = embedding.backward(place[: len(rows)].copy_(grad[block]), embedded[block])
+        total.add(through, rows)
+        if d_values is not None:
+            d_values[block] = embedding.to_values(through)
+    return d_values, total.weight, total.bias
