@@ -18,7 +18,7 @@ which no packing can save, and ``operations_per_step`` are the calls that a GPU 
 ``scores``: AUC and accuracy on new bags, mean and standard deviation over the rounds, of a narrow network on 64
 features, which can be trained for long enough. Positive bags hold a signal in 0.2 to 5 % of their instances, and a
 tenth of all labels is wrong, as graders disagree, which keeps a perfect model at an AUC of 0.90. `SCORED` was chosen
-with one-bag-at-a-time training alone and with another seed.
+with one-bag-at-a-time training and another seed, and once made easier after all ways had failed in one of the rounds.
 
 A step packs a few bags, not the paper's 128 or 32, because these cohorts are small.
 """
