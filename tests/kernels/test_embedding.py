@@ -57,6 +57,14 @@ def test_rows_drop_the_same_entries_in_any_block(monkeypatch):
     assert 0.5 < (whole == 0).double().mean() < 0.9  # half is dropped, half of the rest is negative before relu
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nan_is_not_hidden(dtype):
+    values, weight, bias = (tensor.detach() for tensor in layer(9, dtype))
+    values[4, 2] = float("nan")
+    found = kernels.embed_instances(values, weight, bias)
+    assert found.isnan().all(1).tolist() == [row == 4 for row in range(9)]
+
+
 def test_second_derivatives():
     tensors = layer(4)
     double = lambda *leaves: kernels.embed_instances(*leaves).square()  # noqa: E731

@@ -40,7 +40,7 @@ class Embedding:
         values = values.to(self.dtype)
         if self.weight is None:
             return values
-        embedded = affine(values, self.weight, self.bias, "relu")
+        embedded = affine(values, self.weight, self.bias).relu_()  # oneDNN's own relu would turn NaN into 0
         if self.dropout:
             drop_(embedded, self.seed, self.dropout, branch=EMBEDDING_BRANCH, first_row=first)
         return embedded
