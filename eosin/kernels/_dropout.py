@@ -15,7 +15,7 @@ EMBEDDING_BRANCH = 2
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # the second as a signed 32-bit integer
 _SHIFTS = (16, 15, 16)
 _COLUMN_SALT = 0x5BD1E995
-_CACHED = 1 << 16  # entries that are hashed at once on a CPU: their dozen steps stay in its cache
+_CACHED = 1 << 15  # entries hashed at once on a CPU: a dozen steps in its cache, none of which waits for another thread
 
 
 def keep_mask(
