@@ -32,12 +32,12 @@ def test_a_decoder_that_stops_within_a_batch_ends_the_wait(
     watcher.start()
     if killed:
         child.process.kill()
-    child.connection.close()
-    child.connection = _Deaf(ours)
+    asked, child.connection = child.connection, _Deaf(ours)  # open: a process that nobody asks any more ends by itself
     request = reading.ReadRequest(SlideFile(Path("x.tiff"), "x"), Path("x.h5"), 4)
     with pytest.raises(CorruptSlideError) as caught:
         list(child.read(request, threading.Event()))
     watcher.join()
+    asked.close()
     ours.close()
     assert caught.value.code == reason
 
