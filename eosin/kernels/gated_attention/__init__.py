@@ -15,7 +15,7 @@ from eosin.kernels._checks import (
     check_unit_interval,
 )
 from eosin.kernels._dispatch import choose
-from eosin.kernels._dropout import EMBEDDING_BRANCH, draw_seed, keep_mask
+from eosin.kernels._dropout import EMBEDDING_BRANCH, draw_seed, dropped
 from eosin.kernels._products import product_dtype
 from eosin.kernels._rows import check_row_index, gathered
 from eosin.kernels.gated_attention import one_pass, ops, reference
@@ -219,10 +219,7 @@ def _embedded(
     """Return the embedded instances of the whole pack; on a GPU the library's product is hard to better."""
     bias = None if embed_bias is None else embed_bias.to(dtype)
     embedded = torch.relu(linear(values.to(dtype), embed_weight.to(dtype), bias))
-    if not dropout:
-        return embedded
-    keep = keep_mask(seed, embedded.shape, dropout, branch=EMBEDDING_BRANCH, device=embedded.device)
-    return embedded * keep / (1 - dropout)
+    return dropped(embedded, seed, dropout, branch=EMBEDDING_BRANCH)
 
 
 def _what_fits(

@@ -17,8 +17,8 @@ softmax cross-entropy for a classification. Weights start orthogonal with zero b
 changes it. The code's `average` takes the mean of the two probabilities, and at inference alone. `PRESETS` are the
 variants inside MHIM-MIL and PackMIL, which embed first and pool a projection.
 
-Scores lie between -√A and √A, since queries do between -1 and 1: with a narrow query no attention is sharp enough for
-few instances among many (docs/methods.md).
+Scores lie between -√A and √A, since queries do between -1 and 1; a query narrower than the paper's can
+miss a signal that few instances carry (docs/methods.md).
 """
 
 from dataclasses import dataclass
