@@ -26,6 +26,8 @@ WIDTH, OUTPUTS = 1024, 2
 MEMORY_LIMIT_GB = 6.0
 SECONDS_LIMIT = 3600
 WARM_UP = 300
+# the orders of instances that MambaMIL has besides its default
+ORDERS = {"mambamil_bi": {"kind": "bi"}, "mambamil_plain": {"kind": "plain"}}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _step(name, variant):
         from eosin.mil.bags import PackedBags
         from eosin.mil.slots import AGGREGATORS
 
-        model = AGGREGATORS.build(name, WIDTH, OUTPUTS).train()
+        registered = "mambamil" if name in ORDERS else name
+        model = AGGREGATORS.build(registered, WIDTH, OUTPUTS, options=ORDERS.get(name)).train()
         read = lambda rows: PackedBags.pack([rows])  # noqa: E731
         logits = lambda bag: _objective(model(bag))  # noqa: E731
     else:
@@ -174,11 +177,11 @@ def _processor() -> str:
 
 
 def names() -> list[str]:
-    """Return all registered aggregators."""
+    """Return all registered aggregators, and MambaMIL in its other orders."""
     import eosin.mil.methods  # noqa: F401 (registers)
     from eosin.mil.slots import AGGREGATORS
 
-    return list(AGGREGATORS)
+    return [*AGGREGATORS, *ORDERS]
 
 
 def write(rows: list[Row], path: Path) -> None:

@@ -298,13 +298,15 @@ class _Mab(nn.Module):
 
 
 class MambaMil(nn.Module):
-    """Two mixers that scan the bag in its order and reordered, the scan as the published step-by-step reference."""
+    """Two mixers that scan the bag in its order and in a second one, as the published step-by-step reference does."""
+
+    kind = "sr"
 
     def __init__(self, in_dim: int, n_outputs: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(in_dim, 512), nn.GELU())
         self.norms = nn.ModuleList(nn.LayerNorm(512) for _ in range(3))
-        self.mixers = nn.ModuleList(_Mixer(512, 1024, rate=5) for _ in range(2))
+        self.mixers = nn.ModuleList(_Mixer(512, 1024, self.kind) for _ in range(2))
         self.attention = nn.Sequential(nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 1))
         self.classifier = nn.Linear(512, n_outputs)
 
@@ -317,21 +319,40 @@ class MambaMil(nn.Module):
         return self.classifier((self.attention(h).T.softmax(1) @ h)[0])
 
 
+class MambaMilBoth(MambaMil):
+    """The second order is from the end of the bag."""
+
+    kind = "bi"
+
+
+class MambaMilPlain(MambaMil):
+    """Without a second order."""
+
+    kind = "plain"
+
+
 class _Mixer(nn.Module):
-    def __init__(self, width: int, inner: int, *, rate: int) -> None:
+    rate = 5
+
+    def __init__(self, width: int, inner: int, kind: str) -> None:
         super().__init__()
         self.into = nn.Linear(width, 2 * inner, bias=False)
-        self.scans = nn.ModuleList(_Scan(inner, 16, 32) for _ in range(2))
+        self.scans = nn.ModuleList(_Scan(inner, 16, 32) for _ in range(1 if kind == "plain" else 2))
         self.out = nn.Linear(inner, width, bias=False)
-        self.rate = rate
+        self.second = {"sr": self._reordered, "bi": self._reversed, "plain": torch.zeros_like}[kind]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix instances along the bag."""
         inner, gate = self.into(x).chunk(2, 1)
-        padded = functional.pad(inner, (0, 0, 0, -len(x) % self.rate))
+        return self.out((self.scans[0](inner) + self.second(inner)) * functional.silu(gate))
+
+    def _reordered(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x, (0, 0, 0, -len(x) % self.rate))
         order = torch.arange(len(padded)).view(-1, self.rate).T.flatten()
-        reordered = torch.empty_like(padded).index_copy(0, order, self.scans[1](padded[order]))
-        return self.out((self.scans[0](inner) + reordered[: len(x)]) * functional.silu(gate))
+        return torch.empty_like(padded).index_copy(0, order, self.scans[1](padded[order]))[: len(x)]
+
+    def _reversed(self, x: Tensor) -> Tensor:
+        return self.scans[1](x.flip(0)).flip(0)
 
 
 class _Scan(nn.Module):
@@ -433,6 +454,8 @@ MODULES: dict[str, type[nn.Module]] = {
     "transmil": TransMil,
     "set_transformer": SetTransformer,
     "mambamil": MambaMil,
+    "mambamil_bi": MambaMilBoth,
+    "mambamil_plain": MambaMilPlain,
     "gdat": Gdat,
     "downsampled": Downsampled,
 }

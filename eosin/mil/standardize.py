@@ -59,7 +59,11 @@ class Standardizer(nn.Module):
 
     def forward(self, bags: PackedBags) -> PackedBags:
         """Return the bags with standardized values."""
-        return bags.with_values((bags.values - self.mean) * self.scale)
+        return bags.with_values(self.rows(bags.values))
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return standardized features (N, D)."""
+        return (values - self.mean) * self.scale
 
 
 def _sample(bags: BagSource, bag_id: str) -> Tensor:

@@ -17,13 +17,17 @@ from eosin.mil.slots import AGGREGATORS
 
 WIDTH = 64
 BUDGET = 6e9 / 200_000 / 4 / 512  # numbers per instance and unit of the default width
+GDAT = {"width": WIDTH, "heads": 8, "hidden": 16, "region_size": 4}
 MODELS = {
-    "gdat": {"width": WIDTH, "heads": 8, "hidden": 16, "region_size": 4},
+    "downsampled": {"host_options": {"embed_dims": (WIDTH // 2,), "hidden": 8}, "hidden": 8},
+    "gdat": GDAT,
     "mambamil": {"width": WIDTH, "hidden": 16, "d_state": 2},
+    "owlora": {"host_options": GDAT},
     "set_transformer": {"embed_dims": (WIDTH,), "width": WIDTH, "heads": 8, "tokens": 4},
     "transmil": {"width": WIDTH, "heads": 8, "landmarks": 16},
 }
-LIMITS = {"gdat": 6.5, "mambamil": 10, "set_transformer": 4, "transmil": 10}
+LIMITS = {"downsampled": 2.5, "gdat": 6.5, "mambamil": 10, "owlora": 6.5, "set_transformer": 4, "transmil": 10}
+IN_DIMS = {"downsampled": WIDTH, "owlora": 2 * WIDTH}  # features matter where copies of them are made
 
 
 class PeakMemory(TorchDispatchMode):
@@ -53,8 +57,9 @@ class PeakMemory(TorchDispatchMode):
 
 def peak_bytes(name, n):
     torch.manual_seed(0)
-    model = AGGREGATORS.build(name, 4, 2, options=MODELS[name]).train()
-    bag = PackedBags.pack([torch.randn(n, 4)])
+    in_dim = IN_DIMS.get(name, 4)
+    model = AGGREGATORS.build(name, in_dim, 2, options=MODELS[name]).train()
+    bag = PackedBags.pack([torch.randn(n, in_dim)])
     with PeakMemory() as memory:
         model(bag).logits.square().sum().backward()
     return memory.peak

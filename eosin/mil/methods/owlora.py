@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import CheckpointError, ConfigError
+from eosin.mil.attention import by_rows
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods.mhim import EmbeddingAggregator
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
 from eosin.mil.standardize import Standardized, Standardizer
@@ -273,6 +275,9 @@ class UpdatedInSequence(Aggregator):
 
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return the other aggregator's output."""
+        if isinstance(self.host, EmbeddingAggregator):  # standardized features of a large bag never exist all at once
+            embedded = by_rows(lambda values: self.host.embed(self.standardizer.rows(values)), bags.values)
+            return self.host.aggregate(bags.with_values(embedded))
         output: AggregatorOutput = self.host(self.standardizer(bags))
         return output
 

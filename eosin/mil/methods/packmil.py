@@ -112,7 +112,7 @@ class Downsampled(Aggregator):
         if longer_than is not None and self.factor > 1:
             groups = [-(-n // self.factor) if n > longer_than else 0 for n in bags.lengths]
         if not any(groups):
-            return bags.with_values(self.second(self._in_pieces(self._hidden, bags.values, weights)))
+            return bags.with_values(self._in_pieces(self._hidden, bags.values, weights))
         length, group = torch.tensor(bags.lengths), torch.tensor(groups)
         values = self._pooled(bags, weights, _group_rows(length, group, self.factor))
         after = torch.where(group > 0, group, length)
@@ -122,7 +122,7 @@ class Downsampled(Aggregator):
             values = torch.cat([values, whole])[_back_in_order(group, after).to(values.device)]
         lengths = tuple(after.tolist())
         ends = functional.pad(after.cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(self.second(values), ends, lengths, None, bags.ids)
+        return PackedBags(values, ends, lengths, None, bags.ids)
 
     def _pooled(self, bags: PackedBags, weights: Tensor, slots: Tensor) -> Tensor:
         """Return one row per group of slots, (G, r) -> (G, D); features are put in order, which needs no gradient."""
@@ -133,10 +133,15 @@ class Downsampled(Aggregator):
         return self._in_pieces(self._group_of_hidden, values, weights[rows])
 
     def _in_pieces(self, function: Callable[[Tensor, Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:
-        """Apply a function to pieces of whole groups; what lies between is computed again in backward if it is much."""
+        """Return ``W_2 f(x, a)`` by pieces of whole groups; what f returns, if much, is computed again in backward."""
+
+        def after(values: Tensor, weights: Tensor) -> Tensor:
+            second: Tensor = self.second(function(values, weights))
+            return second
+
         most = max(attention.CHECKPOINT_ROWS // self.factor, 1) * self.factor
         parts = zip(torch.split(values, most), torch.split(weights, most), strict=True)
-        pieces = [recomputed(function, len(values), *part) for part in parts]
+        pieces = [recomputed(after, len(values), *part) for part in parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _hidden(self, values: Tensor, weights: Tensor) -> Tensor:
