@@ -1,7 +1,10 @@
 """Tables as files hold them: csv, tsv, xlsx and parquet, every value as text, with what the file knows of its cells."""
 
+import codecs
 import csv
 import datetime
+import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,14 @@ from openpyxl.utils.exceptions import InvalidFileException
 from eosin.errors import LabelError
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
+KINDS = {
+    b"PK\x03\x04": "an Excel workbook; name it .xlsx",
+    b"\xd0\xcf\x11\xe0": "a workbook of Excel before 2007; save it as .xlsx",
+    b"PAR1": "a parquet file; name it .parquet",
+}
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXACT_DIGITS = 15
+UNNAMED = "Unnamed: "
 
 Table = dict[str, tuple[str, ...]]
 
@@ -71,7 +81,7 @@ def read_sheet(path: Path) -> Sheet:
         raise LabelError(f"{path}: no such file") from None
     except LabelError:
         raise
-    except (OSError, ValueError, KeyError, pd.errors.ParserError, InvalidFileException, csv.Error) as error:
+    except (OSError, ValueError, KeyError, InvalidFileException) as error:
         raise LabelError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
     except Exception as error:  # openpyxl and pyarrow have no common parent for what a damaged file makes them raise
         if type(error).__module__.split(".")[0] not in ("openpyxl", "pyarrow", "zipfile", "xml"):
@@ -83,23 +93,59 @@ def read_sheet(path: Path) -> Sheet:
 
 
 def _read_text(path: Path) -> Table:
-    frame = pd.read_csv(
-        path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=_separator(path), skip_blank_lines=True
-    )
-    return {str(name): tuple(str(value).strip() for value in frame[name]) for name in frame}
+    """Read the rows that are not blank; one with more cells than columns is refused, for it would shift the others."""
+    rows = [(line, row) for line, row in _text_rows(path) if any(row)]
+    if not rows:
+        return {}
+    header = [name or f"{UNNAMED}{place}" for place, name in enumerate(rows[0][1])]
+    _require_distinct(header, path)
+    for line, row in rows[1:]:
+        if any(row[len(header) :]):
+            raise LabelError(
+                f"{path}: line {line} has {len(row)} cells, but the first line names {len(header)} columns; "
+                "put cells that hold the separator in quotes"
+            )
+    padded = [row[: len(header)] + [""] * (len(header) - len(row)) for _, row in rows[1:]]
+    columns = zip(*padded, strict=True) if padded else [()] * len(header)
+    return dict(zip(header, columns, strict=True))
 
 
-def _separator(path: Path) -> str:
+def _text_rows(path: Path) -> list[tuple[int, list[str]]]:
+    text = _decoded(path)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(path, text), strict=True)
+    try:
+        return [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
+    except csv.Error as error:
+        raise LabelError(f"{path}: line {lines.line_num}: {error}; check its quotation marks") from None
+
+
+def _decoded(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 when it says so, as what Excel calls Unicode text does."""
+    data = path.read_bytes()
+    for start, kind in KINDS.items():
+        if data.startswith(start):
+            raise LabelError(f"{path}: is {kind}")
+    try:
+        return data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise LabelError(f"{path}: line {line} is not in UTF-8; save the table as CSV UTF-8") from None
+
+
+def _separator(path: Path, text: str) -> str:
     """Return what separates the columns: the most frequent of comma, semicolon and tab in the first line."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline()
-    return max(",;\t", key=first.count)
+    return "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=text.lstrip().partition("\n")[0].count)
+
+
+def _require_distinct(names: Sequence[str], path: Path) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise LabelError(f"{path}: two columns are called {twice[0]!r}; rename one")
 
 
 def _read_parquet(path: Path) -> Sheet:
     frame = pd.read_parquet(path)
+    _require_distinct([str(name) for name in frame], path)
     columns = {str(name): [None if pd.isna(value) else value for value in frame[name]] for name in frame}
     return _typed_sheet(columns)
 
@@ -115,13 +161,14 @@ def _read_xlsx(path: Path) -> Sheet:
     if not rows:
         return Sheet({})
     header = ["" if cell.value is None else str(cell.value).strip() for cell in rows[0]]
-    columns: dict[str, list[Any]] = {}
-    for place, name in enumerate(header):
-        if name and name in columns:
-            raise LabelError(f"{path}: two columns are called {name!r}; rename one")
-        if name:
-            columns[name] = [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
-    return _typed_sheet(columns)
+    _require_distinct([name for name in header if name], path)
+    return _typed_sheet(
+        {
+            name: [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
+            for place, name in enumerate(header)
+            if name
+        }
+    )
 
 
 def _shown_value(cell: Any) -> Any:

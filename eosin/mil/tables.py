@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from eosin.errors import LabelError
-from eosin.mil.sheets import Sheet
+from eosin.mil.sheets import UNNAMED, Sheet
 from eosin.mil.sheets import Table as Table
 from eosin.mil.sheets import read_sheet as read_sheet
 from eosin.mil.sheets import read_table as read_table
@@ -187,7 +187,7 @@ def read_labels(
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
     notes += [note for name in ids for note in id_notes(sheet, name, path)]
     frame = _one_row_per_slide(frame, slides)
-    others = [name for name in frame if name not in ids and not name.startswith("Unnamed:") and name]
+    others = [name for name in frame if name not in ids and not name.startswith(UNNAMED)]
     slide_ids = tuple(slide_id(value) for value in frame[slides])
     patient_ids = slide_ids if group == "slide" else frame[patients]
     if "" in slide_ids or "" in patient_ids:

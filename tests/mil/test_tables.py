@@ -69,7 +69,10 @@ def test_real_tables_are_understood(shared, name, rows, patients, target):
         ("patient_id,slide_id,label\n1,a.svs,x\n2,a,y\n", "slides with more than one row: a;"),
         ("patient_id,slide_id,label\n1,a,x\n2,,y\n", "row 3 has no id"),
         ("patient_id,slide_id,label\n", "the table has no rows"),
-        ("", "cannot be read as a table"),
+        ("", "the table has no rows"),
+        ("patient_id,slide_id,label,label\n1,a,x,y\n", "two columns are called 'label'; rename one"),
+        ("patient_id,slide_id,label\n1,a,x\n2,b,y, z\n", "line 3 has 4 cells, but the first line names 3 columns"),
+        ('patient_id,slide_id,label\n1,"a,x\n2,b,y\n', "line 3: unexpected end of data; check its quotation marks"),
     ],
 )
 def test_bad_tables_give_one_clear_line(tmp_path, text, message):
@@ -77,6 +80,32 @@ def test_bad_tables_give_one_clear_line(tmp_path, text, message):
     with pytest.raises(LabelError, match=message) as caught:
         read_labels(tmp_path / "labels.csv")
     assert "\n" not in str(caught.value)
+
+
+def test_columns_are_not_shifted_by_separators_at_the_end_of_lines(tmp_path):
+    (tmp_path / "l.csv").write_text("patient_id,slide_id,label\n1,a,x,\n2,b,y,\n")
+    table = read_labels(tmp_path / "l.csv")
+    assert (table.slide_ids, table.patient_ids, table.values) == (("a", "b"), ("1", "2"), {"label": ("x", "y")})
+    (tmp_path / "l.csv").write_text(",patient_id,slide_id,label,\n0,1,a,x,\n1,2,b,y,\n")
+    assert read_labels(tmp_path / "l.csv").values == {"label": ("x", "y")}
+
+
+def test_unicode_text_of_excel_is_read_and_other_encodings_are_named(tmp_path):
+    text = "patient_id\tslide_id\tlabel\n1\ta\tgut\n2\tb\tbösartig\n"
+    (tmp_path / "l.txt").write_text(text, encoding="utf-16")
+    assert read_labels(tmp_path / "l.txt").values == {"label": ("gut", "bösartig")}
+    (tmp_path / "l.txt").write_text(text, encoding="latin-1")
+    with pytest.raises(LabelError, match="line 3 is not in UTF-8; save the table as CSV UTF-8"):
+        read_labels(tmp_path / "l.txt")
+
+
+def test_a_file_under_another_name_says_what_it_is(tmp_path):
+    workbook(tmp_path / "l.xlsx", ["slide", "patient"], ["a", "b"]).rename(tmp_path / "l.csv")
+    with pytest.raises(LabelError, match=r"l.csv: is an Excel workbook; name it .xlsx"):
+        read_table(tmp_path / "l.csv")
+    pd.DataFrame({"slide": ["a"]}).to_parquet(tmp_path / "l.tsv")
+    with pytest.raises(LabelError, match=r"l.tsv: is a parquet file; name it .parquet"):
+        read_table(tmp_path / "l.tsv")
 
 
 def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
