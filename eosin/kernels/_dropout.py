@@ -1,7 +1,9 @@
 """The dropout mask of embeddings and gates: a hash of seed, row and column; no tiling, chunk or device changes it.
 
-Row and column are hashed apart and combined by two multiply-xorshift rounds; an entry is dropped when the low 24 bits
-fall below ``p · 2^24``. All arithmetic is on 32-bit integers that wrap around, in torch and in Triton alike.
+Entry (i, j) is hashed to ``a_i · x_j + b_i`` (32-bit integers that wrap around) and dropped when that lies below a
+threshold. a, b and x are scrambled row and column numbers, so that rows are independent of each other, and so are any
+two entries of a row (Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer arithmetic
+without primes", STACS 1996). A multiplication and an addition per entry is all that a mask costs.
 """
 
 from collections.abc import Iterator
@@ -9,23 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BITS = 24
-GATE_BRANCHES = (0, 1)  # the activated projection and the gate
-EMBEDDING_BRANCH = 2
+GATE_BRANCH, EMBEDDING_BRANCH = 0, 1
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # the second as a signed 32-bit integer
 _SHIFTS = (16, 15, 16)
 _COLUMN_SALT = 0x5BD1E995
-_CACHED = 1 << 15  # entries hashed at once on a CPU: a dozen steps in its cache, none of which waits for another thread
+_CACHED = 1 << 15  # entries hashed at once on a CPU: they stay in its cache, and no thread waits for another
+_SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_mask(
-    seed: int,
-    shape: tuple[int, ...],
-    probability: float,
-    *,
-    branch: int,
-    device: torch.device,
-    first_row: int = 0,
+    seed: int, shape: tuple[int, ...], probability: float, *, branch: int, device: torch.device, first_row: int = 0
 ) -> Tensor:
     """Return which entries of a block of rows are kept.
 
@@ -38,7 +33,7 @@ def keep_mask(
     probability : float
         Chance of an entry to be dropped.
     branch : int
-        0 for the activated branch, 1 for the gate, 2 for the embedding.
+        0 for the gate, 1 for the embedding.
     device : torch.device
         Where the mask is wanted.
     first_row : int, optional
@@ -49,59 +44,65 @@ def keep_mask(
     (n_rows, n_columns) bool
         True where kept.
     """
-    keep = torch.empty(shape, dtype=torch.bool, device=device)
-    for part, kept in _tiles(seed, shape, probability, branch, device, first_row):
-        keep[part] = kept
-    return keep
+    factors, addends, columns = _hashes(seed, shape, branch, device, first_row)
+    return (factors * columns).add_(addends) >= threshold(probability)
 
 
 def drop_(values: Tensor, seed: int, probability: float, *, branch: int, first_row: int = 0) -> Tensor:
-    """Drop entries of a block of rows in place and scale the rest by 1 / (1 - p): (n, A) -> (n, A)."""
+    """Set the dropped entries of a block of rows to 0 in place: (n, A); what scales the rest is the caller's."""
+    bits = values.view(_SAME_SIZE[values.itemsize])  # an integer times 0 or 1 is the fastest mask, and exact
     for part, kept in _tiles(seed, values.shape, probability, branch, values.device, first_row):
-        values[part].mul_(kept).div_(1 - probability)
+        bits[part].mul_(kept.to(bits.dtype))
     return values
 
 
 def dropped(values: Tensor, seed: int, probability: float, *, branch: int) -> Tensor:
-    """Return what `drop_` makes of all rows, differentiably: (N, A) -> (N, A)."""
+    """Return all rows with dropped entries 0 and the rest scaled by 1 / (1 - p), differentiably: (N, A) -> (N, A)."""
     if probability == 0:
         return values
-    return values * keep_mask(seed, values.shape, probability, branch=branch, device=values.device) / (1 - probability)
+    keep = keep_mask(seed, values.shape, probability, branch=branch, device=values.device)
+    return torch.where(keep, values / (1 - probability), 0)
 
 
-def _tiles(
-    seed: int, shape: tuple[int, ...], probability: float, branch: int, device: torch.device, first_row: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some rows at a time and which of their entries are kept."""
-    n_rows, n_columns = shape
-    rows = row_hash(seed, branch, torch.arange(first_row, first_row + n_rows, device=device))
-    columns = column_hash(seed, branch, torch.arange(n_columns, device=device))
-    at_once = max(1, _CACHED // max(1, n_columns)) if device.type == "cpu" else max(1, n_rows)
-    for first in range(0, n_rows, at_once):
-        part = slice(first, first + at_once)
-        bits = _mixed(rows[part, None] ^ columns[None, :]).bitwise_and_((1 << BITS) - 1)
-        yield part, bits >= threshold(probability)
+def gate_probability(probability: float, *, gated: bool) -> float:
+    """Return how often dropout of both branches of a gate drops their product, which is all that is read of them."""
+    return 1 - (1 - probability) ** 2 if gated else probability
 
 
 def threshold(probability: float) -> int:
-    """Return the number of the 2^24 hash values that mean "dropped"."""
-    return round(probability * (1 << BITS))
-
-
-def row_hash(seed: int, branch: int, rows: Tensor) -> Tensor:
-    """Return the int32 hash of packed row numbers."""
-    return _mixed(_mixed(rows.to(torch.int32, copy=True)) ^ (seed ^ branch))
-
-
-def column_hash(seed: int, branch: int, columns: Tensor) -> Tensor:
-    """Return the int32 hash of hidden column numbers."""
-    return _mixed(_mixed(columns.to(torch.int32) + _COLUMN_SALT) ^ (seed ^ (branch + 4)))
+    """Return the signed 32-bit integer below which a hash means "dropped"."""
+    return min(round(probability * (1 << 32)) - (1 << 31), (1 << 31) - 1)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """Draw a 31-bit seed; a generator on a GPU costs a synchronisation, one on the CPU does not."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(1 << 31, (), generator=generator, device=device).item())
+
+
+def _tiles(
+    seed: int, shape: tuple[int, ...], probability: float, branch: int, device: torch.device, first_row: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows at a time and 1 for each entry that is kept, int32, valid until the next."""
+    factors, addends, columns = _hashes(seed, shape, branch, device, first_row)
+    n_rows, n_columns = shape
+    at_once = max(1, _CACHED // max(1, n_columns)) if device.type == "cpu" else max(1, n_rows)
+    place = factors.new_empty(min(at_once, n_rows), n_columns)
+    for first in range(0, n_rows, at_once):
+        part = slice(first, first + at_once)
+        mixed = torch.mul(factors[part], columns, out=place[: len(factors[part])])
+        yield part, mixed.add_(addends[part]).ge_(threshold(probability))
+
+
+def _hashes(
+    seed: int, shape: tuple[int, ...], branch: int, device: torch.device, first_row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a and b of every row and x of every column: (n, 1), (n, 1), (1, A) int32."""
+    n_rows, n_columns = shape
+    rows = _mixed(torch.arange(first_row, first_row + n_rows, device=device).to(torch.int32))
+    columns = _mixed(torch.arange(n_columns, device=device, dtype=torch.int32) + _COLUMN_SALT)
+    factors, addends = (_mixed(rows ^ (seed ^ (4 * branch + stream)))[:, None] for stream in (0, 1))
+    return factors, addends, _mixed(columns ^ (seed ^ (4 * branch + 2)))[None]
 
 
 def _mixed(bits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from kernel_packs import LENGTHS, error, gate_parameters, normal, offsets
 
 from eosin import kernels
 from eosin.kernels import _rows
-from eosin.kernels._dropout import keep_mask
+from eosin.kernels._dropout import drop_, keep_mask
 
 BACKENDS = ["reference", "torch"]
 
@@ -169,6 +169,30 @@ def test_dropout_mask_is_statistically_independent():
     assert (columns - torch.eye(64)).abs().max() < 0.04
     lagged = (centred[1:] * centred[:-1]).mean() / 0.1875
     assert abs(lagged) < 0.005
+    counts = centred.sum(1)
+    assert counts.var().item() == pytest.approx(64 * 0.1875, rel=0.05)  # as of 64 independent draws
+    triples = (centred[:, :-2] * centred[:, 1:-1] * centred[:, 2:]).mean() / 0.1875**1.5
+    assert abs(triples) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropping_in_place_follows_the_mask(dtype):
+    values = normal(300, 200, dtype=dtype)  # more entries than are hashed at once
+    keep = keep_mask(3, (300, 200), 0.4, branch=1, device=values.device, first_row=7)
+    found = drop_(values.clone(), 3, 0.4, branch=1, first_row=7)
+    assert torch.equal(found, values * keep)
+
+
+def test_one_mask_drops_the_product_of_both_branches_as_often_as_two():
+    values, parameters = normal(3000, 6), gate_parameters(6, 5, 1)
+    reads_one = {**parameters, "w_weight": torch.zeros(1, 5).index_fill(1, torch.tensor([2]), 1.0).to(values)}
+    for gated, kept in ((True, 0.7**2), (False, 0.7)):
+        plain = {"u_weight": None, "u_bias": None} if not gated else {}
+        options = {**reads_one, **plain, "w_bias": None}
+        scores = kernels.gated_attention_scores(values, **options, gate_dropout=0.3)
+        whole = kernels.gated_attention_scores(values, **options)
+        assert (scores != 0).double().mean().item() == pytest.approx(kept, abs=0.03)
+        torch.testing.assert_close(scores[scores != 0], whole[scores != 0] / kept)
 
 
 def test_generator_makes_dropout_repeatable():

@@ -15,8 +15,7 @@ _INPUTS = "Tensor values, Tensor weight, Tensor? bias, float dropout, int seed, 
 
 def _embedding(*inputs: Any) -> torch_impl.Embedding:
     _, weight, bias, dropout, seed, dtype = inputs
-    bias = None if bias is None else bias.to(accumulation_dtype(dtype))
-    return torch_impl.Embedding(weight.to(dtype), bias, dropout, seed, dtype)
+    return torch_impl.Embedding.make(weight, bias, dropout=dropout, seed=seed, dtype=dtype)
 
 
 def _forward(*inputs: Any) -> Tensor:

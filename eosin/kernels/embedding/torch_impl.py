@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._dropout import EMBEDDING_BRANCH, drop_
 from eosin.kernels._products import AffineGradient, affine, product
 from eosin.kernels._rows import blocks, longest_block
@@ -20,7 +21,7 @@ class Embedding:
     Parameters
     ----------
     weight, bias : (E, D) or None, (E,) or None
-        The projection; None leaves the values as they are.
+        The projection, times what dropout scales kept entries with; None leaves the values as they are.
     dropout : float
         Chance of an entry of h to be dropped.
     seed : int
@@ -35,6 +36,17 @@ class Embedding:
     seed: int
     dtype: torch.dtype
 
+    @classmethod
+    def make(
+        cls, weight: Tensor | None, bias: Tensor | None, *, dropout: float, seed: int, dtype: torch.dtype
+    ) -> "Embedding":
+        """Return the embedding by a projection in any type: relu(s (W x + b)) = s relu(W x + b)."""
+        if weight is None:
+            return cls(None, None, dropout, seed, dtype)
+        wide, scale = accumulation_dtype(dtype), 1 / (1 - dropout)
+        scaled_bias = None if bias is None else bias.to(wide) * scale
+        return cls((weight.to(wide) * scale).to(dtype), scaled_bias, dropout, seed, dtype)
+
     def rows(self, values: Tensor, first: int) -> Tensor:
         """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E)."""
         values = values.to(self.dtype)
@@ -46,12 +58,16 @@ class Embedding:
         return embedded
 
     def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
-        """Turn the gradient of h into that of ``W x + b``; where h is 0 it was cut off or dropped, and it is 0."""
+        """Turn the gradient of h into that of what relu reads; where h is 0 it was cut off or dropped, and it is 0."""
         torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=d_embedded)
-        return d_embedded.div_(1 - self.dropout) if self.dropout else d_embedded
+        return d_embedded
+
+    def parameters(self, gradient: AffineGradient) -> tuple[Tensor, Tensor]:
+        """Return the gradients of W and b from those of the projection: (E, D), (E,)."""
+        return gradient.weight.div_(1 - self.dropout), gradient.bias.div_(1 - self.dropout)
 
     def to_values(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the values from that of ``W x + b``: (n, E) -> (n, D)."""
+        """Return the gradient of the values from that of what relu reads: (n, E) -> (n, D)."""
         return gradient if self.weight is None else product(gradient, self.weight)
 
 
@@ -80,4 +96,4 @@ def backward(
         total.add(through, rows)
         if d_values is not None:
             d_values[block] = embedding.to_values(through)
-    return d_values, total.weight, total.bias
+    return d_values, *embedding.parameters(total)

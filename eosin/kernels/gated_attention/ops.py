@@ -99,7 +99,7 @@ def _pool_backward(
     d_raw = found.scores / call.masks.temperature
     d_temperature = -(d_raw * call.masks.unmasked(results[0])).sum()
     d_mask = found.scores.sum(1) if call.masks.added is not None and call.masks.added.dim() == 1 else found.scores
-    embedder = (None, None) if found.embedder is None else (found.embedder.weight, found.embedder.bias)
+    embedder = (None, None) if found.embedder is None else call.embedding.parameters(found.embedder)
     gradients = [found.values, *embedder, *found.gate.parameters(), d_raw.sum(0), d_temperature, d_mask]
     return dense(gradients, inputs[:N_POOL_GRADIENTS])
 
@@ -115,9 +115,7 @@ class _PoolCall:
         self.source = Rows(values, row_index)
         self.gate = make_gate(self.parameters, gate_dropout, seed, activation, self.dtype)
         wide = self.gate.w_weight.dtype
-        self.embedding = Embedding(
-            _to(embed_weight, self.dtype), _to(embed_bias, wide), embed_dropout, seed, self.dtype
-        )
+        self.embedding = Embedding.make(embed_weight, embed_bias, dropout=embed_dropout, seed=seed, dtype=self.dtype)
         self.masks = Masks(temperature.to(wide), _to(score_mask, wide), keep)
 
 

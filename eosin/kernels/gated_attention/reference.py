@@ -7,7 +7,8 @@ ICML 2018, https://arxiv.org/abs/1802.04712, equations 8 and 9. For an instance 
     s_h = r_h / temperature + mask_h   (-inf where the instance is dropped).
 
 An embedding in front, ``h = dropout(relu(W x + b))`` as in CLAM (Lu et al., 2021), takes the place of x in all of it.
-Dropout zeroes entries of h, of t and of g with probability p and scales the rest by 1 / (1 - p).
+Dropout zeroes entries of h, of t and of g with probability p and scales the rest by 1 / (1 - p). Of t and g only the
+product is read, so one mask that drops it with probability 1 - (1 - p)² stands for both.
 """
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from eosin.kernels._checks import accumulation_dtype
-from eosin.kernels._dropout import dropped
+from eosin.kernels._dropout import GATE_BRANCH, dropped, gate_probability
 from eosin.kernels.embedding.reference import embed_instances
 from eosin.kernels.segment_pool.reference import attention_pool
 
@@ -39,10 +40,9 @@ def gated_attention_scores(
     dtype = accumulation_dtype(torch.promote_types(values.dtype, v_weight.dtype))
     x = values.to(dtype)
     hidden = ACTIVATIONS[activation](linear(x, v_weight.to(dtype), _cast(v_bias, dtype)))
-    hidden = dropped(hidden, seed, gate_dropout, branch=0)
     if u_weight is not None:
-        gate = torch.sigmoid(linear(x, u_weight.to(dtype), _cast(u_bias, dtype)))
-        hidden = hidden * dropped(gate, seed, gate_dropout, branch=1)
+        hidden = hidden * torch.sigmoid(linear(x, u_weight.to(dtype), _cast(u_bias, dtype)))
+    hidden = dropped(hidden, seed, gate_probability(gate_dropout, gated=u_weight is not None), branch=GATE_BRANCH)
     return linear(hidden, w_weight.to(dtype), _cast(w_bias, dtype))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import host_offsets
-from eosin.kernels._dropout import GATE_BRANCHES, drop_
+from eosin.kernels._dropout import GATE_BRANCH, drop_, gate_probability
 from eosin.kernels._products import AffineGradient, affine, product, transposed_product
 from eosin.kernels._rows import Rows, blocks, longest_block
 from eosin.kernels.embedding.torch_impl import Embedding
@@ -51,10 +51,8 @@ class Gate:
 
     def scores(self, hidden: Tensor, gate: Tensor | None, first: int) -> Tensor:
         """Return the raw scores of a block from its branches: (n, A), (n, A) -> (n, H)."""
-        layer = (hidden if gate is None else hidden * gate).to(self.w_weight.dtype)
-        if self.dropout:
-            layer = layer * self.dropout_scales(len(hidden), first)
-        scores = layer @ self.w_weight.T
+        layer = self.layer(hidden, gate, torch.empty_like(hidden), first)
+        scores = layer.to(self.w_weight.dtype) @ self.scaled_w.T
         return scores if self.w_bias is None else scores.add_(self.w_bias)
 
     def through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
@@ -65,12 +63,27 @@ class Gate:
             torch.ops.aten.tanh_backward.grad_input(gradient, hidden, grad_input=gradient)
         return gradient
 
-    def dropout_scales(self, n_rows: int, first: int) -> Tensor:
-        """Return what dropout multiplies the product of the branches with; each branch is dropped apart."""
-        scales = self.w_weight.new_full((n_rows, len(self.v_weight)), 1.0)
-        for branch in GATE_BRANCHES[: 1 if self.u_weight is None else 2]:
-            drop_(scales, self.seed, self.dropout, branch=branch, first_row=first)
-        return scales
+    @property
+    def drop_probability(self) -> float:
+        """How often dropout drops an entry of the layer that w reads, the product of both branches."""
+        return gate_probability(self.dropout, gated=self.u_weight is not None)
+
+    @property
+    def scaled_w(self) -> Tensor:
+        """w times what dropout scales kept entries with."""
+        return self.w_weight / (1 - self.drop_probability)
+
+    def layer(self, hidden: Tensor, gate: Tensor | None, place: Tensor, first: int) -> Tensor:
+        """Return what w reads, in the place given unless it is there: (n, A), (n, A) -> (n, A)."""
+        if gate is not None:
+            return self.drop_(torch.mul(hidden, gate, out=place), first)
+        return self.drop_(place.copy_(hidden), first) if self.dropout else hidden
+
+    def drop_(self, layer: Tensor, first: int) -> Tensor:
+        """Drop entries of a block of what w reads, in place and without scaling the others: (n, A)."""
+        if self.dropout:
+            drop_(layer, self.seed, self.drop_probability, branch=GATE_BRANCH, first_row=first)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,8 @@ class GateGradients:
         self.gate = gate
         self.projections = gate.v_weight if gate.u_weight is None else torch.cat([gate.v_weight, gate.u_weight])
         self.sums = AffineGradient(self.projections, gate.w_weight.dtype)
-        self.w_weight = torch.zeros_like(gate.w_weight)
-        self._narrow_w = gate.w_weight.to(gate.v_weight.dtype)
+        self._w_weight = torch.zeros_like(gate.w_weight)
+        self._narrow_w = gate.scaled_w.to(gate.v_weight.dtype)
         self._layer, self._d_layer = (gate.v_weight.new_empty(n_rows, len(gate.v_weight)) for _ in range(2))
         self._d_branches = gate.v_weight.new_empty(n_rows, len(self.projections))
 
@@ -142,13 +155,8 @@ class GateGradients:
             torch.mul(d_scores, self._narrow_w, out=d_layer)
         else:
             d_layer.copy_(product(d_scores, self._narrow_w))
-        layer = hidden if opening is None else torch.mul(hidden, opening, out=layer)
-        if self.gate.dropout:
-            scales = self.gate.dropout_scales(len(hidden), first).to(hidden.dtype)
-            d_layer *= scales
-            layer = layer * scales
-        self.w_weight += transposed_product(d_scores, layer)
-        return d_layer
+        self._w_weight += transposed_product(d_scores, self.gate.layer(hidden, opening, layer, first))
+        return self.gate.drop_(d_layer, first)
 
     def to_rows(self, d_branches: Tensor) -> Tensor:
         """Return the gradient of a block's instances through the projections: (n, A or 2A) -> (n, E)."""
@@ -160,7 +168,8 @@ class GateGradients:
         weight, bias = self.sums.weight, self.sums.bias
         halves = [weight[:width], bias[:width], weight[width:], bias[width:]]
         gated = self.gate.u_weight is not None
-        return [*halves[:2], *(halves[2:] if gated else (None, None)), self.w_weight]
+        w_weight = self._w_weight / (1 - self.gate.drop_probability)
+        return [*halves[:2], *(halves[2:] if gated else (None, None)), w_weight]
 
 
 @dataclass(frozen=True)

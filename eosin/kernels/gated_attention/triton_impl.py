@@ -143,8 +143,8 @@ def _options(gate: Gate, first_row: int) -> dict[str, int | float | bool]:
     return {
         "seed": gate.seed,
         "first_row": first_row,
-        "dropped": threshold(gate.dropout),
-        "keep_scale": 1 / (1 - gate.dropout),
+        "dropped": threshold(gate.drop_probability),
+        "keep_scale": 1 / (1 - gate.drop_probability),
         "GATED": gate.u_weight is not None,
         "ACTIVATION": 1 if gate.activation == "tanh" else 0,
         "DROPOUT": gate.dropout > 0,
@@ -187,12 +187,12 @@ def mixed(bits):
 
 
 @triton.jit
-def kept_scale(seed, branch: tl.constexpr, rows, columns, dropped, keep_scale):
+def kept_scale(seed, rows, columns, dropped, keep_scale):
     """Return what dropout multiplies a tile with: rows of the pack, hidden columns -> (rows, columns)."""
-    mixed_rows = mixed(mixed(rows.to(tl.uint32)) ^ (seed ^ branch).to(tl.uint32))
-    mixed_columns = mixed(mixed(columns.to(tl.uint32) + 0x5BD1E995) ^ (seed ^ (branch + 4)).to(tl.uint32))
-    bits = mixed(mixed_rows[:, None] ^ mixed_columns[None, :])
-    return tl.where((bits & 0xFFFFFF).to(tl.int32) >= dropped, keep_scale, 0.0)
+    row, column = mixed(rows.to(tl.uint32)), mixed(columns.to(tl.uint32) + 0x5BD1E995)
+    factor, addend = mixed(row ^ seed.to(tl.uint32)), mixed(row ^ (seed ^ 1).to(tl.uint32))
+    bits = factor[:, None] * mixed(column ^ (seed ^ 2).to(tl.uint32))[None, :] + addend[:, None]
+    return tl.where(bits.to(tl.int32, bitcast=True) >= dropped, keep_scale, 0.0)
 
 
 @triton.jit
@@ -226,14 +226,12 @@ def gate_scores(
         p = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         p += tl.load(bias + columns, mask=columns < hidden, other=0.0)[None, :]
         y = activated(p, ACTIVATION)
-        if DROPOUT:
-            y *= kept_scale(seed, 0, rows + first_row, columns, dropped, keep_scale)
         if GATED:
             q = tl.load(source + hidden, mask=inside, other=0.0).to(tl.float32)
             q += tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :]
             y *= tl.sigmoid(q)
-            if DROPOUT:
-                y *= kept_scale(seed, 1, rows + first_row, columns, dropped, keep_scale)
+        if DROPOUT:
+            y *= kept_scale(seed, rows + first_row, columns, dropped, keep_scale)
         weight = tl.load(
             w + head[:, None] * hidden + columns[None, :],
             mask=(head[:, None] < heads) & (columns[None, :] < hidden),
@@ -289,16 +287,12 @@ def gate_gradient(
             d = tl.dot(ds, weight, input_precision="ieee")
         y = t
         if DROPOUT:
-            scale = kept_scale(seed, 0, rows + first_row, columns, dropped, keep_scale)
+            scale = kept_scale(seed, rows + first_row, columns, dropped, keep_scale)
             d *= scale
             y *= scale
         if GATED:
             q = tl.load(projected + place + hidden, mask=inside, other=0.0).to(tl.float32)
             g = tl.sigmoid(q + tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :])
-            if DROPOUT:
-                scale = kept_scale(seed, 1, rows + first_row, columns, dropped, keep_scale)
-                d *= scale
-                y *= scale
             y *= g
             d_q = tl.where(inside, d * t * g * (1 - g), 0.0)
             tl.store(d_projected + place + hidden, d_q, mask=inside)
