@@ -65,7 +65,7 @@ def read_study(
         keep_sites=group == SITE,
         missing=missing_policy(missing),
         slide_table=slide_table,
-        cache_bytes=int(cache_gb * BYTES_PER_GB),
+        cache_bytes=cache_bytes(cache_gb),
     )
 
 
@@ -103,11 +103,38 @@ def missing_policy(name: str) -> "Literal['error', 'drop']":
     return cast("Literal['error', 'drop']", name)
 
 
+def require_one_source(splits: Path | None, folds: int | None) -> None:
+    """Refuse a number of folds beside splits, which have their own.
+
+    Raises
+    ------
+    ConfigError
+        If both are given.
+    """
+    if splits is not None and folds is not None:
+        raise ConfigError(f"--folds {folds} and --splits {splits} were both given; splits have their own number")
+
+
+def cache_bytes(gigabytes: float) -> int:
+    """Return the value of --cache-gb or --device-cache-gb in bytes.
+
+    Raises
+    ------
+    ConfigError
+        If it is negative or no number.
+    """
+    if not gigabytes >= 0:
+        raise ConfigError(f"a cache of {gigabytes:g} GB was asked for; it takes 0 or more")
+    return int(gigabytes * BYTES_PER_GB)
+
+
 def training_split(study: "Study", splits: Path | None, fold: int | None, recipe: "Recipe") -> "Split":
     """Return the fold that was asked for, or all slides; with a validation part when the recipe selects by one."""
     from eosin.mil.splits import Split, with_validation
 
     split = Split(study.examples.ids, (), ())
+    if splits is None and fold is not None:
+        raise ConfigError(f"--fold {fold} of which splits? pass --splits, or leave --fold out to train on all slides")
     if splits is not None:
         split = _one_of(study.splits(splits), fold, splits)
     if recipe.training.select == "last":

@@ -61,12 +61,15 @@ def crossval(
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
-    from eosin.cli._study import begin, choose_recipe, read_study
+    from eosin.cli._study import begin, choose_recipe, read_study, require_one_source
     from eosin.files import file_fingerprint
     from eosin.heatmaps.evaluation import Context, report_crossval
     from eosin.heatmaps.measures import compare_runs, sweep_table
-    from eosin.mil.crossval import METRICS, PREDICTIONS
+    from eosin.mil.compare import require_comparable
+    from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
+    from eosin.mil.tables import read_table
 
+    require_one_source(splits, folds)
     chosen = choose_recipe(recipe, settings, max_instances_per_step=max_instances_per_step)
     candidates = _candidates(sweep, recipe, settings)
     study = read_study(
@@ -83,6 +86,8 @@ def crossval(
     )
     number, seed = settings.choose("folds", folds, 5), chosen.training.seed
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
+    if compare is not None:
+        require_comparable(study.task, tested_slides(parts), read_table(compare / PREDICTIONS))
     begin(study, out, device=device, precision=precision)
     results = out
     if sweep is None:

@@ -59,11 +59,12 @@ def run(
     The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
     """
-    from eosin.cli._study import choose_recipe, missing_policy
+    from eosin.cli._study import choose_recipe, missing_policy, require_one_source
     from eosin.pipeline import Machine, Pipeline, run_pipeline
     from eosin.stages import FIRST_TILING, STAGES, SecondStage, run_two_stage
     from eosin.wsi.job import JobFolder
 
+    require_one_source(splits, folds)
     flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}
     given = {key: settings.choose(key, flag, None) for key, flag in flags.items()}
     options = {key: value for key, value in given.items() if value is not None}

@@ -60,11 +60,12 @@ def train(
     settings: Settings,
 ) -> Done:
     """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
-    from eosin.cli._study import BYTES_PER_GB, begin, owner, read_study, training_split
+    from eosin.cli._study import begin, cache_bytes, owner, read_study, training_split
     from eosin.mil.continual import Source, continued
     from eosin.mil.train import fit
 
     chosen = _recipe(recipe, continue_from, settings, max_instances_per_step)
+    device_bytes = cache_bytes(device_cache_gb)
     study = read_study(
         features,
         labels,
@@ -90,7 +91,7 @@ def train(
             folder=out,
             device=device,
             precision=precision,
-            device_cache_bytes=int(device_cache_gb * BYTES_PER_GB),
+            device_cache_bytes=device_bytes,
             progress=advance,
         )
     told = [] if continue_from is not None else _report(fitted, study, split, out, features, labels, device)

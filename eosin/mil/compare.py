@@ -1,6 +1,6 @@
 """Two models on the same slides: is the difference more than chance?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +172,7 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     """
     needed = ["slide_id", "patient_id", *task.columns]
     rows = [_by_slide(table, needed) for table in (first, second)]
-    if rows[0].keys() != rows[1].keys():
-        odd = sorted(rows[0].keys() ^ rows[1].keys())
-        raise LabelError(f"only one of the two has predictions for {shown(odd)}; compare the same slides")
+    _require_same(rows[0], rows[1])
     slides = list(rows[0])
     differs = [slide for slide in slides if any(rows[0][slide][name] != rows[1][slide][name] for name in needed)]
     if differs:
@@ -188,6 +186,32 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     if len(getattr(task, "classes", ())) == 2 and len(set(patients)) == len(patients):
         found["auc"] = delong(first_outputs[:, 1], second_outputs[:, 1], targets == 1)
     return found
+
+
+def require_comparable(task: Task, slide_ids: Collection[str], other: Table) -> None:
+    """Refuse the predictions of another run that `compare_predictions` could not use, before anything is trained.
+
+    Parameters
+    ----------
+    task : Task
+    slide_ids : collection of str
+        What is going to be predicted.
+    other : mapping of str to sequence of str
+
+    Raises
+    ------
+    LabelError
+        If they are of another task, or not of these slides.
+    """
+    table = _by_slide(other, ["slide_id", "patient_id", *task.columns])
+    _require_same(slide_ids, table)
+    _read(task, table, list(table))
+
+
+def _require_same(first: Collection[str], second: Collection[str]) -> None:
+    odd = sorted(set(first) ^ set(second))
+    if odd:
+        raise LabelError(f"only one of the two has predictions for {shown(odd)}; compare the same slides")
 
 
 def _read(

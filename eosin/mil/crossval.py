@@ -159,6 +159,11 @@ def inner_splits(fold: FoldSplits) -> Sequence[Split]:
     return [fold] if isinstance(fold, Split) else fold
 
 
+def tested_slides(folds: Sequence[FoldSplits]) -> list[str]:
+    """Return the slides of the test parts, each once."""
+    return list(dict.fromkeys(slide for fold in folds for slide in inner_splits(fold)[0].test))
+
+
 def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
     if recipe.training.select == "last":
         return split

@@ -188,7 +188,7 @@ def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15,
     if split.val:
         return split
     train = cohort.select(split.train)
-    _require_groups(train, 2)
+    _require_groups(train, 2, "train without a validation part (training.select: last)")
     val = _draw(train, val_fraction, np.random.default_rng(seed))
     return _ordered(cohort.select((*split.train, *split.test)), val=val, test=split.test)
 
@@ -234,15 +234,15 @@ def _refuse_leakage(number: int, split: Split, group: Mapping[str, str], kind: s
             )
 
 
-def _require_groups(cohort: Cohort, least: int) -> None:
+def _require_groups(cohort: Cohort, least: int, advice: str = "use fewer folds") -> None:
     members: dict[str, set[str]] = {}
     for key, stratum in zip(cohort.sites or cohort.patient_ids, cohort.strata, strict=True):
         members.setdefault(stratum, set()).add(key)
     for stratum, keys in sorted(members.items()):
         if len(keys) < least:
             raise LabelError(
-                f"class {stratum!r} has {len(keys)} {cohort.group_name}, at least {least} are needed to have it on "
-                "every side; use fewer folds, or leave the class out"
+                f"class {stratum!r} has {len(keys)} {cohort.group_name if len(keys) > 1 else cohort.group_name[:-1]}, "
+                f"at least {least} are needed to have it on every side; {advice}, or leave the class out"
             )
 
 

@@ -96,7 +96,8 @@ class LabelTable:
             ]
             if empty:
                 raise LabelError(
-                    f"no value in column {name!r} for {shown(empty)}; delete these rows or complete the table"
+                    f"no value in column {name!r} for {shown(empty)} (empty, nan, na or null); "
+                    "delete these rows or complete the table"
                 )
 
     def site_column(self) -> str | None:

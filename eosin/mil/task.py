@@ -262,4 +262,7 @@ def require_values(rows: Sequence[Row], columns: Sequence[str], *, all_of_them: 
     empty = [row.get("slide_id", "") for row in rows if not check(has_value(row[name]) for name in columns)]
     if empty:
         named = " or ".join(map(repr, columns)) if all_of_them else f"any of {', '.join(columns)}"
-        raise LabelError(f"no value in column {named} for {shown(empty)}; delete these rows or complete the table")
+        raise LabelError(
+            f"no value in column {named} for {shown(empty)} (empty, nan, na or null); "
+            "delete these rows or complete the table"
+        )

@@ -415,6 +415,21 @@ def test_two_cross_validations_are_compared(
     assert "paired bootstrap" in page
 
 
+def test_a_run_that_cannot_be_compared_stops_before_training(
+    features: Path, labels: Path, splits: Path, refused: Run, tmp_path: Path
+) -> None:
+    base = ("crossval", "--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path / "out")
+    other = tmp_path / "other"
+    assert "other/predictions.csv: no such file" in refused(*base, "--compare", other)
+    other.mkdir()
+    header = "fold,slide_id,patient_id,label,prob_normal,prob_tumour,predicted"
+    table(other / "predictions.csv", ["0,S000,P0,normal,0.7,0.3,normal"], header=header)
+    assert "only one of the two has predictions for S001" in refused(*base, "--compare", other)
+    table(other / "predictions.csv", ["0,S000,P0,2.5"], header="fold,slide_id,patient_id,score")
+    assert "predictions without the column 'label'" in refused(*base, "--compare", other)
+    assert not (tmp_path / "out").exists()
+
+
 # bad input
 
 
@@ -441,7 +456,7 @@ def twelve(*values: str) -> list[str]:
         (twelve("a", "b", "nan", "a"), "label", "binary", "no value in column 'label' for S002, S006, S010"),
         (twelve("a"), "label", "binary", "only the label 'a'"),
         (["P0,S000,a"], "label", "binary", "only the label 'a'"),
-        ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patients"),
+        ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patient,"),
         (twelve("3,0", "5,0"), "time,event", "cox", "holds no event"),
         (twelve("3,1", "5,1"), "time,censorship", "cox", "1 being censored"),
         (twelve("3,2", "5,1"), "time,event", "survival", "say which value is the event"),
@@ -577,6 +592,8 @@ def test_a_damaged_feature_file_is_a_row_with_its_reason(model: Path, features: 
         (["--group", "house"], "no group named 'house'"),
         (["--missing", "ignore"], "known: drop, error"),
         (["--device", "toaster"], "toaster"),
+        (["--cache-gb", "-1"], "a cache of -1 GB"),
+        (["--device-cache-gb", "-1"], "a cache of -1 GB"),
         (["--precision", "fp8"], "fp8"),
         (["--set", "recipe.training.learning_rate=1"], "training named 'learning_rate'"),
         (["--set", "recipe.training.lr=-1"], "training.lr"),
@@ -601,6 +618,11 @@ def test_a_fold_must_be_chosen_and_exist(
     base = ("--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path)
     assert "choose one with --fold" in refused("train", *base)
     assert "folds 0 to 2" in refused("train", *base, "--fold", 3)
+    alone = ("--features", features, "--labels", labels, "--out", tmp_path)
+    assert "--fold 1 of which splits?" in refused("train", *alone, "--fold", 1)
+    assert "splits have their own number" in refused("crossval", *base, "--folds", 2)
+    slides = ("--slides", features, *base[2:6], "--job", tmp_path)
+    assert "splits have their own number" in refused("run", *slides, "--folds", 2)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--features", "f", "--slides", "s"], ["--slides", "s"]])

@@ -129,6 +129,12 @@ def test_a_class_with_too_few_patients_is_an_error():
         make_splits(cohort, folds=3)
 
 
+def test_one_patient_of_a_class_is_told_what_to_do_about_validation():
+    cohort = Cohort(tuple("abc"), tuple("abc"), tuple("xyy"))
+    with pytest.raises(LabelError, match=r"class 'x' has 1 patient, at least 2 .*training.select: last"):
+        with_validation(Split(tuple("abc"), (), ()), cohort)
+
+
 def test_too_few_sites_are_called_sites():
     names = tuple(f"s{number}" for number in range(12))
     sites = ("A",) * 6 + ("B",) * 6
