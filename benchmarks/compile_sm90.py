@@ -119,7 +119,7 @@ def _gate_cases() -> Iterator[Case]:
                     blocks = gate.launch_sizes(256, heads, DTYPES[dtype])
                     warps = blocks.pop("num_warps")
                     constants = {**blocks, "GATED": gated, "ACTIVATION": 1, "DROPOUT": dropout}
-                    given = integers | {"projected": pointer, "d_projected": pointer, "keep_scale": "fp32"}
+                    given = integers | {"projected": pointer, "d_projected": pointer}
                     label = f"{dtype} heads={heads} gated={gated} dropout={dropout}"
                     yield _case(gate.gate_scores, label, constants, given, warps)
                     yield _case(gate.gate_gradient, label, constants, given, warps)

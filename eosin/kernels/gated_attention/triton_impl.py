@@ -144,7 +144,6 @@ def _options(gate: Gate, first_row: int) -> dict[str, int | float | bool]:
         "seed": gate.seed,
         "first_row": first_row,
         "dropped": threshold(gate.drop_probability),
-        "keep_scale": 1 / (1 - gate.drop_probability),
         "GATED": gate.u_weight is not None,
         "ACTIVATION": 1 if gate.activation == "tanh" else 0,
         "DROPOUT": gate.dropout > 0,
@@ -156,7 +155,7 @@ def _score(projected: Tensor, gate: Gate, scores: Tensor, first_row: int) -> Non
     sizes = launch_sizes(hidden, heads, projected.dtype)
     bias = scores.new_zeros(heads) if gate.w_bias is None else gate.w_bias
     gate_scores[(triton.cdiv(len(projected), sizes["ROW_BLOCK"]),)](
-        projected, _stacked_bias(gate), gate.w_weight.contiguous(), bias, scores, len(projected), hidden, heads,
+        projected, _stacked_bias(gate), gate.scaled_w.contiguous(), bias, scores, len(projected), hidden, heads,
         **_options(gate, first_row), **sizes,
     )  # fmt: skip
 
@@ -170,10 +169,10 @@ def _score_gradient(projected: Tensor, gate: Gate, d_scores: Tensor, first_row: 
     d_bias = d_scores.new_empty((programs, projected.shape[1]))
     d_w = d_scores.new_empty((programs, heads, hidden))
     gate_gradient[(programs, triton.cdiv(hidden, sizes["HIDDEN_BLOCK"]))](
-        projected, _stacked_bias(gate), gate.w_weight.contiguous(), d_scores, d_projected, d_bias, d_w,
+        projected, _stacked_bias(gate), gate.scaled_w.contiguous(), d_scores, d_projected, d_bias, d_w,
         len(projected), hidden, heads, **_options(gate, first_row), **sizes,
     )  # fmt: skip
-    return d_projected, d_bias.sum(0), d_w.sum(0)
+    return d_projected, d_bias.sum(0), d_w.sum(0) / (1 - gate.drop_probability)
 
 
 @triton.jit
@@ -187,12 +186,12 @@ def mixed(bits):
 
 
 @triton.jit
-def kept_scale(seed, rows, columns, dropped, keep_scale):
-    """Return what dropout multiplies a tile with: rows of the pack, hidden columns -> (rows, columns)."""
+def is_kept(seed, rows, columns, dropped):
+    """Return which entries of a tile dropout keeps: rows of the pack, hidden columns -> (rows, columns)."""
     row, column = mixed(rows.to(tl.uint32)), mixed(columns.to(tl.uint32) + 0x5BD1E995)
     factor, addend = mixed(row ^ seed.to(tl.uint32)), mixed(row ^ (seed ^ 1).to(tl.uint32))
     bits = factor[:, None] * mixed(column ^ (seed ^ 2).to(tl.uint32))[None, :] + addend[:, None]
-    return tl.where(bits.to(tl.int32, bitcast=True) >= dropped, keep_scale, 0.0)
+    return bits.to(tl.int32, bitcast=True) >= dropped
 
 
 @triton.jit
@@ -208,9 +207,9 @@ def activated(p, ACTIVATION: tl.constexpr):
     return t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def gate_scores(
-    projected, bias, w, w_bias, scores, n_rows, hidden, heads, seed, first_row, dropped, keep_scale,
+    projected, bias, w, w_bias, scores, n_rows, hidden, heads, seed, first_row, dropped,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
     ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +230,7 @@ def gate_scores(
             q += tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :]
             y *= tl.sigmoid(q)
         if DROPOUT:
-            y *= kept_scale(seed, rows + first_row, columns, dropped, keep_scale)
+            y = tl.where(is_kept(seed, rows + first_row, columns, dropped), y, 0.0)
         weight = tl.load(
             w + head[:, None] * hidden + columns[None, :],
             mask=(head[:, None] < heads) & (columns[None, :] < hidden),
@@ -249,10 +248,10 @@ def gate_scores(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def gate_gradient(
     projected, bias, w, d_scores, d_projected, d_bias, d_w, n_rows, hidden, heads,
-    seed, first_row, dropped, keep_scale,
+    seed, first_row, dropped,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
     ROW_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -272,9 +271,9 @@ def gate_gradient(
     sum_w = tl.zeros([HEAD_BLOCK, HIDDEN_BLOCK], tl.float32)
     for first in range(program * ROW_BLOCK, n_rows, programs * ROW_BLOCK):
         rows = first + tl.arange(0, ROW_BLOCK)
-        inside = (rows[:, None] < n_rows) & (columns[None, :] < hidden)
+        exists = (rows[:, None] < n_rows) & (columns[None, :] < hidden)
         place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        p = tl.load(projected + place, mask=inside, other=0.0).to(tl.float32) + p_bias[None, :]
+        p = tl.load(projected + place, mask=exists, other=0.0).to(tl.float32) + p_bias[None, :]
         t = activated(p, ACTIVATION)
         ds = tl.load(
             d_scores + rows[:, None].to(tl.int64) * heads + head[None, :],
@@ -285,22 +284,22 @@ def gate_gradient(
             d = ds * tl.reshape(weight, [1, HIDDEN_BLOCK])
         else:
             d = tl.dot(ds, weight, input_precision="ieee")
-        y = t
         if DROPOUT:
-            scale = kept_scale(seed, rows + first_row, columns, dropped, keep_scale)
-            d *= scale
-            y *= scale
+            reads = exists & is_kept(seed, rows + first_row, columns, dropped)
+        else:
+            reads = exists
+        y = tl.where(reads, t, 0.0)
         if GATED:
-            q = tl.load(projected + place + hidden, mask=inside, other=0.0).to(tl.float32)
+            q = tl.load(projected + place + hidden, mask=exists, other=0.0).to(tl.float32)
             g = tl.sigmoid(q + tl.load(bias + hidden + columns, mask=columns < hidden, other=0.0)[None, :])
             y *= g
-            d_q = tl.where(inside, d * t * g * (1 - g), 0.0)
-            tl.store(d_projected + place + hidden, d_q, mask=inside)
+            d_q = d * y * (1 - g)
+            tl.store(d_projected + place + hidden, d_q, mask=exists)
             sum_q += tl.sum(d_q, 0)
             d *= g
         slope = 1 - t * t if ACTIVATION == TANH else (p > 0).to(tl.float32)
-        d_p = tl.where(inside, d * slope, 0.0)
-        tl.store(d_projected + place, d_p, mask=inside)
+        d_p = tl.where(reads, d * slope, 0.0)
+        tl.store(d_projected + place, d_p, mask=exists)
         sum_p += tl.sum(d_p, 0)
         if HEAD_BLOCK == 1:
             sum_w += tl.sum(ds * y, 0)[None, :]
