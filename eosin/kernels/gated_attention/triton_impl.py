@@ -284,10 +284,7 @@ def gate_gradient(
             d = ds * tl.reshape(weight, [1, HIDDEN_BLOCK])
         else:
             d = tl.dot(ds, weight, input_precision="ieee")
-        if DROPOUT:
-            reads = exists & is_kept(seed, rows + first_row, columns, dropped)
-        else:
-            reads = exists
+        reads = exists & is_kept(seed, rows + first_row, columns, dropped) if DROPOUT else exists
         y = tl.where(reads, t, 0.0)
         if GATED:
             q = tl.load(projected + place + hidden, mask=exists, other=0.0).to(tl.float32)
