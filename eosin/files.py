@@ -13,6 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from glob import escape
 from pathlib import Path
 
 from eosin.errors import OutputError
@@ -74,9 +77,24 @@ def _sync(path: Path) -> None:
 
 def _sweep_orphans(path: Path) -> None:
     """Remove temporary files of this name that a killed process left behind."""
-    for orphan in path.parent.glob(f".{path.name}.*.tmp{path.suffix}"):
-        if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
-            orphan.unlink(missing_ok=True)
+    pattern = f".{escape(path.name)}.*.tmp{path.suffix}"
+    for orphan in _temporary_files(path.parent):
+        if fnmatchcase(orphan.name, pattern) and orphan.exists():
+            _remove_when_old(orphan)
+
+
+def _remove_when_old(orphan: Path) -> None:
+    if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
+        orphan.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=256)
+def _temporary_files(folder: Path) -> tuple[Path, ...]:
+    """Return the temporary files in a folder when this process first writes there.
+
+    Looking anew for each of n files of a folder would take n² steps in all.
+    """
+    return tuple(folder.glob(".*.tmp*"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -83,22 +83,20 @@ def write_grid(
     quality : TileQuality, optional
         Scores of the tiles, written as the dataset ``quality``.
     """
-    footer = CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection)
+    image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
+    with h5py.File(image, "w", libver=LIBVER) as file:
+        write_coords(file, grid, CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection))
+        if quality is not None:
+            _write_quality(file, quality)
 
     def write(temporary: Path) -> None:
-        image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
-        with h5py.File(image, "w", libver=LIBVER) as file:
-            write_coords(file, grid, footer)
-            if quality is not None:
-                _write_quality(file, quality)
         temporary.write_bytes(image.getbuffer())
 
-    write_file(path, write, verify=lambda temporary: _require_rows(temporary, grid.n_tiles))
+    def verify(temporary: Path) -> None:
+        if temporary.read_bytes() != image.getbuffer():
+            raise FeatureFileError(path, "the coordinates just written cannot be read back; is the disk sound?")
 
-
-def _require_rows(path: Path, n_tiles: int) -> None:
-    if read_grid(path).n_tiles != n_tiles:
-        raise FeatureFileError(path, "the coordinates just written cannot be read back; is the disk sound?")
+    write_file(path, write, verify=verify)
 
 
 def read_grid(path: Path) -> TileGrid:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shapely import MultiPolygon, Polygon, affinity, make_valid, union_all
+import numpy as np
+from numpy.typing import NDArray
+from shapely import LinearRing, MultiPolygon, Polygon, affinity, get_coordinates, make_valid, union_all
 from shapely.errors import ShapelyError
 from shapely.geometry import shape
 
@@ -35,17 +37,17 @@ def outline_to_geojson(outline: MultiPolygon, *, slide_id: str, qupath_origin_px
     qupath_origin_px0 : tuple of int
         Corner of the slide's bounds box.
     """
-    shifted = affinity.translate(outline, -qupath_origin_px0[0], -qupath_origin_px0[1])
-    features = [_feature(polygon, number, slide_id) for number, polygon in enumerate(shifted.geoms)]
+    origin = np.asarray(qupath_origin_px0)
+    features = [_feature(polygon, number, slide_id, origin) for number, polygon in enumerate(outline.geoms)]
     return json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
 
 
-def _feature(polygon: Polygon, number: int, slide_id: str) -> dict[str, Any]:
+def _feature(polygon: Polygon, number: int, slide_id: str, origin: NDArray[np.int64]) -> dict[str, Any]:
     rings = [polygon.exterior, *polygon.interiors]
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(_IDS, f"{slide_id}/{number}")),
-        "geometry": {"type": "Polygon", "coordinates": [_ring(list(ring.coords)) for ring in rings]},
+        "geometry": {"type": "Polygon", "coordinates": [_ring(ring, origin) for ring in rings]},
         "properties": {
             "objectType": "annotation",
             "classification": {"name": "Tissue", "color": list(TISSUE_COLOUR)},
@@ -55,8 +57,9 @@ def _feature(polygon: Polygon, number: int, slide_id: str) -> dict[str, Any]:
     }
 
 
-def _ring(points: list[tuple[float, ...]]) -> list[list[float]]:
-    return [[round(x, 2), round(y, 2)] for x, y, *_ in points]
+def _ring(ring: LinearRing, origin: NDArray[np.int64]) -> list[list[float]]:
+    points: list[list[float]] = np.round(get_coordinates(ring) - origin, 2).tolist()
+    return points
 
 
 def qupath_origin(bounds_px0: tuple[int, int, int, int] | None) -> tuple[int, int]:

@@ -127,6 +127,18 @@ def make_grid(
     slide_mpp: float,
     path: Path | str = "slide",
 ) -> TileGrid:
+    """Lay the lattice of a tiling over a slide and keep the tiles that lie on tissue; see `lay_grid`."""
+    return lay_grid(mask, tiling, slide_size_px0=slide_size_px0, slide_mpp=slide_mpp, path=path)[0]
+
+
+def lay_grid(
+    mask: "TissueMask",
+    tiling: Tiling,
+    *,
+    slide_size_px0: tuple[int, int],
+    slide_mpp: float,
+    path: Path | str = "slide",
+) -> tuple[TileGrid, NDArray[np.float64]]:
     """Lay the lattice of a tiling over a slide and keep the tiles that lie on tissue.
 
     The lattice starts at (0, 0). Origin k is the exact position rounded once, ``round(k * step)``, so that
@@ -147,8 +159,10 @@ def make_grid(
 
     Returns
     -------
-    TileGrid
+    grid : TileGrid
         Row-major (y, then x); may be empty.
+    tissue : (n,) float64
+        Share of each tile that is tissue.
 
     Raises
     ------
@@ -164,7 +178,7 @@ def make_grid(
     share = mask.lattice(xs, ys, tile_px0)
     rows, columns = np.nonzero((share >= tiling.min_tissue - 1e-9) & (share > 0))
     origins = np.stack([xs[columns], ys[rows]], axis=1)
-    return TileGrid(origins, tile_px0, tiling, slide_size_px0, slide_mpp)
+    return TileGrid(origins, tile_px0, tiling, slide_size_px0, slide_mpp), share[rows, columns]
 
 
 def _px0_per_delivered_px(tiling: Tiling, slide_mpp: float, path: Path | str) -> float:

@@ -15,13 +15,12 @@ from eosin.files import file_fingerprint, write_text
 from eosin.wsi.colour import in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
-from eosin.wsi.grid import TileGrid, Tiling, make_grid
+from eosin.wsi.grid import TileGrid, Tiling, lay_grid
 from eosin.wsi.overview import Overview, make_thumbnail
 from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.quality import QualityLimits, TileQuality
 from eosin.wsi.scoring import score_tiles
 from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
-from eosin.wsi.stain import is_dark
 from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -224,15 +223,15 @@ class TilePlan:
             return find_tissue(slide, tissue, overview=overview)
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
         mask = tissue_from_outline(slide, outline, tissue)
-        pen = None if is_dark(overview.rgb) else find_tissue(slide, tissue, overview=overview).pen
+        pen = None if overview.is_dark else find_tissue(slide, tissue, overview=overview).pen
         return replace(mask, notes=(f"tissue as drawn in {drawn.name}",), pen=pen)
 
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
         overview = look_over(slide, self.tissue_of(item))
         mask = self.find_mask(item, slide, overview)
-        grid = make_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
-        quality = score_tiles(slide, grid, mask, overview, with_blur=self.quality.measures_blur)
+        grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.quality.measures_blur)
         keep, left_out = quality.within(self.quality)
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)

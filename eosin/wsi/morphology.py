@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from eosin.wsi.pieces import find_pieces
 
@@ -17,20 +16,22 @@ MANY_PIECES = 200
 def grow(mask: Mask, radius: float) -> Mask:
     """Return the cells within `radius` cells of a true one; between 3 and 12 the disk is composed of smaller ones."""
     if radius > LARGE_RADIUS:
+        from scipy import ndimage  # a third of a second, and seldom needed
+
         return np.asarray(ndimage.distance_transform_edt(~mask) <= radius) if mask.any() else mask.copy()
     if radius > SMALL_RADIUS:
         return grow(grow(mask, SMALL_RADIUS), radius - SMALL_RADIUS)
     reach = int(radius)
-    grown = mask.copy()
-    for down in range(-reach, reach + 1):
-        for right in range(-reach, reach + 1):
-            if 0 < down * down + right * right <= radius * radius:
-                grown[_kept(-down), _kept(-right)] |= mask[_kept(down), _kept(right)]
+    wide, half = mask.copy(), 0  # the mask grown sideways
+    grown = np.zeros_like(mask)
+    for down in range(reach, -1, -1):  # rows of the disk, from its shortest
+        while (half + 1) ** 2 + down**2 <= radius**2:
+            half += 1
+            wide[:, half:] |= mask[:, :-half]
+            wide[:, :-half] |= mask[:, half:]
+        grown[down:] |= wide[: len(mask) - down]
+        grown[: len(mask) - down] |= wide[down:]
     return grown
-
-
-def _kept(shift: int) -> slice:
-    return slice(shift, None) if shift >= 0 else slice(None, shift)
 
 
 def slide_extremes(plane: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -54,12 +55,14 @@ def _slide(plane: NDArray[np.uint8], side: int, axis: int, pick: np.ufunc) -> ND
     return plane
 
 
-def window_sums(plane: NDArray[np.uint8], side: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Return the sums of `side` x `side` cells around each cell; beyond the edge the picture is mirrored."""
+def window_sums(plane: NDArray[np.uint8], side: int, *, most: int = 255) -> NDArray[np.unsignedinteger[Any]]:
+    """Return the sums of `side` x `side` cells around each cell; beyond the edge the picture is mirrored.
+
+    `most` is the largest value of a cell: sums are kept in as few bits as it allows.
+    """
     before = side // 2
-    fits = 255 * side**2 < 2**16
     sums: NDArray[Any] = np.pad(plane, (before, side - 1 - before), mode="symmetric")
-    sums = sums.astype(np.uint16 if fits else np.uint32)
+    sums = sums.astype(np.min_scalar_type(most * side**2), copy=False)
     height, width = plane.shape
     down = sums[:height].copy()
     for start in range(1, side):
@@ -80,8 +83,13 @@ def find_windows(mask: Mask, margin: int) -> list[tuple[slice, slice]]:
 
 
 def _extent(mask: Mask) -> tuple[slice, slice]:
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    """Return the box that holds all true cells; empty when there is none."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return slice(0, 0), slice(0, 0)
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    return slice(top, bottom), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _widened(side: slice, margin: int) -> slice:
@@ -90,10 +98,8 @@ def _widened(side: slice, margin: int) -> slice:
 
 def window_of(mask: Mask, margin: int) -> tuple[slice, slice]:
     """Return the box that holds all true cells, larger by `margin` cells; empty when there is none."""
-    if not mask.any():
-        return slice(0, 0), slice(0, 0)
     rows, columns = _extent(mask)
-    return _widened(rows, margin), _widened(columns, margin)
+    return (_widened(rows, margin), _widened(columns, margin)) if rows.stop else (rows, columns)
 
 
 def close_gaps(mask: Mask, radius: float) -> Mask:

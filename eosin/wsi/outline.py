@@ -6,14 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 from shapely import LinearRing, MultiPolygon, Polygon, box, linearrings, make_valid, simplify
 from shapely.geometry.base import BaseGeometry
-from skimage.draw import polygon
 
 from eosin.wsi.morphology import window_of
 from eosin.wsi.pieces import find_pieces
 
 
 def trace_outline(
-    mask: NDArray[np.bool_], px0_per_cell: tuple[float, float], slide_size_px0: tuple[int, int]
+    mask: NDArray[np.bool_],
+    px0_per_cell: tuple[float, float],
+    slide_size_px0: tuple[int, int],
+    *,
+    window: tuple[slice, slice] | None = None,
 ) -> MultiPolygon:
     """Return the outline of the true cells in level-0 pixels.
 
@@ -25,13 +28,15 @@ def trace_outline(
         Width and height of a cell.
     slide_size_px0 : tuple of int
         The outline is cut to the slide.
+    window : tuple of slice, optional
+        Rows and columns that hold all true cells, when they are known.
 
     Returns
     -------
     MultiPolygon
         One polygon per piece, holes included, simplified by less than half a cell.
     """
-    rows, columns = window_of(mask, 0)
+    rows, columns = window or window_of(mask, 0)
     corner = np.array([columns.start, rows.start])
     outline = MultiPolygon(_pieces(mask[rows, columns], corner, np.asarray(px0_per_cell, np.float64)))
     width, height = slide_size_px0
@@ -51,7 +56,8 @@ def _pieces(mask: NDArray[np.bool_], corner: NDArray[np.int64], cell_px0: NDArra
     pieces = find_pieces(mask)
     row, column = np.divmod(cells[[ring[0] for ring in rings]], mask.shape[1])
     owners = pieces.labels[np.searchsorted(pieces.starts, row * pieces.pitch + column, "right") - 1]
-    whole = simplify(linearrings(points, indices=np.repeat(np.arange(len(rings)), lengths)), 0.4 * cell_px0.min())
+    traced = linearrings(points, indices=np.repeat(np.arange(len(rings)), lengths))
+    whole = simplify(traced, 0.4 * cell_px0.min(), preserve_topology=False)  # what crosses itself is mended below
     is_hole = _areas(points, lengths) < 0
     holes: defaultdict[int, list[LinearRing]] = defaultdict(list)
     for ring, owner in zip(whole[is_hole], owners[is_hole].tolist(), strict=True):
@@ -153,6 +159,8 @@ def fill_outline(outline: MultiPolygon, px0_per_cell: tuple[float, float], shape
 
 
 def _cells_in(ring: LinearRing, px0_per_cell: tuple[float, float], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    from skimage.draw import polygon  # slow to load; only outlines that a person drew are filled
+
     inside = np.zeros(shape, bool)
     x, y = (np.asarray(ring.coords)[:, :2] / px0_per_cell - 0.5).T
     rows, columns = polygon(y, x, shape)  # type: ignore[no-untyped-call]

@@ -10,10 +10,11 @@ from PIL import Image
 
 from eosin.errors import ConfigError
 from eosin.wsi.slide import Slide
-from eosin.wsi.stain import find_glass
+from eosin.wsi.stain import find_glass, is_dark, sample_step, to_light
 
 MAX_OVERVIEW_PX = 100_000_000
 THUMBNAIL_PX = 1000
+LEAST_THUMBNAIL_PX = 600
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +33,25 @@ class Overview:
     mpp: float
 
     @cached_property
+    def few(self) -> NDArray[np.uint8]:
+        """Red, green and blue of every n-th pixel, (3, h, w): enough of them for statistics."""
+        step = sample_step(self.rgb.shape[:2])
+        return np.ascontiguousarray(self.rgb[::step, ::step].transpose(2, 0, 1))
+
+    @cached_property
     def glass(self) -> NDArray[np.float64]:
         """Colour of empty glass, (3,)."""
-        return find_glass(self.rgb)
+        return find_glass(self.few)
+
+    @cached_property
+    def light(self) -> NDArray[np.uint8]:
+        """How much light each pixel lets through, (3, h, w)."""
+        return to_light(self.rgb, self.glass)
+
+    @cached_property
+    def is_dark(self) -> bool:
+        """Whether the background is dark, as in fluorescence."""
+        return is_dark(self.few)
 
 
 def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
@@ -65,7 +82,7 @@ def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
 
 
 def make_thumbnail(slide: Slide, overview: NDArray[np.uint8] | None = None) -> Image.Image:
-    """Return the whole slide as a picture whose longer side is at most 1000 px; small slides stay as they are.
+    """Return the whole slide as a picture whose longer side is 600 to 1000 px; small slides stay as they are.
 
     Parameters
     ----------
@@ -78,7 +95,10 @@ def make_thumbnail(slide: Slide, overview: NDArray[np.uint8] | None = None) -> I
     mpp = slide.mpp * max(1.0, longest / THUMBNAIL_PX)
     if overview is None or 2 * max(overview.shape) < min(THUMBNAIL_PX, longest):
         return Image.fromarray(read_overview(slide, mpp))
-    if max(overview.shape) <= THUMBNAIL_PX:
+    whole = -(-max(overview.shape) // THUMBNAIL_PX)
+    if whole == 1:
         return Image.fromarray(overview)
+    if max(overview.shape) >= whole * LEAST_THUMBNAIL_PX:  # a fifth of the time of any other ratio
+        return Image.fromarray(overview).reduce(whole)
     size = (max(1, round(slide.size_px0[0] * slide.mpp / mpp)), max(1, round(slide.size_px0[1] * slide.mpp / mpp)))
     return Image.fromarray(overview).resize(size, Image.Resampling.BOX, reducing_gap=1.0)

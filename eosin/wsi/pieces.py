@@ -8,8 +8,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -92,12 +90,35 @@ def find_pieces(mask: Mask) -> Pieces:
     mask : (h, w) bool
     """
     height, width = mask.shape
+    none = np.zeros(0, np.int64)
+    if not mask.any():
+        return Pieces((height, width), none, none, none, 0)
     starts, stops = find_runs(mask)
     pitch = width + 1
     above, below = _meeting(starts + pitch, stops + pitch, starts, stops)
-    links = coo_array((np.ones(len(above), np.int8), (above, below)), shape=(len(starts), len(starts)))
-    count, labels = connected_components(links, directed=False) if len(starts) else (0, np.zeros(0, np.int64))
-    return Pieces((height, width), starts, stops, labels.astype(np.int64), int(count))
+    count, labels = _connect(len(starts), above, below)
+    return Pieces((height, width), starts, stops, labels, count)
+
+
+def _connect(number: int, one: Index, other: Index) -> tuple[int, Index]:
+    """Number the components of a graph by their first nodes; links lead from `one` to `other`.
+
+    Every node points to a smaller one of its component, or to itself. In each turn the ends of links that differ are
+    joined, and all pointers followed to their end, so that a few turns are enough.
+    """
+    root = np.arange(number)
+    while True:
+        a, b = root[one], root[other]
+        apart = a != b
+        if not apart.any():
+            break
+        one, other, a, b = one[apart], other[apart], a[apart], b[apart]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        further = root[root]
+        while not np.array_equal(further, root):
+            root, further = further, further[further]
+    is_first = root == np.arange(number)
+    return int(np.count_nonzero(is_first)), (np.cumsum(is_first) - 1)[root]
 
 
 def find_runs(mask: Mask) -> tuple[Index, Index]:

@@ -69,9 +69,9 @@ class Closer:
         """Return the darkest channel, relative to glass, of some fine rows and columns."""
         return darkest_of(to_light(self.read(place), self.glass))
 
-    def is_stained(self, place: tuple[slice, slice], cells: Mask, min_stain: float) -> Mask:
-        """Return which of the cells of a place, (h, w) bool, are stained, (n,)."""
-        planes = to_light(self.read(place)[cells][None], self.glass)
+    def is_stained(self, pixels: NDArray[np.uint8], min_stain: float) -> Mask:
+        """Return which pixels, (n, 3) RGB, are stained, (n,)."""
+        planes = to_light(pixels[None], self.glass)
         return is_stained(darkest_of(planes)[0], lightest_of(planes)[0], min_stain)
 
     def samples(self, mask: Mask, origin: tuple[int, int]) -> Iterator[tuple[tuple[slice, slice], Mask]]:
@@ -174,19 +174,33 @@ def refine(
         origin = (place[0].start, place[1].start)
         core = ~grow(~inside, SQUARE)
         border = grow(inside, SQUARE) & ~core & ~pen[place]
-        found = enlarge(core)
-        for block in _blocks(border, origin):
-            rows, columns = closer.finer(block, origin)
-            rows, columns = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
-            cells = enlarge(border[block])[: rows.stop - rows.start, : columns.stop - columns.start]
-            here = found[closer.finer(block, (0, 0))][: cells.shape[0], : cells.shape[1]]
-            here[cells] = closer.is_stained((rows, columns), cells, min_stain)
-        smooth = _smoothed(found, enlarge(border), threads=thread_cells >= 1)
+        found, cells = enlarge(core), enlarge(border)
+        top, left = (FACTOR * start for start in origin)
+        cells[height - top :], cells[:, width - left :] = False, False
+        at, pixels = _read_cells(closer, cells, _blocks(border, origin), origin)
+        found.ravel()[at] = closer.is_stained(pixels, min_stain)
+        smooth = _smoothed(found, cells, threads=thread_cells >= 1)
         kept = fill_holes(drop_small(smooth, min_cells, keep_largest=True), max_hole)
-        kept &= ~enlarge(pen[place])
+        if pen.any():
+            kept &= ~enlarge(pen[place])
         window = closer.finer((slice(0, inside.shape[0]), slice(0, inside.shape[1])), origin)
         mask[window] = kept if kept.any() else enlarge(inside)
     return mask[:height, :width]
+
+
+def _read_cells(
+    closer: Closer, cells: Mask, blocks: Iterator[tuple[slice, slice]], origin: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Return where the true cells of a fine window lie, (n,), and their pixels, (n, 3), read block by block."""
+    places, colours = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.uint8)]
+    height, width = closer.size
+    for block in blocks:
+        (rows, columns), inner = closer.finer(block, origin), closer.finer(block, (0, 0))
+        row, column = np.divmod(np.flatnonzero(cells[inner]), FACTOR * (block[1].stop - block[1].start))
+        places.append((row + inner[0].start) * cells.shape[1] + column + inner[1].start)
+        here = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
+        colours.append(closer.read(here)[row, column])
+    return np.concatenate(places), np.concatenate(colours)
 
 
 def _blocks(border: Mask, origin: tuple[int, int]) -> Iterator[tuple[slice, slice]]:

@@ -15,7 +15,7 @@ from eosin.wsi.morphology import Mask, drop_small, window_of, window_sums
 from eosin.wsi.overview import Overview
 from eosin.wsi.quality import TileQuality
 from eosin.wsi.slide import Slide
-from eosin.wsi.stain import total_density
+from eosin.wsi.stain import sample_step, total_density
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import TissueMask
 
@@ -32,7 +32,14 @@ _UNIT = 100  # of 8-bit optical density: at most 0.85 of each channel
 
 
 def score_tiles(
-    slide: Slide, grid: TileGrid, mask: TissueMask, overview: Overview, *, with_blur: bool, threads: int = 2
+    slide: Slide,
+    grid: TileGrid,
+    mask: TissueMask,
+    overview: Overview,
+    *,
+    tissue: NDArray[np.float64] | None = None,
+    with_blur: bool,
+    threads: int = 2,
 ) -> TileQuality:
     """Return the quality of every tile.
 
@@ -46,6 +53,8 @@ def score_tiles(
         Tissue and ink of the slide.
     overview : Overview
         The slide at the mask's resolution, or at a whole multiple of its mpp.
+    tissue : (n,) float64, optional
+        Share of each tile that is tissue, when it is known.
     with_blur : bool
         Whether blur is measured; otherwise it is NaN.
     threads : int
@@ -65,7 +74,7 @@ def score_tiles(
         if mask.pen is None or not mask.pen.any()
         else mask.like(mask.pen).share_of(at, side).astype(np.float32),
         fold=folds.share_of(at, side).astype(np.float32) if folds.mask.any() else none,
-        background=(1 - mask.share_of(at, side)).astype(np.float32),
+        background=(1 - (mask.share_of(at, side) if tissue is None else tissue)).astype(np.float32),
     )
 
 
@@ -94,9 +103,10 @@ def find_folds(overview: Overview, tissue: Mask) -> Mask:
         return folds
     side = max(1, round(FOLD_WINDOW_UM / overview.mpp))
     place = window_of(tissue, side)
-    density = total_density(overview.rgb[place], overview.glass, _UNIT)
-    inside = tissue[place]
-    median = int(np.searchsorted(np.bincount(density[inside], minlength=256).cumsum(), inside.sum() / 2))
+    density = total_density(overview.light[:, *place], _UNIT)
+    step = sample_step(density.shape)
+    some = np.bincount(density[::step, ::step][tissue[place][::step, ::step]], minlength=256).cumsum()
+    median = int(np.searchsorted(some, some[-1] / 2))
     limit = min(max(FOLD_MIN_DENSITY * _UNIT, FOLD_RATIO * median), 250)
     folds[place] = drop_small(
         window_sums(density, side) >= limit * side**2, FOLD_MIN_UM2 / overview.mpp**2, keep_largest=False

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 MAX_SEGMENT_PX = 64 * 2**20
+MAX_STORED_BYTES = 8 * MAX_SEGMENT_PX
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"

@@ -1,4 +1,7 @@
-"""Colours of a bright-field overview: glass, stain, marker ink."""
+"""Colours of a bright-field overview: glass, stain, marker ink.
+
+scipy is loaded by the functions that need it: it takes as long as five slides, and most slides have nothing like ink.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,15 +9,13 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_extremes
 
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
 STAIN_RANGE = (0.022, 0.04)
-SAMPLE_PX = 100_000
+SAMPLE_PX = 50_000
 GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
@@ -55,20 +56,18 @@ def look_up(table: NDArray[np.uint8], plane: NDArray[np.uint8]) -> NDArray[np.ui
     return np.frombuffer(plane.tobytes().translate(table.tobytes()), np.uint8).reshape(plane.shape)
 
 
-def sample(rgb: NDArray[np.uint8]) -> Planes:
-    """Return planes (3, h, w) of every n-th pixel: enough of them for statistics."""
-    step = max(1, int(np.sqrt(rgb.shape[0] * rgb.shape[1] / SAMPLE_PX)))
-    return np.ascontiguousarray(rgb[::step, ::step].transpose(2, 0, 1))
+def sample_step(shape: tuple[int, int]) -> int:
+    """Return n such that every n-th row and column of a picture is enough for statistics."""
+    return max(1, int(np.sqrt(shape[0] * shape[1] / SAMPLE_PX)))
 
 
-def is_dark(rgb: NDArray[np.uint8]) -> bool:
+def is_dark(planes: Planes) -> bool:
     """Return whether the background is dark: most pixels dark, hardly any bright (fluorescence)."""
-    planes = sample(rgb)
     dark, bright = lightest_of(planes) < DARK_LEVEL, darkest_of(planes) > BRIGHT_LEVEL
     return bool(dark.mean() > 0.5 and bright.mean() < 0.1)
 
 
-def find_glass(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+def find_glass(planes: Planes) -> NDArray[np.float64]:
     """Return the colour of empty glass.
 
     Stain and ink lower the darkest channel, so glass is the highest level of that channel at which a share of at
@@ -76,27 +75,34 @@ def find_glass(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
 
     Parameters
     ----------
-    rgb : (h, w, 3) uint8
+    planes : (3, h, w) uint8
+        Red, green and blue of the slide, of all pixels or some.
 
     Returns
     -------
     (3,) float64
     """
-    planes = sample(rgb)
     darkest = darkest_of(planes)
-    share = ndimage.uniform_filter1d(np.bincount(darkest.ravel(), minlength=256) / darkest.size, 5, mode="constant") * 5
+    is_grey = lightest_of(planes) - darkest <= 40
+    share = np.convolve(np.bincount(darkest.ravel(), minlength=256) / darkest.size, np.ones(5), "same")
     low, high = GLASS_LEVELS
     peaks = [
         level
         for level in range(high, low - 1, -1)
         if share[level] >= GLASS_MIN_SHARE and share[level] >= share[max(0, level - 4) : level + 5].max()
     ]
-    colour = lightest_of(planes) - darkest
     for level in peaks:
-        chosen = (np.abs(darkest.astype(np.int16) - level) <= 2) & (colour <= 40)
-        if chosen.mean() >= GLASS_MIN_SHARE / 2:
-            return np.asarray(np.median(planes[:, chosen], axis=1), np.float64)
+        chosen = np.flatnonzero((darkest >= level - 2) & (darkest <= min(level + 2, 255)) & is_grey)
+        if len(chosen) >= GLASS_MIN_SHARE / 2 * darkest.size:
+            return np.array([_median(plane.ravel()[chosen]) for plane in planes])
     return np.array(DEFAULT_GLASS)
+
+
+def _median(values: NDArray[np.uint8]) -> float:
+    """Return the median of bytes, by counting."""
+    below = np.bincount(values, minlength=256).cumsum()
+    low, high = np.searchsorted(below, [(len(values) - 1) // 2, len(values) // 2], "right")
+    return float(low + high) / 2
 
 
 def to_light(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> Planes:
@@ -125,17 +131,17 @@ def _light_table(glass: float) -> NDArray[np.uint8]:
     return np.asarray(light.clip(0, 255), np.uint8)
 
 
-def total_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64], unit: int) -> NDArray[np.uint8]:
+def total_density(planes: Planes, unit: int) -> NDArray[np.uint8]:
     """Return the optical density of the three channels together, (h, w), in `unit`-ths; of each channel at most 85."""
     densities = np.minimum(np.rint(DENSITY_OF_LIGHT * unit), 85).astype(np.uint8)
-    red, green, blue = (
-        look_up(densities[_light_table(light)], rgb[..., channel]) for channel, light in enumerate(glass)
-    )
+    red, green, blue = (look_up(densities, plane) for plane in planes)
     return np.asarray(red + green + blue)
 
 
 def blur_density(planes: Planes, sigma: float) -> Planes:
     """Return the planes with their optical density smoothed."""
+    from scipy import ndimage
+
     smooth = np.empty_like(planes)
     for channel, plane in enumerate(planes):
         density = ndimage.gaussian_filter(DENSITY_OF_LIGHT[plane], sigma)
@@ -154,12 +160,25 @@ def stain_threshold(planes: Planes) -> float:
         From `to_light`.
     """
     low, high = STAIN_RANGE
-    few = sample(planes.transpose(1, 2, 0))
-    stain = DENSITY_OF_LIGHT[darkest_of(few)] - DENSITY_OF_LIGHT[lightest_of(few)]
+    step = sample_step(planes.shape[1:])
+    few = planes[:, ::step, ::step]
+    pairs = np.bincount((darkest_of(few).astype(np.uint16) << 8 | lightest_of(few)).ravel(), minlength=2**16)
+    there = np.flatnonzero(pairs)
+    stain = DENSITY_OF_LIGHT[there >> 8] - DENSITY_OF_LIGHT[there & 255]
     values = np.log(np.clip(stain, low / 4, 1.0))
     if values.max() - values.min() < 1e-3:
         return high
-    return float(np.clip(np.exp(threshold_otsu(values)), low, high))  # type: ignore[no-untyped-call]
+    counts, edges = np.histogram(values, 256, weights=pairs[there])
+    centres = (edges[:-1] + edges[1:]) / 2
+    return float(np.clip(np.exp(_otsu(counts, centres)), low, high))
+
+
+def _otsu(counts: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+    """Return the value that parts a histogram with the largest variance between both sides (Otsu 1979)."""
+    below, above = counts.cumsum()[:-1], counts[::-1].cumsum()[::-1][1:]
+    sums = (counts * values).cumsum()
+    between = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2
+    return float(values[np.argmax(between)])
 
 
 def is_stained(darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshold: float) -> Mask:
@@ -290,6 +309,8 @@ def _is_red(density: Density) -> Mask:
 
 def variation(darkest: NDArray[np.uint8], ink: Mask) -> Density:
     """Return the relative variation of density among the 3 x 3 neighbours of the cells well inside ink, (n,)."""
+    from scipy import ndimage
+
     inner = ~grow(~ink, 2)
     density = DENSITY_OF_LIGHT[darkest]
     mean = ndimage.uniform_filter(density, 3)
@@ -304,6 +325,8 @@ def find_even(darkest: NDArray[np.uint8], mpp: float) -> Mask:
     perhaps = _perhaps_even(darkest, side)
     if not perhaps.any():
         return found
+    from scipy import ndimage
+
     for place in find_windows(perhaps, side):
         density = DENSITY_OF_LIGHT[darkest[place]]
         mean = ndimage.uniform_filter(density, side)
@@ -329,8 +352,13 @@ def _perhaps_even(darkest: NDArray[np.uint8], side: int) -> Mask:
 def _pieces_on_glass(ink: Mask, candidates: Mask, mpp: float) -> Mask:
     """Keep the parts of large pieces that lie on glass, to be told by most of their rim."""
     least, reach = PEN_MIN_UM2 / mpp**2, max(4, round(RIM_UM / mpp))
-    labels, _ = ndimage.label(drop_small(ink, least, keep_largest=False))
+    large = drop_small(ink, least, keep_largest=False)
     kept = np.zeros_like(ink)
+    if not large.any():
+        return kept
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(large)
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         window = tuple(slice(max(0, side.start - reach), side.stop + reach) for side in place)
         kept[window] |= _part_on_glass(labels[window] == number, candidates[window], reach, least)
@@ -339,6 +367,8 @@ def _pieces_on_glass(ink: Mask, candidates: Mask, mpp: float) -> Mask:
 
 def _part_on_glass(piece: Mask, tissue: Mask, reach: int, least: float) -> Mask:
     """Cut a piece where its surroundings change from glass to tissue; return the parts with glass around."""
+    from scipy import ndimage
+
     blurred_rim = 2
     nearest = ndimage.distance_transform_edt(grow(piece, blurred_rim), return_distances=False, return_indices=True)
     parts, _ = ndimage.label(drop_small(piece & ~tissue[tuple(nearest)], least, keep_largest=False))

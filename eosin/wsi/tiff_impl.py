@@ -22,7 +22,7 @@ from eosin.errors import CorruptSlideError
 from eosin.wsi.cache import SegmentCache
 from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
 from eosin.wsi.resolution import Resolution
-from eosin.wsi.segments import MAX_SEGMENT_PX, DecodeError, Level, decode_segment
+from eosin.wsi.segments import MAX_STORED_BYTES, DecodeError, Level, decode_segment
 
 CACHE_BYTES = (16 * 2**20, 128 * 2**20)
 MANY_SEGMENTS = 32
@@ -39,8 +39,6 @@ class TiffReader:
     ----------
     path : Path
         The file.
-    tiff : TiffFile
-        Open; closed with the reader.
     levels : sequence of Level
         Stored levels, finest first.
     resolution : Resolution
@@ -53,12 +51,13 @@ class TiffReader:
         Colour profile of the pixels.
     facts : mapping
         What may be shown about the file, without the reader.
+    tiff : TiffFile, optional
+        The same file as tifffile has it open; closed with the reader.
     """
 
     def __init__(
         self,
         path: Path,
-        tiff: tifffile.TiffFile,
         levels: Sequence[Level],
         resolution: Resolution,
         *,
@@ -66,6 +65,7 @@ class TiffReader:
         bounds_px0: tuple[int, int, int, int] | None = None,
         icc_profile: bytes | None = None,
         facts: Facts,
+        tiff: tifffile.TiffFile | None = None,
     ) -> None:
         self.path = path
         self.size_px0: tuple[int, int] = levels[0].size_px
@@ -186,8 +186,8 @@ class TiffReader:
 
     def _stored_bytes(self, level: Level, index: int) -> bytes:
         offset, count = int(level.places.offsets[index]), int(level.places.counts[index])
-        if count > 8 * MAX_SEGMENT_PX:
-            raise DecodeError(f"{count} bytes are stated for it")
+        if not (0 <= count <= MAX_STORED_BYTES and offset >= 0):
+            raise DecodeError(f"{count} bytes at {offset} are stated for it")
         with self._file_lock:
             self._file.seek(offset)
             data = self._file.read(count)
@@ -201,7 +201,8 @@ class TiffReader:
 
     def close(self) -> None:
         """Release the file."""
-        self._tiff.close()
+        if self._tiff is not None:
+            self._tiff.close()
         self._file.close()
 
     def __enter__(self) -> Self:

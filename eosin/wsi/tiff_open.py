@@ -10,15 +10,16 @@ import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
 
 from eosin.errors import EosinError, SlideOpenError
+from eosin.wsi.directory import Directory, read_directories
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
-from eosin.wsi.segments import MAX_SEGMENT_PX, DecodeError, Level, Places, decode_segment
+from eosin.wsi.segments import MAX_SEGMENT_PX, MAX_STORED_BYTES, DecodeError, Level, Places, decode_segment
 from eosin.wsi.tiff_impl import Facts, TiffReader
 
 CORNER_PX = 64
@@ -44,21 +45,17 @@ def open_direct(path: Path, reference: OpenSlideReader) -> TiffReader | None:
     if reference.vendor not in DIRECT_VENDORS:
         return None
     try:
-        tiff = _open_tiff(path)
-    except DAMAGE:
-        return None
-    try:
-        levels = _levels_like(tiff, reference)
-        if levels and _pixels_agree(path, levels, reference):
-            return TiffReader(
-                path, tiff, levels, reference.resolution,
-                background=reference.background, bounds_px0=reference.bounds_px0,
-                icc_profile=reference.icc_profile, facts=_facts_like(reference),
-            )  # fmt: skip
+        with path.open("rb") as file:
+            levels = _levels_like(read_directories(file), reference)
+            if not levels or not _pixels_agree(file, levels, reference):
+                return None
+        return TiffReader(
+            path, levels, reference.resolution,
+            background=reference.background, bounds_px0=reference.bounds_px0,
+            icc_profile=reference.icc_profile, facts=_facts_like(reference),
+        )  # fmt: skip
     except (EosinError, DecodeError, *DAMAGE):
-        pass  # whatever is odd about the file, OpenSlide's own reader is the one to tell
-    tiff.close()
-    return None
+        return None  # whatever is odd about the file, OpenSlide's own reader is the one to tell
 
 
 def _open_tiff(path: Path) -> tifffile.TiffFile:
@@ -84,9 +81,9 @@ def _facts_like(reference: OpenSlideReader) -> Facts:
     return facts
 
 
-def _levels_like(tiff: tifffile.TiffFile, reference: OpenSlideReader) -> list[Level]:
-    pages: dict[tuple[int, int], Any] = {}
-    for page in (page.aspage() for page in tiff.pages):
+def _levels_like(directories: Sequence[Directory], reference: OpenSlideReader) -> list[Level]:
+    pages: dict[tuple[int, int], Directory] = {}
+    for page in directories:
         if page.is_tiled:
             pages.setdefault((page.imagewidth, page.imagelength), page)
     found = [pages.get(size) for size in reference.level_sizes]
@@ -95,7 +92,7 @@ def _levels_like(tiff: tifffile.TiffFile, reference: OpenSlideReader) -> list[Le
     return [_level(page, number, reference.downsamples[number]) for number, page in enumerate(found)]
 
 
-def _is_rgb_jpeg(page: Any) -> bool:
+def _is_rgb_jpeg(page: Directory) -> bool:
     is_missing = (
         page.description.startswith("Aperio") and 0 in page.databytecounts
     )  # Aperio fills these from other levels
@@ -124,23 +121,24 @@ def _level(page: Any, number: int, downsample: float) -> Level:
     return Level(page, number, size, segment, Places(page), downsample)
 
 
-def _pixels_agree(path: Path, levels: Sequence[Level], reference: OpenSlideReader) -> bool:
+def _pixels_agree(file: BinaryIO, levels: Sequence[Level], reference: OpenSlideReader) -> bool:
     """Compare a corner of each level's first stored segment, and the middle one of level 0, with OpenSlide's pixels."""
     middle = (levels[0].across * (-(-levels[0].size_px[1] // levels[0].segment_px[1]))) // 2
     probes = [(levels[0], middle, MAX_SEGMENT_PX), *((level, 0, CORNER_PX) for level in levels)]
-    with path.open("rb") as file:
-        for level, index, longest in probes:
-            count = level.page.databytecounts[index]
-            if count == 0:
-                continue
-            file.seek(level.page.dataoffsets[index])
-            decoded = decode_segment(level, index, file.read(count))
-            row, column = divmod(index, level.across)
-            x, y = column * level.segment_px[0], row * level.segment_px[1]
-            width, height = (min(level.segment_px[i], level.size_px[i] - (x, y)[i], longest) for i in (0, 1))
-            wanted = reference.read_level(level.number, (x, y), (width, height))
-            if not np.array_equal(decoded[:height, :width], wanted):
-                return False
+    for level, index, longest in probes:
+        count = int(level.page.databytecounts[index])
+        if count == 0:
+            continue
+        if count > MAX_STORED_BYTES:
+            return False
+        file.seek(int(level.page.dataoffsets[index]))
+        decoded = decode_segment(level, index, file.read(count))
+        row, column = divmod(index, level.across)
+        x, y = column * level.segment_px[0], row * level.segment_px[1]
+        width, height = (min(level.segment_px[i], level.size_px[i] - (x, y)[i], longest) for i in (0, 1))
+        wanted = reference.read_level(level.number, (x, y), (width, height))
+        if not np.array_equal(decoded[:height, :width], wanted):
+            return False
     return True
 
 
@@ -168,8 +166,8 @@ def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
         resolution = _plain_resolution(tiff, mpp)
         profile = levels[0].page.tags.valueof("InterColorProfile")
         return TiffReader(
-            path, tiff, levels, resolution,
-            icc_profile=bytes(profile) if profile else None, facts=_plain_facts(tiff, levels, resolution),
+            path, levels, resolution,
+            icc_profile=bytes(profile) if profile else None, facts=_plain_facts(tiff, levels, resolution), tiff=tiff,
         )  # fmt: skip
     except DAMAGE as error:
         tiff.close()

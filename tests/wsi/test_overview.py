@@ -22,9 +22,13 @@ def test_thumbnails_keep_the_shape_and_never_grow(write_slide, tissue_picture):
     with open_slide(write_slide("a.tiff", tissue_picture)) as slide:
         thumbnail = make_thumbnail(slide)
         assert thumbnail.size == (1000, 750)
-        again = make_thumbnail(slide, read_overview(slide, slide.mpp))
+        again = make_thumbnail(slide, read_overview(slide, 1.5 * slide.mpp))
+        assert again.size == (1000, 750)
+        reduced = make_thumbnail(slide, read_overview(slide, slide.mpp))
+        assert reduced.size == (800, 600)
         unused = make_thumbnail(slide, read_overview(slide, 8 * slide.mpp))
     assert np.abs(np.asarray(thumbnail, int) - np.asarray(again)).mean() < 3
+    assert np.abs(np.asarray(thumbnail.resize((800, 600)), int) - np.asarray(reduced)).mean() < 3
     assert np.array_equal(thumbnail, unused)
     with open_slide(write_slide("b.tiff", tissue_picture[:300, :200])) as slide:
         assert make_thumbnail(slide).size == (200, 300)

@@ -5,9 +5,8 @@ from PIL import Image, ImageDraw
 from eosin.errors import SlideError
 from eosin.wsi.histology import lay_out
 from eosin.wsi.morphology import grow
-from eosin.wsi.overview import read_overview
+from eosin.wsi.overview import Overview, read_overview
 from eosin.wsi.slide import open_slide
-from eosin.wsi.stain import is_dark
 from eosin.wsi.synthetic import SlidePlan, make_slide
 from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
 
@@ -195,13 +194,13 @@ def test_fluorescence_is_recognised():
     rng = np.random.default_rng(0)
     dark = rng.normal(6, 2, (200, 200, 3)).clip(0, 255)
     dark[50:90, 50:90, 2] = 200
-    assert is_dark(dark.astype(np.uint8))
-    assert not is_dark(np.full((10, 10, 3), 240, np.uint8))
+    assert Overview(dark.astype(np.uint8), MPP).is_dark
+    assert not Overview(np.full((10, 10, 3), 240, np.uint8), MPP).is_dark
 
 
 def test_half_black_bright_field_is_not_fluorescence(scene):
     picture, _ = scene
-    assert not is_dark(np.concatenate([np.zeros_like(picture), picture, np.zeros_like(picture)]))
+    assert not Overview(np.concatenate([np.zeros_like(picture), picture, np.zeros_like(picture)]), MPP).is_dark
 
 
 def test_dark_slides_are_refused(write_slide):
