@@ -5,6 +5,24 @@ from scipy import ndimage
 from eosin.wsi.pieces import find_pieces
 
 
+def spiral(side):
+    mask = np.zeros((side, side), bool)
+    for ring in range(0, side // 2, 2):
+        mask[ring, max(0, ring - 2) : side - ring] = True
+        mask[ring : side - ring, side - ring - 1] = True
+        mask[side - ring - 1, ring : side - ring] = True
+        mask[ring + 2 : side - ring, ring] = True
+    return mask
+
+
+def test_a_long_way_round_is_one_piece():
+    comb = np.zeros((400, 401), bool)
+    comb[:, ::2] = True
+    comb[-1] = True
+    for mask in (spiral(401), spiral(401)[::-1], comb, comb[::-1], comb.T, np.ascontiguousarray(comb.T[:, ::-1])):
+        assert find_pieces(mask).count == ndimage.label(mask)[1] == 1
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (37, 53)])
 def test_pieces_are_those_of_labelling_every_cell(share, shape):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from eosin.errors import SlideError
 from eosin.wsi.array_impl import ArraySlide
 from eosin.wsi.grid import Tiling, make_grid
 from eosin.wsi.morphology import grow
 from eosin.wsi.refine import enlarge
-from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, find_tissue, look_over
+from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, examine, find_tissue, look_over
 
 MPP = 8.0
 SHAPE = (1000, 1280)
@@ -77,7 +78,7 @@ def test_odd_numbers_of_cells_and_tissue_at_the_edges(scene):
     assert iou(mask.mask[:, : inside.shape[1]], inside) > 0.98
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.3, 2.0])
+@pytest.mark.parametrize("strength", [0.07, 0.1, 0.3, 2.0])
 def test_faint_and_strong_stains_are_found(scene, strength):
     picture, inside = scene
     density = -np.log10((picture.astype(float) + 1) / 244).clip(max=0)
@@ -143,3 +144,72 @@ def test_shares_of_a_lattice_are_those_of_its_squares(cell):
     assert mask.share_of(np.zeros((0, 2), np.int64), side).shape == (0,)
     grid = make_grid(mask, Tiling(patch_size=47, overlap=16), slide_size_px0=mask.slide_size_px0, slide_mpp=0.5)
     assert 0 < grid.n_tiles < (len(xs) + 2) * (len(ys) + 2)
+
+
+def test_the_border_is_that_of_the_fine_cells(scene):
+    picture, inside = scene
+    slide = ArraySlide(picture, mpp=MPP)
+    coarse = enlarge(examine(look_over(slide), TissueOptions()).mask)
+    assert iou(coarse, inside) < 0.995
+    assert iou(find_tissue(slide).mask, inside) > 0.999
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0, 2.0])
+def test_brown_on_pale_blue_is_tissue(scene, strength):
+    _, inside = scene
+    rng = np.random.default_rng(4)
+    nuclei, positive = rng.random((*SHAPE, 1)), rng.random((*SHAPE, 1)) < 0.3
+    haematoxylin = (nuclei + 0.03) * [0.16, 0.17, 0.07]
+    brown = positive * nuclei * [0.25, 0.45, 0.7]
+    mask, _ = found_on(shine((haematoxylin + brown) * inside[..., None] * strength, rng))
+    assert iou(mask.mask, inside) > 0.97
+    assert mask.notes == ()
+
+
+@pytest.mark.parametrize("light", [(170, 167, 171), (220, 205, 183), (250, 250, 250), (200, 210, 215)])
+def test_the_colour_of_the_glass_does_not_matter(scene, light):
+    picture, inside = scene
+    mask, fine_px = found_on((picture / 243.0 * light).clip(0, 255).astype(np.uint8))
+    assert iou(mask.mask, inside) > 0.99
+    assert fine_px < 0.55 * inside.size
+
+
+def test_black_edges_lines_and_dirt_are_no_tissue(scene):
+    picture, inside = scene
+    dirty = picture.copy()
+    dirty[:30], dirty[:, -25:] = (6, 6, 8), (4, 5, 5)
+    dirty[940:943], dirty[:, 760:763] = (190, 192, 190), (170, 173, 176)
+    dirty[850:880, 800:830] = (120, 118, 119)
+    mask, _ = found_on(dirty)
+    assert iou(mask.mask, inside) > 0.99
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_fat_belongs_to_the_tissue_that_it_touches(scene, strength):
+    picture, inside = scene
+    rows, columns = np.indices(SHAPE)
+    fat = (np.hypot(columns - 420, rows - 480) < 420) & (columns > 420) & ~inside
+    membranes = fat & ((columns % 8 < 2) | (rows % 8 < 2))  # around cells of 64 µm
+    density = -np.log10((picture.astype(float) + 1) / 244).clip(max=0)
+    density += membranes[..., None] * np.array([0.01, 0.06, 0.03]) * strength
+    mask, _ = found_on(shine(density, np.random.default_rng(0)))
+    assert mask.mask[fat].mean() > 0.93
+    assert iou(mask.mask, inside | fat) > 0.97
+
+
+def test_fluorescence_is_refused_before_anything_fine_is_read(scene):
+    _, inside = scene
+    dark = np.random.default_rng(0).normal(6, 2, (*SHAPE, 3)).clip(0, 255).astype(np.uint8)
+    dark[inside, 2] = 200
+    slide = CountingSlide(dark, mpp=MPP)
+    with pytest.raises(SlideError, match="background is dark") as caught:
+        find_tissue(slide)
+    assert caught.value.code == "dark-background"
+    assert slide.fine_px == 0
+
+
+def test_a_large_slide_of_glass_has_no_tissue():
+    noise = np.random.default_rng(0).normal(230, 2, (*SHAPE, 3)).clip(0, 255).astype(np.uint8)
+    mask, fine_px = found_on(noise)
+    assert not mask.mask.any()
+    assert fine_px == 0

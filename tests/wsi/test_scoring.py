@@ -159,6 +159,14 @@ def test_scores_are_stored_beside_the_coordinates(tmp_path):
     assert read_grid(path).n_tiles == 3
 
 
+def test_scores_of_the_first_version_are_read(tmp_path):
+    path = tmp_path / "a_patches.h5"
+    make_grid_file(path, quality=TileQuality(*np.ones((4, 3), np.float32)))
+    with h5py.File(path, "r+") as file:
+        file["quality"].attrs["encoding-version"] = "1"
+    assert read_quality(path).pen.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("harm", ["rows", "version", "value"])
 def test_scores_that_do_not_fit_are_an_error(tmp_path, harm):
     path = tmp_path / "a_patches.h5"
