@@ -25,6 +25,8 @@ SIZE_IN = (4.0, 4.0)
 COLOURS = ("#7a2453", "#1f6f8b", "#c7822b", "#4c7a34", "#5b4b8a", "#8a8a8a", "#b5474b", "#2b8a7a")
 FAINT = "0.75"
 WILSON_Z = 1.96
+LOW_SHARE = 0.08  # a count below such a point would lie on the axis
+CURVES_BESIDE_LEGEND, LEGEND_COLUMNS, LEGEND_LINE_IN = 2, 2, 0.17
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ def roc_panel(curves: Sequence[Curve], *, title: str = "ROC") -> Panel | None:
         false_positive, true_positive, _ = roc_curve(curve.truth, curve.score)
         name = f"{curve.name} (AUC {auc(false_positive, true_positive):.3f})"
         axes.plot(false_positive, true_positive, color=colour, linewidth=1.6, label=name)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    _legend(figure, axes, len(drawn), corner="lower right")
     return Panel(_svg(figure), title, "Dashed: chance.")
 
 
@@ -98,7 +100,7 @@ def precision_recall_panel(curves: Sequence[Curve], *, title: str = "Precision a
         prevalence = float(drawn[0].truth.mean())
         axes.axhline(prevalence, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
         caption = f"Dashed: prevalence, {prevalence:.2f}."
-    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    _legend(figure, axes, len(drawn), corner="lower left")
     return Panel(_svg(figure), title, caption)
 
 
@@ -115,7 +117,8 @@ def calibration_panel(curve: Curve, *, error: float | None, title: str = "Calibr
         points[:, 0], points[:, 1], yerr=spread, fmt="o-", color=COLOURS[0], markersize=4, linewidth=1.2, elinewidth=0.8
     )
     for x, y, count in points:
-        axes.annotate(f"{int(count)}", (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7, color="0.4")
+        place = (5, 4) if y < LOW_SHARE else (5, -9)
+        axes.annotate(f"{int(count)}", (x, y), xytext=place, textcoords="offset points", fontsize=7, color="0.4")
     said = "" if error is None else f" Expected calibration error {error:.3f}."
     caption = f"{curve.name}; bars: 95 % Wilson interval, numbers: slides in the bin.{said}"
     return Panel(_svg(figure), title, caption)
@@ -188,6 +191,16 @@ def _square(x: str, y: str, *, limits: tuple[float, float] = (0.0, 1.0)) -> tupl
     axes.set(xlabel=x, ylabel=y, xlim=span, ylim=span, aspect="equal")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, curves: int, *, corner: str) -> None:
+    """Name the curves in a corner where few of them leave one free, else below, where they hide nothing."""
+    if curves <= CURVES_BESIDE_LEGEND:
+        axes.legend(frameon=False, loc=corner, fontsize=8)
+        return
+    lines = -(-curves // LEGEND_COLUMNS)
+    figure.set_figheight(SIZE_IN[1] + LEGEND_LINE_IN * (lines + 1))
+    figure.legend(frameon=False, loc="outside lower center", fontsize=8, ncols=LEGEND_COLUMNS)
 
 
 def _colours(drawn: Sequence[object]) -> list[str]:

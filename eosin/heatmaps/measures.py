@@ -42,6 +42,7 @@ METRIC_NAMES = {
     "integrated_brier": "Integrated Brier score",
     "score": "Mean over the targets",
 }
+OVERALL = "score"  # of several targets, one of which may have this name
 LOWER_IS_BETTER = ("log_loss", "brier", "ece", "mean_absolute_error", "rmse", "integrated_brier")
 NO_LESS_THAN_ZERO = ("log_loss", "brier", "mean_absolute_error", "rmse")
 CORRELATIONS = ("kappa", "quadratic_kappa", "pearson", "spearman")
@@ -129,18 +130,17 @@ def metric_name(metric: str) -> str:
     base = _base(metric)
     if base is None:
         return metric
-    rest = metric.removeprefix(base).removeprefix("_") if metric.startswith(base) else metric.removesuffix(f"_{base}")
-    named = METRIC_NAMES[base] + (f", {rest}" if rest else "")
+    before, _, after = f"_{metric}_".partition(f"_{base}_")
+    named = ", ".join([METRIC_NAMES[base], *filter(None, (before.strip("_"), after.strip("_")))])
     return f"{named} ↓" if base in LOWER_IS_BETTER else named
 
 
 def _base(metric: str) -> str | None:
     """Return the metric without the class or target that it is of; None for one that has no name in words."""
-    return next((key for key in sorted(METRIC_NAMES, key=len, reverse=True) if _is(metric, key)), None)
-
-
-def _is(metric: str, key: str) -> bool:
-    return metric == key or metric.startswith(f"{key}_") or metric.endswith(f"_{key}")
+    if metric in METRIC_NAMES:
+        return metric
+    keys = sorted(METRIC_NAMES.keys() - {OVERALL}, key=len, reverse=True)
+    return next((key for key in keys if f"_{key}_" in f"_{metric}_"), None)
 
 
 def over_folds(figures: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from eosin.errors import ConfigError
@@ -36,10 +36,12 @@ class Ensemble:
     tasks: tuple[Task, ...]
     device: torch.device
 
-    @property
+    @cached_property
     def task(self) -> Task:
-        """The first model's task; a threshold is the mean of the models'."""
-        return with_mean_threshold(self.tasks[0], self.tasks)
+        """The question with what all models learnt: a threshold is their mean, times of survival are common to all."""
+        nothing = [task.activate(torch.zeros(1, task.n_outputs)) for task in self.tasks]
+        pooled, _ = self.tasks[0].pooled(self.tasks, nothing)
+        return with_mean_threshold(pooled, self.tasks)
 
     @property
     def model_id(self) -> str:
@@ -69,13 +71,12 @@ class Ensemble:
         return {"model": self.model_id, "encoder": features.encoder, "encoder_hash": features.weights_hash}
 
     def outputs(self, bags: BagSource, bag_id: str) -> Floats:
-        """Return the activated outputs of each model for one bag, (models, outputs)."""
-        return np.concatenate(
-            [
-                predict_outputs(model, task, bags, [bag_id], device=self.device)
-                for model, task in zip(self.models, self.tasks, strict=True)
-            ]
-        )
+        """Return the activated outputs of each model for one bag in the form of `task`, (models, outputs)."""
+        said = [
+            predict_outputs(model, task, bags, [bag_id], device=self.device)
+            for model, task in zip(self.models, self.tasks, strict=True)
+        ]
+        return self.tasks[0].pooled(self.tasks, said)[1]
 
     def answer(self, outputs: Floats) -> Row:
         """Return the columns of the task and the uncertainty from the outputs of each model, (models, outputs)."""

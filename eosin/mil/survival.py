@@ -71,10 +71,11 @@ class _Survival(Task):
 
     def describe(self, rows: Sequence[Row]) -> str:
         """Return the columns, their orientation, and how many rows have an event."""
-        seen = int(self.encode(rows)[:, 1].sum())
-        value = f"{self.event_value!r}" if self.event_value else "0" if self.one_is_censored else "1"
-        turned = "; turned round, because its name says that 1 is censored" if self.one_is_censored else ""
-        counted = f"{seen} of {len(rows)} have one"
+        seen = [self._is_event(row[self.event]) for row in rows]
+        values = sorted({row[self.event].strip() for row, event in zip(rows, seen, strict=True) if event})
+        value = f"{self.event_value!r}" if self.event_value else " or ".join(values)
+        turned = "; turned round, because its name says that 1 is censored" if value == "0" else ""
+        counted = f"{sum(seen)} of {len(rows)} have one"
         return f"label: time in {self.time!r}; {self.event!r} with {value} for an event, {counted}{turned}"
 
     def fit_to(self, target: Tensor) -> Self:
@@ -246,12 +247,22 @@ class DiscreteSurvival(_Survival):
         return np.asarray(-outputs.sum(1))
 
     def table(self, outputs: Floats) -> Columns:
-        """Return ``risk`` and ``survival_<bin>`` columns."""
-        return {"risk": self.risk(outputs)} | {f"survival_{k + 1}": outputs[:, k] for k in range(self.bins)}
+        """Return ``risk``, ``survival_<bin>`` and, of all bins but the last, ``until_<bin>``: its upper end."""
+        ends = {f"until_{k + 1}": np.full(len(outputs), edge) for k, edge in enumerate(self.edges)}
+        survival = {f"survival_{k + 1}": outputs[:, k] for k in range(self.bins)}
+        return {"risk": self.risk(outputs)} | survival | ends
 
     def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
-        """Return the probabilities of surviving each bin."""
-        return np.stack([np.asarray(columns[f"survival_{k + 1}"], np.float64) for k in range(self.bins)], 1)
+        """Return the probabilities of surviving each bin, at the `edges` of this task where rows have others."""
+        survival = _numbers(columns, [f"survival_{k + 1}" for k in range(self.bins)])
+        ends = [f"until_{k + 1}" for k in range(len(self.edges))]
+        if not ends or any(name not in columns for name in ends):
+            return survival
+        edges = _numbers(columns, ends)
+        for own in np.unique(edges, axis=0):
+            rows = (edges == own).all(1)
+            survival[rows] = _moved(survival[rows], own, np.asarray(self.edges))
+        return survival
 
     def metrics(
         self,
@@ -274,6 +285,10 @@ class DiscreteSurvival(_Survival):
             for own, rows in zip(tasks, outputs, strict=True)
         ]
         return task, np.concatenate(moved)
+
+
+def _numbers(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Floats:
+    return np.stack([np.asarray(columns[name], np.float64) for name in names], 1)
 
 
 def _moved(survival: Floats, edges: Floats, times: Floats) -> Floats:

@@ -13,7 +13,7 @@ from PIL import Image
 from eosin.errors import LabelError
 from eosin.heatmaps.evaluation import Context, evaluation_report, worst_cards
 from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
-from eosin.heatmaps.measures import Evaluated, compare_runs, over_folds, site_table
+from eosin.heatmaps.measures import Evaluated, compare_runs, metric_name, over_folds, site_table
 from eosin.heatmaps.report import write_report
 from eosin.mil.evaluate import bootstrap, summarise_folds
 from eosin.mil.tasks import make_task
@@ -126,6 +126,36 @@ def test_intervals_over_few_folds_stay_within_what_a_metric_can_be(metric, told)
     figures = {"mean": 0.5, "standard_deviation": 1.0, "standard_error": 0.5, "interval": [-0.5, 1.5], "n_folds": 3}
     table = over_folds({metric: figures})
     assert table["95 % interval of the mean"][0] == told
+
+
+@pytest.mark.parametrize(
+    ("metric", "named"),
+    [
+        ("score", "Mean over the targets"),
+        ("score_rmse", "Root mean squared error, score ↓"),
+        ("isup_auc_3", "Area under the ROC curve, isup, 3"),
+        ("auc_score", "Area under the ROC curve, score"),
+        ("time_time_auc", "Time-dependent AUC, time"),
+        ("her2_f1", "F1 score, mean of the classes, her2"),
+        ("x", "x"),
+    ],
+)
+def test_metrics_are_named_in_words(metric, named):
+    assert metric_name(metric) == named
+
+
+def test_legends_of_many_curves_lie_below_the_axes():
+    truth, score = np.arange(40) % 2 == 0, np.linspace(0, 1, 40)
+    heights = []
+    for count in (2, 5):
+        panel = precision_recall_panel([Curve(f"class {k}", truth, score) for k in range(count)])
+        svg = base64.b64decode(panel.uri.split(",")[1]).decode()
+        heights.append(float(re.search(r'height="([\d.]+)pt"', svg)[1]))
+        names = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>class', svg)]
+        (recall,) = (float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>Recall', svg))
+        assert len(names) == count
+        assert all((y > recall) == (count == 5) for y in names)
+    assert heights[0] < heights[1]
 
 
 def test_sites_are_judged_alone_with_intervals():

@@ -4,6 +4,7 @@ import torch
 
 from eosin.errors import LabelError
 from eosin.mil.data import LabelTable, make_examples
+from eosin.mil.ensemble import Ensemble
 from eosin.mil.evaluate import predict_outputs
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.survival import Cox, DiscreteSurvival, concordance, survival_losses
@@ -55,6 +56,34 @@ def test_bins_hold_equal_numbers_of_the_training_parts_events():
     early = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[1.0, 1.0]]).double())
     late = fitted.bag_losses(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[59.0, 1.0]]).double())
     assert early < 0.01 < 5 < late
+
+
+def test_a_table_says_until_when_and_is_read_at_the_times_of_another_task():
+    own, other = DiscreteSurvival(edges=(2.0, 4.0, 8.0)), DiscreteSurvival(edges=(3.0, 4.0, 6.0))
+    curve = np.array([[0.8, 0.6, 0.4, 0.1]])
+    columns = {name: [str(value) for value in values] for name, values in own.table(curve).items()}
+    assert [columns[f"until_{k}"] for k in (1, 2, 3)] == [["2.0"], ["4.0"], ["8.0"]]
+    np.testing.assert_allclose(own.read_outputs(columns), curve)
+    np.testing.assert_allclose(other.read_outputs(columns), [[0.7, 0.6, 0.5, 0.1]])
+
+
+def test_an_ensemble_answers_at_times_common_to_its_models(monkeypatch):
+    tasks = DiscreteSurvival(edges=(2.0, 4.0, 8.0)), DiscreteSurvival(edges=(4.0, 8.0, 16.0))
+    said = {tasks[0]: [[0.8, 0.6, 0.2, 0.1]], tasks[1]: [[0.6, 0.2, 0.1, 0.0]]}  # the same curve where both know it
+    monkeypatch.setattr("eosin.mil.ensemble.predict_outputs", lambda _m, task, *_a, **_o: np.array(said[task]))
+    models = Ensemble((None, None), (), tasks, torch.device("cpu"))
+    assert models.task.edges == (3.0, 6.0, 12.0)
+    outputs = models.outputs(None, "s")
+    np.testing.assert_allclose(outputs[0, :2], [0.7, 0.4])
+    np.testing.assert_allclose(outputs[:, 1], 0.4)
+    assert models.answer(outputs)["until_2"] == 6.0
+
+
+def test_the_words_that_are_events_are_said():
+    task = make_task("cox", rows((1, "dead"), (9, "alive"), (3, "Deceased")), target="time,event")
+    assert "'event' with Deceased or dead for an event, 2 of 3" in task.describe(
+        rows((1, "dead"), (9, "alive"), (3, "Deceased"))
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
