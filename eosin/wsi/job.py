@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
+from shapely import box
 
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, SlideError
@@ -224,7 +225,9 @@ class TilePlan:
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
         mask = tissue_from_outline(slide, outline, tissue)
         pen = None if overview.is_dark else find_tissue(slide, tissue, overview=overview).pen
-        return replace(mask, notes=(f"tissue as drawn in {drawn.name}",), pen=pen)
+        meets = outline.is_empty or outline.intersects(box(0, 0, *slide.size_px0))
+        note = f"tissue as drawn in {drawn.name}{'' if meets else ', which lies outside the slide'}"
+        return replace(mask, notes=(note,), pen=pen)
 
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""

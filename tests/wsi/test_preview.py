@@ -46,5 +46,10 @@ def test_a_preview_shows_what_was_drawn(slide, tmp_path):
     (folder / "good (1) µ.json").write_text(json.dumps(square))
     report = preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=folder)
     assert report.records[0].message == "8 tiles; tissue as drawn in good (1) µ.json"
+    outside = {"type": "Polygon", "coordinates": [[[9000, 0], [9256, 0], [9256, 128], [9000, 128], [9000, 0]]]}
+    (folder / "good (1) µ.json").write_text(json.dumps(outside))
+    report = preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=folder)
+    assert report.records[0].status == "empty"
+    assert report.records[0].message.endswith("tissue as drawn in good (1) µ.json, which lies outside the slide")
     with pytest.raises(ConfigError, match="no such folder"):
         preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=tmp_path / "none")
