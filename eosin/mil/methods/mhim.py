@@ -25,16 +25,20 @@ Version 2 (`mhim_v2`):
    as in version 1, and its one bag loss is that of the mean of its two logits.
 6. The highest are hidden as in 2 with constant β_h; of the L survivors ``⌊(1 - random_mask_ratio) L⌋`` are kept at
    random. The others are recycled: k global tokens Q read them, ``Z = out(attention(LN(Q), LN(rest)))`` with shared
-   norm and without biases in q, k, v; the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``.
+   norm and without biases in q, k, v; the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``. A bag
+   that keeps few instances is given the first ⌊share · kept⌋ rows of Z only.
 
 Deviations from the authors' code. `random_mask_ratio` is the fraction that is removed, 0.8; the code's `merge_ratio`
 is the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in
-the code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it,
-from the mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least
-one instance. The student embeds only what is left, instead of embedding all and then hiding. TransMIL's weights are
-those of an instance and its repeat together, negative ones count as 0. DSMIL predicts with the bag stream after version
-1, where the code takes the mean of both probabilities. Hiding uses boolean masks; there is no loop over bags. Version 1
-waits once per step for the number of instances left.
+the code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it, from
+the mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least one
+instance. The code gives every bag all k tokens; beside a handful of kept instances the student then learns to read the
+class from its tokens, which the deployed model does not see, and on whole bags it says nothing. `token_share` keeps
+them a minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The student embeds only
+what is left, instead of embedding all and then hiding. TransMIL's weights are those of an instance and its repeat
+together, negative ones count as 0. DSMIL predicts with the bag stream after version 1, where the code takes the mean
+of both probabilities. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per step for the
+number of instances left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
@@ -213,6 +217,8 @@ class MhimV2(Strategy):
         After its output projection.
     token_momentum : float
         m_q of the tokens.
+    token_share : float or None
+        Most tokens of a bag, as a fraction of the instances that it keeps; none gives every bag all.
     score_bias : bool
         Add the classifier's bias in equation 5.
     consistency, temperature, momentum, momentum_schedule, init_from
@@ -234,6 +240,7 @@ class MhimV2(Strategy):
         head_dim: int = 64,
         token_dropout: float = 0.1,
         token_momentum: float = 0.9999,
+        token_share: float | None = 0.1,
         score_bias: bool = False,
         consistency: float = 0.5,
         temperature: float = 0.1,
@@ -258,7 +265,13 @@ class MhimV2(Strategy):
         self.consistency = consistency
         self.temperature = _positive(temperature)
         self.recycle = GlobalRecycle(
-            width, tokens=tokens, heads=heads, head_dim=head_dim, dropout=token_dropout, momentum=token_momentum
+            width,
+            tokens=tokens,
+            heads=heads,
+            head_dim=head_dim,
+            dropout=token_dropout,
+            momentum=token_momentum,
+            token_share=token_share,
         )
         self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
 

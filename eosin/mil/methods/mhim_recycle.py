@@ -21,13 +21,27 @@ class GlobalRecycle(nn.Module):
         Width E of embedded instances.
     tokens, heads, head_dim : int
     dropout, momentum : float
+    token_share : float or None
+        Most tokens that a bag is given, as a fraction of the instances that it keeps; none gives each bag all.
     """
 
     queries: Tensor
 
-    def __init__(self, width: int, *, tokens: int, heads: int, head_dim: int, dropout: float, momentum: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        dropout: float,
+        momentum: float,
+        token_share: float | None = None,
+    ) -> None:
         super().__init__()
         require_counts("mhim_v2", tokens=tokens, heads=heads, head_dim=head_dim)
+        if token_share is not None:
+            require_fractions("mhim_v2", token_share=token_share)
         require_fractions("mhim_v2", token_dropout=dropout, token_momentum=momentum)
         bound = math.sqrt(6 / (768 + width))
         self.register_buffer("queries", torch.empty(tokens, width).uniform_(-bound, bound))
@@ -38,6 +52,7 @@ class GlobalRecycle(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.momentum = momentum
+        self.token_share = token_share
         self._read: Tensor | None = None
 
     def read(self, rest: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -54,20 +69,22 @@ class GlobalRecycle(nn.Module):
         keep, take = (tuple(column) for column in zip(*counts, strict=True))
         tokens = self.read(embedded[rows_where(rest, sum(take))], take)  # (B, k, E)
         self._read = tokens.detach()
-        added = tokens.shape[1]
-        lengths = torch.tensor(keep) + added
+        given = [self.given(count) for count in keep]
+        lengths = torch.tensor(keep) + torch.tensor(given)
         bag = torch.repeat_interleave(torch.arange(bags.n_bags), lengths)
-        place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag]
-        is_token = (place >= torch.tensor(keep)[bag]).to(embedded.device)
-        source = torch.empty(len(bag), dtype=torch.int64, device=embedded.device)
-        last = len(embedded)
-        source[rows_where(~is_token, sum(keep))] = rows_where(kept, sum(keep))
-        source[rows_where(is_token, added * bags.n_bags)] = torch.arange(
-            last, last + added * bags.n_bags, device=embedded.device
-        )
+        place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag] - torch.tensor(keep)[bag]
+        is_token = place >= 0
+        rows = len(embedded) + bag * tokens.shape[1] + place
+        source = rows.to(embedded.device)
+        source[rows_where(~is_token.to(embedded.device), sum(keep))] = rows_where(kept, sum(keep))
         values = torch.cat([embedded, tokens.flatten(0, 1).to(embedded.dtype)])[source]
         ends = functional.pad(lengths.cumsum(0), (1, 0)).to(bags.cu_seqlens)
         return PackedBags(values, ends, tuple(lengths.tolist()), None, bags.ids)
+
+    def given(self, kept: int) -> int:
+        """Return how many tokens stand beside so many kept instances."""
+        k = len(self.queries)
+        return k if self.token_share is None else min(k, math.floor(self.token_share * kept + 1e-9))
 
     @torch.no_grad()
     def follow(self) -> None:

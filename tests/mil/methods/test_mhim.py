@@ -177,6 +177,37 @@ def test_bags_of_a_pack_are_recycled_apart():
         torch.testing.assert_close(found, torch.cat([keep, recycle.read(rest, (len(rest),))[0]]))
 
 
+def test_tokens_stay_a_minority():
+    torch.manual_seed(0)
+    recycle = GlobalRecycle(5, tokens=2, heads=2, head_dim=3, dropout=0.0, momentum=0.9, token_share=0.25)
+    bags = draw((6, 10, 0, 40))
+    kept = torch.cat([torch.arange(n) < keep for n, keep in zip(bags.lengths, (3, 4, 0, 12), strict=True)])
+    counts = [(3, 3), (4, 6), (0, 0), (12, 28)]
+    left = recycle(bags.values, bags, kept, ~kept, counts)
+    assert left.lengths == (3, 5, 0, 14)
+    for found, bag, (keep, taken) in zip(left.unpack(), bags.unpack(), counts, strict=True):
+        tokens = recycle.read(bag[keep:], (taken,))[0][: len(found) - keep]
+        torch.testing.assert_close(found, torch.cat([bag[:keep], tokens]))
+
+
+def test_what_was_learnt_from_a_few_instances_holds_for_whole_bags():
+    """With all tokens beside one or two kept instances the loss on whole bags stays at chance, 0.69."""
+    generator = torch.Generator().manual_seed(0)
+    bags = PackedBags.pack([torch.randn(12, 5, generator=generator) + number % 2 for number in range(20)])
+    target = torch.arange(20) % 2
+    task = Classification(classes=("a", "b"))
+    torch.manual_seed(0)
+    mhim = MhimV2(Abmil(5, 2, embed_dims=(8,), dropout=0.0), task, heads=2, head_dim=4)
+    optimizer = torch.optim.Adam(mhim.parameters(), lr=0.01)
+    for _ in range(60):
+        step = mhim(bags, target)
+        optimizer.zero_grad()
+        (task.loss(step.output.logits, target) + sum(step.extra.values())).backward()
+        optimizer.step()
+        mhim.after_step(step)
+    assert task.loss(mhim.inference_model()(bags).logits, target) < 0.5
+
+
 def test_the_student_learns_from_what_is_left():
     mhim = strategy(high_ratio=0.2, low_ratio=0.1, consistency=0.5).train()
     bags = draw()
@@ -222,7 +253,8 @@ def test_the_ratio_of_version_2_is_what_is_removed(random_mask_ratio):
 @pytest.mark.parametrize("kind", [Abmil, ClamMultiBranch, Dsmil, Acmil, TransMil])
 @pytest.mark.parametrize("version", [Mhim, MhimV2])
 def test_any_attention_may_be_the_host(kind, version):
-    mhim = version(model(kind), TASK).train()
+    options = {"token_share": None} if version is MhimV2 else {}
+    mhim = version(model(kind), TASK, **options).train()
     target = torch.zeros(len(LENGTHS), dtype=torch.int64)
     queries = mhim.recycle.queries.clone() if version is MhimV2 else None
     for seed in range(2):
@@ -331,6 +363,8 @@ def test_what_makes_no_sense_is_refused():
         Mhim(model(), TASK, low_ratio=1.5)
     with pytest.raises(ConfigError, match="temperature 0"):
         Mhim(model(), TASK, temperature=0.0)
+    with pytest.raises(ConfigError, match=r"token_share 2\.0 must lie in"):
+        MhimV2(model(), TASK, token_share=2.0)
     with pytest.raises(ConfigError, match="tokens is 0"):
         MhimV2(model(), TASK, tokens=0)
     whole = model()
