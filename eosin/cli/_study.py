@@ -163,7 +163,6 @@ def choose_recipe(name: str | None, settings: Settings, *, max_instances_per_ste
     """
     import eosin.mil.methods  # noqa: F401 - registers the recipes
     from eosin.mil.recipe import RECIPES, Recipe
-    from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
     from eosin.options import read_yaml
 
     if name is not None and Path(name).suffix in (".yaml", ".yml"):
@@ -174,8 +173,15 @@ def choose_recipe(name: str | None, settings: Settings, *, max_instances_per_ste
     if max_instances_per_step is not None:
         changed = merge(changed, {"training": {"max_instances_per_step": max_instances_per_step}})
     recipe = Recipe.parse(changed, source="recipe")
+    require_methods(recipe)
+    return recipe
+
+
+def require_methods(recipe: "Recipe") -> None:
+    """Raise `UnknownNameError` when a recipe names a method or an option that does not exist."""
+    from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
+
     AGGREGATORS.resolve(recipe.aggregator.name, recipe.aggregator.options)
     STRATEGIES.resolve(recipe.strategy.name, recipe.strategy.options)
     for term in recipe.terms:
         LOSS_TERMS.resolve(term.name, term.options)
-    return recipe

@@ -113,6 +113,7 @@ def crossval(
 
 
 def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":
+    from eosin.cli._study import require_methods
     from eosin.mil.sweep import Sweep
     from eosin.options import read_yaml
 
@@ -120,7 +121,10 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
         return {}
     if recipe is not None or settings.group("recipe"):
         raise ConfigError("--sweep names its recipes itself; leave out --recipe and the group recipe")
-    return Sweep.parse(read_yaml(sweep), source=str(sweep)).candidates()
+    candidates = Sweep.parse(read_yaml(sweep), source=str(sweep)).candidates()
+    for candidate in candidates.values():
+        require_methods(candidate)
+    return candidates
 
 
 def _train(

@@ -36,7 +36,7 @@ def split(
     """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
     from eosin.errors import UnknownNameError
     from eosin.mil.splits import SplitKind, make_nested_splits, make_splits
-    from eosin.mil.study import label_cohort, open_labels, pose_task, write_all_splits
+    from eosin.mil.study import label_cohort, note_on_sites, open_labels, pose_task, write_all_splits
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)
@@ -51,5 +51,6 @@ def split(
         fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
         nested = [make_splits(cohort, folds=number, kind=kind_, seed=seed, **fractions)]
     write_all_splits(out, nested, cohort)
-    say("; ".join((*table.notes, posed.describe(table.rows()))))
+    sites = [note_on_sites(table)] if group == SITE else []
+    say("; ".join((*table.notes, *sites, posed.describe(table.rows()))))
     return Done([out])

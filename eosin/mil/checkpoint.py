@@ -126,7 +126,9 @@ def load_card(folder: Path) -> ModelCard:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(folder, f"is no model folder (no {CARD}); pass the folder that training wrote") from None
+        folds = any(folder.glob(f"fold_*/{CARD}"))
+        advice = "its folds, fold_<i>, are model folders" if folds else "pass the folder that training wrote"
+        raise CheckpointError(folder, f"is no model folder (no {CARD}); {advice}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(path, f"cannot be read ({error})") from None
     version = data.get("schema_version") if isinstance(data, Mapping) else None

@@ -97,7 +97,9 @@ def _read_text(path: Path) -> Table:
     rows = [(line, row) for line, row in _text_rows(path) if any(row)]
     if not rows:
         return {}
-    header = [name or f"{UNNAMED}{place}" for place, name in enumerate(rows[0][1])]
+    header = [
+        f"{UNNAMED}{place}" if not name or name.startswith(UNNAMED) else name for place, name in enumerate(rows[0][1])
+    ]
     _require_distinct(header, path)
     for line, row in rows[1:]:
         if any(row[len(header) :]):

@@ -209,12 +209,12 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
         unknown = [slide for slide in everyone if slide not in patient]
         if unknown:
             raise LabelError(f"fold {number}: slides that are not in the label table: {shown(unknown)}")
+        _refuse_leakage(number, split, patient, "patient")
+        if cohort.sites:
+            _refuse_leakage(number, split, dict(zip(cohort.slide_ids, cohort.sites, strict=True)), "site")
         twice = [slide for slide, count in Counter(everyone).items() if count > 1]
         if twice:
             raise LabelError(f"fold {number}: slides named more than once: {shown(twice)}")
-        _refuse_leakage(number, split, patient, "patients")
-        if cohort.sites:
-            _refuse_leakage(number, split, dict(zip(cohort.slide_ids, cohort.sites, strict=True)), "sites")
         if not split.train:
             raise LabelError(f"fold {number}: nobody to train on")
         absent = sorted({stratum[slide] for slide in everyone} - {stratum[slide] for slide in split.train})
@@ -230,7 +230,8 @@ def _refuse_leakage(number: int, split: Split, group: Mapping[str, str], kind: s
         both = sorted(sides[first] & sides[second])
         if both:
             raise LabelError(
-                f"fold {number}: {kind} in both {first} and {second}: {shown(both)}; split by patient (`eosin split`)"
+                f"fold {number}: {kind}s in both {first} and {second}: {shown(both)}; "
+                f"split by {kind} (`eosin split --group {kind}`)"
             )
 
 
@@ -361,6 +362,8 @@ def read_splits(path: Path) -> list[Split]:
         files = sorted(
             (int(match[1]), file) for file in path.iterdir() if (match := re.fullmatch(r"splits_(\d+)\.csv", file.name))
         )
+        if not files and any(path.glob(f"{OUTER}*")):
+            raise LabelError(f"{path}: holds nested splits; name those of one outer fold, {path / OUTER}<i>")
         if not files:
             raise LabelError(f"{path}: has no splits_<i>.csv; make them with `eosin split`")
         return [_read_csv(file) for _, file in files]

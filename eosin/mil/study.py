@@ -189,6 +189,11 @@ def require_sites(table: LabelTable) -> str:
     return column or SITE_COLUMNS[0]
 
 
+def note_on_sites(table: LabelTable) -> str:
+    """Return which column was taken for the sites."""
+    return f"sites: column {require_sites(table)!r}"
+
+
 def label_cohort(table: LabelTable, task: Task, *, keep_sites: bool = False) -> Cohort:
     """Return what splits must know of the slides of a table, before there are features."""
     rows = table.rows()
@@ -270,7 +275,8 @@ def open_study(
         examples = patient_examples(examples)
     spare = len(files) - len(bags.ids)
     left_out = (f"{spare} of {len(files)} slides with features have no label and are left out",) if spare else ()
-    notes = (*table.notes, made.describe(rows), *left_out)
+    sites = (note_on_sites(table),) if keep_sites else ()
+    notes = (*table.notes, *sites, made.describe(rows), *left_out)
     return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes)
 
 

@@ -8,9 +8,10 @@ figure of the choice, not of the luckiest candidate.
 import csv
 import io
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +20,7 @@ from eosin.errors import ConfigError
 from eosin.files import write_json, write_text
 from eosin.mil.crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, write_folds
 from eosin.mil.data import Examples
-from eosin.mil.evaluate import RESAMPLES
+from eosin.mil.evaluate import RESAMPLES, summarise_folds
 from eosin.mil.recipe import RECIPES, Recipe
 from eosin.mil.splits import Cohort
 from eosin.mil.tasks import Task
@@ -27,6 +28,7 @@ from eosin.options import Options, override
 
 TABLE = "sweep.csv"
 CHOSEN = "chosen"
+SEED = " seed="
 
 
 class Sweep(Options):
@@ -43,7 +45,7 @@ class Sweep(Options):
     """
 
     recipes: tuple[str, ...] = Field(default=("abmil",), min_length=1)
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
 
     def candidates(self) -> dict[str, Recipe]:
@@ -60,11 +62,14 @@ class Sweep(Options):
             changes = [f"{key}={value}" for key, value in zip(self.grid, chosen, strict=True)]
             said = (f"{key.split('.')[-1]}={value}" for key, value in zip(self.grid, chosen, strict=True))
             label = " ".join([name, *said])
-            label += f" seed={seed}" if len(self.seeds) > 1 else ""
+            label += f"{SEED}{seed}" if len(self.seeds) > 1 else ""
             data = override(RECIPES[name].model_dump(mode="json"), [*changes, f"training.seed={seed}"])
             if label in found:
-                raise ConfigError(f"two candidates of the sweep are called {label!r}; give each grid key once")
+                raise ConfigError(
+                    f"two candidates of the sweep are called {label!r}; name each recipe, option and seed once"
+                )
             found[label] = Recipe.parse(data, source="sweep")
+        _require_selectable(found)
         return found
 
 
@@ -105,9 +110,7 @@ def run_sweep(
     ConfigError
         If a candidate has no validation part to be chosen by.
     """
-    blind = [name for name, recipe in candidates.items() if recipe.training.select == "last"]
-    if blind:
-        raise ConfigError(f"{', '.join(blind)}: training.select is 'last', so there is nothing to choose by")
+    _require_selectable(candidates)
     folds: dict[str, list[Fold]] = {}
     lines = []
     for number, (name, recipe) in enumerate(candidates.items()):
@@ -139,8 +142,31 @@ def run_sweep(
     chosen = {name: recipe.model_dump(mode="json") for name, recipe in candidates.items() if name in choices}
     summary = summary | {"choices": choices, "recipe": chosen}
     write_json(out / CHOSEN / METRICS, summary)
-    write_text(out / TABLE, _as_csv([*lines, _line("chosen by validation", summary)]))
+    write_text(out / TABLE, _as_csv([*lines, *_over_seeds(folds), _line("chosen by validation", summary)]))
     return summary
+
+
+def _require_selectable(candidates: Mapping[str, Recipe]) -> None:
+    blind = [name for name, recipe in candidates.items() if recipe.training.select == "last"]
+    if blind:
+        raise ConfigError(
+            f"{', '.join(blind)}: training.select is 'last', so there is nothing to choose by; set it to loss or metric"
+        )
+
+
+def _over_seeds(folds: Mapping[str, Sequence[Fold]]) -> list[dict[str, Any]]:
+    """Return a line for all seeds of each candidate that was trained with several: figures over folds and seeds."""
+    groups: dict[str, list[Fold]] = {}
+    counts: Counter[str] = Counter()
+    for name, made in folds.items():
+        base = name.partition(SEED)[0]
+        groups[base] = [*groups.get(base, []), *made]
+        counts[base] += 1
+    return [
+        _line(f"{base}, {counts[base]} seeds", {"metrics": summarise_folds([fold.metrics for fold in made])})
+        for base, made in groups.items()
+        if counts[base] > 1
+    ]
 
 
 def choose(folds: Mapping[str, Sequence[Fold]], number: int, task: Task) -> str:

@@ -433,6 +433,22 @@ def test_a_run_that_cannot_be_compared_stops_before_training(
 # bad input
 
 
+def test_a_sweep_of_options_that_do_not_exist_stops_before_training(
+    features: Path, labels: Path, refused: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("recipes: [mean, abmil]\ngrid: {aggregator.options.gate: [true]}\n")
+    arguments = ("--features", features, "--labels", labels, "--sweep", tmp_path / "sweep.yaml")
+    assert "'gate'" in refused("crossval", *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sites_are_named_in_what_was_understood(run: Run, tmp_path: Path) -> None:
+    sites = [f"p{i},s{i},{i % 2},{'XYZW'[i // 4]}" for i in range(16)]
+    path = table(tmp_path / "l.csv", sites, header="patient_id,slide_id,label,Centre")
+    result = run("split", "--labels", path, "--group", "site", "--folds", 3, "--out", tmp_path / "out")
+    assert "sites: column 'Centre'" in result.stderr
+
+
 def test_too_few_sites_are_called_sites(refused: Run, tmp_path: Path) -> None:
     path = table(tmp_path / "l.csv", SITES, header="patient_id,slide_id,label,site")
     line = refused("split", "--labels", path, "--group", "site", "--folds", 5, "--out", tmp_path / "out")
@@ -634,6 +650,10 @@ def test_a_folder_that_is_no_model(refused: Run, features: Path, tmp_path: Path)
     line = refused("predict", "--model", tmp_path, "--features", features, "--out", tmp_path / "p.csv")
     assert "is no model folder" in line
     assert "is no model folder" in refused("info", tmp_path)
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0/model.json").write_text("{}")
+    line = refused("predict", "--model", tmp_path, "--features", features, "--out", tmp_path / "p.csv")
+    assert "its folds, fold_<i>, are model folders" in line
 
 
 def test_heatmap_formats_are_checked_before_any_work(refused: Run, model: Path, cohort: Path, tmp_path: Path) -> None:

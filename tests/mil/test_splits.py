@@ -160,9 +160,17 @@ def test_nested_splits_are_written_and_read(tmp_path):
     write_nested_splits(tmp_path, nested, cohort)
     assert read_nested_splits(tmp_path) == nested
     assert read_nested_splits(tmp_path / "outer_0") == []
+    with pytest.raises(LabelError, match=r"holds nested splits; name those of one outer fold, .*outer_<i>"):
+        read_splits(tmp_path)
     write_splits(tmp_path / "outer_0", nested[1][:1], cohort)
     with pytest.raises(LabelError, match="outer fold 0 have different test parts"):
         read_nested_splits(tmp_path)
+
+
+def test_leaking_sites_are_split_by_site():
+    cohort = Cohort(tuple("abcd"), tuple("abcd"), tuple("0101"), tuple("XXYX"))
+    with pytest.raises(LabelError, match=r"sites in both train and test: X; split by site .*--group site"):
+        check_splits([Split(("a", "b"), (), ("c", "d"))], cohort)
 
 
 def test_leakage_is_an_error_that_names_the_patients():
@@ -176,6 +184,7 @@ def test_leakage_is_an_error_that_names_the_patients():
     [
         (Split(("a1", "a2", "zz"), (), ("b1",)), "not in the label table: zz"),
         (Split(("a1", "a1", "a2"), (), ("b1",)), "more than once: a1"),
+        (Split(("a1", "a2"), (), ("b1", "a1")), "patients in both train and test: A; split by patient"),
         (Split((), ("b1",), ("c1",)), "nobody to train on"),
         (Split(("b1",), (), ("c1",)), "no training slide of 1"),
     ],

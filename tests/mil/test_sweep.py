@@ -1,5 +1,6 @@
 import csv
 
+import numpy as np
 import pytest
 
 import eosin.mil.methods  # noqa: F401 (registers)
@@ -10,7 +11,7 @@ from eosin.mil.evaluate import predict_outputs
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.seen import read_seen
 from eosin.mil.splits import make_nested_splits, make_splits
-from eosin.mil.sweep import Sweep, run_sweep
+from eosin.mil.sweep import SEED, Sweep, run_sweep
 
 
 def test_candidates_are_all_combinations():
@@ -23,6 +24,19 @@ def test_candidates_are_all_combinations():
         Sweep(recipes=("abmill",)).candidates()
     with pytest.raises(ConfigError):
         Sweep(grid={"training.speed": [1]}).candidates()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": {"training.lr": []}}, "grid.training.lr"),
+        ({"grid": {"training.select": ["last"]}}, "nothing to choose by; set it to loss or metric"),
+        ({"seeds": (0, 0)}, "name each recipe, option and seed once"),
+    ],
+)
+def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Sweep.parse(options).candidates()
 
 
 def recipe(**changes):
@@ -50,6 +64,21 @@ def test_the_choice_is_made_by_validation_in_each_fold(toy, tmp_path):
     if expected == ["good"] * 3:
         assert lines["good"]["auc_mean"] == lines["chosen by validation"]["auc_mean"]
     assert (tmp_path / "chosen" / "predictions.csv").exists()
+
+
+def test_all_seeds_of_a_candidate_are_a_line_of_their_own(toy, tmp_path):
+    candidates = {f"a{SEED}{seed}": recipe(seed=seed, epochs=1) for seed in (0, 1)}
+    splits = make_splits(toy.cohort, folds=2)
+    aucs = []
+    run_sweep(
+        candidates, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2,
+        progress=lambda _, fold: aucs.append(fold.metrics["auc"]),
+    )  # fmt: skip
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        lines = {line["candidate"]: line for line in csv.DictReader(file)}
+    assert list(lines) == ["a seed=0", "a seed=1", "a, 2 seeds", "chosen by validation"]
+    assert float(lines["a, 2 seeds"]["auc_mean"]) == pytest.approx(np.mean(aucs))
+    assert float(lines["a, 2 seeds"]["auc_sd"]) == pytest.approx(np.std(aucs, ddof=1))
 
 
 def test_a_candidate_that_cannot_be_judged_is_refused(toy, tmp_path):

@@ -88,6 +88,8 @@ def test_columns_are_not_shifted_by_separators_at_the_end_of_lines(tmp_path):
     assert (table.slide_ids, table.patient_ids, table.values) == (("a", "b"), ("1", "2"), {"label": ("x", "y")})
     (tmp_path / "l.csv").write_text(",patient_id,slide_id,label,\n0,1,a,x,\n1,2,b,y,\n")
     assert read_labels(tmp_path / "l.csv").values == {"label": ("x", "y")}
+    (tmp_path / "l.csv").write_text(",Unnamed: 0,patient_id,slide_id,label\n0,0,1,a,x\n1,1,2,b,y\n")
+    assert read_labels(tmp_path / "l.csv").values == {"label": ("x", "y")}
 
 
 def test_unicode_text_of_excel_is_read_and_other_encodings_are_named(tmp_path):
