@@ -5,7 +5,8 @@
 Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`eosin.wsi.fine_texture`). For each seed, one
 after the other on the same slides and folds: one stage at 2 µm/px, one stage at 1 µm/px that sees every tile, and two
 stages with a budget. A row holds the out-of-fold AUC and accuracy, the tiles that had to be encoded at 1 µm/px, and the
-seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds.
+seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds. Seeds that
+are in the file already are not computed again.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import Row, with_summaries, write_table
+from tables import Row, read_table, with_summaries, write_table
 
 from eosin.features.store import find_bags, read_footer
 from eosin.mil.recipe import Component, Recipe, Training
@@ -63,8 +64,13 @@ def measured(way: str, seed: int, run: Callable[[], Result]) -> dict[str, Any]:
 
 def rows(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     """Yield after each seed the rows of all so far, then their summaries."""
-    found: list[Row] = []
-    for seed in range(arguments.seeds):
+    kept = [row for row in read_table(arguments.out) if row["seed"].isdigit()]
+    found: list[Row] = [
+        {key: value if key == "way" else float(value) for key, value in row.items()} | {"seed": int(row["seed"])}
+        for row in kept
+    ]
+    done = {int(row["seed"]) for row in kept}
+    for seed in sorted(set(range(arguments.seeds)) - done):
         folder = Path(tempfile.mkdtemp(prefix="two_stage_"))
         options = FineCohort(n_slides=arguments.slides, side_px=arguments.side, radius_px=90, seed=seed)
         make_fine_cohort(folder, options)
