@@ -34,7 +34,7 @@ from eosin.heatmaps.measures import (
     site_table,
 )
 from eosin.heatmaps.report import Confusion, Picture, ReportData, SlideCard, write_report
-from eosin.mil.metrics import Floats, confusion
+from eosin.mil.metrics import Floats, confusion, expected_calibration_error
 from eosin.mil.study import Study
 from eosin.mil.task import Task
 from eosin.mil.tasks import load_task
@@ -213,11 +213,15 @@ def _panels(part: Evaluated, name: str) -> list[Panel | None]:
         return [
             roc_panel(curves, title=f"{name}ROC"),
             precision_recall_panel(curves, title=f"{name}Precision and recall"),
-            *(calibration_panel(curve, error=None, title=f"{name}Calibration, {curve.name}") for curve in curves[:4]),
+            *(_calibration(curve, f"{name}Calibration, {curve.name}") for curve in curves[:4]),
         ]
     if part.task.kind == "regression":
         return [scatter_panel(part.targets.astype(float), part.outputs[:, 0], title=f"{name}Predicted and true")]
     return [survival_panel(*_risk_groups(part), title=f"{name}Survival by predicted risk")]
+
+
+def _calibration(curve: Curve, title: str) -> Panel | None:
+    return calibration_panel(curve, error=expected_calibration_error(curve.score, curve.truth), title=title)
 
 
 def _risk_groups(part: Evaluated) -> tuple[NDArray[np.bool_], Floats, NDArray[np.bool_]]:

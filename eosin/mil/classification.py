@@ -104,6 +104,13 @@ class _ClassTask(Task):
             result = result.model_copy(update={"threshold": best_threshold(positive, target.numpy() == 1)})
         return result
 
+    def with_mean_threshold(self, tasks: Sequence[Task]) -> Self:
+        """Return the task with the mean threshold, when all have one."""
+        known = [task.threshold for task in tasks if isinstance(task, _ClassTask) and task.threshold is not None]
+        if not known or len(known) < len(tasks):
+            return self
+        return self.model_copy(update={"threshold": float(np.mean(known))})
+
     def _best_temperature(self, logits: Tensor, target: Tensor) -> float:
         def loss(log_temperature: float) -> float:
             return float(self.loss(logits.double() / math.exp(log_temperature), target))

@@ -16,7 +16,6 @@ from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outp
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.recipe import Recipe
 from eosin.mil.splits import Cohort, Split, check_splits, with_validation
-from eosin.mil.task import with_mean_threshold
 from eosin.mil.tasks import Task
 from eosin.mil.train import Fitted, fit
 
@@ -190,7 +189,7 @@ def judge_models(made: Sequence[Fitted], task: Task, test: Examples, *, number: 
         for fitted, own in zip(made, tasks, strict=True)
     ]
     pooled, together = task.pooled(tasks, outputs)
-    judge = tasks[0] if len(tasks) == 1 else with_mean_threshold(pooled, tasks)
+    judge = tasks[0] if len(tasks) == 1 else pooled.with_mean_threshold(tasks)
     mean = together.reshape(len(tasks), len(test), -1).mean(0)
     targets = test.targets.numpy()
     validation = tuple(fitted.card.training["validation"] for fitted in made)

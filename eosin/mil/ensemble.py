@@ -14,7 +14,6 @@ from eosin.mil.evaluate import choose_device, predict_outputs
 from eosin.mil.metrics import Floats
 from eosin.mil.prediction_table import Cell, Row
 from eosin.mil.slots import Aggregator
-from eosin.mil.task import with_mean_threshold
 from eosin.mil.tasks import Task
 
 
@@ -41,7 +40,7 @@ class Ensemble:
         """The question with what all models learnt: a threshold is their mean, times of survival are common to all."""
         nothing = [task.activate(torch.zeros(1, task.n_outputs)) for task in self.tasks]
         pooled, _ = self.tasks[0].pooled(self.tasks, nothing)
-        return with_mean_threshold(pooled, self.tasks)
+        return pooled.with_mean_threshold(self.tasks)
 
     @property
     def model_id(self) -> str:

@@ -1,6 +1,6 @@
 """Several yes-or-no labels at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -11,8 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from eosin.errors import LabelError
-from eosin.mil.classification import sorted_labels
-from eosin.mil.metrics import Floats, Metrics, average_precision, mean_if_defined, roc_auc
+from eosin.mil.classification import EVEN, sorted_labels
+from eosin.mil.metrics import (
+    Floats,
+    Metrics,
+    average_precision,
+    balanced_accuracy,
+    best_threshold,
+    confusion,
+    expected_calibration_error,
+    kappa,
+    mean_if_defined,
+    roc_auc,
+)
 from eosin.mil.task import Columns, Row, Task, to_numpy, wide
 
 
@@ -27,13 +38,17 @@ class MultiLabel(Task):
         The value of each column that is positive: the last of its two.
     negatives : tuple of str
         The other values.
+    thresholds : tuple of float
+        Probability of each label from which it is positive; one half when empty.
     """
 
     selection_metric: ClassVar[str] = "auc"
+    learnt: ClassVar[frozenset[str]] = frozenset({"thresholds"})
     kind: Literal["multilabel"] = "multilabel"
     targets: tuple[str, ...] = Field(min_length=1)
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
+    thresholds: tuple[float, ...] = ()
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
@@ -90,6 +105,25 @@ class MultiLabel(Task):
             if column.min() == column.max():
                 raise LabelError(f"all training slides have the same {name!r}; use fewer folds, or leave the label out")
 
+    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
+        """Return the task with the threshold of the highest balanced accuracy for each label that has both values."""
+        if temperature or not threshold:
+            return super().tuned(logits, target, temperature=temperature)
+        outputs, truth = self.activate(logits), target.numpy() == 1
+        found = [
+            best_threshold(outputs[:, k], truth[:, k]) if truth[:, k].any() and not truth[:, k].all() else EVEN
+            for k in range(self.n_outputs)
+        ]
+        return self.model_copy(update={"thresholds": tuple(found)})
+
+    def with_mean_threshold(self, tasks: Sequence[Task]) -> Self:
+        """Return the task with the mean threshold of each label."""
+        known = [task._used() for task in tasks if isinstance(task, MultiLabel)]
+        return self.model_copy(update={"thresholds": tuple(np.mean(known, axis=0).tolist())})
+
+    def _used(self) -> Floats:
+        return np.asarray(self.thresholds or (EVEN,) * self.n_outputs)
+
     def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean over the labels of the sigmoid cross-entropy."""
         logit = wide(logits)
@@ -104,15 +138,23 @@ class MultiLabel(Task):
         return to_numpy(wide(logits).sigmoid())
 
     def table(self, outputs: Floats) -> Columns:
-        """Return ``prob_<label>`` and ``predicted_<label>`` columns."""
+        """Return ``prob_<label>``, ``predicted_<label>`` and ``threshold_<label>`` columns."""
+        flags, used = self.decide(outputs), self._used()
         columns: Columns = {f"prob_{name}": outputs[:, k] for k, name in enumerate(self.targets)}
-        return columns | {
-            f"predicted_{name}": self._names(outputs[:, k] >= 0.5, k) for k, name in enumerate(self.targets)
-        }
+        columns |= {f"predicted_{name}": self._names(flags[:, k], k) for k, name in enumerate(self.targets)}
+        return columns | {f"threshold_{name}": np.full(len(outputs), used[k]) for k, name in enumerate(self.targets)}
 
     def decide(self, outputs: Floats) -> NDArray[np.int64]:
-        """Return 1 for each label whose probability is at least one half, (B, K)."""
-        return np.asarray(outputs >= 0.5, np.int64)
+        """Return 1 for each label whose probability is at least its threshold, (B, K)."""
+        return np.asarray(outputs >= self._used(), np.int64)
+
+    def read_decided(self, columns: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
+        """Return 1 for each label that was predicted, (B, K)."""
+        predicted = [columns[f"predicted_{name}"] for name in self.targets]
+        return np.stack(
+            [[self._flag({self.targets[k]: value}, k) for value in column] for k, column in enumerate(predicted)],
+            1,
+        )
 
     def metrics(
         self,
@@ -122,14 +164,19 @@ class MultiLabel(Task):
         *,
         folds: NDArray[np.int64] | None = None,
     ) -> Metrics:
-        """Return auc and average_precision, each also per label, and accuracy and f1, each the mean over labels."""
+        """Return means over the labels; auc and average_precision also of each label. `f1` is that of the positives."""
         flags = self.decide(outputs) if decided is None else decided
+        counts = [confusion(target[:, k].astype(np.int64), flags[:, k], 2) for k in range(self.n_outputs)]
         areas = [roc_auc(outputs[:, k], target[:, k] == 1) for k in range(self.n_outputs)]
         precisions = [average_precision(outputs[:, k], target[:, k] == 1) for k in range(self.n_outputs)]
         found: Metrics = {
             "auc": mean_if_defined(areas),
             "average_precision": mean_if_defined(precisions),
             "accuracy": float((flags == target).mean()),
+            "balanced_accuracy": mean_if_defined([balanced_accuracy(matrix) for matrix in counts]),
+            "kappa": mean_if_defined([kappa(matrix) for matrix in counts]),
+            "brier": float(((outputs - target) ** 2).mean()),
+            "ece": float(np.mean([expected_calibration_error(p, y) for p, y in zip(outputs.T, target.T, strict=True)])),
             "f1": mean_if_defined([_f1(flags[:, k], target[:, k]) for k in range(self.n_outputs)]),
         }
         found |= {f"auc_{name}": area for name, area in zip(self.targets, areas, strict=True)}

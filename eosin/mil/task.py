@@ -1,7 +1,7 @@
 """What every task must say: how a label is encoded, learnt, predicted and judged."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -57,6 +57,10 @@ class Task(Options):
             raise ConfigError(
                 f"task {self.kind} has no threshold or temperature; set training.threshold and temperature to false"
             )
+        return self
+
+    def with_mean_threshold(self, tasks: Sequence["Task"]) -> Self:
+        """Return the task with the mean of the thresholds of several that ask the same, where these have one."""
         return self
 
     @classmethod
@@ -232,17 +236,6 @@ def rank_bins(values: NDArray[Any], n_bins: int) -> list[str]:
     """Return the quantile bin of each value by rank, as text: strata of a number."""
     order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return [str(place * n_bins // len(values)) for place in order]
-
-
-TaskT = TypeVar("TaskT", bound=Task)
-
-
-def with_mean_threshold(task: TaskT, tasks: Sequence[Task]) -> TaskT:
-    """Return a task with the mean of the thresholds of several, when all have one."""
-    known = [value for other in tasks if (value := getattr(other, "threshold", None)) is not None]
-    if not known or len(known) < len(tasks):
-        return task
-    return task.model_copy(update={"threshold": float(np.mean(known))})
 
 
 def require_values(rows: Sequence[Row], columns: Sequence[str], *, all_of_them: bool) -> None:

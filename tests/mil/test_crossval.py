@@ -68,7 +68,7 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
     ids = toy.examples.ids
     cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
     assert cohort == toy.cohort
-    with pytest.raises(LabelError, match="more than once"):
+    with pytest.raises(LabelError, match="patients in both train and test"):
         crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort, tmp_path)
     assert not list(tmp_path.iterdir())
 

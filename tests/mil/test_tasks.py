@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError, LabelError, UnknownNameError
+from eosin.mil.metrics import expected_calibration_error
 from eosin.mil.tasks import Binary, Classification, load_task, make_task, sorted_labels
 
 
@@ -169,6 +170,30 @@ def test_threshold_and_temperature_come_from_validation():
     assert warmed["log_loss"] < cold["log_loss"]
     assert warmed["ece"] < cold["ece"]
     assert task.tuned(logits[::2], target[::2], threshold=True, temperature=True) == task
+
+
+def test_each_of_several_labels_has_its_own_threshold():
+    data = table_of(er=["neg", "pos"] * 200, pr=(["0"] * 300 + ["1"] * 100))
+    task = make_task("multilabel", data, target="er,pr")
+    target = task.encode(data)
+    shift = torch.tensor([2.0, -2.0])
+    logits = 6.0 * target - 3.0 + shift + torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    tuned = task.tuned(logits, target, threshold=True)
+    np.testing.assert_allclose(tuned.thresholds, torch.sigmoid(shift), atol=0.1)
+    outputs = tuned.activate(logits)
+    before, after = (t.metrics(outputs, target.numpy()) for t in (task, tuned))
+    assert after["balanced_accuracy"] > before["balanced_accuracy"] + 0.05
+    assert after["kappa"] > before["kappa"]
+    assert after["auc"] == before["auc"]
+    expected = [expected_calibration_error(outputs[:, k], target[:, k].numpy() == 1) for k in range(2)]
+    assert after["ece"] == pytest.approx(np.mean(expected))
+    columns = {name: [str(value) for value in values] for name, values in tuned.table(outputs).items()}
+    assert columns["threshold_pr"][0] == str(tuned.thresholds[1])
+    np.testing.assert_array_equal(task.read_decided(columns), tuned.decide(outputs))  # by the thresholds of then
+    assert tuned.same_question(task)
+    mean = task.with_mean_threshold([tuned, task]).thresholds
+    np.testing.assert_allclose(mean, (np.asarray(tuned.thresholds) + 0.5) / 2)
+    assert task.tuned(logits[::2], target[::2] * 0, threshold=True).thresholds == (0.5, 0.5)
 
 
 def test_tasks_without_a_threshold_say_so():
