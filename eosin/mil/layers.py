@@ -12,13 +12,20 @@ from eosin.mil.bags import PackedBags
 
 Activation = Literal["relu", "gelu"]
 Init = Literal["default", "xavier"]
+DropoutAfter = Literal["each", "last"]
 
 _ONE_KERNEL = {nn.Linear, nn.ReLU, nn.Dropout}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 def embedding(
-    in_dim: int, widths: tuple[int, ...], *, activation: Activation = "relu", bias: bool = True, dropout: float = 0.0
+    in_dim: int,
+    widths: tuple[int, ...],
+    *,
+    activation: Activation = "relu",
+    bias: bool = True,
+    dropout: float = 0.0,
+    dropout_after: DropoutAfter = "each",
 ) -> "Embedding":
     """Return what turns features into instances: a linear layer, an activation and dropout per width.
 
@@ -33,7 +40,9 @@ def embedding(
     bias : bool
         Whether the linear layers have one.
     dropout : float
-        After each activation.
+        After the activations.
+    dropout_after : {"each", "last"}
+        Whether after every activation or only the last.
 
     Raises
     ------
@@ -43,9 +52,10 @@ def embedding(
     require_counts("an embedding", **{f"width {number + 1}": width for number, width in enumerate(widths)})
     require_fractions("an embedding", dropout=dropout)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip((in_dim, *widths), widths, strict=False):
+    for number, (fan_in, fan_out) in enumerate(zip((in_dim, *widths), widths, strict=False), 1):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
-        layers += [nn.Dropout(dropout)] if dropout else []
+        drops = dropout and (dropout_after == "each" or number == len(widths))
+        layers += [nn.Dropout(dropout)] if drops else []
     return Embedding(*layers)
 
 
@@ -57,11 +67,15 @@ class Embedding(nn.Sequential):
         if values.device.type != "cpu" or not {type(layer) for layer in self} <= _ONE_KERNEL:
             embedded: Tensor = super().forward(values)  # type: ignore[no-untyped-call]
             return embedded
-        dropout = next((layer.p for layer in self if isinstance(layer, nn.Dropout)), 0.0) if self.training else 0.0
-        for layer in self:
+        for number, layer in enumerate(self):
             if isinstance(layer, nn.Linear):
-                values = kernels.embed_instances(values, layer.weight, layer.bias, dropout=dropout)
+                values = kernels.embed_instances(values, layer.weight, layer.bias, dropout=self._dropout_after(number))
         return values
+
+    def _dropout_after(self, number: int) -> float:
+        """Return the rate of the dropout that follows a linear layer and its activation."""
+        follower = self[number + 2] if number + 2 < len(self) else None
+        return follower.p if self.training and isinstance(follower, nn.Dropout) else 0.0
 
 
 class Attention(nn.Module):

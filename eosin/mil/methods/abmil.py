@@ -17,7 +17,7 @@ from typing import Literal
 from torch import nn
 
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Activation, Attention, Init, as_dtype, embedding, initialise
+from eosin.mil.layers import Activation, Attention, DropoutAfter, Init, as_dtype, embedding, initialise
 from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 
@@ -34,6 +34,8 @@ class Abmil(Aggregator):
         Widths of the layers before the attention; none pools the features themselves.
     embed_activation, embed_bias, dropout
         Of those layers.
+    dropout_after : {"each", "last"}
+        Whether dropout follows every one of them or only the last.
     gated, hidden, attention_activation, attention_bias, gate_dropout, heads
         Of the attention; see `eosin.mil.layers.Attention`.
     init : {"default", "xavier"}
@@ -51,6 +53,7 @@ class Abmil(Aggregator):
         embed_activation: Activation = "relu",
         embed_bias: bool = True,
         dropout: float = 0.25,
+        dropout_after: DropoutAfter = "each",
         gated: bool = True,
         hidden: int = 128,
         attention_activation: Literal["tanh", "relu"] = "tanh",
@@ -61,7 +64,14 @@ class Abmil(Aggregator):
     ) -> None:
         width = (in_dim, *embed_dims)[-1]
         super().__init__(in_dim, n_outputs, embed_dim=heads * width)
-        self.embed = embedding(in_dim, embed_dims, activation=embed_activation, bias=embed_bias, dropout=dropout)
+        self.embed = embedding(
+            in_dim,
+            embed_dims,
+            activation=embed_activation,
+            bias=embed_bias,
+            dropout=dropout,
+            dropout_after=dropout_after,
+        )
         self.attention = Attention(
             width,
             hidden=hidden,
@@ -98,7 +108,13 @@ _MHIM: dict[str, object] = {
 PRESETS: dict[str, dict[str, object]] = {
     "ilse": {"embed_dims": (), "hidden": 128, "dropout": 0.0},
     "ilse_plain": {"embed_dims": (), "hidden": 128, "dropout": 0.0, "gated": False},
-    "classic": {"embed_dims": (256, 128, 64), "hidden": 64, "dropout": 0.5, "init": "xavier"},
+    "classic": {
+        "embed_dims": (256, 128, 64),
+        "hidden": 64,
+        "dropout": 0.5,
+        "dropout_after": "last",
+        "init": "xavier",
+    },
     "clam": _CLAM,
     "clam_big": _CLAM | {"hidden": 384},
     "acmil": {"hidden": 128, "embed_bias": False, "dropout": 0.0},
@@ -117,7 +133,8 @@ CLASSIC = Training(
 """The training of the classic tables (MUSK, FOX, TIGER) as released by Wang et al. (Revisiting multiple instance
 neural networks, 2018, https://arxiv.org/abs/1610.02501), whose layers Ilse et al. took for these sets: no validation,
 the model after the last pass. Keras' L2 penalty of 0.005 is a weight decay of 0.01; its Nesterov momentum and 1e-4
-decay of the rate are left out."""
+decay of the rate are left out. Rate and penalty are those of MUSK1 and TIGER; `benchmarks/mil_datasets.py` has the
+others."""
 _OWN_TRAINING = {"ilse": _ILSE, "ilse_plain": _ILSE, "classic": CLASSIC}
 for _name, _options in PRESETS.items():
     _network = Component(name="abmil", options=_options)

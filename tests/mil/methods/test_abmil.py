@@ -55,7 +55,25 @@ def test_presets_differ_where_the_repositories_do():
     assert not built["mhim"].embed[0].bias.any()
     assert isinstance(built["packmil"].embed[1], torch.nn.GELU)
     assert built["millab"].attention.w.in_features == 384
+    assert [type(layer) for layer in built["classic"].embed].count(torch.nn.Dropout) == 1
+    assert isinstance(built["classic"].embed[-1], torch.nn.Dropout)
     assert all(f"abmil_{name}" in RECIPES for name in PRESETS)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_dropout_may_follow_the_last_layer_only(activation):
+    torch.manual_seed(0)
+    options = {"embed_dims": (50, 40), "embed_activation": activation, "dropout": 0.5}
+    each, last = (Abmil(30, 2, dropout_after=after, **options).embed for after in ("each", "last"))
+    last.load_state_dict({name.replace("3.", "2."): value for name, value in each.state_dict().items()})
+    x = torch.randn(200, 30)
+    whole = last.eval()(x)
+    torch.testing.assert_close(each.eval()(x), whole)
+    dropped = last.train()(x)
+    kept = dropped != 0
+    assert 0.4 < kept[whole != 0].float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])  # the layers before are as they were
+    assert not torch.allclose(each.train()(x)[kept], 2 * whole[kept])
 
 
 @pytest.mark.parametrize("gated", [False, True])
