@@ -60,13 +60,21 @@ def window_sums(plane: NDArray[np.uint8], side: int, *, most: int = 255) -> NDAr
 
     `most` is the largest value of a cell: sums are kept in as few bits as it allows.
     """
+    return _sums(plane.astype(np.min_scalar_type(most * side**2), copy=False), side)
+
+
+def window_means(plane: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Return the means of `side` x `side` cells around each cell; beyond the edge the picture is mirrored."""
+    return np.asarray(_sums(plane, side) / np.float32(side**2))
+
+
+def _sums(plane: NDArray[Any], side: int) -> NDArray[Any]:
     before = side // 2
-    sums: NDArray[Any] = np.pad(plane, (before, side - 1 - before), mode="symmetric")
-    sums = sums.astype(np.min_scalar_type(most * side**2), copy=False)
+    padded = np.pad(plane, (before, side - 1 - before), mode="symmetric")
     height, width = plane.shape
-    down = sums[:height].copy()
+    down = padded[:height].copy()
     for start in range(1, side):
-        down += sums[start : start + height]
+        down += padded[start : start + height]
     across = down[:, :width].copy()
     for start in range(1, side):
         across += down[:, start : start + width]

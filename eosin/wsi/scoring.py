@@ -24,6 +24,7 @@ COARSEST_BLUR_MPP = 1.3
 LAGS_PX = ((1, 4), (2, 8))
 NOISE = 4.0  # variance of the difference of two equal pixels, in grey levels
 BATCH = 64
+AT_ONCE = 8  # tiles whose differences stay in the processor's cache
 FOLD_RATIO = 1.7
 FOLD_MIN_DENSITY = 0.8
 FOLD_WINDOW_UM = 40.0
@@ -148,6 +149,11 @@ def blur_of(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     -------
     (n,) float32
     """
+    some = [_blur_of_few(tiles[start : start + AT_ONCE]) for start in range(0, len(tiles), AT_ONCE)]
+    return np.concatenate([np.zeros(0, np.float32), *some])
+
+
+def _blur_of_few(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     green = tiles[..., 1].astype(np.float32)
     found = np.zeros(len(tiles), np.float32)
     for near, far in LAGS_PX:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_extremes
+from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_extremes, window_means
 
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
@@ -309,12 +309,10 @@ def _is_red(density: Density) -> Mask:
 
 def variation(darkest: NDArray[np.uint8], ink: Mask) -> Density:
     """Return the relative variation of density among the 3 x 3 neighbours of the cells well inside ink, (n,)."""
-    from scipy import ndimage
-
     inner = ~grow(~ink, 2)
     density = DENSITY_OF_LIGHT[darkest]
-    mean = ndimage.uniform_filter(density, 3)
-    variance = ndimage.uniform_filter(density**2, 3) - mean**2
+    mean = window_means(density, 3)
+    variance = window_means(density**2, 3) - mean**2
     return np.asarray(np.sqrt(variance[inner].clip(0)) / mean[inner])
 
 
@@ -325,12 +323,10 @@ def find_even(darkest: NDArray[np.uint8], mpp: float) -> Mask:
     perhaps = _perhaps_even(darkest, side)
     if not perhaps.any():
         return found
-    from scipy import ndimage
-
     for place in find_windows(perhaps, side):
         density = DENSITY_OF_LIGHT[darkest[place]]
-        mean = ndimage.uniform_filter(density, side)
-        variance = ndimage.uniform_filter(density**2, side) - mean**2
+        mean = window_means(density, side)
+        variance = window_means(density**2, side) - mean**2
         found[place] |= (mean > 0.4) & (variance < (FLAT_VARIATION * mean) ** 2)
     return grow(found & perhaps, side // 2)
 

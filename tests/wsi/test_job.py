@@ -241,6 +241,22 @@ print(report.records[0].message.split()[0], peak.split()[1])
 """
 
 
+LIGHT = """
+import sys
+from pathlib import Path
+from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.slide import SlideFile
+report = tile_slides([SlideFile(Path(sys.argv[1]), "a")], JobFolder(Path(sys.argv[2])))
+print(report.records[0].status, *{"scipy", "skimage", "torch", "pandas"} & set(sys.modules))
+"""
+
+
+def test_a_plain_slide_is_tiled_without_loading_what_takes_longer_than_the_slide(giant_slide, tmp_path):
+    path = giant_slide("40,000.tiff", 40_000, mpp=0.25, n_levels=5)
+    command = [sys.executable, "-c", LIGHT, str(path), str(tmp_path / "job")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["ok"]
+
+
 @pytest.mark.slow
 def test_200_000_tiles_are_scored_within_a_gigabyte(giant_slide, tmp_path):
     path = giant_slide("5 levels.tiff", 100_000, mpp=0.25, n_levels=5)

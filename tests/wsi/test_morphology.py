@@ -11,6 +11,7 @@ from eosin.wsi.morphology import (
     open_threads,
     pieces_touching,
     slide_extremes,
+    window_means,
     window_of,
     window_sums,
 )
@@ -95,3 +96,9 @@ def test_sums_of_windows_are_those_of_the_uniform_filter(side):
     plane = np.random.default_rng(0).integers(0, 256, (13, 17), dtype=np.uint8)
     expected = ndimage.uniform_filter(plane.astype(float), side) * side**2
     assert np.allclose(window_sums(plane, side), expected)
+    assert np.allclose(
+        window_sums(plane // 128, side, most=1), ndimage.uniform_filter(plane // 128 * 1.0, side) * side**2
+    )
+    means = window_means((plane / 255).astype(np.float32), side)
+    assert means.dtype == np.float32
+    assert np.allclose(means, expected / side**2 / 255, atol=1e-6)
