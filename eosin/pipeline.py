@@ -27,7 +27,7 @@ from eosin.heatmaps.evaluation import confusions, panels
 from eosin.heatmaps.explain import FORMATS, class_choices, explain_slide, map_name
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.mapset import map_slide
-from eosin.heatmaps.measures import METRIC_NAMES, Evaluated
+from eosin.heatmaps.measures import Evaluated, metric_name
 from eosin.heatmaps.report import Metric, Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
@@ -677,7 +677,7 @@ def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
     estimates = result.metrics["out_of_fold"]
     names = sorted(estimates, key=lambda name: name != result.task.selection_metric)
     return tuple(
-        Metric(METRIC_NAMES.get(name, name), estimate["value"], estimate["lower"], estimate["upper"], note)
+        Metric(metric_name(name), estimate["value"], estimate["lower"], estimate["upper"], note)
         for name, estimate in ((name, estimates[name]) for name in names)
     )
 

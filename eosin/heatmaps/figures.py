@@ -200,7 +200,8 @@ def _legend(figure: Figure, axes: Axes, curves: int, *, corner: str) -> None:
         return
     lines = -(-curves // LEGEND_COLUMNS)
     figure.set_figheight(SIZE_IN[1] + LEGEND_LINE_IN * (lines + 1))
-    figure.legend(frameon=False, loc="outside lower center", fontsize=8, ncols=LEGEND_COLUMNS)
+    drawn, names = axes.get_legend_handles_labels()
+    figure.legend(drawn, names, frameon=False, loc="outside lower center", fontsize=8, ncols=LEGEND_COLUMNS)
 
 
 def _colours(drawn: Sequence[object]) -> list[str]:

@@ -39,6 +39,7 @@ class _ClassTask(Task):
             raise LabelError(
                 f"column {target!r} has only the label {', '.join(classes)!r}; at least two classes are needed to train"
             )
+        _require_unlike(classes, target)
         return cls._of(classes, target)
 
     @classmethod
@@ -327,6 +328,21 @@ class Ordinal(_ClassTask):
             "mean_absolute_error": float(np.abs(target - predicted).mean()),
         }
         return ordered | classification_metrics(outputs, target, predicted, self.classes)
+
+
+def _require_unlike(classes: Sequence[str], column: str) -> None:
+    """Refuse classes that differ in capitals, blanks or the way of writing a number only: one class, entered twice."""
+    known: dict[str | float, str] = {}
+    for name in classes:
+        try:
+            key: str | float = float(name)
+        except ValueError:
+            key = " ".join(name.lower().split())
+        if key in known:
+            raise LabelError(
+                f"column {column!r} has {known[key]!r} and {name!r}, which look like one class; write them alike"
+            )
+        known[key] = name
 
 
 def sorted_labels(values: set[str]) -> tuple[str, ...]:

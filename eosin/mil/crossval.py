@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.errors import LabelError
 from eosin.files import write_json, write_text
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outputs, summarise_folds
@@ -127,6 +128,9 @@ def crossval(
     """
     for fold_splits in splits:
         check_splits(inner_splits(fold_splits), cohort)
+    untested = [str(number) for number, fold in enumerate(splits) if not inner_splits(fold)[0].test]
+    if untested:
+        raise LabelError(f"nobody to test in fold {', '.join(untested)}; give splits with a test part, or use `train`")
     plan = _Plan(recipe, task, examples, out, device, precision)
     folds = []
     for number, fold_splits in enumerate(splits):

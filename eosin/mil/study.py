@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from eosin.errors import LabelError
 from eosin.features.store import find_bags
 from eosin.mil.crossval import cohort_of
 from eosin.mil.data import Examples, FeatureFolder, make_examples, patient_examples
@@ -35,6 +36,7 @@ from eosin.mil.tables import (
     read_labels,
     read_sheet,
     read_table,
+    shown,
 )
 from eosin.mil.tasks import Task, make_task
 
@@ -112,6 +114,8 @@ class Study:
         As it was read.
     notes : tuple of str
         How its columns and labels were understood, for a person to read.
+    left_out : frozenset of str
+        Slides of the table that are no part of it: splits may name them.
     """
 
     task: Task
@@ -119,6 +123,7 @@ class Study:
     cohort: Cohort
     table: LabelTable
     notes: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     def splits(
         self, path: Path | None = None, *, folds: int = 5, val_fraction: float = 0.15, seed: int = 0
@@ -161,18 +166,23 @@ class Study:
         LabelError
             If they leak or name slides that are not in the study.
         """
-        fitting = [self._of_bags(split) for split in splits]
+        fitting = [self._of_bags(self._kept(split)) for split in splits]
         check_splits(fitting, self.cohort)
         return fitting
 
     def _read(self, path: Path) -> list[Split]:
         if path.suffix.lower() == ".json":
-            return read_patient_splits(path, self.cohort)
+            slides = self.table.slide_ids
+            return read_patient_splits(path, Cohort(slides, self.table.patient_ids, ("",) * len(slides)))
         if path.is_file():
             column = detect_column(read_table(path), SPLIT_COLUMN)
             if column is not None:
                 return [split_by_column(read_labels(path, group="slide").select(self.table.slide_ids), column)]
         return read_splits(path)
+
+    def _kept(self, split: Split) -> Split:
+        """Return the split without the slides that are left out."""
+        return Split(*(tuple(name for name in part if name not in self.left_out) for part in split.parts().values()))
 
     def _of_bags(self, split: Split) -> Split:
         """Return the split of patients that a split of slides makes when the bags are patients."""
@@ -268,16 +278,30 @@ def open_study(
     site = require_sites(table) if keep_sites else None
     files = find_bags(features)
     bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
-    examples = make_examples(bags, table, made, missing=missing)
+    filled, notes_on_tiles = _with_tiles(table, bags)
+    examples = make_examples(bags, filled, made, missing=missing)
+    gone = frozenset(table.slide_ids) - set(examples.ids)
     rows = table.rows(examples.ids)
     if level == "patient":
         rows = _first_of_each_patient(rows)
         examples = patient_examples(examples)
-    spare = len(files) - len(bags.ids)
-    left_out = (f"{spare} of {len(files)} slides with features have no label and are left out",) if spare else ()
+    spare, lost = len(files) - len(bags.ids), len(filled) - (len(table) - len(gone))
+    left_out = [f"{spare} of {len(files)} slides with features have no label and are left out"] if spare else []
+    left_out += [f"{lost} of {len(table)} labelled slides have no features and are left out"] if lost else []
     sites = (note_on_sites(table),) if keep_sites else ()
-    notes = (*table.notes, *sites, made.describe(rows), *left_out)
-    return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes)
+    notes = (*table.notes, *sites, made.describe(rows), *left_out, *notes_on_tiles)
+    return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes, gone)
+
+
+def _with_tiles(table: LabelTable, bags: FeatureFolder) -> tuple[LabelTable, tuple[str, ...]]:
+    """Return the table without the slides on which no tissue was found, and a note of them."""
+    wanted = set(table.slide_ids)
+    empty = [name for name in bags.ids if name in wanted and not bags.length(name)]
+    if not empty:
+        return table, ()
+    if len(empty) == len(table):
+        raise LabelError(f"no labelled slide has tiles: {shown(empty)}; tile them with other tissue options")
+    return table.select(wanted - set(empty)), (f"{len(empty)} slides without tiles are left out: {shown(empty)}",)
 
 
 def _labelled(files: dict[str, Path], table: LabelTable) -> dict[str, Path]:

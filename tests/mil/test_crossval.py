@@ -73,6 +73,14 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fold_without_a_test_part_is_refused(toy, tmp_path):
+    ids = toy.examples.ids
+    cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
+    with pytest.raises(LabelError, match="nobody to test in fold 0"):
+        crossval(RECIPE, toy.task, toy.examples, [Split(ids, (), ())], cohort, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_patients_with_several_slides_are_judged_too(make_toy, tmp_path):
     toy = make_toy(n_bags=60, per_patient=3)
     summary = crossval(

@@ -45,6 +45,26 @@ def test_patients_may_be_the_bags(folder):
     assert study.examples.targets.tolist() == [0, 1] * 6
 
 
+@pytest.mark.parametrize("level", ["slide", "patient"])
+def test_slides_without_tiles_or_features_are_left_out_of_splits_too(folder, level):
+    whole = open_study(folder / "features", folder / "labels.csv")
+    splits = whole.splits(folds=3)
+    write_all_splits(folder / "splits", [splits], whole.cohort)
+    write_bag(folder / "features/s000.h5", FeatureBag(np.ones((0, 2), np.float32), SPEC, "s000"))
+    (folder / "features/s020.h5").unlink()
+    with pytest.raises(LabelError, match="labelled slides have no features: s020"):
+        open_study(folder / "features", folder / "labels.csv")
+    study = open_study(folder / "features", folder / "labels.csv", missing="drop", level=level)
+    assert study.notes[-2:] == (
+        "1 of 18 labelled slides have no features and are left out", "1 slides without tiles are left out: s000",
+    )  # fmt: skip
+    gone = {"slide": {"s000", "s020"}, "patient": {"p0", "p2"}}[level]
+    assert not gone & set(study.examples.ids)
+    for kind in ("splits", "splits/splits.json"):
+        for split in study.splits(folder / kind):
+            assert set().union(*split.parts().values()) == set(study.examples.ids)
+
+
 def test_splits_of_slides_are_splits_of_their_patients(folder):
     study = open_study(folder / "features", folder / "labels.csv")
     patients = open_study(folder / "features", folder / "labels.csv", level="patient")

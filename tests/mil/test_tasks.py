@@ -172,6 +172,12 @@ def test_threshold_and_temperature_come_from_validation():
     assert task.tuned(logits[::2], target[::2], threshold=True, temperature=True) == task
 
 
+@pytest.mark.parametrize("labels", [("Tumour", "tumour", "x"), ("1", "1.0", "0"), ("MSI high", "MSI  High", "MSS")])
+def test_one_class_that_is_written_in_two_ways_is_refused(labels):
+    with pytest.raises(LabelError, match="which look like one class; write them alike"):
+        make_task("classification", rows(*labels))
+
+
 def test_each_of_several_labels_has_its_own_threshold():
     data = table_of(er=["neg", "pos"] * 200, pr=(["0"] * 300 + ["1"] * 100))
     task = make_task("multilabel", data, target="er,pr")
