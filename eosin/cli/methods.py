@@ -64,14 +64,29 @@ def _explain(name: str) -> None:
         _explain_part(registry, name)
     if name in RECIPES:
         typer.echo(f"recipe {name}\n")
+        for paper in [] if places else _papers(RECIPES[name]):
+            typer.echo(f"{paper}\n")
         typer.echo(_yaml({"recipe": RECIPES[name].model_dump(mode="json")}))
+
+
+def _papers(recipe: "Recipe") -> list[str]:
+    """Return what the files of a recipe's parts say of their papers, each once."""
+    chosen = zip(_registries(), ([recipe.aggregator], recipe.terms, [recipe.strategy]), strict=True)
+    parts = [registry[component.name] for registry, components in chosen for component in components]
+    return list(dict.fromkeys(filter(None, map(_paper, parts))))
+
+
+def _paper(part: Any) -> str:
+    """Return the docstring of the file of a method, which is about the paper; nothing for other parts."""
+    is_method = part.__module__.startswith("eosin.mil.methods.")
+    return (inspect.getdoc(sys.modules[part.__module__]) or "") if is_method else ""
 
 
 def _explain_part(registry: "ModuleRegistry[Any]", name: str) -> None:
     part = registry[name]
     typer.echo(f"{registry.kind} {name}\n")
-    if part.__module__.startswith("eosin.mil.methods."):  # there the module's docstring is about the paper
-        typer.echo(f"{inspect.getdoc(sys.modules[part.__module__])}\n")
+    if paper := _paper(part):
+        typer.echo(f"{paper}\n")
     typer.echo(f"{inspect.getdoc(part)}\n")
     typer.echo(_yaml({"options": registry.defaults(name)}))
 

@@ -36,3 +36,8 @@ def test_the_printed_recipe_can_be_used_as_a_configuration(run: Run) -> None:
 
 def test_an_unknown_name_suggests_the_nearest(refused: Run) -> None:
     assert "did you mean abmil" in refused("methods", "abmill")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_gives_its_papers(run: Run, name: str) -> None:
+    assert "https://" in run("methods", name).stdout

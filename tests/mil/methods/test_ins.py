@@ -149,6 +149,18 @@ def test_negative_bags_hold_class_0_only():
     assert candidates.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0]]
 
 
+def test_certain_negatives_join_when_targets_begin_to_move():
+    bags, target = draw(3, 4, ids=("x", "y")), torch.tensor([0, 1])
+    strategy = InsStrategy(model(), TASK, start=0.5, sample=100)
+    logits = strategy.model(bags).instance_logits
+    open_ = torch.tensor([[0.5, 0.5, 0.0]]).expand(4, 3)
+    found = strategy(bags, target).extra["instance"]
+    torch.testing.assert_close(found, soft_cross_entropy(logits[3:], open_))
+    assert not strategy(bags, torch.zeros(2, dtype=torch.int64)).extra["instance"]
+    strategy.start_step(0.5)
+    assert strategy(bags, torch.zeros(2, dtype=torch.int64)).extra["instance"] > 0
+
+
 def test_targets_are_remembered_by_bag():
     strategy = InsStrategy(model(), TASK, start=0.0, sample=100)
     bags, target = draw(3, 4, ids=("x", "y")), torch.tensor([0, 1])
