@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-_LINE = 64  # pixels of a line of the picture that a block of rows becomes
-_SUM_ROWS = 512
+_PICTURES, _LINES = 16, 4  # what a block of rows becomes; of fewer pictures torch takes a slower way on one thread
 _ENOUGH_ROWS = 3072  # from where on a convolution is the faster way to a weight's gradient
 
 
@@ -71,12 +70,14 @@ class AffineGradient:
             self.bias += bias
         else:
             self.weight = transposed_product(upstream, rows, plus=self.weight)
-            for first in range(0, len(upstream), _SUM_ROWS):  # a whole block would be converted in new memory
-                self.bias += upstream[first : first + _SUM_ROWS].sum(0, dtype=self.bias.dtype)
+            if upstream.dtype == self.bias.dtype:
+                self.bias += upstream.sum(0)
+            else:  # a sum would convert each entry first
+                self.bias += upstream.T @ upstream.new_ones(len(upstream))
 
 
 def _convolves(upstream: Tensor, rows: Tensor) -> bool:
-    whole = len(rows) >= _ENOUGH_ROWS and len(rows) % _LINE == 0
+    whole = len(rows) >= _ENOUGH_ROWS and len(rows) % (_PICTURES * _LINES) == 0
     narrow = rows.dtype == torch.float32 and uses_onednn(rows)
     return whole and narrow and upstream.is_contiguous() and rows.is_contiguous()
 
@@ -98,8 +99,8 @@ def _convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 
 
 def _picture(rows: Tensor) -> Tensor:
-    """Return rows as a picture of lines, channels last: (n, D) -> (1, D, 64, n / 64)."""
-    return rows.view(1, _LINE, len(rows) // _LINE, -1).permute(0, 3, 1, 2)
+    """Return rows as pictures, channels last: (n, D) -> (16, D, 4, n / 64)."""
+    return rows.view(_PICTURES, _LINES, len(rows) // (_PICTURES * _LINES), -1).permute(0, 3, 1, 2)
 
 
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:

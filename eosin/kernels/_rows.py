@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import check_shape
+from eosin.kernels.memory import new_tensor
 
-ROWS = 4096  # rows per block: 4 MB of float32 per branch at A = 256; shorter ones cost more in calls than they save
+ROWS = 3072  # rows per block: 3 MB of float32 per branch at A = 256; shorter ones cost more in calls than they save
 
 
 def blocks(n_rows: int) -> Iterator[slice]:
@@ -45,7 +46,7 @@ class Rows:
 
     def new_gradient(self) -> Tensor:
         """Return what `add_gradient` fills: rows that no instance reads have gradient 0."""
-        return torch.empty_like(self.values) if self.index is None else torch.zeros_like(self.values)
+        return torch.zeros_like(self.values) if self.index is not None else new_tensor(self.values, self.values.shape)
 
     def add_gradient(self, target: Tensor, block: slice, gradient: Tensor) -> None:
         """Write the gradient of a block of instances; a row that is read twice gets the sum."""

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from eosin.kernels.memory import new_tensor
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBags:
@@ -50,7 +52,7 @@ class PackedBags:
         if not bags:
             raise ValueError("a pack needs at least one bag")
         return cls._of(
-            torch.cat(list(bags)),
+            _joined(bags),
             tuple(len(bag) for bag in bags),
             coords_px0=None if coords_px0 is None else torch.cat(list(coords_px0)),
             ids=tuple(ids),
@@ -124,3 +126,9 @@ class PackedBags:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             coords_px0=None if self.coords_px0 is None else self.coords_px0.to(device, non_blocking=True),
         )
+
+
+def _joined(bags: Sequence[Tensor]) -> Tensor:
+    if any(bag.requires_grad for bag in bags):
+        return torch.cat(list(bags))
+    return torch.cat(list(bags), out=new_tensor(bags[0], (sum(map(len, bags)), *bags[0].shape[1:])))

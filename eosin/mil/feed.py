@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from eosin.kernels.memory import new_tensor
 from eosin.mil.bags import PackedBags
 from eosin.mil.data import BagSource, Examples
 
@@ -134,7 +135,9 @@ class EvaluationPacks:
 def on_device(bags: PackedBags, device: torch.device) -> PackedBags:
     """Return the bags on a device with float32 values (float64 stays), converted after the transfer."""
     moved = bags.to(device)
-    return moved if moved.values.dtype == torch.float64 else moved.with_values(moved.values.float())
+    if moved.values.dtype in (torch.float32, torch.float64):
+        return moved
+    return moved.with_values(new_tensor(moved.values, tuple(moved.values.shape), torch.float32).copy_(moved.values))
 
 
 def draw_order(

@@ -63,7 +63,7 @@ class Standardizer(nn.Module):
 
     def rows(self, values: Tensor) -> Tensor:
         """Return standardized features (N, D)."""
-        return (values - self.mean) * self.scale
+        return (values - self.mean).mul_(self.scale)
 
 
 def _sample(bags: BagSource, bag_id: str) -> Tensor:

@@ -42,7 +42,7 @@ def test_whole_blocks_sum_gradients_by_convolution(dtype, tolerance, monkeypatch
     ways = []
     convolves = _products._convolves
     monkeypatch.setattr(_products, "_convolves", lambda *factors: ways.append(convolves(*factors)) or ways[-1])
-    tensors = layer(4096 + 100, dtype)
+    tensors = layer(_rows.ROWS + 100, dtype)
     dropout = 0.5  # a power of two, by which bfloat16 weights are scaled without being rounded again
     exact = run("reference", [tensor.detach().double().requires_grad_() for tensor in tensors], dropout)
     for found, expected in zip(run("torch", tensors, dropout), exact, strict=True):

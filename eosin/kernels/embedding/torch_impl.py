@@ -12,6 +12,7 @@ from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._dropout import EMBEDDING_BRANCH, drop_
 from eosin.kernels._products import AffineGradient, affine, product
 from eosin.kernels._rows import blocks, longest_block
+from eosin.kernels.memory import new_tensor
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Embedding:
             drop_(embedded, self.seed, self.dropout, branch=EMBEDDING_BRANCH, first_row=first)
         return embedded
 
-    def backward(self, d_embedded: Tensor, embedded: Tensor) -> Tensor:
+    def backward(self, d_embedded: Tensor, embedded: Tensor, *, out: Tensor) -> Tensor:
         """Turn the gradient of h into that of what relu reads; where h is 0 it was cut off or dropped, and it is 0."""
-        torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=d_embedded)
-        return d_embedded
+        torch.ops.aten.threshold_backward.grad_input(d_embedded, embedded, 0, grad_input=out)
+        return out
 
     def parameters(self, gradient: AffineGradient) -> tuple[Tensor, Tensor]:
         """Return the gradients of W and b from those of the projection: (E, D), (E,)."""
@@ -76,7 +77,7 @@ def forward(values: Tensor, embedding: Embedding) -> Tensor:
     if len(values) == longest_block(len(values)):
         return embedding.rows(values, 0)
     assert embedding.weight is not None
-    embedded = values.new_empty((len(values), len(embedding.weight)), dtype=embedding.dtype)
+    embedded = new_tensor(values, (len(values), len(embedding.weight)), embedding.dtype)
     for block in blocks(len(values)):
         embedded[block] = embedding.rows(values[block], block.start)
     return embedded
@@ -87,12 +88,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of values (if needed), weight and bias: (N, D), (E, D), (E,)."""
     assert embedding.weight is not None
-    d_values = torch.empty_like(values) if needs_values else None
+    d_values = new_tensor(values, values.shape) if needs_values else None
     total = AffineGradient(embedding.weight, sums)
     place = torch.empty_like(embedded[: longest_block(len(values))])
     for block in blocks(len(values)):
         rows = values[block].to(embedding.dtype)
-        through = embedding.backward(place[: len(rows)].copy_(grad[block]), embedded[block])
+        through = embedding.backward(grad[block], embedded[block], out=place[: len(rows)])
         total.add(through, rows)
         if d_values is not None:
             d_values[block] = embedding.to_values(through)

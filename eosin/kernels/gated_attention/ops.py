@@ -23,6 +23,7 @@ from eosin.kernels.gated_attention.torch_impl import (
     score_backward,
     score_forward,
 )
+from eosin.kernels.memory import new_tensor
 
 N_GATE = 6  # v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
 N_POOL_GRADIENTS = N_GATE + 5  # also values, embed_weight, embed_bias, temperature, score_mask
@@ -141,8 +142,8 @@ def _kept(source: Rows, parameters: tuple[Any, ...], dtype: torch.dtype, *, inst
     values, n_rows = source.values, len(source)
     n_branches = len(v_weight) * (1 if u_weight is None else 2)
     return Kept(
-        values.new_empty((n_rows if instances else 0, v_weight.shape[1]), dtype=dtype),
-        values.new_empty((n_rows if branches else 0, n_branches), dtype=dtype),
+        new_tensor(values, (n_rows if instances else 0, v_weight.shape[1]), dtype),
+        new_tensor(values, (n_rows if branches else 0, n_branches), dtype),
     )
 
 

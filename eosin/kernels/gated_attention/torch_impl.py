@@ -402,7 +402,7 @@ def pool_backward(
         for bag, part in pieces(offsets, block):
             softmax.add_rows(bag, results[0][block][part], d_rows[part])
         if embedder is not None:
-            d_rows = embedding.backward(d_rows, rows)
+            d_rows = embedding.backward(d_rows, rows, out=d_rows)
             embedder.add(d_rows, values[block].to(embedding.dtype))
         if d_values is not None:
             values.add_gradient(d_values, block, embedding.to_values(d_rows))
