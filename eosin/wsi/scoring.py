@@ -24,7 +24,7 @@ COARSEST_BLUR_MPP = 1.3
 LAGS_PX = ((1, 4), (2, 8))
 NOISE = 4.0  # variance of the difference of two equal pixels, in grey levels
 BATCH = 64
-AT_ONCE = 8  # tiles whose differences stay in the processor's cache
+AT_ONCE_PX = 2**17  # of tiles whose differences stay in the processor's cache
 FOLD_RATIO = 1.7
 FOLD_MIN_DENSITY = 0.8
 FOLD_WINDOW_UM = 40.0
@@ -149,7 +149,8 @@ def blur_of(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     -------
     (n,) float32
     """
-    some = [_blur_of_few(tiles[start : start + AT_ONCE]) for start in range(0, len(tiles), AT_ONCE)]
+    step = max(1, AT_ONCE_PX // (tiles.shape[1] * tiles.shape[2]))
+    some = [_blur_of_few(tiles[start : start + step]) for start in range(0, len(tiles), step)]
     return np.concatenate([np.zeros(0, np.float32), *some])
 
 
