@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -193,7 +194,7 @@ def _square(x: str, y: str, *, limits: tuple[float, float] = (0.0, 1.0)) -> tupl
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, curves: int, *, corner: str) -> None:
+def _legend(figure: Figure, axes: Axes, curves: int, *, corner: Literal["lower left", "lower right"]) -> None:
     """Name the curves in a corner where few of them leave one free, else below, where they hide nothing."""
     if curves <= CURVES_BESIDE_LEGEND:
         axes.legend(frameon=False, loc=corner, fontsize=8)

@@ -106,11 +106,12 @@ class _ClassTask(Task):
         return result
 
     def with_mean_threshold(self, tasks: Sequence[Task]) -> Self:
-        """Return the task with the mean threshold, when all have one."""
-        known = [task.threshold for task in tasks if isinstance(task, _ClassTask) and task.threshold is not None]
-        if not known or len(known) < len(tasks):
+        """Return the task with the mean threshold; a model without one, where others have one, decides at one half."""
+        known = [task.threshold for task in tasks if isinstance(task, _ClassTask)]
+        if all(threshold is None for threshold in known):
             return self
-        return self.model_copy(update={"threshold": float(np.mean(known))})
+        used = [EVEN if threshold is None else threshold for threshold in known]
+        return self.model_copy(update={"threshold": float(np.mean(used))})
 
     def _best_temperature(self, logits: Tensor, target: Tensor) -> float:
         def loss(log_temperature: float) -> float:

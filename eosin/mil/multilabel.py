@@ -54,6 +54,8 @@ class MultiLabel(Task):
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
         """Make the task of columns with two values each."""
         columns = cls.named_columns(target)
+        if len(set(columns)) < len(columns):
+            raise LabelError(f"{target!r} names a column twice; name each label once")
         values = [sorted_labels({row[name] for row in rows}) for name in columns]
         for name, found in zip(columns, values, strict=True):
             if len(found) != 2:

@@ -26,6 +26,7 @@ NO = frozenset({"0", "0.0", "false", "no"})
 EVENT = frozenset({"dead", "deceased", "died", "event", "1:deceased"})
 CENSORED = frozenset({"alive", "living", "censored", "0:living"})
 BINS = 4
+THIRDS = ("early", "middle", "late")
 
 
 class _Survival(Task):
@@ -51,7 +52,10 @@ class _Survival(Task):
             raise LabelError(
                 f"survival needs two columns, time and event; name them (--target time,event), not {target!r}"
             )
-        return time, event.partition("=")[0].strip()
+        event = event.partition("=")[0].strip()
+        if time == event:
+            raise LabelError(f"{time!r} cannot be both time and event; name two columns (--target time,event)")
+        return time, event
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
@@ -167,8 +171,8 @@ class _Survival(Task):
     def strata(self, rows: Sequence[Row]) -> list[str]:
         """Return event or censored, in thirds of the time by rank."""
         target = self.encode(rows).numpy()
-        thirds = rank_bins(target[:, 0], 3)
-        return [f"{'event' if seen else 'censored'}-{third}" for (_, seen), third in zip(target, thirds, strict=True)]
+        thirds = [THIRDS[int(third)] for third in rank_bins(target[:, 0], len(THIRDS))]
+        return [f"{third} {'event' if seen else 'censored'}" for (_, seen), third in zip(target, thirds, strict=True)]
 
 
 class DiscreteSurvival(_Survival):

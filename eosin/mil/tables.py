@@ -232,7 +232,7 @@ def _one_row_per_slide(frame: Table, slides: str) -> Table:
 
 def slide_id(name: str) -> str:
     """Return the id of a slide from its id, file name or path: folders and a known suffix go, other dots stay."""
-    stem = name.strip().rsplit("/", 1)[-1]
+    stem = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
     for suffix in FILE_SUFFIXES:
         if stem.lower().endswith(suffix):
             return stem[: -len(suffix)]

@@ -79,6 +79,11 @@ def test_an_ensemble_answers_at_times_common_to_its_models(monkeypatch):
     assert models.answer(outputs)["until_2"] == 6.0
 
 
+def test_time_and_event_are_two_columns():
+    with pytest.raises(LabelError, match="'event' cannot be both time and event"):
+        make_task("cox", rows((1, 1)), target="event, event=1")
+
+
 def test_the_words_that_are_events_are_said():
     task = make_task("cox", rows((1, "dead"), (9, "alive"), (3, "Deceased")), target="time,event")
     assert "'event' with Deceased or dead for an event, 2 of 3" in task.describe(
@@ -187,7 +192,7 @@ def test_the_partial_likelihood_by_hand():
 def test_strata_and_metrics(kind):
     task = make_task(kind, rows(*[(t, t % 2) for t in range(12)]), target="time,event")
     strata = task.strata(rows(*[(t, t % 2) for t in range(12)]))
-    assert set(strata) == {f"{seen}-{third}" for seen in ("event", "censored") for third in "012"}
+    assert set(strata) == {f"{third} {seen}" for seen in ("event", "censored") for third in ("early", "middle", "late")}
     target = torch.tensor([[1.0, 1], [2.0, 1], [3.0, 0]]).double()
     logits = -target[:, :1].expand(-1, task.n_outputs).float()
     outputs = task.activate(logits)

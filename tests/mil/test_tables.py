@@ -133,8 +133,16 @@ def test_the_label_column_is_never_guessed():
 
 
 def test_known_suffixes_go_and_other_dots_stay():
-    names = ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a.ome.tiff", "0012.SVS", "b.h5", " c ", "x.y.z"]
-    assert [slide_id(name) for name in names] == ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a", "0012", "b", "c", "x.y.z"]
+    names = ["TCGA-A1-A0SH-01Z-00-DX1.90E71B08", "a.ome.tiff", "0012.SVS", "b.h5", " c ", "x.y.z", r"C:\d\e.svs"]
+    assert [slide_id(name) for name in names] == [
+        "TCGA-A1-A0SH-01Z-00-DX1.90E71B08",
+        "a",
+        "0012",
+        "b",
+        "c",
+        "x.y.z",
+        "e",
+    ]
 
 
 def test_the_same_table_is_the_same_in_every_file_type(tmp_path):

@@ -120,6 +120,8 @@ def test_several_labels_at_once():
     assert task.strata(data) == ["none", "er", "pr", "none"]
     with pytest.raises(LabelError, match="same 'pr'"):
         task.require_trainable(target[:2])
+    with pytest.raises(LabelError, match="'er,er' names a column twice"):
+        make_task("multilabel", data, target="er,er")
     with pytest.raises(LabelError, match="column 'x' has 3 values"):
         make_task("multilabel", table_of(x=list("abc")), target="x")
 
@@ -200,6 +202,13 @@ def test_each_of_several_labels_has_its_own_threshold():
     mean = task.with_mean_threshold([tuned, task]).thresholds
     np.testing.assert_allclose(mean, (np.asarray(tuned.thresholds) + 0.5) / 2)
     assert task.tuned(logits[::2], target[::2] * 0, threshold=True).thresholds == (0.5, 0.5)
+
+
+def test_models_without_a_threshold_count_as_one_half_beside_others():
+    plain = Binary(classes=("x", "y"))
+    tuned = plain.model_copy(update={"threshold": 0.9})
+    assert tuned.with_mean_threshold([tuned, plain]).threshold == pytest.approx(0.7)
+    assert plain.with_mean_threshold([plain, plain]).threshold is None
 
 
 def test_tasks_without_a_threshold_say_so():
