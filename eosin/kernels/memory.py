@@ -21,7 +21,7 @@ from torch import Tensor
 MOST_FREE = 2**30
 _LARGE = 32 * 2**20
 _free: defaultdict[int, "queue.SimpleQueue[mmap.mmap]"] = defaultdict(queue.SimpleQueue)  # by size, a power of two
-torch.empty(_LARGE - 2**20, dtype=torch.uint8)
+torch.empty(_LARGE - 2**20, dtype=torch.uint8, device="cpu")
 
 
 def new_tensor(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
