@@ -54,7 +54,7 @@ def encoded(folder: Path, arguments: argparse.Namespace) -> Encoded:
         n_slides=arguments.slides,
         slides_per_patient=1,
         size_um=(900.0, 1100.0),
-        min_tumour=0.01,
+        min_tumour=arguments.least_tumour,
         max_tumour=arguments.most_tumour,
         seed=1,
     )
@@ -133,10 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPE_NAMES))
     parser.add_argument("--slides", type=int, default=40)
-    parser.add_argument("--most-tumour", type=float, default=0.03)
+    parser.add_argument("--least-tumour", type=float, default=0.03, help="share of the tissue of a tumour slide")
+    parser.add_argument("--most-tumour", type=float, default=0.15)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--folder", type=Path, help="where slides and features are kept for another call")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cohort.csv"))
     arguments = parser.parse_args()

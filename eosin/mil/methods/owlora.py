@@ -278,7 +278,8 @@ class UpdatedInSequence(Aggregator):
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return the other aggregator's output."""
         if isinstance(self.host, EmbeddingAggregator):  # standardized features of a large bag never exist all at once
-            embedded = by_rows(lambda values: self.host.embed(self.standardizer.rows(values)), bags.values)
+            embed = self.host.embed
+            embedded = by_rows(lambda values: embed(self.standardizer.rows(values)), bags.values)
             return self.host.aggregate(bags.with_values(embedded))
         output: AggregatorOutput = self.host(self.standardizer(bags))
         return output
