@@ -244,6 +244,7 @@ def test_the_deployed_model_does_not_depend_on_the_batch(name):
 
 
 CAUTIOUS = {"set_transformer", "mhim_v2_dsmil"}  # residual blocks, or recycled tokens, without norm die of large steps
+HIDES = {"mhim_v2", "mhim_v2_dsmil"}  # what is left of a small bag may lack what makes it positive
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -267,4 +268,5 @@ def test_separable_bags_are_fitted(name):
     training = {"epochs": 15, "lr": rate, "bags_per_step": 5, "select": "last", "warmup": 0.0, "optimizer": "adamw"}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
     fitted = fit(recipe, task, examples)
-    assert fitted.history[-1]["train_bag"] < 0.35
+    whole = task.loss(fitted.model(PackedBags.pack(list(bags.values()))).logits, target)
+    assert (whole if name in HIDES else fitted.history[-1]["train_bag"]) < 0.35

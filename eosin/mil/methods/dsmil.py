@@ -13,12 +13,15 @@ self-supervised contrastive learning, CVPR 2021, https://arxiv.org/abs/2011.0893
 
 Deviations from the authors' code. Of tied critical instances the first is taken, where the code's sort is unstable.
 Both halves of the objective are the task's own loss: their sigmoid cross-entropy for a multi-label or binary task,
-softmax cross-entropy for a classification. Weights start orthogonal with zero bias as in the training script; `init`
-changes it. The code's `average` takes the mean of the two probabilities, and at inference alone. `PRESETS` are the
-variants inside MHIM-MIL and PackMIL, which embed first and pool a projection.
+softmax cross-entropy for a classification. Weights start orthogonal with zero bias as in the training script, in the
+recipe both classifiers at zero: unit rows read features of unit deviation, so that a fresh model has logits of several
+units in a random direction, which a short training does not get rid of. The code's `average` takes the mean of the two
+probabilities, and at inference alone. `PRESETS` are the variants inside MHIM-MIL and PackMIL, which embed first and
+pool a projection.
 
-Scores lie between -√A and √A, since queries do between -1 and 1; a query narrower than the paper's can
-miss a signal that few instances carry (docs/methods.md).
+Scores lie between -√A and √A, since queries do between -1 and 1. The gradient of the instance stream reaches one
+instance per bag and class, so that which instance is critical at the start can decide whether a rare signal is found
+(docs/methods.md).
 """
 
 from dataclasses import dataclass
@@ -84,8 +87,9 @@ class Dsmil(Aggregator):
         Before that projection.
     prediction : {"bag", "mean"}
         Logits of the bag stream, or the mean of both streams, equation 5.
-    init : {"orthogonal", "default", "xavier"}
-        Initial weights; biases are zero except with torch's default.
+    init : {"orthogonal", "zero_heads", "default", "xavier"}
+        Initial weights, with `zero_heads` orthogonal but for both classifiers; biases are zero except with torch's
+        default.
     """
 
     output_type = DsmilOutput
@@ -103,7 +107,7 @@ class Dsmil(Aggregator):
         passing_v: bool = False,
         value_dropout: float = 0.0,
         prediction: Literal["bag", "mean"] = "bag",
-        init: Literal["orthogonal", "default", "xavier"] = "orthogonal",
+        init: Literal["orthogonal", "zero_heads", "default", "xavier"] = "orthogonal",
     ) -> None:
         require_counts("dsmil", hidden=hidden)
         require_fractions("dsmil", value_dropout=value_dropout)
@@ -117,10 +121,13 @@ class Dsmil(Aggregator):
         value = [nn.Dropout(value_dropout), nn.Linear(width, width), nn.ReLU()] if passing_v else []
         self.value = nn.Sequential(*value)
         self.classifier = nn.Linear(n_outputs * width, n_outputs)
-        if init == "orthogonal":
-            self.apply(_orthogonal)
-        else:
+        if init in ("default", "xavier"):
             initialise(self, init)
+        else:
+            self.apply(_orthogonal)
+        if init == "zero_heads":
+            for head in (self.instance_classifier, self.classifier):
+                nn.init.zeros_(head.weight)
 
     def forward(self, bags: PackedBags) -> DsmilOutput:
         """Return logits, bag rows, scores, pooled instances and instance logits."""
@@ -172,7 +179,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 RECIPE = Recipe(
-    aggregator=Component(name="dsmil"),
+    aggregator=Component(name="dsmil", options={"init": "zero_heads"}),
     terms=(Term(name="dsmil_max", weight=0.5),),
     bag_weight=0.5,
     training=Training(optimizer="adam", lr=1e-4, betas=(0.5, 0.9), weight_decay=1e-3, epochs=50, schedule="cosine"),

@@ -7,6 +7,7 @@ from eosin.kernels import segment_topk_mask
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClamSingleBranch
 from eosin.mil.methods.dsmil import PRESETS, Dsmil, DsmilMax
+from eosin.mil.recipe import RECIPES
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks import Classification
 
@@ -110,6 +111,17 @@ def test_presets_embed_first_and_pool_a_projection():
     assert AGGREGATORS.build("dsmil", 20, 2, options=PRESETS["mhim_v2"]).prediction == "mean"
     with pytest.raises(ConfigError, match="hidden is 0"):
         Dsmil(5, 3, hidden=0)
+
+
+def test_the_recipe_starts_without_an_opinion():
+    recipe = RECIPES["dsmil"]
+    bags = PackedBags.pack([100 * torch.randn(7, 5)])
+    fresh = AGGREGATORS.build("dsmil", 5, 3, options=recipe.aggregator.options)(bags)
+    assert not fresh.logits.any()
+    assert not fresh.instance_logits.any()
+    assert fresh.scores.any()
+    loud = Dsmil(5, 3)(bags)
+    assert loud.instance_logits.abs().amax() > 10
 
 
 def test_the_term_needs_instance_logits():
