@@ -18,6 +18,7 @@ from shapely.geometry.base import BaseGeometry
 from shapely.ops import unary_union
 
 from eosin.batch import Report
+from eosin.encoding import Machine, ProgressBar, no_progress
 from eosin.features.store import read_bag
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map, require_grid
@@ -26,7 +27,8 @@ from eosin.mil.checkpoint import load_model
 from eosin.mil.metrics import roc_auc
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.options import Options
-from eosin.pipeline import Machine, Pipeline, ProgressBar, Result, make_report, no_progress, run_stages
+from eosin.pipeline import Pipeline, run_stages
+from eosin.result import Result, make_report
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.synthetic import Cohort, make_cohort, read_truth

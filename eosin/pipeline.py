@@ -5,52 +5,38 @@ there already. A slide that fails somewhere is left out of what follows and name
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-from shapely.geometry.base import BaseGeometry
-
-from eosin import __version__
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.encoders import Precision, find_encoder, folder_name
+from eosin.encoding import Machine, ProgressBar, no_progress
+from eosin.errors import EosinError, LabelError, UnknownNameError
+from eosin.features.encoders import find_encoder, folder_name
 from eosin.features.extract import extract
 from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
-from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.evaluation import confusions, panels
-from eosin.heatmaps.explain import FORMATS, class_choices, explain_slide, map_name
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.mapset import map_slide
-from eosin.heatmaps.measures import Evaluated, metric_name
-from eosin.heatmaps.report import Metric, Picture, ReportData, SlideCard, slide_pictures, write_report
-from eosin.mil.checkpoint import ModelCard, load_card, load_model
+from eosin.heatmaps.explain import FORMATS, explain_slide, map_name
+from eosin.heatmaps.report import write_report
+from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS, cohort_of, crossval
 from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, shown
-from eosin.mil.predict import predict
 from eosin.mil.recipe import Recipe
-from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator, AttentionOutput
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
 from eosin.mil.study import open_labels, pose_task
 from eosin.mil.tasks import Task
 from eosin.mil.train import fit
 from eosin.options import Options
+from eosin.result import Result, make_report, read_predictions
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
 from eosin.wsi.quality import QualityLimits
-from eosin.wsi.slide import SlideFile, find_slides, open_slide
+from eosin.wsi.slide import SlideFile, find_slides
 from eosin.wsi.tissue import TissueOptions
 
 VAL_FRACTION = 0.15
-PICTURE_PX = 560
-
-ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[object], None] | None]]
-"""Given the name of a stage and its number of slides; its context is called with each finished item."""
 
 
 class Pipeline(Options):
@@ -84,31 +70,6 @@ class Pipeline(Options):
     formats: tuple[str, ...] = ("png", "geojson")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """How the work is done; changes nothing of the results.
-
-    Attributes
-    ----------
-    workers : int
-        Processes that read slides; 0 reads in this one.
-    device : str
-        ``auto``, ``cpu``, ``cuda``.
-    batch_size : int
-        Tiles that are encoded at once.
-    precision : str
-        Of the encoder.
-    weights : Path, optional
-        Local weights of the encoder.
-    """
-
-    workers: int = 0
-    device: str = "auto"
-    batch_size: int = 64
-    precision: Precision = "fp32"
-    weights: Path | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """Tiles that come from elsewhere than the tissue.
@@ -123,52 +84,6 @@ class Tiles:
 
     folder: str
     write: Callable[[Sequence[SlideFile], Callable[[object], None] | None], Report]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What a pipeline leaves behind.
-
-    Attributes
-    ----------
-    job : JobFolder
-    features, splits, crossval, model, heatmaps : Path
-        Folders in the job.
-    predictions : DataFrame
-        One row per slide that was tested: fold, slide_id, patient_id, label and the columns of the task, all by a model
-        that did not see the patient.
-    metrics : mapping
-        As `eosin.mil.crossval.crossval` returns.
-    task : Task
-    slides : mapping of str to SlideFile
-        All slides.
-    report : Report
-        Each slide's worst record over all stages.
-    left_out : tuple of str
-        Labelled slides without features.
-    """
-
-    job: JobFolder
-    features: Path
-    splits: Path
-    crossval: Path
-    model: Path
-    heatmaps: Path
-    predictions: pd.DataFrame
-    metrics: Mapping[str, Any]
-    task: Task
-    slides: Mapping[str, SlideFile]
-    report: Report
-    left_out: tuple[str, ...] = ()
-
-    def fold_model(self, slide_id: str) -> Path:
-        """Return the folder of the model that has not seen the slide's patient."""
-        fold = dict(zip(self.predictions["slide_id"], self.predictions["fold"], strict=True))[slide_id]
-        return self.crossval / f"fold_{fold}"
-
-    def feature_file(self, slide_id: str) -> Path:
-        """Return the slide's feature file."""
-        return self.features / f"{slide_id}.h5"
 
 
 def run_pipeline(
@@ -251,11 +166,6 @@ def run_stages(
     """
     run = _Run(job, options or Pipeline(), machine or Machine(), progress or no_progress, tiles)
     return run.all_stages(find_slides(slides, slide_mpp=slide_mpp), open_labels(labels), splits, missing)
-
-
-def no_progress(_stage: str, _total: int | None) -> AbstractContextManager[None]:
-    """Show nothing."""
-    return nullcontext()
 
 
 @dataclass(eq=False)
@@ -449,126 +359,6 @@ class _Run:
             )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Where the feature file of each slide is that has one, and what became of the slides on the way there."""
-
-    files: Mapping[str, Path]
-    report: Report
-
-
-def encode_like(
-    spec: FeatureSpec,
-    slides: Sequence[SlideFile],
-    job: JobFolder,
-    *,
-    machine: Machine | None = None,
-    progress: ProgressBar = no_progress,
-) -> Encoded:
-    """Tile and encode slides as a model's features were made; what is done already in the job is kept.
-
-    Raises
-    ------
-    ConfigError
-        If the model was not trained on features of tiles.
-    OutputError
-        If the environment stops the run; what is finished stays.
-    """
-    if spec.mpp is None or spec.patch_size is None:
-        raise ConfigError(f"the model was trained on {spec.encoder}, which are no tiles of slides; pass --features")
-    means, tiling = machine or Machine(), Tiling(mpp=spec.mpp, patch_size=spec.patch_size)
-    with progress("tile", len(slides)) as advance:
-        tiled = tile_slides(slides, job, tiling, workers=means.workers, progress=advance)
-    failed = {record.slide_id for record in tiled.failed}
-    rest = [slide for slide in slides if slide.slide_id not in failed]
-    with progress("extract", len(rest)) as advance:
-        encoded = extract(
-            rest,
-            job,
-            spec.encoder,
-            weights=means.weights,
-            batch_size=means.batch_size,
-            precision=means.precision,
-            device=means.device,
-            tiling=tiling.folder,
-            workers=means.workers,
-            progress=advance,
-        )
-    folder = job.features_dir(tiling.folder, folder_name(spec.encoder))
-    report = worst([tiled, encoded])
-    lost = {record.slide_id for record in report.failed}
-    return Encoded({s.slide_id: folder / f"{s.slide_id}.h5" for s in slides if s.slide_id not in lost}, report)
-
-
-def predict_slides(
-    models: Sequence[Path],
-    slides: Sequence[Path],
-    job: JobFolder,
-    out: Path,
-    *,
-    patient_of: Mapping[str, str] | None = None,
-    slide_mpp: float | Path | None = None,
-    machine: Machine | None = None,
-    progress: ProgressBar = no_progress,
-) -> Report:
-    """Predict slides from their pixels: tiled and encoded as the first model's features were, then predicted.
-
-    Parameters
-    ----------
-    models : sequence of Path
-        Model folders.
-    slides : sequence of Path
-        Slides, and folders that are searched.
-    job : JobFolder
-        Receives tiles and features; what is there already is used.
-    out : Path
-        The table, see `eosin.mil.predict.predict`; a slide that could not be tiled or encoded has a row that says why.
-    patient_of : mapping of str to str, optional
-        Patient of each slide, for a second table.
-    slide_mpp : float or Path, optional
-        As of `eosin.wsi.slide.find_slides`.
-    machine : Machine, optional
-    progress : callable, optional
-
-    Returns
-    -------
-    Report
-        Each slide's first failure, else its last record.
-
-    Raises
-    ------
-    ConfigError
-        If slides or models do not exist or do not fit together.
-    OutputError
-        If the environment stops the run; what is finished stays.
-    """
-    means = machine or Machine()
-    found = find_slides(slides, slide_mpp=slide_mpp)
-    encoded = encode_like(load_card(models[0]).features, found, job, machine=means, progress=progress)
-    with progress("predict", len(encoded.files)) as advance:
-        failures = encoded.report.failed
-        predicted = predict(
-            models,
-            encoded.files,
-            out,
-            failures=failures,
-            patient_of=patient_of,
-            device=means.device,
-            progress=advance,
-        )
-    return worst([encoded.report, predicted])
-
-
-def worst(reports: Sequence[Report]) -> Report:
-    """Return one report over several stages: for each slide its first failure, else its last record."""
-    records: dict[str, Record] = {}
-    for report in reports:
-        for record in report.records:
-            if record.slide_id not in records or records[record.slide_id].status != "failed":
-                records[record.slide_id] = record
-    return Report(tuple(records.values()))
-
-
 def _labelled(table: LabelTable, files: Sequence[SlideFile], missing: Literal["error", "drop"]) -> LabelTable:
     """Return the rows whose slide is there; refuse the others unless they may be dropped."""
     there = {file.slide_id for file in files}
@@ -630,102 +420,3 @@ def _explain(item: _Explain) -> Outcome:
     explain_slide(item.model, item.slide, read_bag(item.features), item.stem.parent, formats=item.formats)
     write_json(item.note, item.origin())
     return Outcome()
-
-
-def read_predictions(path: Path) -> pd.DataFrame:
-    """Read the out-of-fold predictions of `eosin.mil.crossval.crossval`; ids, labels and classes stay text."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    numbers = [name for name in map(str, frame) if name.startswith("prob_")]
-    return frame.astype(dict.fromkeys(numbers, float))
-
-
-def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = None) -> ReportData:
-    """Put the result of a pipeline together for a person.
-
-    Parameters
-    ----------
-    result : Result
-    truth : mapping of str to geometry, optional
-        True outline per slide in level-0 pixels, drawn beside the heat map; an empty one where there is nothing.
-
-    Returns
-    -------
-    ReportData
-    """
-    columns = result.predictions.columns.astype(str)
-    rows = [dict(zip(columns, row, strict=True)) for row in result.predictions.itertuples(index=False)]
-    patients = result.predictions["patient_id"].nunique()
-    found = Evaluated.of(result.task, result.predictions)
-    return ReportData(
-        title="Cross-validation, slide by slide",
-        summary=(
-            f"{len(rows)} slides of {patients} patients, each predicted by a model that was trained on other patients."
-        ),
-        metrics=_metrics(result, patients),
-        panels=panels(found),
-        confusions=confusions(found),
-        slides=tuple(_card(result, row, truth) for row in rows),
-        predictions=result.predictions,
-        tables={"Folds": pd.DataFrame(result.metrics["folds"])},
-        notes=_notes(result),
-        provenance=_provenance(result),
-    )
-
-
-def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
-    note = f"all held-out slides together; 95 % bootstrap over {patients} patients"
-    estimates = result.metrics["out_of_fold"]
-    names = sorted(estimates, key=lambda name: name != result.task.selection_metric)
-    return tuple(
-        Metric(metric_name(name), estimate["value"], estimate["lower"], estimate["upper"], note)
-        for name, estimate in ((name, estimates[name]) for name in names)
-    )
-
-
-def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeometry] | None) -> SlideCard:
-    slide_id, target = row["slide_id"], result.task.columns[0]
-    facts = {"patient": row["patient_id"], target: row[target], "fold": row["fold"]}
-    if "predicted" in row:
-        facts |= {"predicted": row["predicted"], "probability": f"{row['prob_' + row['predicted']]:.3f}"}
-    bag = read_bag(result.feature_file(slide_id))
-    pictures: tuple[Picture, ...] = ()
-    if bag.n_instances:
-        heatmap = _shown_map(*load_model(result.fold_model(slide_id)), bag)
-        file = result.slides[slide_id]
-        outline = None if truth is None else truth.get(slide_id)
-        with open_slide(file.path, mpp=file.mpp) as slide:
-            pictures = slide_pictures(slide, heatmap, truth=outline, longest_px=PICTURE_PX)
-    correct = row["predicted"] == row[target] if "predicted" in row else None
-    return SlideCard(slide_id, facts | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
-
-
-def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:
-    """Return the map that the files of `explain_slide` show: the attention, or what each tile adds."""
-    if issubclass(model.output_type, AttentionOutput):
-        return attention_map(model, bag).percentile()
-    return map_slide(model, bag, classes=class_choices(card), outputs=card.load_task().columns).maps[0]
-
-
-def _notes(result: Result) -> tuple[str, ...]:
-    notes = ["Attention shows what the model weighed, not which way it counted."]
-    if not issubclass(load_model(result.model)[0].output_type, AttentionOutput):
-        notes = ["The model weighs no tiles; its maps show what the prediction would lose without each tile."]
-    if result.left_out:
-        notes.append(f"{len(result.left_out)} labelled slides have no features: {shown(result.left_out)}.")
-    if result.report.failed:
-        reasons = "; ".join(f"{record.slide_id} ({record.reason})" for record in result.report.failed[:10])
-        notes.append(f"{len(result.report.failed)} slides failed: {reasons}.")
-    return tuple(notes)
-
-
-def _provenance(result: Result) -> dict[str, str]:
-    card = load_card(result.model)
-    return {
-        "eosin": __version__,
-        "encoder": card.features.encoder,
-        "tiles": f"{card.features.patch_size} px at {card.features.mpp:g} µm/px",
-        "aggregator": card.recipe.aggregator.name,
-        "recipe": card.recipe.to_json(),
-        "splits": f"{result.metrics['n_folds']} folds by patient, seed {card.recipe.training.seed}",
-        "model for other slides": f"{result.model} ({card.model_id})",
-    }

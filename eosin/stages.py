@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from eosin.batch import Report
+from eosin.encoding import Machine, ProgressBar, worst
 from eosin.errors import ConfigError
 from eosin.files import write_json
 from eosin.heatmaps.report import write_report
@@ -25,7 +26,8 @@ from eosin.mil.recipe import RECIPES, Recipe
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import read_splits
 from eosin.options import Options
-from eosin.pipeline import Machine, Pipeline, ProgressBar, Result, Tiles, make_report, run_stages, worst
+from eosin.pipeline import Pipeline, Tiles, run_stages
+from eosin.result import Result, make_report
 from eosin.selection import Selection, tile_selected
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder

@@ -8,7 +8,8 @@ from eosin.demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outli
 from eosin.features.store import read_bag
 from eosin.heatmaps.attribution import attention_map
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.pipeline import Pipeline, Result, run_stages
+from eosin.pipeline import Pipeline, run_stages
+from eosin.result import Result
 from eosin.wsi.job import JobFolder
 from eosin.wsi.synthetic import Cohort, read_truth
 

@@ -11,7 +11,8 @@ from eosin.heatmaps.export.geojson import check_geojson
 from eosin.mil.checkpoint import load_card
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.splits import read_splits
-from eosin.pipeline import Pipeline, Result, make_report, run_pipeline
+from eosin.pipeline import Pipeline, run_pipeline
+from eosin.result import Result, make_report
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.slide import open_slide
