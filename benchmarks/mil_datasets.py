@@ -12,7 +12,7 @@ the refit, 0.853 with it, 0.818 with a refit on a shortened schedule), and the l
 therefore flatters the settings a little. No setting was tuned on any other set. `abmil_classic` is the network and
 training of the published tables, taken as released, with the release's learning rate and weight decay for each set. It
 was corrected once, after all three sets had been run: dropout had followed every layer instead of the last, and FOX had
-had the rate and decay of MUSK1. Both were found by reading the release, and run once. `--same-training` gives
+had the rate and decay of MUSK1. Both were found by reading the release, not by results. `--same-training` gives
 every recipe the everyday settings, so that methods are compared and not their schedules.
 """
 
