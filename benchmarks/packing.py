@@ -51,7 +51,10 @@ from eosin.mil.tasks import Classification
 from eosin.mil.train import fit
 
 TASK = Classification(classes=("0", "1"))
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::_slow_conv2d_backward")
+PRODUCTS = (
+    "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::convolution_backward",
+    "aten::_slow_conv2d_backward",
+)  # fmt: skip
 LENGTHS = {"panda": (500, 0.7, 60, 4000), "brca": (5000, 0.7, 400, 20000)}  # median, spread of the log, ends
 
 
