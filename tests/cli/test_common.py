@@ -229,7 +229,8 @@ def test_merging_keeps_what_is_not_changed_and_drops_options_of_another_part(
 
 
 SLEEPER = """
-import sys, time, typer
+import signal, sys, time, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from jobs in the background
 from eosin.cli._common import Done, command
 def sleep() -> Done:
     try:
