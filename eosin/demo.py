@@ -18,7 +18,7 @@ from shapely.geometry.base import BaseGeometry
 from shapely.ops import unary_union
 
 from eosin.batch import Report
-from eosin.encoding import Machine, ProgressBar, no_progress
+from eosin.deploy import Machine, ProgressBar, no_progress
 from eosin.features.store import read_bag
 from eosin.files import write_json
 from eosin.heatmaps.attribution import attention_map, require_grid

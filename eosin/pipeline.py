@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.encoding import Machine, ProgressBar, no_progress
+from eosin.deploy import Machine, ProgressBar, no_progress
 from eosin.errors import EosinError, LabelError, UnknownNameError
 from eosin.features.encoders import find_encoder, folder_name
 from eosin.features.extract import extract

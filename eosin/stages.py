@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from eosin.batch import Report
-from eosin.encoding import Machine, ProgressBar, worst
+from eosin.deploy import Machine, ProgressBar, worst
 from eosin.errors import ConfigError
 from eosin.files import write_json
 from eosin.heatmaps.report import write_report

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "eosin"
 
 ORDER = (
     "errors", "options", "files", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "selection",
-    "encoding", "result", "pipeline", "stages", "demo", "cli",
+    "deploy", "result", "pipeline", "stages", "demo", "cli",
 )  # fmt: skip
 
 LEAST = {"pydantic", "yaml"}

@@ -8,7 +8,7 @@ from eosin.cli._common import progress
 
 if TYPE_CHECKING:
     from eosin.batch import Report
-    from eosin.encoding import Encoded
+    from eosin.deploy import Encoded
     from eosin.features.bag import FeatureSpec
     from eosin.wsi.slide import SlideFile
 
@@ -22,9 +22,9 @@ def encode_like(
     workers: int,
     device: str,
 ) -> "Encoded":
-    """Tile and encode slides as a model's features were made; see `eosin.encoding.encode_like`."""
-    from eosin.encoding import Machine
-    from eosin.encoding import encode_like as encode
+    """Tile and encode slides as a model's features were made; see `eosin.deploy.encode_like`."""
+    from eosin.deploy import Machine
+    from eosin.deploy import encode_like as encode
     from eosin.wsi.job import JobFolder
 
     machine = Machine(workers=workers, device=device, weights=weights)
@@ -32,7 +32,7 @@ def encode_like(
 
 
 def worst(reports: "Sequence[Report]") -> "Report":
-    """Return one report over several stages; see `eosin.encoding.worst`."""
-    from eosin.encoding import worst as worst_of
+    """Return one report over several stages; see `eosin.deploy.worst`."""
+    from eosin.deploy import worst as worst_of
 
     return worst_of(reports)

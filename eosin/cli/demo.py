@@ -19,7 +19,7 @@ def demo(
 ) -> Done:
     """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
     from eosin.demo import Demo, run_demo
-    from eosin.encoding import Machine
+    from eosin.deploy import Machine
 
     wanted = {name: settings.data[name] for name in ("cohort", "pipeline") if name in settings.data}
     options = Demo.parse(merge(Demo().model_dump(mode="json"), wanted), source="demo")

@@ -30,7 +30,7 @@ def predict(
     device: Device = "auto",
 ) -> Done:
     """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
-    from eosin.encoding import Machine, predict_slides
+    from eosin.deploy import Machine, predict_slides
     from eosin.errors import ConfigError
     from eosin.features.store import find_bags
     from eosin.mil.patients import patients_file, read_patients

@@ -129,6 +129,6 @@ class PackedBags:
 
 
 def _joined(bags: Sequence[Tensor]) -> Tensor:
-    if any(bag.requires_grad for bag in bags):
-        return torch.cat(list(bags))
+    if any(bag.requires_grad or bag.dtype != bags[0].dtype for bag in bags):
+        return torch.cat(list(bags))  # follows gradients, and takes the widest type
     return torch.cat(list(bags), out=new_tensor(bags[0], (sum(map(len, bags)), *bags[0].shape[1:])))

@@ -52,3 +52,13 @@ def test_lengths_that_do_not_add_up_are_refused():
         PackedBags(values, torch.tensor([0, 4], dtype=torch.int32), (4,), ids=("a", "b"))
     with pytest.raises(ValueError, match="at least one bag"):
         PackedBags.pack([])
+
+
+def test_a_pack_takes_the_widest_type_and_passes_gradients_on():
+    narrow, wide = torch.ones(2, 3, dtype=torch.float16), torch.full((1, 3), 1e5, requires_grad=True)
+    values = PackedBags.pack([narrow, wide]).values
+    assert values.dtype == torch.float32
+    assert values[2, 0].item() == 1e5  # no float16
+    values.sum().backward()
+    assert torch.equal(wide.grad, torch.ones(1, 3))
+    assert PackedBags.pack([narrow, wide.detach()]).values[2, 0].item() == 1e5
