@@ -133,20 +133,21 @@ def hyperslide_grade(
     authors' code.
     """
     weights = member * weight
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
-    value = _isup_grade(weights, grade) if n_grades == len(PRIMARY) else weights @ grade.to(weights.dtype)
+    whole = weights.sum(1).clamp_min(1e-12)
+    is_isup = n_grades == len(PRIMARY)
+    value = _isup_grade(weights, whole, grade) if is_isup else weights @ grade.to(weights.dtype) / whole
     if benign_is_zero:
         value = torch.where((member @ (grade > 0).to(member.dtype)) > 0, value, 0)
     distance = (value[:, None] - torch.arange(n_grades, device=value.device)).abs()
     return (1 - distance).clamp_min(0)
 
 
-def _isup_grade(weights: Tensor, grade: Tensor) -> Tensor:
-    """Return the grade of mean Gleason patterns, (P,) from 0 to 5."""
+def _isup_grade(weights: Tensor, whole: Tensor, grade: Tensor) -> Tensor:
+    """Return the grade of mean Gleason patterns, (P,) from 0 to 5; sums of counts are exact, so that ties are."""
     primary, secondary = (
         weights @ grade.new_tensor(table, dtype=weights.dtype)[grade] for table in (PRIMARY, SECONDARY)
     )
-    total = primary + secondary
+    total = (primary + secondary) / whole
     seven = torch.where(secondary >= primary, 2.0, 3.0).to(total.dtype)
     value = torch.where(total <= 6, total / 6, 1 + (total - 6) * (seven - 1))
     value = torch.where(total > 7, seven + (total - 7) * (4 - seven), value)

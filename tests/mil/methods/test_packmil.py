@@ -9,6 +9,8 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.packmil import PRESETS, Downsampled, Largest, PackMil, merged, next_fit, random_rank
 from eosin.mil.methods.packmil_labels import (
+    PRIMARY,
+    SECONDARY,
     asymmetric_loss,
     choose_labels,
     class_logs,
@@ -145,6 +147,18 @@ def test_grades_are_the_authors(golden, case):
     assert found.argmax() == golden[f"grade{case}.hard"]
     ours = hyperslide_grade(member, labels, counts)[0]
     assert ours.argmax() == (0 if not labels.any() else golden[f"grade{case}.hard"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_mean_patterns_are_equal_whatever_the_counts(dtype):
+    for grades, counts in (([4, 2, 4, 3, 2], [4, 3, 1, 5, 2]), ([3, 2, 4, 3], [2, 3, 1, 1])):
+        weight, member = torch.tensor(counts, dtype=dtype), torch.ones(1, len(counts), dtype=dtype)
+        found = hyperslide_grade(member, torch.tensor(grades), weight)[0]
+        patterns = torch.tensor([(PRIMARY[grade], SECONDARY[grade]) for grade in grades], dtype=dtype)
+        primary, secondary = weight @ patterns
+        assert primary == secondary
+        between = (primary + secondary) / weight.sum() - 7  # from 2 at a sum of 7 to 4 at 8
+        assert float(found @ torch.arange(6, dtype=dtype)) == pytest.approx(2 + 2 * float(between), abs=1e-5)
 
 
 def test_survival_labels_and_loss_are_the_authors(golden, same):
