@@ -89,7 +89,10 @@ TaskKind = Annotated[
 ]
 Target = Annotated[
     str | None,
-    typer.Option(help="Column of the label, if not label; time,event for survival; 'er; ordinal:grade' for multitask."),
+    typer.Option(
+        help="Column of the label, if not label; label=VALUE says which of two classes is the positive one; time,event "
+        "for survival; 'er; ordinal:grade' for multitask."
+    ),
 ]
 Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
 Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]

@@ -1,5 +1,6 @@
 """What `split`, `train`, `crossval` and `run` have in common: groups, policies, and a recipe with its changes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -69,19 +70,21 @@ def read_study(
     )
 
 
-def begin(study: "Study", out: Path, *, device: str, precision: str) -> None:
+def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str, precision: str) -> None:
     """Say how the table was understood, once nothing stands in the way of hours of work.
 
     Raises
     ------
     ConfigError
-        If there is no such device or precision.
+        If there is no such device or precision, or a recipe asks for a threshold or temperature that the task lacks.
     OutputError
         If the folder cannot be made.
     """
     from eosin.mil.train import require_machine
 
     require_machine(device, precision)
+    for recipe in recipes:
+        study.task.require_tunable(threshold=recipe.training.threshold, temperature=recipe.training.temperature)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -88,7 +88,7 @@ def crossval(
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
     if compare is not None:
         require_comparable(study.task, tested_slides(parts), read_table(compare / PREDICTIONS))
-    begin(study, out, device=device, precision=precision)
+    begin(study, out, candidates.values() or [chosen], device=device, precision=precision)
     results = out
     if sweep is None:
         metrics = _train(chosen, study, parts, out, device=device, precision=precision)

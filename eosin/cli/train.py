@@ -81,7 +81,7 @@ def train(
     if continue_from is not None:
         chosen, study = continued(continue_from, study, chosen)
     split = training_split(study, splits, fold, chosen)
-    begin(study, out, device=device, precision=precision)
+    begin(study, out, [chosen], device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
         fitted = fit(
             chosen,

@@ -158,6 +158,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         metrics_note=(
             f"All {len(frame)} test predictions together, with the 95 % interval of a bootstrap over {patients} "
             "patients; ↓: lower is better. A measure that the data do not define is undefined."
+            + "".join(_positive_note(name, part.task) for name, part in found.parts())
         ),
         panels=panels(found),
         confusions=confusions(found),
@@ -175,6 +176,15 @@ def _rounded(frame: pd.DataFrame, found: Evaluated) -> pd.DataFrame:
     made = found.task.table(found.outputs)
     numbers = [name for name, values in made.items() if values.dtype.kind == "f"]
     return frame.astype(dict.fromkeys(numbers, float))
+
+
+def _positive_note(name: str, task: Task) -> str:
+    """Return which of two classes is the positive one."""
+    classes: tuple[str, ...] = getattr(task, "classes", ())
+    if len(classes) != 2:
+        return ""
+    of_target = f" of {name}" if name else ""
+    return f" The positive class{of_target} is {classes[1]}, the other {classes[0]}."
 
 
 def _shortened(frame: pd.DataFrame) -> list[str]:

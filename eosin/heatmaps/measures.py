@@ -25,6 +25,8 @@ METRIC_NAMES = {
     "auc": "Area under the ROC curve",
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
     "average_precision": "Average precision",
     "f1": "F1 score, mean of the classes",
     "log_loss": "Cross-entropy",
@@ -95,8 +97,10 @@ class Evaluated:
         if not isinstance(self.task, MultiTask):
             return [("", self)]
         return [
-            (name, Evaluated(part, self.frame.iloc[there], outputs, targets, part.decide(outputs)))
-            for name, part, outputs, targets, there in self.task.by_part(self.outputs, self.targets)
+            (name, Evaluated(part, self.frame.iloc[there], outputs, targets, decided))
+            for name, part, outputs, targets, decided, there in self.task.by_part(
+                self.outputs, self.targets, self.decided
+            )
         ]
 
 

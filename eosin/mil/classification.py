@@ -14,8 +14,9 @@ from scipy import optimize
 from torch import Tensor
 from torch.nn import functional
 
-from eosin.errors import ConfigError, LabelError
+from eosin.errors import LabelError
 from eosin.mil.metrics import Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
+from eosin.mil.polarity import positive_last, split_target
 from eosin.mil.task import Columns, Row, Task, to_numpy, wide
 
 EVEN = 0.5
@@ -33,14 +34,24 @@ class _ClassTask(Task):
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
-        """Make the task whose classes are the values of a column, in order of number or text."""
-        classes = sorted_labels({row[target] for row in rows})
+        """Make the task whose classes are the values of a column, in order of number or text.
+
+        Of two classes the second is the positive one: the value that ``label=tumor`` names, else see
+        `eosin.mil.polarity.positive_last`.
+        """
+        column, positive = split_target(target)
+        classes = sorted_labels({row[column] for row in rows})
         if len(classes) < 2:
             raise LabelError(
-                f"column {target!r} has only the label {', '.join(classes)!r}; at least two classes are needed to train"
+                f"column {column!r} has only the label {', '.join(classes)!r}; at least two classes are needed to train"
             )
-        _require_unlike(classes, target)
-        return cls._of(classes, target)
+        _require_unlike(classes, column)
+        return cls._of(positive_last(classes, positive=positive, column=column), column)
+
+    @classmethod
+    def named_columns(cls, target: str) -> tuple[str, ...]:
+        """Return the column of ``label``, of ``label=tumor`` or of ``grade=low<medium<high``."""
+        return split_target(target)[:1]
 
     @classmethod
     def _of(cls, classes: tuple[str, ...], target: str) -> Self:
@@ -52,10 +63,16 @@ class _ClassTask(Task):
         return (self.target,)
 
     def describe(self, rows: Sequence[Row]) -> str:
-        """Return the classes in their order, and how many rows each has."""
+        """Return the classes in their order, how many rows each has, and which of two is the positive one."""
         found = Counter(row[self.target] for row in rows)
         classes = ", ".join(f"{name} ({found[name]})" for name in self.classes)
-        return f"label: column {self.target!r}, classes {classes}"
+        return f"label: column {self.target!r}, classes {classes}{self._positive_note()}"
+
+    def _positive_note(self) -> str:
+        if len(self.classes) > 2:
+            return ""
+        negative, positive = self.classes
+        return f", positive: {positive} (--target '{self.target}={negative}' for the other)"
 
     def encode(self, rows: Sequence[Row]) -> Tensor:
         """Return class numbers, (B,) int64."""
@@ -86,6 +103,14 @@ class _ClassTask(Task):
         weights = 1 / counts[target].double()
         return (weights / weights.mean()).float()
 
+    @property
+    def tunable(self) -> frozenset[str]:
+        """A temperature, and of two classes a threshold."""
+        return frozenset({"temperature"} if len(self.classes) > 2 else {"temperature", "threshold"})
+
+    def _untunable(self, name: str) -> str:
+        return f"a {name} needs two classes, column {self.target!r} has {len(self.classes)}"
+
     def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
         """Return the task with a temperature and, of two classes, a threshold from the validation part.
 
@@ -93,8 +118,7 @@ class _ClassTask(Task):
         https://arxiv.org/abs/1706.04599); the threshold on the probability of the second class has the highest balanced
         accuracy. Neither is changed by a validation part that lacks a class.
         """
-        if threshold and len(self.classes) > 2:
-            raise ConfigError("a threshold needs two classes; set training.threshold to false")
+        self.require_tunable(threshold=threshold, temperature=temperature)
         if len(set(target.tolist())) < len(self.classes):
             return self
         result = self
@@ -256,15 +280,10 @@ class Ordinal(_ClassTask):
     kind: Literal["ordinal"] = "ordinal"
 
     @classmethod
-    def named_columns(cls, target: str) -> tuple[str, ...]:
-        """Return the column of ``grade`` or of ``grade=low<medium<high``."""
-        return (target.partition("=")[0].strip(),)
-
-    @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
         """Make the task of ``grade``, in order of the number in each value, or of ``grade=low<medium<high``."""
-        (column,) = cls.named_columns(target)
-        order = tuple(name.strip() for name in target.partition("=")[2].split("<") if name.strip())
+        column, said = split_target(target)
+        order = tuple(name.strip() for name in said.split("<") if name.strip())
         plain = super().from_rows(rows, column)
         if not order:
             order = _by_number(plain.classes, column)
@@ -280,11 +299,16 @@ class Ordinal(_ClassTask):
         """Return the classes from lowest to highest, and how many rows each has."""
         return super().describe(rows).replace("classes", "grades from lowest to highest")
 
-    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
-        """Return the task with a temperature; ordered classes are decided by their median and have no threshold."""
-        if threshold:
-            raise ConfigError("ordered classes have no threshold; set training.threshold to false")
-        return super().tuned(logits, target, temperature=temperature)
+    def _positive_note(self) -> str:
+        return ""
+
+    @property
+    def tunable(self) -> frozenset[str]:
+        """A temperature; ordered classes are decided by their median and have no threshold."""
+        return frozenset({"temperature"})
+
+    def _untunable(self, name: str) -> str:
+        return f"ordered classes have no {name}"
 
     @property
     def n_outputs(self) -> int:

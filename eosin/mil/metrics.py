@@ -54,6 +54,13 @@ def balanced_accuracy(matrix: Ints) -> float | None:
     return float(np.mean(matrix.diagonal() / support)) if support.all() else None
 
 
+def recalls(matrix: Ints) -> list[float | None]:
+    """Return the share of each class that is predicted right; None for a class without an example."""
+    return [
+        int(right) / int(all_) if all_ else None for right, all_ in zip(matrix.diagonal(), matrix.sum(1), strict=True)
+    ]
+
+
 def f1_macro(matrix: Ints) -> float | None:
     """Return the mean F1 of the classes; None when a class has no example."""
     if not matrix.sum(1).all():
@@ -119,8 +126,8 @@ def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, 
     Returns
     -------
     dict
-        accuracy, balanced_accuracy, f1, kappa, auc, average_precision, log_loss, brier, ece, and ``auc_<class>`` of
-        each of three or more classes.
+        accuracy, balanced_accuracy, f1, kappa, auc, average_precision, log_loss, brier, ece; sensitivity and
+        specificity of two classes, the second being the positive one; ``auc_<class>`` of each of three or more.
     """
     matrix = confusion(truth, predicted, len(classes))
     one_hot = truth[:, None] == np.arange(len(classes))
@@ -141,8 +148,9 @@ def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, 
         "ece": expected_calibration_error(probabilities.max(1), top == truth),
     }
     if len(classes) > 2:
-        metrics |= {f"auc_{name}": area for name, area in zip(classes, areas, strict=True)}
-    return metrics
+        return metrics | {f"auc_{name}": area for name, area in zip(classes, areas, strict=True)}
+    specificity, sensitivity = recalls(matrix)
+    return metrics | {"sensitivity": sensitivity, "specificity": specificity}
 
 
 def mean_if_defined(values: list[float | None]) -> float | None:

@@ -24,6 +24,7 @@ from eosin.mil.metrics import (
     mean_if_defined,
     roc_auc,
 )
+from eosin.mil.polarity import positive_last, split_target
 from eosin.mil.task import Columns, Row, Task, to_numpy, wide
 
 
@@ -35,7 +36,8 @@ class MultiLabel(Task):
     targets : tuple of str
         The label columns.
     positives : tuple of str
-        The value of each column that is positive: the last of its two.
+        The value of each column that is positive: the one that is named, else see
+        `eosin.mil.polarity.positive_last`.
     negatives : tuple of str
         The other values.
     thresholds : tuple of float
@@ -52,7 +54,8 @@ class MultiLabel(Task):
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
-        """Make the task of columns with two values each."""
+        """Make the task of columns with two values each; ``er=pos,pr`` names a positive value."""
+        named = [split_target(part) for part in target.split(",")]
         columns = cls.named_columns(target)
         if len(set(columns)) < len(columns):
             raise LabelError(f"{target!r} names a column twice; name each label once")
@@ -60,12 +63,13 @@ class MultiLabel(Task):
         for name, found in zip(columns, values, strict=True):
             if len(found) != 2:
                 raise LabelError(f"column {name!r} has {len(found)} values; a label of several must have two")
-        return cls(targets=columns, negatives=tuple(v[0] for v in values), positives=tuple(v[1] for v in values))
+        pairs = [positive_last(v, positive=said, column=name) for v, (name, said) in zip(values, named, strict=True)]
+        return cls(targets=columns, negatives=tuple(p[0] for p in pairs), positives=tuple(p[1] for p in pairs))
 
     @classmethod
     def named_columns(cls, target: str) -> tuple[str, ...]:
-        """Return the columns of ``a,b,c``."""
-        return tuple(name.strip() for name in target.split(","))
+        """Return the columns of ``a,b,c`` or of ``a=pos,b,c``."""
+        return tuple(split_target(part)[0] for part in target.split(","))
 
     def describe(self, rows: Sequence[Row]) -> str:
         """Return how many rows are positive for each label."""
@@ -107,10 +111,16 @@ class MultiLabel(Task):
             if column.min() == column.max():
                 raise LabelError(f"all training slides have the same {name!r}; use fewer folds, or leave the label out")
 
+    @property
+    def tunable(self) -> frozenset[str]:
+        """A threshold of each label."""
+        return frozenset({"threshold"})
+
     def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
         """Return the task with the threshold of the highest balanced accuracy for each label that has both values."""
-        if temperature or not threshold:
-            return super().tuned(logits, target, temperature=temperature)
+        self.require_tunable(threshold=threshold, temperature=temperature)
+        if not threshold:
+            return self
         outputs, truth = self.activate(logits), target.numpy() == 1
         found = [
             best_threshold(outputs[:, k], truth[:, k]) if truth[:, k].any() and not truth[:, k].all() else EVEN

@@ -122,6 +122,35 @@ class MultiTask(Task):
                 total = total.index_add(0, there, part.bag_losses(own[there], known).to(total.dtype))
         return total / len(self.parts)
 
+    @property
+    def tunable(self) -> frozenset[str]:
+        """What any part has."""
+        return frozenset().union(*(part.tunable for part in self.parts))
+
+    def _untunable(self, name: str) -> str:
+        return f"none of the targets {', '.join(self.names)} has a {name}"
+
+    def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
+        """Return the task with each part tuned, in what the part has, on the bags whose target of it is known."""
+        self.require_tunable(threshold=threshold, temperature=temperature)
+        return self._with(
+            part.tuned(
+                own[there],
+                known,
+                threshold=threshold and "threshold" in part.tunable,
+                temperature=temperature and "temperature" in part.tunable,
+            )
+            for (part, known, there), own in zip(self._sliced(target), self._logits(logits), strict=True)
+        )
+
+    def with_mean_threshold(self, tasks: Sequence[Task]) -> Self:
+        """Return the task with the mean thresholds of each part."""
+        several = [task.parts for task in tasks if isinstance(task, MultiTask)]
+        return self._with(
+            part.with_mean_threshold(others)
+            for part, others in zip(self.parts, zip(*several, strict=True), strict=True)
+        )
+
     def require_trainable(self, target: Tensor) -> None:
         """Refuse what a part could not learn from its known targets."""
         for (part, known, _), name in zip(self._sliced(target), self.names, strict=True):
@@ -143,11 +172,32 @@ class MultiTask(Task):
 
     def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
         """Return the outputs of all parts side by side."""
-        own = [
+        own = self._columns(columns)
+        return np.concatenate([part.read_outputs(table) for part, table in zip(self.parts, own, strict=True)], 1)
+
+    def _columns(self, columns: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[str]]]:
+        """Return the columns of each part under its own names."""
+        return [
             {name.removeprefix(f"{first}_"): values for name, values in columns.items() if name.startswith(f"{first}_")}
             for first in self.names
         ]
-        return np.concatenate([part.read_outputs(table) for part, table in zip(self.parts, own, strict=True)], 1)
+
+    def decide(self, outputs: Floats) -> NDArray[np.int64]:
+        """Return the decisions of all parts side by side, (B, decisions); a part without classes has none."""
+        decided = [part.decide(own) for part, own in zip(self.parts, self._outputs(outputs), strict=True)]
+        return np.concatenate([_flat(own) for own in decided], 1)
+
+    def read_decided(self, columns: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
+        """Return what was decided, as `decide` does, from the columns of `table` as text."""
+        own = self._columns(columns)
+        return np.concatenate([_flat(part.read_decided(table)) for part, table in zip(self.parts, own, strict=True)], 1)
+
+    def _decisions(self, decided: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the decisions of each part as the part makes them."""
+        empty = [part.decide(part.activate(torch.zeros(0, part.n_outputs))) for part in self.parts]
+        ends = np.cumsum([_flat(own).shape[1] for own in empty])[:-1]
+        split = np.split(decided, ends, axis=1)
+        return [own[:, 0] if shape.ndim == 1 else own for own, shape in zip(split, empty, strict=True)]
 
     def metrics(
         self,
@@ -160,11 +210,9 @@ class MultiTask(Task):
         """Return the metrics of each part over its known targets, ``<name>_`` before them, and ``score``."""
         found: Metrics = {}
         chosen: list[float | None] = []
-        sliced = self._sliced(torch.from_numpy(np.asarray(target)))
-        for name, (part, known, there), own in zip(self.names, sliced, self._outputs(outputs), strict=True):
-            where = there.numpy()
-            of_part = None if folds is None else folds[where]
-            metrics = part.metrics(own[where], known.numpy(), folds=of_part) if len(known) else {}
+        for name, part, own, known, made, there in self.by_part(outputs, target, decided):
+            of_part = None if folds is None else folds[there]
+            metrics = part.metrics(own, known, made, folds=of_part) if len(known) else {}
             chosen.append(metrics.get(part.selection_metric))
             found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
         return {"score": mean_if_defined(chosen)} | found
@@ -172,11 +220,9 @@ class MultiTask(Task):
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean rank, from 0 to 1, of the surprise of the known targets."""
         ranks = np.full((len(target), len(self.parts)), np.nan)
-        sliced = self._sliced(torch.from_numpy(np.asarray(target)))
-        for number, ((part, known, there), own) in enumerate(zip(sliced, self._outputs(outputs), strict=True)):
-            where = there.numpy()
-            values = part.surprise(own[where], known.numpy(), folds=None if folds is None else folds[where])
-            ranks[where, number] = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
+        for number, (_, part, own, known, _, there) in enumerate(self.by_part(outputs, target)):
+            values = part.surprise(own, known, folds=None if folds is None else folds[there])
+            ranks[there, number] = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
         known_parts = np.isfinite(ranks).sum(1)
         blank = np.full(len(target), np.nan)
         means: Floats = np.divide(np.nansum(ranks, 1), known_parts, out=blank, where=known_parts > 0)
@@ -200,13 +246,16 @@ class MultiTask(Task):
         return strata
 
     def by_part(
-        self, outputs: Floats, target: NDArray[Any]
-    ) -> list[tuple[str, Task, Floats, NDArray[Any], NDArray[np.int64]]]:
-        """Return for each part: its name, itself, its outputs and known targets, and the rows that have them."""
+        self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None
+    ) -> list[tuple[str, Task, Floats, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]:
+        """Return for each part: name, itself, outputs, known targets and decisions, and the rows that have these."""
         sliced = self._sliced(torch.from_numpy(np.asarray(target)))
+        made = self._decisions(self.decide(outputs) if decided is None else decided)
         return [
-            (name, part, own[there.numpy()], known.numpy(), there.numpy())
-            for name, (part, known, there), own in zip(self.names, sliced, self._outputs(outputs), strict=True)
+            (name, part, own[there.numpy()], known.numpy(), mine[there.numpy()], there.numpy())
+            for name, (part, known, there), own, mine in zip(
+                self.names, sliced, self._outputs(outputs), made, strict=True
+            )
         ]
 
     def _with(self, parts: Iterable[Task]) -> Self:
@@ -233,6 +282,10 @@ class MultiTask(Task):
 def _width(part: Task) -> int:
     empty = part.encode([])
     return 1 if empty.ndim == 1 else empty.shape[1]
+
+
+def _flat(decided: NDArray[np.int64]) -> NDArray[np.int64]:
+    return decided[:, None] if decided.ndim == 1 else decided
 
 
 def _parts(target: str) -> list[tuple[type[Task], str]]:

@@ -45,6 +45,26 @@ class Task(Options):
         """Return whether two tasks differ at most in what was learnt from training or validation parts."""
         return self.model_dump(exclude=set(self.learnt)) == other.model_dump(exclude=set(other.learnt))
 
+    @property
+    def tunable(self) -> frozenset[str]:
+        """What `tuned` can choose: ``threshold``, ``temperature``."""
+        return frozenset()
+
+    def require_tunable(self, *, threshold: bool, temperature: bool) -> None:
+        """Refuse a threshold or temperature that the task does not have, before anything is trained.
+
+        Raises
+        ------
+        ConfigError
+            Naming it.
+        """
+        asked = {"threshold": threshold, "temperature": temperature}
+        for name in (name for name, wanted in asked.items() if wanted and name not in self.tunable):
+            raise ConfigError(f"{self._untunable(name)}; set training.{name} to false")
+
+    def _untunable(self, name: str) -> str:
+        return f"task {self.kind} has no {name}"
+
     def tuned(self, logits: Tensor, target: Tensor, *, threshold: bool = False, temperature: bool = False) -> Self:
         """Return the task with what it takes from a model's logits on the validation part; see the task's own text.
 
@@ -53,10 +73,7 @@ class Task(Options):
         ConfigError
             If the task has no threshold or temperature.
         """
-        if threshold or temperature:
-            raise ConfigError(
-                f"task {self.kind} has no threshold or temperature; set training.threshold and temperature to false"
-            )
+        self.require_tunable(threshold=threshold, temperature=temperature)
         return self
 
     def with_mean_threshold(self, tasks: Sequence["Task"]) -> Self:

@@ -161,6 +161,7 @@ def _require_examples(training: Training, task: Task, train: Examples, val: Exam
         )
     if (training.threshold or training.temperature) and (val is None or not len(val)):
         raise LabelError("a threshold or temperature is chosen on validation slides, but there are none; give some")
+    task.require_tunable(threshold=training.threshold, temperature=training.temperature)
     task.require_trainable(train.targets)
 
 

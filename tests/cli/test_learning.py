@@ -354,8 +354,11 @@ def test_how_a_table_was_understood_is_said(labels: Path, run: Run, tmp_path: Pa
     result = run("split", "--labels", labels, "--folds", 3, "--out", tmp_path)
     assert result.stderr == (
         "slides: column 'slide_id'; patients: column 'patient_id'; values: label; "
-        "label: column 'label', classes normal (6), tumour (6)\n"
+        "label: column 'label', classes normal (6), tumour (6), positive: tumour "
+        "(--target 'label=normal' for the other)\n"
     )
+    turned = run("split", "--labels", labels, "--folds", 3, "--out", tmp_path, "--target", "label=normal")
+    assert "classes tumour (6), normal (6), positive: normal (--target 'label=tumour' for the other)" in turned.stderr
 
 
 @pytest.mark.parametrize("kind", ["kfold", "monte-carlo", "holdout", "nested"])

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from eosin.errors import LabelError
+from eosin.errors import ConfigError, LabelError
 from eosin.mil.crossval import cohort_of, crossval
-from eosin.mil.data import LabelTable, make_examples
+from eosin.mil.data import Examples, LabelTable, make_examples
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.splits import make_splits
 from eosin.mil.tasks import load_task, make_task
@@ -76,6 +76,57 @@ def test_tables_and_metrics_carry_the_names_of_the_parts(task):
     known = [metrics[name] for name in ("er_auc", "grade_quadratic_kappa", "months_cindex", "age_r2")]
     assert metrics["score"] == pytest.approx(np.mean(known))
     assert np.isfinite(task.surprise(outputs, task.encode(TABLE).numpy())).all()
+
+
+def test_each_target_has_its_threshold_and_temperature_from_known_validation_targets():
+    rows = [
+        {
+            "er": ("neg", "pos")[n % 2],
+            "grade": str(n % 3 + 1),
+            "pr": "" if n % 4 == 0 else str(n % 2),
+            "ki": str(n // 2 % 2),
+            "age": str(n),
+        }
+        for n in range(120)
+    ]
+    task = make_task("multitask", rows, target="er; ordinal:grade; binary:pr; multilabel:ki; regression:age")
+    target = task.encode(rows)
+    noise = torch.randn(120, task.n_outputs, generator=torch.Generator().manual_seed(0))
+    er, pr, ki = target[:, 0], target[:, 2].nan_to_num(0), target[:, 3]
+    logits = noise + torch.stack([0 * er, 6 * er - 1, 0 * er, 0 * er, 6 * pr - 5, 6 * ki - 4, er], 1)
+    tuned = task.tuned(logits, target, threshold=True, temperature=True)
+    known = ~target[:, 2].isnan()
+    alone = task.parts[2].tuned(logits[known, 4:5], target[known, 2].long(), threshold=True, temperature=True)
+    assert tuned.parts[2] == alone
+    assert tuned.parts[0].threshold not in (None, 0.5)
+    assert tuned.parts[1].temperature != 1
+    assert len(tuned.parts[3].thresholds) == 1
+    assert tuned.parts[4] == task.parts[4]
+    assert tuned.same_question(task)
+
+    outputs = tuned.activate(logits)
+    columns = {name: [str(value) for value in values] for name, values in tuned.table(outputs).items()}
+    assert columns["pr_threshold"][0] == str(alone.threshold)
+    np.testing.assert_array_equal(task.read_decided(columns), tuned.decide(outputs))
+    assert tuned.decide(outputs).shape == (120, 4)
+    truth = target.numpy()
+    at_half, at_theirs = task.metrics(outputs, truth), tuned.metrics(outputs, truth)
+    assert task.metrics(outputs, truth, tuned.decide(outputs)) == at_theirs
+    assert at_theirs["pr_balanced_accuracy"] > at_half["pr_balanced_accuracy"]
+    assert at_theirs["pr_auc"] == at_half["pr_auc"]
+    mean = task.with_mean_threshold([tuned, task]).parts
+    assert mean[2].threshold == pytest.approx((alone.threshold + 0.5) / 2)
+    assert mean[3].thresholds[0] == pytest.approx((tuned.parts[3].thresholds[0] + 0.5) / 2)
+
+
+def test_a_threshold_that_no_target_has_is_refused_before_training(make_toy):
+    toy = make_toy(n_bags=12)
+    rows = [{"a": str(n % 3), "b": str(n)} for n in range(12)]
+    task = make_task("multitask", rows, target="a; regression:b")
+    examples = Examples(toy.bags, toy.examples.ids, toy.examples.patient_ids, task.encode(rows))
+    recipe = Recipe(training=Training(threshold=True))
+    with pytest.raises(ConfigError, match="none of the targets a, b has a threshold; set"):
+        fit(recipe, task, examples, examples, progress=lambda _: pytest.fail("was trained"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,46 @@ def test_classes_come_from_the_table_in_order():
 
 
 @pytest.mark.parametrize(
+    ("negative", "positive"),
+    [
+        ("negative", "positive"), ("0", "1"), ("normal", "tumor"), ("Her2Neg", "Her2Pos"), ("normal", "cancer"),
+        ("MSS", "MSI-H"), ("WT", "MUT"), ("wild type", "mutant"), ("ER-", "ER+"), ("ERneg", "ERpos"),
+        ("control", "case"),
+        ("Non-responder", "Responder"), ("normal", "abnormal"), ("False", "True"), ("low", "high"), ("alive", "dead"),
+        ("pMMR", "dMMR"), ("tumor free", "tumor"), ("9", "10"), ("LumA", "LumB"), ("adeno", "squamous"),
+    ],
+)  # fmt: skip
+def test_the_positive_class_is_what_the_words_say_else_the_last(negative, positive):
+    table = rows(positive, negative, positive)
+    for kind in ("classification", "binary"):
+        task = make_task(kind, table)
+        assert task.classes == (negative, positive)
+        assert f"positive: {positive} (--target 'label={negative}' for the other)" in task.describe(table)
+        assert make_task(kind, table, target=f"label={negative}").classes == (positive, negative)
+        assert make_task(kind, table, target=f"label = {positive}").classes == (negative, positive)
+    several = make_task("multilabel", table, target="label")
+    assert (several.negatives, several.positives) == ((negative,), (positive,))
+    assert make_task("multilabel", table, target=f"label={negative}").positives == (negative,)
+
+
+@pytest.mark.parametrize(("labels", "target"), [("ab", "label=c"), ("abc", "label=a")])
+def test_a_positive_class_must_be_one_of_two(labels, target):
+    with pytest.raises(LabelError, match=f"{target} names a positive class, which takes two classes"):
+        make_task("classification", rows(*labels), target=target)
+
+
+def test_the_positive_class_decides_sensitivity_and_threshold():
+    table = rows("tumor", "tumor", "normal", "normal", "normal")
+    logits = torch.tensor([[2.0], [-1.0], [-2.0], [-2.0], [1.0]])
+    for target, expected in [("label", (1 / 2, 2 / 3)), ("label=normal", (2 / 3, 1 / 2))]:
+        task = make_task("binary", table, target=target)
+        outputs = task.activate(logits if task.classes[1] == "tumor" else -logits)
+        found = task.metrics(outputs, task.encode(table).numpy())
+        assert (found["sensitivity"], found["specificity"]) == pytest.approx(expected)
+    assert task.metrics(outputs[:2], task.encode(table[:2]).numpy())["sensitivity"] is None
+
+
+@pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
         ("classification", "aaa", "only the label 'a'; at least two"),
@@ -215,7 +255,7 @@ def test_tasks_without_a_threshold_say_so():
     for task in (Classification(classes=("a", "b", "c")), make_task("ordinal", rows("1", "2"))):
         with pytest.raises(ConfigError, match="threshold"):
             task.tuned(torch.zeros(3, 2), torch.arange(3), threshold=True)
-    with pytest.raises(ConfigError, match="has no threshold or temperature"):
+    with pytest.raises(ConfigError, match="task regression has no temperature; set training"):
         make_task("regression", rows("1", "2")).tuned(torch.zeros(1, 1), torch.zeros(1), temperature=True)
 
 
