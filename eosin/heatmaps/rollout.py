@@ -4,6 +4,9 @@ Abnar and Zuidema, Quantifying attention flow in transformers, ACL 2020, https:/
 where the tokens of the last layer come from, through attention maps that are averaged over heads and mixed half and
 half with the identity for the residual path. Neither looks at values, feed-forward layers or classes: what comes out is
 where information may have come from, not what it counted for.
+
+Other ways to fuse heads (their largest, their smallest) and to discard low weights are not in the paper: whoever wants
+them passes maps that were made so, whose rows are normalised here.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +14,18 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 Floats = NDArray[np.float64]
 
-FLOW_UNIT = 2**24
+FLOW_UNIT = 2**30  # of capacity 1, in scipy's whole numbers of 32 bits
 MAX_FLOW_TOKENS = 400
 
 
 def with_residual(attention: Floats) -> Floats:
-    """Return attention (m, m) mixed half and half with the identity, rows summing to 1."""
-    mixed = np.asarray(attention, dtype=np.float64) + np.eye(len(attention))
+    """Return attention (m, m) mixed with the identity, half and half where its rows sum to 1 as those returned do."""
+    mixed = _square(attention) + np.eye(len(attention))
     return np.asarray(mixed / mixed.sum(axis=1, keepdims=True))
 
 
@@ -40,10 +43,13 @@ def rollout(attention: Sequence[Floats], *, residual: Literal["half", "none"] = 
     -------
     list of (m, m) float64
         After each layer; rows are output tokens, columns input tokens, rows sum to 1.
+
+    Raises
+    ------
+    ValueError
+        If a map is not square, as those of each head are not.
     """
-    layers = [
-        with_residual(layer) if residual == "half" else np.asarray(layer, dtype=np.float64) for layer in attention
-    ]
+    layers = [with_residual(layer) if residual == "half" else _square(layer) for layer in attention]
     products = layers[:1]
     for layer in layers[1:]:
         products.append(layer @ products[-1])
@@ -89,23 +95,41 @@ def flow(attention: Sequence[Floats]) -> Floats:
     Raises
     ------
     ValueError
-        If there are more than 400 tokens: use groups of tiles, or `rollout`.
+        If there are more than 400 tokens, use groups of tiles or `rollout`; or if a map is not square.
     """
-    tokens = len(attention[0])
+    layers = [with_residual(layer) for layer in attention]
+    tokens = len(layers[0])
     if tokens > MAX_FLOW_TOKENS:
         raise ValueError(f"flow solves a problem per pair of tokens; {tokens} tokens are more than {MAX_FLOW_TOKENS}")
-    graph = _flow_graph([with_residual(layer) for layer in attention], tokens)
-    top = len(attention) * tokens
-    values = [[maximum_flow(graph, top + i, j).flow_value for j in range(tokens)] for i in range(tokens)]
-    flows = np.array(values, dtype=np.float64)
+    capacity = _flow_graph(layers, tokens)
+    whole = (capacity * FLOW_UNIT).rint().astype(np.int32)
+    top = len(layers) * tokens
+    flows = np.array([[_largest_flow(capacity, whole, top + i, j) for j in range(tokens)] for i in range(tokens)])
     return np.asarray(flows / flows.sum(axis=1, keepdims=True))
 
 
-def _flow_graph(layers: Sequence[Floats], tokens: int) -> coo_array:
-    """Edges from token i of layer l to token j of the layer below; scipy's solver takes whole numbers."""
+def _flow_graph(layers: Sequence[Floats], tokens: int) -> csr_array:
+    """Edges from token i of layer l to token j of the layer below."""
     rows, columns = np.indices((tokens, tokens)).reshape(2, -1)
     starts = np.concatenate([(layer + 1) * tokens + rows for layer in range(len(layers))])
     ends = np.concatenate([layer * tokens + columns for layer in range(len(layers))])
-    capacities = np.concatenate([np.round(layer.ravel() * FLOW_UNIT) for layer in layers]).astype(np.int32)
+    capacities = np.concatenate([layer.ravel() for layer in layers])
     size = (len(layers) + 1) * tokens
     return coo_array((capacities, (starts, ends)), shape=(size, size)).tocsr()
+
+
+def _largest_flow(capacity: csr_array, whole: csr_array, source: int, sink: int) -> float:
+    """Return the capacity of the smallest cut, which the flow in whole numbers finds."""
+    left = whole - maximum_flow(whole, source, sink).flow
+    left.data = np.maximum(left.data, 0)
+    left.eliminate_zeros()
+    inside = np.zeros(whole.shape[0], dtype=bool)
+    inside[breadth_first_order(left, source, return_predecessors=False)] = True
+    return float(capacity[inside][:, ~inside].sum())
+
+
+def _square(attention: Floats) -> Floats:
+    values = np.asarray(attention, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise ValueError(f"a map of attention must be (m, m), the mean over heads; found {values.shape}")
+    return values

@@ -28,9 +28,47 @@ def test_rollout_of_the_authors(golden):
 
 @pytest.mark.shared
 def test_flow_of_the_authors(golden):
-    tolerance = 1e-6  # capacities are whole numbers of 2^-24
-    np.testing.assert_allclose(flow(golden["att_mean"]), golden["flow_last_layer"], atol=tolerance)
-    np.testing.assert_allclose(flow(golden["att_mean"][:1]), golden["flow_layer1"], atol=tolerance)
+    np.testing.assert_allclose(flow(golden["att_mean"]), golden["flow_last_layer"], rtol=1e-9)
+    np.testing.assert_allclose(flow(golden["att_mean"][:1]), golden["flow_layer1"], rtol=1e-9)
+
+
+def largest_flow(capacity, source, sink):
+    """Augment along shortest paths until there is none (Edmonds and Karp 1972), in floating point."""
+    left, total = capacity.copy(), 0.0
+    while True:
+        before, queue = {source: source}, [source]
+        for node in queue:
+            new = [int(place) for place in np.flatnonzero(left[node] > 1e-14) if int(place) not in before]
+            before |= dict.fromkeys(new, node)
+            queue += new
+        if sink not in before:
+            return total
+        path = [sink]
+        while path[-1] != source:
+            path.append(before[path[-1]])
+        ends, starts = path[:-1], path[1:]
+        amount = left[starts, ends].min()
+        left[starts, ends] -= amount
+        left[ends, starts] += amount
+        total += amount
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(1, 2), (3, 6), (5, 4)])
+def test_flow_is_that_of_another_algorithm(layers, tokens):
+    attention = random_attention(layers, tokens, seed=layers)
+    capacity = np.zeros([(layers + 1) * tokens] * 2)
+    for layer, each in enumerate(attention):
+        above, below = ((layer + step) * tokens for step in (1, 0))
+        capacity[above : above + tokens, below : below + tokens] = with_residual(each)
+    wanted = [[largest_flow(capacity, layers * tokens + i, j) for j in range(tokens)] for i in range(tokens)]
+    np.testing.assert_allclose(flow(attention), wanted / np.sum(wanted, 1, keepdims=True), rtol=1e-9)
+
+
+def test_maps_of_several_heads_are_refused():
+    heads = random_attention(4, 4)[None]
+    for follow in (rollout, flow):
+        with pytest.raises(ValueError, match=r"the mean over heads; found \(4, 4, 4\)"):
+            follow(heads)
 
 
 def test_row_is_that_of_the_full_product():

@@ -13,7 +13,8 @@ image analysis, ICCV 2025, https://arxiv.org/abs/2507.02395.
 Deviations from the authors' code. There the zeros of the padding are tokens like all others, which dilutes U and the
 group tokens, the more the smaller the bag: `padding="official"`. Groups are, as in the code, tokens at equal offsets of
 all regions, a strided sample of the list; the paper describes means within regions: `grouping="spatial"`. Parameters
-that never matter (a scalar bias per head, an unused projection) are left out.
+that never matter (a scalar bias per head, an unused projection) are left out, and so is the dropout of 0.1 that
+follows the attention's projection there: each block drops as much in its MLP.
 
 Memory: from `CHECKPOINT_ROWS` instances on, heads are taken a few at a time, and the MLP some rows at a time; between
 the passes a block keeps its tokens and what they read, and computes the rest again.

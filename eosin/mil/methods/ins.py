@@ -110,7 +110,7 @@ class Ins(Aggregator):
 
     def _bag_logits(self, logits: Tensor, bags: PackedBags) -> Tensor:
         """Return (B, K), 0 for an empty bag."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = _wide(logits)
         if self.pooling == "max":
             bag = segment_max(wide - wide[:, :1], bags.cu_seqlens)
         elif self.pooling == "noisy_or":
@@ -120,6 +120,11 @@ class Ins(Aggregator):
             bag = share.clamp_min(torch.finfo(share.dtype).tiny).log()
         bag = torch.where(bags.cu_seqlens.diff()[:, None] > 0, bag, 0.0)
         return bag if self.n_outputs > 1 else bag[:, 1:] - bag[:, :1]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _noisy_or(logits: Tensor, bags: PackedBags) -> Tensor:
@@ -200,14 +205,14 @@ class InsStrategy(Strategy):
         rows = torch.randperm(bags.n_instances, device=bags.values.device)[: self.sample]
         if not len(rows):
             return Step(output, bags)
-        candidates = self._candidates(bags, target)[rows]  # (S, C)
-        logits, query = output.instance_logits[rows].float(), output.projections[rows].float()
+        logits, query = _wide(output.instance_logits[rows]), _wide(output.projections[rows])
+        candidates = self._candidates(bags, target)[rows].to(logits.dtype)  # (S, C)
         pseudo = (logits.detach().softmax(1) * candidates).argmax(1)
         with torch.no_grad():
-            closeness = (query @ self.prototypes.float().mT).softmax(1)
+            closeness = (query @ self.prototypes.to(query.dtype).mT).softmax(1)
             moved = moved_prototypes(self.prototypes, query.detach(), pseudo, self.prototype_momentum)
             self.prototypes.copy_(moved)
-            keys = self.key_model(bags).projections[rows].float()
+            keys = _wide(self.key_model(bags).projections[rows])
         moves = self.progress >= self.start
         soft = self._moved_targets(bags, rows, candidates, closeness if moves else None)
         contrast = self._contrast(query, keys, pseudo, supervised=moves)
@@ -241,7 +246,7 @@ class InsStrategy(Strategy):
 
     def _moved_targets(self, bags: PackedBags, rows: Tensor, candidates: Tensor, closeness: Tensor | None) -> Tensor:
         uniform = candidates / candidates.sum(1, keepdim=True)
-        kept = self._kept(bags, uniform.shape[1])
+        kept = self._kept(bags, uniform)
         soft = uniform if kept is None else torch.where(kept[rows] < 0, uniform, kept[rows])
         if closeness is not None:
             begin, end = self.phi
@@ -252,16 +257,13 @@ class InsStrategy(Strategy):
                 self._targets[name] = part
         return soft
 
-    def _kept(self, bags: PackedBags, classes: int) -> Tensor | None:
+    def _kept(self, bags: PackedBags, like: Tensor) -> Tensor | None:
         """Return the soft targets so far, (N, C), -1 where there is none; None without ids."""
         if not bags.ids:
             return None
-        device = bags.values.device
         known = [self._targets.get(name) for name in bags.ids]
         parts = [
-            part.to(device)
-            if part is not None and len(part) == length
-            else torch.full((length, classes), -1.0, device=device)
+            part.to(like) if part is not None and len(part) == length else like.new_full((length, like.shape[1]), -1.0)
             for part, length in zip(known, bags.lengths, strict=True)
         ]
         return torch.cat(parts)

@@ -3,8 +3,9 @@
 Lee, Lee, Kim, Kim: Continual multiple instance learning with enhanced localization for histopathological whole slide
 image analysis (CoMEL), ICCV 2025, https://arxiv.org/abs/2507.02395.
 
-1. Every linear map but heads and maps to one number is ``W x + b + Σ_i B_i (s_i ⊙ A_i x)``, with s = 1, A ~ N(0, 1/r)
-   and B = 0 at the start of a task; rank r is 16, and three times that where queries, keys and values are one map.
+1. Every linear map but heads and maps to one number is ``W x + b + Σ_i B_i (s_i ⊙ A_i x)``; at the start of a task s
+   = 1, A is normal with standard deviation 1/r and B = 0. Rank r is 16, three times that where queries, keys and values
+   are one map.
 2. After the first task W becomes its truncated singular value decomposition with 99 % of the energy, ``U_r S_r V_r``;
    ``B_0 = U_r`` and ``A_0 = V_r`` are its basis.
 3. A task trains only the newest A, B, s and its own head. Gradients become ``G_A - G_A Σ_{i<t} A_iᵀ A_i`` and ``G_B -
@@ -20,12 +21,14 @@ Deviations from the authors' code. Its slot 0, meant for the basis of W, is rand
 protected; here the leading part of the basis is, with half of the energy (`protected`). The whole basis leaves no room:
 the spectrum of a trained map is nearly flat, so that 99 % of its energy take most directions, and a later task can only
 raise its head above the others. Three tasks in a row ended at an average accuracy of 0.37 with the whole basis
-protected, 0.73 with 0.9 of the energy, 0.88 with 0.5 and with nothing, as in the authors' code
+protected, 0.74 with 0.9 of the energy, 0.89 with 0.5 and with nothing, as in the authors' code
 (`benchmarks/continual.py`, docs/methods.md). Adam's moments and weight decay bring forbidden directions back, so A and
 B themselves are kept out of the older spans after each step. When a task ends, its update is written as a singular
 value decomposition, so that ``A_iᵀ A_i`` and ``B_i B_iᵀ`` project exactly; what the task did not use takes no room.
-Where no room is left, a map gets no further update. Heads are not in the optimizer after their task. The statistics
-that standardize features are those of the first task. Layer norms stay as the first task left them.
+Where no room is left, a map gets no further update. Of W that needs all its directions for 99 %, all stay; the code
+drops the last. Heads are not in the optimizer after their task, and all start as torch's linear layers do, also the
+first of a model that `owlora` itself trains; there that one starts like the other maps. The statistics that standardize
+features are those of the first task. Layer norms stay as the first task left them.
 """
 
 from dataclasses import dataclass
@@ -116,7 +119,7 @@ class OrthogonalLora(nn.Module):
         self.requires_grad_(False)
         like = self.base.weight
         rank = min(rank, *like.shape)
-        self.down.append(nn.Parameter(like.new_empty(rank, like.shape[1]).normal_(std=rank**-0.5)))
+        self.down.append(nn.Parameter(like.new_empty(rank, like.shape[1]).normal_(std=1 / rank)))
         self.up.append(nn.Parameter(like.new_zeros(like.shape[0], rank)))
         self.scales.append(nn.Parameter(like.new_ones(rank)))
 

@@ -161,6 +161,52 @@ def test_certain_negatives_join_when_targets_begin_to_move():
     assert strategy(bags, torch.zeros(2, dtype=torch.int64)).extra["instance"] > 0
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_steps_are_the_equations_in_float64(start):
+    """Three steps on the same bags, instance by instance; the queue is smaller than the pack."""
+    torch.manual_seed(0)
+    net = Ins(4, 2, width=6, projection=5).double()
+    bags = PackedBags.pack([torch.randn(n, 4, dtype=torch.float64) for n in (4, 3, 2)], ids=("a", "b", "c"))
+    strategy = InsStrategy(net, Binary(classes=("n", "t")), start=start, queue_size=6, key_momentum=0.5).double()
+    logits, query = net(bags).instance_logits, net(bags).projections  # the network stays: keys are queries
+    positive = torch.tensor([1, 0, 1]).repeat_interleave(torch.tensor(bags.lengths)) == 1
+    targets = torch.where(positive[:, None], torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])).double()
+    prototypes, queue, pseudo_queue = torch.zeros(2, 5).double(), [], []
+    for number, progress in enumerate((0.0, 0.5, 1.0)):
+        torch.manual_seed(number)
+        order = torch.randperm(9)
+        torch.manual_seed(number)
+        strategy.start_step(progress)
+        found = strategy(bags, torch.tensor([1, 0, 1])).extra
+        pseudo = torch.where(positive, logits.argmax(1), 0)
+        nearest = torch.where(positive, (query @ prototypes.mT).argmax(1), 0)
+        for row in order:
+            prototypes[pseudo[row]] = 0.9 * prototypes[pseudo[row]] + 0.1 * query[row].detach()
+        prototypes = functional.normalize(prototypes)
+        phi, moves = 0.95 - 0.15 * progress, progress >= start
+        for row in range(9) if moves else ():
+            moved = phi * targets[row] + (1 - phi) * functional.one_hot(nearest[row], 2).double()
+            targets[row] = moved if positive[row] else torch.tensor([1.0, 0.0])
+        entropy = -(targets * logits.log_softmax(1)).sum(1)
+        wanted = entropy.mean() if moves else entropy[positive].mean()
+        torch.testing.assert_close(found["instance"], wanted, rtol=1e-12, atol=0)
+        keys = torch.cat([query.detach(), *queue])
+        labels, every = torch.cat([pseudo, *pseudo_queue]), torch.cat([query, keys])
+        terms = []
+        for row in range(9):
+            others = torch.arange(len(every)) != row
+            same = others & (torch.cat([pseudo, labels]) == pseudo[row])
+            if not moves:
+                others = (torch.arange(len(every)) == 9 + row) | (torch.arange(len(every)) >= 18)
+                same = torch.arange(len(every)) == 9 + row
+            scores = query[row] @ every.mT / 0.07
+            terms.append(scores[others].logsumexp(0) - scores[same].mean())
+        torch.testing.assert_close(found["contrast"], 0.5 * torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+        queue = [torch.cat([*queue, query.detach()[order]])[-6:]]
+        pseudo_queue = [torch.cat([*pseudo_queue, pseudo[order]])[-6:]]
+    torch.testing.assert_close(strategy.prototypes, prototypes, rtol=1e-12, atol=1e-14)
+
+
 def test_targets_are_remembered_by_bag():
     strategy = InsStrategy(model(), TASK, start=0.0, sample=100)
     bags, target = draw(3, 4, ids=("x", "y")), torch.tensor([0, 1])

@@ -141,6 +141,15 @@ def test_a_map_without_room_gets_no_further_update():
     assert lora.penalty().isfinite()
 
 
+def test_an_update_starts_as_wide_as_the_authors():
+    torch.manual_seed(0)
+    lora = OrthogonalLora(nn.Linear(4000, 20), energy=None)
+    lora.add_task(16)
+    assert float(lora.down[0].detach().std()) == pytest.approx(1 / 16, rel=0.02)
+    assert not lora.up[0].any()
+    assert (lora.scales[0] == 1).all()
+
+
 def test_code_that_reads_the_weight_sees_the_updates():
     torch.manual_seed(0)
     lora = OrthogonalLora(nn.Linear(7, 5), energy=0.9)
