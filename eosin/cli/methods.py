@@ -60,13 +60,25 @@ def _explain(name: str) -> None:
     if not places and name not in RECIPES:
         known = {*RECIPES, *(known for registry in _registries() for known in registry)}
         raise UnknownNameError("method", name, known)
+    parts = [registry[name] for registry in places]
+    papers = dict.fromkeys(filter(None, map(_paper, parts)))
+    for paper in papers if places else _papers(RECIPES[name]):
+        typer.echo(f"{paper}\n")
     for registry in places:
         _explain_part(registry, name)
+    if recipe := _recipe_to_show(name, parts):
+        typer.echo(f"recipe {recipe}\n")
+        typer.echo(_yaml({"recipe": RECIPES[recipe].model_dump(mode="json")}))
+
+
+def _recipe_to_show(name: str, parts: list[Any]) -> str | None:
+    """Return the recipe of this name; for a part of a paper that has none, the first recipe that it belongs to."""
+    from eosin.mil.recipe import RECIPES
+
     if name in RECIPES:
-        typer.echo(f"recipe {name}\n")
-        for paper in [] if places else _papers(RECIPES[name]):
-            typer.echo(f"{paper}\n")
-        typer.echo(_yaml({"recipe": RECIPES[name].model_dump(mode="json")}))
+        return name
+    having = (recipe for recipe in RECIPES if name in _ingredients(RECIPES[recipe]).split(" + "))
+    return next(having, None) if any(map(_paper, parts)) else None
 
 
 def _papers(recipe: "Recipe") -> list[str]:
@@ -83,11 +95,8 @@ def _paper(part: Any) -> str:
 
 
 def _explain_part(registry: "ModuleRegistry[Any]", name: str) -> None:
-    part = registry[name]
     typer.echo(f"{registry.kind} {name}\n")
-    if paper := _paper(part):
-        typer.echo(f"{paper}\n")
-    typer.echo(f"{inspect.getdoc(part)}\n")
+    typer.echo(f"{inspect.getdoc(registry[name])}\n")
     typer.echo(_yaml({"options": registry.defaults(name)}))
 
 

@@ -34,6 +34,17 @@ def test_the_printed_recipe_can_be_used_as_a_configuration(run: Run) -> None:
     assert Recipe.parse(printed["recipe"]) == RECIPES["abmil"]
 
 
+@pytest.mark.parametrize(
+    "name", [name for registry in (AGGREGATORS, LOSS_TERMS, STRATEGIES) for name in registry if name != "supervised"]
+)
+def test_every_part_gives_its_paper_once_its_equations_deviations_and_a_recipe(run: Run, name: str) -> None:
+    text = run("methods", name).stdout
+    for said in ("https://", "\n1. ", "eviation", "options:", "recipe:"):
+        assert said in text
+    assert text.count("\n1. ") == 1
+    assert name in text[text.index("recipe:") :]
+
+
 def test_an_unknown_name_suggests_the_nearest(refused: Run) -> None:
     assert "did you mean abmil" in refused("methods", "abmill")
 

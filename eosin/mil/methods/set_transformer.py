@@ -12,17 +12,20 @@ networks, ICML 2019, https://arxiv.org/abs/1810.00825.
    the seeds beside each other.
 4. Scores are the PMA's, one row per seed and head.
 
-The defaults are the authors' code where it differs from the paper: the scale is the root of the whole width and not
-of a head's (`scale="model"`), the residual adds the projected query, no map mixes the heads before the feed-forward
-layer, which is one linear layer, and PMA reads its input directly. Layer norm is on by default, as bags of features
-need it; the code's default is off. The paper has `pma_ff`.
+Where the authors' code differs from the paper, the defaults are the code's: the scale is the root of the whole width
+and not of a head's (`scale="model"`), the residual adds the projected query, no map mixes the heads before the
+feed-forward layer, which is one linear layer, and PMA reads its input directly (the paper has `pma_ff`).
+
+Deviations from the authors' code. Layer norm is on by default, as bags of features need it; there it is off. The seeds
+of a bag make its logits together; there each has its own. Their script for point clouds drops out half before and
+after the pooling; here dropout follows the embedding, which they do not have.
 
 Learned tokens read the instances by `few_query_attention`, in memory that does not grow with the bag. The instances'
-side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS` instances on; the only
-loop runs over these chunks. A pack of small bags is read as a whole instead, without a loop over bags and heads, and
-where its instances are few beside the learned tokens, the queries are folded into the maps of keys and values as in the
-PMA. In the PMA a seed's query is folded into the key map, so that neither keys nor values of
-the instances are computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b_v) = W_v Σ a x + b_v``.
+side of every block is computed in chunks with its intermediates forgotten from `CHECKPOINT_ROWS` instances on; the
+only loop runs over these chunks. A pack of small bags is read as a whole instead, without a loop over bags and heads,
+and where its instances are few beside the learned tokens, the queries are folded into the maps of keys and values as
+in the PMA. In the PMA a seed's query is folded into the key map, so that neither keys nor values of the instances are
+computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b_v) = W_v Σ a x + b_v``.
 """
 
 from functools import partial
