@@ -269,20 +269,32 @@ def _schema(cls: type) -> type[BaseModel]:
 LEAST = {
     **dict.fromkeys(("width", "hidden", "heads", "layers", "branches", "k", "factor", "tokens", "seeds", "rate"), 1),
     **dict.fromkeys(("sample", "queue_size", "region_size", "rank", "pack_length", "projection", "expansion"), 1),
-    **dict.fromkeys(("expand", "d_state", "d_conv", "head_dim", "pinv_iterations"), 1),
+    **dict.fromkeys(("expand", "d_state", "d_conv", "dt_rank", "head_dim", "landmarks", "pinv_iterations"), 1),
     **dict.fromkeys(("mask_k", "min_length", "isab_layers", "sab_layers"), 0),
 }
 """Least value of an option that counts or measures something, the same in every method that has it."""
 
+POSITIVE = {"temperature", "tau", "sharpness", "norm_eps", "floor"}
+"""Options whose formula has no meaning at 0."""
+
+SHARES = {"momentum", "confidence", "start", "phi_start", "phi_end", "quality_weight"}
+"""Options between 0 and 1 whose name does not end in one of the words for that."""
+
 
 def _bounded(option: str, hint: Any) -> Any:
     """Return the type of an option with the range that its name implies."""
-    if hint is int and option in LEAST:
-        return Annotated[int, Field(ge=LEAST[option])]
-    if hint is float and option.endswith("dropout"):
+    if option in LEAST and hint in (int, int | None):
+        return Annotated[hint, Field(ge=LEAST[option])]
+    if hint is not float:
+        return hint
+    if option.endswith("dropout"):
         return Annotated[float, Field(ge=0, lt=1)]
-    if hint is float and option.endswith(("_ratio", "_fraction", "_p")):
+    if option in SHARES or option.endswith(("_ratio", "_fraction", "_p", "_momentum")):
         return Annotated[float, Field(ge=0, le=1)]
+    if option in POSITIVE:
+        return Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    if option == "penalty" or option.endswith("_weight"):
+        return Annotated[float, Field(ge=0, allow_inf_nan=False)]
     return hint
 
 

@@ -139,6 +139,31 @@ def test_a_share_that_leaves_nothing_is_refused_or_leaves_something(kind, name, 
     assert not fine or value == 1.0, f"{name} takes {option}={value}"
 
 
+BEYOND = {
+    **dict.fromkeys(("temperature", "tau", "sharpness", "norm_eps", "floor"), (0.0, -1.0)),
+    **dict.fromkeys(("momentum", "key_momentum", "prototype_momentum", "token_momentum"), (1.5, -0.1)),
+    **dict.fromkeys(("confidence", "start", "phi_start", "phi_end", "quality_weight"), (1.5, -0.1)),
+    **dict.fromkeys(("instance_weight", "contrast_weight", "residual_weight", "penalty"), (-1.0, float("nan"))),
+    **dict.fromkeys(("dt_rank", "landmarks"), (0, -1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "option"),
+    [(kind, name, option) for kind, name in PARTS for option in REGISTRIES[kind].defaults(name) if option in BEYOND],
+)
+def test_a_value_without_a_meaning_names_its_option(kind, name, option):
+    for value in BEYOND[option]:
+        with pytest.raises(ConfigError, match=option):
+            REGISTRIES[kind].resolve(name, {option: value})
+
+
+@pytest.mark.parametrize("positive", [(), (3,), (-1, 1)])
+def test_pseudo_labels_are_of_classes_that_exist(positive):
+    with pytest.raises(ConfigError, match=r"comel_bppl: positive .* classes 0 to 2"):
+        built(recipe_with("loss term", "comel_bppl", {"positive": positive}))
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_one_output_is_trained_or_refused(name):
     recipe = RECIPES[name].model_copy(update={"aggregator": narrow(RECIPES[name].aggregator)})

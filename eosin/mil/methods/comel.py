@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eosin.errors import ConfigError
 from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_sum
-from eosin.mil.attention import (
-    bag_product,
-)
+from eosin.mil.attention import bag_product
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import require_classes
 from eosin.mil.methods.owlora import OrthogonalLora as OrthogonalLora
@@ -77,8 +76,12 @@ class ComelPseudoLabels(LossTerm):
         super().__init__(model, task)
         require_classes(task, "comel_bppl")
         self.task = task
-        everyother = tuple(range(1, max(2, task.n_outputs), 2))
-        self.positive = everyother if positive is None else positive
+        n_classes = max(2, task.n_outputs)
+        self.positive = tuple(range(1, n_classes, 2)) if positive is None else positive
+        if not self.positive or not set(self.positive) <= set(range(n_classes)):
+            raise ConfigError(
+                f"comel_bppl: positive {self.positive} must name some of the task's classes 0 to {n_classes - 1}"
+            )
         self.confidence = confidence
         self.quality_weight = quality_weight
         self.temperature = temperature
