@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eosin.errors import LabelError
 from eosin.mil.metrics import Floats, Metrics, mean_if_defined
+from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value
 from eosin.mil.task import Columns, Row, Task, wide
 
@@ -121,6 +122,11 @@ class MultiTask(Task):
             if len(known):
                 total = total.index_add(0, there, part.bag_losses(own[there], known).to(total.dtype))
         return total / len(self.parts)
+
+    def across_packs(self, step: StepLosses) -> Task:
+        """Return the task with the parts that compare bags across packs; itself when none does."""
+        parts = [part.across_packs(step) for part in self.parts]
+        return self if all(a is b for a, b in zip(parts, self.parts, strict=True)) else self._with(parts)
 
     @property
     def tunable(self) -> frozenset[str]:

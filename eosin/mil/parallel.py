@@ -22,6 +22,11 @@ def join(device: torch.device) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def gpu_index(device: torch.device) -> int:
+    """Return the number of this process's GPU: the one that is named, else that of its place on the machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum gradients over the processes, in one message; a parameter that no process reached keeps none."""
     kept = list(parameters)

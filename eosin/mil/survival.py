@@ -1,4 +1,4 @@
-"""Survival: what a time and an event mean, and two losses.
+"""Survival: what a time and an event mean, and the loss of hazards in bins of time; `eosin.mil.cox` has the other.
 
 Orientation. Internally 1 is an event that was seen and 0 is censored. A column whose name says ``censor`` has 1 for
 censored, as in the CLAM family of tables, and is turned round; any other has 1 for the event. Words (dead, alive,
@@ -29,7 +29,7 @@ BINS = 4
 THIRDS = ("early", "middle", "late")
 
 
-class _Survival(Task):
+class SurvivalTask(Task):
     """What both survival tasks share: the columns and their orientation, and the times at which they are judged.
 
     Targets are (B, 2) float64: time, and 1 for an event or 0 for censored.
@@ -175,7 +175,7 @@ class _Survival(Task):
         return [f"{third} {'event' if seen else 'censored'}" for (_, seen), third in zip(target, thirds, strict=True)]
 
 
-class DiscreteSurvival(_Survival):
+class DiscreteSurvival(SurvivalTask):
     """Survival in a few bins of time: one logit per bin, the hazard of an event in it.
 
     ``h = σ(logits + base)``, ``S_k = Π_{j<=k} (1 - h_j)``. Loss of a bag with an event in bin Y:
@@ -336,55 +336,3 @@ def survival_losses(logits: Tensor, place: Tensor, event: Tensor, *, alpha: floa
     happened = -(log_at(before, place) + log_at(hazard, place)) * seen
     censored = -log_at(before, place + 1) * (1 - seen)
     return happened + (1 - alpha) * censored
-
-
-class Cox(_Survival):
-    """Proportional hazards: one logit, the logarithm of the relative risk.
-
-    Loss of a bag with an event at t: ``log Σ exp(r_j) - r`` over the bags of the *same pack* that are still at risk at
-    t (Breslow's handling of ties); of a censored one: 0. Risk sets are those of a pack, so a step should have many
-    bags: set ``training.bags_per_step`` to 16 or more.
-
-    The partial likelihood leaves the level and, with it, any comparison of two models open, so risks of different
-    models are compared within the fold of each only: C-index and time-dependent AUC count pairs of one fold.
-
-    Attributes
-    ----------
-    time, event : str
-        Columns.
-    one_is_censored : bool
-        Orientation of the event column in the table.
-    event_value, censored_value : str
-        The values of the event column, when they were named.
-    edges : tuple of float
-        Quartiles of the times of events of the training part, at which discrimination is judged.
-    """
-
-    kind: Literal["cox"] = "cox"
-
-    @property
-    def n_outputs(self) -> int:
-        """One logit."""
-        return 1
-
-    def bag_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the negative partial log-likelihood of each bag within its pack."""
-        risk = wide(logits)[:, 0]
-        later = target[None, :, 0] >= target[:, None, 0]  # (B, B): j is at risk when i has its event
-        at_risk = risk.expand(len(risk), -1).masked_fill(~later, float("-inf")).logsumexp(1)
-        return (at_risk - risk) * target[:, 1].to(risk.dtype)
-
-    def activate(self, logits: Tensor) -> Floats:
-        """Return the logarithm of the relative risk, (B, 1)."""
-        return to_numpy(wide(logits))
-
-    def _groups(self, folds: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
-        return folds
-
-    def risk(self, outputs: Floats) -> Floats:
-        """Return the logarithm of the relative risk."""
-        return outputs[:, 0]
-
-    def table(self, outputs: Floats) -> Columns:
-        """Return the column ``risk``."""
-        return {"risk": outputs[:, 0]}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eosin.errors import ConfigError, LabelError
 from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value, shown
 from eosin.options import Options
 
@@ -136,6 +137,10 @@ class Task(Options):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean of `bag_losses`, a scalar."""
         return self.bag_losses(logits, target).mean()
+
+    def across_packs(self, step: StepLosses) -> "Task":
+        """Return the task for steps of several packs: itself, unless its losses compare bags with each other."""
+        return self
 
     def require_trainable(self, target: Tensor) -> None:
         """Raise `LabelError` when the targets of a training part leave something that could not be learnt."""

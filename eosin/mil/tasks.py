@@ -11,10 +11,11 @@ from eosin.mil.classification import Binary as Binary
 from eosin.mil.classification import Classification as Classification
 from eosin.mil.classification import Ordinal as Ordinal
 from eosin.mil.classification import sorted_labels as sorted_labels
+from eosin.mil.cox import Cox
 from eosin.mil.multilabel import MultiLabel as MultiLabel
 from eosin.mil.multitask import MultiTask as MultiTask
 from eosin.mil.regression import Regression as Regression
-from eosin.mil.survival import Cox, DiscreteSurvival
+from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.task import Columns as Columns
 from eosin.mil.task import Row as Row
 from eosin.mil.task import Task as Task

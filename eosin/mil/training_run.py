@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,12 @@ from eosin.mil.feed import (
 from eosin.mil.log import write_events, write_log
 from eosin.mil.objective import Objective
 from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
-from eosin.mil.parallel import join, mean_over_processes, sum_gradients
+from eosin.mil.parallel import gpu_index, join, mean_over_processes, sum_gradients
 from eosin.mil.recipe import Recipe
 from eosin.mil.resume import State
 from eosin.mil.slots import Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
+from eosin.mil.step_losses import StepLosses
 from eosin.mil.tasks import Task
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -87,7 +88,9 @@ class _Part:
     ----------
     step : int
         Number of the step in its pass.
-    opens_step, closes_step : bool
+    place : int
+        Number of the pack in its step.
+    closes_step : bool
     share : float
         Bags of the pack in those of the step.
     rows : list of int
@@ -97,7 +100,7 @@ class _Part:
     """
 
     step: int
-    opens_step: bool
+    place: int
     closes_step: bool
     share: float
     rows: list[int]
@@ -109,13 +112,16 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: Place) -> None:
         chosen = choose_device(place.device)
-        index = [chosen.index or 0] if chosen.type == "cuda" else 1
+        index = [gpu_index(chosen)] if chosen.type == "cuda" else 1
         self.fabric = Fabric(accelerator=chosen.type, devices=index, precision=PRECISIONS[place.precision])  # type: ignore[arg-type]
         self.rank, self.world = join(self.fabric.device)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
         device_ = self.fabric.device
-        self.objective = Objective(recipe, build_model(recipe, task, train.bags.spec.dim), task).to(device_)
+        self.step_losses = StepLosses()
+        learnt = task.across_packs(self.step_losses)
+        self.compares_bags = learnt is not task
+        self.objective = Objective(recipe, build_model(recipe, task, train.bags.spec.dim), learnt).to(device_)
         self.standardizer: Standardizer | None = None
         if self.options.standardize:
             self.standardizer = Standardizer.measure(train.bags, train.ids).to(device_)
@@ -183,9 +189,7 @@ class TrainingRun:
         losses: list[Tensor] = []
         packs: list[tuple[str, ...]] = []
         feed = self._feed(steps, generator)
-        for part in ahead(feed) if self.read_ahead else feed:
-            if part.opens_step:
-                self._schedule(number + part.step / len(steps), len(steps))
+        for part in self._in_turn(ahead(feed) if self.read_ahead else feed, number, len(steps)):
             logged.append(self._backward(part))
             losses.append(self.objective.bag_losses)
             packs.append(part.bags.ids)
@@ -207,14 +211,49 @@ class TrainingRun:
             for place, group in enumerate(groups):
                 rows = [mine[place] for place in group]
                 pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
-                yield _Part(number, place == 0, place == len(groups) - 1, len(rows) * share, rows, pack)
+                yield _Part(number, place, place == len(groups) - 1, len(rows) * share, rows, pack)
 
-    def _backward(self, part: "_Part") -> dict[str, Tensor]:
+    def _in_turn(self, feed: Iterable["_Part"], number: int, n_steps: int) -> Iterator["_Part"]:
+        """Yield the packs to learn from; where bags are compared, after all packs of their step have been heard."""
+        waiting: list[_Part] = []
+        for part in feed:
+            if not part.place:
+                self._schedule(number + part.step / n_steps, n_steps)
+            waiting.append(part)
+            if self.compares_bags and not part.closes_step:
+                continue
+            if self.compares_bags:
+                self._hear(waiting)
+            yield from waiting
+            waiting = []
+
+    def _hear(self, step: Sequence["_Part"]) -> None:
+        """Run the packs of a step without gradients, and leave random numbers and buffers as they were."""
+        self.step_losses.forget()
+        if len(step) == 1 and self.world == 1:
+            return
+        buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
+        index = self.fabric.device.index
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if index is None else [index]):
+            for part in step:
+                self.step_losses.hear()
+                self._forward(part)
+            for name, before in buffers.items():
+                self.objective.get_buffer(name).copy_(before)
+        if self.world > 1:
+            self.step_losses.exchange(self.fabric.device, counts=step[0].share > 0)
+
+    def _forward(self, part: "_Part") -> tuple[Tensor, dict[str, Tensor]]:
         bags = on_device(part.bags, self.fabric.device)
         weights = None if self.loss_weights is None else self.loss_weights[part.rows]
         with self.fabric.autocast():
             bags = bags if self.standardizer is None else self.standardizer(bags)
             total, self.step, parts = self.objective(bags, self.targets[part.rows], weights)
+        return total, parts
+
+    def _backward(self, part: "_Part") -> dict[str, Tensor]:
+        self.step_losses.answer(part.place)
+        total, parts = self._forward(part)
         self.fabric.backward(total * part.share)
         logged: dict[str, Tensor] = {"objective": total.detach(), **parts}
         return logged
@@ -251,8 +290,13 @@ class TrainingRun:
         return {name: mean_over_processes(mean, len(logged), self.fabric.device) for name, mean in means.items()}
 
     def _refuse(self, ids: Sequence[str]) -> None:
-        """Stop with the slides whose loss was the first that is not finite, and the reason if the features show it."""
+        """Stop with the slides whose loss was the first that is not finite, and the reason if the features show it.
+
+        A slide whose features are not finite may spoil the loss of others: by the measured mean and deviation of the
+        features, and where bags are compared.
+        """
         self._refuse_features(self.train, ids)
+        self._refuse_features(self.train, self.train.ids)
         raise EosinError(
             f"the loss is not finite at {shown(ids)}; use a lower learning rate or clip_norm", code="diverged"
         )

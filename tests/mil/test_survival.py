@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from eosin.errors import LabelError
+from eosin.mil.cox import Cox
 from eosin.mil.data import LabelTable, make_examples
 from eosin.mil.ensemble import Ensemble
 from eosin.mil.evaluate import predict_outputs
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.survival import Cox, DiscreteSurvival, concordance, survival_losses
+from eosin.mil.survival import DiscreteSurvival, concordance, survival_losses
 from eosin.mil.survival_metrics import kaplan_meier
 from eosin.mil.tasks import load_task, make_task
 from eosin.mil.train import fit

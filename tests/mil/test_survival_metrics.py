@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eosin.mil.survival import Cox, DiscreteSurvival
+from eosin.mil.cox import Cox
+from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.survival_metrics import (
     concordance,
     discordance,

@@ -8,7 +8,7 @@ from torch import nn
 from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
 from eosin.mil import training_run as loop
 from eosin.mil.checkpoint import load_model
-from eosin.mil.data import MemoryBags
+from eosin.mil.data import Examples, MemoryBags
 from eosin.mil.evaluate import predict_outputs
 from eosin.mil.feed import draw_order
 from eosin.mil.log import EVENTS, read_log
@@ -16,7 +16,7 @@ from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.resume import STATE
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, LossTerm, Step, Strategy
-from eosin.mil.tasks import Classification
+from eosin.mil.tasks import Classification, make_task
 from eosin.mil.train import fit
 
 QUICK = Training(epochs=4, lr=1e-3, bags_per_step=8)
@@ -180,6 +180,18 @@ def test_features_that_are_not_finite_name_their_slide(toy):
     )
     with pytest.raises(EosinError, match="features of s004 are not finite"):
         fit(quick(standardize=False), toy.task, examples, toy.parts()[1])
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_slide_that_spoils_the_loss_of_others_is_named(toy, standardize):
+    bags = {name: toy.bags.load(name).clone() for name in toy.examples.ids}
+    bags["s031"][0, 1] = float("inf")
+    rows = [{"time": str(n), "event": str(int(n != 31))} for n in range(60)]
+    task = make_task("cox", rows, target="time,event")
+    examples = Examples(MemoryBags(bags, toy.bags.spec), toy.examples.ids, toy.examples.patient_ids, task.encode(rows))
+    recipe = quick(standardize=standardize, select="last", max_instances_per_step=12)
+    with pytest.raises(EosinError, match="features of s031 are not finite; extract them again"):
+        fit(recipe, task, examples)
 
 
 def test_terms_and_extras_are_added_with_their_weights_and_logged(toy, monkeypatch):

@@ -6,6 +6,7 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
+from eosin.mil.cox import Cox
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.packmil import PRESETS, Downsampled, Largest, PackMil, merged, next_fit, random_rank
 from eosin.mil.methods.packmil_labels import (
@@ -25,7 +26,7 @@ from eosin.mil.methods.packmil_labels import (
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
-from eosin.mil.survival import Cox, DiscreteSurvival
+from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.tasks import Binary, Classification, MultiLabel, Ordinal, Regression
 
 TASK = Classification(classes=("a", "b", "c"))
