@@ -27,9 +27,9 @@ from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_su
 from eosin.mil.attention import bag_product
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import require_classes
-from eosin.mil.methods.owlora import OrthogonalLora as OrthogonalLora
 from eosin.mil.methods.owlora import continual_metrics as continual_metrics
-from eosin.mil.methods.owlora import truncated_basis as truncated_basis
+from eosin.mil.methods.owlora_layer import OrthogonalLora as OrthogonalLora
+from eosin.mil.methods.owlora_layer import truncated_basis as truncated_basis
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
 from eosin.mil.tasks import Task

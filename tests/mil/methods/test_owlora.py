@@ -10,10 +10,10 @@ from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.owlora import (
     GrowingHead,
-    OrthogonalLora,
     TrainNewestUpdate,
     UpdatedInSequence,
 )
+from eosin.mil.methods.owlora_layer import OrthogonalLora
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.standardize import Standardized, Standardizer
