@@ -13,9 +13,9 @@ image analysis, ICCV 2025, https://arxiv.org/abs/2507.02395.
    `eosin/mil/methods/owlora.py`): ``eosin train --continue-from RUN`` with the features and labels of the next task.
 5. `continual_metrics` say how a sequence was learnt: average, forgetting, backward transfer.
 
-Deviations from the authors' code. q in equation 3 is a moving average over steps; the code renews it once per epoch.
-`floor` is 1e-4; the code's 1e-10 lets one instance of the least attention dominate. Those of the aggregator stand in
-its file.
+Deviations from the authors' code. q in equation 3 is a moving average over steps; the code renews it once per epoch,
+at which the objective jumps. `floor` is 1e-4; the code's 1e-10 lets one instance of the least attention dominate.
+Those of the aggregator stand in its file.
 """
 
 import torch

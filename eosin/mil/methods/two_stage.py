@@ -15,11 +15,13 @@ classification and localization, 2019, https://arxiv.org/abs/1905.13208.
 the stages. Both take care that the tiles of a slide are chosen by first-stage models that have not seen its patient:
 a model that has been trained on a slide attends there to what it remembers, and the second stage would learn from that.
 
-Deviations from the authors. The constants (p = ½, 32 components, 4 clusters) are not printed in what could be read
-and are options. The mean of the data is 0 in standardized features, which is what replaces a tile here; the authors
+Deviations from the authors. The constants (p = ½, 32 components, 4 clusters) are not printed in what could be read and
+are options. The mean of the data is 0 in standardized features, which is what replaces a tile here; the authors
 replace pixels before their network. The number of tiles changes a raw weight, but neither quotas nor ranks within a
-slide. Features are frozen in both stages; the authors train their networks end to end. Components and clusters of a
-slide with more than 10,000 tiles are fitted to that many, evenly spaced.
+slide. Features are frozen in both stages; the authors train their networks end to end. The second stage reads every
+slide: a slide that the first one misses is not lost, and benign is a class like others. The authors grade only what
+the first calls cancer. Components and clusters of a slide with more than 10,000 tiles are fitted to that many, evenly
+spaced.
 """
 
 import numpy as np
