@@ -30,7 +30,8 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, GdatBlock, Groups
 from eosin.mil.methods.packmil import Downsampled
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, SetTransformer
-from eosin.mil.methods.transmil import Layout, NystromLayer, TransMil
+from eosin.mil.methods.transmil import TransMil
+from eosin.mil.nystrom import NystromLayer, TokenBags
 from eosin.mil.slots import AttentionOutput
 from eosin.mil.standardize import Standardized
 
@@ -229,7 +230,7 @@ class NystromFactors:
     inverse : (H, m, m)
         Of all landmarks that each row stands for.
     layer : NystromLayer
-    layout : Layout
+    layout : TokenBags
     """
 
     normed: Tensor
@@ -237,10 +238,10 @@ class NystromFactors:
     marks_key: Tensor
     inverse: Tensor
     layer: NystromLayer
-    layout: Layout
+    layout: TokenBags
 
     @classmethod
-    def of(cls, layer: NystromLayer, tokens: Tensor, layout: Layout) -> "NystromFactors":
+    def of(cls, layer: NystromLayer, tokens: Tensor, layout: TokenBags) -> "NystromFactors":
         """Compute the factors for the tokens (T, E) that a layer was given."""
         query, key, inverse = layer.landmarks(layer.landmark_means(tokens, layout), layout)
         return cls(layer.norm(tokens), query[0], key[0], inverse[0], layer, layout)
@@ -269,7 +270,7 @@ def _of_transmil(model: TransMil, pack: PackedBags) -> Trace:
     layers = (model.layer1, model.layer2)
     with inputs_of([layer.norm for layer in layers]) as seen:
         model(pack)
-    layout = Layout.of(pack.lengths, model.landmarks, pack.values.device)
+    layout = model.layout(pack)
     steps = [partial(_through_landmarks, layer, calls[0], layout) for layer, calls in zip(layers, seen, strict=True)]
     start = np.zeros(len(layout.source))
     start[int(layout.first[0])] = 1.0
@@ -281,7 +282,7 @@ def _of_transmil(model: TransMil, pack: PackedBags) -> Trace:
 
 
 @torch.no_grad()
-def _through_landmarks(layer: NystromLayer, tokens: Tensor, layout: Layout, row: Floats) -> Floats:
+def _through_landmarks(layer: NystromLayer, tokens: Tensor, layout: TokenBags, row: Floats) -> Floats:
     """Return the row after a Nyström layer, mean over heads; entries may be negative."""
     factors = NystromFactors.of(layer, tokens, layout)
     weights = factors.from_landmarks(factors.to_landmarks(row))

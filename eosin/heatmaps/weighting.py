@@ -29,7 +29,7 @@ from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.mambamil import MambaMil
 from eosin.mil.methods.packmil import Downsampled
 from eosin.mil.methods.set_transformer import MultiheadBlock, SetTransformer
-from eosin.mil.methods.transmil import Layout, TransMil
+from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AttentionOutput
 from eosin.mil.standardize import Standardized
 
@@ -114,7 +114,7 @@ def _of_set_transformer(model: SetTransformer, pack: PackedBags, value: Value) -
 def _of_transmil(model: TransMil, pack: PackedBags, value: Value) -> Floats:
     with inputs_of([model.layer2.norm, model.norm]) as seen:
         model(pack)
-    layout = Layout.of(pack.lengths, model.landmarks, pack.values.device)
+    layout = model.layout(pack)
     factors = NystromFactors.of(model.layer2, seen[0][0], layout)
     slope = _class_slope(model, seen[1][0], value)  # (H, d)
     start = np.zeros(len(layout.source))

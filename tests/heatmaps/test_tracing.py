@@ -101,11 +101,12 @@ def test_transmil_first_layer_is_what_the_model_returns(pack):
     np.testing.assert_allclose(tiles, expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("padding", ["bag", "grid"])
 @torch.no_grad()
-def test_transmil_carries_the_class_token_through_both_layers(pack):
+def test_transmil_carries_the_class_token_through_both_layers(pack, padding):
     torch.manual_seed(0)
-    model = TransMil(DIM, 2, width=8, heads=2, landmarks=4).double().eval()
-    layout = Layout.of((N,), 4, torch.device("cpu"))
+    model = TransMil(DIM, 2, width=8, heads=2, landmarks=4, padding=padding).double().eval()
+    layout = Layout.of((N,), 4, torch.device("cpu"), padding=padding)
     with inputs_of([model.layer1.norm, model.layer2.norm]) as seen:
         model(pack)
     tokens = len(layout.source)

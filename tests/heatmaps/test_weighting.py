@@ -6,8 +6,10 @@ from torch.nn import functional
 from eosin import kernels
 from eosin.heatmaps.pooled import Target
 from eosin.heatmaps.weighting import weight_gradient
+from eosin.mil import nystrom
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods import set_transformer, transmil
+from eosin.mil.methods import set_transformer
+from eosin.mil.methods.transmil import Layout
 from eosin.mil.slots import AGGREGATORS
 
 DIM, N, STEP = 7, 23, 1e-5
@@ -29,7 +31,7 @@ class Weighted:
         if name == "set_transformer":
             monkeypatch.setattr(set_transformer, "attention_pool", self.seeds)
         elif name == "transmil":
-            monkeypatch.setattr(transmil, "bag_attention", self.keys(transmil.bag_attention))
+            monkeypatch.setattr(nystrom, "bag_attention", self.keys(nystrom.bag_attention))
         else:
             monkeypatch.setattr(model.attention, "pool", self.pool)
 
@@ -45,7 +47,7 @@ class Weighted:
             self.calls += 1
             if self.calls % 2:
                 return bag_attention(query, key, value, lengths, scale, zeros=zeros)  # the first layer
-            layout = transmil.Layout.of((N,), 4, key.device)
+            layout = Layout.of((N,), 4, key.device)
             per_token = torch.zeros(len(layout.source), dtype=key.dtype)
             per_token[layout.instances] = self.log_weights
             per_token[layout.copies] = per_token[layout.originals]

@@ -245,6 +245,7 @@ def test_the_deployed_model_does_not_depend_on_the_batch(name):
 
 CAUTIOUS = {"set_transformer", "mhim_v2_dsmil"}  # residual blocks, or recycled tokens, without norm die of large steps
 HIDES = {"mhim_v2", "mhim_v2_dsmil"}  # what is left of a small bag may lack what makes it positive
+GENTLE = {"mhim_transmil": {"low_ratio": 0.3}}  # the paper's 0.8 leaves one of twelve, which a fresh teacher chooses
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -256,6 +257,8 @@ def test_separable_bags_are_fitted(name):
         bag[: 4 * (number % 2), :3] += 4
         bags[str(number)] = bag
     recipe = small(RECIPES[name])
+    strategy = recipe.strategy.model_copy(update={"options": recipe.strategy.options | GENTLE.get(name, {})})
+    recipe = recipe.model_copy(update={"strategy": strategy})
     task = task_of(recipe)
     if task.n_outputs == 6:
         pytest.skip("needs an example of each grade; packmil fits two classes")

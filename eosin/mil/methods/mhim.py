@@ -64,7 +64,9 @@ from eosin.mil.methods.clam import ClassAttentionOutput, instance_width
 from eosin.mil.methods.dsmil import PRESETS as DSMIL_PRESETS
 from eosin.mil.methods.dsmil import DsmilOutput
 from eosin.mil.methods.mhim_recycle import GlobalRecycle
-from eosin.mil.methods.transmil import NystromLayer, TransMil
+from eosin.mil.methods.transmil import PRESETS as TRANSMIL_PRESETS
+from eosin.mil.methods.transmil import TransMil
+from eosin.mil.nystrom import NystromLayer
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, AttentionOutput, Step, Strategy
 from eosin.mil.standardize import Standardized
@@ -470,7 +472,7 @@ RECIPES.add(
 RECIPES.add(
     "mhim_transmil",
     Recipe(
-        aggregator=Component(name="transmil"),
+        aggregator=Component(name="transmil", options=TRANSMIL_PRESETS["mhim"]),
         strategy=Component(name="mhim", options=PRESETS["c16_transmil"]),
         training=_TRAINING,
     ),

@@ -5,7 +5,8 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.transmil import Layout, TransMil, pseudo_inverse
+from eosin.mil.methods.transmil import PRESETS, Layout, TransMil
+from eosin.mil.nystrom import pseudo_inverse
 
 
 def small(**options):
@@ -57,24 +58,30 @@ def plain_attention(layer, tokens, landmarks):
 def plain(model, bag):
     h = model.embed(bag)
     side = int(len(h) ** 0.5 - 1e-9) + 1 if len(h) else 0
-    tokens = torch.cat([model.cls_token, h, h[: side * side - len(h)]])
+    copies = side * side - len(h)
+    in_bag = model.padding == "bag"
+    tokens = torch.cat([model.cls_token, h, h[:copies] if in_bag else h[:0]])
     tokens, weights = plain_attention(model.layer1, tokens, model.landmarks)
     if side:
-        grid = tokens[1:].T.reshape(1, -1, side, side)
+        body = tokens[1:] if in_bag else torch.cat([tokens[1:], tokens[1 : copies + 1]])
+        if not in_bag and side < 7:
+            body = torch.cat([body, body.new_zeros(49 - len(body), body.shape[1])])
+            side = 7
+        grid = body.T.reshape(1, -1, side, side)
         grid = grid + model.ppeg.conv7(grid) + model.ppeg.conv5(grid) + model.ppeg.conv3(grid)
-        tokens = torch.cat([tokens[:1], grid.reshape(grid.shape[1], -1).T])
+        tokens = torch.cat([tokens[:1], grid.reshape(grid.shape[1], -1).T[: len(tokens) - 1]])
     tokens, _ = plain_attention(model.layer2, tokens, model.landmarks)
     body = weights[1:].clone()
-    body[: side * side - len(h)] += body[len(h) :]
+    body[: len(body) - len(h)] += body[len(h) :]
     return model.classifier(model.norm(tokens[0])), body[: len(h)]
 
 
 @pytest.mark.parametrize("rows", [2**15, 10])
-@pytest.mark.parametrize("landmarks", [None, 5])
-def test_a_pack_is_its_bags_with_every_matrix_written_out(landmarks, rows, monkeypatch):
+@pytest.mark.parametrize(("landmarks", "padding"), [(None, "bag"), (5, "bag"), (5, "grid")])
+def test_a_pack_is_its_bags_with_every_matrix_written_out(landmarks, padding, rows, monkeypatch):
     monkeypatch.setattr(attention, "CHECKPOINT_ROWS", rows)
-    model = small(landmarks=landmarks).eval()
-    bags = PackedBags.pack(draw(11, 1, 0, 37, 2, 16, 3))
+    model = small(landmarks=landmarks, padding=padding).eval()
+    bags = PackedBags.pack(draw(11, 1, 0, 60, 2, 16, 3))
     output = model(bags)
     wanted = [plain(model, bag) for bag in bags.unpack()]
     torch.testing.assert_close(output.logits, torch.stack([logits for logits, _ in wanted]))
@@ -142,6 +149,28 @@ def test_the_layout_repeats_the_first_instances():
     assert layout.zeros.tolist() == [2, 3, 2]
     assert layout.copies.tolist() == [6, 7, 8, 9]
     assert layout.originals.tolist() == [1, 2, 3, 4]
+
+
+def test_the_grid_may_have_the_repeats_for_itself():
+    layout = Layout.of((5, 0, 53), 4, torch.device("cpu"), padding="grid")
+    assert layout.lengths == (6, 1, 54)
+    assert not len(layout.copies)
+    assert layout.grid == (10 + 3 + 11, 8)
+    assert layout.placed[:9].tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    assert layout.placed_cell[:9].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]  # rows of 7, in a grid that is 8 wide
+    assert layout.placed[9:].tolist() == [*range(8, 61), *range(8, 19)]
+    assert layout.body.tolist() == [*range(1, 6), *range(8, 61)]
+    assert layout.cell[:5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_presets_are_the_other_repositories():
+    built = {name: TransMil(6, 3, width=16, **options) for name, options in PRESETS.items()}
+    assert isinstance(built["mhim"].embed[1], torch.nn.ReLU)
+    assert isinstance(built["mhim_v2"].embed[1], torch.nn.GELU)
+    for model in built.values():
+        assert model.padding == "grid"
+        assert model.embed[2].p == 0.25
+        assert not model.layer1.to_out.bias.any()
 
 
 def test_heads_must_divide_the_width():
