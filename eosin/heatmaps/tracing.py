@@ -28,7 +28,7 @@ from eosin.heatmaps.rollout import Floats, rollout_row
 from eosin.mil.attention import mixed_weights
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, GdatBlock, Groups
-from eosin.mil.methods.packmil import Downsampled
+from eosin.mil.methods.packmil_downsampler import Downsampled
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, SetTransformer
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.nystrom import NystromLayer, TokenBags

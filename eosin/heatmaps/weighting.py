@@ -27,7 +27,7 @@ from eosin.mil.attention import bag_attention, mixed_weights
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.mambamil import MambaMil
-from eosin.mil.methods.packmil import Downsampled
+from eosin.mil.methods.packmil_downsampler import Downsampled
 from eosin.mil.methods.set_transformer import MultiheadBlock, SetTransformer
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AttentionOutput

@@ -14,177 +14,31 @@ pathology, 2025, https://arxiv.org/abs/2509.20923.
    6→1, 7→2 or 3, 8→4, 9→5 and rounded; loss ``-(1 - p) log p``. Survival: the earliest slide's bin; if that slide is
    censored, also the earliest event's bin, and the fraction of censored slides as a soft c in ``-(1 - c) (log S_{Y-1} +
    log h_Y) - c log S_{Y_c}``. `packmil_labels` says it in full. Objective: ``main + λ residual``.
-4. Attention-driven downsampler (aggregator `downsampled` around any other): ``a = softmax(w tanh(V x))``, ``x ← x (1
-   + a)``, in training pad with zeros to a multiple of r, shuffle, ``gelu(W_1 x)``, reduce groups of r, ``W_2``. Bags
-   up to m·r and all bags at inference are not reduced.
+4. Attention-driven downsampler (aggregator `downsampled` around any other): `packmil_downsampler` has the equations.
 
 Deviations from the authors' code. Slides are isolated for every aggregator; the code mixes those of a pack when the
 aggregator has a class token. There is no padding, hence no dependence on the longest pack. A side never becomes empty:
-then both get the whole slide, where the code attends to other slides. The random reduction picks one row per channel;
-the code's subset of slots drifts across channels. Instances keep their order within a side, for aggregators that read
-it. Batch norms of the code's networks are left out, since they mix slides. Sampling is with masks and known counts;
-there is no loop over instances.
+then both get the whole slide, where the code attends to other slides. Instances keep their order within a side, for
+aggregators that read it. Batch norms of the code's networks are left out, since they mix slides. The learning rate
+falls to 0, the code's to 1e-7. Sampling is with masks and known counts; there is no loop over instances.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_softmax
-from eosin.mil import attention
-from eosin.mil.attention import recomputed
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention
 from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
+from eosin.mil.methods.packmil_downsampler import Downsampled
 from eosin.mil.methods.packmil_labels import Labels, LabelWeights, choose_labels, residual_loss
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
+from eosin.mil.slots import STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
 from eosin.mil.tasks import Task
 
 OVERFLOW = 4  # the authors' downsampling factor, which counts for the pack length where nothing is downsampled, too
-
-
-@AGGREGATORS.register("downsampled")
-class Downsampled(Aggregator):
-    """Another aggregator behind the attention-driven downsampler, equation 4.
-
-    Parameters
-    ----------
-    in_dim, n_outputs
-        Feature width D and logits K.
-    host : str
-        Name of the other aggregator.
-    host_options : dict
-        Its options.
-    factor : int
-        Instances r that become one, in training under `packmil`.
-    reduce : {"max", "random"}
-        Largest value, or that of a random row of the group, for each channel.
-    hidden : int
-        Width of the attention's hidden layer.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        n_outputs: int,
-        *,
-        host: str = "abmil",
-        host_options: dict[str, object] | None = None,
-        factor: int = 4,
-        reduce: Literal["max", "random"] = "max",
-        hidden: int = 128,
-    ) -> None:
-        if factor < 1:
-            raise ConfigError(f"downsampled: factor {factor} must be at least 1")
-        inner = AGGREGATORS.build(host, in_dim, n_outputs, options=host_options or {})
-        super().__init__(in_dim, n_outputs, embed_dim=inner.embed_dim)
-        self.attention = Attention(in_dim, hidden=hidden, gated=False)
-        self.first = nn.Linear(in_dim, in_dim)
-        self.second = nn.Linear(in_dim, in_dim)
-        self.host = inner
-        self.factor = factor
-        self.reduce = reduce
-        self.output_type = inner.output_type  # type: ignore[misc]
-        self.order_dependent = inner.order_dependent  # type: ignore[misc]
-
-    def forward(self, bags: PackedBags) -> AggregatorOutput:
-        """Return the other aggregator's output for all instances."""
-        output: AggregatorOutput = self.host(self.downsample(bags, longer_than=None))
-        return output
-
-    def downsample(self, bags: PackedBags, *, longer_than: int | None) -> PackedBags:
-        """Return the bags it makes, those longer than a limit with groups of `factor` instances reduced to one.
-
-        Parameters
-        ----------
-        bags : PackedBags
-        longer_than : int or None
-            The limit; None reduces no bag.
-        """
-        weights = segment_softmax(self.attention(bags.values), bags.cu_seqlens).to(bags.values.dtype)
-        groups = [0] * bags.n_bags
-        if longer_than is not None and self.factor > 1:
-            groups = [-(-n // self.factor) if n > longer_than else 0 for n in bags.lengths]
-        if not any(groups):
-            return bags.with_values(self._in_pieces(self._hidden, bags.values, weights))
-        length, group = torch.tensor(bags.lengths), torch.tensor(groups)
-        values = self._pooled(bags, weights, _group_rows(length, group, self.factor))
-        after = torch.where(group > 0, group, length)
-        plain = torch.nonzero(torch.repeat_interleave(group == 0, length))[:, 0].to(values.device)
-        if len(plain):
-            whole = self._in_pieces(self._hidden, bags.values[plain], weights[plain])
-            values = torch.cat([values, whole])[_back_in_order(group, after).to(values.device)]
-        lengths = tuple(after.tolist())
-        ends = functional.pad(after.cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(values, ends, lengths, None, bags.ids)
-
-    def _pooled(self, bags: PackedBags, weights: Tensor, slots: Tensor) -> Tensor:
-        """Return one row per group of slots, (G, r) -> (G, D); features are put in order, which needs no gradient."""
-        slots = slots.flatten().to(bags.values.device)
-        rows = slots.clamp(max=bags.n_instances - 1)
-        values = bags.values[rows]
-        values[slots == bags.n_instances] = 0
-        return self._in_pieces(self._group_of_hidden, values, weights[rows])
-
-    def _in_pieces(self, function: Callable[[Tensor, Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:
-        """Return ``W_2 f(x, a)`` by pieces of whole groups; what f returns, if much, is computed again in backward."""
-
-        def after(values: Tensor, weights: Tensor) -> Tensor:
-            second: Tensor = self.second(function(values, weights))
-            return second
-
-        most = max(attention.CHECKPOINT_ROWS // self.factor, 1) * self.factor
-        parts = zip(torch.split(values, most), torch.split(weights, most), strict=True)
-        pieces = [recomputed(after, len(values), *part) for part in parts]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _hidden(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Return ``gelu(W_1 (x (1 + a)) + b_1)``; scaled after the product, a asks for no gradient of the features."""
-        product = functional.linear(values, self.first.weight)
-        scale, bias = (1 + weights).to(product.dtype), self.first.bias.to(product.dtype)
-        return functional.gelu(torch.addcmul(bias, product, scale))
-
-    def _group_of_hidden(self, values: Tensor, weights: Tensor) -> Tensor:
-        groups = torch.unflatten(self._hidden(values, weights), 0, (-1, self.factor))  # (G, r, D)
-        if self.reduce == "max":
-            largest: Tensor = Largest.apply(groups)
-            return largest
-        choice = torch.randint(self.factor, (len(groups), 1, groups.shape[2]), device=groups.device)
-        return groups.gather(1, choice)[:, 0]
-
-
-class Largest(torch.autograd.Function):
-    """The largest of the r rows of a group, channel by channel, the first of ties: (G, r, D) -> (G, D).
-
-    torch's own keeps all rows for the backward pass and goes over them four times there.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, groups: Tensor) -> Tensor:
-        """Return the largest."""
-        largest = groups[:, 0].clone()
-        place = torch.zeros_like(largest, dtype=torch.uint8)
-        for number, rows in enumerate(groups.unbind(1)[1:], start=1):
-            place = torch.maximum(place, (rows > largest).to(place.dtype) * number)
-            torch.maximum(largest, rows, out=largest)
-        ctx.save_for_backward(place)
-        ctx.factor = groups.shape[1]  # type: ignore[attr-defined]
-        return largest
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        """Give the gradient to the row that was largest."""
-        (place,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        groups = gradient.new_empty(len(gradient), ctx.factor, gradient.shape[1])  # type: ignore[attr-defined]
-        for number, rows in enumerate(groups.unbind(1)):
-            torch.mul(gradient, place == number, out=rows)
-        return groups
 
 
 @STRATEGIES.register("packmil")
@@ -338,25 +192,6 @@ def merged(bags: PackedBags, pack_of: Sequence[int]) -> PackedBags:
         lengths[number] += length
     ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
     return PackedBags(bags.values, ends, tuple(lengths), bags.coords_px0)
-
-
-def _back_in_order(group: Tensor, after: Tensor) -> Tensor:
-    """Return the rows that put groups, then instances of bags that have none, in the order of their bags."""
-    bag = torch.repeat_interleave(torch.arange(len(group)), after)
-    is_plain = (group == 0)[bag]
-    n_groups = int(group.sum())
-    return torch.where(is_plain, n_groups + is_plain.cumsum(0), (~is_plain).cumsum(0)) - 1
-
-
-def _group_rows(length: Tensor, group: Tensor, r: int) -> Tensor:
-    """Draw the rows of shuffled groups, padding included: (G, r) int64; the row after the last stands for padding."""
-    size = group * r
-    bag = torch.repeat_interleave(torch.arange(len(length)), size)
-    place = torch.arange(len(bag)) - (size.cumsum(0) - size)[bag]
-    rows = torch.where(place < length[bag], (length.cumsum(0) - length)[bag] + place, int(length.sum()))
-    order = torch.rand(len(rows)).argsort()
-    order = order[bag[order].argsort(stable=True)]
-    return rows[order].view(-1, r)
 
 
 # The paper's settings of the strategy: prostate grading (PANDA), breast subtyping (BRCA), survival.

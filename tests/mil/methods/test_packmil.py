@@ -8,7 +8,8 @@ from eosin.mil import attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.cox import Cox
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.packmil import PRESETS, Downsampled, Largest, PackMil, merged, next_fit, random_rank
+from eosin.mil.methods.packmil import PRESETS, PackMil, merged, next_fit, random_rank
+from eosin.mil.methods.packmil_downsampler import Downsampled, Largest
 from eosin.mil.methods.packmil_labels import (
     PRIMARY,
     SECONDARY,
