@@ -37,42 +37,39 @@ class from its tokens, which the deployed model does not see, and on whole bags 
 them a minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The student embeds only
 what is left, instead of embedding all and then hiding. TransMIL's weights are those of an instance and its repeat
 together, negative ones count as 0. DSMIL predicts with the bag stream after version 1, where the code takes the mean
-of both probabilities. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per step for the
-number of instances left.
+of both probabilities. The learning rate of version 2 falls to 0, the code's to 1e-7. Hiding uses boolean masks; there
+is no loop over bags. Version 1 waits once per step for the number of instances left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
 """
 
-import copy
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_softmax
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import require_fractions
 from eosin.mil.masking import fraction_counts, leaves_some, random_subset, randomly_high, voted
 from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
-from eosin.mil.methods.clam import ClassAttentionOutput, instance_width
 from eosin.mil.methods.dsmil import PRESETS as DSMIL_PRESETS
-from eosin.mil.methods.dsmil import DsmilOutput
+from eosin.mil.methods.mhim_ranking import instance_probability, rankings, require_linear_classifier
 from eosin.mil.methods.mhim_recycle import GlobalRecycle
+from eosin.mil.methods.mhim_teacher import (
+    MomentumSchedule,
+    Teacher,
+    consistency_loss,
+    cosine,
+    embedding_rows,
+    started,
+)
 from eosin.mil.methods.transmil import PRESETS as TRANSMIL_PRESETS
-from eosin.mil.methods.transmil import TransMil
-from eosin.mil.nystrom import NystromLayer
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, AttentionOutput, Step, Strategy
-from eosin.mil.standardize import Standardized
 from eosin.mil.tasks import Task
-
-MomentumSchedule = Literal["constant", "cosine"]
 
 
 @runtime_checkable
@@ -84,40 +81,6 @@ class EmbeddingAggregator(Protocol):
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
         ...
-
-
-class Teacher(nn.Module):
-    """A moving average of a model, in the same mode as the student and without gradient.
-
-    Parameters
-    ----------
-    model : Aggregator
-    momentum : float
-        m of equation 4.
-    schedule : {"constant", "cosine"}
-        Whether m rises to 1.
-    """
-
-    def __init__(self, model: Aggregator, *, momentum: float, schedule: MomentumSchedule) -> None:
-        super().__init__()
-        require_fractions("mhim", momentum=momentum)
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.momentum = momentum
-        self.schedule = schedule
-
-    @torch.no_grad()
-    def forward(self, bags: PackedBags) -> AttentionOutput:
-        """Read whole bags."""
-        output = self.model(bags)
-        assert isinstance(output, AttentionOutput)  # checked when built
-        return output
-
-    @torch.no_grad()
-    def follow(self, student: Aggregator, progress: float) -> None:
-        """Move towards the student, equation 4; parameters only."""
-        momentum = cosine(self.momentum, 1.0, progress) if self.schedule == "cosine" else self.momentum
-        for mine, new in zip(self.model.parameters(), student.parameters(), strict=True):
-            mine.lerp_(new.detach(), 1 - momentum)
 
 
 @STRATEGIES.register("mhim")
@@ -173,7 +136,7 @@ class Mhim(Strategy):
         self.decay = decay
         self.consistency = consistency
         self.temperature = _positive(temperature)
-        self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
+        self.teacher = started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
 
     def forward(self, bags: PackedBags, target: Tensor) -> Step:
         """Hide, let the student read the rest, and compare the embeddings."""
@@ -275,7 +238,7 @@ class MhimV2(Strategy):
             momentum=token_momentum,
             token_share=token_share,
         )
-        self.teacher = _started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
+        self.teacher = started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
 
     def forward(self, bags: PackedBags, target: Tensor) -> Step:
         """Hide, recycle, let the student read what is kept with the tokens, and compare the embeddings."""
@@ -307,84 +270,6 @@ class MhimV2(Strategy):
         self.recycle.follow()
 
 
-def cosine(start: float, end: float, progress: float) -> float:
-    """Return the value at a fraction of half a cosine from `start` to `end`."""
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
-
-
-def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return the cross-entropy between the softmaxes of embeddings (..., E), equation 3; mean over the rows."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    wanted = functional.softmax(teacher.detach().to(wide) / temperature, -1)
-    return -(wanted * functional.log_softmax(student.to(wide), -1)).sum(-1).mean()
-
-
-def embedding_rows(output: AttentionOutput) -> Tensor:
-    """Return the bag embeddings as rows of the width of an instance, (B, rows, E), or as one row each."""
-    width = output.instances.shape[1]
-    if output.embedding.shape[1] % width:
-        return output.embedding[:, None]
-    return torch.unflatten(output.embedding, 1, (-1, width))
-
-
-def rankings(output: AttentionOutput) -> Tensor:
-    """Return what instances are ranked by, (N, H): attention, for DSMIL the largest instance logit; equation 1."""
-    return output.instance_logits.amax(1, keepdim=True) if isinstance(output, DsmilOutput) else output.scores
-
-
-def instance_probability(model: Aggregator, output: AttentionOutput, bags: PackedBags, *, bias: bool = False) -> Tensor:
-    """Return the largest class probability of each weighted instance, (N, 1), equation 5.
-
-    A model with one output has two classes. Several attention rows: those of CLAM-MB weigh for their class, those of
-    TransMIL for their part of the values, those that the classifier reads beside each other for their part of its
-    weights, others are averaged. For DSMIL it is as in version 1.
-    """
-    if isinstance(output, DsmilOutput):
-        return rankings(output)
-    classifier = require_linear_classifier(model)
-    if isinstance(model, TransMil):
-        logits = functional.linear(_weighted_values(model.layer1, output), classifier.weight)
-    else:
-        weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
-        logits = _weighted_logits(classifier.weight, weights, output)
-    if bias and classifier.bias is not None:
-        logits = logits + classifier.bias
-    if logits.shape[1] == 1:
-        logits = functional.pad(logits, (1, 0))
-    return logits.softmax(1).amax(1, keepdim=True)
-
-
-def _weighted_values(layer: NystromLayer, output: AttentionOutput) -> Tensor:
-    """Return what each instance adds to the class token in the first layer, with the layer's dropout: (N, E)."""
-    values = functional.linear(layer.norm(output.instances), layer.to_qkv.weight.chunk(3)[2])
-    by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.scores.exp()[..., None]  # (N, H, d)
-    out = layer.to_out(by_head.flatten(1).to(values.dtype))
-    return functional.dropout(out, layer.dropout, layer.training)
-
-
-def _weighted_logits(weight: Tensor, attention: Tensor, output: AttentionOutput) -> Tensor:
-    instances = output.instances.to(weight.dtype)
-    if isinstance(output, ClassAttentionOutput):
-        return instances @ weight.T * attention
-    width = instances.shape[1]
-    if weight.shape[1] == width:
-        return instances @ weight.T * attention.mean(1, keepdim=True)
-    by_row = torch.unflatten(weight, 1, (-1, width))  # (K, H, E)
-    products = functional.linear(instances, by_row.flatten(0, 1))  # (N, K * H)
-    return (torch.unflatten(products, 1, by_row.shape[:2]) * attention[:, None]).sum(2)
-
-
-def require_linear_classifier(model: Aggregator) -> nn.Linear:
-    """Return the layer that reads the bag embedding; `ConfigError` if it cannot read single instances."""
-    classifier = getattr(model, "classifier", None)
-    if not isinstance(classifier, nn.Linear) or classifier.in_features % instance_width(model):
-        raise ConfigError(
-            f"mhim_v2 ranks instances with the classifier of the bag; that of {type(model).__name__} reads something "
-            "else; choose another aggregator, or mhim"
-        )
-    return classifier
-
-
 def _positive(temperature: float) -> float:
     if temperature <= 0:
         raise ConfigError(f"mhim: temperature {temperature} must be above 0")
@@ -395,30 +280,6 @@ def _embedded_width(model: EmbeddingAggregator) -> int:
     linear = [layer for layer in model.embed.modules() if isinstance(layer, nn.Linear)]
     assert isinstance(model, Aggregator)
     return linear[-1].out_features if linear else model.in_dim
-
-
-def _started(teacher: Teacher, student: Aggregator, folder: Path | None) -> Teacher:
-    """Give the teacher, and the student's embedding, the weights of a plainly trained model."""
-    if folder is None:
-        return teacher
-    from eosin.mil.checkpoint import load_model  # which imports the methods
-
-    plain, _ = load_model(folder)
-    model = plain.aggregator if isinstance(plain, Standardized) else plain
-    state = model.state_dict()
-    if type(model) is not type(student) or _shapes(state.items()) != _shapes(student.state_dict().items()):
-        raise ConfigError(
-            f"init_from {folder} holds a {type(model).__name__} of another kind or size than the "
-            f"{type(student).__name__} that is trained; train a plain model with the same aggregator and options"
-        )
-    teacher.model.load_state_dict(state)
-    embedding = {name: value for name, value in state.items() if name.startswith("embed.")}
-    student.load_state_dict(embedding, strict=False)
-    return teacher
-
-
-def _shapes(state: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state}
 
 
 # Table of the paper's settings: C16 is CAMELYON16, TCGA the two lung cohorts.
