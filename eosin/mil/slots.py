@@ -269,6 +269,7 @@ def _schema(cls: type) -> type[BaseModel]:
 LEAST = {
     **dict.fromkeys(("width", "hidden", "heads", "layers", "branches", "k", "factor", "tokens", "seeds", "rate"), 1),
     **dict.fromkeys(("sample", "queue_size", "region_size", "rank", "pack_length", "projection", "expansion"), 1),
+    "overflow": 1,
     **dict.fromkeys(("expand", "d_state", "d_conv", "dt_rank", "head_dim", "landmarks", "pinv_iterations"), 1),
     **dict.fromkeys(("mask_k", "min_length", "isab_layers", "sab_layers"), 0),
 }
@@ -276,6 +277,9 @@ LEAST = {
 
 POSITIVE = {"temperature", "tau", "sharpness", "norm_eps", "floor"}
 """Options whose formula has no meaning at 0."""
+
+NOT_NEGATIVE = {"penalty", "margin", "consistency"}
+"""Options that weigh or move something and may be 0."""
 
 SHARES = {"momentum", "confidence", "start", "phi_start", "phi_end", "quality_weight"}
 """Options between 0 and 1 whose name does not end in one of the words for that."""
@@ -293,7 +297,7 @@ def _bounded(option: str, hint: Any) -> Any:
         return Annotated[float, Field(ge=0, le=1)]
     if option in POSITIVE:
         return Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    if option == "penalty" or option.endswith("_weight"):
+    if option in NOT_NEGATIVE or option.endswith("_weight"):
         return Annotated[float, Field(ge=0, allow_inf_nan=False)]
     return hint
 

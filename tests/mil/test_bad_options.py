@@ -164,6 +164,28 @@ def test_pseudo_labels_are_of_classes_that_exist(positive):
         built(recipe_with("loss term", "comel_bppl", {"positive": positive}))
 
 
+@pytest.mark.parametrize(
+    ("registry", "name", "option"),
+    [
+        (LOSS_TERMS, "clam_instance", "margin"),
+        (STRATEGIES, "mhim", "consistency"),
+        (STRATEGIES, "mhim_v2", "consistency"),
+        (STRATEGIES, "packmil", "residual_weight"),
+    ],
+)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_is_finite_and_not_negative(registry, name, option, value):
+    with pytest.raises(ConfigError, match=option):
+        registry.resolve(name, {option: value})
+    assert registry.resolve(name, {option: 0.0})[option] == 0
+
+
+def test_the_overflow_is_at_least_one():
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match="overflow"):
+            STRATEGIES.resolve("packmil", {"overflow": value})
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_one_output_is_trained_or_refused(name):
     recipe = RECIPES[name].model_copy(update={"aggregator": narrow(RECIPES[name].aggregator)})

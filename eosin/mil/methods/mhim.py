@@ -35,10 +35,9 @@ the mean over the bags of a pack. A bag that would be hidden whole is left whole
 instance. The code gives every bag all k tokens; beside a handful of kept instances the student then learns to read the
 class from its tokens, which the deployed model does not see, and on whole bags it says nothing. `token_share` keeps
 them a minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The student embeds only
-what is left, instead of embedding all and then hiding. TransMIL's weights are those of an instance and its repeat
-together, negative ones count as 0. DSMIL predicts with the bag stream after version 1, where the code takes the mean
-of both probabilities. The learning rate of version 2 falls to 0, the code's to 1e-7. Hiding uses boolean masks; there
-is no loop over bags. Version 1 waits once per step for the number of instances left.
+what is left, instead of embedding all and then hiding. DSMIL predicts with the bag stream after version 1, where the
+code takes the mean of both probabilities. The learning rate of version 2 falls to 0, the code's to 1e-7. Hiding uses
+boolean masks; there is no loop over bags. Version 1 waits once per step for the number of instances left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).

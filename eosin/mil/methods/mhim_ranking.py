@@ -12,14 +12,19 @@ from eosin.kernels import segment_softmax
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClassAttentionOutput, instance_width
 from eosin.mil.methods.dsmil import DsmilOutput
-from eosin.mil.methods.transmil import TransMil
+from eosin.mil.methods.transmil import TransMil, TransMilOutput
 from eosin.mil.nystrom import NystromLayer
 from eosin.mil.slots import Aggregator, AttentionOutput
 
 
 def rankings(output: AttentionOutput) -> Tensor:
-    """Return what instances are ranked by, (N, H): attention, for DSMIL the largest instance logit; equation 1."""
-    return output.instance_logits.amax(1, keepdim=True) if isinstance(output, DsmilOutput) else output.scores
+    """Return what instances are ranked by, (N, H): attention, for DSMIL the largest instance logit; equation 1.
+
+    The attention of TransMIL may be negative, and is then ranked as it is.
+    """
+    if isinstance(output, DsmilOutput):
+        return output.instance_logits.amax(1, keepdim=True)
+    return output.weights if isinstance(output, TransMilOutput) else output.scores
 
 
 def instance_probability(model: Aggregator, output: AttentionOutput, bags: PackedBags, *, bias: bool = False) -> Tensor:
@@ -32,7 +37,7 @@ def instance_probability(model: Aggregator, output: AttentionOutput, bags: Packe
     if isinstance(output, DsmilOutput):
         return rankings(output)
     classifier = require_linear_classifier(model)
-    if isinstance(model, TransMil):
+    if isinstance(model, TransMil) and isinstance(output, TransMilOutput):
         logits = functional.linear(_weighted_values(model.layer1, output), classifier.weight)
     else:
         weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
@@ -44,10 +49,10 @@ def instance_probability(model: Aggregator, output: AttentionOutput, bags: Packe
     return logits.softmax(1).amax(1, keepdim=True)
 
 
-def _weighted_values(layer: NystromLayer, output: AttentionOutput) -> Tensor:
+def _weighted_values(layer: NystromLayer, output: TransMilOutput) -> Tensor:
     """Return what each instance adds to the class token in the first layer, with the layer's dropout: (N, E)."""
     values = functional.linear(layer.norm(output.instances), layer.to_qkv.weight.chunk(3)[2])
-    by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.scores.exp()[..., None]  # (N, H, d)
+    by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.weights[..., None]  # (N, H, d)
     out = layer.to_out(by_head.flatten(1).to(values.dtype))
     return functional.dropout(out, layer.dropout, layer.training)
 

@@ -11,7 +11,7 @@ slide image classification, NeurIPS 2021, https://arxiv.org/abs/2106.00908.
 4. PPEG: the tokens but the class token lie on an s × s grid in the order of the list; ``t + conv7(t) + conv5(t) +
    conv3(t)``, depthwise. The three kernels are added up to one, which is the same map.
 5. Scores are those of the class token in the first layer, ``log(A1_class A2⁺ A3)`` per head, of an instance and its
-   repeat together. The approximation may give negative weights: they count as 0.
+   repeat together. The approximation may give negative weights: in the scores they count as 0.
 6. With ``padding="grid"`` the bag has no repeats: only the grid of PPEG does, which is 7 × 7 at least, zeros filling
    what the repeats leave, and the cells of repeats and zeros are dropped. This is another model than the authors', that
    of MHIM-MIL and PackMIL (`PRESETS`), which also have dropout after the embedding and another start.
@@ -36,7 +36,7 @@ from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.attention import by_rows, recomputed
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Activation, Init, embedding, initialise
+from eosin.mil.layers import Activation, Init, embedding, initialise, require_counts
 from eosin.mil.nystrom import NystromLayer, TokenBags, starts
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
@@ -44,7 +44,21 @@ from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 Padding = Literal["bag", "grid"]
 
 PPEG_CHANNELS = 128  # channels that are convolved at once in a large pack
+MOST_ITERATIONS = 30  # of the pseudo-inverse; with 40 float32 overflows on small bags
 SMALLEST_GRID = 7  # side of the grid that has the repeats for itself, equation 6
+
+
+@dataclass(frozen=True, eq=False)
+class TransMilOutput(AttentionOutput):
+    """Output of TransMIL: scores are logarithms of the weights, of the smallest number where these are negative.
+
+    Attributes
+    ----------
+    weights : (N, H) float
+        Of the class token in the first layer, per head, of an instance and its repeat together; of any sign.
+    """
+
+    weights: Tensor
 
 
 @AGGREGATORS.register("transmil")
@@ -73,7 +87,7 @@ class TransMil(Aggregator):
         torch's initial weights, or Xavier normal with zero bias for all linear layers.
     """
 
-    output_type = AttentionOutput
+    output_type = TransMilOutput
     order_dependent = True
 
     def __init__(
@@ -91,10 +105,17 @@ class TransMil(Aggregator):
         padding: Padding = "bag",
         init: Init = "default",
     ) -> None:
+        landmarks = max(1, width // 2) if landmarks is None else landmarks
+        require_counts("transmil", width=width, heads=heads, landmarks=landmarks, pinv_iterations=pinv_iterations)
         if width % heads:
             raise ConfigError(f"transmil: {heads} heads do not divide the width {width}; choose another width")
+        if pinv_iterations > MOST_ITERATIONS:
+            raise ConfigError(
+                f"transmil: pinv_iterations {pinv_iterations} is more than {MOST_ITERATIONS}, from where on rounding "
+                "errors grow until nothing is finite; the paper takes 6"
+            )
         super().__init__(in_dim, n_outputs, embed_dim=width)
-        self.landmarks = max(1, width // 2) if landmarks is None else landmarks
+        self.landmarks = landmarks
         self.padding: Padding = padding
         self.embed = embedding(in_dim, (width,), activation=embed_activation, dropout=embed_dropout)
         self.cls_token = nn.Parameter(torch.randn(1, width))
@@ -106,20 +127,20 @@ class TransMil(Aggregator):
         self.classifier = nn.Linear(width, n_outputs)
         initialise(self, init)
 
-    def forward(self, bags: PackedBags) -> AttentionOutput:
+    def forward(self, bags: PackedBags) -> TransMilOutput:
         """Return logits, class tokens, scores of the first layer and instances."""
         return self.aggregate(bags.with_values(by_rows(self.embed, bags.values)))
 
-    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+    def aggregate(self, bags: PackedBags) -> TransMilOutput:
         """Return the output for bags of embedded instances."""
         layout = self.layout(bags)
         tokens = torch.cat([self.cls_token.to(bags.values.dtype), bags.values])[layout.source]  # (T, E)
         tokens, weights = self.layer1(tokens, layout)
         tokens = self.ppeg(tokens, layout)
         bag = self.norm(self.layer2.class_token(tokens, layout))  # (B, E)
-        floor = torch.finfo(weights.dtype).tiny
-        scores = layout.per_instance(weights).clamp_min(floor).log()
-        return AttentionOutput(self.classifier(bag), bag, scores, bags.values)
+        weights = layout.per_instance(weights)
+        scores = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+        return TransMilOutput(self.classifier(bag), bag, scores, bags.values, weights)
 
     def layout(self, bags: PackedBags) -> "Layout":
         """Return where the tokens of a pack lie."""

@@ -296,14 +296,19 @@ def test_version_1_of_dsmil_has_the_loss_of_both_streams():
     assert RECIPES["mhim_v2_dsmil"].aggregator.options["prediction"] == "mean"
 
 
-def test_values_of_the_first_layer_weigh_for_transmil():
+@pytest.mark.parametrize("padding", ["bag", "grid"])
+def test_values_of_the_first_layer_weigh_for_transmil(padding):
     bags = draw((16,))
-    host = model(TransMil, heads=2).double().eval()
+    host = model(TransMil, heads=2, landmarks=8, padding=padding).double().eval()
+    with torch.no_grad():
+        host.layer1.to_qkv.weight.mul_(6)
     bags = bags.with_values(bags.values.double())
     output = host(bags)
     layer, h = host.layer1, host.embed(bags.values)
     values = (layer.norm(h) @ layer.to_qkv.weight[16:].T).unflatten(1, (2, 4))
-    weighted = (values * output.scores.exp()[..., None]).flatten(1)
+    assert (output.weights < 0).any()
+    assert torch.equal(rankings(output), output.weights)
+    weighted = (values * output.weights[..., None]).flatten(1)
     by_hand = functional.linear(layer.to_out(weighted), host.classifier.weight).softmax(1).amax(1)
     torch.testing.assert_close(instance_probability(host, output, bags)[:, 0], by_hand)
 

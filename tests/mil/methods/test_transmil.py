@@ -85,6 +85,7 @@ def test_a_pack_is_its_bags_with_every_matrix_written_out(landmarks, padding, ro
     output = model(bags)
     wanted = [plain(model, bag) for bag in bags.unpack()]
     torch.testing.assert_close(output.logits, torch.stack([logits for logits, _ in wanted]))
+    torch.testing.assert_close(output.weights, torch.cat([weights for _, weights in wanted]))
     for scores, (_, weights) in zip(bags.unpack(output.scores), wanted, strict=True):
         positive = weights > 1e-12
         torch.testing.assert_close(scores[positive].exp(), weights[positive])
@@ -147,6 +148,10 @@ def test_presets_are_the_other_repositories():
         assert not model.layer1.to_out.bias.any()
 
 
-def test_heads_must_divide_the_width():
+def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="3 heads do not divide the width 8"):
         TransMil(6, 3, width=8, heads=3)
+    with pytest.raises(ConfigError, match="heads is 0; it must be at least 1"):
+        TransMil(6, 3, width=8, heads=0)
+    with pytest.raises(ConfigError, match="pinv_iterations 31 is more than 30"):
+        TransMil(6, 3, width=8, heads=4, pinv_iterations=31)
