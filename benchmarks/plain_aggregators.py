@@ -286,15 +286,14 @@ class _Mab(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.q, self.k, self.v, self.ff = (nn.Linear(width, width) for _ in range(4))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.heads, self.scale = heads, width**-0.5
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Let x read y."""
         q, k, v = (_by_head(part, self.heads) for part in (self.q(x), self.k(y), self.v(y)))
         read = q + torch.softmax(q @ k.mT * self.scale, 2) @ v
-        out = self.norm1(read.transpose(0, 1).flatten(1))
-        return self.norm2(out + functional.relu(self.ff(out)))
+        out = read.transpose(0, 1).flatten(1)
+        return out + functional.relu(self.ff(out))
 
 
 class MambaMil(nn.Module):
