@@ -121,7 +121,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "mhim": _MHIM,
     "mhim_v2": _MHIM | {"embed_activation": "gelu"},
     "packmil": {"embed_activation": "gelu", "hidden": 128, "gated": False, "dropout": 0.25, "init": "xavier"},
-    "millab": {"hidden": 384, "dropout": 0.25},
+    "millab": {"hidden": 384, "dropout": 0.25, "gate_dropout": 0.25},
 }
 
 RECIPE = Recipe(aggregator=Component(name="abmil"))

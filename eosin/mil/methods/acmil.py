@@ -19,7 +19,8 @@ classification, ECCV 2024, https://arxiv.org/abs/2311.07125.
 
 Deviations from the authors' code. Masked scores are -inf, which half precision holds, instead of -1e9; at least one
 instance of a bag is always left, where p = 1 would hide all of a small bag and silently attend uniformly. The paper
-hides each top instance independently: `sampling="bernoulli"`. Branch losses are means over the bags of a pack.
+hides each top instance independently: `sampling="bernoulli"`. Branch losses are means over the bags of a pack. The
+deployed pass is that of the highest AUC on the validation bags, to which the code adds the macro F1.
 """
 
 from dataclasses import dataclass
