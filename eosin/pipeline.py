@@ -25,7 +25,7 @@ from eosin.mil.data import Examples, FeatureFolder, LabelTable, make_examples, s
 from eosin.mil.recipe import Recipe
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 from eosin.mil.splits import Cohort, Split, check_splits, make_splits, read_splits, with_validation, write_splits
-from eosin.mil.study import open_labels, pose_task
+from eosin.mil.study import label_cohort, open_labels, pose_task
 from eosin.mil.tasks import Task
 from eosin.mil.train import fit
 from eosin.options import Options
@@ -189,7 +189,7 @@ class _Run:
         table = _labelled(table, files, missing)
         task = pose_task(self.options.task, table, self.options.target)
         self.check_names()
-        self.choose_splits(Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(table.rows()))), given_splits)
+        self.choose_splits(label_cohort(table, task), given_splits)
         features = self.features(files)
         used, left_out = self.usable(table, features)
         examples = make_examples(FeatureFolder(_bags(features, used)), used, task, missing="drop")

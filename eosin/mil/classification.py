@@ -115,8 +115,9 @@ class _ClassTask(Task):
         """Return the task with a temperature and, of two classes, a threshold from the validation part.
 
         The temperature divides the logits and minimises the loss (Guo et al., ICML 2017,
-        https://arxiv.org/abs/1706.04599); the threshold on the probability of the second class has the highest balanced
-        accuracy. Neither is changed by a validation part that lacks a class.
+        https://arxiv.org/abs/1706.04599) under a prior, log T ~ N(0, 1), that the loss outweighs where there are many
+        bags: a small part that a model separates would have it sharpen without end. The threshold on the probability of
+        the second class has the highest balanced accuracy. Neither is changed by a validation part that lacks a class.
         """
         self.require_tunable(threshold=threshold, temperature=temperature)
         if len(set(target.tolist())) < len(self.classes):
@@ -138,10 +139,11 @@ class _ClassTask(Task):
         return self.model_copy(update={"threshold": float(np.mean(used))})
 
     def _best_temperature(self, logits: Tensor, target: Tensor) -> float:
-        def loss(log_temperature: float) -> float:
-            return float(self.loss(logits.double() / math.exp(log_temperature), target))
+        def unlikeliness(log_temperature: float) -> float:
+            scaled = self.bag_losses(logits.double() / math.exp(log_temperature), target)
+            return float(scaled.sum()) + log_temperature**2 / 2
 
-        return math.exp(float(optimize.minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
+        return math.exp(float(optimize.minimize_scalar(unlikeliness, bounds=(-3.0, 3.0), method="bounded").x))
 
     def decide(self, outputs: Floats) -> NDArray[np.int64]:
         """Return class numbers: the most probable; of two, by the threshold on the probability of the second."""

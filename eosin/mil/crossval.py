@@ -70,7 +70,7 @@ def cohort_of(examples: Examples, task: Task, rows: Sequence[Mapping[str, str]],
         Column of sites that must not be on two sides.
     """
     sites = tuple(row[site] for row in rows) if site else ()
-    return Cohort(examples.ids, examples.patient_ids, tuple(task.strata(rows)), sites)
+    return Cohort(examples.ids, examples.patient_ids, tuple(task.strata(rows)), sites, task.soft_strata(rows))
 
 
 def crossval(

@@ -27,6 +27,8 @@ from eosin.mil.metrics import (
 from eosin.mil.polarity import positive_last, split_target
 from eosin.mil.task import Columns, Row, Task, to_numpy, wide
 
+NONE = "none"
+
 
 class MultiLabel(Task):
     """Several yes-or-no labels at once: sigmoid cross-entropy, one logit each.
@@ -202,7 +204,11 @@ class MultiLabel(Task):
         """Return the rarest positive label of each row, so that every label is shared out."""
         flags = self.encode(rows).numpy()
         order = np.argsort(flags.sum(0), kind="stable")
-        return [next((self.targets[k] for k in order if row[k]), "none") for row in flags]
+        return [next((self.targets[k] for k in order if row[k]), NONE) for row in flags]
+
+    def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
+        """Return the stratum without a positive label."""
+        return frozenset({NONE})
 
 
 def _f1(predicted: NDArray[np.int64], truth: NDArray[Any]) -> float | None:

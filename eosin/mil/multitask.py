@@ -251,6 +251,11 @@ class MultiTask(Task):
             strata[number] = stratum
         return strata
 
+    def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
+        """Return those of the first target, and that of the rows without it."""
+        part = self.parts[0]
+        return part.soft_strata([row for row in rows if _complete(row, part.columns)]) | {MISSING}
+
     def by_part(
         self, outputs: Floats, target: NDArray[Any], decided: NDArray[np.int64] | None = None
     ) -> list[tuple[str, Task, Floats, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]:

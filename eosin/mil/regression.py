@@ -108,3 +108,7 @@ class Regression(Task):
     def strata(self, rows: Sequence[Row]) -> list[str]:
         """Return quarters by rank."""
         return rank_bins(self.encode(rows).numpy(), 4)
+
+    def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
+        """Return all of them."""
+        return frozenset(self.strata(rows))

@@ -48,12 +48,16 @@ class Cohort:
         One per slide; the strata of slides of one patient may differ.
     sites : tuple of str
         One per slide or empty; a site that is given is never on two sides.
+    soft : frozenset of str
+        Strata that are no classes but bins of a number and the like: shared out as well as they can be, and no fault
+        where they are missing.
     """
 
     slide_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     strata: tuple[str, ...]
     sites: tuple[str, ...] = ()
+    soft: frozenset[str] = frozenset()
 
     @property
     def group_name(self) -> str:
@@ -77,6 +81,7 @@ class Cohort:
             tuple(self.patient_ids[row] for row in rows),
             tuple(self.strata[row] for row in rows),
             tuple(self.sites[row] for row in rows) if self.sites else (),
+            self.soft,
         )
 
 
@@ -217,7 +222,8 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
             raise LabelError(f"fold {number}: slides named more than once: {shown(twice)}")
         if not split.train:
             raise LabelError(f"fold {number}: nobody to train on")
-        absent = sorted({stratum[slide] for slide in everyone} - {stratum[slide] for slide in split.train})
+        learnt = {stratum[slide] for slide in split.train} | cohort.soft
+        absent = sorted({stratum[slide] for slide in everyone} - learnt)
         if absent:
             raise LabelError(
                 f"fold {number}: no training slide of {shown(absent)}; use fewer folds, or leave the class out"
@@ -237,14 +243,21 @@ def _refuse_leakage(number: int, split: Split, group: Mapping[str, str], kind: s
 
 def _require_groups(cohort: Cohort, least: int, advice: str = "use fewer folds") -> None:
     members: dict[str, set[str]] = {}
-    for key, stratum in zip(cohort.sites or cohort.patient_ids, cohort.strata, strict=True):
+    owners = cohort.sites or cohort.patient_ids
+    for key, stratum in zip(owners, cohort.strata, strict=True):
         members.setdefault(stratum, set()).add(key)
     for stratum, keys in sorted(members.items()):
-        if len(keys) < least:
+        if len(keys) < least and stratum not in cohort.soft:
             raise LabelError(
-                f"class {stratum!r} has {len(keys)} {cohort.group_name if len(keys) > 1 else cohort.group_name[:-1]}, "
+                f"class {stratum!r} has {_counted(len(keys), cohort)}, "
                 f"at least {least} are needed to have it on every side; {advice}, or leave the class out"
             )
+    if len(set(owners)) < least:
+        raise LabelError(f"there are {_counted(len(set(owners)), cohort)}, at least {least} are needed; {advice}")
+
+
+def _counted(number: int, cohort: Cohort) -> str:
+    return f"{number} {cohort.group_name if number != 1 else cohort.group_name[:-1]}"
 
 
 def _deal(cohort: Cohort, parts: int, rng: np.random.Generator) -> list[tuple[str, ...]]:

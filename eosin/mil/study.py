@@ -208,7 +208,7 @@ def label_cohort(table: LabelTable, task: Task, *, keep_sites: bool = False) -> 
     """Return what splits must know of the slides of a table, before there are features."""
     rows = table.rows()
     sites = table.values[require_sites(table)] if keep_sites else ()
-    return Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(rows)), sites)
+    return Cohort(table.slide_ids, table.patient_ids, tuple(task.strata(rows)), sites, task.soft_strata(rows))
 
 
 def write_all_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Cohort) -> None:

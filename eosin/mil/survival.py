@@ -126,7 +126,7 @@ class SurvivalTask(Task):
         return (value in YES) != self.one_is_censored
 
     def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
-        """Return the columns of times and of events as the table has them."""
+        """Return times, and events in the table's orientation; words that `target` did not name become 1 and 0."""
         if self.event_value:
             return [target[:, 0], np.where(target[:, 1] == 1, self.event_value, self.censored_value)]
         events = 1 - target[:, 1] if self.one_is_censored else target[:, 1]
@@ -173,6 +173,10 @@ class SurvivalTask(Task):
         target = self.encode(rows).numpy()
         thirds = [THIRDS[int(third)] for third in rank_bins(target[:, 0], len(THIRDS))]
         return [f"{third} {'event' if seen else 'censored'}" for (_, seen), third in zip(target, thirds, strict=True)]
+
+    def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
+        """Return all of them."""
+        return frozenset(self.strata(rows))
 
 
 class DiscreteSurvival(SurvivalTask):

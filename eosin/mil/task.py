@@ -231,6 +231,10 @@ class Task(Options):
         """Return the stratum of each row, to balance splits; the values of a class label, bins of a number."""
         raise NotImplementedError
 
+    def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
+        """Return the strata that are no classes, so that a part of a split may lack them."""
+        return frozenset()
+
 
 def wide(logits: Tensor) -> Tensor:
     """Return logits in float32 at least: losses and probabilities do not follow the autocast of the model."""

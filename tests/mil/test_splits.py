@@ -16,6 +16,7 @@ from eosin.mil.splits import (
     write_nested_splits,
     write_splits,
 )
+from eosin.mil.tasks import make_task
 
 
 def a_cohort(n_patients=40, n_classes=2, seed=0, mixed=0.1, n_sites=0):
@@ -237,3 +238,46 @@ def test_what_is_no_split_is_refused(tmp_path):
         read_splits(tmp_path)
     with pytest.raises(LabelError, match=r"has no splits_<i>\.csv"):
         read_splits(tmp_path / "..")
+
+
+def survival_rows(n, *, censored):
+    return [
+        {"slide_id": f"s{k}", "patient_id": f"p{k}", "time": str(k), "event": str(int(k not in censored))}
+        for k in range(n)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "rows"),
+    [
+        ("survival", "time,event", survival_rows(30, censored={12, 13})),
+        ("cox", "time,event", survival_rows(12, censored={0})),
+        ("regression", "time", survival_rows(13, censored=())),
+        ("multitask", "event; regression:time", [{"slide_id": "x", "patient_id": "x", "event": "", "time": "3"},
+                                                 *survival_rows(20, censored=set(range(10)))]),
+        ("multilabel", "event,extra", [row | {"extra": str(int(k < 10))}
+                                       for k, row in enumerate(survival_rows(20, censored=set(range(12))))]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split_kind", ["kfold", "monte-carlo", "holdout"])
+def test_bins_that_balance_a_split_may_be_smaller_than_the_folds_are_many(kind, target, rows, split_kind):
+    task = make_task(kind, rows, target=target)
+    strata = tuple(task.strata(rows))
+    assert min(strata.count(name) for name in strata) < 5
+    names = tuple(row["slide_id"] for row in rows)
+    cohort = Cohort(names, names, strata, soft=task.soft_strata(rows))
+    splits = make_splits(cohort, folds=5, kind=split_kind)
+    assert all(split.train and split.val and split.test for split in splits)
+    if split_kind == "kfold":
+        assert sorted(name for split in splits for name in split.test) == sorted(names)
+        most = {name: max(sum(s == name for n, s in zip(names, strata, strict=True) if n in split.test)
+                          for split in splits) for name in set(strata)}  # fmt: skip
+        assert all(most[name] <= -(-strata.count(name) // 5) + 1 for name in most)
+
+
+def test_bins_do_not_make_patients():
+    rows = survival_rows(4, censored={1})
+    task = make_task("cox", rows, target="time,event")
+    names = tuple(row["slide_id"] for row in rows)
+    with pytest.raises(LabelError, match="there are 4 patients, at least 5 are needed; use fewer folds"):
+        make_splits(Cohort(names, names, tuple(task.strata(rows)), soft=task.soft_strata(rows)), folds=5)

@@ -214,6 +214,16 @@ def test_threshold_and_temperature_come_from_validation():
     assert task.tuned(logits[::2], target[::2], threshold=True, temperature=True) == task
 
 
+@pytest.mark.parametrize("kind", ["classification", "binary", "ordinal"])
+def test_a_small_part_that_is_separated_does_not_sharpen_a_model_without_end(kind):
+    task = make_task(kind, rows("0", "1"))
+    target = torch.arange(12) % 2
+    logits = 3.0 * (2 * target[:, None] - 1)
+    if task.n_outputs == 2:
+        logits = torch.cat([-logits / 2, logits / 2], 1)
+    assert 0.4 < task.tuned(logits, target, temperature=True).temperature < 0.9
+
+
 @pytest.mark.parametrize("labels", [("Tumour", "tumour", "x"), ("1", "1.0", "0"), ("MSI high", "MSI  High", "MSS")])
 def test_one_class_that_is_written_in_two_ways_is_refused(labels):
     with pytest.raises(LabelError, match="which look like one class; write them alike"):
