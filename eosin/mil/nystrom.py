@@ -1,16 +1,10 @@
 """Nyström attention between the tokens of each bag of a pack, with zeros that are counted instead of computed.
 
-Xiong et al.: Nyströmformer, AAAI 2021, https://arxiv.org/abs/2102.03902, as TransMIL uses it.
+Xiong et al.: Nyströmformer, AAAI 2021, https://arxiv.org/abs/2102.03902, in the form of TransMIL: equations 3 and 4 of
+`eosin.mil.methods.transmil`.
 
-1. With m landmarks and scale 1/√d zeros are put in front until m divides the length; landmarks are the means of
-   consecutive groups of queries and of keys; ``A1 = softmax(Q K̃ᵀ)``, ``A2 = softmax(Q̃ K̃ᵀ)``, ``A3 = softmax(Q̃ Kᵀ)``;
-   the result is ``A1 A2⁺ A3 V`` plus a depthwise convolution of V along the sequence (33 taps), then the output
-   projection and dropout. The zeros are keys like others.
-2. ``A2⁺``: ``Z ← ¼ Z (13 - A Z (15 - A Z (7 - A Z)))`` from ``Z = Aᵀ / (largest row sum · largest column sum)``, the
-   largest of all heads of a bag.
-
-Bags are never padded to each other: landmarks, attention and convolution are those of each bag. The zeros of equation 1
-are counted, not computed: as keys they add to the sums of the softmax, and the landmarks that are zeros altogether,
+Bags are never padded to each other: landmarks, attention and convolution are those of each bag. The zeros in front of a
+bag are counted, not computed: as keys they add to the sums of the softmax, and the landmarks that are zeros altogether,
 nearly all of a small bag's, are equal and stand in the matrices once, with their number as a weight. The only loop runs
 over groups of heads, from `CHECKPOINT_ROWS` tokens on, to bound memory.
 """
@@ -116,7 +110,7 @@ def _trailed(lengths: Tensor, device: torch.device) -> ScanOrder:
 
 
 class NystromLayer(nn.Module):
-    """Layer norm, Nyström attention and the residual, equations 1 and 2.
+    """Layer norm, Nyström attention and the residual.
 
     Parameters
     ----------
@@ -250,7 +244,7 @@ class NystromLayer(nn.Module):
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int, counts: Tensor | None = None) -> Tensor:
-    """Approximate the Moore-Penrose inverse of each matrix by equation 2: (B, H, m, m) -> (B, H, m, m).
+    """Approximate the Moore-Penrose inverse of each matrix, equation 4: (B, H, m, m) -> (B, H, m, m).
 
     The starting point depends on the largest row and column sums over the heads of a bag. With `counts` (B, m) a row
     and column stand for that many equal ones, or for none, of a larger matrix; the result holds one of each of the

@@ -14,7 +14,8 @@ pathology, 2025, https://arxiv.org/abs/2509.20923.
    6→1, 7→2 or 3, 8→4, 9→5 and rounded; loss ``-(1 - p) log p``. Survival: the earliest slide's bin; if that slide is
    censored, also the earliest event's bin, and the fraction of censored slides as a soft c in ``-(1 - c) (log S_{Y-1} +
    log h_Y) - c log S_{Y_c}``. `packmil_labels` says it in full. Objective: ``main + λ residual``.
-4. Attention-driven downsampler (aggregator `downsampled` around any other): `packmil_downsampler` has the equations.
+4. Attention-driven downsampler: instances are weighed, transformed and in training reduced by groups of r, by the
+   aggregator `downsampled` around any other (`eosin methods downsampled` has its equations).
 
 Deviations from the authors' code. Slides are isolated for every aggregator; the code mixes those of a pack when the
 aggregator has a class token. There is no padding, hence no dependence on the longest pack. A side never becomes empty:

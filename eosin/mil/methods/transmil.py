@@ -6,20 +6,24 @@ slide image classification, NeurIPS 2021, https://arxiv.org/abs/2106.00908.
 1. ``h = relu(W x + b)``; with s = ⌈√n⌉ the first s² - n rows are repeated at the end; a learned class token goes
    first.
 2. ``t ← t + attention(LN(t))``, ``t ← PPEG(t)``, ``t ← t + attention(LN(t))``, ``logits = W LN(t_class) + b``.
-3. Attention is Nyström's with m landmarks, ``A1 A2⁺ A3 V``, a convolution of V and an output projection: equations in
-   `eosin.mil.nystrom`.
-4. PPEG: the tokens but the class token lie on an s × s grid in the order of the list; ``t + conv7(t) + conv5(t) +
+3. Nyström attention with m landmarks, scale 1/√d (Xiong et al., AAAI 2021, https://arxiv.org/abs/2102.03902): zeros
+   are put in front until m divides the length; landmarks are the means of consecutive groups of queries and of keys;
+   ``A1 = softmax(Q K̃ᵀ)``, ``A2 = softmax(Q̃ K̃ᵀ)``, ``A3 = softmax(Q̃ Kᵀ)``; the result is ``A1 A2⁺ A3 V`` plus a
+   depthwise convolution of V along the sequence (33 taps), then the output projection and dropout. The zeros are keys
+   like others.
+4. ``A2⁺``: ``Z ← ¼ Z (13 - A Z (15 - A Z (7 - A Z)))`` from ``Z = Aᵀ / (largest row sum · largest column sum)``.
+5. PPEG: the tokens but the class token lie on an s × s grid in the order of the list; ``t + conv7(t) + conv5(t) +
    conv3(t)``, depthwise. The three kernels are added up to one, which is the same map.
-5. Scores are those of the class token in the first layer, ``log(A1_class A2⁺ A3)`` per head, of an instance and its
+6. Scores are those of the class token in the first layer, ``log(A1_class A2⁺ A3)`` per head, of an instance and its
    repeat together. The approximation may give negative weights: in the scores they count as 0.
-6. With ``padding="grid"`` the bag has no repeats: only the grid of PPEG does, which is 7 × 7 at least, zeros filling
+7. With ``padding="grid"`` the bag has no repeats: only the grid of PPEG does, which is 7 × 7 at least, zeros filling
    what the repeats leave, and the cells of repeats and zeros are dropped. This is another model than the authors', that
    of MHIM-MIL and PackMIL (`PRESETS`), which also have dropout after the embedding and another start.
 
 Deviations from the authors' code. The starting point of the pseudo-inverse takes the largest sums of its own bag, the
 code those of the whole batch, so that results do not depend on what is trained beside it; for one bag they agree. Of
 the second layer only the class token is computed, since nothing else is read. The code exports no attention. Training
-is with RAdam without Lookahead. Bags are never padded to each other.
+is with RAdam without Lookahead. Bags are never padded to each other (`eosin.mil.nystrom`).
 """
 
 import math
@@ -45,7 +49,7 @@ Padding = Literal["bag", "grid"]
 
 PPEG_CHANNELS = 128  # channels that are convolved at once in a large pack
 MOST_ITERATIONS = 30  # of the pseudo-inverse; with 40 float32 overflows on small bags
-SMALLEST_GRID = 7  # side of the grid that has the repeats for itself, equation 6
+SMALLEST_GRID = 7  # side of the grid that has the repeats for itself, equation 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ class TransMilOutput(AttentionOutput):
 
 @AGGREGATORS.register("transmil")
 class TransMil(Aggregator):
-    """Transformer with Nyström attention, equations 1 to 6.
+    """Transformer with Nyström attention, equations 1 to 7.
 
     Parameters
     ----------
@@ -76,13 +80,13 @@ class TransMil(Aggregator):
     landmarks : int or None
         Landmarks m; None is half the width.
     pinv_iterations : int
-        Steps of the pseudo-inverse.
+        Steps of equation 4.
     dropout : float
         After the output projections.
     embed_activation, embed_dropout
         Of the layer before the attention.
     padding : {"bag", "grid"}
-        What the first instances are repeated in to fill a square: the bag, or only the grid of PPEG, equation 6.
+        What the first instances are repeated in to fill a square: the bag, or only the grid of PPEG, equation 7.
     init : {"default", "xavier"}
         torch's initial weights, or Xavier normal with zero bias for all linear layers.
     """
@@ -225,7 +229,7 @@ def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Ppeg(nn.Module):
-    """Position encoding by convolution on the grid of each bag, equation 4.
+    """Position encoding by convolution on the grid of each bag, equation 5.
 
     Parameters
     ----------
