@@ -166,6 +166,50 @@ def test_a_pack_is_its_bags(pma_ff, rows, monkeypatch):
         torch.testing.assert_close(found, wanted)
 
 
+def written_out(model, bag):
+    """Equations 1 to 3 for one bag, head by head."""
+
+    def block(mab, x, y):
+        q, k, v = mab.query(x), mab.key(y), mab.value(y)
+        wide = q.shape[1] // mab.heads
+        heads = [slice(first, first + wide) for first in range(0, q.shape[1], wide)]
+        o = torch.cat([q[:, j] + (q[:, j] @ k[:, j].T * mab.scale).softmax(1) @ v[:, j] for j in heads], 1)
+        o = mab.norm_attn(o)
+        return mab.norm_ff(o + functional.relu(mab.ff(o)))
+
+    x = model.embed(bag)
+    for isab in model.encoder:
+        x = block(isab.point, x, block(isab.inducing, isab.tokens[0], x))
+    x = x if model.pool.ff is None else x + functional.relu(model.pool.ff(x))
+    z = block(model.pool.block, model.pool.seeds[0], x)
+    for sab in model.decoder:
+        z = block(sab, z, z)
+    return model.classifier(z.flatten())
+
+
+@pytest.mark.parametrize("small", [256, 0])
+@pytest.mark.parametrize(
+    ("layer_norm", "scale", "pma_ff", "isab", "sab", "seeds"),
+    [(True, "model", False, 2, 2, 1), (True, "head", True, 1, 1, 3), (False, "head", False, 0, 0, 2),
+     (False, "model", True, 3, 0, 1)],
+)  # fmt: skip
+def test_every_form_is_its_equations(layer_norm, scale, pma_ff, isab, sab, seeds, small, monkeypatch):
+    monkeypatch.setattr(set_transformer, "SMALL_BAG", small)
+    torch.manual_seed(0)
+    options = {"layer_norm": layer_norm, "scale": scale, "pma_ff": pma_ff, "seeds": seeds}
+    model = SetTransformer(
+        5, 3, embed_dims=(7,), width=12, heads=3, tokens=4, isab_layers=isab, sab_layers=sab, **options
+    ).double()
+    bags = PackedBags.pack([torch.randn(n, 5, dtype=torch.float64) for n in (9, 1, 30)])
+    assert model.pool.block.scale == (12 if scale == "model" else 4) ** -0.5
+    runs = (model(bags).logits, torch.stack([written_out(model, bag) for bag in bags.unpack()]))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+    probe = torch.randn(3, 3, dtype=torch.float64)
+    gradients = [torch.autograd.grad((logits * probe).sum(), list(model.parameters())) for logits in runs]
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-11)
+
+
 def test_tokens_start_as_wide_as_the_authors():
     bound = (6 / (512 * (64 + 1))) ** 0.5
     tokens = SetTransformer(8, 2).encoder[0].tokens
