@@ -13,7 +13,7 @@ from eosin.batch import Report
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
 from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.evaluation import confusions, panels
+from eosin.heatmaps.evaluation import confusions, panels, verdict
 from eosin.heatmaps.explain import class_choices
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.mapset import map_slide
@@ -128,8 +128,7 @@ def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
 def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeometry] | None) -> SlideCard:
     slide_id, target = row["slide_id"], result.task.columns[0]
     facts = {"patient": row["patient_id"], target: row[target], "fold": row["fold"]}
-    if "predicted" in row:
-        facts |= {"predicted": row["predicted"], "probability": f"{row['prob_' + row['predicted']]:.3f}"}
+    said, correct = verdict(result.task, {name: str(value) for name, value in row.items()})
     bag = read_bag(result.feature_file(slide_id))
     pictures: tuple[Picture, ...] = ()
     if bag.n_instances:
@@ -138,8 +137,7 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
         outline = None if truth is None else truth.get(slide_id)
         with open_slide(file.path, mpp=file.mpp) as slide:
             pictures = slide_pictures(slide, heatmap, truth=outline, longest_px=PICTURE_PX)
-    correct = row["predicted"] == row[target] if "predicted" in row else None
-    return SlideCard(slide_id, facts | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
+    return SlideCard(slide_id, facts | said | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
 
 
 def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from eosin.heatmaps.export.geojson import check_geojson
 from eosin.mil.checkpoint import load_card
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.splits import read_splits
+from eosin.mil.tasks import Regression
 from eosin.pipeline import Pipeline, run_pipeline
 from eosin.result import Result, make_report
 from eosin.wsi.grid import Tiling
@@ -106,6 +108,14 @@ def test_a_model_without_attention_shows_what_each_tile_adds(cohort: Path, resul
     assert "adds" in data.slides[0].pictures[1].caption
     assert data.notes[0].startswith("The model weighs no tiles")
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
+
+
+def test_the_report_of_a_number_has_a_card_per_slide(result: Result) -> None:
+    frame = result.predictions[["fold", "slide_id", "patient_id"]]
+    frame = frame.assign(area=[str(n) for n in range(len(frame))], predicted=[f"{n}.25" for n in range(len(frame))])
+    data = make_report(replace(result, task=Regression(target="area"), predictions=frame))
+    assert data.slides[3].facts["predicted"] == "3.250"
+    assert data.slides[3].correct is None
 
 
 def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path: Path) -> None:

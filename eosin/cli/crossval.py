@@ -67,6 +67,7 @@ def crossval(
     from eosin.heatmaps.measures import compare_runs, sweep_table
     from eosin.mil.compare import require_comparable
     from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
+    from eosin.mil.evaluate import choose_device
     from eosin.mil.tables import read_table
 
     require_one_source(splits, folds)
@@ -104,7 +105,7 @@ def crossval(
         provenance={
             "labels": f"{labels} ({file_fingerprint(labels)})",
             "splits": f"{splits or f'{number} new folds'}, never with a {group} on two sides",
-            "computed": f"{device}, {precision}, seed {seed}",
+            "computed": f"{choose_device(device)}, {precision}, seed {seed}",
         },
     )
     report_crossval(out / REPORT, metrics, results / PREDICTIONS, study, context)

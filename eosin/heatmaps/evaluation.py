@@ -32,9 +32,11 @@ from eosin.heatmaps.measures import (
     metric_rows,
     over_folds,
     site_table,
+    threshold_table,
 )
 from eosin.heatmaps.report import Confusion, Picture, ReportData, SlideCard, write_report
 from eosin.mil.metrics import Floats, confusion, expected_calibration_error
+from eosin.mil.multitask import MultiTask
 from eosin.mil.study import Study
 from eosin.mil.task import Task
 from eosin.mil.tasks import load_task
@@ -142,10 +144,10 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
     found = Evaluated.of(task, frame)
     patients = len(set(found.patients))
     first = task.selection_metric
-    tables = {}
+    tables = threshold_table(found)
     if len(metrics["folds"]) > 1:
         over = over_folds(led_by(first, metrics["metrics"]))
-        tables = {"Over folds": over, "Folds": fold_table(metrics["folds"], first)}
+        tables |= {"Over folds": over, "Folds": fold_table(metrics["folds"], first)}
     if "patients" in metrics:
         tables = {PATIENTS_HEADING: estimate_table(led_by(first, metrics["patients"]))} | tables
     sites = site_table(found, context.sites)
@@ -158,6 +160,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         metrics_note=(
             f"All {len(frame)} test predictions together, with the 95 % interval of a bootstrap over {patients} "
             "patients; ↓: lower is better. A measure that the data do not define is undefined."
+            + _mean_note(task)
             + "".join(_positive_note(name, part.task) for name, part in found.parts())
         ),
         panels=panels(found),
@@ -176,6 +179,14 @@ def _rounded(frame: pd.DataFrame, found: Evaluated) -> pd.DataFrame:
     made = found.task.table(found.outputs)
     numbers = [name for name, values in made.items() if values.dtype.kind == "f"]
     return frame.astype(dict.fromkeys(numbers, float))
+
+
+def _mean_note(task: Task) -> str:
+    if not isinstance(task, MultiTask):
+        return ""
+    parts = zip(task.names, task.parts, strict=True)
+    measures = ", ".join(metric_name(f"{name}_{part.selection_metric}") for name, part in parts)
+    return f" The mean over the targets is that of: {measures}."
 
 
 def _positive_note(name: str, task: Task) -> str:
@@ -260,13 +271,15 @@ def _class_panels(part: Evaluated, classes: Sequence[str], name: str) -> list[Pa
     error = part.task.metrics(part.outputs, part.targets)["ece"]
     if len(classes) == 2:
         calibrated = Curve(f"Probability of {classes[1]}", curves[0].truth, curves[0].score)
+        error_of = " of the more probable class"
     else:
         top = part.outputs.argmax(1)
         calibrated = Curve("Probability of the most probable class", top == part.targets, part.outputs.max(1))
+        error_of = ""
     return [
         roc_panel(curves, title=f"{name}ROC"),
         precision_recall_panel(curves, title=f"{name}Precision and recall"),
-        calibration_panel(calibrated, error=error, title=f"{name}Calibration"),
+        calibration_panel(calibrated, error=error, error_of=error_of, title=f"{name}Calibration"),
     ]
 
 
@@ -294,15 +307,29 @@ def _worst_card(found: Evaluated, row: int, thumbnails: Path | None) -> SlideCar
     cells = {str(name): str(value) for name, value in found.frame.iloc[row].items()}
     facts = {"patient": cells["patient_id"], "fold": cells["fold"]}
     facts |= {name: cells[name] for name in found.task.columns if cells.get(name)}
-    facts |= {name: _short(value) for name, value in cells.items() if _is_verdict(name)}
-    predicted = cells.get("predicted")
-    if f"prob_{predicted}" in cells:
-        facts["probability"] = _short(cells[f"prob_{predicted}"])
-    correct = None
-    if getattr(found.task, "classes", ()) and predicted is not None:
-        correct = predicted == cells[found.task.columns[0]]
+    said, correct = verdict(found.task, cells)
     picture = _thumbnail(thumbnails, cells["slide_id"])
-    return SlideCard(cells["slide_id"], facts, () if picture is None else (picture,), correct=correct)
+    return SlideCard(cells["slide_id"], facts | said, () if picture is None else (picture,), correct=correct)
+
+
+def verdict(task: Task, cells: Mapping[str, str]) -> tuple[dict[str, str], bool | None]:
+    """Return what a row of predictions says, for a card, and whether it agrees with the label; None where none can.
+
+    Parameters
+    ----------
+    task : Task
+    cells : mapping of str to str
+        A row of ``predictions.csv``.
+    """
+    facts = {name: _short(value) for name, value in cells.items() if _is_verdict(name)}
+    classes: tuple[str, ...] = getattr(task, "classes", ())
+    if not classes:
+        return facts, None
+    judged = cells["predicted"] if len(classes) > 2 else classes[1]
+    facts[f"probability of {judged}"] = _short(cells[f"prob_{judged}"])
+    if "threshold" in task.tunable:
+        facts["threshold"] = _short(cells["threshold"])
+    return facts, cells["predicted"] == cells[task.columns[0]]
 
 
 def _is_verdict(name: str) -> bool:

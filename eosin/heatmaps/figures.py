@@ -105,8 +105,13 @@ def precision_recall_panel(curves: Sequence[Curve], *, title: str = "Precision a
     return Panel(_svg(figure), title, caption)
 
 
-def calibration_panel(curve: Curve, *, error: float | None, title: str = "Calibration") -> Panel | None:
-    """Draw observed shares over predicted probabilities in ten bins, with Wilson intervals and the counts."""
+def calibration_panel(
+    curve: Curve, *, error: float | None, error_of: str = "", title: str = "Calibration"
+) -> Panel | None:
+    """Draw observed shares over predicted probabilities in ten bins, with Wilson intervals and the counts.
+
+    `error_of` says of what the expected calibration error is, where it is not of the curve.
+    """
     if not len(curve.truth):
         return None
     points = calibration_curve(curve.score, curve.truth)
@@ -120,7 +125,7 @@ def calibration_panel(curve: Curve, *, error: float | None, title: str = "Calibr
     for x, y, count in points:
         place = (5, 4) if y < LOW_SHARE else (5, -9)
         axes.annotate(f"{int(count)}", (x, y), xytext=place, textcoords="offset points", fontsize=7, color="0.4")
-    said = "" if error is None else f" Expected calibration error {error:.3f}."
+    said = "" if error is None else f" Expected calibration error{error_of} {error:.3f}."
     caption = f"{curve.name}; bars: 95 % Wilson interval, numbers: slides in the bin.{said}"
     return Panel(_svg(figure), title, caption)
 

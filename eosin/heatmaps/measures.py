@@ -11,13 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from eosin.heatmaps.report import Metric
+from eosin.mil.classification import EVEN
 from eosin.mil.compare import compare_predictions
 from eosin.mil.evaluate import bootstrap
 from eosin.mil.metrics import Floats
 from eosin.mil.multitask import MultiTask
 from eosin.mil.tables import read_table
 from eosin.mil.task import Task
-from eosin.mil.tasks import load_task
+from eosin.mil.tasks import Binary, Classification, MultiLabel, load_task
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ LOWER_IS_BETTER = ("log_loss", "brier", "ece", "mean_absolute_error", "rmse", "i
 NO_LESS_THAN_ZERO = ("log_loss", "brier", "mean_absolute_error", "rmse")
 CORRELATIONS = ("kappa", "quadratic_kappa", "pearson", "spearman")
 SITE_METRICS = ("auc", "balanced_accuracy", "quadratic_kappa", "cindex", "spearman", "r2", "accuracy", "f1", "score")
+SITE_COLUMNS = 3
 SITE_RESAMPLES = 300
 FOLD_METRICS = 5
 
@@ -188,6 +190,30 @@ def fold_table(folds: Sequence[Mapping[str, Any]], first: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def threshold_table(found: Evaluated) -> dict[str, pd.DataFrame]:
+    """Return the thresholds of each fold, a row per class that has one; nothing where all are one half."""
+    columns = {label: column for name, part in found.parts() for label, column in _thresholds(name, part.task).items()}
+    values = found.frame.groupby("fold", sort=False)[list(columns.values())].first().astype(float)
+    if not columns or bool((values == EVEN).all(axis=None)):
+        return {}
+    rows = [
+        {"Predicted": label} | {f"Fold {fold}, from": float(value) for fold, value in values[column].items()}
+        for label, column in columns.items()
+    ]
+    return {"Thresholds, chosen on validation slides": pd.DataFrame(rows)}
+
+
+def _thresholds(name: str, task: Task) -> dict[str, str]:
+    """Return the column of the threshold of each class that has one; `name` is that of a target of several."""
+    before = f"{name}_" if name else ""
+    if isinstance(task, MultiLabel):
+        pairs = zip(task.targets, task.positives, strict=True)
+        return {f"{label}: {positive}": f"{before}threshold_{label}" for label, positive in pairs}
+    if "threshold" not in task.tunable or not isinstance(task, Binary | Classification):
+        return {}
+    return {f"{task.target}: {task.classes[1]}": f"{before}threshold"}
+
+
 def site_table(found: Evaluated, sites: Mapping[str, str]) -> pd.DataFrame | None:
     """Return the main metrics of the slides of each site, with intervals over its patients; None without sites."""
     where = np.array([sites.get(str(slide), "") for slide in found.frame["slide_id"]])
@@ -210,7 +236,8 @@ def _site_row(found: Evaluated, site: str, rows: NDArray[np.int64]) -> dict[str,
         seed=0,
     )
     row: dict[str, Any] = {"Site": site, "Slides": str(len(rows)), "Patients": str(len(set(patients)))}
-    for name in [name for name in SITE_METRICS if name in estimates][:3]:
+    known = [name for name in SITE_METRICS if name in estimates]
+    for name in (list(estimates) if known == [OVERALL] else known)[:SITE_COLUMNS]:
         estimate = estimates[name]
         row[metric_name(name)] = or_undefined(estimate.value)
         unknown = estimate.lower is None or estimate.upper is None

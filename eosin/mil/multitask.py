@@ -24,7 +24,8 @@ class MultiTask(Task):
     A target is (B, T) float64: the targets of the parts side by side, NaN where the table says nothing. The loss of a
     bag is the sum over its known targets of the part's loss, divided by the number of parts; a part without a known
     target in a pack has no gradient. Metrics and columns carry the name of the part; ``score`` is the mean of what each
-    part is selected by.
+    part is selected by, and these follow it. A threshold or temperature is chosen for each part that has one, on the
+    validation bags whose target of it is known.
 
     Attributes
     ----------
@@ -215,13 +216,13 @@ class MultiTask(Task):
     ) -> Metrics:
         """Return the metrics of each part over its known targets, ``<name>_`` before them, and ``score``."""
         found: Metrics = {}
-        chosen: list[float | None] = []
+        chosen: dict[str, float | None] = {}
         for name, part, own, known, made, there in self.by_part(outputs, target, decided):
             of_part = None if folds is None else folds[there]
             metrics = part.metrics(own, known, made, folds=of_part) if len(known) else {}
-            chosen.append(metrics.get(part.selection_metric))
+            chosen[f"{name}_{part.selection_metric}"] = metrics.get(part.selection_metric)
             found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
-        return {"score": mean_if_defined(chosen)} | found
+        return {"score": mean_if_defined(list(chosen.values()))} | chosen | found
 
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean rank, from 0 to 1, of the surprise of the known targets."""

@@ -528,6 +528,83 @@ def test_a_label_table_without_the_columns(refused: Run, tmp_path: Path, header:
     assert not (tmp_path / "out").exists()
 
 
+EXCEL = b"PK\x03\x04"
+OLD_EXCEL = bytes.fromhex("d0cf11e0a1b11ae1")
+READERS = {
+    "split": ("split", "--labels", "TABLE", "--folds", 3, "--out", "OUT"),
+    "train": ("train", "--features", "FEATURES", "--labels", "TABLE", "--out", "OUT", *QUICK),
+    "crossval": ("crossval", "--features", "FEATURES", "--labels", "TABLE", "--folds", 3, "--out", "OUT", *QUICK),
+    "splits": (
+        "crossval", "--features", "FEATURES", "--labels", "LABELS", "--splits", "TABLE", "--out", "OUT", *QUICK
+    ),
+    "predict": (
+        "predict", "--model", "MODEL", "--features", "FEATURES", "--patients", "TABLE", "--out", "OUT/p.csv"
+    ),
+    "run": ("run", "--slides", "SLIDES", "--labels", "TABLE", "--encoder", "he_texture", "--job", "OUT"),
+}  # fmt: skip
+
+
+def filled(command: tuple[object, ...], **places: Path) -> list[object]:
+    names = sorted(places, key=len, reverse=True)
+    made: list[object] = []
+    for part in command:
+        name = next((name for name in names if str(part).split("/")[0] == name), None)
+        made.append(part if name is None else Path(str(part).replace(name, str(places[name]), 1)))
+    return made
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("name", "start", "told"),
+    [
+        ("t.csv", EXCEL, "t.csv: is an Excel workbook; name it .xlsx"),
+        ("t.tsv", OLD_EXCEL, "t.tsv: is a workbook of Excel before 2007; save it as .xlsx"),
+        ("t.csv", b"PAR1", "t.csv: is a parquet file; name it .parquet"),
+        (
+            "t.csv",
+            b"slide_id,patient_id,label\na,1,b\xf6sartig\n",
+            "line 2 is not in UTF-8; save the table as CSV UTF-8",
+        ),
+        ("t.xlsx", b"slide_id,patient_id,label\n", "t.xlsx: cannot be read as a table"),
+    ],
+    ids=["excel", "old-excel", "parquet", "latin-1", "text"],
+)
+def test_a_table_that_is_something_else_is_told_by_every_command_that_reads_one(
+    request: pytest.FixtureRequest,
+    refused: Run,
+    cohort: Path,
+    labels: Path,
+    tmp_path: Path,
+    reader: str,
+    name: str,
+    start: bytes,
+    told: str,
+) -> None:
+    (tmp_path / name).write_bytes(start)
+    command = READERS[reader]
+    places = {"TABLE": tmp_path / name, "OUT": tmp_path / "out", "LABELS": labels, "SLIDES": cohort / "slides"}
+    for place in ("features", "model"):
+        if place.upper() in command:
+            places[place.upper()] = request.getfixturevalue(place)
+    assert told in refused(*filled(command, **places))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reader", ["split", "crossval", "predict"])
+def test_unicode_text_of_excel_is_a_table_to_every_command(
+    run: Run, features: Path, model: Path, labels: Path, tmp_path: Path, reader: str
+) -> None:
+    text = labels.read_text().replace(",", "\t")
+    (tmp_path / "t.txt").write_text(text, encoding="utf-16")
+    places = {"TABLE": tmp_path / "t.txt", "OUT": tmp_path / "out", "FEATURES": features, "MODEL": model}
+    result = run(*filled(READERS[reader], **places))
+    assert result.exit_code == 0, result.output
+    if reader == "predict":
+        assert len(rows(tmp_path / "out/p_patients.csv")) == len({row["patient_id"] for row in rows(labels)})
+    else:
+        assert "classes normal (6), tumour (6)" in result.stderr
+
+
 def test_a_label_for_an_unknown_slide(refused: Run, features: Path, labels: Path, run: Run, tmp_path: Path) -> None:
     lines = [*labels.read_text().splitlines()[1:], "P99,S999,tumour"]
     path = table(tmp_path / "l.csv", lines)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from eosin.errors import LabelError
-from eosin.heatmaps.evaluation import Context, evaluation_report, worst_cards
+from eosin.heatmaps.evaluation import Context, evaluation_report, verdict, worst_cards
 from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
 from eosin.heatmaps.measures import Evaluated, compare_runs, metric_name, over_folds, site_table
 from eosin.heatmaps.report import write_report
@@ -184,6 +184,71 @@ def test_the_worst_predictions_come_first_with_their_thumbnails(tmp_path):
     assert not cards[1].pictures
     assert cards[0].facts["er"] != cards[0].facts["predicted"]
     assert not worst_cards(found, None)[0].pictures
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_card_says_what_decides(kind):
+    task, frame, _ = judged(kind)
+    cells = {str(name): str(value) for name, value in frame.iloc[0].items()}
+    facts, correct = verdict(task, cells)
+    if kind == "binary":
+        assert facts["probability of pos"] == f"{float(cells['prob_pos']):.3f}"
+        assert facts["threshold"] == "0.500"
+    if kind == "classification":
+        assert facts[f"probability of {cells['predicted']}"] == f"{float(cells['prob_' + cells['predicted']]):.3f}"
+    if kind in ("binary", "classification", "ordinal"):
+        assert correct == (cells["predicted"] == cells[TARGETS[kind]])
+    else:
+        assert correct is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "columns"),
+    [
+        ("binary", ["er: pos"], ["threshold"]),
+        ("multilabel", ["er: pos", "her2: yes"], ["threshold_er", "threshold_her2"]),
+        ("multitask", ["er: pos"], ["er_threshold"]),
+        ("ordinal", [], []),
+        ("survival", [], []),
+    ],
+)
+def test_thresholds_of_the_folds_are_told_unless_all_are_one_half(kind, labels, columns):
+    task, frame, summary = judged(kind)
+    heading = "Thresholds, chosen on validation slides"
+    assert heading not in evaluation_report(summary, frame, task, Context()).tables
+    for number, column in enumerate(columns):
+        assert set(frame[column]) == {"0.5"}
+        frame[column] = [str(0.1 * number + (0.25 if fold == "1" else 0.5)) for fold in frame["fold"]]
+    table_ = evaluation_report(summary, frame, task, Context()).tables.get(heading)
+    if not columns:
+        assert table_ is None
+        return
+    assert list(table_) == ["Predicted", "Fold 0, from", "Fold 1, from", "Fold 2, from"]
+    assert list(table_["Predicted"]) == labels
+    assert list(table_["Fold 1, from"]) == pytest.approx([0.25 + 0.1 * number for number in range(len(labels))])
+
+
+def test_several_targets_are_led_by_what_each_is_judged_by():
+    task, frame, summary = judged("multitask")
+    data = evaluation_report(summary, frame, task, Context())
+    main = ["Mean over the targets", "Area under the ROC curve, er", "Quadratic kappa, grade",
+            "Concordance index, months", "Explained variance R², age"]  # fmt: skip
+    assert [metric.name for metric in data.metrics[:5]] == main
+    assert list(data.tables["Folds"])[2:] == main
+    assert f"The mean over the targets is that of: {', '.join(main[1:])}." in data.metrics_note
+    assert "The positive class of er is pos, the other neg." in data.metrics_note
+    sites = {slide: "AB"[number % 2] for number, slide in enumerate(frame["slide_id"])}
+    assert set(main[:3]) <= set(site_table(Evaluated.of(task, frame), sites))
+
+
+def test_what_was_decided_by_the_folds_thresholds_fills_the_tables_of_several_targets():
+    task, frame, summary = judged("multitask")
+    frame["er_predicted"] = "pos"
+    (er,) = (confusion for confusion in evaluation_report(summary, frame, task, Context()).confusions[:1])
+    assert er.counts.tolist() == [[0, 30], [0, 30]]
+    found = Evaluated.of(task, frame)
+    part = found.parts()[0][1]
+    assert part.task.metrics(part.outputs, part.targets, part.decided)["sensitivity"] == 1
 
 
 def test_runs_are_compared_on_the_same_slides_only(tmp_path):

@@ -6,7 +6,7 @@ from eosin.errors import ConfigError
 from eosin.mil.data import MemoryBags
 from eosin.mil.evaluate import bootstrap, choose_device, predict_outputs, summarise_folds
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.tasks import Classification
+from eosin.mil.tasks import Classification, make_task
 
 TASK = Classification(classes=("a", "b"))
 
@@ -94,3 +94,14 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
         choose_device("cuda")
     with pytest.raises(ConfigError, match="no device is called 'tpuu'"):
         choose_device("tpuu")
+
+
+def test_the_interval_of_a_small_calibration_error_holds_it():
+    task = make_task("binary", [{"label": "0"}, {"label": "1"}])
+    positive = np.repeat([0.55, 0.65, 0.75, 0.85, 0.95], 20)
+    truth = (np.arange(100) % 20 < np.round(20 * positive)).astype(np.int64)  # every bin is as predicted
+    found = bootstrap(task, np.stack([1 - positive, positive], 1), truth, [str(n) for n in range(100)], resamples=200)
+    error = found["ece"]
+    assert error.lower == 0
+    assert error.value == pytest.approx(0, abs=1e-12)
+    assert 0.02 < error.upper < 0.1
