@@ -269,7 +269,7 @@ def _schema(cls: type) -> type[BaseModel]:
 LEAST = {
     **dict.fromkeys(("width", "hidden", "heads", "layers", "branches", "k", "factor", "tokens", "seeds", "rate"), 1),
     **dict.fromkeys(("sample", "queue_size", "region_size", "rank", "pack_length", "projection", "expansion"), 1),
-    "overflow": 1,
+    **dict.fromkeys(("overflow", "keep_at_least"), 1),
     **dict.fromkeys(("expand", "d_state", "d_conv", "dt_rank", "head_dim", "landmarks", "pinv_iterations"), 1),
     **dict.fromkeys(("mask_k", "min_length", "isab_layers", "sab_layers"), 0),
 }

@@ -24,20 +24,24 @@ Version 2 (`mhim_v2`):
    the weighted instance is ``W_out concat_heads(a_hn v_hn)``, with attention and values of the first layer. DSMIL ranks
    as in version 1, and its one bag loss is that of the mean of its two logits.
 6. The highest are hidden as in 2 with constant β_h; of the L survivors ``⌊(1 - random_mask_ratio) L⌋`` are kept at
-   random. The others are recycled: k global tokens Q read them, ``Z = out(attention(LN(Q), LN(rest)))`` with shared
-   norm and without biases in q, k, v; the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``. A bag
-   that keeps few instances is given the first ⌊share · kept⌋ rows of Z only.
+   random, or `keep_at_least` if that is more. The others are recycled: k global tokens Q read them, ``Z =
+   out(attention(LN(Q), LN(rest)))`` with shared norm and without biases in q, k, v; the student reads [kept; Z]. After
+   the step ``Q ← m_q Q + (1 - m_q) Z``. A bag that keeps few instances is given the first ⌊share · kept⌋ rows of Z
+   only.
 
-Deviations from the authors' code. `random_mask_ratio` is the fraction that is removed, 0.8; the code's `merge_ratio`
-is the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in
-the code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it, from
-the mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least one
-instance. The code gives every bag all k tokens; beside a handful of kept instances the student then learns to read the
-class from its tokens, which the deployed model does not see, and on whole bags it says nothing. `token_share` keeps
-them a minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The student embeds only
-what is left, instead of embedding all and then hiding. DSMIL predicts with the bag stream after version 1, where the
-code takes the mean of both probabilities. The learning rate of version 2 falls to 0, the code's to 1e-7. Hiding uses
-boolean masks; there is no loop over bags. Version 1 waits once per step for the number of instances left.
+Deviations from the authors' code. `random_mask_ratio` is the fraction that is removed, 0.8; the code's `merge_ratio` is
+the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in the
+code, which cancels; `score_bias` adds all of them. Tokens are updated after the backward pass, not before it, from the
+mean over the bags of a pack. A bag that would be hidden whole is left whole, and version 2 keeps at least one instance.
+The code gives every bag all k tokens; beside a handful of kept instances the student then learns to read the class from
+its tokens, which the deployed model does not see, and on whole bags it says nothing. `token_share` keeps them a
+minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The recipes keep at least 100
+instances, for biopsies and cores: a student that sees 20 of 100 tiles misses a tumour of 3 % half of the time and
+learns that it means nothing, one that sees 100 misses it once in 20; from 500 instances on it changes nothing. The
+student embeds only what is left, instead of embedding all and then hiding. DSMIL predicts with the bag stream after
+version 1, where the code takes the mean of both probabilities. The learning rate of version 2 falls to 0, the code's to
+1e-7. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per step for the number of instances
+left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
@@ -173,6 +177,8 @@ class MhimV2(Strategy):
         β_h and r as in version 1, constant.
     random_mask_ratio : float
         Fraction of the other instances that is taken away at random and recycled.
+    keep_at_least : int
+        Instances that a bag keeps, if it has as many left, whatever that fraction.
     tokens : int
         Global tokens k.
     heads, head_dim : int
@@ -199,6 +205,7 @@ class MhimV2(Strategy):
         high_ratio: float = 0.03,
         high_factor: float = 1.0,
         random_mask_ratio: float = 0.8,
+        keep_at_least: int = 1,
         tokens: int = 10,
         heads: int = 8,
         head_dim: int = 64,
@@ -225,6 +232,7 @@ class MhimV2(Strategy):
         width = _embedded_width(model)
         self.high_ratio, self.high_factor = high_ratio, high_factor
         self.random_mask_ratio = random_mask_ratio
+        self.keep_at_least = keep_at_least
         self.score_bias = score_bias
         self.consistency = consistency
         self.temperature = _positive(temperature)
@@ -258,7 +266,8 @@ class MhimV2(Strategy):
         taken = [count if count < length else 0 for count, length in zip(taken, bags.lengths, strict=True)]
         hidden = hidden & leaves_some(hidden, bags)
         left = [length - count for length, count in zip(bags.lengths, taken, strict=True)]
-        keep = [min(count, max(1, math.floor((1 - self.random_mask_ratio) * count + 1e-9))) for count in left]
+        share, least = 1 - self.random_mask_ratio, self.keep_at_least
+        keep = [min(count, max(least, math.floor(share * count + 1e-9))) for count in left]
         kept = random_subset(bags, keep, among=~hidden)
         counts = [(stay, survivors - stay) for stay, survivors in zip(keep, left, strict=True)]
         return kept, ~hidden & ~kept, counts
@@ -307,6 +316,8 @@ PRESETS: dict[str, dict[str, object]] = {
     },
 }
 
+SMALL_BAGS: dict[str, object] = {"keep_at_least": 100}  # of version 2, see above
+
 _TRAINING = Training(
     optimizer="adam", lr=2e-4, weight_decay=1e-5, epochs=200, patience=30, min_epochs=130, schedule="cosine"
 )
@@ -341,7 +352,7 @@ RECIPES.add(
     "mhim_v2",
     Recipe(
         aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim_v2"]),
-        strategy=Component(name="mhim_v2"),
+        strategy=Component(name="mhim_v2", options=SMALL_BAGS),
         training=_TRAINING_V2,
     ),
 )
@@ -349,7 +360,7 @@ RECIPES.add(
     "mhim_v2_dsmil",
     Recipe(
         aggregator=Component(name="dsmil", options=DSMIL_PRESETS["mhim_v2"]),
-        strategy=Component(name="mhim_v2"),
+        strategy=Component(name="mhim_v2", options=SMALL_BAGS),
         training=_TRAINING_V2,
     ),
 )
