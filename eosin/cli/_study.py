@@ -76,20 +76,27 @@ def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str
     Raises
     ------
     ConfigError
-        If there is no such device or precision, or a recipe asks for a threshold or temperature that the task lacks.
+        If there is no such device or precision, or a recipe asks for what the task cannot have.
     OutputError
         If the folder cannot be made.
     """
-    from eosin.mil.train import require_machine
+    from eosin.mil.train import BAGS_TO_COMPARE, require_fitting, require_machine
 
     require_machine(device, precision)
+    fewest = BAGS_TO_COMPARE
     for recipe in recipes:
-        study.task.require_tunable(threshold=recipe.training.threshold, temperature=recipe.training.temperature)
+        fewest = min(fewest, recipe.training.bags_per_step)
+        require_fitting(recipe.training, study.task)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(out, f"cannot be written to ({error.strerror})") from error
     say("; ".join(study.notes))
+    if study.task.compares_bags and fewest < BAGS_TO_COMPARE:
+        say(
+            f"task {study.task.kind} compares the bags of a step, which are {fewest}; "
+            f"{BAGS_TO_COMPARE} or more are better (--set recipe.training.bags_per_step={BAGS_TO_COMPARE})"
+        )
 
 
 def owner(group: str) -> "Literal['patient', 'slide']":

@@ -50,6 +50,11 @@ class Cox(SurvivalTask):
         at_risk = risk.expand(len(risk), -1).masked_fill(~later, float("-inf")).logsumexp(1)
         return (at_risk - risk) * target[:, 1].to(risk.dtype)
 
+    @property
+    def compares_bags(self) -> bool:
+        """Risk sets are made of the bags of a step."""
+        return True
+
     def across_packs(self, step: StepLosses) -> Task:
         """Return the task whose risk sets are those of the step."""
         return _CoxOfStep(**dict(self)).within(step)

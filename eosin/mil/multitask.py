@@ -124,10 +124,14 @@ class MultiTask(Task):
                 total = total.index_add(0, there, part.bag_losses(own[there], known).to(total.dtype))
         return total / len(self.parts)
 
+    @property
+    def compares_bags(self) -> bool:
+        """Whether any part does."""
+        return any(part.compares_bags for part in self.parts)
+
     def across_packs(self, step: StepLosses) -> Task:
         """Return the task with the parts that compare bags across packs; itself when none does."""
-        parts = [part.across_packs(step) for part in self.parts]
-        return self if all(a is b for a, b in zip(parts, self.parts, strict=True)) else self._with(parts)
+        return self._with(part.across_packs(step) for part in self.parts) if self.compares_bags else self
 
     @property
     def tunable(self) -> frozenset[str]:

@@ -138,6 +138,11 @@ class Task(Options):
         """Return the mean of `bag_losses`, a scalar."""
         return self.bag_losses(logits, target).mean()
 
+    @property
+    def compares_bags(self) -> bool:
+        """Whether the loss of a bag depends on the other bags of the step."""
+        return False
+
     def across_packs(self, step: StepLosses) -> "Task":
         """Return the task for steps of several packs: itself, unless its losses compare bags with each other."""
         return self

@@ -23,6 +23,8 @@ from eosin.mil.training_run import PRECISIONS, Epoch, Place, TrainingRun
 from eosin.mil.training_run import Fitted as Fitted
 
 STATE_INTERVAL_S = 60.0
+BAGS_TO_COMPARE = 16
+"""Fewer bags in a step than this make poor risk sets."""
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,22 @@ def fit(
     return fitted
 
 
+def require_fitting(training: Training, task: Task) -> None:
+    """Refuse settings that a task cannot have, before anything is trained.
+
+    Raises
+    ------
+    ConfigError
+        For a threshold or temperature of a task that has none, and for steps of one bag when bags are compared.
+    """
+    task.require_tunable(threshold=training.threshold, temperature=training.temperature)
+    if task.compares_bags and training.bags_per_step < 2:
+        raise ConfigError(
+            f"task {task.kind} compares the bags of a step, and a step of one bag teaches nothing; "
+            f"set training.bags_per_step to {BAGS_TO_COMPARE} or more"
+        )
+
+
 def require_machine(device: str, precision: str) -> None:
     """Raise `ConfigError` when there is no such device here or no such precision."""
     choose_device(device)
@@ -161,7 +179,7 @@ def _require_examples(training: Training, task: Task, train: Examples, val: Exam
         )
     if (training.threshold or training.temperature) and (val is None or not len(val)):
         raise LabelError("a threshold or temperature is chosen on validation slides, but there are none; give some")
-    task.require_tunable(threshold=training.threshold, temperature=training.temperature)
+    require_fitting(training, task)
     task.require_trainable(train.targets)
 
 

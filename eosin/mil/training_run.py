@@ -119,9 +119,8 @@ class TrainingRun:
         self.options = recipe.training
         device_ = self.fabric.device
         self.step_losses = StepLosses()
-        learnt = task.across_packs(self.step_losses)
-        self.compares_bags = learnt is not task
-        self.objective = Objective(recipe, build_model(recipe, task, train.bags.spec.dim), learnt).to(device_)
+        model = build_model(recipe, task, train.bags.spec.dim)
+        self.objective = Objective(recipe, model, task.across_packs(self.step_losses)).to(device_)
         self.standardizer: Standardizer | None = None
         if self.options.standardize:
             self.standardizer = Standardizer.measure(train.bags, train.ids).to(device_)
@@ -220,9 +219,9 @@ class TrainingRun:
             if not part.place:
                 self._schedule(number + part.step / n_steps, n_steps)
             waiting.append(part)
-            if self.compares_bags and not part.closes_step:
+            if self.task.compares_bags and not part.closes_step:
                 continue
-            if self.compares_bags:
+            if self.task.compares_bags:
                 self._hear(waiting)
             yield from waiting
             waiting = []

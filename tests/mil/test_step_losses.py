@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eosin.errors import ConfigError
 from eosin.mil.cox import Cox
 from eosin.mil.data import Examples
 from eosin.mil.recipe import Component, Recipe, Term, Training
@@ -114,6 +115,12 @@ def test_both_turns_draw_the_same_numbers_and_buffers_move_once(toy, monkeypatch
     assert len(heard) == len(answered) > 10
     assert all(torch.equal(first, second) for first, second in zip(heard, answered, strict=True))
     assert counts[-1] == len(answered)
+
+
+@pytest.mark.parametrize("kind", ["cox", "multitask"])
+def test_steps_of_one_bag_are_refused_where_bags_are_compared(toy, kind):
+    with pytest.raises(ConfigError, match=f"task {kind} compares the bags of a step, and a step of one bag teaches"):
+        train(toy, kind, most=0, bags_per_step=1)
 
 
 def test_tasks_whose_bags_are_alone_are_computed_once(toy, monkeypatch):
