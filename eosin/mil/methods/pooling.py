@@ -8,6 +8,9 @@
    MI-Net. With the maximum and one logit (`--task binary`) an instance can only ever speak for the positive class,
    which is the standard assumption of multiple-instance learning.
 
+Options of all three: `embed_dims`, `embed_activation` and `dropout` are the layers before the pooling, none pools the
+features themselves; `level` says whether embedded instances or their logits are pooled.
+
 An empty bag pools to 0. Deviation: the layers of these baselines differ from repository to repository; here they are
 those of ABMIL.
 """
@@ -95,7 +98,7 @@ class LsePooling(Pooling):
     Parameters
     ----------
     in_dim, n_outputs, embed_dims, embed_activation, dropout, level
-        As `Pooling`.
+        Feature width D, logits K, and the options of all poolings.
     sharpness : float
         r of the smooth maximum.
     """
