@@ -81,7 +81,7 @@ class Ensemble:
         """Return the columns of the task and the uncertainty from the outputs of each model, (models, outputs)."""
         columns = self.task.table(outputs.mean(0, keepdims=True))
         cells: Row = {name: values[0].item() for name, values in columns.items()}
-        return cells | ({"uncertainty": float(outputs.std(0, ddof=1).mean())} if len(outputs) > 1 else {})
+        return cells | (self.task.spread(outputs) if len(outputs) > 1 else {})
 
 
 def load_ensemble(folders: Sequence[Path], *, device: str = "auto") -> Ensemble:

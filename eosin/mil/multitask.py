@@ -181,6 +181,20 @@ class MultiTask(Task):
             columns |= {f"{name}_{column}": values for column, values in part.table(own).items()}
         return columns
 
+    @property
+    def spread_columns(self) -> tuple[str, ...]:
+        """``<name>_uncertainty`` of each part: their outputs have no unit in common."""
+        return tuple(
+            f"{name}_{column}"
+            for name, part in zip(self.names, self.parts, strict=True)
+            for column in part.spread_columns
+        )
+
+    def spread(self, outputs: Floats) -> dict[str, float]:
+        """Return how much several models differ in each part."""
+        spreads = [part.spread(own) for part, own in zip(self.parts, self._outputs(outputs), strict=True)]
+        return dict(zip(self.spread_columns, (value for spread in spreads for value in spread.values()), strict=True))
+
     def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
         """Return the outputs of all parts side by side."""
         own = self._columns(columns)

@@ -22,7 +22,7 @@ from eosin.mil.prediction_table import Cell, PredictionTable, Row
 from eosin.mil.tables import read_labels, shown
 
 COLUMNS = (
-    "uncertainty", "n_slides", "n_used", "bad_slides", "n_tiles", "model", "encoder", "encoder_hash", "features_hash",
+    "n_slides", "n_used", "bad_slides", "n_tiles", "model", "encoder", "encoder_hash", "features_hash",
     "message",
 )  # fmt: skip
 MISSING = "missing"

@@ -21,7 +21,7 @@ from eosin.mil.metrics import Floats
 from eosin.mil.patients import Patients, lost_slides, patients_file
 from eosin.mil.prediction_table import Cell, PredictionTable, Row, require_table_suffix
 
-COLUMNS = ("uncertainty", "n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
+COLUMNS = ("n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
 
 
 def predict(
@@ -45,9 +45,9 @@ def predict(
     out : Path
         A csv or parquet file with one row per slide, in the order of the ids: ``slide_id``, ``status`` (ok, empty,
         failed), ``reason``, the columns of the task with the ``threshold`` that was used, ``uncertainty`` (standard
-        deviation over the models, mean over the outputs; empty for one model), ``n_tiles``, ``model`` (hash of the
-        weights), ``encoder``, ``encoder_hash``, ``features_hash`` and ``message``. A row of an earlier table of this
-        name stays when it was no failure and is of the same models and features.
+        deviation over the models, mean over the outputs; of several targets one each; empty for one model),
+        ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash`` and ``message``.
+        A row of an earlier table of this name stays when it was no failure and is of the same models and features.
     failures : sequence of Record
         Slides that failed before they had features; each is a row with its reason.
     patient_of : mapping of str to str, optional

@@ -45,7 +45,7 @@ class PredictionTable:
     facts : mapping of str to cell
         Columns that are the same in every row unless the row says otherwise, ``model`` among them.
     after : sequence of str
-        Columns after those of the task.
+        Columns after those of the task and of how much several models differ.
     rows : dict of str to Row
         By id.
     """
@@ -60,8 +60,9 @@ class PredictionTable:
 
     def __post_init__(self) -> None:
         nothing = self.task.table(self.task.activate(torch.zeros(1, self.task.n_outputs)))
-        self.numbers = {name for name, values in nothing.items() if values.dtype.kind == "f"} | {"uncertainty"}
-        self.columns = [self.key, *STATUS, *nothing, *self.after]
+        self.numbers = {name for name, values in nothing.items() if values.dtype.kind == "f"}
+        self.numbers |= set(self.task.spread_columns)
+        self.columns = [self.key, *STATUS, *nothing, *self.task.spread_columns, *self.after]
 
     @property
     def partial(self) -> Path:

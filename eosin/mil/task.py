@@ -16,6 +16,7 @@ from eosin.options import Options
 
 Row = Mapping[str, str]
 Columns = dict[str, NDArray[Any]]
+UNCERTAINTY = "uncertainty"
 
 
 class Task(Options):
@@ -177,6 +178,15 @@ class Task(Options):
     def table(self, outputs: Floats) -> Columns:
         """Return the columns of a prediction table, each with B values, from activated outputs."""
         raise NotImplementedError
+
+    @property
+    def spread_columns(self) -> tuple[str, ...]:
+        """The columns of `spread`."""
+        return (UNCERTAINTY,)
+
+    def spread(self, outputs: Floats) -> dict[str, float]:
+        """Return how much several models differ, (models, outputs): their standard deviation, mean over the outputs."""
+        return {UNCERTAINTY: float(outputs.std(0, ddof=1).mean())}
 
     def read_outputs(self, columns: Mapping[str, Sequence[str]]) -> Floats:
         """Return activated outputs again from the columns of `table` as text, (B, outputs)."""

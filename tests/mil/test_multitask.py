@@ -129,6 +129,17 @@ def test_a_threshold_that_no_target_has_is_refused_before_training(make_toy):
         fit(recipe, task, examples, examples, progress=lambda _: pytest.fail("was trained"))
 
 
+def test_models_differ_in_each_target_by_its_own_unit(task):
+    outputs = np.zeros((2, len(task.activate(torch.zeros(1, task.n_outputs))[0])))
+    outputs[:, -1] = 40, 60
+    outputs[:, 0] = 0.2, 0.4
+    spread = task.spread(outputs)
+    assert tuple(spread) == task.spread_columns == tuple(f"{name}_uncertainty" for name in task.names)
+    assert spread["age_uncertainty"] == pytest.approx(200**0.5)
+    assert spread["er_uncertainty"] == pytest.approx(0.02**0.5 / 2)
+    assert spread["months_uncertainty"] == 0
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
