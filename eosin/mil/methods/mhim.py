@@ -24,10 +24,10 @@ Version 2 (`mhim_v2`):
    the weighted instance is ``W_out concat_heads(a_hn v_hn)``, with attention and values of the first layer. DSMIL ranks
    as in version 1, and its one bag loss is that of the mean of its two logits.
 6. The highest are hidden as in 2 with constant β_h; of the L survivors ``⌊(1 - random_mask_ratio) L⌋`` are kept at
-   random, or `keep_at_least` if that is more. The others are recycled: k global tokens Q read them, ``Z =
-   out(attention(LN(Q), LN(rest)))`` with shared norm and without biases in q, k, v; the student reads [kept; Z]. After
-   the step ``Q ← m_q Q + (1 - m_q) Z``. A bag that keeps few instances is given the first ⌊share · kept⌋ rows of Z
-   only.
+   random, or `keep_at_least` if that is more; a bag of no more than these is left whole. The others are recycled: k
+   global tokens Q read them, ``Z = out(attention(LN(Q), LN(rest)))`` with shared norm and without biases in q, k, v;
+   the student reads [kept; Z]. After the step ``Q ← m_q Q + (1 - m_q) Z``. A bag that keeps few instances is given the
+   first ⌊share · kept⌋ rows of Z only.
 
 Deviations from the authors' code. `random_mask_ratio` is the fraction that is removed, 0.8; the code's `merge_ratio` is
 the fraction that is kept, and its documentation contradicts it. Only the first bias of the classifier enters p in the
@@ -37,11 +37,11 @@ The code gives every bag all k tokens; beside a handful of kept instances the st
 its tokens, which the deployed model does not see, and on whole bags it says nothing. `token_share` keeps them a
 minority; it changes nothing where a bag keeps 10 k instances, and none is the code. The recipes keep at least 100
 instances, for biopsies and cores: a student that sees 20 of 100 tiles misses a tumour of 3 % half of the time and
-learns that it means nothing, one that sees 100 misses it once in 20; from 500 instances on it changes nothing. The
-student embeds only what is left, instead of embedding all and then hiding. DSMIL predicts with the bag stream after
-version 1, where the code takes the mean of both probabilities. The learning rate of version 2 falls to 0, the code's to
-1e-7. Hiding uses boolean masks; there is no loop over bags. Version 1 waits once per step for the number of instances
-left.
+learns that it means nothing, one that sees 100 misses it once in 20; and 3 % of six instances, rounded up, are a sixth
+of them. From 500 instances on it changes nothing. The student embeds only what is left, instead of embedding all and
+then hiding. DSMIL predicts with the bag stream after version 1, where the code takes the mean of both probabilities.
+The learning rate of version 2 falls to 0, the code's to 1e-7. Hiding uses boolean masks; there is no loop over bags.
+Version 1 waits once per step for the number of instances left.
 
 The teacher starts as the student, or with `init_from` as a model that was trained plainly, whose embedding the
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
@@ -51,6 +51,7 @@ import math
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from eosin.errors import ConfigError
@@ -178,7 +179,7 @@ class MhimV2(Strategy):
     random_mask_ratio : float
         Fraction of the other instances that is taken away at random and recycled.
     keep_at_least : int
-        Instances that a bag keeps, if it has as many left, whatever that fraction.
+        A bag of at most so many instances is left whole, and of a longer one as many are kept whatever that fraction.
     tokens : int
         Global tokens k.
     heads, head_dim : int
@@ -263,10 +264,10 @@ class MhimV2(Strategy):
     def divide(self, ranks: Tensor, bags: PackedBags) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Return which instances are kept and which recycled, (N,) bool, and how many of each bag; equation 6."""
         hidden, taken = randomly_high(ranks, bags, self.high_ratio, self.high_factor)
-        taken = [count if count < length else 0 for count, length in zip(taken, bags.lengths, strict=True)]
-        hidden = hidden & leaves_some(hidden, bags)
-        left = [length - count for length, count in zip(bags.lengths, taken, strict=True)]
         share, least = 1 - self.random_mask_ratio, self.keep_at_least
+        taken = [count if length > max(count, least) else 0 for count, length in zip(taken, bags.lengths, strict=True)]
+        hidden = hidden & torch.tensor(taken, device=hidden.device).bool()[bags.bag_index()]
+        left = [length - count for length, count in zip(bags.lengths, taken, strict=True)]
         keep = [min(count, max(least, math.floor(share * count + 1e-9))) for count in left]
         kept = random_subset(bags, keep, among=~hidden)
         counts = [(stay, survivors - stay) for stay, survivors in zip(keep, left, strict=True)]

@@ -252,11 +252,13 @@ def test_the_ratio_of_version_2_is_what_is_removed(random_mask_ratio):
     assert ranks[:50][gone].min() >= ranks[:50][~gone].max()
 
 
-def test_version_2_keeps_the_least_that_is_asked_for_where_a_bag_has_it():
+def test_version_2_leaves_small_bags_whole_and_keeps_the_least_that_is_asked_for_of_others():
     mhim = MhimV2(model(), TASK, high_ratio=0.1, random_mask_ratio=0.8, keep_at_least=12, heads=2, head_dim=4)
-    bags = draw((100, 50, 10, 1, 0))
-    _, _, counts = mhim.divide(torch.rand(161, 1), bags)
-    assert counts == [(18, 72), (12, 33), (9, 0), (1, 0), (0, 0)]
+    bags = draw((100, 50, 13, 12, 1, 0))
+    kept, rest, counts = mhim.divide(torch.rand(176, 1), bags)
+    assert counts == [(18, 72), (12, 33), (11, 0), (12, 0), (1, 0), (0, 0)]
+    assert [int(part.sum()) for part in kept.split(bags.lengths)] == [kept for kept, _ in counts]
+    assert [int(part.sum()) for part in rest.split(bags.lengths)] == [rest for _, rest in counts]
 
 
 @pytest.mark.parametrize("kind", [Abmil, ClamMultiBranch, Dsmil, Acmil, TransMil])
