@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from eosin.errors import LabelError
+from eosin.mil.metrics import EVEN as EVEN
 from eosin.mil.metrics import Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
 from eosin.mil.polarity import positive_last, split_target
 from eosin.mil.task import Columns, Row, Task, to_numpy, wide
-
-EVEN = 0.5
 
 
 class _ClassTask(Task):

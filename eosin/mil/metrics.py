@@ -13,6 +13,7 @@ Ints = NDArray[np.int64]
 Metrics = dict[str, float | None]
 
 ECE_BINS = 10
+EVEN = 0.5
 
 
 def roc_auc(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
@@ -102,12 +103,15 @@ def calibration_curve(confidence: Floats, correct: NDArray[np.bool_], *, bins: i
 def best_threshold(scores: Floats, positive: NDArray[np.bool_]) -> float:
     """Return the threshold, halfway between two scores, with the highest balanced accuracy (Youden's index).
 
-    Of equally good thresholds the middle one is returned, for a small part has many.
+    Of equally good thresholds the middle one is returned, for a small part has many; one half where none is better than
+    to predict all alike.
     """
     ordered = np.unique(scores)
     between = np.concatenate([[0.0], (ordered[1:] + ordered[:-1]) / 2, [1.0]])
     above = scores[None, :] >= between[:, None]  # (thresholds, n)
     index = above[:, positive].mean(1) - above[:, ~positive].mean(1)
+    if index.max() <= 0:
+        return EVEN
     best = between[np.isclose(index, index.max())]
     return float(best[(len(best) - 1) // 2])
 

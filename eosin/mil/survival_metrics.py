@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from eosin.mil.metrics import Floats
 
 TIED_RISK = 1e-8
+BLOCK = 256
 
 Flags = NDArray[np.bool_]
 Groups = NDArray[np.int64]
@@ -161,19 +162,60 @@ def concordance(
     by at most `tied` count one half (scikit-survival's ``concordance_index_censored``). With `groups` (n,) only pairs
     within a group are compared: all such pairs of all groups together, as a stratified C-index does.
     """
-    compared = _comparable(time, event, groups)
-    difference = risk[:, None] - risk[None, :]
-    ties = (np.abs(difference) <= tied) & compared
-    right = (difference > 0) & compared & ~ties
-    pairs = int(compared.sum())
-    return (int(right.sum()) + 0.5 * int(ties.sum())) / pairs if pairs else None
+    right = ties = pairs = 0
+    for rows in _members(groups, len(risk)):
+        counts = _count_pairs(risk[rows], time[rows], event[rows], tied)
+        right, ties, pairs = right + counts[0], ties + counts[1], pairs + counts[2]
+    return (right + 0.5 * ties) / pairs if pairs else None
 
 
-def _comparable(time: Floats, event: Flags, groups: Groups | None) -> NDArray[np.bool_]:
-    """Return whether i is known to have its event before j, (n, n)."""
-    later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
-    together = True if groups is None else groups[:, None] == groups[None, :]
-    return np.asarray(later & event[:, None] & together)
+def _count_pairs(risk: Floats, time: Floats, event: Flags, tied: float) -> tuple[int, int, int]:
+    """Return how many pairs have the higher risk first, how many are tied, and how many can be compared.
+
+    In order of time, events before the censored of the same time, an event is compared with all that come after those
+    like it. Blocks from the end, each against the sorted risks behind it, take n log n steps instead of n².
+    """
+    order = np.lexsort((~event, time))
+    risk, time, event = risk[order], time[order], event[order]
+    right = ties = pairs = 0
+    behind = np.empty(0)
+    for first, last, mixed in reversed(_blocks(time, event)):
+        own, cases = slice(first, last), risk[first:last][event[first:last]]
+        below = np.searchsorted(behind, cases - tied, side="left")
+        up_to = np.searchsorted(behind, cases + tied, side="right")
+        right, ties, pairs = (
+            right + int(below.sum()),
+            ties + int((up_to - below).sum()),
+            pairs + len(cases) * len(behind),
+        )
+        behind = np.sort(np.concatenate([behind, risk[own]]), kind="stable")
+        if mixed:
+            difference = (risk[own, None] - risk[own])[_comparable(time[own], event[own])]
+            right, ties = right + int((difference > tied).sum()), ties + int((np.abs(difference) <= tied).sum())
+            pairs += len(difference)
+    return right, ties, pairs
+
+
+def _blocks(time: Floats, event: Flags) -> list[tuple[int, int, bool]]:
+    """Return the ends of blocks of rows in order, and whether a block holds several kinds of rows.
+
+    Rows of one kind, of the same time and all events or all censored, are never in two blocks.
+    """
+    ends = np.append(np.flatnonzero((np.diff(time) != 0) | np.diff(event)) + 1, len(time)).tolist()
+    blocks = [(0, ends[0], False)]
+    for end in ends[1:]:
+        first, last, _ = blocks[-1]
+        if end - first > BLOCK:
+            blocks.append((last, end, False))
+        else:
+            blocks[-1] = (first, end, True)
+    return blocks
+
+
+def _comparable(time: Floats, event: Flags, first: int = 0, last: int | None = None) -> NDArray[np.bool_]:
+    """Return whether i, of the rows from `first` to `last`, is known to have its event before j, (rows, n)."""
+    when, seen = time[first:last, None], event[first:last, None]
+    return np.asarray(((time > when) | ((time == when) & ~event)) & seen)
 
 
 def discordance(
@@ -183,10 +225,15 @@ def discordance(
 
     Pairs, ties and groups as in `concordance`.
     """
-    compared = _comparable(time, event, groups)
-    difference = risk[:, None] - risk[None, :]
-    ties = np.abs(difference) <= tied
-    wrong = np.where(ties, 0.5, difference < 0) * compared
-    pairs = compared.sum(0) + compared.sum(1)
-    shares: Floats = np.divide(wrong.sum(0) + wrong.sum(1), pairs, out=np.full(len(risk), np.nan), where=pairs > 0)
+    wrong, pairs = np.zeros(len(risk)), np.zeros(len(risk))
+    for rows in _members(groups, len(risk)):
+        for first in range(0, len(rows), BLOCK):
+            own = rows[first : first + BLOCK]
+            compared = _comparable(time[rows], event[rows], first, first + BLOCK)
+            difference = risk[own, None] - risk[rows]
+            faults = np.where(np.abs(difference) <= tied, 0.5, difference < 0) * compared
+            for total, values in ((wrong, faults), (pairs, compared)):
+                total[own] += values.sum(1)
+                total[rows] += values.sum(0)
+    shares: Floats = np.divide(wrong, pairs, out=np.full(len(risk), np.nan), where=pairs > 0)
     return shares

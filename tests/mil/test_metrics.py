@@ -91,4 +91,9 @@ def test_the_calibration_curve_counts_every_prediction():
 def test_the_threshold_separates_what_can_be_separated():
     scores = np.array([0.1, 0.2, 0.6, 0.7])
     assert best_threshold(scores, scores > 0.5) == pytest.approx(0.4)
-    assert best_threshold(scores, scores < 0.5) in (0.0, 1.0)
+    assert best_threshold(scores, scores < 0.5) == 0.5
+
+
+@pytest.mark.parametrize("scores", [[0.3, 0.3, 0.3, 0.3], [0.9, 0.8, 0.2, 0.1]])
+def test_a_model_that_separates_nothing_decides_at_one_half(scores):
+    assert best_threshold(np.array(scores), np.array([False, False, True, True])) == 0.5

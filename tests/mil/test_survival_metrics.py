@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from eosin.mil import survival_metrics
 from eosin.mil.cox import Cox
 from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.survival_metrics import (
@@ -113,3 +114,39 @@ def test_groups_compare_within_only_whatever_the_levels_of_their_risks():
     assert time_auc(risk, time, event, times, groups=np.zeros(150, int)) == pytest.approx(
         time_auc(risk, time, event, times)
     )
+
+
+def pair_by_pair(risk, time, event, groups):
+    """Return what every pair says: right or tied, and the rows, from the definition."""
+    for i in range(len(risk)):
+        for j in range(len(risk)):
+            later = time[j] > time[i] or (time[j] == time[i] and not event[j])
+            if i != j and event[i] and later and (groups is None or groups[i] == groups[j]):
+                yield i, j, 0.5 if abs(risk[i] - risk[j]) <= 1e-8 else float(risk[i] > risk[j])
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("block", [1, 4, 256])
+def test_blocks_of_patients_give_the_counts_of_all_pairs(monkeypatch, seed, block):
+    monkeypatch.setattr(survival_metrics, "BLOCK", block)
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 40))
+    time = rng.integers(0, (4, 15, 1000)[seed % 3], n).astype(float)
+    risk = rng.normal(size=n).round((0, 1, 9)[seed % 3])
+    event = rng.random(n) < (0.2, 0.6, 1.0)[seed // 4]
+    groups = rng.integers(0, 3, n) if seed % 2 else None
+    pairs = list(pair_by_pair(risk, time, event, groups))
+    found = concordance(risk, time, event, groups=groups)
+    assert found == (pytest.approx(np.mean([share for *_, share in pairs])) if pairs else None)
+    shares = discordance(risk, time, event, groups=groups)
+    for row in range(n):
+        own = [1 - share for i, j, share in pairs if row in (i, j)]
+        assert shares[row] == pytest.approx(np.mean(own)) if own else np.isnan(shares[row])
+
+
+def test_thousands_of_patients_are_compared_without_a_matrix_of_them():
+    rng = np.random.default_rng(0)
+    n = 20_000
+    risk, time, event = rng.normal(size=n), rng.exponential(size=n), rng.random(n) < 0.5
+    assert concordance(-time, time, event) == pytest.approx(1)
+    assert concordance(risk, time.round(1), event) == pytest.approx(0.5, abs=0.02)
