@@ -24,6 +24,7 @@ from eosin.mil.data import (
     slide_id,
 )
 from eosin.mil.splits import PARTS, Cohort, Split
+from eosin.mil.tables import SITE_COLUMNS, require_ids, several_slides
 
 
 def read_two_tables(patients: Path, slides: Path) -> LabelTable:
@@ -45,6 +46,8 @@ def read_two_tables(patients: Path, slides: Path) -> LabelTable:
     key = _column(clinical, PATIENT_COLUMNS, patients, "patients")
     of_slide = _column(files, PATIENT_COLUMNS, slides, "patients")
     names = _column(files, SLIDE_COLUMNS, slides, "slides")
+    require_ids(patients, clinical[key])
+    require_ids(slides, files[of_slide], files[names])
     row = {patient: number for number, patient in enumerate(clinical[key])}
     if len(row) < len(clinical[key]):
         twice = sorted({patient for patient in clinical[key] if clinical[key].count(patient) > 1})
@@ -57,8 +60,16 @@ def read_two_tables(patients: Path, slides: Path) -> LabelTable:
         for name, column in clinical.items()
         if name != key
     }
-    notes = (f"slides: column {names!r} of {slides.name}", f"patients: column {key!r} of {patients.name}")
-    return LabelTable(tuple(slide_id(Path(name).name) for name in files[names]), files[of_slide], values, notes)
+    site = detect_column(files, SITE_COLUMNS)
+    if site is not None and detect_column(clinical, SITE_COLUMNS) is None:
+        values[site] = files[site]
+    spare = len(set(row) - set(files[of_slide]))
+    notes = [
+        f"slides: column {names!r} of {slides.name}",
+        f"patients: column {key!r} of {patients.name}{several_slides(files[of_slide])}",
+        *([f"{spare} of {len(row)} patients in {patients.name} have no slide and are left out"] if spare else []),
+    ]
+    return LabelTable(tuple(slide_id(Path(name).name) for name in files[names]), files[of_slide], values, tuple(notes))
 
 
 def _column(table: Table, names: Sequence[str], path: Path, what: str) -> str:

@@ -191,11 +191,27 @@ def read_labels(
     others = [name for name in frame if name not in ids and not name.startswith(UNNAMED)]
     slide_ids = tuple(slide_id(value) for value in frame[slides])
     patient_ids = slide_ids if group == "slide" else frame[patients]
-    if "" in slide_ids or "" in patient_ids:
-        row = (slide_ids.index("") if "" in slide_ids else patient_ids.index("")) + 2
-        raise LabelError(f"{path}: row {row} has no id; complete the table")
+    require_ids(path, slide_ids, patient_ids)
+    notes[1] += several_slides(patient_ids)
     notes.append(f"values: {', '.join(others) or 'none'}")
     return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
+
+
+def require_ids(path: Path, *columns: Sequence[str]) -> None:
+    """Raise `LabelError` when a row has no id in one of the columns."""
+    for ids in columns:
+        if "" in ids:
+            raise LabelError(f"{path}: row {list(ids).index('') + 2} has no id; complete the table")
+
+
+def several_slides(patient_ids: Sequence[str]) -> str:
+    """Return how many patients have how many slides; nothing where each has one."""
+    patients = len(set(patient_ids))
+    return (
+        ""
+        if patients == len(patient_ids)
+        else f" ({patients} patient{'s' * (patients > 1)} with {len(patient_ids)} slides)"
+    )
 
 
 def id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:

@@ -353,7 +353,7 @@ SITES = [f"P{i:02d},S{i:03d},{'normal' if i % 2 else 'tumour'},{'ABC'[i % 3]}" f
 def test_how_a_table_was_understood_is_said(labels: Path, run: Run, tmp_path: Path) -> None:
     result = run("split", "--labels", labels, "--folds", 3, "--out", tmp_path)
     assert result.stderr == (
-        "slides: column 'slide_id'; patients: column 'patient_id'; values: label; "
+        "slides: column 'slide_id'; patients: column 'patient_id' (6 patients with 12 slides); values: label; "
         "label: column 'label', classes normal (6), tumour (6), positive: tumour "
         "(--target 'label=normal' for the other)\n"
     )

@@ -51,11 +51,29 @@ def test_two_tables_are_joined_by_patient(tmp_path):
     [
         ("PATIENT,FILENAME\n3,a.h5\n", r"patients without a row in clini\.csv: 3"),
         ("PATIENT,what\n01,a.h5\n", "no column of slides; found PATIENT, what"),
+        ("PATIENT,FILENAME\n01,a.h5\n2,\n", r"slides\.csv: row 3 has no id; complete the table"),
+        ("PATIENT,FILENAME\n,a.h5\n2,b.h5\n", r"slides\.csv: row 2 has no id; complete the table"),
     ],
 )
 def test_two_tables_that_do_not_fit_are_refused(tmp_path, slides, message):
     with pytest.raises(LabelError, match=message):
         read_two_tables(*write_two(tmp_path, slides))
+
+
+def test_who_is_lost_between_two_tables_is_told(tmp_path):
+    clini, slides = write_two(tmp_path, "PATIENT,FILENAME,Site\n01,a.h5,A\n01,b.h5,A\n")
+    table = read_two_tables(clini, slides)
+    assert table.notes == (
+        "slides: column 'FILENAME' of slides.csv",
+        "patients: column 'PATIENT' of clini.csv (1 patient with 2 slides)",
+        "1 of 2 patients in clini.csv have no slide and are left out",
+    )
+    assert table.values["Site"] == ("A", "A")
+    clini.write_text("PATIENT,isMSIH,centre\n01,yes,B\n")
+    assert "Site" not in read_two_tables(clini, slides).values
+    clini.write_text("PATIENT,isMSIH\n01,yes\n,no\n")
+    with pytest.raises(LabelError, match=r"clini\.csv: row 3 has no id"):
+        read_two_tables(clini, slides)
 
 
 def test_a_patient_with_two_rows_of_labels_is_refused(tmp_path):

@@ -236,7 +236,7 @@ def test_two_tables_of_stamp(tmp_path):
     (tmp_path / "slide.csv").write_text("PATIENT,FILENAME\nA-1,x.1.h5\nA-2,sub/y.h5\nA-1,z.h5\n")
     table = open_labels(tmp_path / "clini.xlsx", slide_table=tmp_path / "slide.csv")
     assert (table.slide_ids, table.patient_ids) == (("x.1", "y", "z"), ("A-1", "A-2", "A-1"))
-    assert pose_task("classification", table, "isMSIH").encode(table.rows()).tolist() == [0, 1, 0]
+    assert pose_task("classification", table, "isMSIH").encode(table.rows()).tolist() == [1, 0, 1]
 
 
 def test_ids_of_stamps_workbook_are_judged_too(tmp_path):
