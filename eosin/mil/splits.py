@@ -17,6 +17,8 @@ import numpy as np
 
 from eosin.errors import LabelError
 from eosin.files import write_text
+from eosin.mil.cohort import Cohort as Cohort
+from eosin.mil.cohort import deal, draw
 from eosin.mil.data import read_table, shown, slide_id
 
 PARTS = ("train", "val", "test")
@@ -36,53 +38,6 @@ class Split:
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the parts by name."""
         return {"train": self.train, "val": self.val, "test": self.test}
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """What a split must know of each slide.
-
-    Attributes
-    ----------
-    slide_ids, patient_ids, strata : tuple of str
-        One per slide; the strata of slides of one patient may differ.
-    sites : tuple of str
-        One per slide or empty; a site that is given is never on two sides.
-    soft : frozenset of str
-        Strata that are no classes but bins of a number and the like: shared out as well as they can be, and no fault
-        where they are missing.
-    """
-
-    slide_ids: tuple[str, ...]
-    patient_ids: tuple[str, ...]
-    strata: tuple[str, ...]
-    sites: tuple[str, ...] = ()
-    soft: frozenset[str] = frozenset()
-
-    @property
-    def group_name(self) -> str:
-        """What stays together: patients or sites."""
-        return "sites" if self.sites else "patients"
-
-    def groups(self) -> dict[str, list[int]]:
-        """Return the rows of each group that must stay together: a patient, or a site with all its patients."""
-        keys = self.sites or self.patient_ids
-        groups: dict[str, list[int]] = {}
-        for row, key in enumerate(keys):
-            groups.setdefault(key, []).append(row)
-        return groups
-
-    def select(self, slide_ids: Iterable[str]) -> "Cohort":
-        """Return the rows of these slides."""
-        kept = set(slide_ids)
-        rows = [row for row, slide in enumerate(self.slide_ids) if slide in kept]
-        return Cohort(
-            tuple(self.slide_ids[row] for row in rows),
-            tuple(self.patient_ids[row] for row in rows),
-            tuple(self.strata[row] for row in rows),
-            tuple(self.sites[row] for row in rows) if self.sites else (),
-            self.soft,
-        )
 
 
 def make_splits(
@@ -124,20 +79,20 @@ def make_splits(
     if kind == "holdout":
         return _holdout(cohort, folds, test_fraction, rng)
     _require_groups(cohort, max(folds if kind == "kfold" else 2, 2 + (val_fraction > 0)))
-    draws = (_draw(cohort, test_fraction, rng) for _ in range(folds))
+    draws = (draw(cohort, test_fraction, rng) for _ in range(folds))
     splits = []
-    for test in _deal(cohort, folds, rng) if kind == "kfold" else draws:
+    for test in deal(cohort, folds, rng) if kind == "kfold" else draws:
         rest = cohort.select(set(cohort.slide_ids) - set(test))
-        val = _draw(rest, val_fraction / (1 - len(test) / len(cohort.slide_ids)), rng) if val_fraction else ()
+        val = draw(rest, val_fraction / (1 - len(test) / len(cohort.slide_ids)), rng) if val_fraction else ()
         splits.append(_ordered(cohort, val=val, test=test))
     return _finished(splits, cohort, parts=("val", "test") if val_fraction else ("test",))
 
 
 def _holdout(cohort: Cohort, folds: int, test_fraction: float, rng: np.random.Generator) -> list[Split]:
     _require_groups(cohort, folds + 1)
-    test = _draw(cohort, test_fraction, rng)
+    test = draw(cohort, test_fraction, rng)
     rest = cohort.select(set(cohort.slide_ids) - set(test))
-    splits = [_ordered(cohort, val=val, test=test) for val in _deal(rest, folds, rng)]
+    splits = [_ordered(cohort, val=val, test=test) for val in deal(rest, folds, rng)]
     return _finished(splits, cohort, parts=("val", "test"))
 
 
@@ -175,9 +130,9 @@ def make_nested_splits(cohort: Cohort, *, folds: int = 5, inner_folds: int = 5, 
     _require_groups(cohort, max(folds, inner_folds + 1))
     rng = np.random.default_rng(seed)
     nested = []
-    for test in _deal(cohort, folds, rng):
+    for test in deal(cohort, folds, rng):
         rest = cohort.select(set(cohort.slide_ids) - set(test))
-        inner = [_ordered(cohort, val=val, test=test) for val in _deal(rest, inner_folds, rng)]
+        inner = [_ordered(cohort, val=val, test=test) for val in deal(rest, inner_folds, rng)]
         nested.append(_finished(inner, cohort, parts=("val", "test")))
     return nested
 
@@ -194,7 +149,7 @@ def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15,
         return split
     train = cohort.select(split.train)
     _require_groups(train, 2, "train without a validation part (training.select: last)")
-    val = _draw(train, val_fraction, np.random.default_rng(seed))
+    val = draw(train, val_fraction, np.random.default_rng(seed))
     return _ordered(cohort.select((*split.train, *split.test)), val=val, test=split.test)
 
 
@@ -258,41 +213,6 @@ def _require_groups(cohort: Cohort, least: int, advice: str = "use fewer folds")
 
 def _counted(number: int, cohort: Cohort) -> str:
     return f"{number} {cohort.group_name if number != 1 else cohort.group_name[:-1]}"
-
-
-def _deal(cohort: Cohort, parts: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
-    """Deal the groups into parts: each goes where its strata are most wanted, large and rare ones first."""
-    groups = cohort.groups()
-    names = sorted(set(cohort.strata))
-    numbers = [names.index(stratum) for stratum in cohort.strata]
-    counts = {key: np.bincount([numbers[row] for row in rows], minlength=len(names)) for key, rows in groups.items()}
-    totals = np.bincount(numbers, minlength=len(names))
-    order = rng.permutation(sorted(groups)).tolist()
-    order.sort(key=lambda key: -(counts[key] / totals).max())
-    filled = np.zeros((parts, len(names)))
-    members: list[list[str]] = [[] for _ in range(parts)]
-    for key in order:
-        share = counts[key] / totals
-        crowding = ((filled + share) ** 2).sum(1) - (filled**2).sum(1)
-        emptiest = np.flatnonzero(np.isclose(crowding, crowding.min()))
-        part = min(rng.permutation(emptiest).tolist(), key=lambda p: len(members[p]))
-        filled[part] += share
-        members[part].append(key)
-    return [tuple(cohort.slide_ids[row] for key in part for row in groups[key]) for part in members]
-
-
-def _draw(cohort: Cohort, fraction: float, rng: np.random.Generator) -> tuple[str, ...]:
-    """Draw about this fraction of the groups of each stratum, at least one and never all."""
-    groups = cohort.groups()
-    of_stratum: dict[str, list[str]] = {}
-    for key, rows in groups.items():
-        kinds = Counter(cohort.strata[row] for row in rows)
-        of_stratum.setdefault("\0".join(sorted(kinds)), []).append(key)
-    drawn: list[str] = []
-    for _, keys in sorted(of_stratum.items()):
-        wanted = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
-        drawn += rng.permutation(sorted(keys)).tolist()[:wanted]
-    return tuple(cohort.slide_ids[row] for key in drawn for row in groups[key])
 
 
 def _ordered(cohort: Cohort, *, val: Iterable[str], test: Iterable[str]) -> Split:

@@ -281,3 +281,18 @@ def test_bins_do_not_make_patients():
     names = tuple(row["slide_id"] for row in rows)
     with pytest.raises(LabelError, match="there are 4 patients, at least 5 are needed; use fewer folds"):
         make_splits(Cohort(names, names, tuple(task.strata(rows)), soft=task.soft_strata(rows)), folds=5)
+
+
+@pytest.mark.parametrize("kind", ["kfold", "monte-carlo"])
+def test_parts_of_sites_of_very_different_size_are_near_their_fraction(kind):
+    rng = np.random.default_rng(0)
+    sizes = [200, 120, 80, 60, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2, 2, 1, 1]
+    sites = tuple(f"site{n}" for n, size in enumerate(sizes) for _ in range(size))
+    names = tuple(f"s{n}" for n in range(len(sites)))
+    bent = {f"site{n}": rng.uniform(0.2, 0.8) for n in range(len(sizes))}
+    strata = tuple("01"[int(rng.random() < bent[site])] for site in sites)
+    cohort = Cohort(names, names, strata, sites)
+    label, whole = dict(zip(names, strata, strict=True)), strata.count("1") / len(strata)
+    for split in make_splits(cohort, folds=5 if kind == "monte-carlo" else 3, kind=kind, seed=1):
+        assert 0.08 * len(names) < len(split.val) < 0.25 * len(names)
+        assert abs(np.mean([label[name] == "1" for name in split.val]) - whole) < 0.2
