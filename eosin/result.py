@@ -13,11 +13,11 @@ from eosin.batch import Report
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
 from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.evaluation import confusions, panels, verdict
+from eosin.heatmaps.evaluation import confusions, panels, positives, verdict
 from eosin.heatmaps.explain import class_choices
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.mapset import map_slide
-from eosin.heatmaps.measures import Evaluated, metric_name
+from eosin.heatmaps.measures import Evaluated, fold_table, metric_name, threshold_table
 from eosin.heatmaps.report import Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import shown
@@ -105,11 +105,12 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
             f"{len(rows)} slides of {patients} patients, each predicted by a model that was trained on other patients."
         ),
         metrics=_metrics(result, patients),
+        metrics_note=positives(found),
         panels=panels(found),
         confusions=confusions(found),
         slides=tuple(_card(result, row, truth) for row in rows),
         predictions=result.predictions,
-        tables={"Folds": pd.DataFrame(result.metrics["folds"])},
+        tables=threshold_table(found) | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
         notes=_notes(result),
         provenance=_provenance(result),
     )

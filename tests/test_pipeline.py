@@ -110,10 +110,27 @@ def test_a_model_without_attention_shows_what_each_tile_adds(cohort: Path, resul
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
 
 
+def test_the_report_names_measures_in_words_and_the_positive_class(result: Result) -> None:
+    data = make_report(result)
+    names = [metric.name for metric in data.metrics]
+    assert names[0] == "Area under the ROC curve"
+    assert len(names) == len(result.metrics["out_of_fold"])
+    assert not set(names) & set(result.metrics["out_of_fold"])
+    assert {"Balanced accuracy", "Cohen's kappa", "Brier score ↓", "Sensitivity", "Specificity"} <= set(names)
+    assert list(data.tables["Folds"])[:3] == ["Fold", "Test slides", "Area under the ROC curve"]
+    assert list(data.tables["Folds"]["Fold"]) == ["0", "1"]
+    assert data.metrics_note == "The positive class is tumour, the other normal."
+    page = (result.job.root / "report.html").read_text(encoding="utf-8")
+    assert "Expected calibration error ↓" in page
+    assert "balanced_accuracy" not in page
+
+
 def test_the_report_of_a_number_has_a_card_per_slide(result: Result) -> None:
     frame = result.predictions[["fold", "slide_id", "patient_id"]]
     frame = frame.assign(area=[str(n) for n in range(len(frame))], predicted=[f"{n}.25" for n in range(len(frame))])
-    data = make_report(replace(result, task=Regression(target="area"), predictions=frame))
+    folds = [{"fold": fold, "n_test": 4, "r2": 0.5} for fold in range(2)]
+    metrics = {"folds": folds, "out_of_fold": {}, "n_folds": 2}
+    data = make_report(replace(result, task=Regression(target="area"), predictions=frame, metrics=metrics))
     assert data.slides[3].facts["predicted"] == "3.250"
     assert data.slides[3].correct is None
 

@@ -161,8 +161,8 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
             f"All {len(frame)} test predictions together, with the 95 % interval of a bootstrap over {patients} "
             "patients; ↓: lower is better. A measure that the data do not define is undefined."
             + _mean_note(task)
-            + "".join(_positive_note(name, part.task) for name, part in found.parts())
-        ),
+            + f" {positives(found)}"
+        ).strip(),
         panels=panels(found),
         confusions=confusions(found),
         slides=worst_cards(found, context.thumbnails),
@@ -185,17 +185,19 @@ def _mean_note(task: Task) -> str:
     if not isinstance(task, MultiTask):
         return ""
     parts = zip(task.names, task.parts, strict=True)
-    measures = ", ".join(metric_name(f"{name}_{part.selection_metric}") for name, part in parts)
+    measures = "; ".join(metric_name(f"{name}_{part.selection_metric}") for name, part in parts)
     return f" The mean over the targets is that of: {measures}."
 
 
-def _positive_note(name: str, task: Task) -> str:
-    """Return which of two classes is the positive one."""
-    classes: tuple[str, ...] = getattr(task, "classes", ())
-    if len(classes) != 2:
-        return ""
-    of_target = f" of {name}" if name else ""
-    return f" The positive class{of_target} is {classes[1]}, the other {classes[0]}."
+def positives(found: Evaluated) -> str:
+    """Return which of two classes is the positive one, of each target that has two; empty where none has."""
+    said = []
+    for name, part in found.parts():
+        classes: tuple[str, ...] = getattr(part.task, "classes", ())
+        if len(classes) == 2:
+            of_target = f" of {name}" if name else ""
+            said.append(f"The positive class{of_target} is {classes[1]}, the other {classes[0]}.")
+    return " ".join(said)
 
 
 def _shortened(frame: pd.DataFrame) -> list[str]:

@@ -123,6 +123,23 @@ def test_steps_of_one_bag_are_refused_where_bags_are_compared(toy, kind):
         train(toy, kind, most=0, bags_per_step=1)
 
 
+def test_a_killed_run_continues_to_the_same_weights_where_bags_are_compared(toy, tmp_path):
+    task, examples = a_cohort(toy, "multitask")
+    recipe = Recipe(
+        aggregator=Component(name="abmil", options={**OPTIONS, "dropout": 0.5}),
+        training=Training(epochs=4, lr=1e-2, bags_per_step=12, select="last", max_instances_per_step=20),
+    )
+    straight = fit(recipe, task, examples, folder=tmp_path / "straight")
+
+    def kill(epoch):
+        if epoch["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, task, examples, folder=tmp_path / "run", progress=kill, state_interval_s=0)
+    assert torch.equal(weights(straight), weights(fit(recipe, task, examples, folder=tmp_path / "run")))
+
+
 def test_tasks_whose_bags_are_alone_are_computed_once(toy, monkeypatch):
     monkeypatch.setattr(StepLosses, "hear", lambda _: pytest.fail("was computed twice"))
     train(toy, "cox", most=0)
