@@ -211,7 +211,7 @@ def make_examples(
     if absent and (missing == "error" or len(absent) == len(table)):
         raise LabelError(
             f"{len(absent)} of {len(table)} labelled slides have no features: {shown(absent)}"
-            f"{_lost_zeros(absent, bags)}; extract them, delete their rows, or leave them out on purpose "
+            f"{_spelling(absent, bags)}; extract them, delete their rows, or leave them out on purpose "
             "(--missing drop)"
         )
     used = table.select(available)
@@ -220,10 +220,13 @@ def make_examples(
     return Examples(bags, used.slide_ids, used.patient_ids, task.encode(used.rows()))
 
 
-def _lost_zeros(absent: Sequence[str], bags: BagSource) -> str:
-    """Return a hint when features differ from labels by leading zeros alone."""
+def _spelling(absent: Sequence[str], bags: BagSource) -> str:
+    """Return a hint when features differ from labels by capitals or leading zeros alone."""
     stripped = {name.lstrip("0"): name for name in bags.ids}
+    small = {name.lower(): name for name in bags.ids}
     for name in absent:
+        if name.lower() in small:
+            return f" (there is {small[name.lower()]!r}: do only the capitals of {name!r} differ?)"
         other = stripped.get(name.lstrip("0"))
         if name.isdigit() and other is not None:
             return f" (there is {other!r}: did a spreadsheet take the zeros of {name!r}?)"

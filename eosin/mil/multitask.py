@@ -57,8 +57,6 @@ class MultiTask(Task):
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
         """Make the task of targets separated by semicolons, each ``KIND:TARGET``, or a column to be classified."""
         wanted = _parts(target)
-        if len(wanted) < 2:
-            raise LabelError(f"a task of several needs at least two targets, separated by semicolons, not {target!r}")
         parts = [kind.from_rows(_known(rows, kind.named_columns(part)), part) for kind, part in wanted]
         names = tuple(part.columns[0] for part in parts)
         if len(set(names)) < len(names):
@@ -327,6 +325,8 @@ def _parts(target: str) -> list[tuple[type[Task], str]]:
         kind, colon, rest = text.strip().partition(":")
         if text.strip():
             found.append((find_task(kind.strip()), rest.strip()) if colon else (find_task("classification"), kind))
+    if len(found) < 2:
+        raise LabelError(f"a task of several needs at least two targets, separated by semicolons, not {target!r}")
     return found
 
 

@@ -120,8 +120,8 @@ class SurvivalTask(Task):
             return value in EVENT
         if value not in YES | NO:
             raise LabelError(
-                f"{text!r} in column {self.event!r} is neither 0 nor 1; "
-                f"say which value is the event (--target {self.time},{self.event}=VALUE)"
+                f"{text!r} in column {self.event!r} is neither 0 nor 1, nor a word for an event or for censored; "
+                f"correct it, or say which value is the event (--target {self.time},{self.event}=VALUE)"
             )
         return (value in YES) != self.one_is_censored
 
