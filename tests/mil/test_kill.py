@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import hashlib, json, os, random, signal, sys, time
+import hashlib, itertools, json, os, random, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ assert attempt("straight", 600)
 whole_s = time.monotonic() - started
 draw = random.Random(seed)
 killed = 0
-for round in range(100):
+for round in itertools.count():
     name = f"run{round}"
     while killed < kills and not attempt(name, draw.uniform(0, whole_s)):
         killed += 1
