@@ -66,9 +66,10 @@ def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
     rows : sequence of mappings
         Rows of the label table, values as text.
     target : str
-        The label column; ``label=tumor`` to name the positive of two classes, ``grade=low<medium<high`` for grades whose order is not that of a number, ``a,b,c`` for the
-        columns of ``multilabel``, ``time,event`` or ``time,event=VALUE`` for survival, and for ``multitask`` several of
-        these with their kinds, ``er; ordinal:grade; cox:time,event``.
+        The label column; ``label=tumor`` to name the positive of two classes, ``grade=low<medium<high`` for grades
+        whose order is not that of a number, ``a,b,c`` for the columns of ``multilabel``, ``time,event`` or
+        ``time,event=VALUE`` for survival, and for ``multitask`` several of these with their kinds, ``er; ordinal:grade;
+        cox:time,event``.
 
     Raises
     ------
