@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from eosin.errors import LabelError
 
 NEGATIVE = frozenset({
-    "absence", "absent", "alive", "benign", "censored", "control", "false", "free", "healthy", "intact", "living",
-    "low", "mss", "negative", "neg", "no", "non", "none", "normal", "not", "pmmr", "proficient", "stable",
+    "absence", "absent", "alive", "benign", "censored", "control", "false", "free", "healthy", "hrp", "intact",
+    "living", "low", "mss", "negative", "neg", "no", "non", "none", "normal", "not", "pmmr", "proficient", "stable",
     "unmethylated", "unmutated", "wild", "wildtype", "without", "wt",
 })  # fmt: skip
 POSITIVE = frozenset({
     "amplified", "cancer", "carcinoma", "case", "dead", "deceased", "deficient", "died", "diseased", "dmmr", "event",
-    "high", "invasive", "involved", "malignant", "metastasis", "metastatic", "methylated", "msi", "mut", "mutant",
-    "mutated", "pos", "positive", "present", "recurrence", "relapse", "responder", "true", "tumor", "tumour", "with",
+    "high", "hrd", "invasive", "involved", "malignant", "metastasis", "metastatic", "methylated", "msi", "mut",
+    "mutant", "mutated", "pos", "positive", "present", "recurrence", "relapse", "responder", "true", "tumor", "tumour", "with",
     "yes",
 })  # fmt: skip
 SIGNS = {"+": 1, "-": -1, "\N{MINUS SIGN}": -1}

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from eosin.errors import LabelError
-from eosin.heatmaps.evaluation import Context, evaluation_report, verdict, worst_cards
+from eosin.heatmaps.evaluation import Context, confusions, evaluation_report, verdict, worst_cards
 from eosin.heatmaps.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
-from eosin.heatmaps.measures import Evaluated, compare_runs, metric_name, over_folds, site_table
+from eosin.heatmaps.measures import Evaluated, compare_runs, metric_name, over_folds, site_table, threshold_table
 from eosin.heatmaps.report import write_report
 from eosin.mil.evaluate import bootstrap, summarise_folds
 from eosin.mil.tasks import make_task
@@ -213,16 +213,16 @@ def test_a_card_says_what_decides(kind):
     ],
 )
 def test_thresholds_of_the_folds_are_told_unless_all_are_one_half(kind, labels, columns):
-    task, frame, summary = judged(kind)
-    heading = "Thresholds, chosen on validation slides"
-    assert heading not in evaluation_report(summary, frame, task, Context()).tables
+    task, frame, _ = judged(kind)
+    assert threshold_table(Evaluated.of(task, frame)) == {}
     for number, column in enumerate(columns):
         assert set(frame[column]) == {"0.5"}
         frame[column] = [str(0.1 * number + (0.25 if fold == "1" else 0.5)) for fold in frame["fold"]]
-    table_ = evaluation_report(summary, frame, task, Context()).tables.get(heading)
+    tables = threshold_table(Evaluated.of(task, frame))
+    assert list(tables) == ["Thresholds, chosen on validation slides"][: len(columns)]
     if not columns:
-        assert table_ is None
         return
+    (table_,) = tables.values()
     assert list(table_) == ["Predicted", "Fold 0, from", "Fold 1, from", "Fold 2, from"]
     assert list(table_["Predicted"]) == labels
     assert list(table_["Fold 1, from"]) == pytest.approx([0.25 + 0.1 * number for number in range(len(labels))])
@@ -230,7 +230,9 @@ def test_thresholds_of_the_folds_are_told_unless_all_are_one_half(kind, labels, 
 
 def test_several_targets_are_led_by_what_each_is_judged_by():
     task, frame, summary = judged("multitask")
+    frame["er_threshold"] = "0.3"
     data = evaluation_report(summary, frame, task, Context())
+    assert "Thresholds, chosen on validation slides" in data.tables
     main = ["Mean over the targets", "Area under the ROC curve, er", "Quadratic kappa, grade",
             "Concordance index, months", "Explained variance R², age"]  # fmt: skip
     assert [metric.name for metric in data.metrics[:5]] == main
@@ -242,11 +244,10 @@ def test_several_targets_are_led_by_what_each_is_judged_by():
 
 
 def test_what_was_decided_by_the_folds_thresholds_fills_the_tables_of_several_targets():
-    task, frame, summary = judged("multitask")
+    task, frame, _ = judged("multitask")
     frame["er_predicted"] = "pos"
-    (er,) = (confusion for confusion in evaluation_report(summary, frame, task, Context()).confusions[:1])
-    assert er.counts.tolist() == [[0, 30], [0, 30]]
     found = Evaluated.of(task, frame)
+    assert confusions(found)[0].counts.tolist() == [[0, 30], [0, 30]]
     part = found.parts()[0][1]
     assert part.task.metrics(part.outputs, part.targets, part.decided)["sensitivity"] == 1
 
