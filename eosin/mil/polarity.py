@@ -13,8 +13,8 @@ NEGATIVE = frozenset({
 POSITIVE = frozenset({
     "amplified", "cancer", "carcinoma", "case", "dead", "deceased", "deficient", "died", "diseased", "dmmr", "event",
     "high", "hrd", "invasive", "involved", "malignant", "metastasis", "metastatic", "methylated", "msi", "mut",
-    "mutant", "mutated", "pos", "positive", "present", "recurrence", "relapse", "responder", "true", "tumor", "tumour", "with",
-    "yes",
+    "mutant", "mutated", "pos", "positive", "present", "recurrence", "relapse", "responder", "true", "tumor", "tumour",
+    "with", "yes",
 })  # fmt: skip
 SIGNS = {"+": 1, "-": -1, "\N{MINUS SIGN}": -1}
 
