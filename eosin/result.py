@@ -13,7 +13,15 @@ from eosin.batch import Report
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
 from eosin.heatmaps.attribution import attention_map
-from eosin.heatmaps.evaluation import confusions, panels, positives, verdict
+from eosin.heatmaps.evaluation import (
+    SHOWN_PREDICTIONS,
+    confusions,
+    panels,
+    positives,
+    shortened,
+    verdict,
+    worst_rows,
+)
 from eosin.heatmaps.explain import class_choices
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.heatmaps.mapset import map_slide
@@ -27,6 +35,8 @@ from eosin.wsi.job import JobFolder
 from eosin.wsi.slide import SlideFile, open_slide
 
 PICTURE_PX = 560
+MOST_CARDS = 60
+"""Slides that a report shows with pictures, about 0.2 MB each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +95,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
 def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = None) -> ReportData:
     """Put the result of a pipeline together for a person.
 
+    Of more than `MOST_CARDS` slides those have pictures whose predictions are farthest from the truth.
+
     Parameters
     ----------
     result : Result
@@ -99,6 +111,8 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
     rows = [dict(zip(columns, row, strict=True)) for row in result.predictions.itertuples(index=False)]
     patients = result.predictions["patient_id"].nunique()
     found = Evaluated.of(result.task, result.predictions)
+    everyone = len(rows) <= MOST_CARDS
+    pictured = rows if everyone else [rows[row] for row in worst_rows(found, MOST_CARDS)]
     return ReportData(
         title="Cross-validation, slide by slide",
         summary=(
@@ -108,10 +122,11 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         metrics_note=positives(found),
         panels=panels(found),
         confusions=confusions(found),
-        slides=tuple(_card(result, row, truth) for row in rows),
-        predictions=result.predictions,
+        slides=tuple(_card(result, row, truth) for row in pictured),
+        slides_heading="Slides" if everyone else f"The {len(pictured)} worst predictions of {len(rows)}",
+        predictions=result.predictions.head(SHOWN_PREDICTIONS),
         tables=threshold_table(found) | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
-        notes=_notes(result),
+        notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
     )
 

@@ -110,6 +110,17 @@ def test_a_model_without_attention_shows_what_each_tile_adds(cohort: Path, resul
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
 
 
+def test_the_report_of_many_slides_pictures_the_worst(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_report(result).slides_heading == "Slides"
+    monkeypatch.setattr("eosin.result.MOST_CARDS", 3)
+    data = make_report(result)
+    assert data.slides_heading == f"The 3 worst predictions of {len(result.predictions)}"
+    tumour = result.predictions["prob_tumour"].where(result.predictions["label"] == "tumour")
+    missed = tumour.fillna(1 - result.predictions["prob_tumour"]).sort_values(kind="stable").index[:3]
+    assert [card.slide_id for card in data.slides] == list(result.predictions["slide_id"][missed])
+    assert all(card.pictures for card in data.slides)
+
+
 def test_the_report_names_measures_in_words_and_the_positive_class(result: Result) -> None:
     data = make_report(result)
     names = [metric.name for metric in data.metrics]

@@ -169,7 +169,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         slides_heading="Worst predictions",
         predictions=_rounded(frame.head(SHOWN_PREDICTIONS), found),
         tables=tables | dict(context.tables),
-        notes=(*context.notes, *_shortened(frame)),
+        notes=(*context.notes, *shortened(frame)),
         provenance=context.provenance,
     )
 
@@ -200,7 +200,8 @@ def positives(found: Evaluated) -> str:
     return " ".join(said)
 
 
-def _shortened(frame: pd.DataFrame) -> list[str]:
+def shortened(frame: pd.DataFrame) -> list[str]:
+    """Return a note that a report shows only the first predictions, where there are more."""
     if len(frame) <= SHOWN_PREDICTIONS:
         return []
     return [f"The first {SHOWN_PREDICTIONS} of {len(frame)} predictions are shown; predictions.csv holds all."]
@@ -299,10 +300,15 @@ def confusions(found: Evaluated) -> tuple[Confusion, ...]:
 
 def worst_cards(found: Evaluated, thumbnails: Path | None) -> tuple[SlideCard, ...]:
     """Return the slides whose predictions are farthest from the truth, with their thumbnails where there are any."""
+    return tuple(_worst_card(found, row, thumbnails) for row in worst_rows(found, WORST))
+
+
+def worst_rows(found: Evaluated, most: int) -> list[int]:
+    """Return the rows of the predictions that are farthest from the truth, worst first."""
     surprise = found.task.surprise(found.outputs, found.targets, folds=found.folds)
     known = np.flatnonzero(np.isfinite(surprise))
-    order = known[np.argsort(-surprise[known], kind="stable")][:WORST]
-    return tuple(_worst_card(found, int(row), thumbnails) for row in order)
+    rows: list[int] = known[np.argsort(-surprise[known], kind="stable")][:most].tolist()
+    return rows
 
 
 def _worst_card(found: Evaluated, row: int, thumbnails: Path | None) -> SlideCard:
