@@ -55,6 +55,7 @@ def run(name, kind, target, **variables):
 
 children = []
 for kind, target, port in json.loads(sys.argv[2]):
+    (folder / kind).mkdir()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     children += [run("two", kind, target, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     children.append(run("one", kind, target))
