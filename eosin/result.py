@@ -36,7 +36,7 @@ from eosin.wsi.slide import SlideFile, open_slide
 
 PICTURE_PX = 560
 MOST_CARDS = 60
-"""Slides that a report shows with pictures, about 0.2 MB each."""
+"""Slides that a report shows with pictures, about 0.3 MB each."""
 
 
 @dataclass(frozen=True, eq=False)
