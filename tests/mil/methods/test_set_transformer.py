@@ -219,3 +219,11 @@ def test_tokens_start_as_wide_as_the_authors():
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="3 heads do not divide the width 8"):
         SetTransformer(6, 3, width=8, heads=3)
+
+
+def test_norms_are_the_papers_and_not_the_default():
+    norms = [
+        sum(isinstance(part, torch.nn.LayerNorm) for part in model.modules())
+        for model in (SetTransformer(8, 2, isab_layers=1), SetTransformer(8, 2, isab_layers=1, layer_norm=True))
+    ]
+    assert norms == [0, 6]
