@@ -21,7 +21,6 @@ from mil_assumption import RECIPE_NAMES, recipe_of
 from numpy.typing import NDArray
 from tables import Row, read_table, write_table
 
-from eosin.demo import TUMOUR_TILE
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
 from eosin.heatmaps.attribution import attention_map, require_grid
@@ -32,7 +31,8 @@ from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import Split, read_splits
 from eosin.mil.study import Study, open_study
-from eosin.pipeline import Pipeline, run_stages
+from eosin.pipeline.demo import TUMOUR_TILE
+from eosin.pipeline.run import Pipeline, run_stages
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.synthetic import Cohort, make_cohort, read_truth

@@ -22,10 +22,10 @@ from tables import Row, read_table, with_summaries, write_table
 
 from eosin.features.store import find_bags, read_footer
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.pipeline import Pipeline, run_pipeline
-from eosin.result import Result
-from eosin.selection import Selection
-from eosin.stages import SecondStage, run_two_stage
+from eosin.pipeline.result import Result
+from eosin.pipeline.run import Pipeline, run_pipeline
+from eosin.pipeline.selection import Selection
+from eosin.pipeline.two_stage import SecondStage, run_two_stage
 from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder

@@ -31,17 +31,17 @@ from openslide.deepzoom import DeepZoomGenerator
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.heatmaps.pooled import Target
 from eosin.heatmaps.subsets import look
-from eosin.heatmaps.viewer.canvas import make_canvas
-from eosin.heatmaps.viewer.catalogue import Catalogue, Listed, Study
-from eosin.heatmaps.viewer.lattice import make_lattice, tiles_in_outline
-from eosin.heatmaps.viewer.layers import Layers
-from eosin.heatmaps.viewer.server import serving
-from eosin.heatmaps.viewer.session import Edited, in_words, judge
-from eosin.heatmaps.viewer.tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, build_model
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import make_task
+from eosin.viewer.canvas import make_canvas
+from eosin.viewer.catalogue import Catalogue, Listed, Study
+from eosin.viewer.lattice import make_lattice, tiles_in_outline
+from eosin.viewer.layers import Layers
+from eosin.viewer.server import serving
+from eosin.viewer.session import Edited, in_words, judge
+from eosin.viewer.tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.openslide_impl import OpenSlideReader
 from eosin.wsi.slide import Slide, SlideFile, open_slide

@@ -20,7 +20,7 @@ from eosin.mil.slots import AttentionOutput
 from eosin.mil.tasks import Classification
 from eosin.mil.train import Objective, fit
 from eosin.options import read_yaml
-from eosin.stages import SecondStage
+from eosin.pipeline.two_stage import SecondStage
 from eosin.wsi.grid import Tiling
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -37,11 +37,11 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 ItemT = TypeVar("ItemT")
 
 GROUPS = (
-    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.Pipeline`
-    "cohort", "pipeline",  # as `eosin.demo.Demo`
+    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.run.Pipeline`
+    "cohort", "pipeline",  # as `eosin.pipeline.demo.Demo`
     "quality",  # as `eosin.wsi.quality.QualityLimits`
-    "questions",  # as `eosin.heatmaps.question.Questions`
-    "selection", "second",  # as `eosin.selection.Selection`, `eosin.stages.SecondStage`
+    "questions",  # as `eosin.pipeline.question.Questions`
+    "selection", "second",  # as `eosin.pipeline.selection.Selection`, `eosin.pipeline.two_stage.SecondStage`
 )  # fmt: skip
 USAGE, ENVIRONMENT = 2, 3
 PIPE_WIDTH = 200

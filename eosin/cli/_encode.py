@@ -8,8 +8,8 @@ from eosin.cli._common import progress
 
 if TYPE_CHECKING:
     from eosin.batch import Report
-    from eosin.deploy import Encoded
     from eosin.features.bag import FeatureSpec
+    from eosin.pipeline.deploy import Encoded
     from eosin.wsi.slide import SlideFile
 
 
@@ -22,9 +22,9 @@ def encode_like(
     workers: int,
     device: str,
 ) -> "Encoded":
-    """Tile and encode slides as a model's features were made; see `eosin.deploy.encode_like`."""
-    from eosin.deploy import Machine
-    from eosin.deploy import encode_like as encode
+    """Tile and encode slides as a model's features were made; see `eosin.pipeline.deploy.encode_like`."""
+    from eosin.pipeline.deploy import Machine
+    from eosin.pipeline.deploy import encode_like as encode
     from eosin.wsi.job import JobFolder
 
     machine = Machine(workers=workers, device=device, weights=weights)
@@ -32,7 +32,7 @@ def encode_like(
 
 
 def worst(reports: "Sequence[Report]") -> "Report":
-    """Return one report over several stages; see `eosin.deploy.worst`."""
-    from eosin.deploy import worst as worst_of
+    """Return one report over several stages; see `eosin.pipeline.deploy.worst`."""
+    from eosin.pipeline.deploy import worst as worst_of
 
     return worst_of(reports)

@@ -12,9 +12,9 @@ from eosin.cli._common import Done, Settings, command, progress
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eosin.heatmaps.cohort_questions import Cohort
     from eosin.heatmaps.examination import Questions
-    from eosin.heatmaps.question import DonorFile
+    from eosin.pipeline.cohort_questions import Cohort
+    from eosin.pipeline.question import DonorFile
     from eosin.wsi.slide import SlideFile
 
 
@@ -54,7 +54,7 @@ def counterfactual(
     settings: Settings,
 ) -> Done:
     """Ask which tiles a prediction needs, which suffice, what each one adds, and what other slides' tiles would do."""
-    from eosin.heatmaps.question import Questions
+    from eosin.pipeline.question import Questions
 
     questions = settings.parse("questions", Questions)
     donors = _donors(donor or (), donor_slide or (), donor_regions or (), slide_mpp)
@@ -77,7 +77,7 @@ def _slides(path: Path, slide_mpp: str | None) -> "dict[str, SlideFile]":
 def _donors(
     features: Sequence[Path], slides: Sequence[Path], regions: Sequence[Path], slide_mpp: str | None
 ) -> "list[DonorFile]":
-    from eosin.heatmaps.question import DonorFile
+    from eosin.pipeline.question import DonorFile
 
     for name, given in (("--donor-slide", slides), ("--donor-regions", regions)):
         if given and len(given) != len(features):
@@ -100,7 +100,7 @@ def _ask_slide(
     formats: Sequence[str],
 ) -> Done:
     from eosin.features.store import read_bag
-    from eosin.heatmaps.question import question_slide
+    from eosin.pipeline.question import question_slide
 
     if found is not None and len(found) != 1:
         raise ConfigError(f"--slide: {len(found)} slides for one feature file; pass the slide that it came from")
@@ -121,8 +121,8 @@ def _ask_slide(
 
 def _cohort(features: Path, labels: Path | None, slides: "dict[str, SlideFile]", regions: Path | None) -> "Cohort":
     from eosin.features.store import find_bags
-    from eosin.heatmaps.cohort_questions import Cohort
     from eosin.mil.tables import read_labels
+    from eosin.pipeline.cohort_questions import Cohort
 
     if regions is not None and not regions.is_dir():
         raise ConfigError(f"--regions {regions}: pass a folder of <slide>.geojson when --features is a folder")
@@ -146,7 +146,7 @@ def _ask_cohort(
     questions: "Questions",
     formats: Sequence[str],
 ) -> Done:
-    from eosin.heatmaps.cohort_questions import question_cohort
+    from eosin.pipeline.cohort_questions import question_cohort
 
     if class_name is None:
         raise ConfigError("a cohort is asked about one class; pass it as --class")

@@ -63,12 +63,12 @@ def crossval(
     """Train and test every fold; selection happens on a validation part, never on the test part."""
     from eosin.cli._study import begin, choose_recipe, read_study, require_one_source
     from eosin.files import file_fingerprint
-    from eosin.heatmaps.evaluation import Context, report_crossval
-    from eosin.heatmaps.measures import compare_runs, sweep_table
     from eosin.mil.compare import require_comparable
     from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
     from eosin.mil.evaluate import choose_device
     from eosin.mil.tables import read_table
+    from eosin.report.evaluation import Context, report_crossval
+    from eosin.report.measures import compare_runs, sweep_table
 
     require_one_source(splits, folds)
     chosen = choose_recipe(recipe, settings, max_instances_per_step=max_instances_per_step)

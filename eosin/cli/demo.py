@@ -18,8 +18,8 @@ def demo(
     settings: Settings,
 ) -> Done:
     """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
-    from eosin.demo import Demo, run_demo
-    from eosin.deploy import Machine
+    from eosin.pipeline.demo import Demo, run_demo
+    from eosin.pipeline.deploy import Machine
 
     wanted = {name: settings.data[name] for name in ("cohort", "pipeline") if name in settings.data}
     options = Demo.parse(merge(Demo().model_dump(mode="json"), wanted), source="demo")

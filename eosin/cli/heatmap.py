@@ -51,7 +51,7 @@ def heatmap(
 ) -> Done:
     """Draw which tiles a model weighed, for people and for QuPath."""
     from eosin.cli._encode import encode_like, worst
-    from eosin.heatmaps.explain import map_name
+    from eosin.heatmaps.subject import map_name
     from eosin.mil.checkpoint import load_model
     from eosin.wsi.slide import find_slides
 
@@ -84,7 +84,7 @@ def heatmap(
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
-    from eosin.heatmaps.explain import FORMATS
+    from eosin.pipeline.explain import FORMATS
 
     for name in wanted:
         if name not in FORMATS:
@@ -112,7 +112,7 @@ def _explain(
 ) -> "Outcome":
     from eosin.batch import Outcome
     from eosin.features.store import read_bag
-    from eosin.heatmaps.explain import explain_slide
+    from eosin.pipeline.explain import explain_slide
 
     try:
         explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats, maps=maps)

@@ -30,11 +30,11 @@ def predict(
     device: Device = "auto",
 ) -> Done:
     """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
-    from eosin.deploy import Machine, predict_slides
     from eosin.errors import ConfigError
     from eosin.features.store import find_bags
     from eosin.mil.patients import patients_file, read_patients
     from eosin.mil.predict import predict as predict_files
+    from eosin.pipeline.deploy import Machine, predict_slides
     from eosin.wsi.job import JobFolder
 
     patient_of = None if patients is None else read_patients(patients)

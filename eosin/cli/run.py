@@ -60,9 +60,9 @@ def run(
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
     """
     from eosin.cli._study import choose_recipe, missing_policy, require_one_source
-    from eosin.deploy import Machine
-    from eosin.pipeline import Pipeline, run_pipeline
-    from eosin.stages import FIRST_TILING, STAGES, SecondStage, run_two_stage
+    from eosin.pipeline.deploy import Machine
+    from eosin.pipeline.run import Pipeline, run_pipeline
+    from eosin.pipeline.two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
     from eosin.wsi.job import JobFolder
 
     require_one_source(splits, folds)

@@ -165,7 +165,7 @@ def _tile_selected(
     shard: tuple[int, int],
     timeout_s: float | None,
 ) -> Done:
-    from eosin.selection import Selection, tile_selected
+    from eosin.pipeline.selection import Selection, tile_selected
     from eosin.wsi.job import JobFolder
 
     selection = settings.parse("selection", Selection, budget=budget)

@@ -118,9 +118,9 @@ def _report(
 ) -> list[Path]:
     """Test the model on slides that have not trained it, when there are some."""
     from eosin.files import file_fingerprint
-    from eosin.heatmaps.evaluation import Context, report_crossval
     from eosin.mil.crossval import METRICS, PREDICTIONS
     from eosin.mil.holdout import judge, unseen_part
+    from eosin.report.evaluation import Context, report_crossval
 
     name, ids = unseen_part(split, fitted.card.recipe)
     if not ids or os.environ.get("RANK", "0") != "0":

@@ -12,7 +12,7 @@ from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
     from eosin.batch import Report
-    from eosin.heatmaps.viewer.catalogue import Catalogue
+    from eosin.viewer.catalogue import Catalogue
 
 
 @command()
@@ -33,10 +33,10 @@ def view(
     slide_mpp: SlideMpp = None,
 ) -> Done:
     """Look at slides with a model's maps, take tiles away and see at once what the model says then."""
-    from eosin.heatmaps.viewer.catalogue import open_catalogue
-    from eosin.heatmaps.viewer.replay import replay_sessions
-    from eosin.heatmaps.viewer.show import show_slides
-    from eosin.heatmaps.viewer.static import write_static
+    from eosin.viewer.catalogue import open_catalogue
+    from eosin.viewer.replay import replay_sessions
+    from eosin.viewer.show import show_slides
+    from eosin.viewer.static import write_static
     from eosin.wsi.slide import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))

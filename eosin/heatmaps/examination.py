@@ -25,11 +25,11 @@ from eosin.heatmaps.counterfactual import (
     top_tiles,
     transplant,
 )
-from eosin.heatmaps.explain import class_choices
 from eosin.heatmaps.findings import BEST, NECESSARY, SEARCHED, SUFFICIENT
 from eosin.heatmaps.findings import Counterfactuals as Counterfactuals
 from eosin.heatmaps.pooled import Direction, Floats, PooledBag, Search, Target
 from eosin.heatmaps.reevaluation import BUDGET
+from eosin.heatmaps.subject import class_choices
 from eosin.heatmaps.subsets import ForwardBag, Look, Subsets, look
 from eosin.heatmaps.wording import describe_method
 from eosin.mil.checkpoint import ModelCard

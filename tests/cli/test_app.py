@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from eosin import __version__
 from eosin.cli.app import COMMANDS, app
 from eosin.cli.heatmap import DEFAULT_FORMATS
-from eosin.pipeline import Pipeline
+from eosin.pipeline.run import Pipeline
 from eosin.wsi.grid import Tiling
 
 from .conftest import Run

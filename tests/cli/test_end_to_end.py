@@ -70,7 +70,7 @@ def test_run_leaves_tiles_out_for_their_quality(
         limits.append(quality)
         raise ConfigError("enough was seen")
 
-    monkeypatch.setattr("eosin.pipeline.tile_slides", tile_slides)
+    monkeypatch.setattr("eosin.pipeline.run.tile_slides", tile_slides)
     result = run(
         "run", "--slides", small / "slides", "--labels", small / "labels.csv", "--job", tmp_path / "job",
         "--folds", 2, "--max-pen", 0.1, "--max-blur", 0.9, "--set", "quality.max_fold=0.5",

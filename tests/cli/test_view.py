@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.heatmaps.viewer.catalogue import open_catalogue
-from eosin.heatmaps.viewer.saved import save_session
-from eosin.heatmaps.viewer.session import Edited
+from eosin.viewer.catalogue import open_catalogue
+from eosin.viewer.saved import save_session
+from eosin.viewer.session import Edited
 from eosin.wsi.slide import find_slides
 
 

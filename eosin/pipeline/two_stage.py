@@ -1,0 +1,205 @@
+"""Two stages in one call: a model at a low magnification chooses the tiles that a second model sees at a higher one.
+
+Both stages are whole pipelines with cross-validation, models, heat maps and a report, the first in ``JOB/stage1``. The
+tiles of the second are chosen by the first's model of the fold that tests the slide, so that no slide is trained on or
+judged by tiles that its own label has chosen. One thing remains: the first-stage models that choose a training slide's
+tiles have seen the labels of slides that test the second stage, as in every stacking of models without a nested
+cross-validation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from eosin.batch import Report
+from eosin.errors import ConfigError
+from eosin.files import write_json
+from eosin.mil.data import read_labels, shown
+from eosin.mil.methods.two_stage import tile_ratio
+from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil.slots import AGGREGATORS, AttentionOutput
+from eosin.mil.splits import read_splits
+from eosin.options import Options
+from eosin.pipeline.deploy import Machine, ProgressBar, worst
+from eosin.pipeline.result import Result, make_report
+from eosin.pipeline.run import Pipeline, Tiles, run_stages
+from eosin.pipeline.selection import Selection, tile_selected
+from eosin.report.page import write_report
+from eosin.wsi.grid import Tiling
+from eosin.wsi.job import JobFolder
+from eosin.wsi.slide import SlideFile
+
+FIRST = "stage1"
+STAGES = "stages.json"
+FIRST_TILING = Tiling(mpp=2.0)
+ANY_WIDTH = 64
+
+
+class SecondStage(Options):
+    """What the second stage does differently from the first.
+
+    Attributes
+    ----------
+    tiling : Tiling
+        Finer than the first stage's, whose tiles are whole numbers of these.
+    selection : Selection
+        How many tiles of the first stage are looked at closely, and which.
+    recipe : Recipe, optional
+        The first stage's unless given.
+    target : str, optional
+        Label column of the second stage, for example a grade where the first stage finds cancer; the first's unless
+        given.
+    """
+
+    tiling: Tiling = Tiling(mpp=1.0)
+    selection: Selection = Selection()
+    recipe: Recipe | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TwoStageResult:
+    """What both stages leave behind.
+
+    Attributes
+    ----------
+    first, second : Result
+    report : Report
+        Each slide's first failure in either stage, else its last record.
+    summary : mapping
+        What ``stages.json`` holds: of each stage mpp, tiles and out-of-fold metrics.
+    """
+
+    first: Result
+    second: Result
+    report: Report
+    summary: Mapping[str, Any]
+
+
+def run_two_stage(
+    slides: Sequence[Path],
+    labels: Path,
+    job: JobFolder,
+    options: Pipeline | None = None,
+    second: SecondStage | None = None,
+    *,
+    machine: Machine | None = None,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    missing: Literal["error", "drop"] = "error",
+    progress: ProgressBar | None = None,
+) -> TwoStageResult:
+    """Go the whole way twice.
+
+    Parameters
+    ----------
+    slides, labels, machine, slide_mpp, splits, missing, progress
+        As of `eosin.pipeline.run.run_pipeline`; given splits must test every slide once.
+    job : JobFolder
+        Receives the second stage as `eosin.pipeline.run.run_pipeline` writes it, the first below ``stage1/``, and
+        ``stages.json``.
+    options : Pipeline, optional
+        Of both stages; tiling, recipe and target are the first's. The recipe `two_stage` at 2 µm/px unless given.
+    second : SecondStage, optional
+        The defaults otherwise.
+
+    Returns
+    -------
+    TwoStageResult
+
+    Raises
+    ------
+    ConfigError
+        If the tilings do not fit together, or the model of the first stage does not weigh tiles.
+    LabelError, OutputError
+        As `eosin.pipeline.run.run_pipeline`.
+    """
+    options, second = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"]), second or SecondStage()
+    tile_ratio(options.tiling, second.tiling)
+    _require_attention(options.recipe)
+    if splits is not None:
+        _require_every_slide_tested(splits, labels)
+    stage = partial(
+        run_stages, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, progress=progress
+    )
+    first = stage(job=JobFolder(job.root / FIRST), options=options, splits=splits)
+    write_report(first.job.root / "report.html", make_report(first))
+    same = second.target in (None, options.target)
+    later = options.model_copy(
+        update={
+            "tiling": second.tiling,
+            "recipe": second.recipe or options.recipe,
+            "target": second.target or options.target,
+        }
+    )
+    tiles = Tiles(second.selection.folder(second.tiling), _chooser(job, first, second, machine or Machine()))
+    last = stage(job=job, options=later, splits=first.splits if same and splits is None else splits, tiles=tiles)
+    summary = _summary(options, second, first, last)
+    note = (
+        f"The tiles are at most {second.selection.budget} per slide of {options.tiling.mpp:g} µm/px, chosen by a first "
+        "model that has not seen the slide, cut into finer ones."
+    )
+    page = make_report(last)
+    write_report(job.root / "report.html", replace(page, notes=(note, *page.notes)))
+    write_json(job.root / STAGES, summary)
+    return TwoStageResult(first, last, worst([first.report, last.report]), summary)
+
+
+def _chooser(
+    job: JobFolder, first: Result, second: SecondStage, machine: Machine
+) -> Callable[[Sequence[SlideFile], Callable[[object], None] | None], Report]:
+    def choose(files: Sequence[SlideFile], advance: Callable[[object], None] | None) -> Report:
+        return tile_selected(
+            files,
+            job,
+            first.crossval,
+            second.tiling,
+            selection=second.selection,
+            features=first.features,
+            workers=machine.workers,
+            progress=advance,
+        )
+
+    return choose
+
+
+def _require_attention(recipe: Recipe) -> None:
+    """Refuse a model that cannot choose tiles before the hours of work that lead up to it."""
+    component = recipe.aggregator
+    with torch.random.fork_rng(devices=[]):
+        model = AGGREGATORS.build(component.name, ANY_WIDTH, 2, options=component.options)
+    if not issubclass(model.output_type, AttentionOutput):
+        raise ConfigError(
+            f"the first stage chooses tiles by attention, which {component.name} does not have; take another aggregator"
+        )
+
+
+def _require_every_slide_tested(splits: Path, labels: Path) -> None:
+    """Refuse splits that leave slides without a first-stage model that has not seen them."""
+    tested = {slide for split in read_splits(splits) for slide in split.test}
+    others = [slide for slide in read_labels(labels).slide_ids if slide not in tested]
+    if others:
+        raise ConfigError(
+            f"{splits}: no fold tests {shown(others)}, so no first stage could choose their tiles without having seen "
+            "them; give splits that test every slide"
+        )
+
+
+def _summary(options: Pipeline, second: SecondStage, first: Result, last: Result) -> dict[str, Any]:
+    stages = ((options.tiling, first), (second.tiling, last))
+    return {
+        "selection": second.selection.model_dump(mode="json"),
+        "stages": [
+            {
+                "mpp": tiling.mpp,
+                "patch_size": tiling.patch_size,
+                "features": str(result.features.relative_to(last.job.root)),
+                "out_of_fold": result.metrics["out_of_fold"],
+            }
+            for tiling, result in stages
+        ],
+    }

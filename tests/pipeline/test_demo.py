@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eosin.features.store import read_bag
+from eosin.heatmaps.attribution import attention_map
+from eosin.heatmaps.heatmap import Heatmap
+from eosin.pipeline.demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outline, run_demo
+from eosin.pipeline.result import Result
+from eosin.pipeline.run import Pipeline, run_stages
+from eosin.wsi.job import JobFolder
+from eosin.wsi.synthetic import Cohort, read_truth
+
+SMALL = Cohort(n_slides=8, size_um=(440.0, 500.0), fine_fraction=0.5, pen_fraction=0, min_tumour=0.1, seed=4)
+
+
+def small_demo() -> Demo:
+    demo = Demo()
+    training = demo.pipeline.recipe.training.model_copy(update={"epochs": 3})
+    recipe = demo.pipeline.recipe.model_copy(update={"training": training})
+    pipeline = demo.pipeline.model_copy(update={"recipe": recipe, "folds": 2, "formats": ("geojson",)})
+    return Demo(cohort=SMALL, pipeline=pipeline)
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> DemoSummary:
+    return run_demo(tmp_path_factory.mktemp("demo"), small_demo())
+
+
+@pytest.fixture(scope="module")
+def result(summary: DemoSummary) -> Result:
+    cohort = summary.out / "cohort"
+    return run_stages([cohort / "slides"], cohort / "labels.csv", JobFolder(summary.out), small_demo().pipeline)
+
+
+def test_summary_is_in_the_file(summary: DemoSummary) -> None:
+    written = json.loads((summary.out / "summary.json").read_text())
+    assert set(written) == {"slide_auc", "localisation_auc", "n_slides", "n_located", "seconds"}
+    assert written["slide_auc"] == summary.slide_auc
+    assert written["n_slides"] == 8
+    assert 0 <= written["localisation_auc"] <= 1
+    assert summary.n_located == 4
+
+
+def test_report_stands_alone_and_shows_both_figures(summary: DemoSummary) -> None:
+    report = (summary.out / "report.html").read_text(encoding="utf-8")
+    assert f"{summary.slide_auc:.3f}" in report
+    assert f"{summary.localisation_auc:.3f}" in report
+    assert "True outline" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "https://" not in report
+
+
+def test_attention_that_is_the_truth_locates_perfectly(
+    summary: DemoSummary, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = summary.out / "cohort/truth"
+
+    def cheating_map(_model: object, bag: object) -> Heatmap:
+        grid = bag.grid  # type: ignore[attr-defined]
+        mask, mpp = read_truth(truth / f"{bag.slide_id}.png")  # type: ignore[attr-defined]
+        boxes = (grid.boxes_px0() * grid.slide_mpp / mpp).round().astype(int)
+        share = np.array([mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes])
+        return Heatmap((share >= TUMOUR_TILE) * 1.0, grid, "attention", "attention")
+
+    monkeypatch.setattr("eosin.pipeline.demo.attention_map", cheating_map)
+    areas = locate_tumour(result, truth)
+    assert len(areas) == 4
+    assert min(areas.values()) > 0.97
+
+
+def test_localisation_is_judged_on_models_that_have_not_seen_the_slide(
+    summary: DemoSummary, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr("eosin.pipeline.demo.load_model", lambda folder: (folder, None))
+    monkeypatch.setattr(
+        "eosin.pipeline.demo.attention_map", lambda model, bag: used.append((bag.slide_id, model)) or flat(bag)
+    )
+    locate_tumour(result, summary.out / "cohort/truth")
+    assert used == [(slide, result.fold_model(slide)) for slide in result.predictions["slide_id"]]
+
+
+def flat(bag: object) -> Heatmap:
+    return Heatmap(np.ones(bag.grid.n_tiles), bag.grid, "attention", "attention")  # type: ignore[attr-defined]
+
+
+def test_even_attention_locates_nothing(summary: DemoSummary, result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eosin.pipeline.demo.attention_map", lambda _model, bag: flat(bag))
+    assert set(locate_tumour(result, summary.out / "cohort/truth").values()) == {0.5}
+
+
+def test_attention_of_the_demo_is_that_of_the_library(summary: DemoSummary, result: Result) -> None:
+    slide_id = result.predictions["slide_id"][0]
+    bag = read_bag(result.feature_file(slide_id))
+    from eosin.mil.checkpoint import load_model
+
+    assert attention_map(load_model(result.fold_model(slide_id))[0], bag).values.sum() == pytest.approx(1)
+
+
+def test_outline_of_a_normal_slide_is_empty(summary: DemoSummary) -> None:
+    outlines = [read_outline(path) for path in sorted((summary.out / "cohort/truth").glob("*.geojson"))]
+    assert sum(outline.is_empty for outline in outlines) == 4
+
+
+def test_demo_options_are_the_documented_ones() -> None:
+    demo = Demo()
+    assert demo.cohort.n_slides >= 24
+    assert demo.pipeline.recipe.aggregator.name == "abmil"
+    assert isinstance(demo.pipeline, Pipeline)
+    assert Demo.parse(json.loads(demo.to_json())) == demo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_demo_reaches_its_targets(tmp_path: Path, seed: int) -> None:
+    demo = Demo(cohort=Cohort(seed=seed))
+    summary = run_demo(tmp_path, demo)
+    assert summary.slide_auc >= 0.90
+    assert summary.localisation_auc >= 0.85
