@@ -134,7 +134,7 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
     Raises
     ------
     ConfigError
-        If an assignment has no ``=``, its value is not YAML, or it descends into a value that is no mapping.
+        If an assignment has no ``=``, its value is not YAML, or it descends into a value that is not a mapping.
     """
     result: dict[str, Any] = json.loads(json.dumps(dict(data)))
     for assignment in assignments:

@@ -265,7 +265,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] 
     Yields
     ------
     callable or None
-        To be called once per finished item; None when stderr is no terminal.
+        To be called once per finished item; None when stderr is not a terminal.
     """
     if not sys.stderr.isatty():
         yield None

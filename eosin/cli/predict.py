@@ -58,4 +58,4 @@ def predict(
             progress=progress,
         )
         return Done(made, report)
-    raise ConfigError("what is to be predicted? pass --features FOLDER, or --slides SLIDES with --job JOB")
+    raise ConfigError("nothing to predict: pass --features FOLDER, or --slides SLIDES with --job JOB")

@@ -43,7 +43,7 @@ def extract(
     Parameters
     ----------
     slides : sequence of SlideFile
-        Tiled before with `eosin.wsi.stage.tile_slides`.
+        Tiled before with `eosin.wsi.job.tile_slides`.
     job : JobFolder
         Holds the tile grids and receives the features.
     encoder : str

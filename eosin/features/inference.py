@@ -80,7 +80,7 @@ class Encoder:
             When this machine cannot compile.
         """
         if self._network is None:
-            raise ConfigError(f"encoder {self.spec.name} is no network; leave out --compile")
+            raise ConfigError(f"encoder {self.spec.name} is not a network; leave out --compile")
         side = self.spec.tile_px or self.spec.input_px or 0
         try:
             self._network.compile(dynamic=True)

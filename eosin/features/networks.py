@@ -41,7 +41,7 @@ def pool_tokens(tokens: Tensor, pooling: Pooling, n_prefix: int) -> Tensor:
         return tokens[:, 0]
     if pooling == "cls_mean":
         return torch.cat([tokens[:, 0], tokens[:, n_prefix:].mean(dim=1)], dim=-1)
-    raise ValueError(f"{pooling!r} is no way to pool tokens")
+    raise ValueError(f"{pooling!r} is not a way to pool tokens")
 
 
 class EncoderNetwork(nn.Module):

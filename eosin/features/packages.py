@@ -31,7 +31,7 @@ class ConchNetwork(EncoderNetwork):
 
     def __init__(self, model: Any, *, contrast: bool) -> None:
         super().__init__(model.visual)
-        self.model = (model,)  # in a tuple, so that the text side is no part of the weights
+        self.model = (model,)  # in a tuple, so that the text side is not part of the weights
         self.contrast = contrast
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Footer:
     n_rows : int
         Number of tiles that were encoded.
     input_fingerprint : str
-        Fingerprint of the slide file (`eosin.files.file_fingerprint`); empty when the input was no slide.
+        Fingerprint of the slide file (`eosin.files.file_fingerprint`); empty when the input was not a slide.
     options_hash : str
         Fingerprint of everything else that determines the rows.
     """
@@ -316,7 +316,7 @@ def _check_metadata(path: Path) -> int:
     with path.open("rb") as file:
         head = file.read(PREAMBLE.size)
         if len(head) < PREAMBLE.size or not head.startswith(MAGIC):
-            raise FeatureFileError(path, "is no feature file of eosin; `eosin import` reads other tools' files")
+            raise FeatureFileError(path, "is not a feature file of eosin; `eosin import` reads other tools' files")
         _, version, stated, offset, n_bytes, size = PREAMBLE.unpack(head)
         if version != VERSION:
             raise FeatureFileError(
@@ -376,7 +376,7 @@ def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     if dataset.is_virtual or dataset.external:
         raise FeatureFileError(path, f"{name!r} keeps its data in other files, which are never read", code="unsafe")
     if dataset.shape is None or dataset.dtype.hasobject:
-        raise FeatureFileError(path, f"{name!r} is no array of numbers")
+        raise FeatureFileError(path, f"{name!r} is not an array of numbers")
     rows, columns = (*dataset.shape, 1, 1)[:2]
     declared, stored = int(np.prod(dataset.shape, dtype=object)) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     too_large = rows > MAX_ROWS or columns > MAX_DIM or declared > MAX_BYTES

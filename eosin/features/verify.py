@@ -52,7 +52,7 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     """
     files = sorted({path for pattern in PATTERNS for path in job.root.glob(pattern) if not path.name.startswith(".")})
     if not files:
-        raise ConfigError(f"{job.root}: is no job folder, or an empty one; there is nothing to verify")
+        raise ConfigError(f"{job.root}: is not a job folder, or an empty one; there is nothing to verify")
     return run_batch(
         files,
         verify_file,
@@ -129,5 +129,5 @@ def _verify_outline(path: Path) -> Outcome:
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))["type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FeatureFileError(path, f"is no GeoJSON ({error}); tile the slide again", code="damaged") from error
+        raise FeatureFileError(path, f"is not valid GeoJSON ({error}); tile the slide again", code="damaged") from error
     return Outcome(message=str(kind))

@@ -76,7 +76,7 @@ def summarise_cohort(
         Whether the slide is of the class that the log-odds are about; None when it is not known, which leaves
         sensitivity and specificity out.
     patients : sequence of str
-        Patient of each slide; slides of a patient are no independent observations.
+        Patient of each slide; slides of a patient are not independent observations.
     seed : int
         Of the bootstrap.
 

@@ -20,7 +20,7 @@ def stream_features(path: Path) -> Iterator[dict[str, Any]]:
     Raises
     ------
     OSError, ValueError, RecursionError
-        If the file cannot be read, is no JSON or no GeoJSON, or one feature is larger than 64 MiB.
+        If the file cannot be read, is not valid JSON, is not GeoJSON, or one feature is larger than 64 MiB.
     """
     with path.open(encoding="utf-8-sig") as file:
         text = _Text(file.read)

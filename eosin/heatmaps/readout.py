@@ -1,4 +1,4 @@
-"""Exact answers for models whose bag is no weighted sum of logits: any head after softmax pooling, and extremes.
+"""Exact answers for models whose bag is not a weighted sum of logits: any head after softmax pooling, and extremes.
 
 Like `eosin.heatmaps.pooled`, these models embed every instance alone. What a bag becomes then follows from sums or
 from the two largest values of every channel, so leaving out each single instance needs no further pass of the model:

@@ -120,7 +120,7 @@ def load_card(folder: Path) -> ModelCard:
     Raises
     ------
     CheckpointError
-        If the folder is no model of ours, or of a version that is not known here.
+        If the folder is not a model folder of eosin, or is of an unknown version.
     """
     path = folder / CARD
     try:
@@ -128,7 +128,7 @@ def load_card(folder: Path) -> ModelCard:
     except FileNotFoundError:
         folds = any(folder.glob(f"fold_*/{CARD}"))
         advice = "its folds, fold_<i>, are model folders" if folds else "pass the folder that training wrote"
-        raise CheckpointError(folder, f"is no model folder (no {CARD}); {advice}") from None
+        raise CheckpointError(folder, f"is not a model folder (no {CARD}); {advice}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(path, f"cannot be read ({error})") from None
     version = data.get("schema_version") if isinstance(data, Mapping) else None

@@ -22,7 +22,7 @@ class Cohort:
     sites : tuple of str
         One per slide or empty; a site that is given is never on two sides.
     soft : frozenset of str
-        Strata that are no classes but bins of a number and the like: shared out as well as they can be, and no fault
+        Strata that are not classes but bins of a number and the like: shared out as well as they can be, and no fault
         where they are missing.
     """
 

@@ -179,7 +179,7 @@ def continued(run: Path, study: Study, recipe: Recipe) -> tuple[Recipe, Study]:
     Raises
     ------
     ConfigError
-        If the task is no classification, or the recipe builds another aggregator.
+        If the task is not classification, or the recipe builds another aggregator.
     LabelError
         If a class is known already.
     FeatureMismatchError
@@ -277,7 +277,7 @@ def record_task(
     Returns
     -------
     TaskSequence or None
-        None for a task that is no classification.
+        None for a task that is not classification.
 
     Raises
     ------

@@ -148,7 +148,7 @@ def read_tensors(path: Path) -> Tensors:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(path, "is no dictionary of tensors; save the model's state_dict")
+        raise CheckpointError(path, "is not a dictionary of tensors; save the model's state_dict")
     return {re.sub(r"(^|\.)module\.", r"\1", name): tensor for name, tensor in loaded.items()}
 
 

@@ -93,7 +93,7 @@ def read_fold_table(path: Path) -> tuple[LabelTable, Split]:
     table = read_table(path)
     absent = [name for part in PARTS for name in (part, f"{part}_label") if name not in table]
     if absent:
-        raise LabelError(f"{path}: is no fold of TransMIL; the columns {', '.join(absent)} are missing")
+        raise LabelError(f"{path}: is not a fold of TransMIL; the columns {', '.join(absent)} are missing")
     pairs = {
         part: [(slide_id(s), _whole(v)) for s, v in zip(table[part], table[f"{part}_label"], strict=True) if s]
         for part in PARTS
@@ -143,7 +143,7 @@ def read_patient_splits(path: Path, cohort: Cohort) -> list[Split]:
     except FileNotFoundError:
         raise LabelError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabelError(f"{path}: is no splits.json of STAMP ({error})") from None
+        raise LabelError(f"{path}: is not a splits.json of STAMP ({error})") from None
     slides: dict[str, list[str]] = {}
     for slide, patient in zip(cohort.slide_ids, cohort.patient_ids, strict=True):
         slides.setdefault(patient, []).append(slide)

@@ -46,7 +46,7 @@ def rate_factor(options: Training, done: float, *, step: float) -> float:
 
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the weights of `average` towards those of `model`; buffers that are no floats are copied."""
+    """Move the weights of `average` towards those of `model`; buffers that are not floats are copied."""
     for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         if kept.is_floating_point():
             kept.lerp_(new, 1 - decay)

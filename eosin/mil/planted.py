@@ -11,7 +11,7 @@ opposite of it. With background instances from N(0, I):
 - `multi_concept`: positive bags hold instances of two concepts, N(2, 0.1²) and N(3, 0.1²), negative bags of one of
   them; the poison is as before.
 - `false_frequency`: the same concepts, one or two instances of each. Negative bags hold one or two instances of one
-  concept in the training part, and 35 to 45 in the test part: many of one are no reason to be positive.
+  concept in the training part, and 35 to 45 in the test part: many of one concept do not make a bag positive.
 
 The numbers are those of the paper's algorithms 1 to 3 as torchmil (https://github.com/Franblueee/torchmil) states them,
 save that either concept, not always the first, is the one of a negative bag, and one or two instances where it has one.
@@ -137,7 +137,7 @@ def planted_signal(
     Raises
     ------
     ConfigError
-        If a share is none, or the lengths are no range.
+        If a share is none, or the lengths are not a range.
     """
     least, most = (fraction, fraction) if isinstance(fraction, float | int) else fraction
     if not 0 < least <= most <= 1 or not 0 <= distractors < 1 or not 1 <= lengths[0] <= lengths[1]:

@@ -47,7 +47,7 @@ def predict(
         failed), ``reason``, the columns of the task with the ``threshold`` that was used, ``uncertainty`` (standard
         deviation over the models, mean over the outputs; of several targets one each; empty for one model),
         ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash`` and ``message``.
-        A row of an earlier table of this name stays when it was no failure and is of the same models and features.
+        A row of an earlier table of this name stays when it was not a failure and is of the same models and features.
     failures : sequence of Record
         Slides that failed before they had features; each is a row with its reason.
     patient_of : mapping of str to str, optional

@@ -70,7 +70,7 @@ class PredictionTable:
         return self.out.with_name(f".{self.out.name}.partial.csv")
 
     def keep(self, ids: Collection[str], features_hash: Callable[[str], str]) -> None:
-        """Take over the rows of an earlier run that were no failures and would come out the same.
+        """Take over the rows of an earlier run that were not failures and would come out the same.
 
         Parameters
         ----------

@@ -115,7 +115,9 @@ class Run:
         for inner in INNER:
             folders = folders or [path.parent for path in sorted((root / inner).glob(f"fold_*/{CARD}"), key=_fold)]
         if not folders:
-            raise CheckpointError(root, f"is no run (no {CARD}, no fold_*/{CARD}); pass what train or crossval wrote")
+            raise CheckpointError(
+                root, f"is not a run (no {CARD}, no fold_*/{CARD}); pass what train or crossval wrote"
+            )
         return cls(root, tuple(Witness(folder, read_seen(folder)) for folder in folders))
 
     def unbiased(self, slide_id: str) -> tuple[Path, ...]:

@@ -176,7 +176,7 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
         if twice:
             raise LabelError(f"fold {number}: slides named more than once: {shown(twice)}")
         if not split.train:
-            raise LabelError(f"fold {number}: nobody to train on")
+            raise LabelError(f"fold {number}: there are no slides to train on")
         learnt = {stratum[slide] for slide in split.train} | cohort.soft
         absent = sorted({stratum[slide] for slide in everyone} - learnt)
         if absent:
@@ -308,7 +308,7 @@ def _read_csv(path: Path) -> Split:
     if path.stem.endswith("_descriptor"):
         raise LabelError(f"{path}: counts the slides of a split and names none; pass the file without _descriptor")
     if not {"train", "test"} <= set(table):
-        raise LabelError(f"{path}: is no split; expected the columns train, val, test, found {', '.join(table)}")
+        raise LabelError(f"{path}: is not a split; expected the columns train, val, test, found {', '.join(table)}")
     columns = [table.get(part, ()) for part in PARTS]
     if all(value in ("True", "False", "") for column in columns for value in column):
         names = [slide_id(name) for name in next(iter(table.values()))]

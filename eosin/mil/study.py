@@ -115,7 +115,7 @@ class Study:
     notes : tuple of str
         How its columns and labels were understood, for a person to read.
     left_out : frozenset of str
-        Slides of the table that are no part of it: splits may name them.
+        Slides of the table that are not part of it: splits may name them.
     """
 
     task: Task

@@ -247,7 +247,7 @@ class Task(Options):
         raise NotImplementedError
 
     def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
-        """Return the strata that are no classes, so that a part of a split may lack them."""
+        """Return the strata that are not classes, so that a part of a split may lack them."""
         return frozenset()
 
 
@@ -269,7 +269,7 @@ def number(value: str, column: str) -> float:
     except ValueError:
         result = float("nan")
     if not np.isfinite(result):
-        raise LabelError(f"{value!r} in column {column!r} is no number; correct the label table")
+        raise LabelError(f"{value!r} in column {column!r} is not a number; correct the label table")
     return result
 
 

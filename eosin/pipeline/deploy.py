@@ -76,7 +76,7 @@ def encode_like(
         If the environment stops the run; what is finished stays.
     """
     if spec.mpp is None or spec.patch_size is None:
-        raise ConfigError(f"the model was trained on {spec.encoder}, which are no tiles of slides; pass --features")
+        raise ConfigError(f"the model was not trained on slide tiles (encoder {spec.encoder}); pass --features FOLDER")
     means, tiling = machine or Machine(), Tiling(mpp=spec.mpp, patch_size=spec.patch_size)
     with progress("tile", len(slides)) as advance:
         tiled = tile_slides(slides, job, tiling, workers=means.workers, progress=advance)

@@ -343,7 +343,7 @@ def _stage_one_bag(plan: SelectionPlan, item: SlideFile) -> FeatureBag:
     bag = read_bag(path)
     plan.spec.require_match(bag.spec, path)
     if bag.grid is None:
-        raise FeatureFileError(path, "says nothing of the places of its tiles; extract the slide again")
+        raise FeatureFileError(path, "has no tile coordinates; extract the slide again")
     if read_footer(path).input_fingerprint != file_fingerprint(item.path):
         raise SlideError(item.path, "has changed since the first stage read it; extract it again", code="changed")
     return bag

@@ -90,9 +90,9 @@ def report_crossval(
     predictions : Path
         Its ``predictions.csv``.
     study : Study
-        Its notes, sites and features are told.
+        Gives the notes, sites and features.
     context : Context, optional
-        What else is told.
+        Further notes.
 
     Raises
     ------

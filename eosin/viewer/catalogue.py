@@ -101,7 +101,7 @@ class Study:
 
     @cached_property
     def tissue(self) -> MultiPolygon:
-        """The outline of the tissue, level-0 pixels; empty where none is told from glass."""
+        """The outline of the tissue, level-0 pixels; empty where none was found."""
         with self.slides.borrow(self.listed.key) as slide:
             try:
                 return find_tissue(slide).contours()

@@ -234,7 +234,7 @@ def read_session(path: Path) -> SavedSession:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as a session ({error})") from None
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ConfigError(f"{path}: is no session of the viewer; pass the .json file that it saved")
+        raise ConfigError(f"{path}: is not a session of the viewer; pass the .json file that it saved")
     return SavedSession.parse(data, source=str(path))
 
 

@@ -2,7 +2,7 @@
 
 Bound to 127.0.0.1. The path begins with a random token that every request needs: page, websocket, scripts, tiles.
 Host and Origin must be this machine, so that no page from elsewhere reaches it (DNS rebinding); the few paths that
-exist are listed; what goes wrong is told in one line.
+exist are listed; every fault is reported in one line.
 """
 
 import asyncio

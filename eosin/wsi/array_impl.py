@@ -116,7 +116,7 @@ def open_picture(path: Path, *, mpp: float | None = None) -> ArraySlide:
     Raises
     ------
     SlideOpenError
-        If it is no picture, is damaged, or has more than 80 million pixels.
+        If it is not a picture, is damaged, or has more than 80 million pixels.
     """
     try:
         with _opened(path) as image:

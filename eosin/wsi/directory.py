@@ -122,14 +122,14 @@ def read_directories(file: BinaryIO) -> list[Directory]:
     Raises
     ------
     ValueError
-        If the file is no TIFF, ends early, or its directories are many or lead back.
+        If the file is not a TIFF, ends early, or its directories are too many or form a loop.
     """
     layout, place = _layout(file)
     seen: set[int] = set()
     found = []
     while place:
         if place in seen or len(seen) >= MAX_DIRECTORIES:
-            raise ValueError("its directories lead back, or there are too many")
+            raise ValueError("its directories form a loop, or there are too many")
         seen.add(place)
         directory, place = layout.directory(file, place)
         found.append(directory)
@@ -141,13 +141,13 @@ def _layout(file: BinaryIO) -> "tuple[_Layout, int]":
     header = _read(file, 0, 16)
     order = _ORDERS.get(header[:2])
     if order is None:
-        raise ValueError("it is no TIFF")
+        raise ValueError("it is not a TIFF")
     version, width, zero = struct.unpack(order + "HHH", header[2:8])
     if version == 42:
         return _Layout(order, "H", "I"), struct.unpack(order + "I", header[4:8])[0]
     if (version, width, zero) == (43, 8, 0):
         return _Layout(order, "Q", "Q"), struct.unpack(order + "Q", header[8:16])[0]
-    raise ValueError("it is no TIFF")
+    raise ValueError("it is not a TIFF")
 
 
 @dataclass(frozen=True)

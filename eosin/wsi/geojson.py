@@ -89,7 +89,7 @@ def read_outline(path: Path, *, qupath_origin_px0: tuple[int, int] = (0, 0)) -> 
     Raises
     ------
     SlideError
-        Code ``bad-contours`` if the file is no GeoJSON, or holds objects but none with an area.
+        Code ``bad-contours`` if the file is not valid GeoJSON, or holds objects but none with an area.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -107,7 +107,7 @@ def read_outline(path: Path, *, qupath_origin_px0: tuple[int, int] = (0, 0)) -> 
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _annotations(data: Any) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -94,7 +94,7 @@ class TileGrid:
     slide_mpp: float
 
     def __post_init__(self) -> None:
-        """Refuse arrays that are no list of points."""
+        """Refuse arrays that are not a list of points."""
         if self.origins_px0.ndim != 2 or self.origins_px0.shape[1] != 2 or self.origins_px0.dtype != np.int64:
             raise ValueError(f"origins_px0 is {self.origins_px0.dtype} {self.origins_px0.shape}, not int64 (n, 2)")
 

@@ -156,7 +156,7 @@ def refine(
     coarse : (h, w) bool
         Tissue on the coarse lattice.
     pen : (h, w) bool
-        Cells that are no tissue whatever their stain.
+        Cells that are not tissue whatever their stain.
     closer : Closer
         Reads the border.
     min_stain : float

@@ -2,7 +2,7 @@
 
 At the overview's 8 µm/px ink, folds and glass are seen as well as anywhere, and 200,000 tiles cost nothing. Blur is
 not: what a lens loses lies below 4 µm. It is measured at 1 µm/px, where one sixteenth of the pixels of a slide of
-0.25 µm/px are read, most scanners store a level, and blur by 1 µm and more is told from sharp tissue (docs/slides.md).
+0.25 µm/px are read, most scanners store a level, and blur by 1 µm and more differs from sharp tissue (docs/slides.md).
 """
 
 import math

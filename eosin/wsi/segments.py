@@ -19,7 +19,7 @@ YCBCR_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01"
 
 
 class DecodeError(Exception):
-    """Stored bytes that are no picture of the size that the file states."""
+    """Stored bytes that are not a picture of the size that the file states."""
 
 
 class Places:
@@ -122,7 +122,7 @@ def decode_segment(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
     Raises
     ------
     DecodeError
-        If the bytes are no picture of the stated size.
+        If the bytes are not a picture of the stated size.
     """
     try:
         if not level.is_jpeg:
@@ -178,7 +178,7 @@ def decode_reduced(
     Raises
     ------
     DecodeError
-        If the bytes are no JPEG that is `shrink` times as large as `size_px`.
+        If the bytes are not a JPEG that is `shrink` times as large as `size_px`.
     """
     width, height = size_px
     stored = _stored_size(data)
@@ -223,7 +223,7 @@ def _without_padding(level: Level, index: int, pixels: NDArray[np.uint8]) -> NDA
 def _decode_any(level: Level, index: int, data: bytes) -> NDArray[np.uint8]:
     decoded, _, _ = level.page.decode(data, index, jpegtables=level.page.jpegtables)
     if decoded is None or decoded.ndim != 4 or decoded.shape[-1] < 3 or decoded.dtype != np.uint8:
-        raise DecodeError("it is no 8-bit RGB picture")
+        raise DecodeError("it is not an 8-bit RGB picture")
     pixels: NDArray[np.uint8] = decoded[0]
     if pixels.shape[-1] == 4:
         raise DecodeError("it has an alpha channel")

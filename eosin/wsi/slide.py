@@ -264,7 +264,7 @@ def _mpp_row(row: Mapping[str, str], path: Path) -> tuple[str, float]:
     try:
         return row["slide"], float(row["mpp"])
     except ValueError:
-        raise ConfigError(f"{path}: slide {row['slide']!r} has the mpp {row['mpp']!r}, which is no number") from None
+        raise ConfigError(f"{path}: slide {row['slide']!r} has the mpp {row['mpp']!r}, which is not a number") from None
 
 
 def _mpp_for(path: Path, slide_id: str, table: Mapping[str, float] | float | None) -> float | None:

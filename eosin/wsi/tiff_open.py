@@ -155,7 +155,7 @@ def open_plain(path: Path, *, mpp: float | None = None) -> TiffReader:
     Raises
     ------
     SlideOpenError
-        If it is no TIFF, holds no 8-bit RGB picture, or would have to be decoded whole.
+        If it is not a TIFF, holds no 8-bit RGB picture, or would have to be decoded whole.
     """
     try:
         tiff = _open_tiff(path)

@@ -53,7 +53,7 @@ ODD_COVERAGE = (0.001, 0.95)
 
 
 class TissueOptions(Options):
-    """How tissue is told from glass.
+    """How tissue is separated from glass.
 
     Parameters
     ----------
@@ -419,7 +419,7 @@ def _clean(
 
 
 def _meshes(weak: NDArray[np.bool_], sure: NDArray[np.bool_], window: float) -> NDArray[np.bool_]:
-    """Return the weak cells that are no lone specks: a share of the glass around them is weakly stained too."""
+    """Return the weak cells that are not lone specks: a share of the glass around them is weakly stained too."""
     side = max(3, round(window))
     alone = weak & ~sure
     if not alone.any():

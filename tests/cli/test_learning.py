@@ -728,8 +728,8 @@ def test_predict_must_know_what_to_predict(refused: Run, model: Path, tmp_path: 
 
 def test_a_folder_that_is_no_model(refused: Run, features: Path, tmp_path: Path) -> None:
     line = refused("predict", "--model", tmp_path, "--features", features, "--out", tmp_path / "p.csv")
-    assert "is no model folder" in line
-    assert "is no model folder" in refused("info", tmp_path)
+    assert "is not a model folder" in line
+    assert "is not a model folder" in refused("info", tmp_path)
     (tmp_path / "fold_0").mkdir()
     (tmp_path / "fold_0/model.json").write_text("{}")
     line = refused("predict", "--model", tmp_path, "--features", features, "--out", tmp_path / "p.csv")

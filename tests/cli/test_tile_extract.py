@@ -138,7 +138,7 @@ def test_verify_passes_a_sound_job_and_names_a_damaged_file(run: Run, slide: Pat
 
 
 def test_verify_of_something_else(refused: Run, tmp_path: Path) -> None:
-    assert "is no job folder" in refused("verify", tmp_path)
+    assert "is not a job folder" in refused("verify", tmp_path)
 
 
 # bad input

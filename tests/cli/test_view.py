@@ -66,7 +66,7 @@ def test_slides_that_cannot_be_shown_are_refused_in_one_line(refused, cohort, fe
     here = ["--features", features, "--slides", slide(cohort, 0)]
     assert "no feature files" in refused(*show, "--features", tmp_path / "none", "--slides", slide(cohort, 0))
     assert "no such file or folder" in refused(*show, "--features", features, "--slides", tmp_path / "S000.tiff")
-    assert "is no model folder" in refused("view", "--model", tmp_path, *here)
+    assert "is not a model folder" in refused("view", "--model", tmp_path, *here)
     other = tmp_path / "S000.tiff"
     other.symlink_to(slide(cohort, 3))
     assert "the slide that they came from" in refused(*show, "--features", features, "--slides", other)
@@ -75,7 +75,7 @@ def test_slides_that_cannot_be_shown_are_refused_in_one_line(refused, cohort, fe
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} cannot be used" in refused(*show, *here, "--port", port)
-    assert "is no session" in refused(*show, *here, "--replay", model / "model.json")
+    assert "is not a session" in refused(*show, *here, "--replay", model / "model.json")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_conch_with_and_without_projection(tmp_path: Path) -> None:
     np.testing.assert_allclose(contrast.encode(TILES), 2 * expected, rtol=1e-5, atol=1e-6)
     torch.save({**coca.state_dict(), "text.weight": torch.ones(2, 2)}, tmp_path / "w.bin")
     again = load_encoder("conch_v1", weights=tmp_path / "w.bin")
-    assert again.weights_hash == plain.weights_hash, "the text side is no part of what is hashed"
+    assert again.weights_hash == plain.weights_hash, "the text side is not part of what is hashed"
     torch.save({"text.weight": torch.ones(2, 2)}, tmp_path / "w.bin")
     with pytest.raises(CheckpointError, match=r"linear\.weight is missing"):
         load_encoder("conch_v1", weights=tmp_path / "w.bin")

@@ -64,7 +64,7 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(folder, change, messag
 
 
 def test_missing_and_truncated_files_are_refused(folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no model folder \(no model.json\)"):
+    with pytest.raises(CheckpointError, match=r"is not a model folder \(no model.json\)"):
         load_card(tmp_path / "nothing")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])

@@ -102,7 +102,7 @@ def test_bad_patient_splits_are_refused(tmp_path):
     with pytest.raises(LabelError, match="not in the label table: Z"):
         read_patient_splits(path, COHORT)
     path.write_text("[]")
-    with pytest.raises(LabelError, match=r"is no splits\.json"):
+    with pytest.raises(LabelError, match=r"is not a splits\.json"):
         read_patient_splits(path, COHORT)
 
 

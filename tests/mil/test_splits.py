@@ -186,7 +186,7 @@ def test_leakage_is_an_error_that_names_the_patients():
         (Split(("a1", "a2", "zz"), (), ("b1",)), "not in the label table: zz"),
         (Split(("a1", "a1", "a2"), (), ("b1",)), "more than once: a1"),
         (Split(("a1", "a2"), (), ("b1", "a1")), "patients in both train and test: A; split by patient"),
-        (Split((), ("b1",), ("c1",)), "nobody to train on"),
+        (Split((), ("b1",), ("c1",)), "no slides to train on"),
         (Split(("b1",), (), ("c1",)), "no training slide of 1"),
     ],
 )
@@ -234,7 +234,7 @@ def test_counts_of_clam_are_no_split(shared):
 
 def test_what_is_no_split_is_refused(tmp_path):
     (tmp_path / "splits_0.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(LabelError, match="is no split"):
+    with pytest.raises(LabelError, match="is not a split"):
         read_splits(tmp_path)
     with pytest.raises(LabelError, match=r"has no splits_<i>\.csv"):
         read_splits(tmp_path / "..")

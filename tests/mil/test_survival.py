@@ -150,7 +150,7 @@ def test_a_censorship_column_is_turned_round():
         ([(1, 0), (2, 0)], "holds no event.*say which value is the event"),
         ([(-1, 1)], "a time cannot be negative"),
         ([(1, "maybe")], "is neither 0 nor 1"),
-        ([("x", 1)], "is no number"),
+        ([("x", 1)], "is not a number"),
     ],
 )
 def test_bad_survival_tables_are_refused(pairs, message):

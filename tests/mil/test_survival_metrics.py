@@ -1,4 +1,4 @@
-"""Survival metrics beside scikit-survival, which is no dependency of the package, and by hand."""
+"""Survival metrics beside scikit-survival, which is not a dependency of the package, and by hand."""
 
 import numpy as np
 import pytest

@@ -150,7 +150,7 @@ def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path:
     folder, job = tmp_path / "cohort", tmp_path / "job"
     shutil.copytree(cohort, folder)
     shutil.copytree(result.job.root, job)
-    (folder / "slides/S000.tiff").write_bytes(b"II*\0 this is no slide")
+    (folder / "slides/S000.tiff").write_bytes(b"II*\0 this is not a slide")
     (folder / "slides/extra.svs").write_bytes(b"nor is this")
     mended = run(folder, job)
     assert mended.left_out == ("S000",)

@@ -132,7 +132,7 @@ def test_a_slide_without_tissue_is_empty_and_bad_ones_are_named(stage):
 
     slides = stage.cohort / "slides"
     Image.new("RGB", (600, 600), (244, 244, 244)).save(slides / "blank.png")
-    (slides / "F001.tiff").write_bytes(b"II*\0 this is no slide any more")
+    (slides / "F001.tiff").write_bytes(b"II*\0 this is not a slide any more")
     (stage.job.features(COARSE.folder, "he_texture", "F002")).unlink()
     (stage.job.features(COARSE.folder, "he_texture", "F003")).write_bytes(b"torn")
     blank = find_slides([slides / "blank.png"], slide_mpp=0.5)
@@ -189,7 +189,7 @@ def test_what_does_not_fit_together_is_refused_before_any_slide(stage, tmp_path)
         stage.select(tiling=Tiling(mpp=4.0, patch_size=16))
     with pytest.raises(ConfigError, match="overlap 4"):
         stage.select(tiling=Tiling(mpp=1.0, patch_size=32, overlap=4))
-    with pytest.raises(CheckpointError, match="is no run"):
+    with pytest.raises(CheckpointError, match="is not a run"):
         stage.select(run=tmp_path / "nowhere")
     study = stage.study
     pooled = Recipe(aggregator=Component(name="mean"), training=RECIPE.training)

@@ -73,7 +73,7 @@ def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
     ("change", "words"),
     [
         ({"model_id": "0" * 16}, "was made with the model"),
-        ({"kind": "other"}, "is no session of the viewer"),
+        ({"kind": "other"}, "is not a session of the viewer"),
         ({"version": 2}, "version"),
         ({"class_name": "zebra"}, "zebra"),
         ({"removed": {"slide_id": "slide-9", "n_tiles": 192, "tiles": []}}, "not among --slides"),

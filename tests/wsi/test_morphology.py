@@ -60,7 +60,7 @@ def test_small_pieces_and_holes():
     assert not drop_small(np.zeros((4, 4), bool), 1, keep_largest=True).any()
     assert fill_holes(mask, 4).sum() == mask.sum() + 4
     assert np.array_equal(fill_holes(mask, 3), mask)
-    assert np.array_equal(fill_holes(mask, 1000), fill_holes(mask, 4))  # the outside is no hole
+    assert np.array_equal(fill_holes(mask, 1000), fill_holes(mask, 4))  # the outside is not a hole
     assert fill_holes(np.ones((3, 3), bool), 1).all()
 
 

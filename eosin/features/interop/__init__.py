@@ -141,7 +141,7 @@ def _read_hdf5(file: h5py.File, path: Path, options: ImportOptions, facts: Slide
         return "feature file of ACMIL", others.read_acmil(file, path)
     if "attention_scores" in file:
         raise FeatureFileError(path, "holds attention scores of CLAM; import its features instead")
-    raise FeatureFileError(path, f"has {', '.join(list(file)[:5]) or 'nothing'}; this is no layout that eosin knows")
+    raise FeatureFileError(path, f"has {', '.join(list(file)[:5]) or 'nothing'}; eosin does not know this layout")
 
 
 def _with_places(slide: Foreign, options: ImportOptions) -> Foreign:
@@ -157,7 +157,7 @@ def _read_places(options: ImportOptions) -> Places | None:
             return trident.places(file, options.coords)
         if clam.is_coordinates(file):
             return clam.places(file, options.coords)
-    raise FeatureFileError(options.coords, "is no coordinates file of CLAM, TRIDENT or eosin")
+    raise FeatureFileError(options.coords, "is not a coordinates file of CLAM, TRIDENT or eosin")
 
 
 def _import_npz(path: Path, out: Path, options: ImportOptions) -> Imported:

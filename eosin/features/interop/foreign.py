@@ -241,7 +241,9 @@ def _read_labels(table: Path) -> dict[str, tuple[str, str]]:
     with table.open(newline="", encoding="utf-8-sig") as file:
         header, *rows = [*csv.reader(file)] or [[]]
     if tuple(header) != LABEL_COLUMNS or any(len(row) != len(LABEL_COLUMNS) for row in rows):
-        raise FeatureFileError(table, f"has not the columns {', '.join(LABEL_COLUMNS)} alone; choose another --out")
+        raise FeatureFileError(
+            table, f"already exists with other columns; expected only {', '.join(LABEL_COLUMNS)}; choose another --out"
+        )
     return {slide_id: (patient, label) for patient, slide_id, label in rows}
 
 
@@ -255,7 +257,7 @@ def safe_id(name: object, path: Path) -> str:
     """
     text = str(name)
     if not text or Path(text).name != text or text.startswith(".") or "\\" in text or "\0" in text:
-        raise FeatureFileError(path, f"calls its slide {text!r}, which is no file name", code="unsafe")
+        raise FeatureFileError(path, f"calls its slide {text!r}, which is not a file name", code="unsafe")
     return text
 
 

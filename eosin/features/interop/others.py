@@ -73,7 +73,7 @@ def _read_json(meta: Path, path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FeatureFileError(meta, f"is no JSON ({error})") from error
+        raise FeatureFileError(meta, f"is not valid JSON ({error})") from error
     return facts
 
 
@@ -111,7 +111,7 @@ def _numbers(header: list[str], rows: list[list[str]], path: Path) -> Numbers:
     try:
         values = np.array(rows if counted else [header, *rows], dtype=np.float32)
     except ValueError:
-        message = "is no table of features (one row of numbers per tile) and no table of tiles that eosin knows"
+        message = "is neither a table of features (one row of numbers per tile) nor a table of tiles that eosin knows"
         raise FeatureFileError(path, message) from None
     return values
 

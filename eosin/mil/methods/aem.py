@@ -12,7 +12,7 @@ instances. The authors' code sums for one network, averages for the others and d
 
 Deviations from the authors' code. The entropy comes from the scores, not from the weights, so that weights of exactly
 0 (hidden instances) contribute 0 instead of NaN. The entropy is at most log n, so λ reaches further in larger bags;
-`normalised` divides each bag's by log n, and is off by default as it is no part of the method.
+`normalised` divides each bag's by log n, and is off by default as it is not part of the method.
 The recipe embeds to 512, the authors' width for features of 1,024; theirs is half of other widths.
 """
 

@@ -79,7 +79,7 @@ class Ins(Aggregator):
         Width P of a projection.
     pooling : {"mean", "max", "noisy_or"}
         How the probabilities of the instances make the bag's, equation 1. The mean is the share of a class, which stays
-        below one half where few instances are positive: such bags are told apart by their order and by a threshold
+        below one half where few instances are positive: such bags are separated by their order and by a threshold
         (``training.threshold``), not by the most probable class.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ENERGY = 0.99
-UNUSED = 1e-6  # an update's singular values below this share of the largest are no direction that was learnt
+UNUSED = 1e-6  # an update's singular values below this share of the largest are not a direction that was learnt
 
 
 class OrthogonalLora(nn.Module):

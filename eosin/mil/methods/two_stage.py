@@ -162,7 +162,7 @@ def child_grid(parents: TileGrid, tiling: Tiling) -> TileGrid:
     Raises
     ------
     ConfigError
-        If a large tile is no whole number of small ones along a side, or small tiles overlap.
+        If a large tile is not a whole number of small ones along a side, or small tiles overlap.
     """
     ratio = tile_ratio(parents.tiling, tiling)
     delivered = tiling.delivered_mpp(parents.slide_mpp) / parents.slide_mpp

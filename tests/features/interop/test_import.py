@@ -207,7 +207,7 @@ def test_refusals(tmp_path: Path) -> None:
     bad_rows[1, 1] = np.nan
     cases = {
         "attention": write_h5(tmp_path / "a.h5", {"attention_scores": ROWS, "coords": CORNERS}),
-        "no layout that eosin knows": write_h5(tmp_path / "b.h5", {"x": ROWS}),
+        "does not know this layout": write_h5(tmp_path / "b.h5", {"x": ROWS}),
         "not finite": write_h5(tmp_path / "c.h5", {"features": bad_rows, "coords": CORNERS}),
         "6 rows|5 rows of features for 4": write_h5(
             tmp_path / "d.h5", {"features": ROWS, "coords": CORNERS[:4]}, coords=TRIDENT_ATTRIBUTES

@@ -1,0 +1,193 @@
+"""What documents and docstrings say: every back-quoted reference resolves; the worst patterns of prose are refused."""
+
+import ast
+import importlib
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+from eosin.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "eosin"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+FILE_ENDINGS = (".py", ".md", ".yaml", ".toml", ".sh", ".jinja")
+
+COMPARED = "longer|more|less|such|worse|better|slower|faster|later"  # "is no longer" is good English
+
+REFUSED = {  # pattern -> what to write instead
+    rf"(?<![Tt]here )\b(?:is|are|was|were) no (?!{COMPARED})\w+": "'is not a'",
+    r"\b(?:is|are|was) told\b": "'is reported', 'is printed'",
+    r"\bit is said that\b": "say who says what: 'the command warns that ...'",
+    r"\bis warned of\b": "'triggers a warning'",
+    r"\bhas not the\b|\bhave not the\b": "'does not have the ...'",
+    r"\bwhat is to be \w+ed\?": "state the missing option: 'nothing to predict: pass ...'",
+    r"\bnobody to \w+ on\b": "'there are no slides to train on'",
+    r"\blead back\b": "'form a loop'",
+    r"\bwho has the \w+ has the\b": "one clause, one subject",
+    r"\bsays nothing of\b": "'does not state'",
+    r"\bis that of the\b.*\bthat of the\b": "repeat the noun once",
+    r"\bwants for\b|\bis wanting\b": "'is missing'",
+}
+
+
+def references(text: str) -> Iterator[str]:
+    """Return what stands between single or double back-quotes on one line, without fenced code."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    yield from (match[1] or match[2] for match in re.finditer(r"``([^`\n]+)``|`([^`\n]+)`", text))
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node, clean=False) or ""
+
+
+def sentences(path: Path) -> Iterator[tuple[int, str]]:
+    """Return the prose of a source file, comments and texts, with the lines where it stands."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield from enumerate(source.splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)):
+            yield token.start[0], " ".join(token.string.split())
+
+
+@cache
+def options() -> frozenset[str]:
+    """Return every option of every command, hidden ones included."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    found = {"--version", "--help", "-h"}
+    for command in group.commands.values():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            found.update(parameter.opts, parameter.secondary_opts)
+    return frozenset(found)
+
+
+@cache
+def commands() -> frozenset[str]:
+    return frozenset(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@cache
+def file_names() -> frozenset[str]:
+    folders = ("eosin", "tests", "docs", "benchmarks", "configs")
+    return frozenset(path.name for folder in folders for path in (ROOT / folder).rglob("*")) | {
+        path.name for path in ROOT.iterdir()
+    }
+
+
+def module_resolves(dotted: str) -> bool:
+    """Tell whether a dotted name is a module, or something in one."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for name in parts[cut:]:
+            annotated = getattr(found, "__annotations__", {}) | getattr(found, "__dataclass_fields__", {})
+            if not hasattr(found, name) and name not in annotated:
+                return False
+            found = getattr(found, name, None)
+        return True
+    return False
+
+
+def path_resolves(text: str) -> bool:
+    """Tell whether a path of the repository exists; ``<paper>`` stands for any name."""
+    pattern = re.sub(r"<[^>]*>|\{[^}]*\}", "*", text.rstrip("/"))
+    return any(next(base.glob(pattern), None) is not None for base in (ROOT, PACKAGE, ROOT / "tests"))
+
+
+def unresolved(text: str) -> Iterator[str]:
+    for reference in references(text):
+        if not resolves(reference):
+            yield reference
+        elif reference.startswith(("eosin ", "--")):
+            named = re.findall(r"(?<![\w-])--[a-z][a-z-]+", reference)
+            yield from (f"{reference}: {option}" for option in named if option not in options())
+
+
+def resolves(reference: str) -> bool:
+    """Tell whether a module, command, path or file of the repository exists; other references are not judged."""
+    if re.fullmatch(r"eosin(\.\w+)+", reference) and reference not in KEYS_IN_FILES:
+        return module_resolves(reference)
+    if command := re.match(r"eosin ([a-z]+)\b", reference):
+        return command[1] in commands()
+    if re.fullmatch(r"[\w./<>*{}-]+", reference) and "/" in reference and reference.split("/")[0] in TOPS:
+        return not reference.endswith((*FILE_ENDINGS, "/")) or path_resolves(reference)
+    if re.fullmatch(r"[\w-]+\.(?:py|md)", reference):
+        return reference in file_names() or reference in ABSENT_ON_PURPOSE
+    return True
+
+
+KEYS_IN_FILES = {"eosin.coords", "eosin.quality"}  # encoding types of files, not modules
+ABSENT_ON_PURPOSE = {"utils.py"}
+TOPS = {
+    *("eosin", "tests", "docs", "benchmarks", "configs"),
+    *(path.name for path in PACKAGE.iterdir() if path.is_dir()),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_reference_of_a_page_resolves(page: Path) -> None:
+    assert list(unresolved(page.read_text(encoding="utf-8"))) == []
+
+
+def test_every_reference_of_a_docstring_resolves() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {reference}"
+        for path in SOURCES
+        for text in docstrings(path)
+        for reference in unresolved(text)
+    ]
+    assert found == []
+
+
+def test_every_link_between_pages_leads_to_a_file() -> None:
+    found = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                found.append(f"{page.name}: {target}")
+    assert found == []
+
+
+JUDGED = [page for page in PAGES if page.name != "prose.md"]  # which quotes what it refuses
+
+
+@pytest.mark.parametrize("path", [*JUDGED, PACKAGE], ids=lambda path: path.name)
+def test_the_worst_patterns_of_prose_are_absent(path: Path) -> None:
+    files = [path] if path.is_file() else [*SOURCES, *PACKAGE.rglob("*.jinja")]
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {match[0]!r}: write {instead}"
+        for file in files
+        for line, text in sentences(file)
+        for pattern, instead in REFUSED.items()
+        for match in re.finditer(pattern, text)
+    ]
+    assert found == [], "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["`eosin.wsi.stage.tile_slides`", "`eosin frobnicate`", "`--no-such-option`", "`mil/methods/none.py`", "`none.py`"],
+)
+def test_a_reference_that_leads_nowhere_is_seen(text: str) -> None:
+    assert list(unresolved(text)) != []
+
+
+@pytest.mark.parametrize("text", ["It is no slide.", "Unknown names are told.", "the file has not the columns"])
+def test_a_refused_pattern_is_seen(text: str) -> None:
+    assert any(re.search(pattern, text) for pattern in REFUSED)
