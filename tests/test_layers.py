@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "eosin"
 
 ORDER = (
-    "errors", "options", "files", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "report",
+    "errors", "options", "files", "fingerprints", "batch", "kernels", "wsi", "features", "mil", "heatmaps", "report",
     "pipeline", "viewer", "cli",
 )  # fmt: skip
 
@@ -20,6 +20,7 @@ MAY = {  # third-party packages, beside the standard library
     "errors": set(),
     "options": LEAST,
     "files": set(),
+    "fingerprints": set(),
     "batch": set(),
     "kernels": {"torch", "triton"},
 }

@@ -5,6 +5,7 @@ milliseconds whatever its size. Every byte is under a checksum: the rows in bloc
 everything else under one, kept in HDF5's user block and checked before HDF5, which can hang on damage, sees the file.
 """
 
+import hashlib
 import io
 import json
 import struct
@@ -22,6 +23,7 @@ from eosin import __version__
 from eosin.errors import ConfigError, EosinError, FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.files import write_file
+from eosin.fingerprints import DIGITS
 from eosin.wsi.coordinates import CoordsFooter, read_coords, write_coords
 
 ENCODING_TYPE = "eosin-features"
@@ -247,6 +249,21 @@ def read_footer(path: Path) -> Footer:
     """
     with _open_own(path) as (file, _):
         return _read_header(file, path)[1]
+
+
+def read_rows_hash(path: Path) -> str:
+    """Return a hash of all rows from their checksums, without reading them.
+
+    Raises
+    ------
+    FeatureFileError
+        As `read_bag`.
+    """
+    with _open_own(path) as (file, _):
+        rows, table = require_dataset(file, "features", path), require_dataset(file, "checksums", path)
+        digest = hashlib.sha256(f"{rows.dtype.str} {rows.shape}".encode())
+        digest.update(np.asarray(table[:], "<u4").tobytes())
+    return digest.hexdigest()[:DIGITS]
 
 
 def verify_bag(path: Path) -> None:

@@ -4,6 +4,7 @@ Policies, the same everywhere. A label whose slide has no features is an error u
 without a label are left out. A patient may have several slides.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from eosin.errors import LabelError
 from eosin.features.bag import FeatureSpec
-from eosin.features.store import read_bag, read_common_spec, read_footer
+from eosin.features.store import read_bag, read_common_spec, read_footer, read_rows_hash
+from eosin.fingerprints import DIGITS
 from eosin.mil.tables import PATIENT_COLUMNS as PATIENT_COLUMNS
 from eosin.mil.tables import SLIDE_COLUMNS as SLIDE_COLUMNS
 from eosin.mil.tables import LabelTable as LabelTable
@@ -47,6 +49,9 @@ class BagSource(Protocol):
     def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
         """Return the instances (n, D) in their stored dtype, or some rows of them; the caller must not change them."""
 
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances: a model of other instances is another model."""
+
 
 class MemoryBags:
     """Bags that are in memory already.
@@ -70,6 +75,13 @@ class MemoryBags:
         """Return the instances, or some rows of them."""
         bag = self._bags[bag_id]
         return bag if rows is None else bag[rows]
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances, their shape and type."""
+        bag = self._bags[bag_id].contiguous()
+        digest = hashlib.sha256(f"{bag.dtype} {tuple(bag.shape)}".encode())
+        digest.update(bag.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:DIGITS]
 
 
 class FeatureFolder:
@@ -113,6 +125,10 @@ class FeatureFolder:
         bag = self._cache[bag_id]
         return bag if rows is None else bag[rows]
 
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances, from the checksums of the file and without reading its rows."""
+        return read_rows_hash(self._files[bag_id])
+
 
 class PatientBags:
     """A patient as one bag: the instances of all slides of the patient, slide after slide.
@@ -138,6 +154,11 @@ class PatientBags:
         """Return the instances of all slides, or some rows of them."""
         bag = torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
         return bag if rows is None else bag[rows]
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances of all slides, in their order."""
+        hashes = [self._slides.content_hash(slide) for slide in self._slides_of[bag_id]]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:DIGITS]
 
     def slides_of(self, bag_id: str) -> tuple[str, ...]:
         """Return the ids of the patient's slides."""

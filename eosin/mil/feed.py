@@ -98,6 +98,10 @@ class DeviceBags:
             self._free_bytes -= bag.nbytes
         return bag
 
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances."""
+        return self._bags.content_hash(bag_id)
+
 
 class EvaluationPacks:
     """All examples in packs, made again at each pass, or kept on the device when they are small.

@@ -47,11 +47,12 @@ def write_seen(folder: Path, train: Examples, val: Examples | None) -> None:
     rows.writerow(COLUMNS)
     for part, examples in (("train", train), ("val", val)):
         if examples is not None:
-            rows.writerows((slide, patient, part) for slide, patient in _slides(examples))
+            rows.writerows((slide, patient, part) for slide, patient in slides_of(examples))
     write_text(folder / SEEN, text.getvalue())
 
 
-def _slides(examples: Examples) -> Iterator[tuple[str, str]]:
+def slides_of(examples: Examples) -> Iterator[tuple[str, str]]:
+    """Return every slide of examples with its patient, also where an example is a patient."""
     for name, patient in zip(examples.ids, examples.patient_ids, strict=True):
         slides = examples.bags.slides_of(name) if isinstance(examples.bags, PatientBags) else (name,)
         yield from ((slide, patient) for slide in slides)

@@ -1,23 +1,25 @@
 """Training a model: checks before, the loop of `eosin.mil.training_run`, the refit, and the folder that remains."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eosin.errors import CheckpointError, ConfigError, LabelError
+from eosin.fingerprints import fingerprint, source_hash
 from eosin.mil.checkpoint import CARD, load_model
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import choose_device
 from eosin.mil.log import read_log
 from eosin.mil.objective import Objective as Objective
-from eosin.mil.recipe import Recipe, Training
+from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.resume import forget_state, read_state, write_state
-from eosin.mil.seen import SEEN, write_seen
+from eosin.mil.seen import SEEN, slides_of, write_seen
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, ModuleRegistry
 from eosin.mil.tasks import Task
 from eosin.mil.training_run import PRECISIONS, Epoch, Place, TrainingRun
 from eosin.mil.training_run import Fitted as Fitted
@@ -77,8 +79,8 @@ def fit(
     """
     require_machine(device, precision)
     _require_examples(recipe.training, task, train, val)
-    fingerprint = _fingerprint(recipe, task, train, val, f"{precision} {choose_device(device).type}")
-    done = None if folder is None else _finished(folder, fingerprint)
+    made_from = _fingerprint(recipe, task, train, val, f"{precision} {choose_device(device).type}")
+    done = None if folder is None else _finished(folder, made_from)
     if done is not None:
         if folder is not None and not (folder / SEEN).exists():  # of a version that did not write it
             write_seen(folder, train, val)
@@ -87,9 +89,9 @@ def fit(
     with _own_randomness(recipe.training.seed, device):
         place = Place(device, precision, device_cache_bytes)
         run = TrainingRun(recipe, task, train, val, place)
-        run.fingerprint = fingerprint
+        run.fingerprint = made_from
         if folder is not None:
-            run.resume(read_state(folder, fingerprint))
+            run.resume(read_state(folder, made_from))
         saved = time.monotonic()
         for epoch in run.passes():
             if progress is not None:
@@ -147,7 +149,7 @@ def _refit(fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Exa
     return Fitted(run.result().model, fitted.card, fitted.history)
 
 
-def _finished(folder: Path, fingerprint: str) -> Fitted | None:
+def _finished(folder: Path, made_from: str) -> Fitted | None:
     """Return the model that an earlier call with the same arguments left in the folder, if any."""
     if not (folder / CARD).exists():
         return None
@@ -156,18 +158,39 @@ def _finished(folder: Path, fingerprint: str) -> Fitted | None:
     except CheckpointError as error:
         logger.warning("%s; training starts anew", error)
         return None
-    return Fitted(model, card, read_log(folder)) if card.training.get("fingerprint") == fingerprint else None
+    return Fitted(model, card, read_log(folder)) if card.training.get("fingerprint") == made_from else None
 
 
 def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | None, machine: str) -> str:
-    """Return a hash of everything that determines the result."""
-    digest = hashlib.sha256(machine.encode())
-    for part in (recipe, task, train.bags.spec):
-        digest.update(part.to_json().encode())
-    for examples in (train, val):
-        if examples is not None:
-            digest.update(repr((examples.ids, examples.targets.tolist())).encode())
-    return digest.hexdigest()[:16]
+    """Return a hash of everything that determines the model and what lies beside it."""
+    parts: list[tuple[ModuleRegistry[Any], Component]] = [
+        (AGGREGATORS, recipe.aggregator),
+        (STRATEGIES, recipe.strategy),
+        *((LOSS_TERMS, term) for term in recipe.terms),
+    ]
+    return fingerprint(
+        "train",
+        recipe=recipe.model_dump(mode="json") | {"resolved": [slot.resolve(c.name, c.options) for slot, c in parts]},
+        task=task,
+        features={"spec": train.bags.spec, "rows": _rows(train) + _rows(val)},
+        train=_described(train),
+        validation=_described(val),
+        machine=machine,
+        plugins=[source_hash(kind) for kind in (type(task), *(slot[c.name] for slot, c in parts))],
+    )
+
+
+def _rows(examples: Examples | None) -> list[str]:
+    return [] if examples is None else [examples.bags.content_hash(name) for name in examples.ids]
+
+
+def _described(examples: Examples | None) -> list[object]:
+    """Return whose the bags are and what they are to teach."""
+    if examples is None:
+        return []
+    targets = examples.targets
+    slides = [(slide, patient) for slide, patient in slides_of(examples)]
+    return [examples.ids, slides, str(targets.dtype), list(targets.shape), targets.numpy().tobytes()]
 
 
 def _require_examples(training: Training, task: Task, train: Examples, val: Examples | None) -> None:

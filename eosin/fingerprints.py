@@ -1,0 +1,159 @@
+"""What every stage is made from, and one function that hashes it.
+
+A result is done when it was made from exactly these inputs. `STAGES` says what the inputs of each stage are, and
+`fingerprint` refuses to leave one out, so that no stage can take an old result for a new one. `docs/fingerprints.md` is
+the same table for readers.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eosin.options import Options
+
+FORMAT = 2
+"""Raised when files change so that no result of an earlier version can be kept."""
+
+DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage reads.
+
+    Attributes
+    ----------
+    version : int
+        Of the algorithm: raised when the same inputs give another result.
+    inputs : mapping of str to str
+        What of each input is hashed, in words.
+    """
+
+    version: int
+    inputs: Mapping[str, str]
+
+
+_SLIDE = "size, first and last MiB of the slide file"
+
+STAGES: Mapping[str, Stage] = {
+    "tile": Stage(
+        2,
+        {
+            "slide": _SLIDE,
+            "slide_mpp": "the mpp that the user gives for the slide",
+            "tiling": "all options of the grid",
+            "tissue": "all options of the tissue of this slide, overrides included",
+            "quality": "all limits of quality, and the version of the scores",
+            "outline": "all bytes of the outline that a person drew",
+        },
+    ),
+    "extract": Stage(
+        2,
+        {
+            "slide": _SLIDE,
+            "tiles": "all coordinates, the grid's options and the slide's mpp",
+            "encoder": "name, transform, precision, revision and the plug-in's code",
+            "weights": "hash of all weights",
+        },
+    ),
+    "import": Stage(
+        2,
+        {
+            "file": "all bytes of the other tool's file",
+            "options": "encoder and mpp that the user gives",
+            "slide": _SLIDE,
+            "coordinates": "all bytes of the coordinates file that the user names",
+        },
+    ),
+    "train": Stage(
+        2,
+        {
+            "recipe": "all options of the recipe, the aggregator's defaults included",
+            "task": "kind, target and classes",
+            "features": "encoder, weights, tile size and mpp; of each slide a hash of all rows",
+            "train": "ids, patients and targets of the training bags, in their order",
+            "validation": "the same of the validation bags",
+            "machine": "kind of device and precision",
+            "plugins": "source code of methods from outside the package",
+        },
+    ),
+    "predict": Stage(
+        2,
+        {
+            "models": "hash of weights and card of each model",
+            "features": "hash of the feature file",
+            "row": "every cell of the row itself",
+        },
+    ),
+    "map": Stage(
+        2,
+        {
+            "model": "hash of weights and card",
+            "features": "hash of all rows and of the places of the tiles",
+            "slide": _SLIDE,
+            "slide_mpp": "the mpp that the user gives for the slide",
+            "options": "maps, formats, limits",
+        },
+    ),
+}
+
+
+def fingerprint(stage: str, /, **inputs: object) -> str:
+    """Return 16 hexadecimal digits that change with any input of a stage.
+
+    Parameters
+    ----------
+    stage : str
+        A key of `STAGES`.
+    inputs
+        Every input that `STAGES` names: texts, numbers, None, bytes, `Options`, and mappings and sequences of these.
+        The order of a sequence counts, that of a mapping does not.
+
+    Raises
+    ------
+    TypeError
+        If an input is missing, unknown or of another type.
+    """
+    known = STAGES[stage]
+    if set(inputs) != set(known.inputs):
+        raise TypeError(f"{stage} is made from {', '.join(known.inputs)}; given were {', '.join(inputs)}")
+    whole = [FORMAT, stage, known.version, {name: _plain(value) for name, value in inputs.items()}]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+def _plain(value: object) -> object:
+    """Return JSON that differs whenever the value does."""
+    if isinstance(value, Options):
+        return value.model_dump(mode="json")
+    if isinstance(value, bytes):
+        return {"sha256": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{type(value).__name__} has no fingerprint; give text, numbers, bytes or options")
+
+
+def content_hash(path: Path) -> str:
+    """Return 16 hexadecimal digits over all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
+def source_hash(kind: type) -> str:
+    """Return a hash of the module that defines a class from outside the package; empty for the package's own.
+
+    The code of a plug-in is an input as its options are: its author changes it without a new version.
+    """
+    module = inspect.getmodule(kind)
+    if module is None or kind.__module__.partition(".")[0] == "eosin":
+        return ""
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:DIGITS]
+    except (OSError, TypeError):  # typed into a session: there is no source to read
+        return kind.__qualname__
