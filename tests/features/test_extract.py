@@ -312,7 +312,7 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
     with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler\); leave out --compile"):
         load_encoder(ENCODER, compiled=True)
-    with pytest.raises(ConfigError, match="no network"):
+    with pytest.raises(ConfigError, match="not a network"):
         load_encoder("he_texture", compiled=True)
 
 

@@ -63,8 +63,8 @@ def test_damage_is_a_value_error_or_a_readable_directory(tissue_picture):
     ("change", "said"),
     [
         (lambda data: data[:4], "ends within"),
-        (lambda data: b"PK\x03\x04" + data[4:], "no TIFF"),
-        (lambda data: data[:2] + b"\x2c\x00" + data[4:], "no TIFF"),
+        (lambda data: b"PK\x03\x04" + data[4:], "not a TIFF"),
+        (lambda data: data[:2] + b"\x2c\x00" + data[4:], "not a TIFF"),
         (lambda data: data[: len(data) // 2], "ends within"),
         (lambda data: data[:4] + struct.pack("<I", len(data)) + data[8:], "ends within"),
         (lambda data: data[:4] + struct.pack("<I", 2) + data[8:], "ends within|tags|form a loop"),

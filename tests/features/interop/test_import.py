@@ -196,7 +196,7 @@ def test_old_clam_pixels_give_their_coordinates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "", "a\\b"])
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES | {"name": name})
-    with pytest.raises(FeatureFileError, match="no file name"):
+    with pytest.raises(FeatureFileError, match="not a file name"):
         import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +215,7 @@ def test_refusals(tmp_path: Path) -> None:
         "incomplete": write_h5(tmp_path / "e.h5", {"coords": CORNERS}, coords={"patch_level": 0}),
         "below 0": write_h5(tmp_path / "f.h5", {"coords": CORNERS - 9}, coords=CLAM_ATTRIBUTES),
         "cannot be read": tmp_path / "g.h5",
-        "no table of features": tmp_path / "h.csv",
+        "neither a table of features": tmp_path / "h.csv",
         "predictions of wsinfer": tmp_path / "i.csv",
         "no kind": tmp_path / "j.parquet",
     }
