@@ -19,6 +19,7 @@ MOVED = {
     "eosin.heatmaps.question": "eosin.pipeline.question",
     "eosin.heatmaps.report": "eosin.report.page",
     "eosin.heatmaps.viewer": "eosin.viewer",
+    "eosin.wsi.names": "eosin.names",
     "eosin.result": "eosin.pipeline.result",
     "eosin.selection": "eosin.pipeline.selection",
     "eosin.stages": "eosin.pipeline.two_stage",

@@ -15,7 +15,7 @@ from eosin.mil.sheets import UNNAMED, Sheet
 from eosin.mil.sheets import Table as Table
 from eosin.mil.sheets import read_sheet as read_sheet
 from eosin.mil.sheets import read_table as read_table
-from eosin.wsi.names import SLIDE_SUFFIXES
+from eosin.names import SLIDE_SUFFIXES
 
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")

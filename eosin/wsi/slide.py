@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
+from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
 from eosin.wsi.dicom import group_series
-from eosin.wsi.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,227 @@
+"""What slides, patients and sites are called: which spellings are one id, and which files are slides by their names.
+
+An id is compared letter by letter everywhere. What may differ between two spellings of one id is decided here and
+nowhere else: `clean` removes what nobody can see and is applied to every id that is read; `look_alike` also forgets
+capitals, kinds of dashes and leading zeros, and is used only to find ids that a person has to decide about.
+"""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from eosin.errors import LabelError
+
+Ids = Literal["ask", "merge", "exact"]
+"""What happens to ids that look alike: stop and list them, take them for one, or take them as they are written."""
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SLIDE_SUFFIXES = (
+    ".ome.tiff", ".ome.tif", ".ome.btf", ".svs", ".tiff", ".tif", ".btf", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",
+    ".bif", ".svslide", ".qptiff", ".czi", ".avs", ".dcm",
+)  # fmt: skip
+RESULT_SUFFIXES = (".geojson", ".json", ".h5", ".pt", ".hdf5")  # files about a slide, named after it
+MISSING = frozenset({
+    "", "-", "--", "---", ".", "?", "n/a", "#n/a", "<na>", "na", "n.a.", "n.a", "nan", "<nan>", "null", "nil", "none",
+    "nat", "missing", "unknown", "unk", "not available", "not known", "not applicable", "unbekannt", "inconnu",
+    "desconocido", "sconosciuto",
+})  # fmt: skip
+SHOWN = 12
+
+Value = TypeVar("Value")
+
+
+def clean(text: str) -> str:
+    """Return an id as it is compared: one Unicode form, without what cannot be seen.
+
+    Composed and decomposed letters become one (NFC); zero-width characters, byte-order marks, direction marks, soft
+    hyphens and control characters go; every run of blanks, no-break blanks included, is one blank; none is left at the
+    ends.
+    """
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()
+    composed = unicodedata.normalize("NFC", text)
+    blanks = "".join(" " if letter.isspace() else letter for letter in composed)
+    seen = "".join(letter for letter in blanks if unicodedata.category(letter) not in ("Cf", "Cc"))
+    return " ".join(seen.split())
+
+
+def look_alike(text: str) -> str:
+    """Return what all spellings of an id have in common that a person would take for the same.
+
+    Beyond `clean`, letters of other widths or with ligatures are folded (NFKC), capitals, kinds of dashes, underscores
+    and blanks are one, and leading zeros and the ``.0`` that a spreadsheet adds to whole numbers are dropped.
+    """
+    folded = unicodedata.normalize("NFKC", clean(text)).casefold()
+    # U+2212 is the minus sign, which is a symbol and not a dash for Unicode
+    dashed = "".join("-" if unicodedata.category(one) in ("Pd", "Pc") or one in "\u2212 " else one for one in folded)
+    whole = re.sub(r"^(\d+)\.0+$", r"\1", re.sub(r"-+", "-", dashed))
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", whole)
+
+
+def is_missing(text: str) -> bool:
+    """Tell whether a cell is empty or holds one of the words for "not known", in any capitals."""
+    return clean(text).casefold() in MISSING
+
+
+def groups_of_look_alikes(ids: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the ids that look alike but are written differently, group by group, in the order in which they appear."""
+    spellings: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for one in ids:
+        spellings[look_alike(one)][one] = None
+    return [tuple(group) for group in spellings.values() if len(group) > 1]
+
+
+def unify(ids: Sequence[str], *, what: str, where: str, policy: Ids = "ask") -> tuple[str, ...]:
+    """Return cleaned ids, those that look alike treated as a person has decided.
+
+    Parameters
+    ----------
+    ids : sequence of str
+    what, where : str
+        For the message: "patients", and the file.
+    policy : {"ask", "merge", "exact"}
+        ``merge`` writes every id of a group as its most frequent spelling, the first among equals.
+
+    Raises
+    ------
+    LabelError
+        With all groups, if ids look alike and `policy` is ``ask``.
+    """
+    cleaned = tuple(clean(one) for one in ids)
+    groups = [] if policy == "exact" else groups_of_look_alikes(cleaned)
+    if not groups:
+        return cleaned
+    if policy == "ask":
+        raise LabelError(
+            f"{where}: {len(groups)} {what} are written in several ways: {listed(groups)}; correct the table, or say "
+            "whether they are the same (--ids merge) or different (--ids exact)"
+        )
+    counts = Counter(cleaned)
+    same = {one: max(group, key=counts.__getitem__) for group in groups for one in group}
+    return tuple(same.get(one, one) for one in cleaned)
+
+
+def listed(groups: Sequence[Sequence[str]]) -> str:
+    """Return groups of spellings for a message; spellings that look the same on a screen are shown as escapes."""
+    shown = [" = ".join(map(visible, group)) for group in groups[:SHOWN]]
+    more = f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
+    return "; ".join(shown) + more
+
+
+def visible(text: str) -> str:
+    """Return an id in quotes, with what is not ASCII as an escape."""
+    return ascii(text)
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a plain picture, by its name."""
+    return path.name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def is_slide(path: Path) -> bool:
+    """Return whether a file may be a slide, by its name."""
+    return path.name.lower().endswith(SLIDE_SUFFIXES + PICTURE_SUFFIXES)
+
+
+def slide_stem(path: Path) -> str:
+    """Return the id of the slide in a file: the name without its slide extension; other dots stay."""
+    return without_suffix(clean(path.name), SLIDE_SUFFIXES + PICTURE_SUFFIXES)
+
+
+def slide_id(name: str) -> str:
+    """Return the id of a slide from its id, file name or path: folders and known suffixes go, other dots stay.
+
+    ``/data/b.tiff``, ``b.tiff.geojson`` (as QuPath names what it exports) and ``b`` are one slide.
+    """
+    file = clean(name).replace("\\", "/").rsplit("/", 1)[-1]
+    return without_suffix(without_suffix(file, RESULT_SUFFIXES), SLIDE_SUFFIXES)
+
+
+def without_suffix(name: str, suffixes: Sequence[str]) -> str:
+    """Return a file name without the first of the suffixes that it ends with, unless nothing would be left."""
+    for suffix in suffixes:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+@dataclass(frozen=True)
+class Matched(Generic[Value]):
+    """What a table or folder says of some slides.
+
+    Attributes
+    ----------
+    values : mapping of str to value
+        By slide id.
+    unknown : tuple of str
+        Names that are not those of a slide.
+    notes : tuple of str
+        Names that were understood although they are written differently.
+    """
+
+    values: Mapping[str, Value]
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def match_slides(
+    named: Iterable[tuple[str, Value]],
+    slide_ids: Iterable[str],
+    *,
+    where: str,
+    policy: Ids = "ask",
+    same: Callable[[Value, Value], bool] = lambda one, other: one == other,
+) -> Matched[Value]:
+    """Find the slides that names mean: an id, a file name or a path, else the only slide that looks like it.
+
+    Parameters
+    ----------
+    named : iterable of (str, value)
+        The rows of a table, or the files of a folder.
+    slide_ids : iterable of str
+    where : str
+        The table or folder, for messages.
+    policy : {"ask", "merge", "exact"}
+        ``exact`` takes no name for another one.
+    same : callable
+        Tells whether two values for one slide agree.
+
+    Raises
+    ------
+    LabelError
+        With all of them, if slides are named twice with different values, or a name could mean several slides.
+    """
+    known = dict.fromkeys(slide_ids)
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for one in known:
+        alike[look_alike(one)].append(one)
+    values: dict[str, Value] = {}
+    unknown, notes, faults = [], [], []
+    for name, value in named:
+        found = _meant(name, known, {} if policy == "exact" else alike)
+        if len(found) != 1:
+            (faults.append(f"{name!r} could be {' or '.join(found)}") if found else unknown.append(name))
+            continue
+        (slide,) = found
+        if slide in values and not same(values[slide], value):
+            faults.append(f"slide {slide!r} is named twice, with different values")
+        if slide not in (name, slide_id(name), slide_stem(Path(name))):
+            notes.append(f"{visible(name)} was taken for slide {visible(slide)}")
+        values[slide] = value
+    if faults:
+        raise LabelError(f"{where}: {'; '.join(faults)}; keep one row or file per slide")
+    return Matched(values, tuple(unknown), tuple(notes))
+
+
+def _meant(name: str, known: Mapping[str, object], alike: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """Return the slides that a name may mean."""
+    # a picture keeps its suffix in its id where it lies beside a slide of the same name, so the whole name comes first
+    file = clean(name).replace("\\", "/").rsplit("/", 1)[-1]
+    for spelling in (name, file, slide_id(name), slide_stem(Path(slide_id(name)))):
+        if spelling in known:
+            return (spelling,)
+    return alike.get(look_alike(slide_id(name)), ())
