@@ -1,10 +1,13 @@
 """Survival: what a time and an event mean, and the loss of hazards in bins of time; `eosin.mil.cox` has the other.
 
-Orientation. Internally 1 is an event that was seen and 0 is censored. A column whose name says ``censor`` has 1 for
-censored, as in the CLAM family of tables, and is turned round; any other has 1 for the event. Words (dead, alive,
-censored) mean what they say under any name, and ``time,status=2`` names the value that is the event.
+Orientation. Internally 1 is an event that was seen and 0 is censored. The values decide where they are words (dead,
+alive, censored), and ``time,status=2`` names the value that is the event. Of a column of 0 and 1 the name decides:
+``death``, ``event``, ``uncensored`` have 1 for the event; ``censorship`` (as in the CLAM family of tables), ``alive``,
+``survived`` have 1 for censored and are turned round. A name that says neither is a question to the user, with both
+readings and their counts, for the two answers give opposite models.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,6 +30,17 @@ EVENT = frozenset({"dead", "deceased", "died", "event", "1:deceased"})
 CENSORED = frozenset({"alive", "living", "censored", "0:living"})
 BINS = 4
 THIRDS = ("early", "middle", "late")
+EVENT_NAMES = frozenset({
+    "event", "events", "dead", "death", "died", "deceased", "relapse", "relapsed", "recurrence", "recurred",
+    "progression", "progressed", "metastasis", "failure", "failed", "mortality", "observed", "status", "os", "pfs",
+    "dfs", "dss", "pfi", "dfi", "efs", "rfs", "bcr", "tod", "exitus", "evenement", "ereignis", "evento", "muerte",
+    "deces", "verstorben",
+})  # fmt: skip
+CENSORED_NAMES = frozenset({
+    "censor", "censored", "censoring", "censorship", "cens", "alive", "living", "lives", "survived", "survivor",
+    "survivors", "surviving", "lost", "lebend", "vivo", "vivant", "zensiert",
+})  # fmt: skip
+NEGATIONS = frozenset({"not", "no", "non", "un", "without", "free", "never"})
 
 
 class SurvivalTask(Task):
@@ -62,9 +76,11 @@ class SurvivalTask(Task):
         """Make the task of ``time,event``; ``time,event=2`` says which value is the event."""
         time, event = cls.named_columns(target)
         value = target.partition("=")[2].strip()
-        options: dict[str, Any] = {"time": time, "event": event, "one_is_censored": "censor" in event.lower()}
+        options: dict[str, Any] = {"time": time, "event": event}
         if value:
-            options |= {"one_is_censored": False, "event_value": value, "censored_value": _other(rows, event, value)}
+            options |= {"event_value": value, "censored_value": _other(rows, event, value)}
+        else:
+            options["one_is_censored"] = _one_is_censored(rows, time, event)
         task = cls.parse(options)
         if not task.encode(rows)[:, 1].any():
             raise LabelError(
@@ -305,6 +321,49 @@ def _moved(survival: Floats, edges: Floats, times: Floats) -> Floats:
     values = np.concatenate([np.ones((len(survival), 1)), survival[:, : len(edges)]], 1)
     inside = [np.interp(times, known, row) for row in values]
     return np.concatenate([np.reshape(inside, (-1, len(times))), survival[:, len(edges) :]], 1)
+
+
+def _one_is_censored(rows: Sequence[Row], time: str, event: str) -> bool:
+    """Return the orientation of a column of 0 and 1; of one of words it is of no effect."""
+    values = [row[event].strip().lower() for row in rows]
+    ones = sum(value in YES for value in values)
+    numbers = ones + sum(value in NO for value in values)
+    said = says_event(event)
+    if said is None and numbers:
+        raise LabelError(
+            f"column {event!r} holds 0 and 1, and its name does not say which of them is the event: if it is 1, "
+            f"{ones} of {len(rows)} have one; if it is 0, {numbers - ones} have; say which "
+            f"(--target {time},{event}=1 or {time},{event}=0)"
+        )
+    return said is False
+
+
+def says_event(column: str) -> bool | None:
+    """Return whether 1 in a column of that name is the event; None where the name does not say.
+
+    >>> says_event("uncensored"), says_event("OS_censorship"), says_event("vital")
+    (True, False, None)
+    """
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)
+    meant: set[bool] = set()
+    negated = False
+    for word in (word.lower() for word in words):
+        root = next(
+            (word[len(no) :] for no in ("non", "un", "not") if word.startswith(no) and _meaning(word[len(no) :])), ""
+        )
+        negated ^= word in NEGATIONS or bool(root)
+        meaning = _meaning(root or word)
+        if meaning:
+            meant.add(meaning == "event")
+    # "OS_censorship", "event_censored": the name of the endpoint comes along, and what is censored decides
+    says = False if False in meant else (True if meant else None)
+    return says if says is None else says ^ negated
+
+
+def _meaning(word: str) -> Literal["event", "censored", ""]:
+    if word in CENSORED_NAMES:
+        return "censored"
+    return "event" if word in EVENT_NAMES else ""
 
 
 def _other(rows: Sequence[Row], column: str, value: str) -> str:

@@ -8,7 +8,7 @@ from eosin.mil.data import LabelTable, make_examples
 from eosin.mil.ensemble import Ensemble
 from eosin.mil.evaluate import predict_outputs
 from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.survival import DiscreteSurvival, concordance, survival_losses
+from eosin.mil.survival import DiscreteSurvival, concordance, says_event, survival_losses
 from eosin.mil.survival_metrics import kaplan_meier
 from eosin.mil.tasks import load_task, make_task
 from eosin.mil.train import fit
@@ -201,3 +201,32 @@ def test_strata_and_metrics(kind):
     assert "risk" in task.table(outputs)
     with pytest.raises(LabelError, match="no training slide has an event"):
         task.require_trainable(target[2:])
+
+
+@pytest.mark.parametrize(
+    ("column", "event"),
+    [
+        ("event", True), ("OS", True), ("Status", True), ("vital_status", True), ("DeathEvent", True),
+        ("uncensored", True), ("non_censored", True), ("noncensored", True), ("not censored", True),
+        ("not_alive", True), ("non_survivors", True), ("event_observed", True), ("uncensored_status", True),
+        ("censored", False), ("censorship", False), ("OS_censorship", False), ("Censor", False), ("alive", False),
+        ("is_alive", False), ("survived", False), ("event_free", False), ("no_event", False), ("alive_status", False),
+        ("x", None), ("vital", None), ("outcome", None), ("label", None), ("survival", None),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_column_of_0_and_1_says_which_is_the_event_or_nothing(column, event):
+    assert says_event(column) is event
+    rows = [{"t": "1", column: "1"}, {"t": "2", column: "0"}, {"t": "3", column: "0"}]
+    if event is None:
+        with pytest.raises(LabelError, match=rf"1, 1 of 3 have one; if it is 0, 2 have; .*--target t,{column}=1 or"):
+            DiscreteSurvival.from_rows(rows, f"t,{column}")
+    else:
+        assert DiscreteSurvival.from_rows(rows, f"t,{column}").encode(rows)[:, 1].tolist() == (
+            [1, 0, 0] if event else [0, 1, 1]
+        )
+
+
+@pytest.mark.parametrize("column", ["uncensored", "alive", "outcome"])
+def test_words_say_what_they_mean_whatever_the_column_is_called(column):
+    rows = [{"t": "1", column: "Dead"}, {"t": "2", column: "alive"}]
+    assert DiscreteSurvival.from_rows(rows, f"t,{column}").encode(rows)[:, 1].tolist() == [1, 0]
