@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from eosin.errors import LabelError
 from eosin.files import write_json, write_text
+from eosin.filesets import begin_set, finish_set
+from eosin.mil.checkpoint import CARD
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outputs, summarise_folds
 from eosin.mil.metrics import Floats, Metrics
@@ -132,14 +134,22 @@ def crossval(
     if untested:
         raise LabelError(f"nobody to test in fold {', '.join(untested)}; give splits with a test part, or use `train`")
     plan = _Plan(recipe, task, examples, out, device, precision)
+    models = [
+        f"{folder.relative_to(out)}/{CARD}"
+        for number, fold in enumerate(splits)
+        for folder in plan.folders(number, fold)
+    ]
+    begin_set(out, [*models, PREDICTIONS, METRICS], pattern=r"fold_\d+")
     folds = []
     for number, fold_splits in enumerate(splits):
         complete = [_complete(split, recipe, cohort, val_fraction, number) for split in inner_splits(fold_splits)]
-        fold = plan.run(number, complete, nested=not isinstance(fold_splits, Split))
+        fold = plan.run(number, complete, plan.folders(number, fold_splits))
         folds.append(fold)
         if progress is not None:
             progress(fold)
-    return write_folds(recipe, task, folds, out, resamples=resamples)
+    summary = write_folds(recipe, task, folds, out, resamples=resamples)
+    finish_set(out, [*models, PREDICTIONS, METRICS])
+    return summary
 
 
 def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int) -> dict[str, Any]:
@@ -211,10 +221,13 @@ class _Plan:
     device: str
     precision: str
 
-    def run(self, number: int, splits: Sequence[Split], *, nested: bool) -> Fold:
-        """Train the models of a fold and test them together."""
+    def folders(self, number: int, fold: FoldSplits) -> list[Path]:
+        """Return the model folders of a fold: one, or one for each of its nested splits."""
         folder = self.out / f"fold_{number}"
-        folders = [folder / f"inner_{place}" for place in range(len(splits))] if nested else [folder]
+        return [folder] if isinstance(fold, Split) else [folder / f"inner_{place}" for place in range(len(fold))]
+
+    def run(self, number: int, splits: Sequence[Split], folders: Sequence[Path]) -> Fold:
+        """Train the models of a fold and test them together."""
         made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
         return judge_models(made, self.task, self.examples.subset(splits[0].test), number=number, device=self.device)
 

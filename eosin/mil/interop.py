@@ -5,7 +5,6 @@ TransMIL has one table per fold with the slides and labels of each part side by 
 which part a slide belongs to.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from eosin.mil.data import (
     shown,
     slide_id,
 )
-from eosin.mil.splits import PARTS, Cohort, Split
+from eosin.mil.splits import PARTS, Cohort, Split, require_unchanged
 from eosin.mil.tables import SITE_COLUMNS, require_ids, several_slides
+from eosin.seals import read_json
 
 
 def read_two_tables(patients: Path, slides: Path) -> LabelTable:
@@ -137,8 +137,9 @@ def read_patient_splits(path: Path, cohort: Cohort) -> list[Split]:
     LabelError
         If the file is not of this kind or names unknown patients.
     """
+    require_unchanged(path)
     try:
-        folds = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        folds = read_json(path)["splits"]
         sides = [(list(fold["train_patients"]), list(fold["test_patients"])) for fold in folds]
     except FileNotFoundError:
         raise LabelError(f"{path}: no such file") from None

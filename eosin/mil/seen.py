@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eosin.errors import CheckpointError
 from eosin.files import write_text
+from eosin.filesets import members_of
 from eosin.mil.checkpoint import CARD
 from eosin.mil.data import Examples, PatientBags
 
@@ -111,10 +112,12 @@ class Run:
         ------
         CheckpointError
             If there are none.
+        ConfigError
+            If a model is not of the run that finished last, see `eosin.filesets.members_of`.
         """
         folders = [root] if (root / CARD).is_file() else []
         for inner in INNER:
-            folders = folders or [path.parent for path in sorted((root / inner).glob(f"fold_*/{CARD}"), key=_fold)]
+            folders = folders or _folds(root / inner)
         if not folders:
             raise CheckpointError(
                 root, f"is not a run (no {CARD}, no fold_*/{CARD}); pass what train or crossval wrote"
@@ -133,6 +136,13 @@ class Run:
     def _patient(self, slide_id: str) -> str | None:
         known = (model.seen.patient_of.get(slide_id) for model in self.models if model.seen is not None)
         return next((patient for patient in known if patient is not None), None)
+
+
+def _folds(folder: Path) -> list[Path]:
+    """Return the model folders of a cross-validation; those of an earlier one with more folds are none of them."""
+    named = members_of(folder)
+    cards = [path for path in folder.glob(f"fold_*/{CARD}") if named is None or f"{path.parent.name}/{CARD}" in named]
+    return [path.parent for path in sorted(cards, key=_fold)]
 
 
 def _fold(path: Path) -> int:

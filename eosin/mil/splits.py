@@ -15,14 +15,16 @@ from typing import Literal
 
 import numpy as np
 
-from eosin.errors import LabelError
+from eosin.errors import ConfigError, LabelError
 from eosin.files import write_text
+from eosin.filesets import MANIFEST, begin_set, finish_set, members_of, require_named
 from eosin.mil.cohort import Cohort as Cohort
 from eosin.mil.cohort import deal, draw
 from eosin.mil.data import read_table, shown, slide_id
 
 PARTS = ("train", "val", "test")
 OUTER = "outer_"
+OWNED = rf"splits_\d+(_descriptor)?\.csv|splits\.json|{OUTER}\d+"
 
 SplitKind = Literal["kfold", "monte-carlo", "holdout"]
 
@@ -225,16 +227,31 @@ def _ordered(cohort: Cohort, *, val: Iterable[str], test: Iterable[str]) -> Spli
 
 
 def write_splits(folder: Path, splits: Sequence[Split], cohort: Cohort) -> None:
-    """Write ``splits_<i>.csv`` with the columns train, val, test as CLAM does, and counts in ``_descriptor.csv``."""
+    """Write ``splits_<i>.csv`` with the columns train, val, test as CLAM does, and counts in ``_descriptor.csv``.
+
+    Splits of an earlier call in the folder are replaced, those that are too many deleted.
+
+    Raises
+    ------
+    ConfigError
+        If the folder has more splits, and eosin did not write them.
+    """
+    numbers = range(len(splits))
+    members = [f"splits_{number}{end}.csv" for number in numbers for end in ("", "_descriptor")]
+    begin_set(folder, members, pattern=OWNED)
     for number, split in enumerate(splits):
         write_text(folder / f"splits_{number}.csv", _as_csv(split))
         write_text(folder / f"splits_{number}_descriptor.csv", _descriptor(split, cohort))
+    finish_set(folder, members)
 
 
 def write_nested_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Cohort) -> None:
-    """Write ``outer_<i>/splits_<j>.csv``."""
+    """Write ``outer_<i>/splits_<j>.csv``; what `write_splits` says of earlier splits holds for outer folds, too."""
+    members = [f"{OUTER}{number}/{MANIFEST}" for number in range(len(nested))]
+    begin_set(folder, members, pattern=OWNED)
     for number, splits in enumerate(nested):
         write_splits(folder / f"{OUTER}{number}", splits, cohort)
+    finish_set(folder, members)
 
 
 def read_nested_splits(folder: Path) -> list[list[Split]]:
@@ -247,9 +264,8 @@ def read_nested_splits(folder: Path) -> list[list[Split]]:
     """
     if not folder.is_dir():
         return []
-    found = sorted(
-        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(rf"{OUTER}(\d+)", path.name))
-    )
+    names = {name.partition("/")[0] for name in _members(folder)}
+    found = sorted((int(match[1]), folder / name) for name in names if (match := re.fullmatch(rf"{OUTER}(\d+)", name)))
     nested = [read_splits(path) for _, path in found]
     for (number, path), splits in zip(found, nested, strict=True):
         if len({frozenset(split.test) for split in splits}) > 1:
@@ -292,15 +308,32 @@ def read_splits(path: Path) -> list[Split]:
         If there is no such file or it is not a split.
     """
     if path.is_dir():
-        files = sorted(
-            (int(match[1]), file) for file in path.iterdir() if (match := re.fullmatch(r"splits_(\d+)\.csv", file.name))
-        )
+        names = [(match, name) for name in _members(path) if (match := re.fullmatch(r"splits_(\d+)\.csv", name))]
+        files = sorted((int(match[1]), path / name) for match, name in names)
         if not files and any(path.glob(f"{OUTER}*")):
             raise LabelError(f"{path}: holds nested splits; name those of one outer fold, {path / OUTER}<i>")
         if not files:
             raise LabelError(f"{path}: has no splits_<i>.csv; make them with `eosin split`")
         return [_read_csv(file) for _, file in files]
+    require_unchanged(path)
     return [_read_csv(path)]
+
+
+def _members(folder: Path) -> Sequence[str]:
+    """Return the files of the set that was written last; all where nobody says which they are."""
+    try:
+        named = members_of(folder)
+    except ConfigError as error:
+        raise LabelError(error.message) from None
+    return [path.name for path in folder.iterdir()] if named is None else named
+
+
+def require_unchanged(path: Path) -> None:
+    """Raise `LabelError` for a file of splits that is not as eosin wrote it; files of other tools pass."""
+    try:
+        require_named(path)
+    except ConfigError as error:
+        raise LabelError(error.message) from None
 
 
 def _read_csv(path: Path) -> Split:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from eosin.errors import LabelError
 from eosin.features.store import find_bags
+from eosin.filesets import finish_set, members_of
 from eosin.mil.crossval import cohort_of
 from eosin.mil.data import Examples, FeatureFolder, make_examples, patient_examples
 from eosin.mil.interop import (
@@ -42,6 +43,7 @@ from eosin.mil.tasks import Task, make_task
 
 CACHE_BYTES = 2 * 2**30
 SPLIT_COLUMN = ("split",)
+STAMP = "splits.json"
 
 
 def open_labels(
@@ -225,7 +227,8 @@ def write_all_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Co
         write_nested_splits(folder, nested, cohort)
         return
     write_splits(folder, nested[0], cohort)
-    write_patient_splits(folder / "splits.json", nested[0], cohort)
+    write_patient_splits(folder / STAMP, nested[0], cohort)
+    finish_set(folder, [*(members_of(folder) or ()), STAMP])
 
 
 def open_study(

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from eosin.errors import ConfigError
 from eosin.files import write_json, write_text
+from eosin.filesets import MANIFEST, begin_set, finish_set
 from eosin.mil.crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, write_folds
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import RESAMPLES, summarise_folds
@@ -111,6 +112,8 @@ def run_sweep(
         If a candidate has no validation part to be chosen by.
     """
     _require_selectable(candidates)
+    members = [f"candidate_{number}/{MANIFEST}" for number in range(len(candidates))]
+    begin_set(out, [*members, TABLE], pattern=r"candidate_\d+")
     folds: dict[str, list[Fold]] = {}
     lines = []
     for number, (name, recipe) in enumerate(candidates.items()):
@@ -143,6 +146,7 @@ def run_sweep(
     summary = summary | {"choices": choices, "recipe": chosen}
     write_json(out / CHOSEN / METRICS, summary)
     write_text(out / TABLE, _as_csv([*lines, *_over_seeds(folds), _line("chosen by validation", summary)]))
+    finish_set(out, [*members, TABLE])
     return summary
 
 

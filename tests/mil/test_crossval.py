@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eosin.errors import LabelError
+from eosin.errors import ConfigError, LabelError
 from eosin.mil.checkpoint import load_card
 from eosin.mil.crossval import cohort_of, crossval
 from eosin.mil.data import LabelTable, make_examples
 from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.seen import Run
 from eosin.mil.splits import Split, make_splits
 from eosin.mil.tasks import make_task
 from eosin.mil.train import fit
@@ -62,6 +63,29 @@ def test_finished_folds_are_not_trained_again(toy, tmp_path):
     again = crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
     assert (tmp_path / "fold_0" / "model.safetensors").stat().st_mtime_ns == stamp
     assert again["folds"][:2] == first["folds"]
+
+
+def test_fewer_folds_leave_no_model_of_the_old_ones(toy, tmp_path):
+    more, fewer = make_splits(toy.cohort, folds=3), make_splits(toy.cohort, folds=2, seed=1)
+    crossval(RECIPE, toy.task, toy.examples, more, toy.cohort, tmp_path, resamples=2)
+    (tmp_path / "notes.txt").write_text("of the user")
+    crossval(RECIPE, toy.task, toy.examples, fewer, toy.cohort, tmp_path, resamples=2)
+    assert {path.name for path in tmp_path.glob("fold_*")} == {"fold_0", "fold_1"}
+    assert (tmp_path / "notes.txt").exists()
+    assert len(Run.open(tmp_path).models) == 2
+
+
+def test_folds_of_nobody_known_are_not_mixed_with_new_ones(toy, tmp_path):
+    splits = make_splits(toy.cohort, folds=3)
+    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    (tmp_path / "manifest.json").unlink()
+    assert len(Run.open(tmp_path).models) == 3
+    with pytest.raises(ConfigError, match="fold_2 would be taken for a part"):
+        crossval(RECIPE, toy.task, toy.examples, splits[:2], toy.cohort, tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    (tmp_path / "fold_1" / "model.json").write_text((tmp_path / "fold_0" / "model.json").read_text())
+    with pytest.raises(ConfigError, match=r"fold_1/model\.json: is not the file"):
+        Run.open(tmp_path)
 
 
 def test_leaking_splits_stop_before_training(toy, tmp_path):

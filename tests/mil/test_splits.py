@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eosin.errors import LabelError
+from eosin.errors import ConfigError, LabelError
 from eosin.mil.splits import (
     Cohort,
     Split,
@@ -163,7 +163,8 @@ def test_nested_splits_are_written_and_read(tmp_path):
     assert read_nested_splits(tmp_path / "outer_0") == []
     with pytest.raises(LabelError, match=r"holds nested splits; name those of one outer fold, .*outer_<i>"):
         read_splits(tmp_path)
-    write_splits(tmp_path / "outer_0", nested[1][:1], cohort)
+    write_splits(tmp_path / "outer_0", [nested[0][0], nested[1][0]], cohort)
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(LabelError, match="outer fold 0 have different test parts"):
         read_nested_splits(tmp_path)
 
@@ -296,3 +297,54 @@ def test_parts_of_sites_of_very_different_size_are_near_their_fraction(kind):
     for split in make_splits(cohort, folds=5 if kind == "monte-carlo" else 3, kind=kind, seed=1):
         assert 0.08 * len(names) < len(split.val) < 0.25 * len(names)
         assert abs(np.mean([label[name] == "1" for name in split.val]) - whole) < 0.2
+
+
+def test_fewer_splits_in_the_same_folder_leave_none_of_the_old_ones(tmp_path):
+    cohort = a_cohort()
+    write_splits(tmp_path, make_splits(cohort, folds=4), cohort)
+    fewer = make_splits(cohort, folds=3, seed=1)
+    write_splits(tmp_path, fewer, cohort)
+    assert read_splits(tmp_path) == fewer
+    assert len(list(tmp_path.glob("splits_*"))) == 6
+    write_nested_splits(tmp_path, make_nested_splits(cohort, folds=3, inner_folds=2), cohort)
+    assert not list(tmp_path.glob("splits_*"))
+    write_splits(tmp_path, fewer, cohort)
+    assert not list(tmp_path.glob("outer_*"))
+
+
+def test_splits_that_eosin_did_not_write_are_neither_pooled_nor_deleted(tmp_path):
+    cohort = a_cohort()
+    splits = make_splits(cohort, folds=4)
+    write_splits(tmp_path, splits, cohort)
+    (tmp_path / "manifest.json").unlink()  # as of eosin 0.1 or CLAM
+    assert read_splits(tmp_path) == splits
+    with pytest.raises(ConfigError, match=r"splits_3\.csv.* would be taken for a part of the new set of"):
+        write_splits(tmp_path, splits[:3], cohort)
+    write_splits(tmp_path, splits, cohort)
+    (tmp_path / "splits_4.csv").write_text((tmp_path / "splits_0.csv").read_text())
+    assert read_splits(tmp_path) == splits
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("s.", "t.", 1), lambda text: text[:-9], None])
+def test_a_split_that_was_changed_is_refused(tmp_path, damage):
+    cohort = a_cohort()
+    write_splits(tmp_path, make_splits(cohort, folds=3), cohort)
+    path = tmp_path / "splits_1.csv"
+    text = path.read_text()
+    path.unlink() if damage is None else path.write_text(damage(text))
+    assert damage is None or path.read_text() != text
+    for asked in (tmp_path, path):
+        with pytest.raises(LabelError, match=r"splits_1.csv: .*changed or deleted"):
+            read_splits(asked)
+    (tmp_path / "manifest.json").write_text((tmp_path / "manifest.json").read_text().replace("splits_1", "splits_7"))
+    with pytest.raises(LabelError, match="its checksum does not fit"):
+        read_splits(tmp_path)
+
+
+def test_a_set_that_is_being_replaced_is_not_read(tmp_path, monkeypatch):
+    cohort = a_cohort()
+    write_splits(tmp_path, make_splits(cohort, folds=3), cohort)
+    monkeypatch.setattr("eosin.mil.splits.finish_set", lambda *_: None)  # killed before the end
+    write_splits(tmp_path, make_splits(cohort, folds=2), cohort)
+    with pytest.raises(LabelError, match="has not finished"):
+        read_splits(tmp_path)

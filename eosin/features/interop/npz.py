@@ -15,6 +15,7 @@ from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.interop.foreign import merged_labels, require_same_kind, table_text
 from eosin.features.store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, write_bag
 from eosin.files import write_text
+from eosin.filesets import begin_set, finish_set
 
 REQUIRED = ("instances", "bag_index", "bag_label")
 
@@ -92,10 +93,13 @@ def _checked_folds(masks: NDArray[np.generic], n_bags: int, path: Path) -> NDArr
 
 
 def _write_splits(masks: NDArray[np.bool_], ids: list[str], folder: Path) -> None:
-    for number, mask in enumerate(masks):
+    names = [f"splits_{number}.csv" for number in range(len(masks))]
+    begin_set(folder, names, pattern=r"splits_\d+\.csv")
+    for name, mask in zip(names, masks, strict=True):
         train = [slide_id for slide_id, trains in zip(ids, mask, strict=True) if trains]
         test = [slide_id for slide_id, trains in zip(ids, mask, strict=True) if not trains]
-        write_text(folder / f"splits_{number}.csv", _split_table(train, test))
+        write_text(folder / name, _split_table(train, test))
+    finish_set(folder, names)
 
 
 def _split_table(train: list[str], test: list[str]) -> str:

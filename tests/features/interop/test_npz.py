@@ -46,7 +46,8 @@ def test_bags_labels_and_folds(tmp_path: Path) -> None:
         ["toy-2", "toy-2", "1"],
     ]
     assert sorted(path.name for path in (tmp_path / "out" / "splits").iterdir()) == [
-        f"splits_{i}.csv" for i in range(4)
+        "manifest.json",
+        *(f"splits_{i}.csv" for i in range(4)),
     ]
     assert rows_of(tmp_path / "out" / "splits" / "splits_0.csv") == [
         ["", "train", "val", "test"],
