@@ -32,7 +32,7 @@ from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import Split, read_splits
 from eosin.mil.study import Study, open_study
 from eosin.pipeline.demo import TUMOUR_TILE
-from eosin.pipeline.run import Pipeline, run_stages
+from eosin.pipeline.run import Pipeline, run_pipeline
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.synthetic import Cohort, make_cohort, read_truth
@@ -62,7 +62,7 @@ def encoded(folder: Path, arguments: argparse.Namespace) -> Encoded:
     recipe = Recipe(aggregator=Component(name="mean"), training=Training(epochs=1, select="last", patience=0))
     pipeline = Pipeline(tiling=Tiling(mpp=0.5, patch_size=128, min_tissue=0.5), recipe=recipe, folds=4, formats=())
     labels = folder / "cohort/labels.csv"
-    result = run_stages([folder / "cohort/slides"], labels, JobFolder(folder / "job"), pipeline)
+    result = run_pipeline([folder / "cohort/slides"], labels, JobFolder(folder / "job"), pipeline)
     tumours = {}
     for slide_id in result.predictions["slide_id"]:
         bag = read_bag(result.feature_file(slide_id))

@@ -78,6 +78,14 @@ class Report:
         number = len(self.records)
         return f"{number} slide{'s' if number != 1 else ''}: {', '.join(parts) or 'nothing to do'}"
 
+    def then(self, later: "Report") -> "Report":
+        """Return one report of two stages: for each slide its first failure, else its last record."""
+        records = {record.slide_id: record for record in self.records}
+        for record in later.records:
+            if record.slide_id not in records or records[record.slide_id].status != "failed":
+                records[record.slide_id] = record
+        return Report(tuple(records.values()))
+
 
 def run_batch(
     items: Sequence[T],

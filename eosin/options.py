@@ -163,3 +163,15 @@ def _scalar(text: str, assignment: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested options with changes applied; a part that gets another name loses the options of the old one."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        same = (
+            isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", "") in ("", old.get("name"))
+        )
+        result[key] = merge(old, value) if same and isinstance(old, Mapping) else value
+    return result

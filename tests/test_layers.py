@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "eosin"
 
 ORDER = (
-    "errors", "names", "options", "files", "fingerprints", "seals", "filesets", "batch", "kernels", "wsi", "features",
-    "mil", "heatmaps", "report", "pipeline", "viewer", "cli",
+    "errors", "names", "options", "files", "fingerprints", "seals", "filesets", "plugins", "batch", "kernels", "wsi",
+    "features", "mil", "heatmaps", "report", "pipeline", "viewer", "cli",
 )  # fmt: skip
 
 LEAST = {"pydantic", "yaml"}
@@ -24,6 +24,7 @@ MAY = {  # third-party packages, beside the standard library
     "fingerprints": set(),
     "seals": set(),
     "filesets": set(),
+    "plugins": set(),
     "batch": set(),
     "kernels": {"torch", "triton"},
 }

@@ -113,18 +113,6 @@ class Settings:
         return self.data.get(name, default) if flag is None else flag
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested options with changes applied; a part that gets another name loses the options of the old one."""
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        same = (
-            isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", "") in ("", old.get("name"))
-        )
-        result[key] = merge(old, value) if same and isinstance(old, Mapping) else value
-    return result
-
-
 def command(*groups: str) -> Callable[[Callable[..., Done]], Callable[..., None]]:
     """Make a command of a function: add the options that all share, print the results, end with the right exit code.
 

@@ -61,7 +61,7 @@ def crossval(
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
-    from eosin.cli._study import begin, choose_recipe, read_study, require_one_source
+    from eosin.cli._study import begin, read_study, recipe_of, require_one_source
     from eosin.files import file_fingerprint
     from eosin.mil.compare import require_comparable
     from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
@@ -71,7 +71,7 @@ def crossval(
     from eosin.report.measures import compare_runs, sweep_table
 
     require_one_source(splits, folds)
-    chosen = choose_recipe(recipe, settings, max_instances_per_step=max_instances_per_step)
+    chosen = recipe_of(recipe, settings, max_instances_per_step=max_instances_per_step)
     candidates = _candidates(sweep, recipe, settings)
     study = read_study(
         features,
@@ -114,7 +114,7 @@ def crossval(
 
 
 def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":
-    from eosin.cli._study import require_methods
+    from eosin.mil.recipe import require_methods
     from eosin.mil.sweep import Sweep
     from eosin.options import read_yaml
 

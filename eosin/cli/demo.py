@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from eosin.cli._arguments import Device, Workers
-from eosin.cli._common import Done, Settings, command, merge, progress
+from eosin.cli._common import Done, Settings, command, progress
 
 
 @command("cohort", "pipeline")
@@ -18,6 +18,7 @@ def demo(
     settings: Settings,
 ) -> Done:
     """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
+    from eosin.options import merge
     from eosin.pipeline.demo import Demo, run_demo
     from eosin.pipeline.deploy import Machine
 

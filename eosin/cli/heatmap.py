@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Device, Model, Out, SlideMpp, Weights, Workers, slide_mpp_source
-from eosin.cli._common import Done, Settings, apply_to_each, command
+from eosin.cli._common import Done, Settings, apply_to_each, command, progress
 from eosin.errors import SlideError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -50,25 +50,28 @@ def heatmap(
     settings: Settings,
 ) -> Done:
     """Draw which tiles a model weighed, for people and for QuPath."""
-    from eosin.cli._encode import encode_like, worst
+    from eosin.batch import Report
     from eosin.heatmaps.subject import map_name
     from eosin.mil.checkpoint import load_model
+    from eosin.pipeline.deploy import Machine, TissueTiles, encode_slides
+    from eosin.wsi.job import JobFolder
     from eosin.wsi.slide import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
     stem = map_name(loaded[0])
     slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp))
-    reports = []
+    before = Report(())
     if features is None:
-        spec = loaded[1].features
-        encoded = encode_like(spec, slides, job or out / "job", weights=weights, workers=workers, device=device)
-        files, reports = encoded.files, [encoded.report]
+        spec, machine = loaded[1].features, Machine(workers=workers, device=device, weights=weights)
+        tiles, folder = TissueTiles.like(spec), JobFolder(job or out / "job")
+        encoded = encode_slides(slides, folder, tiles, spec.encoder, machine=machine, progress=progress)
+        files, before = encoded.files, encoded.report
     elif features.suffix == ".h5" and len(slides) == 1:
         files = {slides[0].slide_id: features}
     else:
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in slides}
-    broken = {record.slide_id for report in reports for record in report.failed}
+    broken = {record.slide_id for record in before.failed}
     usable = [file for file in slides if file.slide_id not in broken]
     work = partial(_explain, loaded, files, out, formats, _chosen(maps))
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
@@ -79,16 +82,14 @@ def heatmap(
             if record.status == "ok"
             for name in formats
         ],
-        worst([*reports, drawn]),
+        before.then(drawn),
     )
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
-    from eosin.pipeline.explain import FORMATS
+    from eosin.pipeline.explain import require_formats
 
-    for name in wanted:
-        if name not in FORMATS:
-            raise UnknownNameError("heat-map format", str(name), FORMATS)
+    require_formats(wanted)
     return tuple(wanted)
 
 

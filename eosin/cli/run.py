@@ -59,7 +59,7 @@ def run(
     The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
     """
-    from eosin.cli._study import choose_recipe, missing_policy, require_one_source
+    from eosin.cli._study import missing_policy, recipe_of, require_one_source
     from eosin.pipeline.deploy import Machine
     from eosin.pipeline.run import Pipeline, run_pipeline
     from eosin.pipeline.two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
@@ -70,7 +70,7 @@ def run(
     given = {key: settings.choose(key, flag, None) for key, flag in flags.items()}
     options = {key: value for key, value in given.items() if value is not None}
     groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
-    chosen = choose_recipe(recipe, settings).model_dump(mode="json")
+    chosen = recipe_of(recipe, settings).model_dump(mode="json")
     groups["quality"] = settings.group("quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
     two_stage = recipe == "two_stage" or "second" in settings.data
     if two_stage:

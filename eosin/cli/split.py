@@ -6,7 +6,7 @@ import typer
 
 from eosin.cli._arguments import Group, Labels, Out, Target, TaskKind
 from eosin.cli._common import Done, Settings, command, say
-from eosin.cli._study import SITE, SlideTable, owner
+from eosin.cli._study import SlideTable
 
 NESTED = "nested"
 KINDS = ("kfold", "monte-carlo", "holdout", NESTED)
@@ -36,7 +36,7 @@ def split(
     """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
     from eosin.errors import UnknownNameError
     from eosin.mil.splits import SplitKind, make_nested_splits, make_splits
-    from eosin.mil.study import label_cohort, note_on_sites, open_labels, pose_task, write_all_splits
+    from eosin.mil.study import SITE, label_cohort, note_on_sites, open_labels, owner, pose_task, write_all_splits
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)

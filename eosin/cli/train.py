@@ -20,7 +20,7 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, Settings, command, merge, progress, say
+from eosin.cli._common import Done, Settings, command, progress, say
 from eosin.cli._study import CacheGb, DeviceCacheGb, MaxInstancesPerStep, SlideTable
 
 REPORT = "report.html"
@@ -60,8 +60,9 @@ def train(
     settings: Settings,
 ) -> Done:
     """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
-    from eosin.cli._study import begin, cache_bytes, owner, read_study, training_split
+    from eosin.cli._study import begin, cache_bytes, read_study
     from eosin.mil.continual import Source, continued
+    from eosin.mil.study import owner
     from eosin.mil.train import fit
 
     chosen = _recipe(recipe, continue_from, settings, max_instances_per_step)
@@ -80,7 +81,7 @@ def train(
     )
     if continue_from is not None:
         chosen, study = continued(continue_from, study, chosen)
-    split = training_split(study, splits, fold, chosen)
+    split = study.training_split(chosen, splits, fold)
     begin(study, out, [chosen], device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
         fitted = fit(
@@ -103,12 +104,13 @@ def _recipe(
     name: str | None, continue_from: Path | None, settings: Settings, max_instances_per_step: int | None
 ) -> "Recipe":
     """Return the recipe that was asked for; of a later task, that of the model before it unless one was."""
-    from eosin.cli._study import choose_recipe
+    from eosin.cli._study import recipe_of
     from eosin.mil.continual import base_recipe
     from eosin.mil.recipe import Recipe
+    from eosin.options import merge
 
     if continue_from is None or name is not None:
-        return choose_recipe(name, settings, max_instances_per_step=max_instances_per_step)
+        return recipe_of(name, settings, max_instances_per_step=max_instances_per_step)
     base = base_recipe(continue_from).model_dump(mode="json")
     return Recipe.parse(merge(base, settings.group("recipe")), source="recipe")
 

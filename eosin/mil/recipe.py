@@ -9,12 +9,14 @@ As YAML::
     training: {lr: 1.0e-4, epochs: 50}
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from eosin.mil.slots import Registry
-from eosin.options import Options
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Registry
+from eosin.options import Options, merge, read_yaml
 
 
 class Component(Options):
@@ -115,3 +117,37 @@ class Recipe(Options):
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
+
+
+def choose_recipe(name: str | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe by name or from a YAML file, with changes, and every name in it checked.
+
+    Parameters
+    ----------
+    name : str, optional
+        Of a registered recipe, or the path of a ``.yaml`` file; ``abmil`` unless given.
+    changes : mapping, optional
+        Options to change, as in YAML. A part that gets another name loses the options of the old one.
+
+    Raises
+    ------
+    UnknownNameError
+        If no recipe has the name, or it names a method or an option that does not exist.
+    ConfigError
+        If the file cannot be read or a value is wrong.
+    """
+    if name is not None and Path(name).suffix in (".yaml", ".yml"):
+        base = Recipe.parse(read_yaml(Path(name)), source=name)
+    else:
+        base = RECIPES[name or "abmil"]
+    recipe = Recipe.parse(merge(base.model_dump(mode="json"), changes or {}), source="recipe")
+    require_methods(recipe)
+    return recipe
+
+
+def require_methods(recipe: Recipe) -> None:
+    """Raise `UnknownNameError` when a recipe names a method or an option that does not exist."""
+    AGGREGATORS.resolve(recipe.aggregator.name, recipe.aggregator.options)
+    STRATEGIES.resolve(recipe.strategy.name, recipe.strategy.options)
+    for term in recipe.terms:
+        LOSS_TERMS.resolve(term.name, term.options)

@@ -5,6 +5,7 @@ sum(weight_i * term_i(output, bags, target))``, where a strategy returns ``outpu
 ``extra``.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.mil.bags import PackedBags
 from eosin.mil.tasks import Task
+from eosin.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -173,8 +175,14 @@ def require_output(part: LossTerm | Strategy, model: Aggregator) -> None:
         )
 
 
+OWN_METHODS = "eosin.mil.methods"
+"""Imported by name: methods import this module."""
+
+
 class Registry(Generic[T]):
     """Things by name, for one slot.
+
+    A name that is asked for may come from eosin's own methods or from a plug-in; both are imported then.
 
     Parameters
     ----------
@@ -200,19 +208,28 @@ class Registry(Generic[T]):
         self._items[name] = item
         return item
 
+    def _known(self) -> dict[str, T]:
+        importlib.import_module(OWN_METHODS)
+        load_plugins()
+        return self._items
+
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
-            raise UnknownNameError(self.kind, name, self._items)
-        return self._items[name]
+        known = self._known()
+        if name not in known:
+            raise UnknownNameError(self.kind, name, known)
+        return known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return name in self._known()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._items))
+        return iter(sorted(self._known()))
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._known())
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self.kind}s: {', '.join(self)}>"
 
 
 C = TypeVar("C", bound=nn.Module)

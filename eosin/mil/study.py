@@ -1,11 +1,11 @@
 """A folder of features and a table of labels, understood and joined: what every training command starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eosin.errors import LabelError
+from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features.store import find_bags
 from eosin.filesets import finish_set, members_of
 from eosin.mil.crossval import cohort_of
@@ -17,6 +17,7 @@ from eosin.mil.interop import (
     split_by_column,
     write_patient_splits,
 )
+from eosin.mil.recipe import Recipe
 from eosin.mil.splits import (
     Cohort,
     Split,
@@ -24,6 +25,7 @@ from eosin.mil.splits import (
     make_splits,
     read_nested_splits,
     read_splits,
+    with_validation,
     write_nested_splits,
     write_splits,
 )
@@ -40,10 +42,13 @@ from eosin.mil.tables import (
     shown,
 )
 from eosin.mil.tasks import Task, make_task
+from eosin.mil.train import BAGS_TO_COMPARE, require_fitting, require_machine
 
 CACHE_BYTES = 2 * 2**30
 SPLIT_COLUMN = ("split",)
 STAMP = "splits.json"
+SITE = "site"
+GROUPS = ("patient", "slide", SITE)
 
 
 def open_labels(
@@ -148,7 +153,30 @@ class Study:
         """
         if path is None:
             return make_splits(self.cohort, folds=folds, val_fraction=val_fraction, seed=seed)
-        return self.checked(self._read(path))
+        return self.checked(read_any_splits(path, self.table))
+
+    def training_split(self, recipe: Recipe, splits: Path | None = None, fold: int | None = None) -> Split:
+        """Return the split that one model trains on: a fold, or all slides.
+
+        It has a validation part when the recipe selects by one.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such fold, or it is not said which.
+        LabelError
+            As `splits`.
+        """
+        split = Split(self.examples.ids, (), ())
+        if splits is None and fold is not None:
+            raise ConfigError(
+                f"--fold {fold} of which splits? pass --splits, or leave --fold out to train on all slides"
+            )
+        if splits is not None:
+            split = _one_of(self.splits(splits), fold, splits)
+        if recipe.training.select == "last":
+            return split
+        return with_validation(split, self.cohort, seed=recipe.training.seed)
 
     def nested(self, path: Path | None) -> list[list[Split]]:
         """Return the nested splits of a folder, checked; empty when it holds none.
@@ -161,30 +189,10 @@ class Study:
         return [] if path is None else [self.checked(splits) for splits in read_nested_splits(path)]
 
     def checked(self, splits: Sequence[Split]) -> list[Split]:
-        """Return splits with the ids that bags have here.
-
-        Raises
-        ------
-        LabelError
-            If they leak or name slides that are not in the study.
-        """
-        fitting = [self._of_bags(self._kept(split)) for split in splits]
+        """Return splits with the ids that bags have here; errors as of `checked_splits`."""
+        fitting = [self._of_bags(split) for split in _without(splits, self.left_out)]
         check_splits(fitting, self.cohort)
         return fitting
-
-    def _read(self, path: Path) -> list[Split]:
-        if path.suffix.lower() == ".json":
-            slides = self.table.slide_ids
-            return read_patient_splits(path, Cohort(slides, self.table.patient_ids, ("",) * len(slides)))
-        if path.is_file():
-            column = detect_column(read_table(path), SPLIT_COLUMN)
-            if column is not None:
-                return [split_by_column(read_labels(path, group="slide").select(self.table.slide_ids), column)]
-        return read_splits(path)
-
-    def _kept(self, split: Split) -> Split:
-        """Return the split without the slides that are left out."""
-        return Split(*(tuple(name for name in part if name not in self.left_out) for part in split.parts().values()))
 
     def _of_bags(self, split: Split) -> Split:
         """Return the split of patients that a split of slides makes when the bags are patients."""
@@ -192,6 +200,83 @@ class Study:
         if all(name in known or name not in patient for part in split.parts().values() for name in part):
             return split
         return Split(*(tuple(dict.fromkeys(patient.get(n, n) for n in part)) for part in split.parts().values()))
+
+
+def checked_splits(splits: Sequence[Split], cohort: Cohort, *, left_out: Collection[str] = ()) -> list[Split]:
+    """Return splits without the slides that are left out.
+
+    Raises
+    ------
+    LabelError
+        If they leak or name slides that are not in the cohort.
+    """
+    kept = _without(splits, left_out)
+    check_splits(kept, cohort)
+    return kept
+
+
+def _without(splits: Sequence[Split], gone: Collection[str]) -> list[Split]:
+    return [
+        Split(*(tuple(name for name in part if name not in gone) for part in split.parts().values()))
+        for split in splits
+    ]
+
+
+def _one_of(splits: Sequence[Split], fold: int | None, path: Path) -> Split:
+    if fold is None and len(splits) > 1:
+        raise ConfigError(f"{path} has {len(splits)} folds; choose one with --fold, or train all with `eosin crossval`")
+    number = fold or 0
+    if not 0 <= number < len(splits):
+        raise ConfigError(f"--fold {number}: {path} has folds 0 to {len(splits) - 1}")
+    return splits[number]
+
+
+def read_any_splits(path: Path, table: LabelTable) -> list[Split]:
+    """Read splits in any layout that `Study.splits` names, for the slides of a table."""
+    if path.suffix.lower() == ".json":
+        slides = table.slide_ids
+        return read_patient_splits(path, Cohort(slides, table.patient_ids, ("",) * len(slides)))
+    if path.is_file():
+        column = detect_column(read_table(path), SPLIT_COLUMN)
+        if column is not None:
+            return [split_by_column(read_labels(path, group="slide").select(table.slide_ids), column)]
+    return read_splits(path)
+
+
+def prepare(study: Study, out: Path, recipes: Iterable[Recipe], *, device: str, precision: str) -> tuple[str, ...]:
+    """Refuse what stands in the way of hours of work, make the folder, and return what a person should read first.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device or precision, or a recipe asks for what the task cannot have.
+    OutputError
+        If the folder cannot be made.
+    """
+    require_machine(device, precision)
+    fewest = BAGS_TO_COMPARE
+    for recipe in recipes:
+        fewest = min(fewest, recipe.training.bags_per_step)
+        require_fitting(recipe.training, study.task)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(out, f"cannot be written to ({error.strerror})") from error
+    understood = "; ".join(study.notes)
+    if not study.task.compares_bags or fewest >= BAGS_TO_COMPARE:
+        return (understood,)
+    few = (
+        f"task {study.task.kind} compares the bags of a step, which are {fewest}; {BAGS_TO_COMPARE} or more are better "
+        f"(--set recipe.training.bags_per_step={BAGS_TO_COMPARE})"
+    )
+    return understood, few
+
+
+def owner(group: str) -> Literal["patient", "slide"]:
+    """Return whom slides belong to when splits keep a group together: a site keeps patients together too."""
+    if group not in GROUPS:
+        raise UnknownNameError("group", group, GROUPS)
+    return "slide" if group == "slide" else "patient"
 
 
 def require_sites(table: LabelTable) -> str:
@@ -232,7 +317,7 @@ def write_all_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Co
 
 
 def open_study(
-    features: Path,
+    features: Path | Mapping[str, Path],
     labels: Path,
     *,
     task: str = "classification",
@@ -248,8 +333,8 @@ def open_study(
 
     Parameters
     ----------
-    features : Path
-        Folder of feature files.
+    features : Path or mapping of str to Path
+        Folder of feature files, or the file of each slide.
     labels : Path
         Table of labels, see `open_labels`.
     task : str
@@ -279,7 +364,7 @@ def open_study(
     table = open_labels(labels, slide_table=slide_table, group=group)
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
-    files = find_bags(features)
+    files = find_bags(features) if isinstance(features, Path) else dict(features)
     bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
     filled, notes_on_tiles = _with_tiles(table, bags)
     examples = make_examples(bags, filled, made, missing=missing)

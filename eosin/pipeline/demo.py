@@ -27,7 +27,7 @@ from eosin.mil.recipe import Component, Recipe, Training
 from eosin.options import Options
 from eosin.pipeline.deploy import Machine, ProgressBar, no_progress
 from eosin.pipeline.result import Result, make_report
-from eosin.pipeline.run import Pipeline, run_stages
+from eosin.pipeline.run import Pipeline, run_pipeline
 from eosin.report.page import Metric, ReportData, SlideCard, write_report
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
@@ -102,9 +102,9 @@ def run_demo(
     Parameters
     ----------
     out : Path
-        Receives ``cohort/`` (slides, labels.csv, truth), what `eosin.pipeline.run.run_stages` writes into a job folder,
-        ``report.html`` with the truth beside the heat maps, and ``summary.json``. What is there already from the same
-        options is kept.
+        Receives ``cohort/`` (slides, labels.csv, truth), what `eosin.pipeline.run.run_pipeline` writes into a job
+        folder, ``report.html`` with the truth beside the heat maps, and ``summary.json``. What is there already from
+        the same options is kept.
     options : Demo, optional
     machine : Machine, optional
     progress : callable, optional
@@ -151,12 +151,13 @@ def _run(out: Path, options: Demo, machine: Machine, progress: ProgressBar) -> t
     cohort = out / "cohort"
     with progress("paint slides", options.cohort.n_slides) as advance:
         make_cohort(cohort, options.cohort, workers=machine.workers, progress=advance)
-    result = run_stages(
+    result = run_pipeline(
         [cohort / "slides"],
         cohort / "labels.csv",
         JobFolder(out),
         options.pipeline,
         machine=machine,
+        report=False,
         progress=progress,
     )
     located = locate_tumour(result, cohort / "truth")

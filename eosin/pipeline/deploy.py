@@ -4,19 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from eosin.batch import Record, Report
+from eosin.batch import Report
 from eosin.errors import ConfigError
 from eosin.features.bag import FeatureSpec
-from eosin.features.encoders import Precision, folder_name
+from eosin.features.encoders import Precision, find_encoder, folder_name
 from eosin.features.extract import extract
 from eosin.mil.checkpoint import load_card
 from eosin.mil.predict import predict
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.quality import QualityLimits
 from eosin.wsi.slide import SlideFile, find_slides
+from eosin.wsi.tissue import TissueOptions
 
-ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[object], None] | None]]
+Advance = Callable[[object], None]
+ProgressBar = Callable[[str, int | None], AbstractContextManager[Advance | None]]
 """Given the name of a stage and its number of slides; its context is called with each finished item."""
 
 
@@ -50,55 +54,109 @@ def no_progress(_stage: str, _total: int | None) -> AbstractContextManager[None]
     return nullcontext()
 
 
+class Tiler(Protocol):
+    """Decides which tiles of slides are encoded."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the coordinates in a job."""
+
+    def write(self, slides: Sequence[SlideFile], job: JobFolder, *, workers: int, progress: Advance | None) -> Report:
+        """Write the coordinates file of every slide; `progress` is called after each."""
+
+
+@dataclass(frozen=True)
+class TissueTiles:
+    """The tiles that hold tissue; attributes as of `eosin.wsi.job.tile_slides`."""
+
+    tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
+    tissue: TissueOptions = TissueOptions()  # noqa: RUF009 - frozen
+    quality: QualityLimits = QualityLimits()  # noqa: RUF009 - frozen
+
+    @classmethod
+    def like(cls, spec: FeatureSpec) -> "TissueTiles":
+        """Return the tiles that a model's features were made of; `ConfigError` when they were no tiles."""
+        if spec.mpp is None or spec.patch_size is None:
+            raise ConfigError(
+                f"this model was not trained on slide tiles (encoder {spec.encoder}), so slides cannot be encoded for "
+                "it; pass --features FOLDER"
+            )
+        return cls(Tiling(mpp=spec.mpp, patch_size=spec.patch_size))
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the coordinates in a job."""
+        return self.tiling.folder
+
+    def write(self, slides: Sequence[SlideFile], job: JobFolder, *, workers: int, progress: Advance | None) -> Report:
+        """Write the coordinates file of every slide."""
+        return tile_slides(
+            slides,
+            job,
+            self.tiling,
+            tissue=self.tissue,
+            quality=self.quality,
+            workers=workers,
+            progress=progress,
+        )
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Where the feature file of each slide is that has one, and what became of the slides on the way there."""
+    """The features of a batch of slides.
 
+    Attributes
+    ----------
+    folder : Path
+        Where the feature files are.
+    files : mapping of str to Path
+        The file of each slide that has not failed.
+    report : Report
+        What became of each slide.
+    """
+
+    folder: Path
     files: Mapping[str, Path]
     report: Report
 
 
-def encode_like(
-    spec: FeatureSpec,
+def encode_slides(
     slides: Sequence[SlideFile],
     job: JobFolder,
+    tiles: Tiler,
+    encoder: str,
     *,
-    machine: Machine | None = None,
+    machine: Machine,
     progress: ProgressBar = no_progress,
 ) -> Encoded:
-    """Tile and encode slides as a model's features were made; what is done already in the job is kept.
+    """Tile and encode slides; what is done already in the job is kept.
 
     Raises
     ------
-    ConfigError
-        If the model was not trained on features of tiles.
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    if spec.mpp is None or spec.patch_size is None:
-        raise ConfigError(f"the model was not trained on slide tiles (encoder {spec.encoder}); pass --features FOLDER")
-    means, tiling = machine or Machine(), Tiling(mpp=spec.mpp, patch_size=spec.patch_size)
+    name = folder_name(find_encoder(encoder).name)
     with progress("tile", len(slides)) as advance:
-        tiled = tile_slides(slides, job, tiling, workers=means.workers, progress=advance)
+        tiled = tiles.write(slides, job, workers=machine.workers, progress=advance)
     failed = {record.slide_id for record in tiled.failed}
     rest = [slide for slide in slides if slide.slide_id not in failed]
     with progress("extract", len(rest)) as advance:
-        encoded = extract(
+        extracted = extract(
             rest,
             job,
-            spec.encoder,
-            weights=means.weights,
-            batch_size=means.batch_size,
-            precision=means.precision,
-            device=means.device,
-            tiling=tiling.folder,
-            workers=means.workers,
+            encoder,
+            weights=machine.weights,
+            batch_size=machine.batch_size,
+            precision=machine.precision,
+            device=machine.device,
+            tiling=tiles.folder,
+            workers=machine.workers,
             progress=advance,
         )
-    folder = job.features_dir(tiling.folder, folder_name(spec.encoder))
-    report = worst([tiled, encoded])
-    lost = {record.slide_id for record in report.failed}
-    return Encoded({s.slide_id: folder / f"{s.slide_id}.h5" for s in slides if s.slide_id not in lost}, report)
+    lost = failed | {record.slide_id for record in extracted.failed}
+    files = {s.slide_id: job.features(tiles.folder, name, s.slide_id) for s in slides if s.slide_id not in lost}
+    return Encoded(job.features_dir(tiles.folder, name), files, tiled.then(extracted))
 
 
 def predict_slides(
@@ -143,28 +201,17 @@ def predict_slides(
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    means = machine or Machine()
+    machine, spec = machine or Machine(), load_card(models[0]).features
     found = find_slides(slides, slide_mpp=slide_mpp)
-    encoded = encode_like(load_card(models[0]).features, found, job, machine=means, progress=progress)
+    encoded = encode_slides(found, job, TissueTiles.like(spec), spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
-        failures = encoded.report.failed
         predicted = predict(
             models,
             encoded.files,
             out,
-            failures=failures,
+            failures=encoded.report.failed,
             patient_of=patient_of,
-            device=means.device,
+            device=machine.device,
             progress=advance,
         )
-    return worst([encoded.report, predicted])
-
-
-def worst(reports: Sequence[Report]) -> Report:
-    """Return one report over several stages: for each slide its first failure, else its last record."""
-    records: dict[str, Record] = {}
-    for report in reports:
-        for record in report.records:
-            if record.slide_id not in records or records[record.slide_id].status != "failed":
-                records[record.slide_id] = record
-    return Report(tuple(records.values()))
+    return encoded.report.then(predicted)

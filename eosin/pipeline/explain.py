@@ -101,9 +101,7 @@ def explain_slide(
     ConfigError
         If a format is unknown, the features have no places or the model has nothing to show.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise UnknownNameError("heat-map format", name, FORMATS)
+    require_formats(formats)
     aggregator, card = load_model(model) if isinstance(model, Path) else model
     card.features.require_match(bag.spec, Path(bag.slide_id))
     with open_slide(slide_file.path, mpp=slide_file.mpp) as slide:
@@ -120,6 +118,13 @@ def explain_slide(
         )
         stem = f"{slide_file.slide_id}_{map_name(aggregator)}"
         return [_write(name, explanation, out_dir / f"{stem}.{name}") for name in formats]
+
+
+def require_formats(formats: Sequence[str]) -> None:
+    """Raise `UnknownNameError` for a format that is not among `FORMATS`."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UnknownNameError("heat-map format", name, FORMATS)
 
 
 def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard, wanted: Sequence[str] | None) -> MapSet:

@@ -7,7 +7,7 @@ tiles have seen the labels of slides that test the second stage, as in every sta
 cross-validation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from eosin.mil.recipe import RECIPES, Recipe
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import read_splits
 from eosin.options import Options
-from eosin.pipeline.deploy import Machine, ProgressBar, worst
+from eosin.pipeline.deploy import Advance, Machine, ProgressBar
 from eosin.pipeline.result import Result, make_report
-from eosin.pipeline.run import Pipeline, Tiles, run_stages
+from eosin.pipeline.run import Pipeline, run_pipeline
 from eosin.pipeline.selection import Selection, tile_selected
 from eosin.report.page import write_report
 from eosin.wsi.grid import Tiling
@@ -59,6 +59,11 @@ class SecondStage(Options):
     selection: Selection = Selection()
     recipe: Recipe | None = None
     target: str | None = None
+
+    def after(self, first: Pipeline) -> Pipeline:
+        """Return the options of the second stage, given those of the first."""
+        changes = {"tiling": self.tiling, "recipe": self.recipe, "target": self.target}
+        return first.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,21 +128,18 @@ def run_two_stage(
     _require_attention(options.recipe)
     if splits is not None:
         _require_every_slide_tested(splits, labels)
-    stage = partial(
-        run_stages, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, progress=progress
+    run = partial(
+        run_pipeline, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, progress=progress
     )
-    first = stage(job=JobFolder(job.root / FIRST), options=options, splits=splits)
-    write_report(first.job.root / "report.html", make_report(first))
+    first = run(job=JobFolder(job.root / FIRST), options=options, splits=splits)
     same = second.target in (None, options.target)
-    later = options.model_copy(
-        update={
-            "tiling": second.tiling,
-            "recipe": second.recipe or options.recipe,
-            "target": second.target or options.target,
-        }
+    last = run(
+        job=job,
+        options=second.after(options),
+        splits=first.splits if same and splits is None else splits,
+        tiles=ChosenTiles(first, second),
+        report=False,
     )
-    tiles = Tiles(second.selection.folder(second.tiling), _chooser(job, first, second, machine or Machine()))
-    last = stage(job=job, options=later, splits=first.splits if same and splits is None else splits, tiles=tiles)
     summary = _summary(options, second, first, last)
     note = (
         f"The tiles are at most {second.selection.budget} per slide of {options.tiling.mpp:g} µm/px, chosen by a first "
@@ -146,25 +148,33 @@ def run_two_stage(
     page = make_report(last)
     write_report(job.root / "report.html", replace(page, notes=(note, *page.notes)))
     write_json(job.root / STAGES, summary)
-    return TwoStageResult(first, last, worst([first.report, last.report]), summary)
+    return TwoStageResult(first, last, first.report.then(last.report), summary)
 
 
-def _chooser(
-    job: JobFolder, first: Result, second: SecondStage, machine: Machine
-) -> Callable[[Sequence[SlideFile], Callable[[object], None] | None], Report]:
-    def choose(files: Sequence[SlideFile], advance: Callable[[object], None] | None) -> Report:
+@dataclass(frozen=True)
+class ChosenTiles:
+    """The tiles that the models of the first stage choose, see `eosin.pipeline.selection.tile_selected`."""
+
+    first: Result
+    second: SecondStage
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the coordinates in a job."""
+        return self.second.selection.folder(self.second.tiling)
+
+    def write(self, slides: Sequence[SlideFile], job: JobFolder, *, workers: int, progress: Advance | None) -> Report:
+        """Write the coordinates file of every slide."""
         return tile_selected(
-            files,
+            slides,
             job,
-            first.crossval,
-            second.tiling,
-            selection=second.selection,
-            features=first.features,
-            workers=machine.workers,
-            progress=advance,
+            self.first.crossval,
+            self.second.tiling,
+            selection=self.second.selection,
+            features=self.first.features,
+            workers=workers,
+            progress=progress,
         )
-
-    return choose
 
 
 def _require_attention(recipe: Recipe) -> None:

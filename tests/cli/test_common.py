@@ -17,9 +17,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from eosin.batch import Record, Report
-from eosin.cli._common import Done, Settings, command, merge, progress
+from eosin.cli._common import Done, Settings, command, progress
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError
-from eosin.options import Options
+from eosin.options import Options, merge
 
 
 class OutOfMemoryError(RuntimeError):

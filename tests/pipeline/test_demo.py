@@ -9,7 +9,7 @@ from eosin.heatmaps.attribution import attention_map
 from eosin.heatmaps.heatmap import Heatmap
 from eosin.pipeline.demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outline, run_demo
 from eosin.pipeline.result import Result
-from eosin.pipeline.run import Pipeline, run_stages
+from eosin.pipeline.run import Pipeline, run_pipeline
 from eosin.wsi.job import JobFolder
 from eosin.wsi.synthetic import Cohort, read_truth
 
@@ -32,7 +32,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> DemoSummary:
 @pytest.fixture(scope="module")
 def result(summary: DemoSummary) -> Result:
     cohort = summary.out / "cohort"
-    return run_stages([cohort / "slides"], cohort / "labels.csv", JobFolder(summary.out), small_demo().pipeline)
+    return run_pipeline([cohort / "slides"], cohort / "labels.csv", JobFolder(summary.out), small_demo().pipeline)
 
 
 def test_summary_is_in_the_file(summary: DemoSummary) -> None:
