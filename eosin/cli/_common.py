@@ -52,6 +52,10 @@ ConfigFile = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option (tiling.mpp=1.0); repeatable.")
 ]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="MODULE", help="Module or .py file with methods of your own; repeatable."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more, and show the traceback of an error.")]
 
 
@@ -126,8 +130,19 @@ def command(*groups: str) -> Callable[[Callable[..., Done]], Callable[..., None]
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def run(*, config: Path | None, assignments: list[str] | None, verbose: bool, **arguments: Any) -> None:
+        def run(
+            *,
+            config: Path | None,
+            assignments: list[str] | None,
+            plugins: list[str] | None,
+            verbose: bool,
+            **arguments: Any,
+        ) -> None:
+            from eosin.plugins import add_plugin
+
             with _reported(verbose=verbose):
+                for name in plugins or ():
+                    add_plugin(name)
                 settings = Settings.read(config, assignments or [], groups)
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
@@ -145,6 +160,7 @@ def _with_shared_options(signature: inspect.Signature) -> inspect.Signature:
     shared = [
         inspect.Parameter("config", keyword, default=None, annotation=ConfigFile),
         inspect.Parameter("assignments", keyword, default=None, annotation=Assignments),
+        inspect.Parameter("plugins", keyword, default=None, annotation=Plugins),
         inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
     ]
     return signature.replace(parameters=[*own, *shared])
