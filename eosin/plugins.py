@@ -88,7 +88,7 @@ def _load(name: str) -> None:
         _loaded[name] = _module_of_file(Path(name)) if _is_file(name) else importlib.import_module(name)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's module raises is told in one line
+    except Exception as error:  # whatever a user's module raises becomes one line
         raise _failed(name, error) from error
 
 

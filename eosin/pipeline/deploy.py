@@ -75,7 +75,7 @@ class TissueTiles:
 
     @classmethod
     def like(cls, spec: FeatureSpec) -> "TissueTiles":
-        """Return the tiles that a model's features were made of; `ConfigError` when they were no tiles."""
+        """Return the tiles that a model's features were made of; `ConfigError` when it was not trained on tiles."""
         if spec.mpp is None or spec.patch_size is None:
             raise ConfigError(
                 f"this model was not trained on slide tiles (encoder {spec.encoder}), so slides cannot be encoded for "
