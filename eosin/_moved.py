@@ -19,6 +19,7 @@ MOVED = {
     "eosin.heatmaps.question": "eosin.pipeline.question",
     "eosin.heatmaps.report": "eosin.report.page",
     "eosin.heatmaps.viewer": "eosin.viewer",
+    "eosin.mil.sheets": "eosin.tables",
     "eosin.wsi.names": "eosin.names",
     "eosin.result": "eosin.pipeline.result",
     "eosin.selection": "eosin.pipeline.selection",

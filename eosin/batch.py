@@ -7,19 +7,18 @@ one record per slide in `run.json` and stops only when the environment fails.
 import errno
 import json
 import logging
-import multiprocessing
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from eosin import __version__
-from eosin.errors import ConfigError, EosinError, OutputError
+from eosin.errors import ConfigError, EosinError, OutputError, WorkerError
 from eosin.files import locked, write_json
+from eosin.processes import Child, require_running, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -204,62 +203,44 @@ def _since(started: float) -> float:
 
 def _run_here(work: Callable[[T], Outcome], todo: Sequence[tuple[str, T]], stage: str) -> Iterator[Record]:
     for slide_id, item in todo:
+        require_running()
         yield _attempt(work, slide_id, item, stage)
 
 
 class _Worker:
-    """A spawned process that works on one item at a time and can be replaced when it dies."""
+    """A child process that works on one item at a time and can be replaced when it dies."""
 
     def __init__(self, work: Callable[[Any], Outcome], stage: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work, stage), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.child = Child(_serve, work, stage)
+        self.stage = stage
         self.slide_id = ""
         self.started = 0.0
         self.is_lost = False
 
     def give(self, slide_id: str, item: object) -> None:
         self.slide_id, self.started = slide_id, time.monotonic()
-        self.connection.send((slide_id, item))
+        self.child.send((slide_id, item))
 
-    def take(self, stage: str) -> Record:
+    def take(self) -> Record:
         """Return the record of the item given last; raise what stopped the run."""
         try:
-            reply: Record | OutputError = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            return self._given_up(stage, "crashed", f"the process that read it died ({self._cause_of_death()})")
-        if isinstance(reply, OutputError):
-            raise reply
-        return reply
+            record: Record = self.child.receive()
+        except WorkerError as error:
+            return self._given_up(error.code, f"the process that read it {error.message}")
+        return record
 
-    def time_out(self, stage: str, timeout_s: float) -> Record:
-        self.stop()
-        return self._given_up(stage, "timeout", f"not finished after {timeout_s:g} s")
+    def time_out(self, timeout_s: float) -> Record:
+        self.child.stop()
+        return self._given_up("timeout", f"not finished after {timeout_s:g} s")
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-    def _given_up(self, stage: str, reason: str, message: str) -> Record:
+    def _given_up(self, reason: str, message: str) -> Record:
         self.is_lost = True
-        return Record(self.slide_id, stage, "failed", reason, message, _since(self.started))
-
-    def _cause_of_death(self) -> str:
-        self.process.join(timeout=10)
-        code = self.process.exitcode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return Record(self.slide_id, self.stage, "failed", reason, message, _since(self.started))
 
 
 def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], Outcome], stage: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it kills its children when it is interrupted
     while True:
-        try:
-            slide_id, item = connection.recv()
-        except EOFError:
-            return
+        slide_id, item = connection.recv()
         try:
             connection.send(_attempt(work, slide_id, item, stage))
         except OutputError as error:
@@ -276,27 +257,26 @@ def _run_in_processes(
             busy.append(_Worker(work, stage))
             busy[-1].give(*waiting.popleft())
         while busy:
-            for worker, record in _next_records(busy, stage, timeout_s):
+            for worker, record in _next_records(busy, timeout_s):
                 yield record
                 busy.remove(worker)
-                if not waiting or worker.is_lost:
-                    worker.stop()
+                if worker.is_lost or not waiting:
+                    worker.child.stop()
                 if waiting:
                     busy.append(_Worker(work, stage) if worker.is_lost else worker)
                     busy[-1].give(*waiting.popleft())
     finally:
         for worker in busy:
-            worker.stop()
+            worker.child.stop()
 
 
-def _next_records(busy: Sequence[_Worker], stage: str, timeout_s: float | None) -> list[tuple[_Worker, Record]]:
+def _next_records(busy: Sequence[_Worker], timeout_s: float | None) -> list[tuple[_Worker, Record]]:
     patience = None if timeout_s is None else max(0.0, min(w.started for w in busy) + timeout_s - time.monotonic())
-    ready = wait([worker.connection for worker in busy], timeout=patience)
-    records = [(worker, worker.take(stage)) for worker in busy if worker.connection in ready]
-    if records or timeout_s is None:
-        return records
+    ready = wait_for([worker.child for worker in busy], patience)
+    if ready or timeout_s is None:
+        return [(worker, worker.take()) for worker in busy if worker.child in ready]
     late = [worker for worker in busy if time.monotonic() - worker.started >= timeout_s]
-    return [(worker, worker.time_out(stage, timeout_s)) for worker in late]
+    return [(worker, worker.time_out(timeout_s)) for worker in late]
 
 
 class _RunLog:

@@ -12,6 +12,8 @@ EosinError                      code        what it is
 │   └── UnknownNameError        unknown     a name that is not registered; also KeyError
 ├── CheckpointError             checkpoint  one model folder or foreign checkpoint cannot be used; also ValueError
 ├── LabelError                  labels      table of labels or splits; also ValueError
+│   └── TableError              table       a file that cannot be read as a table, whatever it states; also ConfigError
+├── WorkerError                 crashed     a child process died or gave no answer in time; also RuntimeError
 ├── KernelUnavailableError      kernel      a forced kernel backend cannot run here; also RuntimeError
 └── OutputError                 output      disk, permission or device stopped the run; also OSError
 ```
@@ -142,6 +144,18 @@ class LabelError(EosinError, ValueError):
     """A table of labels or splits that cannot be used: leakage, missing class, unknown slide, duplicate id."""
 
     default_code = "labels"
+
+
+class TableError(LabelError, ConfigError):
+    """A file that cannot be read as a table: labels, resolutions, options of single slides or features."""
+
+    default_code = "table"
+
+
+class WorkerError(EosinError, RuntimeError):
+    """A child process died (code ``crashed``), or gave no answer in time (code ``timeout``)."""
+
+    default_code = "crashed"
 
 
 class KernelUnavailableError(EosinError, RuntimeError):

@@ -5,7 +5,7 @@ Every group of options is a subclass of `Options` beside the code that it config
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eosin.errors import ConfigError, UnknownNameError
 
-MAX_YAML_BYTES = 16 * 2**20
+MAX_YAML_BYTES = 2**18
+MAX_YAML_VALUES = 20_000
+MAX_YAML_DEPTH = 50
 
 
 if TYPE_CHECKING:  # type checkers keep to the fields of each class
@@ -100,20 +102,57 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If the file is missing, larger than 16 MiB, not YAML or not a mapping.
+        If the file is missing, larger than the limits of this module, not YAML or not a mapping.
     """
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes; a configuration file is far smaller")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as YAML ({reason})") from None
+            raise ConfigError(f"{path}: is larger than {MAX_YAML_BYTES:,} bytes, the limit of a configuration file")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    data = _load_yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of options, found {type(data).__name__}")
     return data
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    """Load YAML whose size is known: aliases may make a few lines stand for billions of values."""
+    try:
+        _require_small(yaml.parse(text, Loader=yaml.SafeLoader), source)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that does not exist
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+
+
+def _require_small(events: Iterable[yaml.Event], source: str) -> None:
+    """Count the values that a document stands for once every alias is replaced by what it names."""
+    sizes: dict[str, int] = {}  # of finished nodes with an anchor
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, values before it began
+    total = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ConfigError(f"{source}: the alias *{event.anchor} names nothing before it, or what it stands in")
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        if total > MAX_YAML_VALUES or len(open_nodes) > MAX_YAML_DEPTH:
+            limit = f"{MAX_YAML_VALUES:,} values in {MAX_YAML_DEPTH} levels"
+            raise ConfigError(f"{source}: stands for more than {limit}, the limit of a configuration", code="unsafe")
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -153,10 +192,7 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
 
 
 def _scalar(text: str, assignment: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+    value = _load_yaml(text, f"--set {assignment!r}: the value")
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as text because it has no dot

@@ -11,9 +11,28 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "eosin"
 
 ORDER = (
-    "errors", "names", "options", "files", "fingerprints", "seals", "filesets", "plugins", "batch", "kernels", "wsi",
-    "features", "mil", "heatmaps", "report", "pipeline", "viewer", "cli",
-)  # fmt: skip
+    "errors",
+    "names",
+    "options",
+    "files",
+    "fingerprints",
+    "seals",
+    "filesets",
+    "tables",
+    "devices",
+    "processes",
+    "plugins",
+    "batch",
+    "kernels",
+    "wsi",
+    "features",
+    "mil",
+    "heatmaps",
+    "report",
+    "pipeline",
+    "viewer",
+    "cli",
+)
 
 LEAST = {"pydantic", "yaml"}
 MAY = {  # third-party packages, beside the standard library
@@ -25,6 +44,9 @@ MAY = {  # third-party packages, beside the standard library
     "seals": set(),
     "filesets": set(),
     "plugins": set(),
+    "tables": {"openpyxl", "pyarrow"},
+    "devices": {"torch"},
+    "processes": set(),
     "batch": set(),
     "kernels": {"torch", "triton"},
 }

@@ -62,13 +62,13 @@ def crossval(
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
     from eosin.cli._study import begin, read_study, recipe_of, require_one_source
+    from eosin.devices import choose_device
     from eosin.files import file_fingerprint
     from eosin.mil.compare import require_comparable
     from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
-    from eosin.mil.evaluate import choose_device
-    from eosin.mil.tables import read_table
     from eosin.report.evaluation import Context, report_crossval
     from eosin.report.measures import compare_runs, sweep_table
+    from eosin.tables import read_table
 
     require_one_source(splits, folds)
     chosen = recipe_of(recipe, settings, max_instances_per_step=max_instances_per_step)

@@ -49,7 +49,7 @@ def extract(
     shard: Shard = "0/1",
 ) -> Done:
     """Encode the tiles of slides that `eosin tile` has cut."""
-    from eosin.features.devices import parse_devices
+    from eosin.devices import parse_devices
     from eosin.features.encoders import find_encoder, folder_name
     from eosin.features.extract import extract as extract_features
     from eosin.wsi.job import JobFolder

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, OutputError
 from eosin.features import he_texture
 from eosin.features.encoders import OWN_WEIGHTS, RANDOM, EncoderSpec, Precision, find_encoder
@@ -273,29 +274,9 @@ class EncoderChoice:
             self.name,
             weights=self.weights,
             precision=self.precision,
-            device=usable_device(device),
+            device=str(choose_device(device)),
             compiled=self.compiled,
         )
-
-
-def usable_device(device: str) -> str:
-    """Return a device of this machine; ``auto`` is the first GPU when there is one.
-
-    Raises
-    ------
-    ConfigError
-        When it cannot be used.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(
-            f"device {device!r} cannot be used here ({reason}); --device auto takes what there is"
-        ) from None
-    return device
 
 
 def allocator(encoder: Encoder) -> Allocate:

@@ -5,23 +5,20 @@ its slide, never the run. Readers take slides from one list and put batches of a
 that a device that encodes finds work also while one slide ends and the next is opened.
 """
 
-import multiprocessing
 import queue
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.errors import CorruptSlideError, EosinError, SlideError
+from eosin.errors import CorruptSlideError, EosinError, SlideError, WorkerError
 from eosin.files import file_fingerprint
+from eosin.processes import Child, require_running
 from eosin.wsi.coordinates import read_footer, read_grid
 from eosin.wsi.slide import SlideFile, open_slide
 from eosin.wsi.tiles import iterate_tiles
@@ -112,84 +109,32 @@ def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
             yield TileBatch(request.slide.slide_id, tiles, index)
 
 
-class _Child:
-    """A spawned process that reads slides one after another."""
+class _SlideReader:
+    """A child process that reads slides one after another."""
 
     def __init__(self, allocate: Allocate) -> None:
         self.allocate = allocate
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.child = Child(_serve)
 
     def read(self, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
-        self.connection.send(request)
-        while not stopping.is_set():
-            message = self._receive(request, stopping)
-            if isinstance(message, EosinError):
-                raise message
-            if message is None:
-                return
-            index, shape = message
-            tiles = self.allocate(shape)
-            self._fill(tiles, request)
-            yield TileBatch(request.slide.slide_id, tiles, index)
-
-    def _receive(self, request: ReadRequest, stopping: threading.Event) -> Any:
-        patience = time.monotonic() + HANG_S
+        path = request.slide.path
+        self.child.send(request)
         try:
-            while not self.connection.poll(POLL_S):
-                if stopping.is_set():
-                    return None
-                if time.monotonic() > patience:
-                    raise _hung(request)
-            return self.connection.recv()
-        except (EOFError, OSError):
-            raise self._died(request) from None
-
-    def _fill(self, tiles: NDArray[np.uint8], request: ReadRequest) -> None:
-        """Receive the pixels of a batch; a process that stops in the midst of them is killed, which ends the wait."""
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self.process.kill()
-
-        watch = threading.Timer(HANG_S, give_up)
-        watch.daemon = True
-        watch.start()
-        try:
-            self.connection.recv_bytes_into(tiles.reshape(-1).data)
-        except (EOFError, OSError):
-            raise (_hung(request) if late.is_set() else self._died(request)) from None
-        finally:
-            watch.cancel()
-
-    def _died(self, request: ReadRequest) -> CorruptSlideError:
-        self.process.join(timeout=10)
-        code = self.process.exitcode
-        cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return CorruptSlideError(request.slide.path, f"the process that decoded it died ({cause})", code="crashed")
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _hung(request: ReadRequest) -> CorruptSlideError:
-    return CorruptSlideError(request.slide.path, f"gave no tile for {HANG_S:g} s", code="timeout")
+            while not stopping.is_set():
+                message = self.child.receive(HANG_S, is_needed=lambda: not stopping.is_set())
+                if message is None:
+                    return
+                index, shape = message
+                tiles = self.allocate(shape)
+                self.child.receive_into(tiles.reshape(-1).data, HANG_S)
+                yield TileBatch(request.slide.slide_id, tiles, index)
+        except WorkerError as error:
+            raise CorruptSlideError(path, f"the process that decoded it {error.message}", code=error.code) from None
 
 
 def _serve(connection: "Connection[Any, Any]") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     while True:
-        try:
-            request = connection.recv()
-            _send_slide(connection, request)
-        except (EOFError, BrokenPipeError):
-            return
+        _send_slide(connection, connection.recv())
 
 
 def _send_slide(connection: "Connection[Any, Any]", request: ReadRequest) -> None:
@@ -252,6 +197,7 @@ class SlideReaders:
     def __iter__(self) -> Iterator[TileBatch | SlideEnd | None]:
         """Yield what is read, and None now and then while nothing is."""
         while True:
+            require_running()
             working = any(thread.is_alive() for thread in self._threads)
             try:
                 yield self._queue.get(timeout=POLL_S if working else 0)
@@ -263,22 +209,22 @@ class SlideReaders:
                 yield None
 
     def _work(self) -> None:
-        child: _Child | None = None
+        child: _SlideReader | None = None
         try:
             for request in self._asked():
                 if isinstance(request, SlideEnd):
                     self._put(request)
                     continue
                 if self._isolated and child is None:
-                    child = _Child(self._allocate)
+                    child = _SlideReader(self._allocate)
                 if not self._read(request, child) and child is not None:
-                    child.stop()
+                    child.child.stop()
                     child = None
         except Exception as error:  # noqa: BLE001 - raised again where the run waits
             self._failure = error
         finally:
             if child is not None:
-                child.stop()
+                child.child.stop()
 
     def _asked(self) -> Iterator[ReadRequest | SlideEnd]:
         """Yield what this reader is to do, until there is nothing left or the run stops."""
@@ -292,7 +238,7 @@ class SlideReaders:
             else:
                 self._stopping.wait(POLL_S)
 
-    def _read(self, request: ReadRequest, child: _Child | None) -> bool:
+    def _read(self, request: ReadRequest, child: _SlideReader | None) -> bool:
         """Put one slide into the queue; return whether the child can go on to the next."""
         slide_id = request.slide.slide_id
         try:

@@ -11,8 +11,9 @@ from scipy import stats
 from eosin.errors import LabelError
 from eosin.mil.evaluate import LEVEL, RESAMPLES, patient_draws
 from eosin.mil.metrics import Floats, Metrics
-from eosin.mil.tables import Table, shown
+from eosin.mil.tables import shown
 from eosin.mil.task import Task
+from eosin.tables import Table
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.files import write_json, write_text
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import Examples, shown
-from eosin.mil.evaluate import choose_device, predict_outputs
+from eosin.mil.evaluate import predict_outputs
 from eosin.mil.methods.owlora import continual_metrics
 from eosin.mil.recipe import Component, Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator

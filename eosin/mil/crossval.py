@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.devices import choose_device
 from eosin.errors import LabelError
 from eosin.files import write_json, write_text
 from eosin.filesets import begin_set, finish_set
 from eosin.mil.checkpoint import CARD
 from eosin.mil.data import Examples
-from eosin.mil.evaluate import RESAMPLES, bootstrap, choose_device, predict_outputs, summarise_folds
+from eosin.mil.evaluate import RESAMPLES, bootstrap, predict_outputs, summarise_folds
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.recipe import Recipe
 from eosin.mil.splits import Cohort, Split, check_splits, with_validation

@@ -20,16 +20,16 @@ from eosin.features.bag import FeatureSpec
 from eosin.features.store import read_bag, read_common_spec, read_footer, read_rows_hash
 from eosin.fingerprints import DIGITS
 from eosin.mil.tables import PATIENT_COLUMNS as PATIENT_COLUMNS
-from eosin.mil.tables import SLIDE_COLUMNS as SLIDE_COLUMNS
 from eosin.mil.tables import LabelTable as LabelTable
-from eosin.mil.tables import Table as Table
-from eosin.mil.tables import detect_column as detect_column
-from eosin.mil.tables import normalised as normalised
 from eosin.mil.tables import read_labels as read_labels
-from eosin.mil.tables import read_table as read_table
 from eosin.mil.tables import shown as shown
 from eosin.mil.tables import slide_id as slide_id
 from eosin.mil.tasks import Task
+from eosin.tables import SLIDE_COLUMNS as SLIDE_COLUMNS
+from eosin.tables import Table as Table
+from eosin.tables import detect_column as detect_column
+from eosin.tables import normalised as normalised
+from eosin.tables import read_table as read_table
 
 
 class BagSource(Protocol):

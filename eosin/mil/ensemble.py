@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from eosin.devices import choose_device
 from eosin.errors import ConfigError
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.data import BagSource
-from eosin.mil.evaluate import choose_device, predict_outputs
+from eosin.mil.evaluate import predict_outputs
 from eosin.mil.metrics import Floats
 from eosin.mil.prediction_table import Cell, Row
 from eosin.mil.slots import Aggregator

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
 from eosin.mil.data import BagSource
 from eosin.mil.feed import EVALUATION_INSTANCES, EvaluationPacks
@@ -19,25 +18,6 @@ from eosin.mil.tasks import Task
 
 RESAMPLES = 1000
 LEVEL = 0.95
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which is CUDA when it is there.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"no device is called {name!r}; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but torch sees no CUDA device; use --device cpu")
-    return device
 
 
 @torch.no_grad()

@@ -32,17 +32,14 @@ from eosin.mil.splits import (
 from eosin.mil.tables import (
     PATIENT_COLUMNS,
     SITE_COLUMNS,
-    SLIDE_COLUMNS,
     LabelTable,
-    detect_column,
     id_notes,
     read_labels,
-    read_sheet,
-    read_table,
     shown,
 )
 from eosin.mil.tasks import Task, make_task
 from eosin.mil.train import BAGS_TO_COMPARE, require_fitting, require_machine
+from eosin.tables import SLIDE_COLUMNS, detect_column, read_table
 
 CACHE_BYTES = 2 * 2**30
 SPLIT_COLUMN = ("split",)
@@ -82,9 +79,9 @@ def open_labels(
 
 
 def _notes_on_ids(path: Path) -> list[str]:
-    sheet = read_sheet(path)
-    found = {detect_column(sheet.columns, names) for names in (PATIENT_COLUMNS, SLIDE_COLUMNS)}
-    return [note for name in sorted(filter(None, found)) for note in id_notes(sheet, name, path)]
+    table = read_table(path)
+    found = {detect_column(table, names) for names in (PATIENT_COLUMNS, SLIDE_COLUMNS)}
+    return [*table.notes, *(note for name in sorted(filter(None, found)) for note in id_notes(table, name))]
 
 
 def pose_task(kind: str, table: LabelTable, target: str | None = None) -> Task:

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from eosin.errors import LabelError
-from eosin.mil.sheets import UNNAMED, Sheet
-from eosin.mil.sheets import Table as Table
-from eosin.mil.sheets import read_sheet as read_sheet
-from eosin.mil.sheets import read_table as read_table
 from eosin.names import SLIDE_SUFFIXES
+from eosin.tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, normalised, read_table
 
-SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
 SURVIVAL_COLUMNS = (
     ("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"),
@@ -171,8 +167,8 @@ def read_labels(
     LabelError
         If there is no such column, an id is empty or spoilt by a spreadsheet, or a slide has two rows.
     """
-    sheet = read_sheet(path)
-    frame = sheet.columns
+    table = read_table(path)
+    frame: Mapping[str, tuple[str, ...]] = table
     slides = slide_column or detect_column(frame, SLIDE_COLUMNS)
     rest = {name: values for name, values in frame.items() if name != slides}
     patients = slides if group == "slide" else patient_column or detect_column(rest, PATIENT_COLUMNS)
@@ -186,7 +182,7 @@ def read_labels(
         )
     ids = dict.fromkeys((slides, patients))
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
-    notes += [note for name in ids for note in id_notes(sheet, name, path)]
+    notes += [*table.notes, *(note for name in ids for note in id_notes(table, name))]
     frame = _one_row_per_slide(frame, slides)
     others = [name for name in frame if name not in ids and not name.startswith(UNNAMED)]
     slide_ids = tuple(slide_id(value) for value in frame[slides])
@@ -214,7 +210,7 @@ def several_slides(patient_ids: Sequence[str]) -> str:
     )
 
 
-def id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:
+def id_notes(table: Table, name: str) -> list[str]:
     """Refuse ids that a spreadsheet has spoilt, and say where it may have taken leading zeros.
 
     Raises
@@ -222,18 +218,18 @@ def id_notes(sheet: Sheet, name: str, path: Path) -> list[str]:
     LabelError
         If one is a date, a fraction or a number that was rounded.
     """
-    if name in sheet.spoilt:
+    if name in table.spoilt:
         raise LabelError(
-            f"{path}: column {name!r} holds ids, but {sheet.spoilt[name]}; "
+            f"{table.path}: column {name!r} holds ids, but {table.spoilt[name]}; "
             "format the column as text and enter them again"
         )
-    if name not in sheet.numbers:
+    if name not in table.numbers:
         return []
-    count = len(sheet.numbers[name])
+    count = len(table.numbers[name])
     return [f"{count} ids in {name!r} are stored as numbers: leading zeros, had there been any, are lost"]
 
 
-def _one_row_per_slide(frame: Table, slides: str) -> Table:
+def _one_row_per_slide(frame: Mapping[str, tuple[str, ...]], slides: str) -> Mapping[str, tuple[str, ...]]:
     """Return the table with the rows repeated that name several slides."""
     parts = [[part.strip() for part in value.split(";") if part.strip()] or [""] for value in frame[slides]]
     if all(len(part) == 1 for part in parts):
@@ -253,17 +249,6 @@ def slide_id(name: str) -> str:
         if stem.lower().endswith(suffix):
             return stem[: -len(suffix)]
     return stem
-
-
-def normalised(column: str) -> str:
-    """Return a column name in lower case with underscores."""
-    return column.strip().lower().replace(" ", "_")
-
-
-def detect_column(frame: Mapping[str, Sequence[str]], names: Sequence[str]) -> str | None:
-    """Return the column that has the first of these normalised names that is there, or None."""
-    by_name = {normalised(column): column for column in frame}
-    return next((by_name[name] for name in names if name in by_name), None)
 
 
 def _named(column: str | None) -> str:

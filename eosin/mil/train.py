@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, LabelError
 from eosin.fingerprints import fingerprint, source_hash
 from eosin.mil.checkpoint import CARD, load_model
 from eosin.mil.data import Examples
-from eosin.mil.evaluate import choose_device
 from eosin.mil.log import read_log
 from eosin.mil.objective import Objective as Objective
 from eosin.mil.recipe import Component, Recipe, Training

@@ -17,11 +17,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from eosin.devices import choose_device
 from eosin.errors import EosinError
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, build_model, save_model
 from eosin.mil.data import BagSource, Examples, PatientBags, shown
-from eosin.mil.evaluate import choose_device, compute_logits
+from eosin.mil.evaluate import compute_logits
 from eosin.mil.feed import (
     EVALUATION_INSTANCES,
     KEPT_BYTES,

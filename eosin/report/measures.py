@@ -15,10 +15,10 @@ from eosin.mil.compare import compare_predictions
 from eosin.mil.evaluate import bootstrap
 from eosin.mil.metrics import Floats
 from eosin.mil.multitask import MultiTask
-from eosin.mil.tables import read_table
 from eosin.mil.task import Task
 from eosin.mil.tasks import Binary, Classification, MultiLabel, load_task
 from eosin.report.page import Metric
+from eosin.tables import read_table
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from shapely import box
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
+from eosin.tables import SLIDE_COLUMNS, decimal_point, read_table
 from eosin.wsi.colour import in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
@@ -21,7 +22,7 @@ from eosin.wsi.overview import Overview, make_thumbnail
 from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.quality import QualityLimits, TileQuality
 from eosin.wsi.scoring import score_tiles
-from eosin.wsi.slide import Slide, SlideFile, open_slide, read_table
+from eosin.wsi.slide import Slide, SlideFile, open_slide
 from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -343,8 +344,8 @@ def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions
     Parameters
     ----------
     path : Path
-        CSV with the column ``slide`` (id or file name) and one column per option of `TissueOptions` to change; empty
-        cells keep the value of `tissue`.
+        Table (see `eosin.tables`) with the column ``slide`` (id or file name) and one column per option of
+        `TissueOptions` to change; empty cells keep the value of `tissue`.
     tissue : TissueOptions
         Options of all other slides.
 
@@ -353,10 +354,10 @@ def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions
     ConfigError
         If the table cannot be read, has no column ``slide``, or a name or value is not known.
     """
-    rows = read_table(path, required=("slide",))
+    rows = read_table(path).rows(slide=SLIDE_COLUMNS)
     return {row["slide"]: _overridden(tissue, row, path) for row in rows}
 
 
 def _overridden(tissue: TissueOptions, row: Mapping[str, str], path: Path) -> TissueOptions:
-    changed = {name: value for name, value in row.items() if name != "slide" and value}
+    changed = {name: decimal_point(value) for name, value in row.items() if name != "slide" and value}
     return TissueOptions.parse({**tissue.model_dump(), **changed}, source=f"{path}, slide {row['slide']}")

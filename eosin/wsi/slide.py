@@ -1,6 +1,5 @@
 """What a slide is to the rest of the package, which files are slides, and how one is opened."""
 
-import csv
 import logging
 import os
 from collections import defaultdict
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
 from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
+from eosin.tables import SLIDE_COLUMNS, decimal_point, read_table
 from eosin.wsi.dicom import group_series
 
 logger = logging.getLogger(__name__)
@@ -234,35 +234,13 @@ def _unique_ids(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def _read_mpp_table(path: Path) -> dict[str, float]:
-    return dict(_mpp_row(row, path) for row in read_table(path, required=("slide", "mpp")) if row["mpp"])
-
-
-def read_table(path: Path, *, required: Sequence[str]) -> list[dict[str, str]]:
-    """Read a CSV file with a header; values are text without surrounding blanks.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be read or a required column is missing.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="", restval="")
-            columns = reader.fieldnames or []
-            rows = [{name: str(value).strip() for name, value in row.items() if name} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a table ({error})") from None
-    missing = [name for name in required if name not in columns]
-    if missing:
-        raise ConfigError(
-            f"{path}: the table needs the columns {', '.join(required)}; it has {', '.join(columns) or 'none'}"
-        )
-    return rows
+    rows = read_table(path).rows(slide=SLIDE_COLUMNS, mpp=())
+    return dict(_mpp_row(row, path) for row in rows if row["mpp"])
 
 
 def _mpp_row(row: Mapping[str, str], path: Path) -> tuple[str, float]:
     try:
-        return row["slide"], float(row["mpp"])
+        return row["slide"], float(decimal_point(row["mpp"]))
     except ValueError:
         raise ConfigError(f"{path}: slide {row['slide']!r} has the mpp {row['mpp']!r}, which is not a number") from None
 

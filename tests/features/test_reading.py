@@ -19,7 +19,8 @@ def test_a_decoder_that_stops_within_a_batch_ends_the_wait(
     monkeypatch: pytest.MonkeyPatch, killed: bool, reason: str
 ) -> None:
     monkeypatch.setattr(reading, "HANG_S", 60.0 if killed else 0.5)
-    child = reading._Child(reading.pageable)
+    reader = reading._SlideReader(reading.pageable)
+    child = reader.child
     ours, theirs = multiprocessing.Pipe()
     theirs.send((range(SHAPE[0]), SHAPE))
     os.write(theirs.fileno(), (SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3]).to_bytes(4, "big") + bytes(1000))
@@ -35,7 +36,7 @@ def test_a_decoder_that_stops_within_a_batch_ends_the_wait(
     asked, child.connection = child.connection, _Deaf(ours)  # open: a process that nobody asks any more ends by itself
     request = reading.ReadRequest(SlideFile(Path("x.tiff"), "x"), Path("x.h5"), 4)
     with pytest.raises(CorruptSlideError) as caught:
-        list(child.read(request, threading.Event()))
+        list(reader.read(request, threading.Event()))
     watcher.join()
     asked.close()
     ours.close()

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from eosin.errors import ConfigError
 from eosin.mil.data import MemoryBags
-from eosin.mil.evaluate import bootstrap, choose_device, predict_outputs, summarise_folds
+from eosin.mil.evaluate import bootstrap, predict_outputs, summarise_folds
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.tasks import Classification, make_task
 
@@ -85,15 +84,6 @@ def test_folds_are_summarised_without_the_undefined():
         "n_folds": 0,
     }
     assert summarise_folds([{"auc": 0.8}])["auc"]["standard_error"] is None
-
-
-def test_a_device_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto").type == "cpu"
-    with pytest.raises(ConfigError, match="no CUDA device"):
-        choose_device("cuda")
-    with pytest.raises(ConfigError, match="no device is called 'tpuu'"):
-        choose_device("tpuu")
 
 
 def test_the_interval_of_a_small_calibration_error_holds_it():

@@ -79,7 +79,7 @@ def test_one_mpp_for_all_or_a_table(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("wsi,mpp\na,1\n", "needs the columns"), ("slide,mpp\na,fine\n", "not a number"), ("", "columns")],
+    [("name,mpp\na,1\n", "needs the columns"), ("slide,mpp\na,fine\n", "not a number"), ("", "has no rows")],
 )
 def test_bad_tables_are_refused(tmp_path, text, words):
     touch(tmp_path, "a.svs")

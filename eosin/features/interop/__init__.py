@@ -118,7 +118,7 @@ def _read(path: Path, options: ImportOptions) -> tuple[str, Sequence[Foreign]]:
     if path.suffix == ".pt":
         return "tensor of features", [_with_places(others.read_tensor(path, facts), options)]
     if path.suffix == ".csv":
-        return "table of tiles", [others.read_table(path)]
+        return "table of tiles", [others.read_text(path)]
     raise FeatureFileError(path, "is of no kind that eosin imports (.h5, .npz, .pt, .csv)")
 
 

@@ -1,8 +1,8 @@
 """Tools with one small layout each: ACMIL, wsinfer, hs2p, luna, DSMIL, slideflow, bare tensors."""
 
-import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from eosin.errors import FeatureFileError
 from eosin.features.interop.foreign import Foreign, Numbers, Places, SlideFacts, safe_id
 from eosin.features.store import require_dataset
+from eosin.tables import TextFile
 
 MAX_TABLE_BYTES = 2 * 2**30
 LUNA_COLUMNS = ("x_coord", "y_coord", "xy_extent", "tile_size")
@@ -77,23 +78,19 @@ def _read_json(meta: Path, path: Path) -> dict[str, Any]:
     return facts
 
 
-def read_table(path: Path) -> Foreign:
-    """Read a CSV file: luna's tiles, or a bag of DSMIL with one row of numbers per tile."""
-    if path.stat().st_size > MAX_TABLE_BYTES:
-        raise FeatureFileError(path, f"is larger than {MAX_TABLE_BYTES} bytes; refused", code="unsafe")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = csv.reader(file)
-    except (ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise FeatureFileError(path, f"cannot be read as a table ({error})") from error
+def read_text(path: Path) -> Foreign:
+    """Read a text table: luna's tiles, or a bag of DSMIL with one row of numbers per tile."""
+    text = TextFile(path, most_bytes=MAX_TABLE_BYTES, most_cells=MAX_TABLE_BYTES)
+    lines = (row for _, row in text.rows() if any(row))
+    header = next(lines, [])
     if all(name in header for name in LUNA_COLUMNS):
-        return _luna(header, rows, path)
+        return _luna(header, lines, path)
     if {"minx", "miny"} <= set(header):
         raise FeatureFileError(path, "holds predictions of wsinfer; import its coordinates (folder patches)")
-    return Foreign(path.stem, _numbers(header, rows, path))
+    return Foreign(path.stem, _numbers(header, lines, path))
 
 
-def _luna(header: list[str], rows: list[list[str]], path: Path) -> Foreign:
+def _luna(header: list[str], rows: Iterable[list[str]], path: Path) -> Foreign:
     try:
         columns = np.array([[float(row[header.index(name)]) for name in LUNA_COLUMNS] for row in rows])
     except (ValueError, IndexError) as error:
@@ -105,14 +102,16 @@ def _luna(header: list[str], rows: list[list[str]], path: Path) -> Foreign:
     return Foreign(path.name.partition(".")[0], places=Places(columns[:, :2], extent, size))
 
 
-def _numbers(header: list[str], rows: list[list[str]], path: Path) -> Numbers:
+def _numbers(header: list[str], rows: Iterable[list[str]], path: Path) -> Numbers:
     """Return the table as (n, D); a first row 0, 1, 2 ... is a header."""
     counted = header == [str(column) for column in range(len(header))]
     try:
-        values = np.array(rows if counted else [header, *rows], dtype=np.float32)
+        values = np.array([np.array(row, np.float32) for row in (rows if counted else chain([header], rows))])
     except ValueError:
         message = "is neither a table of features (one row of numbers per tile) nor a table of tiles that eosin knows"
         raise FeatureFileError(path, message) from None
+    if values.ndim != 2:
+        raise FeatureFileError(path, "holds no rows of features")
     return values
 
 

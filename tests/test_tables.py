@@ -1,0 +1,213 @@
+"""Tables of every dialect, encoding and file type are read alike; what is too large is refused before it is parsed."""
+
+import resource
+import time
+import zipfile
+from pathlib import Path
+
+import openpyxl
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eosin import tables
+from eosin.errors import ConfigError, LabelError, TableError
+from eosin.options import read_yaml
+from eosin.tables import TextFile, decimal_point, read_table
+from eosin.wsi.job import read_overrides
+from eosin.wsi.slide import find_slides
+from eosin.wsi.tissue import TissueOptions
+
+WORDS = {"slide": ("größe", "b"), "note": ("a; b, c", "")}
+QUOTED = 'slide{0}note\ngröße{0}"a; b, c"\nb{0}\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_text_is_read_in_every_dialect(tmp_path: Path, encoding: str, separator: str, line_end: str) -> None:
+    text = QUOTED.format(separator).replace("\n", line_end)
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    assert read_table(tmp_path / "t.csv") == WORDS
+
+
+@pytest.mark.parametrize(
+    ("page", "word"), [("cp1252", "Müller"), ("cp1252", "Île 3 µm²"), ("cp1250", "Łódź"), ("cp1251", "Иванов Пётр")]
+)
+def test_text_in_a_code_page_is_read_and_said(tmp_path: Path, page: str, word: str) -> None:
+    (tmp_path / "t.csv").write_bytes(f"slide,name\na,{word}\n".encode(page))
+    table = read_table(tmp_path / "t.csv")
+    assert table["name"] == (word,)
+    assert page.replace("cp", "Windows-") in table.notes[0]
+    assert word.split()[0] in table.notes[0]
+
+
+def test_utf_8_that_breaks_off_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("slide,name\na,Müller\nb,Mül".encode() + b"\xff\n")
+    with pytest.raises(TableError, match="line 3 is not in UTF-8; save the table as CSV UTF-8"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_the_separator_that_excel_states_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sep=;\nslide,x;mpp\na;0,5\n")
+    assert read_table(tmp_path / "t.csv") == {"slide,x": ("a",), "mpp": ("0,5",)}
+    assert [decimal_point(text) for text in ("0,5", "-1,25", "1,2,3", "a,b", "0.5")] == [
+        "0.5", "-1.25", "1,2,3", "a,b", "0.5",
+    ]  # fmt: skip
+
+
+def test_the_sheet_that_is_read_is_said(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    hidden = book.active
+    hidden.append(["old", "slide"])
+    hidden.sheet_state = "hidden"
+    book.create_sheet("empty")
+    labels = book.create_sheet("labels 2024")
+    labels.append(["slide", "label"])
+    labels.append(["a", "x"])
+    book.save(tmp_path / "t.xlsx")
+    table = read_table(tmp_path / "t.xlsx")
+    assert table == {"slide": ("a",), "label": ("x",)}
+    assert table.notes == ("sheet: 'labels 2024' of 3; the others are not read",)
+
+
+def test_parquet_keeps_whole_numbers_with_gaps_and_its_index(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"slide": ["a", "b", None], "grade": pd.array([1, None, 3], "Int64"), "size": [0.5, None, 2]})
+    frame.set_index("slide").to_parquet(tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet")
+    assert {name: table[name] for name in sorted(table)} == {
+        "grade": ("1", "", "3"), "size": ("0.5", "", "2"), "slide": ("a", "b", ""),
+    }  # fmt: skip
+    assert table.numbers["grade"] == (0, 2)
+    pq.write_table(pa.table({"slide": pa.array(["a", "b"], pa.large_string())}), tmp_path / "l.parquet")
+    assert read_table(tmp_path / "l.parquet") == {"slide": ("a", "b")}
+
+
+def test_rows_have_the_names_that_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Slide ID;MPP;x\na;0,5;1\n")
+    assert read_table(tmp_path / "t.csv").rows(slide=("slide_id",), mpp=()) == [{"slide": "a", "mpp": "0,5", "x": "1"}]
+    with pytest.raises(TableError, match="needs the columns case, mpp; it has Slide ID, MPP, x"):
+        read_table(tmp_path / "t.csv").rows(case=("patient",), mpp=())
+
+
+@pytest.mark.parametrize(("separator", "suffix"), [(";", ".csv"), ("\t", ".txt"), (",", ".csv"), (";", ".xlsx")])
+def test_every_option_reads_the_same_tables(tmp_path: Path, separator: str, suffix: str) -> None:
+    rows = [["slide", "mpp", "min_stain"], ["a", "0,5" if separator == ";" else "0.5", "0.25"]]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".xlsx":
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        book.save(path)
+    else:
+        path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    (tmp_path / "a.svs").touch()
+    assert find_slides([tmp_path / "a.svs"], slide_mpp=path)[0].mpp == 0.5
+    assert read_overrides(path, TissueOptions())["a"] == TissueOptions(mpp=0.5, min_stain=0.25)
+
+
+def too_many_rows(path: Path) -> None:
+    path.write_bytes(b"slide,label\n" + b"a,b\n" * (tables.MAX_ROWS + 1))
+
+
+def too_many_cells(path: Path) -> None:
+    path.write_bytes((b"," * 20_000 + b"\n") * 600)
+
+
+def too_large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(tables.MAX_TEXT_BYTES + 1)
+
+
+def parquet_of_one_word(path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000_000, pa.int8()), pa.array(["x" * 1000]))
+    pq.write_table(pa.table({"slide": column}), path)
+
+
+def workbook_of_zeros(path: Path) -> None:
+    book = openpyxl.Workbook()
+    book.active.append(["slide"])
+    book.save(path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet2.xml", b"<row/>" * (tables.MAX_WORKBOOK_BYTES // 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "limit"),
+    [
+        ("a.csv", too_many_rows, "1,048,576 rows"),
+        ("b.csv", too_many_cells, "10,000,000 cells"),
+        ("c.csv", too_large, "256 MiB of text"),
+        ("d.parquet", parquet_of_one_word, "1,048,576 rows"),
+        ("e.xlsx", workbook_of_zeros, "64 MiB of workbook"),
+    ],
+)
+def test_what_is_too_large_is_refused_at_once_and_the_limit_is_named(tmp_path, name, make, limit) -> None:
+    make(tmp_path / name)
+    started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TableError, match=f"refused, because tables are limited to {limit}") as caught:
+        read_table(tmp_path / name)
+    assert caught.value.code == "unsafe"
+    assert time.perf_counter() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB
+
+
+def test_a_word_that_parquet_stores_once_takes_memory_once(tmp_path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 10_000]))
+    pq.write_table(pa.table({"slide": column}), tmp_path / "t.parquet", store_schema=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = read_table(tmp_path / "t.parquet")["slide"]
+    assert len(words) == 100_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB; 1 GB as separate words
+
+
+def test_a_workbook_that_defines_entities_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>')
+    with pytest.raises(TableError, match="defines entities"):
+        read_table(tmp_path / "t.xlsx")
+
+
+def test_a_bag_as_text_is_read_row_by_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("0;1\n\n 2.5;3\n")
+    assert list(TextFile(tmp_path / "t.csv").rows()) == [(1, ["0", "1"]), (2, []), (3, ["2.5", "3"])]
+
+
+def test_a_table_that_cannot_be_read_is_an_error_of_labels_and_of_options() -> None:
+    assert issubclass(TableError, LabelError)
+    assert issubclass(TableError, ConfigError)
+
+
+LAUGH = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGED = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 10)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGH, "stands for more than 20,000 values"),
+        (MERGED, "stands for more than 20,000 values"),
+        ("a: " + "[" * 1000 + "]" * 1000, "in 50 levels"),
+        ("a: " + "{b: " * 1000 + "}" * 1000, "in 50 levels"),
+        ("a: &a [*a]", r"the alias \*a names nothing before it"),
+        ("a: " + "9" * 5000, "cannot be read as YAML"),
+        ("a: 2024-13-45", "cannot be read as YAML"),
+        ("# " + "x" * 2**18, "larger than 262,144 bytes"),
+    ],
+)
+def test_yaml_that_would_run_for_ever_is_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "c.yaml")
+    assert time.perf_counter() - started < 1
+
+
+def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("base: &b {lr: 1}\nrecipe: {<<: *b, epochs: 2}\n")
+    assert read_yaml(tmp_path / "c.yaml")["recipe"] == {"lr": 1, "epochs": 2}
