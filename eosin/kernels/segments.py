@@ -5,15 +5,16 @@ Sums are held in float32 at least. Bags never see each other. What an empty bag 
 All functions but the masks are differentiable any number of times, and deterministic.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import NEVER, entropy, log_sum_exp, softmax, topk_mask
 from eosin.kernels._checks import accumulation_dtype, check_floating, check_no_nan, check_offsets, host_lengths
 from eosin.kernels._dispatch import choose
+from eosin.kernels._library import Later
+from eosin.kernels.segment_pool import attention_pooling, weighted_pooling
 
-NEVER = float("-inf")  # score of an instance that takes no part
+_triton = Later("eosin.kernels.segment_pool.triton_impl")
 
 
 def bag_index(cu_seqlens: Tensor, n_instances: int) -> Tensor:
@@ -41,7 +42,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     _check_packed("values", values, cu_seqlens)
     dtype = accumulation_dtype(values.dtype)
     if choose(values) == "triton":
-        pooled: Tensor = _pool_ops().segment_pool(values.new_ones(len(values), 1), values, cu_seqlens, None, "triton")
+        ones = values.new_ones(len(values), 1)
+        pooled: Tensor = weighted_pooling(ones, values, cu_seqlens, None, backend="triton")
         return pooled[:, 0]
     sums = [bag.sum(0, dtype=dtype) for bag in _bags(values, cu_seqlens)]
     return _stack(sums, values, dtype)
@@ -132,59 +134,13 @@ def segment_topk_mask(scores: Tensor, cu_seqlens: Tensor, k: int | Tensor, *, la
     """
     _check_scores(scores, cu_seqlens)
     if choose(scores) == "triton":
-        from eosin.kernels.segment_pool import triton_impl
-
         per_bag = _counts_on_device(k, cu_seqlens)
-        return triton_impl.topk_mask(scores.detach(), per_bag, cu_seqlens, largest=largest)
+        mask: Tensor = _triton.topk_mask(scores.detach(), per_bag, cu_seqlens, largest=largest)
+        return mask
     counts = _counts(k, cu_seqlens)
     ordered = scores.detach() if largest else -scores.detach()
     masks = [topk_mask(bag, count) for bag, count in zip(_bags(ordered, cu_seqlens), counts, strict=True)]
     return _concatenate(masks, torch.zeros_like(scores, dtype=torch.bool))
-
-
-def log_sum_exp(scores: Tensor) -> Tensor:
-    """Return log Σ exp over the rows of one bag: (n, H) -> (H,)."""
-    shift, total = _shifted_total(scores)
-    seen = total > 0
-    return torch.where(seen, shift + torch.where(seen, total, 1).log(), NEVER)
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """Return the attention weights of one bag: (n, H) -> (n, H)."""
-    shift, total = _shifted_total(scores)
-    return (scores - shift).exp() / torch.where(total > 0, total, 1)
-
-
-def entropy(scores: Tensor) -> Tensor:
-    """Return the attention entropy of one bag in nats: (n, H) -> (H,).
-
-    E = log Σ e^(s-m) - Σ a (s-m), shifted by the maximum m so that large scores do not cancel.
-    """
-    shift, total = _shifted_total(scores)
-    relative = torch.where(scores == NEVER, 0, scores - shift)  # 0 · -inf would be NaN
-    return torch.where(total > 0, total, 1).log() - (softmax(scores) * relative).sum(0)
-
-
-def topk_mask(scores: Tensor, k: int) -> Tensor:
-    """Return the k highest rows of each column, the earlier row on ties: (n, H) -> (n, H) bool."""
-    k = min(k, len(scores))
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.topk(k, dim=0).values[-1]
-    above = scores > threshold
-    tied = scores == threshold
-    places = k - above.sum(0)
-    return above | (tied & (tied.cumsum(0) <= places))
-
-
-def _shifted_total(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maximum (0 where there is none) and Σ exp(s - maximum): (n, H) -> (H,), (H,)."""
-    if len(scores) == 0:
-        nothing = scores.sum(0)
-        return nothing, nothing
-    top = scores.detach().amax(0)
-    shift = torch.where(top == NEVER, 0, top)
-    return shift, (scores - shift).exp().sum(0)
 
 
 def _bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
@@ -208,14 +164,8 @@ def _accumulated(scores: Tensor) -> Tensor:
 def _attention_statistics(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp and entropy (B, H) from the pooling kernel, with no values to pool."""
     no_values = scores.new_empty(len(scores), 0)
-    _, lse, spread = _pool_ops().attention_pool(scores, no_values, cu_seqlens, None, "triton")
+    _, lse, spread = attention_pooling(scores, no_values, cu_seqlens, None, backend="triton")
     return lse, spread
-
-
-def _pool_ops() -> ModuleType:
-    from eosin.kernels.segment_pool import ops  # which builds on this module
-
-    return ops
 
 
 def _counts_on_device(k: int | Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from kernel_packs import LENGTHS, error, normal, offsets
 
 from eosin import kernels
-from eosin.kernels.few_query_attention import torch_impl
+from eosin.kernels.few_query_attention import folds, torch_impl
 
 BACKENDS = ["reference", "torch"]
 
@@ -100,7 +100,7 @@ def compare(function, inputs, bags, *backends):
 @pytest.mark.usefixtures("_small_blocks")
 def test_blocks_equal_the_definition_in_values_and_all_gradients(lengths, biased, n_queries):
     inputs = query_inputs(sum(lengths), n_queries=n_queries)
-    assert torch_impl.folds(inputs[0], inputs[2], inputs[4], 2) == (n_queries == 2)
+    assert folds(inputs[0], inputs[2], inputs[4], 2) == (n_queries == 2)
     if not biased:
         inputs[3] = inputs[5] = None
     compare(kernels.few_query_attention, inputs, offsets(lengths), "torch", "reference")

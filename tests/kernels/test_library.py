@@ -1,5 +1,8 @@
 """The operators as `torch.compile`, `torch.export` and autocast see them."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_packs import gate_parameters, normal, offsets
@@ -29,8 +32,22 @@ def operator_calls():
         "attention_pool": (scores, values, bags, None, "torch"),
         "segment_pool": (scores, values, bags, torch.arange(8, -1, -1), "torch"),
         "gated_scores": (values, *gate, None, *options, "torch"),
-        "gated_pool": (values, None, None, *gate, one, None, None, bags, torch.arange(8, -1, -1), 0.0, False, *options),
-        "embed_instances": (values, normal(5, 4, seed=8).requires_grad_(), None, 0.25, 3, torch.float64),
+        "gated_pool": (
+            values,
+            None,
+            None,
+            *gate,
+            one,
+            None,
+            None,
+            bags,
+            torch.arange(8, -1, -1),
+            0.0,
+            False,
+            *options,
+            "torch",
+        ),
+        "embed_instances": (values, normal(5, 4, seed=8).requires_grad_(), None, 0.25, 3, torch.float64, "torch"),
         "shared_query_attention": (
             normal(2, 3, 2).requires_grad_(),
             values,
@@ -38,6 +55,7 @@ def operator_calls():
             normal(6, 4, seed=2).requires_grad_(),
             bags,
             torch.float64,
+            "torch",
         ),
         "few_key_attention": (
             values,
@@ -93,3 +111,11 @@ def test_autocast_sets_the_type_of_products_and_keeps_sums_wide():
     assert 0 < difference < 0.05
     gradient = torch.autograd.grad(narrow.pooled.sum(), leaves["v_weight"])[0]
     assert gradient.dtype == torch.float32
+
+
+def test_no_kernel_imports_inside_a_function():
+    """Such an import hides a circle; what needs Triton is named by `_library.Later`."""
+    for path in Path(kernels.__file__).parent.rglob("*.py"):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            hidden = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
+            assert not hidden, f"{path.name}:{function.name}"

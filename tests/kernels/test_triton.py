@@ -7,6 +7,7 @@ import torch
 from kernel_packs import error, gate_parameters, normal, offsets
 
 from eosin import kernels
+from eosin.kernels import gated_attention
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -163,10 +164,8 @@ def test_gated_attention_pool(activation, gated, heads, memory_budget):
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("lengths", [(1, 0), (63, 0, 65), (260, 1)])
 def test_one_pass(lengths, activation, gated, monkeypatch):
-    from eosin.kernels.gated_attention import one_pass
-
     runs = []
-    monkeypatch.setattr(one_pass, "pays", lambda tensors, dtype: runs.append(dtype) or True)
+    monkeypatch.setattr(gated_attention, "one_pass_pays", lambda tensors, dtype: runs.append(dtype) or True)
     n = sum(lengths)
     tensors = {"values": normal(n, 40), **gate_parameters(40, 70, 1, gated=gated)}
     tensors |= {"temperature": torch.tensor(0.7, dtype=torch.float64), "score_mask": normal(n, seed=9)}
@@ -177,7 +176,7 @@ def test_one_pass(lengths, activation, gated, monkeypatch):
 
 
 def test_one_pass_is_taken_at_inference_and_for_small_hidden_layers():
-    from eosin.kernels.gated_attention.one_pass import pays
+    pays = gated_attention.one_pass_pays
 
     def tensors(hidden, width=512, heads=1, gated=True):
         found = gate_parameters(width, hidden, heads, gated=gated, dtype=torch.bfloat16).values()
@@ -194,14 +193,13 @@ def test_one_pass_is_taken_at_inference_and_for_small_hidden_layers():
 
 
 def test_one_pass_passes_torchs_own_checks():
-    import eosin.kernels.gated_attention.one_pass  # noqa: F401 (registers)
-
     gate = (tensor.requires_grad_() for tensor in gate_parameters(24, 20, 1, dtype=torch.float32).values())
     values, one = normal(9, 24, dtype=torch.float32).requires_grad_(), torch.tensor(1.0, requires_grad=True)
-    arguments = (values, *gate, one, None, offsets((4, 0, 5)), torch.arange(8, -1, -1), "tanh", torch.float32)
-    arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    tensors = (values, None, None, *gate, one, None, None, offsets((4, 0, 5)), torch.arange(8, -1, -1))
+    arguments = [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+    options = (0.0, False, 0.0, 0, "tanh", False, torch.float32, "triton")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.eosin.one_pass_pool.default, tuple(arguments), test_utils=checks)
+    torch.library.opcheck(torch.ops.eosin.gated_pool.default, (*arguments, *options), test_utils=checks)
 
 
 def test_one_pass_in_half_precision():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_packs import error, gate_parameters, normal, offsets
 
 from eosin import kernels
+from eosin.kernels import gated_attention
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -88,9 +89,7 @@ def test_rows_are_read_through_an_index(heads):
 
 
 def test_one_pass_reads_rows_through_an_index(monkeypatch):
-    from eosin.kernels.gated_attention import one_pass
-
-    monkeypatch.setattr(one_pass, "pays", lambda *_: True)
+    monkeypatch.setattr(gated_attention, "one_pass_pays", lambda *_: True)
     index = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:70]
     tensors = {"values": normal(90, 20), **gate_parameters(20, 17, 1)}
     compared(kernels.gated_attention_pool, tensors, (40, 30), row_index=index.to(DEVICE))
@@ -98,9 +97,7 @@ def test_one_pass_reads_rows_through_an_index(monkeypatch):
 
 @pytest.mark.parametrize("dropped", ["bag", "instance"])
 def test_one_pass_with_masks_and_huge_scores(dropped, monkeypatch):
-    from eosin.kernels.gated_attention import one_pass
-
-    monkeypatch.setattr(one_pass, "pays", lambda *_: True)
+    monkeypatch.setattr(gated_attention, "one_pass_pays", lambda *_: True)
     keep = torch.ones(70, dtype=torch.bool)
     keep[slice(0, 40) if dropped == "bag" else 3] = False
     tensors = {"values": normal(70, 20), **gate_parameters(20, 17, 1)}
@@ -149,7 +146,7 @@ def test_pooling_beyond_two_to_the_31_numbers(far_rows):
     for got, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     upstream = [normal(*part.shape, seed=5, dtype=torch.float32).to(DEVICE) for part in found]
-    gradients = triton_impl.backward((True, True), upstream, list(found), scores, Rows(values, None), bags)
+    gradients = triton_impl.backward(upstream, list(found), [True, True], scores, Rows(values, None), bags)
     leaves = [scores[-40:].double().requires_grad_(), last.double().requires_grad_()]
     expected = torch.autograd.grad(kernels.attention_pool(*leaves, near), leaves, [u.double() for u in upstream])
     for got, wanted in zip(gradients, expected, strict=True):

@@ -5,10 +5,13 @@ from torch import Tensor
 
 from eosin.kernels._checks import check_floating, check_offsets, check_shape
 from eosin.kernels._dispatch import choose
-from eosin.kernels.causal_conv import ops, reference
+from eosin.kernels._library import Later, Operator
+from eosin.kernels.causal_conv import reference, torch_impl
+from eosin.kernels.causal_conv.torch_impl import Convolution
 from eosin.kernels.selective_scan.order import ScanOrder
 
 ACTIVATIONS = ("silu", "none")
+_triton = Later("eosin.kernels.causal_conv.triton_impl")
 
 
 def causal_conv(
@@ -61,8 +64,17 @@ def causal_conv(
         if source.dtype != torch.int64:
             raise TypeError(f"order.source: expected torch.int64, given {source.dtype}")
         check_offsets(offsets, source.shape[0], x)
-    backend = choose(x)
-    if backend == "reference":
-        return reference.causal_conv(x, weight, bias, source, offsets, activation=activation)
-    out: Tensor = ops.causal_conv(x, weight, bias, source, offsets, activation, backend)
+    out: Tensor = _convolve(x, weight, bias, source, offsets, activation, backend=choose(x))
     return out
+
+
+_convolve = Operator(
+    "causal_conv",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? source, Tensor cu_seqlens, str activation) -> Tensor",
+    reference=reference.causal_conv,
+    differentiable=3,
+    prepare=lambda *arguments: (Convolution.make(*arguments),),
+    empty=lambda convolution: convolution.x.new_empty(convolution.n_places, convolution.x.shape[1]),
+    torch=(torch_impl.forward, torch_impl.backward),
+    triton=(_triton.forward, _triton.backward),
+)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from eosin.kernels._checks import host_offsets
+from eosin.kernels._checks import accumulation_dtype, host_offsets
 
 ROWS = 2048
 
@@ -37,10 +37,19 @@ class Convolution:
     cu_seqlens: Tensor
     activated: bool
 
+    @classmethod
+    def make(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, cu_seqlens: Tensor, activation: str
+    ) -> "Convolution":
+        """Return the convolution by taps in any type."""
+        wide = accumulation_dtype(x.dtype)
+        bias = None if bias is None else bias.to(wide)
+        return cls(x, weight.to(wide), bias, source, cu_seqlens, activated=activation == "silu")
+
     @property
     def n_places(self) -> int:
         """Rows of the result."""
-        return len(self.x) if self.source is None else len(self.source)
+        return self.x.shape[0] if self.source is None else self.source.shape[0]
 
     def windows(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield blocks: places, places from K-1 earlier on, and each place's distance from its bag's start."""
@@ -92,9 +101,11 @@ def forward(convolution: Convolution) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], convolution: Convolution
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
-    weight = convolution.weight
+    weight, (grad,) = convolution.weight, upstream
     d_weight, d_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
     d_places = torch.zeros_like(grad, dtype=weight.dtype)
     for block, places, depth in convolution.windows():

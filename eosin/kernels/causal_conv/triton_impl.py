@@ -28,8 +28,11 @@ def forward(convolution: Convolution) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], convolution: Convolution
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
+    (grad,) = upstream
     x, weight = convolution.x.contiguous(), convolution.weight.contiguous()
     n_places, width = convolution.n_places, x.shape[1]
     source, begins = _source(convolution), _begins(convolution)
@@ -41,7 +44,7 @@ def backward(grad: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Te
     if n_places and width:
         columns = triton.cdiv(width, COLUMN_BLOCK)
         conv_before_gradient[(programs, columns)](
-            x, source, begins, weight, _bias(convolution), grad.contiguous(), d_before, d_weight, d_bias,
+            x, source, begins, weight, _bias(convolution), grad, d_before, d_weight, d_bias,
             n_places, width, TAP_BLOCK=triton.next_power_of_2(weight.shape[1]), **_options(convolution),
         )  # fmt: skip
         conv_row_gradient[(triton.cdiv(n_places, ROW_BLOCK), columns)](

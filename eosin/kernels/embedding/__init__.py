@@ -6,8 +6,10 @@ from torch import Tensor
 from eosin.kernels._checks import check_floating, check_unit_interval
 from eosin.kernels._dispatch import choose
 from eosin.kernels._dropout import draw_seed
+from eosin.kernels._library import Operator
 from eosin.kernels._products import product_dtype
-from eosin.kernels.embedding import ops, reference
+from eosin.kernels.embedding import reference, torch_impl
+from eosin.kernels.embedding.torch_impl import Embedding
 
 
 def embed_instances(
@@ -48,7 +50,26 @@ def embed_instances(
         check_floating("bias", bias, (weight.shape[0],), values)
     check_unit_interval("dropout", dropout)
     seed = draw_seed(generator) if dropout else 0
-    if choose(values) != "torch":
-        return reference.embed_instances(values, weight, bias, dropout=dropout, seed=seed)
-    embedded: Tensor = ops.embed_instances(values, weight, bias, dropout, seed, product_dtype(values, weight))
+    backend = "torch" if choose(values) == "torch" else "reference"
+    embedded: Tensor = _embed(values, weight, bias, dropout, seed, product_dtype(values, weight), backend=backend)
     return embedded
+
+
+def _prepared(
+    values: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Embedding]:
+    return values, Embedding.make(weight, bias, dropout=dropout, seed=seed, dtype=dtype)
+
+
+_embed = Operator(
+    "embed_instances",
+    "(Tensor values, Tensor weight, Tensor? bias, float dropout, int seed, ScalarType product_dtype) -> Tensor",
+    reference=reference.embed_instances,
+    differentiable=3,
+    prepare=_prepared,
+    empty=lambda values, embedding: values.new_empty(
+        (values.shape[0], embedding.weight.shape[0]), dtype=embedding.dtype
+    ),
+    reads_results=True,
+    torch=(torch_impl.forward, torch_impl.backward),
+)

@@ -84,12 +84,13 @@ def forward(values: Tensor, embedding: Embedding) -> Tensor:
 
 
 def backward(
-    grad: Tensor, embedded: Tensor, values: Tensor, embedding: Embedding, *, sums: torch.dtype, needs_values: bool
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], values: Tensor, embedding: Embedding
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of values (if needed), weight and bias: (N, D), (E, D), (E,)."""
     assert embedding.weight is not None
-    d_values = new_tensor(values, values.shape) if needs_values else None
-    total = AffineGradient(embedding.weight, sums)
+    (grad,), (embedded,) = upstream, results
+    d_values = new_tensor(values, values.shape) if needs[0] else None
+    total = AffineGradient(embedding.weight, accumulation_dtype(embedding.dtype))
     place = torch.empty_like(embedded[: longest_block(len(values))])
     for block in blocks(len(values)):
         rows = values[block].to(embedding.dtype)

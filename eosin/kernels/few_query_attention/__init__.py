@@ -1,12 +1,24 @@
-"""Attention between a bag and a few learned vectors, in both directions."""
+"""Attention between a bag and a few learned vectors, in both directions.
+
+Where that is cheaper, the projections of keys and values are folded into the queries: with ``q̃ = scale W_kᵀ q`` a
+score is ``x · q̃`` (the key bias shifts all scores of a query alike and cancels), and
+``Σ a (W_v x + b_v) = W_v (Σ a x) + b_v``, so that the instances are keys and values themselves.
+"""
 
 import torch
 from torch import Tensor
 
-from eosin.kernels._checks import check_floating, check_offsets
+from eosin.kernels._bags import NEVER
+from eosin.kernels._checks import accumulation_dtype, check_floating, check_offsets
 from eosin.kernels._dispatch import choose
+from eosin.kernels._library import Later, Operator
 from eosin.kernels._products import product_dtype
-from eosin.kernels.few_query_attention import ops, reference, torch_impl
+from eosin.kernels.few_query_attention import reference, torch_impl
+from eosin.kernels.few_query_attention.torch_impl import Projection
+from eosin.kernels.segment_pool import attention_pool
+
+FUSED_QUERIES = 128  # most folded queries whose scores are held for all instances on a GPU
+_triton = Later("eosin.kernels.few_query_attention.triton_impl")
 
 
 def few_query_attention(
@@ -65,7 +77,18 @@ def few_query_attention(
     tensors = (queries, values, k_weight, k_bias, v_weight, v_bias, cu_seqlens)
     if backend == "reference" or 0 in (queries.shape[0], queries.shape[1], v_weight.shape[0], width):
         return reference.few_query_attention(*tensors, heads=heads, scale=scale)
-    return torch_impl.few_query_attention(*tensors, heads=heads, scale=scale, fused=backend == "triton")
+    query, dtype = _scaled_query(queries, values, heads, scale), product_dtype(values, k_weight)
+    if folds(queries, k_weight, v_weight, heads):
+        read, lse = _read_folded(query, values, k_weight, v_weight, cu_seqlens, dtype, fused=backend == "triton")
+    else:
+        read, lse = _read(query, values, k_weight, v_weight, cu_seqlens, dtype, backend="torch")
+    out: Tensor = read.transpose(1, 2).flatten(2)
+    if k_bias is not None:
+        out = out + 0 * k_bias.sum()  # its gradient is 0, not missing
+    if v_bias is None:
+        return out
+    seen = (lse.flatten(1)[:, :1] > NEVER).to(out.dtype)  # an empty bag reads nothing, not even the bias
+    return out + v_bias.to(out.dtype) * seen[:, :, None]
 
 
 def few_key_attention(
@@ -109,16 +132,45 @@ def few_key_attention(
     if backend == "reference" or 0 in (n_bags, keys.shape[1], queries.shape[1], values.shape[2]):
         return reference.few_key_attention(queries, keys, values, cu_seqlens, heads=heads, scale=scale)
     dtype = product_dtype(queries, keys)
-    if backend == "triton" and not _fits_a_program(keys, values, heads, dtype):
-        backend = "torch"  # blocks of library products do as well where tiles are this large
-    out: Tensor = ops.few_key_attention(queries, keys, values, cu_seqlens, heads, scale, dtype, backend)
+    out: Tensor = _read_keys(queries, keys, values, cu_seqlens, heads, scale, dtype, backend=backend)
     return out
 
 
-def _fits_a_program(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype) -> bool:
-    from eosin.kernels.few_query_attention import triton_impl
+def folds(queries: Tensor, k_weight: Tensor, v_weight: Tensor, heads: int) -> bool:
+    """Return whether folded queries take fewer operations per instance than projecting it."""
+    width = k_weight.shape[1]
+    return 2 * len(queries) * heads * width <= (width + len(queries)) * (len(k_weight) + len(v_weight))
 
-    return triton_impl.fits(keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads, dtype)
+
+def _scaled_query(queries: Tensor, values: Tensor, heads: int, scale: float) -> Tensor:
+    """Return the queries by heads, in the type of the sums: (M, E) -> (H, M, E / H)."""
+    wide = queries.to(accumulation_dtype(values.dtype))
+    return wide.reshape(len(queries), heads, -1).transpose(0, 1) * scale
+
+
+def _read_folded(
+    query: Tensor,
+    values: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    cu_seqlens: Tensor,
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what queries read (B, H, M, F / H) and the log-sum-exp of their scores (B, H·M)."""
+    heads, n_queries, width = query.shape
+    keys = k_weight.to(query.dtype).reshape(heads, width, -1)
+    folded = torch.einsum("hme,hed->hmd", query, keys).flatten(0, 1)
+    if fused and len(folded) <= FUSED_QUERIES:
+        scores = (values.to(dtype) @ folded.to(dtype).T).to(folded.dtype)
+        pooled, lse, _ = attention_pool(scores, values, cu_seqlens)
+    else:
+        pooled, lse = (
+            found[:, 0] for found in _read(folded[None], values, None, None, cu_seqlens, dtype, backend="torch")
+        )
+    pooled = pooled.reshape(-1, heads, n_queries, values.shape[1])
+    return torch.einsum("bhmd,hfd->bhmf", pooled, v_weight.to(query.dtype).reshape(heads, -1, values.shape[1])), lse
 
 
 def _check_heads(heads: int, **widths: int) -> None:
@@ -127,3 +179,46 @@ def _check_heads(heads: int, **widths: int) -> None:
     for name, width in widths.items():
         if width % heads:
             raise ValueError(f"{name}: expected a width that {heads} heads divide, given {width}")
+
+
+def _prepared_read(
+    query: Tensor,
+    values: Tensor,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Projection, Tensor, torch.dtype]:
+    return query, values, Projection.make(k_weight, v_weight, len(query), dtype), cu_seqlens, dtype
+
+
+def _empty_read(
+    query: Tensor, values: Tensor, projection: Projection, cu_seqlens: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    sizes = (cu_seqlens.shape[0] - 1, *query.shape[:2])
+    return query.new_empty((*sizes, projection.width_of(values))), query.new_empty(sizes)
+
+
+_read = Operator(
+    "shared_query_attention",
+    "(Tensor query, Tensor values, Tensor? k_weight, Tensor? v_weight, Tensor cu_seqlens, ScalarType product_dtype) "
+    "-> (Tensor read, Tensor lse)",
+    reference=reference.shared_query_attention,
+    differentiable=4,
+    prepare=_prepared_read,
+    empty=_empty_read,
+    reads_results=True,
+    torch=(torch_impl.read_forward, torch_impl.read_backward),
+)
+_read_keys = Operator(
+    "few_key_attention",
+    "(Tensor queries, Tensor keys, Tensor values, Tensor cu_seqlens, int heads, float scale, "
+    "ScalarType product_dtype) -> Tensor",
+    reference=reference.few_key_attention,
+    differentiable=3,
+    empty=lambda queries, keys, values, *_: queries.new_empty(
+        (queries.shape[0], values.shape[2]), dtype=accumulation_dtype(queries.dtype)
+    ),
+    torch=(torch_impl.key_forward, torch_impl.key_backward),
+    triton=(_triton.key_forward, _triton.key_backward),
+)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eosin.kernels._bags import log_sum_exp, softmax
 from eosin.kernels._checks import accumulation_dtype, host_lengths
-from eosin.kernels.segments import log_sum_exp, softmax
 
 
 def few_query_attention(

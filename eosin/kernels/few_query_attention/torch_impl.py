@@ -1,84 +1,21 @@
 """Attention between a bag and a few vectors by blocks of rows: no map and no projection outlives its block.
 
 Queries read a bag as in attention pooling: every block is scored and merged into a running (m, l, Z) per bag, head and
-query, and the backward pass scores it again. Where that is cheaper, the projections are folded into the queries: with
-``q̃ = scale W_kᵀ q`` a score is ``x · q̃`` (the key bias shifts all scores of a query alike and cancels), and
-``Σ a (W_v x + b_v) = W_v (Σ a x) + b_v``, so that the instances are keys and values themselves. Otherwise a block is
-projected, read and forgotten. The way back, from instances to few keys, has no state: a block needs nothing of others.
+query, and the backward pass scores it again. A block is projected, read and forgotten. The way back, from instances to
+few keys, has no state: a block needs nothing of others.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import NEVER
 from eosin.kernels._checks import accumulation_dtype, host_offsets
-from eosin.kernels._products import affine, product, product_dtype, transposed_product
-from eosin.kernels.gated_attention.torch_impl import NEVER, pieces
-from eosin.kernels.segment_pool import attention_pool
+from eosin.kernels._products import affine, product, transposed_product
+from eosin.kernels.gated_attention.torch_impl import pieces
 
 ROWS, GPU_ROWS = 2048, 16384  # rows per block
-FUSED_QUERIES = 128  # most folded queries whose scores are held for all instances on a GPU
-
-
-def few_query_attention(
-    queries: Tensor,
-    values: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    cu_seqlens: Tensor,
-    *,
-    heads: int,
-    scale: float,
-    fused: bool,
-) -> Tensor:
-    """Attend from the same queries to every bag: (M, E), (N, D) -> (B, M, F)."""
-    wide, narrow = accumulation_dtype(values.dtype), product_dtype(values, k_weight)
-    query = queries.to(wide).reshape(len(queries), heads, -1).transpose(0, 1) * scale  # (H, M, E / H)
-    if folds(queries, k_weight, v_weight, heads):
-        keys = k_weight.to(wide).reshape(heads, -1, values.shape[1])  # (H, E / H, D)
-        folded = torch.einsum("hme,hed->hmd", query, keys).flatten(0, 1)
-        pooled, lse = _pooled(folded, values, cu_seqlens, narrow, fused=fused)
-        pooled = pooled.reshape(-1, heads, len(queries), values.shape[1])  # (B, H, M, D)
-        out = torch.einsum("bhmd,hfd->bmhf", pooled, v_weight.to(wide).reshape(heads, -1, values.shape[1]))
-    else:
-        read, lse = _op()(query, values, k_weight, v_weight, cu_seqlens, narrow)
-        out = read.transpose(1, 2)  # (B, M, H, F / H)
-    out = out.flatten(2)
-    if k_bias is not None:
-        out = out + 0 * k_bias.sum()  # its gradient is 0, not missing
-    if v_bias is None:
-        return out
-    seen = (lse.flatten(1)[:, :1] > NEVER).to(wide)  # an empty bag reads nothing, not even the bias
-    return out + v_bias.to(wide) * seen[:, :, None]
-
-
-def folds(queries: Tensor, k_weight: Tensor, v_weight: Tensor, heads: int) -> bool:
-    """Return whether folded queries take fewer operations per instance than projecting it."""
-    width = k_weight.shape[1]
-    return 2 * len(queries) * heads * width <= (width + len(queries)) * (len(k_weight) + len(v_weight))
-
-
-def _pooled(
-    folded: Tensor, values: Tensor, cu_seqlens: Tensor, narrow: torch.dtype, *, fused: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what folded queries pool (B, Q, D) and the log-sum-exp (B, Q) of their scores."""
-    if fused and len(folded) <= FUSED_QUERIES:
-        scores = (values.to(narrow) @ folded.to(narrow).T).to(folded.dtype)
-        pooled, lse, _ = attention_pool(scores, values, cu_seqlens)
-        return pooled, lse
-    read, lse = _op()(folded[None], values, None, None, cu_seqlens, narrow)
-    return read[:, 0], lse[:, 0]
-
-
-def _op() -> Callable[..., Any]:
-    from eosin.kernels.few_query_attention import ops  # which builds on this module
-
-    return ops.shared_query_attention
 
 
 @dataclass(frozen=True)
@@ -88,6 +25,16 @@ class Projection:
     k_weight: Tensor | None
     v_weight: Tensor | None
     heads: int
+
+    @classmethod
+    def make(cls, k_weight: Tensor | None, v_weight: Tensor | None, heads: int, dtype: torch.dtype) -> "Projection":
+        """Return the projection by weights in any type."""
+        keys, values = (None if weight is None else weight.to(dtype) for weight in (k_weight, v_weight))
+        return cls(keys, values, heads)
+
+    def width_of(self, values: Tensor) -> int:
+        """Return the width of what a head reads."""
+        return values.shape[1] if self.v_weight is None else len(self.v_weight) // self.heads
 
     def apply(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values of each head: (n, D) -> (n, E / H), (n, F / H)."""
@@ -130,9 +77,7 @@ def read_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return what queries (H, M, e) read (B, H, M, f) and their log-sum-exp (B, H, M)."""
     offsets = host_offsets(cu_seqlens)
-    v_weight = projection.v_weight
-    width = values.shape[1] if v_weight is None else len(v_weight) // projection.heads
-    state = ReadState(len(offsets) - 1, query, width)
+    state = ReadState(len(offsets) - 1, query, projection.width_of(values))
     narrow = query.to(dtype)
     for block in _blocks(values):
         heads = projection.apply(values[block].to(dtype))
@@ -144,7 +89,7 @@ def read_forward(
 
 @dataclass
 class ReadGradients:
-    """Gradients of `read_forward`; None where not needed."""
+    """Running gradients of `read_forward`; None where not needed."""
 
     query: Tensor
     values: Tensor | None
@@ -153,27 +98,26 @@ class ReadGradients:
 
 
 def read_backward(
-    grads: tuple[Tensor, Tensor],
-    results: tuple[Tensor, Tensor],
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
     query: Tensor,
     values: Tensor,
     projection: Projection,
     cu_seqlens: Tensor,
     dtype: torch.dtype,
-    *,
-    needs_values: bool,
-) -> ReadGradients:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients from those of what was read and of the log-sum-exp.
 
     With the attention a and c = v·g, ``ds = a (c - read·g + g_lse)``, ``dv = a g``; keys and queries follow from ds.
     """
     offsets = host_offsets(cu_seqlens)
-    d_read, level = grads[0], grads[1] - (results[0] * grads[0]).sum(3)  # (B, H, M)
+    d_read, level = upstream[0], upstream[1] - (results[0] * upstream[0]).sum(3)  # (B, H, M)
     lse = torch.where(results[1] == NEVER, 0, results[1])
     weights = (projection.k_weight, projection.v_weight)
     found = ReadGradients(
         torch.zeros_like(query),
-        torch.empty_like(values) if needs_values else None,
+        torch.empty_like(values) if needs[1] else None,
         *(None if weight is None else query.new_zeros(weight.shape) for weight in weights),
     )
     narrow, narrow_grads = query.to(dtype), d_read.to(dtype)
@@ -191,7 +135,7 @@ def read_backward(
                 d_keys[head][part] = product(d_scores, narrow[head])
                 found.query[head] += transposed_product(d_scores, key)
         _add_rows(found, projection, rows, block, d_keys, d_reads)
-    return found
+    return found.query, found.values, found.k_weight, found.v_weight
 
 
 def _add_rows(
@@ -234,7 +178,9 @@ def key_forward(
 
 
 def key_backward(
-    grad: Tensor,
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -250,7 +196,7 @@ def key_backward(
     d_keys, d_values = torch.zeros_like(split_keys, dtype=wide), torch.zeros_like(split_values, dtype=wide)
     offsets = host_offsets(cu_seqlens)
     for block in _blocks(queries):
-        rows, grads = (tensor[block].to(dtype).chunk(heads, 1) for tensor in (queries, grad))
+        rows, grads = (tensor[block].to(dtype).chunk(heads, 1) for tensor in (queries, upstream[0]))
         written = d_queries[block].chunk(heads, 1)
         for bag, part in pieces(offsets, block):
             for head in range(heads):
@@ -262,7 +208,7 @@ def key_backward(
                 d_narrow = d_scores.mul_(weights).mul_(scale).to(dtype)
                 d_keys[bag, head] += transposed_product(d_narrow, query)
                 written[head][part] = product(d_narrow, key).to(queries.dtype)
-    return d_queries, _together(d_keys).to(keys.dtype), _together(d_values).to(values.dtype)
+    return d_queries, _together(d_keys), _together(d_values)
 
 
 def _key_weights(query: Tensor, key: Tensor, scale: float, wide: torch.dtype) -> Tensor:
@@ -274,7 +220,7 @@ def _by_head(tokens: Tensor, heads: int) -> Tensor:
 
 
 def _together(tokens: Tensor) -> Tensor:
-    return tokens.transpose(1, 2).flatten(2).contiguous()
+    return tokens.transpose(1, 2).flatten(2)
 
 
 def _blocks(packed: Tensor) -> list[slice]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._chunks import ChunkTable, chunk_table
 from eosin.kernels._dispatch import interpreting
+from eosin.kernels.few_query_attention import torch_impl
 from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, pool_combine, product
 
 MOST_WIDTH = 64  # of a head
@@ -48,7 +49,9 @@ def _blocks(*sizes: int) -> list[int]:
 def key_forward(
     queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor, heads: int, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return what the instances read, as `torch_impl.key_forward`."""
+    """Return what the instances read, as `torch_impl.key_forward`, which does as well where tiles are large."""
+    if not _fits(keys, values, heads, dtype):
+        return torch_impl.key_forward(queries, keys, values, cu_seqlens, heads, scale, dtype)
     queries, keys, values = queries.contiguous(), keys.to(dtype).contiguous(), values.to(dtype).contiguous()
     out = queries.new_empty((len(queries), values.shape[2]), dtype=accumulation_dtype(queries.dtype))
     table, sizes = _plan(queries, keys, values, cu_seqlens, heads, dtype)
@@ -61,7 +64,9 @@ def key_forward(
 
 
 def key_backward(
-    grad: Tensor,
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -71,7 +76,9 @@ def key_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values, as `torch_impl.key_backward`."""
-    queries, grad = queries.contiguous(), grad.contiguous()
+    if not _fits(keys, values, heads, dtype):
+        return torch_impl.key_backward(upstream, results, needs, queries, keys, values, cu_seqlens, heads, scale, dtype)
+    queries, (grad,) = queries.contiguous(), upstream
     narrow_keys, narrow_values = keys.to(dtype).contiguous(), values.to(dtype).contiguous()
     table, sizes = _plan(queries, keys, values, cu_seqlens, heads, dtype)
     d_queries = torch.empty_like(queries)
@@ -86,6 +93,10 @@ def key_backward(
             NARROW=not interpreting(), **sizes,
         )  # fmt: skip
     return d_queries, _summed(key_parts, table, keys), _summed(value_parts, table, values)
+
+
+def _fits(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype) -> bool:
+    return fits(keys.shape[1], keys.shape[2] // heads, values.shape[2] // heads, dtype)
 
 
 def _plan(
@@ -105,7 +116,7 @@ def _summed(parts: Tensor, table: ChunkTable, tokens: Tensor) -> Tensor:
         unused, unused, unused, parts, table.first, out, unused, unused, n_keys, width,
         COLUMN_BLOCK=columns, SOFTMAX=False, num_warps=4,
     )  # fmt: skip
-    return out.to(tokens.dtype)
+    return out
 
 
 @triton.jit

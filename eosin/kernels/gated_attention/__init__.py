@@ -1,6 +1,6 @@
 """Attention scores of instances, plain or gated, and the pooled bag with its log-sum-exp and entropy."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,17 @@ from eosin.kernels._checks import (
 )
 from eosin.kernels._dispatch import choose
 from eosin.kernels._dropout import EMBEDDING_BRANCH, draw_seed, dropped
+from eosin.kernels._library import Later, Operator
 from eosin.kernels._products import product_dtype
-from eosin.kernels._rows import check_row_index, gathered
-from eosin.kernels.gated_attention import one_pass, ops, reference
-from eosin.kernels.segment_pool import ops as pool_ops
+from eosin.kernels._rows import Rows, check_row_index, gathered
+from eosin.kernels.embedding.torch_impl import Embedding
+from eosin.kernels.gated_attention import reference, torch_impl
+from eosin.kernels.gated_attention.torch_impl import Gate, Kept, Masks, Pooling
+from eosin.kernels.segment_pool import attention_pooling
+
+SMALL_HIDDEN = {True: 96, False: 192}  # gated or not: up to here projecting again is cheaper than keeping
+MOST_WIDTH = 1024  # of an instance: a program holds its sum in registers
+_triton = Later("eosin.kernels.gated_attention.triton_impl")
 
 
 class AttentionPool(NamedTuple):
@@ -87,17 +94,10 @@ def gated_attention_scores(
     _check_options(activation, gate_dropout=gate_dropout)
     n_rows = check_row_index(row_index, values)
     seed = draw_seed(generator) if gate_dropout else 0
-    backend = choose(values)
-    if backend == "reference":
-        return reference.gated_attention_scores(
-            gathered(values, row_index), *parameters, gate_dropout=gate_dropout, seed=seed, activation=activation
-        )
     dtype = product_dtype(values, v_weight)
     _, keep_branches = _what_fits(memory_budget, n_rows, dtype, None, v_weight, u_weight)
-    scores: Tensor
-    scores, _ = ops.gated_scores(
-        values, *parameters, row_index, gate_dropout, seed, activation, keep_branches, dtype, backend
-    )
+    options = (gate_dropout, seed, activation, keep_branches, dtype)
+    scores: Tensor = _scores(values, *parameters, row_index, *options, backend=choose(values))
     return scores
 
 
@@ -163,49 +163,45 @@ def gated_attention_pool(
     _check_masks((n_rows, w_weight.shape[0]), values, temperature, score_mask, keep)
     seed = draw_seed(generator) if gate_dropout or embed_dropout else 0
     divisor = temperature if isinstance(temperature, Tensor) else values.new_tensor(temperature, dtype=torch.float64)
-    tensors = (embed_weight, embed_bias, *gate, divisor, score_mask, keep, cu_seqlens)
-    backend = choose(values)
-    if backend == "reference":
-        return AttentionPool(
-            *reference.gated_attention_pool(
-                gathered(values, row_index),
-                *tensors,
-                embed_dropout=embed_dropout,
-                gate_dropout=gate_dropout,
-                seed=seed,
-                activation=activation,
-            )
-        )
-    dtype = product_dtype(values, v_weight)
+    backend, dtype = choose(values), product_dtype(values, v_weight)
     keep_instances, keep_branches = _what_fits(memory_budget, n_rows, dtype, embed_weight, v_weight, u_weight)
-    if backend == "triton":
-        instances, index = values, row_index
-        if embed_weight is not None:
-            rows = gathered(values, row_index)
-            instances, index = _embedded(rows, embed_weight, embed_bias, embed_dropout, seed, dtype), None
-        if not gate_dropout and one_pass.pays((instances, *gate, divisor, score_mask), dtype):
-            added = _added_to_scores(score_mask, keep)
-            return AttentionPool(
-                *one_pass.one_pass_pool(instances, *gate, divisor, added, cu_seqlens, index, activation, dtype)
-            )
-        raw, _ = ops.gated_scores(
-            instances, *gate, index, gate_dropout, seed, activation, keep_branches, dtype, backend
-        )
+    instances, index, embedding = values, row_index, (embed_weight, embed_bias)
+    if backend == "triton" and embed_weight is not None:
+        rows = gathered(values, row_index)
+        instances, index = _embedded(rows, embed_weight, embed_bias, embed_dropout, seed, dtype), None
+        embedding, keep_instances = (None, None), False
+    if backend == "triton" and (gate_dropout or not one_pass_pays((instances, *gate, divisor, score_mask), dtype)):
+        options = (gate_dropout, seed, activation, keep_branches, dtype)
+        raw = _scores(instances, *gate, index, *options, backend=backend)
         scores = reference.masked_scores(raw, divisor, score_mask, keep)
-        return AttentionPool(scores, *pool_ops.attention_pool(scores, instances, cu_seqlens, index, backend))
-    results = ops.gated_pool(
-        values, *tensors, row_index, embed_dropout, keep_instances, gate_dropout, seed, activation, keep_branches, dtype
-    )
-    return AttentionPool(*results[:4])
+        return AttentionPool(scores, *attention_pooling(scores, instances, cu_seqlens, index, backend=backend))
+    tensors = (instances, *embedding, *gate, divisor, score_mask, keep, cu_seqlens, index)
+    keep_branches = keep_branches and backend != "triton"  # one pass projects again
+    options = (gate_dropout, seed, activation, keep_branches, dtype)
+    return AttentionPool(*_pool(*tensors, embed_dropout, keep_instances, *options, backend=backend))
 
 
-def _added_to_scores(score_mask: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """Return both masks of one head as what is added to its scores, (N,)."""
-    added = None if score_mask is None else score_mask.flatten().to(torch.float32)
-    if keep is None:
-        return added
-    never = torch.zeros(len(keep), device=keep.device).masked_fill_(~keep.flatten(), float("-inf"))
-    return never if added is None else never + added
+def one_pass_pays(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> bool:
+    """Return whether a GPU had better score and pool in one kernel, which reads the instances once from memory.
+
+    A projection costs A/92 times as long as reading the instances (gated, in half precision on an H200), and the
+    backward pass projects again: one kernel for everything pays where A is small, or where no gradient is asked for.
+    It takes one head, products in half precision, and instances that fit.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor or None
+        Values, the six tensors of the gate, and others that may need a gradient.
+    dtype : torch.dtype
+        Type of the products.
+    """
+    values, v_weight, _, u_weight, _, w_weight = tensors[:6]
+    assert values is not None
+    assert v_weight is not None
+    assert w_weight is not None
+    fits = len(w_weight) == 1 and values.shape[1] <= MOST_WIDTH and dtype in (torch.float16, torch.bfloat16)
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return fits and (not needs_grad or len(v_weight) <= SMALL_HIDDEN[u_weight is not None])
 
 
 def _embedded(
@@ -301,3 +297,70 @@ def _check_masks(
         check_no_nan("score_mask", score_mask)
     if keep is not None:
         check_bool("keep", keep, shape[: keep.dim()], values)
+
+
+_N_GATE = 6  # v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
+_GATE = "Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias"
+_OPTIONS = "float gate_dropout, int seed, str activation, bool keep_branches, ScalarType product_dtype"
+
+
+def _prepared_scores(values: Tensor, *arguments: Any) -> tuple[Rows, Gate, bool]:
+    gate, (index, dropout, seed, activation, keep_branches, dtype) = arguments[:_N_GATE], arguments[_N_GATE:]
+    return Rows(values, index), Gate.make(gate, dropout, seed, activation, dtype), keep_branches
+
+
+def _empty_scores(source: Rows, gate: Gate, keep_branches: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+    kept = Kept.make(source, gate, instances=False, branches=keep_branches)
+    return gate.w_weight.new_empty((len(source), len(gate.w_weight))), kept.branches
+
+
+def _prepared_pool(values: Tensor, *arguments: Any) -> tuple[Pooling]:
+    embedding, gate, rest = arguments[:2], arguments[2 : 2 + _N_GATE], arguments[2 + _N_GATE :]
+    temperature, score_mask, keep, cu_seqlens, index, embed_dropout, keep_instances, *options = rest
+    gate_dropout, seed, activation, keep_branches, dtype = options
+    hidden = Gate.make(gate, gate_dropout, seed, activation, dtype)
+    wide = hidden.w_weight.dtype
+    pooling = Pooling(
+        Rows(values, index),
+        Embedding.make(*embedding, dropout=embed_dropout, seed=seed, dtype=dtype),
+        hidden,
+        Masks(temperature.to(wide), None if score_mask is None else score_mask.to(wide), keep),
+        cu_seqlens,
+        keep_instances,
+        keep_branches,
+    )
+    return (pooling,)
+
+
+def _empty_pool(pooling: Pooling) -> tuple[Tensor, ...]:
+    (heads, _), width = pooling.gate.w_weight.shape, pooling.gate.v_weight.shape[1]
+    n_bags, kept = pooling.cu_seqlens.shape[0] - 1, pooling.new_kept()
+    sizes = ((len(pooling.values), heads), (n_bags, heads, width), (n_bags, heads), (n_bags, heads))
+    return *(pooling.gate.w_weight.new_empty(size) for size in sizes), kept.instances, kept.branches
+
+
+_scores = Operator(
+    "gated_scores",
+    f"(Tensor values, {_GATE}, Tensor? row_index, {_OPTIONS}) -> (Tensor scores, Tensor branches)",
+    reference=reference.gated_attention_scores,
+    differentiable=1 + _N_GATE,
+    prepare=_prepared_scores,
+    empty=_empty_scores,
+    kept=1,
+    torch=(torch_impl.score_forward, torch_impl.score_backward),
+    triton=(_triton.score_forward, _triton.score_backward),
+)
+_pool = Operator(
+    "gated_pool",
+    f"(Tensor values, Tensor? embed_weight, Tensor? embed_bias, {_GATE}, Tensor temperature, Tensor? score_mask, "
+    f"Tensor? keep, Tensor cu_seqlens, Tensor? row_index, float embed_dropout, bool keep_instances, {_OPTIONS}) -> "
+    "(Tensor scores, Tensor pooled, Tensor lse, Tensor entropy, Tensor instances, Tensor branches)",
+    reference=reference.gated_attention_pool,
+    differentiable=3 + _N_GATE + 2,
+    prepare=_prepared_pool,
+    empty=_empty_pool,
+    kept=2,
+    reads_results=True,
+    torch=(torch_impl.pool_forward, torch_impl.pool_backward),
+    triton=(_triton.one_pass, _triton.one_pass_backward),
+)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eosin.kernels._checks import host_offsets
+from eosin.kernels._bags import NEVER
+from eosin.kernels._checks import accumulation_dtype, host_offsets
 from eosin.kernels._dropout import GATE_BRANCH, drop_, gate_probability
 from eosin.kernels._products import AffineGradient, affine, product, transposed_product
 from eosin.kernels._rows import Rows, blocks, longest_block
 from eosin.kernels.embedding.torch_impl import Embedding
-
-NEVER = float("-inf")
+from eosin.kernels.memory import new_tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ class Gate:
     dropout: float
     seed: int
     activation: str
+
+    @classmethod
+    def make(
+        cls, parameters: tuple[Tensor | None, ...], dropout: float, seed: int, activation: str, dtype: torch.dtype
+    ) -> "Gate":
+        """Return the hidden layer from its six tensors in any type; products run in ``dtype``."""
+        wide = accumulation_dtype(dtype)
+        kinds = (dtype, wide, dtype, wide, wide, wide)
+        v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = (
+            None if tensor is None else tensor.to(kind) for tensor, kind in zip(parameters, kinds, strict=True)
+        )
+        assert v_weight is not None
+        assert w_weight is not None
+        return cls(v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, dropout, seed, activation)
 
     def branches(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return act(V h + b) and σ(U h + b) before dropout, in the type of the products: -> (n, A), (n, A)."""
@@ -106,6 +120,13 @@ class Masks:
         unmasked = scores if self.added is None else scores - _per_head(self.added)
         return torch.where(scores == NEVER, 0, unmasked)
 
+    def gradients(self, d_scores: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of what is added to all raw scores of a head, of the temperature and of the mask."""
+        d_raw = d_scores / self.temperature
+        one_mask = self.added is not None and self.added.dim() == 1
+        d_temperature = -(d_raw * self.unmasked(scores)).sum()
+        return d_raw.sum(0), d_temperature, d_scores.sum(1) if one_mask else d_scores
+
     def passed(self, d_scores: Tensor, block: slice) -> Tensor:
         """Return the gradient of a block's scores with nothing where an instance is dropped."""
         return d_scores if self.keep is None else d_scores.masked_fill_(~_per_head(self.keep[block]), 0)
@@ -162,14 +183,15 @@ class GateGradients:
         """Return the gradient of a block's instances through the projections: (n, A or 2A) -> (n, E)."""
         return product(d_branches, self.projections)
 
-    def parameters(self) -> list[Tensor | None]:
-        """Return the gradients of v_weight, v_bias, u_weight, u_bias and w_weight; None where there is no gate."""
-        width = len(self.gate.v_weight)
-        weight, bias = self.sums.weight, self.sums.bias
-        halves = [weight[:width], bias[:width], weight[width:], bias[width:]]
-        gated = self.gate.u_weight is not None
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Return the gradients of v_weight, v_bias, u_weight, u_bias and w_weight."""
         w_weight = self._w_weight / (1 - self.gate.drop_probability)
-        return [*halves[:2], *(halves[2:] if gated else (None, None)), w_weight]
+        return *halves(self.sums.weight, self.sums.bias, len(self.gate.v_weight)), w_weight
+
+
+def halves(weight: Tensor, bias: Tensor, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split what belongs to V and U, one below the other; the half of U is empty where there is no gate."""
+    return weight[:hidden], bias[:hidden], weight[hidden:], bias[hidden:]
 
 
 @dataclass(frozen=True)
@@ -186,6 +208,14 @@ class Kept:
 
     instances: Tensor
     branches: Tensor
+
+    @classmethod
+    def make(cls, source: Rows, gate: Gate, *, instances: bool, branches: bool) -> "Kept":
+        """Return buffers for what is to be kept."""
+        hidden, width = gate.v_weight.shape
+        n_branches = hidden if gate.u_weight is None else 2 * hidden
+        sizes = ((len(source) if instances else 0, width), (len(source) if branches else 0, n_branches))
+        return cls(*(new_tensor(source.values, size, gate.v_weight.dtype) for size in sizes))
 
     def put_instances(self, block: slice, rows: Tensor) -> None:
         """Store a block's instances if they are kept."""
@@ -232,13 +262,13 @@ class SoftmaxGradient:
 
     Parameters
     ----------
-    upstream : tuple of Tensor
+    upstream : list of Tensor
         Gradients of pooled (B, H, E), log-sum-exp (B, H) and entropy (B, H).
-    results : tuple of Tensor
+    results : list of Tensor
         The three themselves.
     """
 
-    def __init__(self, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+    def __init__(self, upstream: list[Tensor], results: list[Tensor]) -> None:
         self.d_pooled, d_lse, self.d_entropy = upstream
         pooled, lse, entropy = results
         self.level = d_lse - (pooled * self.d_pooled).sum(2)  # (B, H)
@@ -312,21 +342,28 @@ def pieces(offsets: list[int], block: slice) -> Iterator[tuple[int, slice]]:
         bag += 1
 
 
-def score_forward(values: Rows, gate: Gate, kept: Kept) -> Tensor:
-    """Return raw scores: (N, D) -> (N, H)."""
+def score_forward(values: Rows, gate: Gate, keep_branches: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+    """Return raw scores and the branches, if they are to be kept: (N, D) -> (N, H), (N or 0, A or 2A)."""
+    kept = Kept.make(values, gate, instances=False, branches=keep_branches)
     scores = gate.w_weight.new_empty((len(values), len(gate.w_weight)))
     for block in blocks(len(values)):
         branches = gate.branches(values[block].to(gate.v_weight.dtype))
         scores[block] = gate.scores(*branches, block.start)
         kept.put_branches(block, *branches)
-    return scores
+    return scores, kept.branches
 
 
 def score_backward(
-    d_scores: Tensor, values: Rows, gate: Gate, kept: Kept, *, needs_values: bool
-) -> tuple[Tensor | None, GateGradients]:
-    """Return the gradient of the values (if needed) and of the gate's parameters."""
-    d_values = values.new_gradient() if needs_values else None
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    values: Rows,
+    gate: Gate,
+    keep_branches: bool,  # noqa: FBT001
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the values (if needed) and of the six tensors of the gate."""
+    (d_scores,), kept = upstream, Kept(results[0][:0], results[0])
+    d_values = values.new_gradient() if needs[0] else None
     gradients = GateGradients(gate, longest_block(len(values)))
     for block in blocks(len(values)):
         rows = values[block].to(gate.v_weight.dtype)
@@ -334,14 +371,30 @@ def score_backward(
         d_branches = gradients.add(d_scores[block], rows, hidden, opening, block.start)
         if d_values is not None:
             values.add_gradient(d_values, block, gradients.to_rows(d_branches))
-    return d_values, gradients
+    return d_values, *gradients.parameters(), d_scores.sum(0)
 
 
-def pool_forward(
-    values: Rows, embedding: Embedding, gate: Gate, masks: Masks, cu_seqlens: Tensor, kept: Kept
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scores, pooled, log-sum-exp and entropy, filling the buffers of ``kept``."""
-    offsets = host_offsets(cu_seqlens)
+@dataclass(frozen=True)
+class Pooling:
+    """What turns the instances of a pack into pooled bags."""
+
+    values: Rows
+    embedding: Embedding
+    gate: Gate
+    masks: Masks
+    cu_seqlens: Tensor
+    keep_instances: bool
+    keep_branches: bool
+
+    def new_kept(self) -> Kept:
+        """Return buffers for what the backward pass reads again."""
+        return Kept.make(self.values, self.gate, instances=self.keep_instances, branches=self.keep_branches)
+
+
+def pool_forward(pooling: Pooling) -> tuple[Tensor, ...]:
+    """Return scores (N, H), pooled (B, H, E), lse (B, H), entropy (B, H), and kept instances and branches."""
+    values, embedding, gate, masks = pooling.values, pooling.embedding, pooling.gate, pooling.masks
+    offsets, kept = host_offsets(pooling.cu_seqlens), pooling.new_kept()
     heads, width = gate.w_weight.shape[0], gate.v_weight.shape[1]
     scores = gate.w_weight.new_empty((len(values), heads))
     states = BagStates(len(offsets) - 1, heads, width, like=scores)
@@ -353,42 +406,24 @@ def pool_forward(
             states.add(bag, scores[block][part], rows[part])
         kept.put_instances(block, rows)
         kept.put_branches(block, hidden, opening)
-    return scores, *states.finish()
-
-
-@dataclass(frozen=True)
-class PoolGradients:
-    """Gradients that `pool_backward` found; None where not needed."""
-
-    values: Tensor | None
-    embedder: AffineGradient | None
-    gate: GateGradients
-    scores: Tensor  # (N, H), of the scores after temperature and masks
+    return scores, *states.finish(), kept.instances, kept.branches
 
 
 def pool_backward(
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    values: Rows,
-    embedding: Embedding,
-    gate: Gate,
-    masks: Masks,
-    cu_seqlens: Tensor,
-    kept: Kept,
-    *,
-    needs_values: bool,
-) -> PoolGradients:
-    """Return the gradients of everything from those of scores, pooled, log-sum-exp and entropy.
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], pooling: Pooling
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of values, embedding (2), gate (6), temperature and mask.
 
     With c = h·g_z, ``ds = a (c - z·g_z + g_lse - g_E (s - lse + E)) + g_s``: the sum over instances in the softmax's
     gradient is z·g_z and needs no pass of its own.
     """
-    offsets = host_offsets(cu_seqlens)
-    softmax = SoftmaxGradient(upstream[1:], results[1:])
+    values, embedding, gate, masks = pooling.values, pooling.embedding, pooling.gate, pooling.masks
+    offsets, kept = host_offsets(pooling.cu_seqlens), Kept(*results[4:])
+    softmax = SoftmaxGradient(upstream[1:], results[1:4])
     gradients, d_scores = GateGradients(gate, longest_block(len(values))), torch.empty_like(results[0])
-    d_values = values.new_gradient() if needs_values else None
+    d_values = values.new_gradient() if needs[0] else None
     embedder = None if embedding.weight is None else AffineGradient(embedding.weight, d_scores.dtype)
-    needs_rows = needs_values or embedder is not None
+    needs_rows = needs[0] or embedder is not None
     for block in blocks(len(values)):
         rows = kept.instances_of(block, values, embedding)
         hidden, opening = kept.branches_of(block, rows, gate)
@@ -406,7 +441,8 @@ def pool_backward(
             embedder.add(d_rows, values[block].to(embedding.dtype))
         if d_values is not None:
             values.add_gradient(d_values, block, embedding.to_values(d_rows))
-    return PoolGradients(d_values, embedder, gradients, d_scores)
+    embedded = (None, None) if embedder is None else embedding.parameters(embedder)
+    return d_values, *embedded, *gradients.parameters(), *masks.gradients(d_scores, results[0])
 
 
 def _per_head(mask: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from eosin.kernels._chunks import chunk_table
 from eosin.kernels._dispatch import interpreting
 from eosin.kernels._dropout import threshold
 from eosin.kernels._rows import Rows
-from eosin.kernels.gated_attention.torch_impl import Gate
+from eosin.kernels.gated_attention.torch_impl import Gate, Kept, Masks, Pooling, halves
+from eosin.kernels.segment_pool import triton_impl as segment_pool
 from eosin.kernels.segment_pool.triton_impl import LOG2_E, NEVER, places_of, pool_combine
 
 RECOMPUTED_ROWS = 132 * 128  # projected again at once: one wave of tiles on an H200, 33 MB of instances at D = 1024
@@ -35,8 +36,9 @@ def launch_sizes(hidden: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def score_forward(source: Rows, gate: Gate, kept: Tensor) -> Tensor:
-    """Return raw scores (N, H); P goes into ``kept`` (N, A or 2A) where that has rows."""
+def score_forward(source: Rows, gate: Gate, keep_branches: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+    """Return raw scores (N, H) and P, if it is to be kept: (N or 0, A or 2A)."""
+    kept = Kept.make(source, gate, instances=False, branches=keep_branches).branches
     scores = gate.w_weight.new_empty((len(source), len(gate.w_weight)))
     weight = _stacked(gate)
     for chunk in _chunks(source, kept):
@@ -44,15 +46,20 @@ def score_forward(source: Rows, gate: Gate, kept: Tensor) -> Tensor:
         if len(kept):
             kept[chunk].copy_(projected)
         _score(projected, gate, scores[chunk], chunk.start)
-    return scores
+    return scores, kept
 
 
 def score_backward(
-    d_scores: Tensor, source: Rows, gate: Gate, kept: Tensor, *, needs_values: bool
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
-    """Return the gradient of the values and of (stacked weight, stacked bias, w)."""
-    weight = _stacked(gate)
-    d_values = source.new_gradient() if needs_values else None
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    source: Rows,
+    gate: Gate,
+    keep_branches: bool,  # noqa: FBT001
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the values (if needed) and of the six tensors of the gate."""
+    (d_scores,), (kept,), weight = upstream, results, _stacked(gate)
+    d_values = source.new_gradient() if needs[0] else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32)
     d_bias = d_weight.new_zeros(len(weight))
     d_w = torch.zeros_like(gate.w_weight)
@@ -65,7 +72,7 @@ def score_backward(
         d_weight += _wide_product(d_projected.T, rows)
         if d_values is not None:
             source.add_gradient(d_values, chunk, d_projected @ weight)
-    return d_values, (d_weight, d_bias, d_w)
+    return d_values, *halves(d_weight, d_bias, len(gate.v_weight)), d_w, d_scores.sum(0)
 
 
 def one_pass_sizes(n_rows: int, hidden: int, width: int) -> dict[str, int]:
@@ -81,10 +88,9 @@ def one_pass_sizes(n_rows: int, hidden: int, width: int) -> dict[str, int]:
     }
 
 
-def one_pass(
-    source: Rows, gate: Gate, temperature: Tensor, added: Tensor | None, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scores (N, 1), pooled (B, 1, D), log-sum-exp and entropy (B, 1) in float32, of one head."""
+def one_pass(pooling: Pooling) -> tuple[Tensor, ...]:
+    """Return scores (N, 1), pooled (B, 1, D), log-sum-exp and entropy (B, 1) in float32, of one head; none kept."""
+    source, gate, cu_seqlens, added = pooling.values, pooling.gate, pooling.cu_seqlens, _added(pooling.masks)
     weight = _stacked(gate).contiguous()
     values, bias = source.values.to(weight.dtype).contiguous(), _stacked_bias(gate)
     n_bags, width = cu_seqlens.shape[0] - 1, values.shape[1]
@@ -98,7 +104,7 @@ def one_pass(
     if table.n_chunks:
         one_pass_partial[(table.n_chunks,)](
             values, table.start if source.index is None else source.index.contiguous(), weight, bias,
-            gate.w_weight.contiguous(), score_bias, temperature.to(torch.float32),
+            gate.w_weight.contiguous(), score_bias, pooling.masks.temperature,
             bias if added is None else added.contiguous(), table.start, table.end, scores, top, total, spread,
             weighted, width, len(gate.v_weight), GATED=gate.u_weight is not None,
             ACTIVATION=1 if gate.activation == "tanh" else 0, MASKED=added is not None,
@@ -111,7 +117,35 @@ def one_pass(
             top, total, spread, weighted, table.first, pooled, lse, entropy, 1, width,
             COLUMN_BLOCK=columns, SOFTMAX=True, num_warps=4,
         )  # fmt: skip
-    return scores, pooled, lse, entropy
+    kept = pooling.new_kept()
+    return scores, pooled, lse, entropy, kept.instances, kept.branches
+
+
+def one_pass_backward(
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], pooling: Pooling
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients, as `torch_impl.pool_backward`; instances are projected again, in chunks."""
+    source, masks, scores = pooling.values, pooling.masks, results[0]
+    pooled = (upstream[1:], results[1:4], [True, needs[0]], scores, source, pooling.cu_seqlens)
+    d_scores, d_pooled_values = segment_pool.backward(*pooled)
+    assert d_scores is not None
+    d_scores = torch.where(scores == float("-inf"), 0, d_scores + upstream[0])
+    gate_needs = [needs[0], *needs[3:9]]
+    d_values, *d_gate, _ = score_backward(
+        [d_scores / masks.temperature], results[5:], gate_needs, source, pooling.gate, keep_branches=False
+    )
+    if d_values is not None and d_pooled_values is not None:
+        d_values += d_pooled_values
+    return d_values, None, None, *d_gate, *masks.gradients(d_scores, scores)
+
+
+def _added(masks: Masks) -> Tensor | None:
+    """Return both masks of one head as what is added to its scores, (N,)."""
+    added = None if masks.added is None else masks.added.flatten()
+    if masks.keep is None:
+        return added
+    never = torch.zeros(len(masks.keep), device=masks.keep.device).masked_fill_(~masks.keep.flatten(), float("-inf"))
+    return never if added is None else never + added
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

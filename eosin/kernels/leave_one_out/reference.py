@@ -8,8 +8,8 @@ by attention scores, with a linear head ``logits_k = Σ_h C_kh · z_h + b_k``.
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import softmax
 from eosin.kernels._checks import accumulation_dtype, host_lengths
-from eosin.kernels.segments import softmax
 
 
 def pooled_without(scores: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import NEVER, softmax
 from eosin.kernels._checks import accumulation_dtype, host_lengths
 from eosin.kernels._products import affine, product_dtype
 from eosin.kernels.segment_pool.torch_impl import weighted_sum
-from eosin.kernels.segments import NEVER, softmax
 
 
 def leave_one_out(scores: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from torch import Tensor
 
-from eosin.kernels._checks import check_floating, check_no_nan, check_offsets
+from eosin.kernels._checks import accumulation_dtype, check_floating, check_no_nan, check_offsets
 from eosin.kernels._dispatch import choose
-from eosin.kernels._rows import check_row_index, gathered
-from eosin.kernels.segment_pool import ops, reference
+from eosin.kernels._library import Later, Operator
+from eosin.kernels._rows import Rows, check_row_index
+from eosin.kernels.segment_pool import reference, torch_impl
+
+_triton = Later("eosin.kernels.segment_pool.triton_impl")
 
 
 def segment_pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor, *, row_index: Tensor | None = None) -> Tensor:
@@ -34,10 +37,7 @@ def segment_pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor, *, row_ind
         Wrong type, shape or device, inconsistent offsets.
     """
     _check(("weights", weights), values, cu_seqlens, row_index)
-    backend = choose(weights, values)
-    if backend == "reference":
-        return reference.segment_pool(weights, gathered(values, row_index), cu_seqlens)
-    pooled: Tensor = ops.segment_pool(weights, values, cu_seqlens, row_index, backend)
+    pooled: Tensor = weighted_pooling(weights, values, cu_seqlens, row_index, backend=choose(weights, values))
     return pooled
 
 
@@ -75,10 +75,7 @@ def attention_pool(
     """
     _check(("scores", scores), values, cu_seqlens, row_index)
     check_no_nan("scores", scores)
-    backend = choose(scores, values)
-    if backend == "reference":
-        return reference.attention_pool(scores, gathered(values, row_index), cu_seqlens)
-    pooled, lse, entropy = ops.attention_pool(scores, values, cu_seqlens, row_index, backend)
+    pooled, lse, entropy = attention_pooling(scores, values, cu_seqlens, row_index, backend=choose(scores, values))
     return pooled, lse, entropy
 
 
@@ -88,3 +85,43 @@ def _check(per_head: tuple[str, Tensor], values: Tensor, cu_seqlens: Tensor, row
     n_rows = check_row_index(row_index, values)
     check_floating(name, tensor, (n_rows, "H"), values)
     check_offsets(cu_seqlens, n_rows, values)
+
+
+def _prepared(
+    per_head: Tensor, values: Tensor, cu_seqlens: Tensor, row_index: Tensor | None
+) -> tuple[Tensor, Rows, Tensor]:
+    return per_head, Rows(values, row_index), cu_seqlens
+
+
+def _empty_pooled(per_head: Tensor, source: Rows, cu_seqlens: Tensor) -> Tensor:
+    size = (cu_seqlens.shape[0] - 1, per_head.shape[1], source.values.shape[1])
+    return source.values.new_empty(size, dtype=accumulation_dtype(source.values.dtype))
+
+
+def _empty_pool(per_head: Tensor, source: Rows, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pooled = _empty_pooled(per_head, source, cu_seqlens)
+    return pooled, pooled.new_empty(pooled.shape[:2]), pooled.new_empty(pooled.shape[:2])
+
+
+weighted_pooling = Operator(
+    "segment_pool",
+    "(Tensor weights, Tensor values, Tensor cu_seqlens, Tensor? row_index) -> Tensor",
+    reference=reference.segment_pool,
+    differentiable=2,
+    prepare=_prepared,
+    empty=_empty_pooled,
+    torch=(torch_impl.weighted_forward, torch_impl.weighted_backward),
+    triton=(_triton.weighted_forward, _triton.weighted_backward),
+)
+attention_pooling = Operator(
+    "attention_pool",
+    "(Tensor scores, Tensor values, Tensor cu_seqlens, Tensor? row_index) "
+    "-> (Tensor pooled, Tensor lse, Tensor entropy)",
+    reference=reference.attention_pool,
+    differentiable=2,
+    prepare=_prepared,
+    empty=_empty_pool,
+    reads_results=True,
+    torch=(torch_impl.forward, torch_impl.backward),
+    triton=(_triton.forward, _triton.backward),
+)

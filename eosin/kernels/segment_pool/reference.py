@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import entropy, log_sum_exp, softmax
 from eosin.kernels._checks import accumulation_dtype, host_lengths
-from eosin.kernels.segments import entropy, log_sum_exp, softmax
 
 
 def segment_pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from eosin.kernels._bags import NEVER, entropy, log_sum_exp, softmax
 from eosin.kernels._checks import accumulation_dtype, host_lengths
 from eosin.kernels._rows import Rows
-from eosin.kernels.segments import NEVER, entropy, log_sum_exp, softmax
 
 ROWS = 1024  # rows widened at once: 4 MB at D = 1024, stays in the L2 cache
 
@@ -29,9 +29,9 @@ def forward(scores: Tensor, source: Rows, cu_seqlens: Tensor) -> tuple[Tensor, T
 
 
 def backward(
-    needs: tuple[bool, bool],
     upstream: list[Tensor],
     results: list[Tensor],
+    needs: list[bool],
     scores: Tensor,
     source: Rows,
     cu_seqlens: Tensor,
@@ -69,9 +69,15 @@ def weighted_forward(weights: Tensor, source: Rows, cu_seqlens: Tensor) -> Tenso
 
 
 def weighted_backward(
-    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, source: Rows, cu_seqlens: Tensor
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    weights: Tensor,
+    source: Rows,
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of given weights and of values: ``dw = x·g_z`` and ``dx = w g_z``."""
+    (g_pooled,) = upstream
     d_weights = torch.empty_like(weights) if needs[0] else None
     d_values = source.new_gradient() if needs[1] else None
     for bag, rows in enumerate(_bags(host_lengths(cu_seqlens))):

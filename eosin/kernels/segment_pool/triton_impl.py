@@ -72,15 +72,15 @@ def _pool(scores: Tensor, source: Rows, cu_seqlens: Tensor, *, softmax: bool) ->
 
 
 def backward(
-    needs: tuple[bool, bool],
     upstream: list[Tensor],
     results: list[Tensor],
+    needs: list[bool],
     scores: Tensor,
     source: Rows,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of scores and values, as `torch_impl.backward`."""
-    g_pooled, g_lse, g_entropy = (gradient.contiguous() for gradient in upstream)
+    g_pooled, g_lse, g_entropy = upstream
     pooled, lse, entropy = results
     level = g_lse - (pooled * g_pooled).sum(2)
     per_bag = (level, lse, entropy, g_entropy)
@@ -88,17 +88,20 @@ def backward(
 
 
 def weighted_backward(
-    needs: tuple[bool, bool], g_pooled: Tensor, weights: Tensor, source: Rows, cu_seqlens: Tensor
+    upstream: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    weights: Tensor,
+    source: Rows,
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of given weights and of values: ``dw = x·g_z`` and ``dx = w g_z``."""
-    unused = g_pooled.new_empty(1)
-    return _gradients(
-        needs, weights.contiguous(), source, cu_seqlens, g_pooled.contiguous(), (unused,) * 4, softmax=False
-    )
+    unused = upstream[0].new_empty(1)
+    return _gradients(needs, weights.contiguous(), source, cu_seqlens, upstream[0], (unused,) * 4, softmax=False)
 
 
 def _gradients(
-    needs: tuple[bool, bool],
+    needs: list[bool],
     scores: Tensor,
     source: Rows,
     cu_seqlens: Tensor,

@@ -1,13 +1,18 @@
 """The selective scan (S6) over packed bags, and the orders in which a bag can be walked."""
 
+import torch
 from torch import Tensor
 
 from eosin.kernels._checks import check_floating, check_offsets
 from eosin.kernels._dispatch import choose
-from eosin.kernels.selective_scan import ops, reference
+from eosin.kernels._library import Later, Operator
+from eosin.kernels.selective_scan import reference, torch_impl
 from eosin.kernels.selective_scan.order import ScanOrder, reversed_order, strided_order
+from eosin.kernels.selective_scan.torch_impl import Inputs
 
 __all__ = ["ScanOrder", "reversed_order", "selective_scan", "strided_order"]
+
+_triton = Later("eosin.kernels.selective_scan.triton_impl")
 
 
 def selective_scan(
@@ -65,10 +70,24 @@ def selective_scan(
         if vector is not None:
             check_floating(name, vector, (width,), u)
     check_offsets(cu_seqlens, n_rows, u)
-    tensors = (u, delta, a, b, c, d, z, delta_bias, cu_seqlens)
-    backend = choose(u)
-    if backend == "reference":
-        return reference.selective_scan(*tensors)
-    out: Tensor
-    out, _ = ops.selective_scan(*tensors, backend)
+    out: Tensor = _scan(u, delta, a, b, c, d, z, delta_bias, cu_seqlens, backend=choose(u))
     return out
+
+
+def _empty(inputs: Inputs, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    n_states = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(inputs.u), inputs.a.new_empty((n_states, *inputs.a.shape))
+
+
+_scan = Operator(
+    "selective_scan",
+    "(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? delta_bias, "
+    "Tensor cu_seqlens) -> (Tensor out, Tensor states)",
+    reference=reference.selective_scan,
+    differentiable=8,
+    prepare=lambda *arguments: (Inputs.make(*arguments[:-1]), arguments[-1]),
+    empty=_empty,
+    kept=1,
+    torch=(torch_impl.forward, torch_impl.backward),
+    triton=(_triton.forward, _triton.backward),
+)

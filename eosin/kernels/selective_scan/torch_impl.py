@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import e, log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from eosin.kernels._checks import host_offsets
+from eosin.kernels._checks import accumulation_dtype, host_offsets
 
 STATE_SIZE = 1 << 17  # numbers that advance together: 512 KB of float32, inside the L2 cache
 CHECKPOINT = 48  # steps between kept states
@@ -35,6 +36,14 @@ class Inputs:
     d: Tensor | None
     z: Tensor | None
     delta_bias: Tensor | None
+
+    @classmethod
+    def make(cls, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *optional: Tensor | None) -> "Inputs":
+        """Return the inputs from those of the public function."""
+        d, z, delta_bias = optional
+        wide = accumulation_dtype(u.dtype)
+        d, delta_bias = (None if vector is None else vector.to(wide) for vector in (d, delta_bias))
+        return cls(u, delta, (a.to(wide).T * LOG2_E).contiguous(), b, c, d, z, delta_bias)
 
 
 @dataclass(frozen=True)
@@ -145,13 +154,12 @@ def forward(inputs: Inputs, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.cat(kept) if kept else inputs.a.new_zeros(0, *inputs.a.shape)
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Gradients of the scan's inputs; ``z`` is empty without a gate."""
 
     u: Tensor
     delta: Tensor
-    a: Tensor  # (S, D)
+    a: Tensor  # (S, D) while they are summed, then (D, S)
     b: Tensor
     c: Tensor
     d: Tensor
@@ -159,12 +167,15 @@ class Gradients:
     delta_bias: Tensor
 
 
-def backward(d_out: Tensor, inputs: Inputs, cu_seqlens: Tensor, kept: Tensor) -> Gradients:
+def backward(
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], inputs: Inputs, cu_seqlens: Tensor
+) -> Gradients:
     """Return all gradients.
 
     With λ_t = C_t g_t + μ_t and μ_{t-1} = exp(δ_t A) λ_t, the adjoint that arrives from the future:
     ``dC = Σ g h``, ``dB = Σ λ δ u``, ``du = D g + δ (B·λ)``, ``dδ = Σ A μ_{t-1} h_{t-1} + u (B·λ)``.
     """
+    (d_out,), (kept,) = upstream, results
     chunks = chunks_of(cu_seqlens, inputs.a.numel())
 
     def first_adjoints(walk: Walk) -> tuple[Tensor, Tensor]:
@@ -182,7 +193,7 @@ def backward(d_out: Tensor, inputs: Inputs, cu_seqlens: Tensor, kept: Tensor) ->
         for block in reversed(range(n_blocks)):
             steps = range(block * CHECKPOINT, min((block + 1) * CHECKPOINT, walk.n_steps))
             adjoint = _block_backward(walk, steps, states[block], adjoint, d_out, gradients)
-    return gradients
+    return gradients._replace(a=gradients.a.T)
 
 
 def _carry(

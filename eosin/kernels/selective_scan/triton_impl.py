@@ -56,9 +56,11 @@ def forward(inputs: Inputs, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return out, states
 
 
-def backward(d_out: Tensor, inputs: Inputs, cu_seqlens: Tensor, states: Tensor) -> Gradients:
+def backward(
+    upstream: list[Tensor], results: list[Tensor], needs: list[bool], inputs: Inputs, cu_seqlens: Tensor
+) -> Gradients:
     """Return all gradients, as `torch_impl.backward`."""
-    inputs, d_out = _contiguous(inputs), d_out.contiguous()
+    inputs, (d_out,), (states,) = _contiguous(inputs), upstream, results
     n_rows, width = inputs.u.shape
     n_states = inputs.a.shape[0]
     table = chunk_table(cu_seqlens, chunk_rows(n_rows))
@@ -73,10 +75,7 @@ def backward(d_out: Tensor, inputs: Inputs, cu_seqlens: Tensor, states: Tensor) 
     if table.n_chunks:
         arriving = _arriving_adjoints(d_out, inputs, table)
         _launch_backward(d_out, inputs, table, states, arriving, gradients, groups)
-    return Gradients(
-        d_u, d_delta, d_a.sum(0), d_b.sum(0).to(inputs.b.dtype), d_c.sum(0).to(inputs.c.dtype), d_d.sum(0), d_z,
-        d_bias.sum(0),
-    )  # fmt: skip
+    return Gradients(d_u, d_delta, d_a.sum(0).T, d_b.sum(0), d_c.sum(0), d_d.sum(0), d_z, d_bias.sum(0))
 
 
 def _arriving_adjoints(d_out: Tensor, inputs: Inputs, table: ChunkTable) -> Tensor:
