@@ -136,6 +136,20 @@ def convert_keep(state: State) -> dict[str, Tensor]:
     return _rename(state, KEEP_RULES, KEEP_UNUSED)
 
 
+def convert_lite(state: State, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return weights of EfficientNet-Lite with Keras-like names (``_blocks.0._bn1``) under timm's, no classifier.
+
+    Both implementations register the same layers in the same order, so the names follow from the order; shapes are
+    checked when the weights are loaded. Weights that have timm's names already stay as they are.
+    """
+    kept = {name: value for name, value in state.items() if not name.startswith(("_fc.", "classifier."))}
+    if not any(name.startswith("_blocks.") for name in kept):
+        return kept
+    if len(kept) != len(names):
+        raise ValueError(f"{len(kept)} tensors, where the network has {len(names)}")
+    return dict(zip(names, kept.values(), strict=True))
+
+
 def fold_class_position(state: State) -> dict[str, Tensor]:
     """Add the position of the class token to the token, for networks whose positions are those of patches alone."""
     positions = state["pos_embed"]

