@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eosin.errors import LabelError
+from eosin.mil.intervals import Support
 from eosin.mil.metrics import EVEN as EVEN
 from eosin.mil.metrics import Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
 from eosin.mil.polarity import positive_last, split_target
@@ -178,6 +179,17 @@ class _ClassTask(Task):
         """Return the metrics of `eosin.mil.metrics.classification_metrics`."""
         predicted = self.decide(outputs) if decided is None else decided
         return classification_metrics(outputs, target, predicted, self.classes)
+
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return all rows for accuracy, those of a class for its rates, and those of every class for the rest."""
+        members = tuple(target == k for k in range(len(self.classes)))
+        compared = Support(members)
+        found = {"accuracy": Support((np.ones(len(target), bool),)), "kappa": Support(members, -1.0)}
+        found |= dict.fromkeys(("balanced_accuracy", "f1", "auc", "average_precision"), compared)
+        if len(members) == 2:
+            rates = {"specificity": Support(members[:1]), "sensitivity": Support(members[1:])}
+            return found | rates | {"average_precision": rates["sensitivity"]}
+        return found | {f"auc_{name}": Support((own, ~own)) for name, own in zip(self.classes, members, strict=True)}
 
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return one minus the probability of the true class."""
@@ -354,6 +366,12 @@ class Ordinal(_ClassTask):
             "mean_absolute_error": float(np.abs(target - predicted).mean()),
         }
         return ordered | classification_metrics(outputs, target, predicted, self.classes)
+
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return also what the measures of order rest on."""
+        found = super().supports(target)
+        error = Support(found["accuracy"].groups, 0.0, len(self.classes) - 1.0)
+        return found | {"quadratic_kappa": found["kappa"], "mean_absolute_error": error}
 
 
 def _require_unlike(classes: Sequence[str], column: str) -> None:

@@ -1,7 +1,7 @@
 """Two models on the same slides: is the difference more than chance?"""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from scipy import stats
 
 from eosin.errors import LabelError
 from eosin.mil.evaluate import LEVEL, RESAMPLES, patient_draws
+from eosin.mil.intervals import Clusters, Support, difference_interval, score_interval
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.tables import shown
 from eosin.mil.task import Task
@@ -62,9 +63,12 @@ def delong(first: Floats, second: Floats, positive: NDArray[np.bool_], *, level:
     difference = areas[0] - areas[1]
     variance = _variance(v_positive[0] - v_positive[1]) + _variance(v_negative[0] - v_negative[1])
     deviation = float(np.sqrt(variance))
+    if not deviation:  # each case is placed alike, so that the data say nothing of chance
+        return Difference(areas[0], areas[1], difference, None, None, 1.0 if not difference else None, "DeLong")
     half = float(stats.norm.ppf((1 + level) / 2)) * deviation
-    p_value = float(2 * stats.norm.sf(abs(difference) / deviation)) if deviation else float(difference == 0)
-    return Difference(areas[0], areas[1], difference, difference - half, difference + half, p_value, "DeLong")
+    lower, upper = max(difference - half, -1.0), min(difference + half, 1.0)
+    p_value = float(2 * stats.norm.sf(abs(difference) / deviation))
+    return Difference(areas[0], areas[1], difference, lower, upper, p_value, "DeLong")
 
 
 def _placements(scores: Floats, positive: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
@@ -111,7 +115,8 @@ def paired_bootstrap(
     Returns
     -------
     dict of str to Difference
-        The p-value is twice the smaller share of draws on one side of zero, at least ``1 / (resamples + 1)``.
+        The p-value is twice the smaller share of draws on one side of zero, at least ``1 / (resamples + 1)``. The
+        interval of a bounded measure comes from those of the two models, see `eosin.mil.intervals`.
 
     Raises
     ------
@@ -131,22 +136,30 @@ def paired_bootstrap(
 
     everyone = np.arange(len(targets))
     values = measure(0, everyone), measure(1, everyone)
-    draws: dict[str, list[float]] = {name: [] for name in values[0]}
+    draws: dict[str, list[tuple[float, float]]] = {name: [] for name in values[0]}
     for rows in patient_draws(patients, resamples, seed):
         one, two = measure(0, rows), measure(1, rows)
         for name, drawn in draws.items():
             a, b = one[name], two[name]
             if a is not None and b is not None:
-                drawn.append(a - b)
-    return {name: _difference(values[0][name], values[1][name], draws[name], resamples, level) for name in draws}
+                drawn.append((a, b))
+    supports = task.supports(targets)
+    surprises = [
+        task.surprise(outputs[model], targets, folds=None if folds is None else folds[model]) for model in (0, 1)
+    ]
+    clusters = [Clusters.of(patients, surprise) for surprise in surprises]
+    found = {}
+    for name in draws:
+        pairs = np.reshape(draws[name], (-1, 2))
+        plain = _difference(values[0][name], values[1][name], pairs, resamples, level)
+        found[name] = _bounded(plain, pairs, supports[name], clusters, level) if name in supports else plain
+    return found
 
 
-def _difference(
-    first: float | None, second: float | None, draws: list[float], resamples: int, level: float
-) -> Difference:
-    if first is None or second is None or 2 * len(draws) < resamples:
+def _difference(first: float | None, second: float | None, pairs: Floats, resamples: int, level: float) -> Difference:
+    if first is None or second is None or 2 * len(pairs) < resamples:
         return Difference(first, second, None, None, None, None)
-    drawn = np.asarray(draws)
+    drawn = pairs[:, 0] - pairs[:, 1]
     tail = (1 - level) / 2
     lower, upper = np.quantile(drawn, [tail, 1 - tail])
     side = min((drawn <= 0).mean(), (drawn >= 0).mean())
@@ -154,11 +167,24 @@ def _difference(
     return Difference(first, second, first - second, float(lower), float(upper), p_value)
 
 
+def _bounded(
+    plain: Difference, pairs: Floats, support: Support, clusters: Sequence[Clusters], level: float
+) -> Difference:
+    """Return the comparison with an interval from those of the two measures, which is no point at their limits."""
+    if plain.first is None or plain.second is None or plain.difference is None:
+        return plain
+    values = (plain.first, plain.second)
+    own = [score_interval(values[k], pairs[:, k], support, clusters[k], level=level) for k in (0, 1)]
+    together = float(np.corrcoef(pairs[:, 0], pairs[:, 1])[0, 1]) if np.all(pairs.std(0) > 0) else 0.0
+    lower, upper = difference_interval(*values, own[0], own[1], together)
+    return replace(plain, lower=lower, upper=upper)
+
+
 def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Difference]:
     """Compare two tables of out-of-fold predictions on the slides that both hold.
 
-    The area under the ROC curve of two classes with one slide per patient is compared by `delong`, everything else by
-    `paired_bootstrap`.
+    The p-value of the area under the ROC curve of two classes with one slide per patient is that of `delong`,
+    everything else is compared by `paired_bootstrap`.
 
     Parameters
     ----------
@@ -185,7 +211,9 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     decided, folds = zip(first_rest, second_rest, strict=True)
     found = paired_bootstrap(task, first_outputs, second_outputs, targets, patients, decided=decided, folds=folds)
     if len(getattr(task, "classes", ())) == 2 and len(set(patients)) == len(patients):
-        found["auc"] = delong(first_outputs[:, 1], second_outputs[:, 1], targets == 1)
+        exact = delong(first_outputs[:, 1], second_outputs[:, 1], targets == 1)
+        if exact.p_value is not None:
+            found["auc"] = replace(exact, lower=found["auc"].lower, upper=found["auc"].upper)
     return found
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Fold:
         With what the training and validation parts of the fold taught.
     validation : tuple of dict
         Validation metrics of each model.
+    n_train : int
+        Slides that shaped the models; 0 where nobody knows.
     """
 
     number: int
@@ -58,6 +60,7 @@ class Fold:
     metrics: Metrics
     task: Task
     validation: tuple[Metrics, ...] = ()
+    n_train: int = 0
 
 
 def cohort_of(examples: Examples, task: Task, rows: Sequence[Mapping[str, str]], *, site: str | None = None) -> Cohort:
@@ -230,7 +233,9 @@ class _Plan:
     def run(self, number: int, splits: Sequence[Split], folders: Sequence[Path]) -> Fold:
         """Train the models of a fold and test them together."""
         made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
-        return judge_models(made, self.task, self.examples.subset(splits[0].test), number=number, device=self.device)
+        test = self.examples.subset(splits[0].test)
+        fold = judge_models(made, self.task, test, number=number, device=self.device)
+        return replace(fold, n_train=len(set(splits[0].train) | set(splits[0].val)))
 
     def _train(self, number: int, split: Split, folder: Path) -> Fitted:
         training = self.recipe.training
@@ -271,7 +276,9 @@ def by_patient(folds: Sequence[Fold]) -> list[Fold]:
         outputs = np.stack([fold.outputs[number == place].mean(0) for place in range(len(names))])
         patients, targets = tuple(map(str, names)), fold.targets[first]
         metrics = fold.task.metrics(outputs, targets)
-        made.append(Fold(fold.number, patients, patients, outputs, targets, metrics, fold.task, fold.validation))
+        made.append(
+            replace(fold, ids=patients, patient_ids=patients, outputs=outputs, targets=targets, metrics=metrics)
+        )
     return made if any(len(one.ids) < len(other.ids) for one, other in zip(made, folds, strict=True)) else []
 
 
@@ -290,13 +297,18 @@ def _pooled(task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]
     return {name: estimate.as_json() for name, estimate in found.items()}
 
 
+def _test_per_train(folds: Sequence[Fold]) -> float:
+    """Return the mean of test slides per training slide; 0 where it is not known."""
+    return float(np.mean([len(fold.ids) / fold.n_train if fold.n_train else 0.0 for fold in folds]))
+
+
 def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
     judge, _ = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
     return {
         "task": judge.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "n_folds": len(folds),
-        "metrics": summarise_folds([fold.metrics for fold in folds]),
+        "metrics": summarise_folds([fold.metrics for fold in folds], test_per_train=_test_per_train(folds)),
         "out_of_fold": _pooled(task, folds, resamples),
         "folds": [{"fold": fold.number, "n_test": len(fold.ids), **fold.metrics} for fold in folds],
     }

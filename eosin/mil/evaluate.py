@@ -12,7 +12,8 @@ from scipy import stats
 from eosin.mil.bags import PackedBags
 from eosin.mil.data import BagSource
 from eosin.mil.feed import EVALUATION_INSTANCES, EvaluationPacks
-from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.intervals import Clusters, Support, score_interval
+from eosin.mil.metrics import Floats, Metrics, value_range
 from eosin.mil.slots import Aggregator
 from eosin.mil.tasks import Task
 
@@ -73,12 +74,15 @@ class Estimate:
     value, lower, upper : float or None
     n_defined : int
         Resamples in which the metric is defined.
+    n_effective : float or None
+        Independent cases that the interval is worth; None where it is one of percentiles.
     """
 
     value: float | None
     lower: float | None
     upper: float | None
     n_defined: int
+    n_effective: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return a dict."""
@@ -97,7 +101,10 @@ def bootstrap(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Return every metric with the percentile interval of a bootstrap that draws patients with all their rows.
+    """Return every metric with an interval that knows of patients.
+
+    Bounded measures (rates, areas, concordance, agreement) have the interval of `eosin.mil.intervals`; the others have
+    percentiles of a bootstrap that draws patients with all their rows.
 
     Parameters
     ----------
@@ -118,8 +125,9 @@ def bootstrap(
     Returns
     -------
     dict of str to Estimate
-        The interval is None when less than half of the draws define the metric. That of the calibration error is moved
-        by what its draws are too large on average: the gaps of a sample that repeats patients cancel less.
+        A percentile interval is None when less than half of the draws define the metric, or all draws are alike. That
+        of the calibration error is moved by what its draws are too large on average: the gaps of a sample that repeats
+        patients cancel less.
     """
     decisions = task.decide(outputs) if decided is None else decided
 
@@ -129,7 +137,20 @@ def bootstrap(
 
     values = measure(np.arange(len(outputs)))
     draws = [measure(rows) for rows in patient_draws(patients, resamples, seed)]
-    return {name: _estimate(name, value, [draw.get(name) for draw in draws], level) for name, value in values.items()}
+    known = {name: np.array([draw[name] for draw in draws if draw.get(name) is not None]) for name in values}
+    clusters = Clusters.of(patients, task.surprise(outputs, targets, folds=folds))
+    supports = task.supports(targets)
+    return {
+        name: _bounded(value, known[name], supports[name], clusters, level)
+        if name in supports and value is not None
+        else _percentiles(name, value, known[name], len(draws), level)
+        for name, value in values.items()
+    }
+
+
+def _bounded(value: float, draws: Floats, support: Support, clusters: Clusters, level: float) -> Estimate:
+    found = score_interval(value, draws, support, clusters, level=level)
+    return Estimate(value, found.lower, found.upper, len(draws), found.n_effective)
 
 
 def patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:
@@ -143,44 +164,53 @@ def patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterabl
         yield np.concatenate([order[starts[patient] : starts[patient + 1]] for patient in drawn])
 
 
-def _estimate(name: str, value: float | None, draws: list[float | None], level: float) -> Estimate:
-    known = [draw for draw in draws if draw is not None]
-    if value is None or 2 * len(known) < len(draws):
-        return Estimate(value, None, None, len(known))
+def _percentiles(name: str, value: float | None, draws: Floats, resamples: int, level: float) -> Estimate:
+    if value is None or 2 * len(draws) < resamples or not np.ptp(draws):
+        return Estimate(value, None, None, len(draws))
     tail = (1 - level) / 2
-    lower, upper = np.quantile(known, [tail, 1 - tail])
+    lower, upper = np.quantile(draws, [tail, 1 - tail])
     if f"_{name}".endswith("_ece"):
-        bias = np.mean(known) - value
+        bias = np.mean(draws) - value
         lower, upper = max(lower - bias, 0.0), upper - bias
-    return Estimate(value, float(lower), float(upper), len(known))
+    return Estimate(value, float(lower), float(upper), len(draws))
 
 
-def summarise_folds(folds: Sequence[Metrics], *, level: float = LEVEL) -> dict[str, dict[str, Any]]:
+def summarise_folds(
+    folds: Sequence[Metrics], *, level: float = LEVEL, test_per_train: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """Return each metric over folds: mean, standard deviation, standard error, interval of the mean, number of folds.
 
-    A fold in which a metric is undefined does not count. The interval is Student's and takes folds as independent,
-    which they are only nearly; the bootstrap over patients does not.
+    A fold in which a metric is undefined does not count. Folds share training slides, and repeated ones test slides,
+    too, so that their spread divided by their number is too small an error: the variance of the mean is
+    ``s² (1 / k + test_per_train)`` (Nadeau and Bengio, Machine Learning 2003). The interval is Student's, cut at the
+    ends of the metric's range; folds that are all alike have none.
+
+    Parameters
+    ----------
+    folds : sequence of dict
+    level : float
+        Coverage of the interval.
+    test_per_train : float
+        Test slides per training slide of a fold; 0 takes folds for independent.
     """
     names = dict.fromkeys(name for fold in folds for name in fold)
     return {
-        name: _over_folds([value for fold in folds if (value := fold.get(name)) is not None], level) for name in names
+        name: _over_folds(
+            name, [value for fold in folds if (value := fold.get(name)) is not None], level, test_per_train
+        )
+        for name in names
     }
 
 
-def _over_folds(values: list[float], level: float) -> dict[str, Any]:
+def _over_folds(name: str, values: list[float], level: float, test_per_train: float) -> dict[str, Any]:
     n_folds = len(values)
-    if not n_folds:
-        return {"mean": None, "standard_deviation": None, "standard_error": None, "interval": None, "n_folds": 0}
-    mean = float(np.mean(values))
-    if n_folds == 1:
-        return {"mean": mean, "standard_deviation": None, "standard_error": None, "interval": None, "n_folds": 1}
+    mean = float(np.mean(values)) if values else None
+    found = {"mean": mean, "standard_deviation": None, "standard_error": None, "interval": None, "n_folds": n_folds}
+    if mean is None or n_folds == 1:
+        return found
     deviation = float(np.std(values, ddof=1))
-    error = deviation / np.sqrt(n_folds)
+    error = deviation * float(np.sqrt(1 / n_folds + test_per_train))
     half = float(stats.t.ppf((1 + level) / 2, n_folds - 1) * error)
-    return {
-        "mean": mean,
-        "standard_deviation": deviation,
-        "standard_error": float(error),
-        "interval": [mean - half, mean + half],
-        "n_folds": n_folds,
-    }
+    lowest, highest = value_range(name)
+    interval = [max(mean - half, lowest), min(mean + half, highest)] if np.ptp(values) else None
+    return found | {"standard_deviation": deviation, "standard_error": error, "interval": interval}

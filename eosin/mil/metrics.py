@@ -12,8 +12,34 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Metrics = dict[str, float | None]
 
+RATES = (
+    "accuracy", "auc", "average_precision", "balanced_accuracy", "cindex", "cindex_ipcw", "ece", "f1",
+    "integrated_brier", "sensitivity", "specificity", "time_auc",
+)  # fmt: skip
+ERRORS = ("brier", "log_loss", "mean_absolute_error", "rmse")
+CORRELATIONS = ("kappa", "quadratic_kappa", "pearson", "spearman")
+RANGES = (
+    dict.fromkeys(RATES, (0.0, 1.0))
+    | dict.fromkeys(ERRORS, (0.0, np.inf))
+    | dict.fromkeys(CORRELATIONS, (-1.0, 1.0))
+    | {"r2": (-np.inf, 1.0)}
+)
 ECE_BINS = 10
 EVEN = 0.5
+
+
+def base_metric(name: str) -> str | None:
+    """Return the metric of a name without the class or target that it is of; None for one that is not known."""
+    if name in RANGES:
+        return name
+    longest_first = sorted(RANGES, key=len, reverse=True)
+    return next((metric for metric in longest_first if f"_{metric}_" in f"_{name}_"), None)
+
+
+def value_range(name: str) -> tuple[float, float]:
+    """Return the least and the largest value that a metric can have."""
+    base = base_metric(name)
+    return (-np.inf, np.inf) if base is None else RANGES[base]
 
 
 def roc_auc(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
@@ -131,7 +157,8 @@ def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, 
     -------
     dict
         accuracy, balanced_accuracy, f1, kappa, auc, average_precision, log_loss, brier, ece; sensitivity and
-        specificity of two classes, the second being the positive one; ``auc_<class>`` of each of three or more.
+        specificity of two classes, the second being the positive one; ``auc_<class>`` of each of three or more. As in
+        scikit-learn, the Brier score is that of the second of two classes, and the sum over three or more.
     """
     matrix = confusion(truth, predicted, len(classes))
     one_hot = truth[:, None] == np.arange(len(classes))
@@ -148,7 +175,7 @@ def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, 
         "auc": mean_if_defined(areas),
         "average_precision": mean_if_defined(precisions),
         "log_loss": float(-np.log(likelihood).mean()),
-        "brier": float(((probabilities - one_hot) ** 2).sum(1).mean()),
+        "brier": float(((probabilities - one_hot) ** 2).sum(1).mean()) / (2 if len(classes) == 2 else 1),
         "ece": expected_calibration_error(probabilities.max(1), top == truth),
     }
     if len(classes) > 2:

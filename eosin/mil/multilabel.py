@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from eosin.errors import LabelError
 from eosin.mil.classification import EVEN, sorted_labels
+from eosin.mil.intervals import Support
 from eosin.mil.metrics import (
     Floats,
     Metrics,
@@ -195,6 +196,17 @@ class MultiLabel(Task):
         }
         found |= {f"auc_{name}": area for name, area in zip(self.targets, areas, strict=True)}
         return found | {f"average_precision_{name}": area for name, area in zip(self.targets, precisions, strict=True)}
+
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return the positive and the negative rows of a label; means over the labels rest on the rarest."""
+        of_label = [(target[:, k] == 1, target[:, k] != 1) for k in range(self.n_outputs)]
+        rarest = min(of_label, key=lambda pair: min(int(rows.sum()) for rows in pair) or len(target))
+        both, positive = Support(rarest), Support(rarest[:1])
+        found = {"auc": both, "balanced_accuracy": both, "kappa": Support(rarest, -1.0)}
+        found |= {"accuracy": Support((np.ones(len(target), bool),)), "average_precision": positive, "f1": positive}
+        for name, pair in zip(self.targets, of_label, strict=True):
+            found |= {f"auc_{name}": Support(pair), f"average_precision_{name}": Support(pair[:1])}
+        return found
 
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean over the labels of one minus the probability of the truth."""

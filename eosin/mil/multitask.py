@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor
 
 from eosin.errors import LabelError
+from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics, mean_if_defined
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value
@@ -240,6 +241,15 @@ class MultiTask(Task):
             found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
         return {"score": mean_if_defined(list(chosen.values()))} | chosen | found
 
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return what the measures of each part rest on, ``<name>_`` before them."""
+        found: dict[str, Support] = {}
+        for name, (part, known, there) in zip(self.names, self._sliced(torch.from_numpy(target)), strict=True):
+            for metric, support in part.supports(known.numpy()).items():
+                groups = tuple(_among(there.numpy(), group, len(target)) for group in support.groups)
+                found[f"{name}_{metric}"] = Support(groups, support.low, support.high)
+        return found
+
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the mean rank, from 0 to 1, of the surprise of the known targets."""
         ranks = np.full((len(target), len(self.parts)), np.nan)
@@ -305,6 +315,13 @@ class MultiTask(Task):
             known = own[there].to(empty.dtype)
             found.append((part, known[:, 0] if empty.ndim == 1 else known, there))
         return found
+
+
+def _among(rows: NDArray[np.int64], flags: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
+    """Return (n,) flags from those of some of the rows."""
+    spread = np.zeros(n, bool)
+    spread[rows[flags]] = True
+    return spread
 
 
 def _width(part: Task) -> int:

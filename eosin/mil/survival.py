@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from eosin.errors import LabelError
+from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.survival_metrics import concordance as concordance
-from eosin.mil.survival_metrics import discordance, integrated_brier, time_auc
+from eosin.mil.survival_metrics import concordance_ipcw, discordance, integrated_brier, time_auc
 from eosin.mil.task import Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
@@ -165,11 +166,27 @@ class SurvivalTask(Task):
         *,
         folds: NDArray[np.int64] | None = None,
     ) -> Metrics:
-        """Return cindex, see `concordance`, and time_auc over `edges`, see `eosin.mil.survival_metrics.time_auc`."""
+        """Return cindex and cindex_ipcw, which are Harrell's and Uno's, and time_auc over `edges`.
+
+        See `eosin.mil.survival_metrics`.
+        """
         time, event, risk = target[:, 0], target[:, 1] == 1, self.risk(outputs)
         groups = self._groups(folds)
         area = time_auc(risk, time, event, np.asarray(self.edges), groups=groups) if self.edges else None
-        return {"cindex": concordance(risk, time, event, groups=groups), "time_auc": area}
+        return {
+            "cindex": concordance(risk, time, event, groups=groups),
+            "cindex_ipcw": concordance_ipcw(risk, time, event, groups=groups),
+            "time_auc": area,
+        }
+
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return events and everybody for concordance, early events and those who live longer for time_auc."""
+        time, event = target[:, 0], target[:, 1] == 1
+        concordant = Support((event, np.ones(len(time), bool)))
+        found = {"cindex": concordant, "cindex_ipcw": concordant}
+        if not self.edges:
+            return found
+        return found | {"time_auc": Support((event & (time <= self.edges[-1]), time > self.edges[0]))}
 
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return the share of the pairs with others that can be compared in which the risk is on the wrong side."""
@@ -296,7 +313,7 @@ class DiscreteSurvival(SurvivalTask):
         *,
         folds: NDArray[np.int64] | None = None,
     ) -> Metrics:
-        """Return cindex, time_auc and integrated_brier over `edges`."""
+        """Return cindex, cindex_ipcw, time_auc and integrated_brier over `edges`."""
         times = np.asarray(self.edges)
         brier = integrated_brier(outputs[:, : len(times)], target[:, 0], target[:, 1] == 1, times)
         return super().metrics(outputs, target, folds=folds) | {"integrated_brier": brier}

@@ -162,37 +162,56 @@ def concordance(
     by at most `tied` count one half (scikit-survival's ``concordance_index_censored``). With `groups` (n,) only pairs
     within a group are compared: all such pairs of all groups together, as a stratified C-index does.
     """
-    right = ties = pairs = 0
+    return _share_of_pairs(risk, time, event, np.ones(len(risk)), tied, groups)
+
+
+def concordance_ipcw(
+    risk: Floats, time: Floats, event: Flags, *, tied: float = TIED_RISK, groups: Groups | None = None
+) -> float | None:
+    """Return Uno's C: each pair of `concordance` has the weight 1 / G² of the earlier event; None without a pair.
+
+    Harrell's C depends on who is censored when; this one does not, as long as being censored has nothing to do with
+    the risk (Uno et al., Stat. Med. 2011; scikit-survival's ``concordance_index_ipcw`` with the same patients for G).
+    Events after the last time at which anybody is still observed have no weight.
+    """
+    return _share_of_pairs(risk, time, event, _weights(time, event) ** 2, tied, groups)
+
+
+def _share_of_pairs(
+    risk: Floats, time: Floats, event: Flags, weights: Floats, tied: float, groups: Groups | None
+) -> float | None:
+    right = ties = pairs = 0.0
     for rows in _members(groups, len(risk)):
-        counts = _count_pairs(risk[rows], time[rows], event[rows], tied)
+        counts = _count_pairs(risk[rows], time[rows], event[rows], weights[rows], tied)
         right, ties, pairs = right + counts[0], ties + counts[1], pairs + counts[2]
     return (right + 0.5 * ties) / pairs if pairs else None
 
 
-def _count_pairs(risk: Floats, time: Floats, event: Flags, tied: float) -> tuple[int, int, int]:
-    """Return how many pairs have the higher risk first, how many are tied, and how many can be compared.
+def _count_pairs(risk: Floats, time: Floats, event: Flags, weights: Floats, tied: float) -> tuple[float, float, float]:
+    """Return the weight of the pairs that have the higher risk first, are tied, and can be compared.
 
     In order of time, events before the censored of the same time, an event is compared with all that come after those
     like it. Blocks from the end, each against the sorted risks behind it, take n log n steps instead of n².
     """
     order = np.lexsort((~event, time))
-    risk, time, event = risk[order], time[order], event[order]
-    right = ties = pairs = 0
+    risk, time, event, weights = risk[order], time[order], event[order], weights[order]
+    right = ties = pairs = 0.0
     behind = np.empty(0)
     for first, last, mixed in reversed(_blocks(time, event)):
-        own, cases = slice(first, last), risk[first:last][event[first:last]]
+        own, seen = slice(first, last), event[first:last]
+        cases, weight = risk[own][seen], weights[own][seen]
         below = np.searchsorted(behind, cases - tied, side="left")
         up_to = np.searchsorted(behind, cases + tied, side="right")
-        right, ties, pairs = (
-            right + int(below.sum()),
-            ties + int((up_to - below).sum()),
-            pairs + len(cases) * len(behind),
-        )
+        right += float((weight * below).sum())
+        ties += float((weight * (up_to - below)).sum())
+        pairs += float(weight.sum()) * len(behind)
         behind = np.sort(np.concatenate([behind, risk[own]]), kind="stable")
         if mixed:
-            difference = (risk[own, None] - risk[own])[_comparable(time[own], event[own])]
-            right, ties = right + int((difference > tied).sum()), ties + int((np.abs(difference) <= tied).sum())
-            pairs += len(difference)
+            compared = _comparable(time[own], event[own]) * weights[own, None]
+            difference = risk[own, None] - risk[own]
+            right += float(compared[difference > tied].sum())
+            ties += float(compared[np.abs(difference) <= tied].sum())
+            pairs += float(compared.sum())
     return right, ties, pairs
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eosin.errors import ConfigError, LabelError
+from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value, shown
@@ -222,6 +223,10 @@ class Task(Options):
             models, are compared within a fold only.
         """
         raise NotImplementedError
+
+    def supports(self, target: NDArray[Any]) -> dict[str, Support]:
+        """Return what each bounded measure of `metrics` rests on; the others have intervals of percentiles."""
+        return {}
 
     def surprise(self, outputs: Floats, target: NDArray[Any], *, folds: NDArray[np.int64] | None = None) -> Floats:
         """Return how far each prediction is from the truth, (n,); higher is worse, NaN where it cannot be said.

@@ -158,8 +158,8 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         summary=_summary(metrics, task, found, context.summary),
         metrics=metric_rows(led_by(first, metrics["out_of_fold"])),
         metrics_note=(
-            f"All {len(frame)} test predictions together, with the 95 % interval of a bootstrap over {patients} "
-            "patients; ↓: lower is better. A measure that the data do not define is undefined."
+            f"All {len(frame)} test predictions together, with 95 % intervals over {patients} patients; "
+            "↓: lower is better. A measure that the data do not define is undefined."
             + _mean_note(task)
             + f" {positives(found)}"
         ).strip(),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from eosin.mil.classification import EVEN
 from eosin.mil.compare import compare_predictions
 from eosin.mil.evaluate import bootstrap
-from eosin.mil.metrics import Floats
+from eosin.mil.metrics import Floats, base_metric
 from eosin.mil.multitask import MultiTask
 from eosin.mil.task import Task
 from eosin.mil.tasks import Binary, Classification, MultiLabel, load_task
@@ -41,14 +41,13 @@ METRIC_NAMES = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
     "cindex": "Concordance index",
+    "cindex_ipcw": "Concordance index weighted for censoring",
     "time_auc": "Time-dependent AUC",
     "integrated_brier": "Integrated Brier score",
     "score": "Mean over the targets",
 }
-OVERALL = "score"  # of several targets, one of which may have this name
+OVERALL = "score"  # of several targets
 LOWER_IS_BETTER = ("log_loss", "brier", "ece", "mean_absolute_error", "rmse", "integrated_brier")
-NO_LESS_THAN_ZERO = ("log_loss", "brier", "mean_absolute_error", "rmse")
-CORRELATIONS = ("kappa", "quadratic_kappa", "pearson", "spearman")
 SITE_METRICS = ("auc", "balanced_accuracy", "quadratic_kappa", "cindex", "spearman", "r2", "accuracy", "f1", "score")
 SITE_COLUMNS = 3
 SITE_RESAMPLES = 300
@@ -133,20 +132,12 @@ def estimate_table(estimates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def metric_name(metric: str) -> str:
     """Return a metric's name in words, with the class or target it is of, and an arrow when lower is better."""
-    base = _base(metric)
+    base = metric if metric == OVERALL else base_metric(metric)
     if base is None:
         return metric
     before, _, after = f"_{metric}_".partition(f"_{base}_")
     named = ", ".join([METRIC_NAMES[base], *filter(None, (before.strip("_"), after.strip("_")))])
     return f"{named} ↓" if base in LOWER_IS_BETTER else named
-
-
-def _base(metric: str) -> str | None:
-    """Return the metric without the class or target that it is of; None for one that has no name in words."""
-    if metric in METRIC_NAMES:
-        return metric
-    keys = sorted(METRIC_NAMES.keys() - {OVERALL}, key=len, reverse=True)
-    return next((key for key in keys if f"_{key}_" in f"_{metric}_"), None)
 
 
 def over_folds(figures: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -157,20 +148,12 @@ def over_folds(figures: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             "Mean": or_undefined(found["mean"]),
             "Standard deviation": or_undefined(found["standard_deviation"]),
             "Standard error": or_undefined(found["standard_error"]),
-            "95 % interval of the mean": _within(name, found["interval"]) if found["interval"] else "undefined",
+            "95 % interval of the mean": tuple(found["interval"]) if found["interval"] else "undefined",
             "Folds": found["n_folds"],
         }
         for name, found in figures.items()
     ]
     return pd.DataFrame(rows)
-
-
-def _within(metric: str, interval: Sequence[float]) -> tuple[float, float]:
-    """Return an interval without values that the metric cannot have: Student's knows no limits when folds are few."""
-    base = _base(metric)
-    lowest = -np.inf if base in (None, "r2") else -1.0 if base in CORRELATIONS else 0.0
-    highest = np.inf if base is None or base in NO_LESS_THAN_ZERO else 1.0
-    return max(interval[0], lowest), min(interval[1], highest)
 
 
 def or_undefined(value: float | None) -> float | str:

@@ -79,3 +79,24 @@ def test_equal_predictions_have_a_p_value_of_one_and_other_slides_are_refused():
     assert same["auc"].p_value == 1.0
     with pytest.raises(LabelError, match="compare the same slides"):
         paired_bootstrap(TASK, outputs(first), outputs(second)[1:], positive.astype(int), patients)
+
+
+def perfect(n):
+    return outputs(np.where(np.arange(n) % 2 == 1, 3.0, -3.0) + np.linspace(0, 1, n))
+
+
+def test_two_perfect_models_may_still_differ():
+    """Both tell 20 patients apart: the data do not show that they are equal."""
+    truth, patients = np.arange(20) % 2, [str(i) for i in range(20)]
+    found = paired_bootstrap(TASK, perfect(20), perfect(20)[::-1][:, ::-1], truth, patients, resamples=50)["auc"]
+    assert found.difference == 0
+    assert found.lower < -0.1 < 0.1 < found.upper
+    assert found.p_value == 1
+
+
+def test_placements_without_spread_claim_nothing():
+    scores, truth = np.arange(6.0), np.arange(6) >= 3
+    found = delong(scores, -scores, truth)
+    assert found.difference == 1
+    assert found.p_value is None
+    assert found.lower is None

@@ -167,7 +167,7 @@ def test_survival_is_judged_over_time_and_bins_come_from_the_training_fold(make_
     splits = make_splits(cohort, folds=2)
     summary = crossval(recipe, task, examples, splits, cohort, tmp_path, resamples=20)
     pooled = summary["out_of_fold"]
-    names = ["cindex", "time_auc", *(["integrated_brier"] if kind == "survival" else [])]
+    names = ["cindex", "cindex_ipcw", "time_auc", *(["integrated_brier"] if kind == "survival" else [])]
     assert list(pooled) == names
     assert all(0 < pooled[name]["value"] < 1 for name in names)
     for number, split in enumerate(splits):

@@ -51,6 +51,8 @@ def test_class_metrics_are_those_of_scikit_learn(classes):
     assert found["f1"] == pytest.approx(reference.f1_score(truth, predicted, average="macro"))
     assert found["kappa"] == pytest.approx(reference.cohen_kappa_score(truth, predicted))
     assert found["auc"] == pytest.approx(reference.roc_auc_score(one_hot[:, scored], probabilities[:, scored]))
+    scored = probabilities[:, 1] if classes == 2 else probabilities
+    assert found["brier"] == pytest.approx(reference.brier_score_loss(truth, scored))
     assert found["log_loss"] == pytest.approx(reference.log_loss(truth, probabilities))
     assert ("auc_a" in found) == (classes > 2)
     matrix = confusion(truth, predicted, classes)

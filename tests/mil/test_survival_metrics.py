@@ -8,6 +8,7 @@ from eosin.mil.cox import Cox
 from eosin.mil.survival import DiscreteSurvival
 from eosin.mil.survival_metrics import (
     concordance,
+    concordance_ipcw,
     discordance,
     integrated_brier,
     kaplan_meier,
@@ -45,6 +46,20 @@ def test_all_are_scikit_survivals(seed, ties):
     assert integrated_brier(survival, time, event, times) == pytest.approx(expected, abs=1e-12)
     harrell = sksurv.concordance_index_censored(event, time, risk)[0]
     assert concordance(risk, time, event) == pytest.approx(harrell, abs=1e-12)
+    uno = sksurv.concordance_index_ipcw(truth, truth, risk)[0]
+    assert concordance_ipcw(risk, time, event) == pytest.approx(uno, abs=1e-12)
+
+
+def test_the_weighted_concordance_does_not_depend_on_who_is_censored():
+    """Risk that tells early events only: where many are censored, Harrell's C sees more of them, Uno's does not."""
+    rng = np.random.default_rng(0)
+    died = rng.uniform(0, 2, size=4000)
+    risk = np.where(died < 1, 2 - died, 0) + 0.5 * rng.normal(size=4000)
+    without = concordance(risk, died, np.ones(4000, bool))
+    lost = rng.uniform(0, 2.1, size=4000)
+    time, event = np.minimum(died, lost), died <= lost
+    assert concordance(risk, time, event) - without > 0.03
+    assert concordance_ipcw(risk, time, event) == pytest.approx(without, abs=0.015)
 
 
 @pytest.mark.parametrize("ties", [False, True])

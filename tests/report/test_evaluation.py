@@ -15,7 +15,7 @@ from eosin.mil.evaluate import bootstrap, summarise_folds
 from eosin.mil.tasks import make_task
 from eosin.report.evaluation import Context, confusions, evaluation_report, verdict, worst_cards
 from eosin.report.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
-from eosin.report.measures import Evaluated, compare_runs, metric_name, over_folds, site_table, threshold_table
+from eosin.report.measures import Evaluated, compare_runs, metric_name, site_table, threshold_table
 from eosin.report.page import write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -109,23 +109,6 @@ def test_an_undefined_measure_is_shown_as_undefined(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert re.search(r"Area under the ROC curve</td><td class=\"number\">undefined<", text)
     assert "0.500" not in re.findall(r"Area under the ROC curve</td>.*", text)[0]
-
-
-@pytest.mark.parametrize(
-    ("metric", "told"),
-    [
-        ("auc_c1", (0.0, 1.0)),
-        ("kappa", (-0.5, 1.0)),
-        ("er_brier", (0.0, 1.5)),
-        ("r2", (-0.5, 1.0)),
-        ("grade_quadratic_kappa", (-0.5, 1.0)),
-        ("integrated_brier", (0.0, 1.0)),
-    ],
-)
-def test_intervals_over_few_folds_stay_within_what_a_metric_can_be(metric, told):
-    figures = {"mean": 0.5, "standard_deviation": 1.0, "standard_error": 0.5, "interval": [-0.5, 1.5], "n_folds": 3}
-    table = over_folds({metric: figures})
-    assert table["95 % interval of the mean"][0] == told
 
 
 @pytest.mark.parametrize(
