@@ -170,7 +170,7 @@ def _difference(first: float | None, second: float | None, pairs: Floats, resamp
 def _bounded(
     plain: Difference, pairs: Floats, support: Support, clusters: Sequence[Clusters], level: float
 ) -> Difference:
-    """Return the comparison with an interval from those of the two measures, which is no point at their limits."""
+    """Return the comparison with an interval from those of the two measures, which keeps a width at their limits."""
     if plain.first is None or plain.second is None or plain.difference is None:
         return plain
     values = (plain.first, plain.second)
