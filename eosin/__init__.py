@@ -1,7 +1,96 @@
-"""eosin: computational pathology from slide pixels to explained predictions."""
+"""eosin: computational pathology from slide pixels to explained predictions.
+
+The names below are what a script needs; they are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
 
 from eosin import _moved
+from eosin._lazy import lazy
 
+if TYPE_CHECKING:
+    from eosin.errors import ConfigError, EosinError, SlideError
+    from eosin.features.bag import FeatureBag
+    from eosin.features.encoders import find_encoder
+    from eosin.features.extract import extract
+    from eosin.features.interop import export_bag, import_file
+    from eosin.features.store import find_bags, read_bag, write_bag
+    from eosin.features.verify import verify_job
+    from eosin.heatmaps.attribution import attention_map
+    from eosin.heatmaps.heatmap import Heatmap
+    from eosin.mil.bags import PackedBags
+    from eosin.mil.checkpoint import ModelCard, load_model
+    from eosin.mil.convert import convert_checkpoint
+    from eosin.mil.predict import predict
+    from eosin.mil.recipe import Recipe, choose_recipe
+    from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator, AttentionOutput, LossTerm, Strategy
+    from eosin.mil.study import Study, open_study
+    from eosin.mil.study import crossval_study as crossval
+    from eosin.mil.study import fit_study as fit
+    from eosin.pipeline.deploy import Machine, predict_slides
+    from eosin.pipeline.explain import explain_slide as explain
+    from eosin.pipeline.question import question_slide as counterfactual
+    from eosin.pipeline.result import Result
+    from eosin.pipeline.run import Pipeline, run_pipeline
+    from eosin.wsi.grid import TileGrid, Tiling, make_grid
+    from eosin.wsi.job import JobFolder, tile_slides
+    from eosin.wsi.slide import find_slides, open_slide
+    from eosin.wsi.tiles import iterate_tiles
+    from eosin.wsi.tissue import find_tissue
+
+__all__ = [
+    "AGGREGATORS",
+    "LOSS_TERMS",
+    "STRATEGIES",
+    "Aggregator",
+    "AttentionOutput",
+    "ConfigError",
+    "EosinError",
+    "FeatureBag",
+    "Heatmap",
+    "JobFolder",
+    "LossTerm",
+    "Machine",
+    "ModelCard",
+    "PackedBags",
+    "Pipeline",
+    "Recipe",
+    "Result",
+    "SlideError",
+    "Strategy",
+    "Study",
+    "TileGrid",
+    "Tiling",
+    "__version__",
+    "attention_map",
+    "choose_recipe",
+    "convert_checkpoint",
+    "counterfactual",
+    "crossval",
+    "explain",
+    "export_bag",
+    "extract",
+    "find_bags",
+    "find_encoder",
+    "find_slides",
+    "find_tissue",
+    "fit",
+    "import_file",
+    "iterate_tiles",
+    "load_model",
+    "make_grid",
+    "open_slide",
+    "open_study",
+    "predict",
+    "predict_slides",
+    "read_bag",
+    "run_pipeline",
+    "tile_slides",
+    "verify_job",
+    "write_bag",
+]
 __version__ = "0.1.0"
 
+
+__getattr__, __dir__ = lazy(__name__)
 _moved.install()

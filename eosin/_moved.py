@@ -4,7 +4,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -35,17 +34,21 @@ def new_path(old: str) -> str | None:
     return None
 
 
-class MovedFinder(MetaPathFinder, Loader):
+class MovedFinder:
     """Finds modules under their paths of 0.1.
 
-    It stands first in `sys.meta_path`: a package that has moved would otherwise load its modules a second time.
+    It stands first in `sys.meta_path`: a package that has moved would otherwise load its modules a second time. It has
+    no base class, because `importlib.abc` takes longer to import than all of this package.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return a spec for a module that has moved."""
-        return ModuleSpec(fullname, self) if new_path(fullname) else None
+        return ModuleSpec(fullname, self) if new_path(fullname) else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Let Python make the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the module itself in the old one's place, so that both paths give the same classes."""

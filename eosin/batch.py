@@ -56,6 +56,9 @@ class Report:
 
     records: tuple[Record, ...]
 
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
     def count(self, status: Status) -> int:
         """Return how many slides ended with this status."""
         return Counter(record.status for record in self.records)[status]

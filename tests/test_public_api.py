@@ -6,13 +6,19 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import eosin
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(eosin.__path__, "eosin."))
+NAMES = Path(__file__).with_name("public_names.txt")
+PUBLIC = ("eosin", "eosin.features", "eosin.features.interop", "eosin.heatmaps", "eosin.kernels", "eosin.mil",
+          "eosin.pipeline", "eosin.report", "eosin.viewer", "eosin.wsi")  # fmt: skip
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(eosin.__path__, "eosin.") if module.name != "eosin.__main__"
+)
 OPTIONAL = ("triton_impl",)  # imported on first use, on machines that have triton
 
 
@@ -81,7 +87,7 @@ def test_every_recipe_names_parts_and_options_that_exist() -> None:
 def test_import_eosin_loads_nothing_but_itself() -> None:
     code = "import sys; before = set(sys.modules); import eosin; print(*sorted(set(sys.modules) - before))"
     loaded = {name for name in in_a_new_process(code).split() if name.split(".")[0] not in sys.stdlib_module_names}
-    assert loaded == {"eosin", "eosin._moved"}
+    assert loaded == {"eosin", "eosin._lazy", "eosin._moved"}
 
 
 def test_importing_every_module_opens_no_connection_and_changes_no_random_state() -> None:
@@ -100,3 +106,68 @@ assert state() == before
 assert not torch.cuda.is_initialized()
 """
     in_a_new_process(code)
+
+
+def test_the_public_names_are_those_of_the_list() -> None:
+    """What is in the list is a promise: a name may be added to it, and goes only with a release that says so."""
+    names = [f"{package}.{name}" for package in PUBLIC for name in sorted(importlib.import_module(package).__all__)]
+    assert names == NAMES.read_text(encoding="utf-8").split()
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_lists_all_that_it_imports_for_type_checkers(package: str) -> None:
+    from eosin import _lazy
+
+    module = importlib.import_module(package)
+    offered = set(_lazy._places(package)) - {"run_stages"}  # a name of 0.1
+    if offered:
+        assert offered == set(module.__all__) - {"__version__"}
+        assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = module.no_such_name
+
+
+def test_a_name_of_a_package_is_that_of_its_module() -> None:
+    from eosin.mil.study import fit_study
+    from eosin.pipeline.explain import explain_slide
+
+    assert eosin.fit is fit_study
+    assert eosin.explain is explain_slide
+
+
+def test_python_m_eosin_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "eosin", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == eosin.__version__
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_imports_of_0_1_still_work() -> None:
+    code = """
+from eosin.pipeline import Pipeline, run_pipeline, run_stages
+from eosin.stages import SecondStage, run_two_stage
+from eosin.heatmaps.viewer.server import Viewer
+from eosin.selection import tile_selected
+import eosin.pipeline.run
+assert run_pipeline is eosin.pipeline.run.run_pipeline
+"""
+    in_a_new_process(code)
+
+
+def test_objects_print_what_they_are(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from eosin.batch import Record, Report
+    from eosin.features.bag import FeatureSpec
+
+    grid = eosin.TileGrid(np.array([[0, 0], [256, 0]]), 256, eosin.Tiling(), (1000, 800), 0.5)
+    bag = eosin.FeatureBag(np.ones((2, 3), np.float32), FeatureSpec(encoder="toy", dim=3), "S1", grid)
+    printed = [grid, bag, eosin.Heatmap(np.array([0.25, 1]), grid, "attention", "attention")]
+    printed += [eosin.PackedBags.pack([torch.ones(2, 3), torch.ones(4, 3)]), Report((Record("S1", "tile", "ok"),))]
+    assert [repr(one) for one in printed] == [
+        "<TileGrid: 2 tiles of 0.5mpp_256px_0px_overlap on 1000 x 800 px>",
+        "<FeatureBag S1: 2 x 3 float32, toy>",
+        "<Heatmap attention: 2 tiles, 0.25 to 1>",
+        "<PackedBags: 2 bags, 6 instances x 3, float32 on cpu>",
+        "<Report: 1 slide: 1 ok>",
+    ]

@@ -131,20 +131,10 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
 def _train(
     recipe: "Recipe", study: "Study", parts: "Sequence[FoldSplits]", out: Path, *, device: str, precision: str
 ) -> Mapping[str, Any]:
-    from eosin.mil.crossval import crossval as train_and_test
+    from eosin.mil.study import crossval_study
 
     with progress("cross-validate", len(parts)) as advance:
-        return train_and_test(
-            recipe,
-            study.task,
-            study.examples,
-            parts,
-            study.cohort,
-            out,
-            device=device,
-            precision=precision,
-            progress=advance,
-        )
+        return crossval_study(study, recipe, out, splits=parts, device=device, precision=precision, progress=advance)
 
 
 def _sweep(

@@ -62,8 +62,7 @@ def train(
     """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
     from eosin.cli._study import begin, cache_bytes, read_study
     from eosin.mil.continual import Source, continued
-    from eosin.mil.study import owner
-    from eosin.mil.train import fit
+    from eosin.mil.study import fit_study, owner
 
     chosen = _recipe(recipe, continue_from, settings, max_instances_per_step)
     device_bytes = cache_bytes(device_cache_gb)
@@ -84,12 +83,11 @@ def train(
     split = study.training_split(chosen, splits, fold)
     begin(study, out, [chosen], device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
-        fitted = fit(
+        fitted = fit_study(
+            study,
             chosen,
-            study.task,
-            study.examples.subset(split.train),
-            study.examples.subset(split.val) if split.val else None,
-            folder=out,
+            out,
+            split=split,
             device=device,
             precision=precision,
             device_cache_bytes=device_bytes,

@@ -1,1 +1,29 @@
 """Tiles to features: encoders, extraction, the feature file and other tools' files."""
+
+from typing import TYPE_CHECKING
+
+from eosin._lazy import lazy
+
+if TYPE_CHECKING:
+    from eosin.features.bag import FeatureBag, FeatureSpec
+    from eosin.features.encoders import ENCODERS, EncoderSpec, find_encoder
+    from eosin.features.inference import Encoder, load_encoder
+    from eosin.features.store import find_bags, read_bag, verify_bag, write_bag
+    from eosin.features.verify import verify_job
+
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "EncoderSpec",
+    "FeatureBag",
+    "FeatureSpec",
+    "find_bags",
+    "find_encoder",
+    "load_encoder",
+    "read_bag",
+    "verify_bag",
+    "verify_job",
+    "write_bag",
+]
+
+__getattr__, __dir__ = lazy(__name__)

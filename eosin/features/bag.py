@@ -136,6 +136,10 @@ class FeatureBag:
         if self.grid is not None and self.grid.n_tiles != len(self.features):
             raise ValueError(f"{self.slide_id} has {len(self.features)} rows of features for {self.grid.n_tiles} tiles")
 
+    def __repr__(self) -> str:
+        rows, width = self.features.shape
+        return f"<FeatureBag {self.slide_id}: {rows} x {width} {self.features.dtype}, {self.spec.encoder}>"
+
     @property
     def n_instances(self) -> int:
         """Number of tiles n."""

@@ -51,6 +51,11 @@ class Heatmap:
             raise ValueError(f"{self.kind}: {np.count_nonzero(~np.isfinite(values))} values are not finite")
         object.__setattr__(self, "values", values)
 
+    def __repr__(self) -> str:
+        if not len(self.values):
+            return f"<Heatmap {self.kind}: no tiles>"
+        return f"<Heatmap {self.kind}: {len(self.values)} tiles, {self.values.min():.3g} to {self.values.max():.3g}>"
+
     def percentile(self) -> "Heatmap":
         """Return average rank / n × 100: the top tile is 100, equal values share a rank.
 

@@ -1,1 +1,79 @@
 """Multiple-instance learning: packed bags, the three slots of a paper, training, evaluation and prediction."""
+
+from typing import TYPE_CHECKING
+
+from eosin._lazy import lazy
+
+if TYPE_CHECKING:
+    from eosin.mil.bags import PackedBags
+    from eosin.mil.checkpoint import ModelCard, load_card, load_model, save_model
+    from eosin.mil.compare import compare_predictions
+    from eosin.mil.convert import convert_checkpoint
+    from eosin.mil.data import Examples, FeatureFolder, MemoryBags, make_examples
+    from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training, choose_recipe
+    from eosin.mil.slots import (
+        AGGREGATORS,
+        LOSS_TERMS,
+        STRATEGIES,
+        Aggregator,
+        AggregatorOutput,
+        AttentionOutput,
+        LossTerm,
+        Step,
+        Strategy,
+    )
+    from eosin.mil.splits import Split, check_splits, make_nested_splits, make_splits, read_splits, write_splits
+    from eosin.mil.study import Study, crossval_study, fit_study, open_labels, open_study
+    from eosin.mil.sweep import Sweep, run_sweep
+    from eosin.mil.tables import LabelTable, read_labels
+    from eosin.mil.tasks import Task, make_task
+    from eosin.mil.training_run import Fitted
+
+__all__ = [
+    "AGGREGATORS",
+    "LOSS_TERMS",
+    "RECIPES",
+    "STRATEGIES",
+    "Aggregator",
+    "AggregatorOutput",
+    "AttentionOutput",
+    "Component",
+    "Examples",
+    "FeatureFolder",
+    "Fitted",
+    "LabelTable",
+    "LossTerm",
+    "MemoryBags",
+    "ModelCard",
+    "PackedBags",
+    "Recipe",
+    "Split",
+    "Step",
+    "Strategy",
+    "Study",
+    "Sweep",
+    "Task",
+    "Term",
+    "Training",
+    "check_splits",
+    "choose_recipe",
+    "compare_predictions",
+    "convert_checkpoint",
+    "crossval_study",
+    "fit_study",
+    "load_card",
+    "load_model",
+    "make_examples",
+    "make_nested_splits",
+    "make_splits",
+    "make_task",
+    "open_labels",
+    "open_study",
+    "read_labels",
+    "read_splits",
+    "run_sweep",
+    "save_model",
+    "write_splits",
+]
+
+__getattr__, __dir__ = lazy(__name__)

@@ -44,6 +44,10 @@ class PackedBags:
         if self.ids and len(self.ids) != self.n_bags:
             raise ValueError(f"{len(self.ids)} ids for {self.n_bags} bags")
 
+    def __repr__(self) -> str:
+        kind = f"{str(self.values.dtype).removeprefix('torch.')} on {self.values.device}"
+        return f"<PackedBags: {self.n_bags} bags, {self.n_instances} instances x {self.values.shape[1]}, {kind}>"
+
     @classmethod
     def pack(
         cls, bags: Sequence[Tensor], *, coords_px0: Sequence[Tensor] | None = None, ids: Sequence[str] = ()

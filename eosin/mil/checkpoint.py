@@ -60,6 +60,10 @@ class ModelCard(Options):
     weights_hash: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        recipe, encoder = self.recipe.aggregator.name, self.features.encoder
+        return f"<ModelCard {self.model_id or 'unsaved'}: {recipe} on {encoder}, {self.load_task()!r}>"
+
     @property
     def model_id(self) -> str:
         """First 16 digits of the hash of the weights."""

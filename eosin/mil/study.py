@@ -1,14 +1,14 @@
 """A folder of features and a table of labels, understood and joined: what every training command starts from."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features.store import find_bags
 from eosin.filesets import finish_set, members_of
-from eosin.mil.crossval import cohort_of
+from eosin.mil.crossval import Fold, FoldSplits, cohort_of, crossval
 from eosin.mil.data import Examples, FeatureFolder, make_examples, patient_examples
 from eosin.mil.interop import (
     read_fold_table,
@@ -17,7 +17,7 @@ from eosin.mil.interop import (
     split_by_column,
     write_patient_splits,
 )
-from eosin.mil.recipe import Recipe
+from eosin.mil.recipe import Recipe, choose_recipe
 from eosin.mil.splits import (
     Cohort,
     Split,
@@ -38,7 +38,8 @@ from eosin.mil.tables import (
     shown,
 )
 from eosin.mil.tasks import Task, make_task
-from eosin.mil.train import BAGS_TO_COMPARE, require_fitting, require_machine
+from eosin.mil.train import BAGS_TO_COMPARE, fit, require_fitting, require_machine
+from eosin.mil.training_run import Epoch, Fitted
 from eosin.tables import SLIDE_COLUMNS, detect_column, read_table
 
 CACHE_BYTES = 2 * 2**30
@@ -128,6 +129,10 @@ class Study:
     table: LabelTable
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        patients = len(set(self.examples.patient_ids))
+        return f"<Study: {len(self.examples)} bags of {patients} patients, {self.task!r}>"
 
     def splits(
         self, path: Path | None = None, *, folds: int = 5, val_fraction: float = 0.15, seed: int = 0
@@ -269,6 +274,105 @@ def prepare(study: Study, out: Path, recipes: Iterable[Recipe], *, device: str, 
     return understood, few
 
 
+def fit_study(
+    study: Study,
+    recipe: Recipe | str = "abmil",
+    out: Path | str | None = None,
+    *,
+    split: Split | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    device_cache_bytes: int = 0,
+    progress: Callable[[Epoch], None] | None = None,
+) -> Fitted:
+    """Train one model on a study.
+
+    Parameters
+    ----------
+    study : Study
+        See `open_study`.
+    recipe : Recipe or str
+        Or its name, or the path of a ``.yaml`` file.
+    out : Path, optional
+        Folder of the model; nothing is written without it.
+    split : Split, optional
+        Who trains and who selects; all slides unless given.
+    device, precision, device_cache_bytes, progress
+        As of `eosin.mil.train.fit`.
+
+    Returns
+    -------
+    Fitted
+
+    Raises
+    ------
+    ConfigError, LabelError
+        As `eosin.mil.train.fit`.
+    """
+    chosen = choose_recipe(recipe) if isinstance(recipe, str) else recipe
+    split = split or study.training_split(chosen)
+    return fit(
+        chosen,
+        study.task,
+        study.examples.subset(split.train),
+        study.examples.subset(split.val) if split.val else None,
+        folder=None if out is None else Path(out),
+        device=device,
+        precision=precision,
+        device_cache_bytes=device_cache_bytes,
+        progress=progress,
+    )
+
+
+def crossval_study(
+    study: Study,
+    recipe: Recipe | str = "abmil",
+    out: Path | str = Path("crossval"),
+    *,
+    splits: Sequence[FoldSplits] | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    progress: Callable[[Fold], None] | None = None,
+) -> dict[str, Any]:
+    """Train and test every fold of a study.
+
+    Parameters
+    ----------
+    study : Study
+        See `open_study`.
+    recipe : Recipe or str
+        Or its name, or the path of a ``.yaml`` file.
+    out : Path
+        Folder of the models, the predictions and the metrics.
+    splits : sequence of Split, optional
+        As `Study.splits` returns; five new folds by patient unless given.
+    device, precision, progress
+        As of `eosin.mil.crossval.crossval`.
+
+    Returns
+    -------
+    dict
+        The metrics, see `eosin.mil.crossval.crossval`.
+
+    Raises
+    ------
+    ConfigError, LabelError
+        As `eosin.mil.crossval.crossval`.
+    """
+    chosen = choose_recipe(recipe) if isinstance(recipe, str) else recipe
+    return crossval(
+        chosen,
+        study.task,
+        study.examples,
+        splits or study.splits(seed=chosen.training.seed),
+        study.cohort,
+        Path(out),
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+
+
 def owner(group: str) -> Literal["patient", "slide"]:
     """Return whom slides belong to when splits keep a group together: a site keeps patients together too."""
     if group not in GROUPS:
@@ -314,8 +418,8 @@ def write_all_splits(folder: Path, nested: Sequence[Sequence[Split]], cohort: Co
 
 
 def open_study(
-    features: Path | Mapping[str, Path],
-    labels: Path,
+    features: Path | str | Mapping[str, Path],
+    labels: Path | str,
     *,
     task: str = "classification",
     target: str | None = None,
@@ -358,10 +462,10 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
-    table = open_labels(labels, slide_table=slide_table, group=group)
+    table = open_labels(Path(labels), slide_table=slide_table, group=group)
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
-    files = find_bags(features) if isinstance(features, Path) else dict(features)
+    files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
     bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
     filled, notes_on_tiles = _with_tiles(table, bags)
     examples = make_examples(bags, filled, made, missing=missing)

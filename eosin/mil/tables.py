@@ -51,6 +51,10 @@ class LabelTable:
         if twice:
             raise LabelError(f"slides with more than one row: {shown(twice)}; keep one row per slide")
 
+    def __repr__(self) -> str:
+        patients = len(set(self.patient_ids))
+        return f"<LabelTable: {len(self)} slides of {patients} patients, columns {', '.join(self.values)}>"
+
     def __len__(self) -> int:
         return len(self.slide_ids)
 

@@ -1,1 +1,40 @@
 """Stages in a row: slides to features, features to models, models to predictions, maps and a report."""
+
+from typing import TYPE_CHECKING
+
+from eosin._lazy import lazy
+
+if TYPE_CHECKING:
+    from eosin.pipeline.cohort_questions import question_cohort
+    from eosin.pipeline.demo import Demo, run_demo
+    from eosin.pipeline.deploy import Machine, TissueTiles, encode_slides, predict_slides
+    from eosin.pipeline.explain import explain_slide
+    from eosin.pipeline.question import question_slide
+    from eosin.pipeline.result import Result, make_report
+    from eosin.pipeline.run import Pipeline, run_pipeline
+    from eosin.pipeline.run import run_pipeline as run_stages  # noqa: F401 - its name in 0.1
+    from eosin.pipeline.selection import Selection, tile_selected
+    from eosin.pipeline.two_stage import SecondStage, TwoStageResult, run_two_stage
+
+__all__ = [
+    "Demo",
+    "Machine",
+    "Pipeline",
+    "Result",
+    "SecondStage",
+    "Selection",
+    "TissueTiles",
+    "TwoStageResult",
+    "encode_slides",
+    "explain_slide",
+    "make_report",
+    "predict_slides",
+    "question_cohort",
+    "question_slide",
+    "run_demo",
+    "run_pipeline",
+    "run_two_stage",
+    "tile_selected",
+]
+
+__getattr__, __dir__ = lazy(__name__)

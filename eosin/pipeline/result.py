@@ -75,6 +75,11 @@ class Result:
     report: Report
     left_out: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        chosen = self.metrics["out_of_fold"].get(self.task.selection_metric)
+        shown_metric = "" if chosen is None else f", {self.task.selection_metric} {chosen['value']:.3f}"
+        return f"<Result in {self.job.root}: {len(self.predictions)} slides predicted{shown_metric}>"
+
     def fold_model(self, slide_id: str) -> Path:
         """Return the folder of the model that has not seen the slide's patient."""
         fold = dict(zip(self.predictions["slide_id"], self.predictions["fold"], strict=True))[slide_id]

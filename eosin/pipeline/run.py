@@ -17,12 +17,21 @@ from eosin.features.store import read_bag, read_footer
 from eosin.files import write_json
 from eosin.heatmaps.subject import map_name
 from eosin.mil.checkpoint import load_card, load_model
-from eosin.mil.crossval import PREDICTIONS, crossval
+from eosin.mil.crossval import PREDICTIONS
 from eosin.mil.data import shown
 from eosin.mil.recipe import Recipe, require_methods
 from eosin.mil.splits import make_splits, write_splits
-from eosin.mil.study import Study, checked_splits, label_cohort, open_labels, open_study, pose_task, read_any_splits
-from eosin.mil.train import fit
+from eosin.mil.study import (
+    Study,
+    checked_splits,
+    crossval_study,
+    fit_study,
+    label_cohort,
+    open_labels,
+    open_study,
+    pose_task,
+    read_any_splits,
+)
 from eosin.options import Options
 from eosin.pipeline.deploy import Advance, Encoded, Machine, ProgressBar, Tiler, TissueTiles, encode_slides, no_progress
 from eosin.pipeline.explain import explain_slide, require_formats
@@ -136,17 +145,11 @@ def run_pipeline(
     )
     write_splits(job.root / "splits", parts, study.cohort)
     with progress("cross-validate", len(parts)) as advance:
-        metrics = crossval(
-            options.recipe,
-            study.task,
-            study.examples,
-            parts,
-            study.cohort,
-            job.root / "crossval",
-            device=machine.device,
-            progress=advance,
+        metrics = crossval_study(
+            study, options.recipe, job.root / "crossval", splits=parts, device=machine.device, progress=advance
         )
-    _fit_all(study, options.recipe, job.root / "model", machine.device, progress)
+    with progress("train", options.recipe.training.epochs) as advance:
+        fit_study(study, options.recipe, job.root / "model", device=machine.device, progress=advance)
     result = Result(
         job=job,
         features=encoded.folder,
@@ -202,14 +205,6 @@ def _open_study(encoded: Encoded, labels: Path, options: Pipeline) -> Study:
     if not encoded.files:
         raise LabelError("no slide has features; run.json in the job folder says why for each slide")
     return open_study(encoded.files, labels, task=options.task, target=options.target, missing="drop")
-
-
-def _fit_all(study: Study, recipe: Recipe, folder: Path, device: str, progress: ProgressBar) -> None:
-    """Train on all labelled slides; cross-validation has estimated what such a model is worth."""
-    split = study.training_split(recipe)
-    val = study.examples.subset(split.val) if split.val else None
-    with progress("train", recipe.training.epochs) as advance:
-        fit(recipe, study.task, study.examples.subset(split.train), val, folder=folder, device=device, progress=advance)
 
 
 def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = None) -> Report:

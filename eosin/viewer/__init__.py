@@ -1,1 +1,21 @@
 """The local viewer: a slide in the browser with maps over it, and questions asked by drawing."""
+
+from typing import TYPE_CHECKING
+
+from eosin._lazy import lazy
+
+if TYPE_CHECKING:
+    from eosin.viewer.catalogue import Catalogue, open_catalogue
+    from eosin.viewer.replay import replay_sessions
+    from eosin.viewer.show import show_slides
+    from eosin.viewer.static import write_static
+
+__all__ = [
+    "Catalogue",
+    "open_catalogue",
+    "replay_sessions",
+    "show_slides",
+    "write_static",
+]
+
+__getattr__, __dir__ = lazy(__name__)

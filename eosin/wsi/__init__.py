@@ -1,1 +1,37 @@
 """Slides: read them by µm/px, find their tissue, tile them. No torch in this package."""
+
+from typing import TYPE_CHECKING
+
+from eosin._lazy import lazy
+
+if TYPE_CHECKING:
+    from eosin.wsi.grid import TileGrid, Tiling, make_grid
+    from eosin.wsi.job import JobFolder, tile_slides
+    from eosin.wsi.preview import preview_slides
+    from eosin.wsi.quality import QualityLimits
+    from eosin.wsi.slide import Slide, SlideFile, find_slides, open_slide
+    from eosin.wsi.synthetic import make_cohort, make_slide
+    from eosin.wsi.tiles import iterate_tiles
+    from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue
+
+__all__ = [
+    "JobFolder",
+    "QualityLimits",
+    "Slide",
+    "SlideFile",
+    "TileGrid",
+    "Tiling",
+    "TissueMask",
+    "TissueOptions",
+    "find_slides",
+    "find_tissue",
+    "iterate_tiles",
+    "make_cohort",
+    "make_grid",
+    "make_slide",
+    "open_slide",
+    "preview_slides",
+    "tile_slides",
+]
+
+__getattr__, __dir__ = lazy(__name__)

@@ -98,6 +98,10 @@ class TileGrid:
         if self.origins_px0.ndim != 2 or self.origins_px0.shape[1] != 2 or self.origins_px0.dtype != np.int64:
             raise ValueError(f"origins_px0 is {self.origins_px0.dtype} {self.origins_px0.shape}, not int64 (n, 2)")
 
+    def __repr__(self) -> str:
+        width, height = self.slide_size_px0
+        return f"<TileGrid: {self.n_tiles} tiles of {self.tiling.folder} on {width} x {height} px>"
+
     @property
     def n_tiles(self) -> int:
         """Number of tiles."""
