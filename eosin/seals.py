@@ -1,14 +1,27 @@
-"""JSON that eosin reads back: limits before it is parsed, and a checksum over all that it says.
+"""Checksums of the files that eosin reads back, compared before a parser sees a file.
 
-A damaged number or an exchanged word in such a file is valid JSON still. The key ``checksum`` is a SHA-256 over the
-rest, whatever its order and blanks, so that a file that was changed is refused instead of believed.
+JSON: a damaged number or an exchanged word is valid JSON still. The key ``checksum`` is a SHA-256 over the rest,
+whatever its order and blanks.
+
+HDF5: the library can hang or crash on damage. The user block, which it skips, begins with a preamble that holds the
+CRC-32 of every byte outside the rows of features, and their place; the rows have checksums of their own.
 """
 
 import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from eosin.errors import FeatureFileError
+
+PREAMBLE = struct.Struct("<8sIIQQQ")  # magic, version, checksum, offset of the rows, their bytes, bytes of the file
+MAGIC = b"\x89EOSIN\r\n"
+VERSION = 1
+USER_BLOCK_BYTES = 512
+MAX_METADATA_BYTES = 2**30
 
 KEY = "checksum"
 MAX_JSON_BYTES = 256 * 2**20
@@ -54,3 +67,53 @@ def parse_json(text: str) -> Any:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def seal_image(image: bytearray, *, rows_at: int, rows_bytes: int) -> None:
+    """Write the preamble of an HDF5 file into its user block.
+
+    Parameters
+    ----------
+    image : bytearray
+        The file but for its rows, of which it may hold the place or end before it.
+    rows_at, rows_bytes : int
+        Place and size of the rows in the file; a file without such rows has 0 bytes at its end.
+    """
+    size = max(len(image), rows_at + rows_bytes)
+    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, 0, rows_at, rows_bytes, size)
+    checksum = zlib.crc32(image[rows_at + rows_bytes :], zlib.crc32(image[:rows_at]))
+    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, checksum, rows_at, rows_bytes, size)
+
+
+def has_preamble(path: Path) -> bool:
+    """Return whether a file begins as `seal_image` makes it begin."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def check_image(path: Path) -> int:
+    """Compare every byte outside the rows with its checksum; return the place of the rows.
+
+    Raises
+    ------
+    FeatureFileError
+        If the file has no preamble, another length or another checksum.
+    """
+    with path.open("rb") as file:
+        head = file.read(PREAMBLE.size)
+        if len(head) < PREAMBLE.size or not head.startswith(MAGIC):
+            raise FeatureFileError(path, "is not a feature file of eosin; `eosin import` reads other tools' files")
+        _, version, stated, offset, n_bytes, size = PREAMBLE.unpack(head)
+        if version != VERSION:
+            raise FeatureFileError(
+                path, f"has format version {version}, this eosin reads {VERSION}; use the eosin that wrote it"
+            )
+        if path.stat().st_size != size or offset + n_bytes > size or size - n_bytes > MAX_METADATA_BYTES:
+            raise FeatureFileError(path, "does not have the length it was written with; make it again", code="damaged")
+        blank = PREAMBLE.pack(MAGIC, version, 0, offset, n_bytes, size)
+        checksum = zlib.crc32(file.read(offset - len(blank) if n_bytes else -1), zlib.crc32(blank))
+        file.seek(offset + n_bytes)
+        checksum = zlib.crc32(file.read() if n_bytes else b"", checksum)
+    if checksum != stated:
+        raise FeatureFileError(path, "is damaged in its header or its places; make it again", code="damaged")
+    return int(offset)

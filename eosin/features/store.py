@@ -8,7 +8,6 @@ everything else under one, kept in HDF5's user block and checked before HDF5, wh
 import hashlib
 import io
 import json
-import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +23,14 @@ from eosin.errors import ConfigError, EosinError, FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.files import write_file
 from eosin.fingerprints import DIGITS
+from eosin.seals import USER_BLOCK_BYTES, check_image, seal_image
 from eosin.wsi.coordinates import CoordsFooter, read_coords, write_coords
 
 ENCODING_TYPE = "eosin-features"
 ENCODING_VERSION = "1.0"
 SUFFIX = ".h5"
 
-PREAMBLE = struct.Struct("<8sIIQQQ")  # magic, version, checksum, offset of the rows, their bytes, bytes of the file
-MAGIC = b"\x89EOSIN\r\n"
-VERSION = 1
-USER_BLOCK_BYTES = 512
-MAX_METADATA_BYTES = 2**30
+BLOCK_BYTES = 512
 
 BLOCK_BYTES = 2**20
 ALIGNMENT_BYTES = 64
@@ -93,10 +89,7 @@ def write_bag(path: Path, bag: FeatureBag) -> None:
 def _write(path: Path, bag: FeatureBag) -> None:
     rows = np.ascontiguousarray(bag.features, bag.features.dtype.newbyteorder("<"))
     image, offset = _metadata(bag, rows)
-    size = max(len(image), offset + rows.nbytes)
-    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, 0, offset, rows.nbytes, size)
-    checksum = zlib.crc32(image[offset + rows.nbytes :], zlib.crc32(image[:offset]))
-    image[: PREAMBLE.size] = PREAMBLE.pack(MAGIC, VERSION, checksum, offset, rows.nbytes, size)
+    seal_image(image, rows_at=offset, rows_bytes=rows.nbytes)
     with path.open("wb") as file:
         file.write(image)
         file.seek(offset)
@@ -330,24 +323,7 @@ def _open_own(path: Path) -> Iterator[tuple[h5py.File, int]]:
 def _check_metadata(path: Path) -> int:
     if not path.is_file():
         raise FeatureFileError(path, "no such file", code="missing")
-    with path.open("rb") as file:
-        head = file.read(PREAMBLE.size)
-        if len(head) < PREAMBLE.size or not head.startswith(MAGIC):
-            raise FeatureFileError(path, "is not a feature file of eosin; `eosin import` reads other tools' files")
-        _, version, stated, offset, n_bytes, size = PREAMBLE.unpack(head)
-        if version != VERSION:
-            raise FeatureFileError(
-                path, f"has format version {version}, this eosin reads {VERSION}; use the eosin that wrote it"
-            )
-        if path.stat().st_size != size or offset + n_bytes > size or size - n_bytes > MAX_METADATA_BYTES:
-            raise FeatureFileError(path, "does not have the length it was written with; make it again", code="damaged")
-        blank = PREAMBLE.pack(MAGIC, version, 0, offset, n_bytes, size)
-        checksum = zlib.crc32(file.read(offset - len(blank) if n_bytes else -1), zlib.crc32(blank))
-        file.seek(offset + n_bytes)
-        checksum = zlib.crc32(file.read() if n_bytes else b"", checksum)
-    if checksum != stated:
-        raise FeatureFileError(path, "is damaged in its header or its places; make it again", code="damaged")
-    return int(offset)
+    return check_image(path)
 
 
 @contextmanager

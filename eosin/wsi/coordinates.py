@@ -3,7 +3,7 @@
 One definition for the coordinates file of a slide and for the copy inside its feature file. What is ours:
 ``encoding-type`` and ``encoding-version``, the tiling as JSON, the true mpp and where it came from, fingerprints of
 the slide and of the options, and a SHA-256 of the rows. TRIDENT's readers find what they know beside it. The optional
-dataset ``quality`` has a row of scores per tile.
+dataset ``quality`` has a row of scores per tile. `eosin.seals` puts every byte of the file under a checksum.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from eosin import __version__
 from eosin.errors import FeatureFileError
 from eosin.files import write_file
+from eosin.seals import USER_BLOCK_BYTES, check_image, has_preamble, seal_image
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.quality import SCORES, TileQuality
 
@@ -31,6 +32,7 @@ QUALITY_TYPE = "eosin.quality"
 QUALITY_VERSION = "2"
 READABLE_QUALITY = ("1", QUALITY_VERSION)  # 1 saw folds and ink at 8 µm/px on large slides, too
 MAX_ROWS = 10_000_000
+HDF5 = b"\x89HDF\r\n\x1a\n"
 LIBVER = ("v110", "v110")  # checksums the file's own structures
 _MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
 
@@ -85,16 +87,18 @@ def write_grid(
         Scores of the tiles, written as the dataset ``quality``.
     """
     image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
-    with h5py.File(image, "w", libver=LIBVER) as file:
+    with h5py.File(image, "w", libver=LIBVER, userblock_size=USER_BLOCK_BYTES) as file:
         write_coords(file, grid, CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection))
         if quality is not None:
             _write_quality(file, quality)
+    content = bytearray(image.getvalue())
+    seal_image(content, rows_at=len(content), rows_bytes=0)
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(image.getbuffer())
+        temporary.write_bytes(content)
 
     def verify(temporary: Path) -> None:
-        if temporary.read_bytes() != image.getbuffer():
+        if temporary.read_bytes() != content:
             raise FeatureFileError(path, "the coordinates just written cannot be read back; is the disk sound?")
 
     write_file(path, write, verify=verify)
@@ -127,11 +131,21 @@ def read_footer(path: Path) -> CoordsFooter:
 
 
 def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise FeatureFileError(path, "coordinates cannot be read: there is no such file")
+    if has_preamble(path):
+        check_image(path)
+    elif not _is_plain_hdf5(path):  # a damaged preamble must not pass for a file of 0.1, which had none
+        raise FeatureFileError(path, "coordinates cannot be read: it is damaged or not an HDF5 file", code="damaged")
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
-        reason = "there is no such file" if not Path(path).exists() else "it is damaged or no HDF5 file"
-        raise FeatureFileError(path, f"coordinates cannot be read: {reason}") from error
+        raise FeatureFileError(path, "coordinates cannot be read: it is damaged or not an HDF5 file") from error
+
+
+def _is_plain_hdf5(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(HDF5)) == HDF5
 
 
 def write_coords(group: h5py.Group, grid: TileGrid, footer: CoordsFooter) -> None:

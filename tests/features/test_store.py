@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from eosin import seals
 from eosin.errors import ConfigError, FeatureFileError, FeatureMismatchError
 from eosin.features import store
 from eosin.features.bag import FeatureBag, FeatureSpec
@@ -107,7 +108,7 @@ def test_every_flipped_bit_is_found_by_verify_and_by_the_next_use(tmp_path: Path
     store.write_bag(path, make_bag(40, 33, dtype=np.float16))
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
-    places = set(rng.integers(0, 8 * len(whole), n)) | set(range(8 * store.PREAMBLE.size))
+    places = set(rng.integers(0, 8 * len(whole), n)) | set(range(8 * seals.PREAMBLE.size))
     for number, place in enumerate(sorted(places)):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << (place % 8)
@@ -225,10 +226,10 @@ def forged(path: Path, n: int, dim: int) -> Iterator[h5py.File]:
     seal(path)
 
 
-def seal(path: Path, *, version: int = store.VERSION) -> None:
+def seal(path: Path, *, version: int = seals.VERSION) -> None:
     data = bytearray(path.read_bytes())
-    data[: store.PREAMBLE.size] = store.PREAMBLE.pack(store.MAGIC, version, 0, 0, 0, len(data))
-    data[: store.PREAMBLE.size] = store.PREAMBLE.pack(store.MAGIC, version, zlib.crc32(data), 0, 0, len(data))
+    data[: seals.PREAMBLE.size] = seals.PREAMBLE.pack(seals.MAGIC, version, 0, 0, 0, len(data))
+    data[: seals.PREAMBLE.size] = seals.PREAMBLE.pack(seals.MAGIC, version, zlib.crc32(data), 0, 0, len(data))
     path.write_bytes(data)
 
 
@@ -286,7 +287,7 @@ def test_data_in_other_files_are_refused(tmp_path: Path) -> None:
 def test_foreign_and_future_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     path.write_bytes(b"no HDF5 at all")
-    with pytest.raises(FeatureFileError, match="no feature file"):
+    with pytest.raises(FeatureFileError, match="not a feature file"):
         store.read_bag(path)
     with h5py.File(path, "w") as file:
         file["features"] = np.zeros((2, 2), np.float32)

@@ -68,7 +68,7 @@ def test_each_damage_is_named(job: JobFolder) -> None:
     job.contours_geojson("a").write_text("{")
     found = reasons(job)
     assert found.pop(f"{FOLDER}/features_e/a.h5") in ("damaged", "features")
-    assert found.pop(f"{FOLDER}/patches/a_patches.h5") == "features"
+    assert found.pop(f"{FOLDER}/patches/a_patches.h5") == "damaged"
     assert found == {"thumbnails/a.jpg": "damaged", "contours_geojson/a.geojson": "damaged"}
 
 
@@ -79,7 +79,7 @@ def test_damaged_quality_scores_are_told(job: JobFolder) -> None:
     assert reasons(job) == {}
     with h5py.File(path, "r+") as file:
         file["quality"][1, 2] = 0.5
-    assert reasons(job) == {f"{FOLDER}/patches/q_patches.h5": "features"}
+    assert reasons(job) == {f"{FOLDER}/patches/q_patches.h5": "damaged"}
 
 
 def test_files_that_do_not_belong_together(job: JobFolder) -> None:
