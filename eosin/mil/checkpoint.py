@@ -5,7 +5,6 @@ resolved recipe, the task with its classes, the `FeatureSpec`, and the hash of t
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +18,17 @@ import eosin.mil.methods  # noqa: F401  (registers the aggregators that model.js
 from eosin import __version__
 from eosin.errors import CheckpointError, ConfigError
 from eosin.features.bag import FeatureSpec
-from eosin.files import write_file, write_text
+from eosin.files import write_file, write_json
 from eosin.mil.recipe import Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task, load_task
 from eosin.options import Options
+from eosin.seals import KEY, is_intact, read_json, sealed
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # 1, of eosin 0.1, has no checksum
+MAX_CARD_BYTES = 16 * 2**20
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
 
@@ -50,15 +52,18 @@ class ModelCard(Options):
         SHA-256 of ``model.safetensors``; its first 16 digits name the model.
     training : dict
         Facts of the training: epochs, the chosen epoch, validation metrics, numbers of slides and patients.
+    files : mapping of str to str
+        SHA-256 of other files in the folder that are read back: ``seen.csv``.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     eosin: str = __version__
     recipe: Recipe
     task: dict[str, Any]
     features: FeatureSpec
     weights_hash: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
     def __repr__(self) -> str:
         recipe, encoder = self.recipe.aggregator.name, self.features.encoder
@@ -110,7 +115,7 @@ def save_model(folder: Path, model: Aggregator, card: ModelCard) -> ModelCard:
     write_file(folder / WEIGHTS, lambda path: _write_bytes(path, data))
     digest = hashlib.sha256(data).hexdigest()
     full = card.model_copy(update={"weights_hash": digest, "recipe": resolved(card.recipe)})
-    write_text(folder / CARD, json.dumps(full.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+    write_json(folder / CARD, dict(sorted(sealed(full.model_dump(mode="json")).items())))
     return full
 
 
@@ -128,7 +133,7 @@ def load_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, most_bytes=MAX_CARD_BYTES)
     except FileNotFoundError:
         folds = any(folder.glob(f"fold_*/{CARD}"))
         advice = "its folds, fold_<i>, are model folders" if folds else "pass the folder that training wrote"
@@ -136,10 +141,14 @@ def load_card(folder: Path) -> ModelCard:
     except (OSError, ValueError) as error:
         raise CheckpointError(path, f"cannot be read ({error})") from None
     version = data.get("schema_version") if isinstance(data, Mapping) else None
-    if version != SCHEMA:
+    if version not in READABLE:
         raise CheckpointError(
             path, f"has schema version {version!r}, this eosin {__version__} reads {SCHEMA}; update it"
         )
+    if version == SCHEMA and not is_intact(data):
+        raise CheckpointError(path, "is damaged or was changed by hand; copy the model again, or train it again")
+    if version == SCHEMA:
+        data.pop(KEY)
     try:
         return ModelCard.parse(data, source=str(path))
     except ConfigError as error:

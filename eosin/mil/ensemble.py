@@ -1,5 +1,6 @@
 """One model or several that answer together."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 
 from eosin.devices import choose_device
 from eosin.errors import ConfigError
+from eosin.fingerprints import DIGITS
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.data import BagSource
 from eosin.mil.evaluate import predict_outputs
@@ -47,6 +49,12 @@ class Ensemble:
     def model_id(self) -> str:
         """Ids of the models, joined by plus signs."""
         return "+".join(card.model_id for card in self.cards)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of weights and cards: with another threshold or other classes the same weights say something else."""
+        cards = "\n".join(card.to_json() for card in self.cards)
+        return hashlib.sha256(cards.encode()).hexdigest()[:DIGITS]
 
     @property
     def reads_patients(self) -> bool:

@@ -112,7 +112,7 @@ class Patients:
         OutputError
             If it cannot be written.
         """
-        table = PredictionTable(out, "patient_id", self.ensemble.task, facts, COLUMNS)
+        table = PredictionTable(out, "patient_id", self.ensemble.task, facts, COLUMNS, self.ensemble.content_hash)
         table.keep(self.slides_of, self._features_hash)
         try:
             ends = {patient: self._end(table, patient) for patient in self.slides_of}

@@ -46,8 +46,9 @@ def predict(
         A csv or parquet file with one row per slide, in the order of the ids: ``slide_id``, ``status`` (ok, empty,
         failed), ``reason``, the columns of the task with the ``threshold`` that was used, ``uncertainty`` (standard
         deviation over the models, mean over the outputs; of several targets one each; empty for one model),
-        ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash`` and ``message``.
-        A row of an earlier table of this name stays when it was not a failure and is of the same models and features.
+        ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash``, ``message`` and
+        ``fingerprint``. A row of an earlier table of this name stays when it was not a failure, is of the same models
+        and features, and is as it was written.
     failures : sequence of Record
         Slides that failed before they had features; each is a row with its reason.
     patient_of : mapping of str to str, optional
@@ -80,7 +81,7 @@ def predict(
     require_table_suffix(out)
     ensemble = load_ensemble(models, device=device)
     lost = [] if patient_of is None else lost_slides(ensemble, patient_of, [*files, *(r.slide_id for r in failures)])
-    table = PredictionTable(out, "slide_id", ensemble.task, ensemble.facts, COLUMNS)
+    table = PredictionTable(out, "slide_id", ensemble.task, ensemble.facts, COLUMNS, ensemble.content_hash)
     table.keep(files, lambda slide: file_fingerprint(files[slide]) if files[slide].is_file() else "")
     outputs: dict[str, Floats] = {}
 

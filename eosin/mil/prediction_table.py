@@ -11,6 +11,7 @@ import torch
 
 from eosin.errors import ConfigError
 from eosin.files import write_file
+from eosin.fingerprints import fingerprint
 from eosin.mil.task import Task
 
 Cell = str | int | float | None
@@ -19,6 +20,8 @@ Row = dict[str, Cell]
 SUFFIXES = (".csv", ".parquet")
 SAVE_INTERVAL_S = 20.0
 STATUS = ("status", "reason")
+KEPT = ("ok", "empty")
+FINGERPRINT = "fingerprint"
 COUNTS = ("n_tiles", "n_slides", "n_used")
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,9 @@ class PredictionTable:
         Columns that are the same in every row unless the row says otherwise, ``model`` among them.
     after : sequence of str
         Columns after those of the task and of how much several models differ.
+    models_hash : str
+        Of the weights and cards of all models. With the features and the row's own cells it makes the column
+        ``fingerprint``: a row is kept only as it was written, and only for these models and features.
     rows : dict of str to Row
         By id.
     """
@@ -55,6 +61,7 @@ class PredictionTable:
     task: Task
     facts: Mapping[str, Cell]
     after: Sequence[str]
+    models_hash: str
     rows: dict[str, Row] = field(default_factory=dict)
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -62,7 +69,7 @@ class PredictionTable:
         nothing = self.task.table(self.task.activate(torch.zeros(1, self.task.n_outputs)))
         self.numbers = {name for name, values in nothing.items() if values.dtype.kind == "f"}
         self.numbers |= set(self.task.spread_columns)
-        self.columns = [self.key, *STATUS, *nothing, *self.task.spread_columns, *self.after]
+        self.columns = [self.key, *STATUS, *nothing, *self.task.spread_columns, *self.after, FINGERPRINT]
 
     @property
     def partial(self) -> Path:
@@ -81,16 +88,27 @@ class PredictionTable:
         for path in (self.out, self.partial):
             for row in _read(path, self.columns):
                 name = str(row[self.key])
-                made_alike = row["status"] in ("ok", "empty") and row["model"] == self.facts["model"]
-                if made_alike and name in ids and row["features_hash"] == features_hash(name):
-                    self.rows[name] = {
-                        column: self._typed(column, value) for column, value in row.items() if value not in ("", None)
-                    }
+                if name in ids and row["status"] in KEPT and row["features_hash"] == features_hash(name):
+                    typed = self._typed(row)
+                    if typed is not None and typed[FINGERPRINT] == self._fingerprint(typed):
+                        self.rows[name] = typed
 
-    def _typed(self, name: str, value: Cell) -> Cell:
+    def _typed(self, row: Row) -> Row | None:
+        """Return the cells that are not empty with their types; None where one is not of its type."""
+        try:
+            return {name: self._cell(name, value) for name, value in row.items() if value not in ("", None)}
+        except ValueError:
+            return None
+
+    def _cell(self, name: str, value: Cell) -> Cell:
         if name in COUNTS:
             return int(str(value))
-        return float(str(value)) if name in self.numbers else value
+        return float(str(value)) if name in self.numbers else str(value)
+
+    def _fingerprint(self, row: Row) -> str:
+        cells = {name: self._cell(name, value) for name, value in row.items() if value not in ("", None)}
+        cells.pop(FINGERPRINT, None)
+        return fingerprint("predict", models=self.models_hash, features=str(row.get("features_hash", "")), row=cells)
 
     def add(self, name: str, row: Row) -> None:
         """Add a finished row; now and then all of them are written, for a run that continues."""
@@ -124,7 +142,8 @@ class PredictionTable:
         return {self.key: name} | dict(self.facts) | row
 
     def _frame(self, rows: Sequence[Row]) -> pd.DataFrame:
-        frame = pd.DataFrame(rows, columns=self.columns)
+        signed = [row | {FINGERPRINT: self._fingerprint(row) if row["status"] in KEPT else ""} for row in rows]
+        frame = pd.DataFrame(signed, columns=self.columns)
         for name in self.columns:
             if name in self.numbers:
                 frame[name] = frame[name].astype("float64")

@@ -1,5 +1,6 @@
 """The state of an unfinished training, in one file that is whole or absent: tensors, and facts as JSON beside them."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -7,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from eosin.files import write_file
+from eosin.seals import KEY
 
 STATE = "state.safetensors"
 
@@ -36,13 +39,23 @@ class State:
 def write_state(folder: Path, state: State) -> None:
     """Write the state; `OutputError` when the folder cannot be written."""
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
-    metadata = {"state": json.dumps(dict(state.facts), allow_nan=False)}
+    facts = json.dumps(dict(state.facts), allow_nan=False)
+    metadata = {"state": facts, KEY: _checksum(facts, tensors)}
     data = save(tensors, metadata)
     write_file(folder / STATE, lambda path: _write_bytes(path, data))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def _checksum(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of everything from which a training continues."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def forget_state(folder: Path) -> None:
@@ -57,8 +70,11 @@ def read_state(folder: Path, fingerprint: str) -> State | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["state"])
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata[KEY] != _checksum(metadata["state"], tensors):
+            raise ValueError("it is damaged")
+        facts = json.loads(metadata["state"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         logger.warning("%s cannot be read (%s); training starts anew", path, error)
         return None

@@ -1,6 +1,7 @@
 """Which slides a model has seen: ``seen.csv`` beside its weights, so that it can be kept from judging them later."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from eosin.errors import CheckpointError
 from eosin.files import write_text
 from eosin.filesets import members_of
-from eosin.mil.checkpoint import CARD
+from eosin.mil.checkpoint import CARD, load_card
 from eosin.mil.data import Examples, PatientBags
 
 SEEN = "seen.csv"
@@ -41,8 +42,14 @@ class Seen:
         return slide_id in self.patient_of or patient_id in self.patients
 
 
-def write_seen(folder: Path, train: Examples, val: Examples | None) -> None:
-    """Write ``seen.csv``: slide, patient and part (train, val) of everything that shaped the model."""
+def write_seen(folder: Path, train: Examples, val: Examples | None) -> str:
+    """Write ``seen.csv``: slide, patient and part (train, val) of everything that shaped the model.
+
+    Returns
+    -------
+    str
+        Its SHA-256, for the model's card.
+    """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
@@ -50,6 +57,7 @@ def write_seen(folder: Path, train: Examples, val: Examples | None) -> None:
         if examples is not None:
             rows.writerows((slide, patient, part) for slide, patient in slides_of(examples))
     write_text(folder / SEEN, text.getvalue())
+    return hashlib.sha256(text.getvalue().encode()).hexdigest()
 
 
 def slides_of(examples: Examples) -> Iterator[tuple[str, str]]:
@@ -68,11 +76,15 @@ def read_seen(folder: Path) -> Seen | None:
         If the file is damaged.
     """
     path = folder / SEEN
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return Seen({row["slide_id"]: row["patient_id"] for row in csv.DictReader(file)})
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    stated = load_card(folder).files.get(SEEN) if (folder / CARD).exists() else None
+    try:
+        data = path.read_bytes()
+        if stated is not None and stated != hashlib.sha256(data).hexdigest():
+            raise ValueError(f"it is not the file that {CARD} names")
+        rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
+        return Seen({row["slide_id"]: row["patient_id"] for row in rows})
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise CheckpointError(path, f"cannot be read ({error}); train the model again") from None
 

@@ -12,7 +12,7 @@ import torch
 from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, LabelError
 from eosin.fingerprints import fingerprint, source_hash
-from eosin.mil.checkpoint import CARD, load_model
+from eosin.mil.checkpoint import CARD, load_model, save_model
 from eosin.mil.data import Examples
 from eosin.mil.log import read_log
 from eosin.mil.objective import Objective as Objective
@@ -105,8 +105,8 @@ def fit(
             fitted = _refit(fitted, recipe, task, train, val, place)
     if folder is not None and not run.rank:
         run.write_logs(folder)
-        write_seen(folder, train, val)
-        fitted = Fitted(fitted.model, fitted.save(folder), fitted.history)
+        card = fitted.card.model_copy(update={"files": {SEEN: write_seen(folder, train, val)}})
+        fitted = Fitted(fitted.model, save_model(folder, fitted.model, card), fitted.history)
         forget_state(folder)
     return fitted
 

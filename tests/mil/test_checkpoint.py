@@ -10,6 +10,7 @@ from eosin.mil.methods.abmil import Abmil
 from eosin.mil.recipe import Recipe
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Classification
+from eosin.seals import sealed
 
 TASK = Classification(classes=("a", "b"))
 
@@ -42,13 +43,14 @@ def damage(folder, name, change):
     path = folder / name
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    data.pop("checksum")
+    path.write_text(json.dumps(sealed(data)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema_version=9), "schema version 9, this eosin .* reads 1"),
+        (lambda d: d.update(schema_version=9), "schema version 9, this eosin .* reads 2"),
         (lambda d: d.update(surprise=1), "is damaged: .*surprise"),
         (lambda d: d["recipe"]["aggregator"].update(name="abmill"), "no aggregator named 'abmill'"),
         (lambda d: d["features"].update(dim=5), "size mismatch"),
@@ -61,6 +63,38 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(folder, change, messag
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_every_byte_of_the_card_counts(folder):
+    text = (folder / "model.json").read_text()
+    card = load_card(folder)
+    for place in range(len(text)):
+        for other in ("0", "a", '"'):
+            (folder / "model.json").write_text(text[:place] + other + text[place + 1 :])
+            try:
+                assert load_card(folder) == card
+            except CheckpointError:
+                continue
+
+
+def test_exchanged_classes_are_refused(folder):
+    data = json.loads((folder / "model.json").read_text())
+    data["task"]["classes"].reverse()
+    (folder / "model.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="damaged or was changed by hand"):
+        load_model(folder)
+
+
+def test_a_card_of_0_1_has_no_checksum_and_is_read(folder):
+    card = load_card(folder)
+    data = json.loads((folder / "model.json").read_text())
+    for name in ("checksum", "files"):
+        del data[name]
+    (folder / "model.json").write_text(json.dumps(data | {"schema_version": 1}))
+    assert load_card(folder).recipe == card.recipe
+    (folder / "model.json").write_text(json.dumps(data))  # of today, without a checksum
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_card(folder)
 
 
 def test_missing_and_truncated_files_are_refused(folder, tmp_path):

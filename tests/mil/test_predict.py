@@ -14,7 +14,7 @@ from eosin.errors import ConfigError, FeatureMismatchError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import find_bags, write_bag
 from eosin.mil import predict as prediction
-from eosin.mil.checkpoint import load_card
+from eosin.mil.checkpoint import load_card, load_model, save_model
 from eosin.mil.predict import load_ensemble, predict
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.train import fit
@@ -226,3 +226,38 @@ def test_an_interrupted_run_keeps_what_is_finished(models, folder, tmp_path):
     assert not (tmp_path / "out.csv").exists()
     report = predict(models[:1], find_bags(folder), tmp_path / "out.csv")
     assert {record.slide_id for record in report.records if record.status == "skipped"} >= {"s000", "s001"}
+
+
+def edit(path, change):
+    """Change the rows of a table by hand."""
+    is_csv = path.suffix == ".csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False) if is_csv else pd.read_parquet(path)
+    change(frame)
+    frame.to_csv(path, index=False) if is_csv else frame.to_parquet(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_row_that_was_edited_is_made_again_and_no_other(models, folder, tmp_path, suffix):
+    out, files = tmp_path / f"out{suffix}", {name: folder / f"{name}.h5" for name in ("s000", "s001", "empty")}
+    predict(models, files, out)
+    before = out.read_bytes()
+    for column in ("prob_c0", "predicted", "n_tiles", "fingerprint", "encoder_hash", "status"):
+
+        def change(frame, column=column):
+            old = frame.loc[1, column]
+            frame.loc[1, column] = old + type(old)(1) if not isinstance(old, str) else "0.5" if old[0] in "01" else "x"
+
+        edit(out, change)
+        assert out.read_bytes() != before
+        assert predict(models, files, out).count("skipped") == 2
+        assert out.read_bytes() == before
+    assert predict(models, files, out).count("skipped") == 3
+
+
+def test_rows_of_another_card_with_the_same_weights_are_made_again(models, folder, tmp_path):
+    files = {"s000": folder / "s000.h5"}
+    predict(models[:1], files, tmp_path / "out.csv")
+    model, card = load_model(models[0])
+    other = card.task | {"threshold": 0.9} if "threshold" in card.task else card.task | {"classes": ["x", "y"]}
+    assert save_model(models[0], model, card.model_copy(update={"task": other})).weights_hash == card.weights_hash
+    assert predict(models[:1], files, tmp_path / "out.csv").count("skipped") == 0
