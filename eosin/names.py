@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from eosin.errors import LabelError
+from eosin.errors import LabelError, TableError
 
 Ids = Literal["ask", "merge", "exact"]
 """What happens to ids that look alike: stop and list them, take them for one, or take them as they are written."""
@@ -29,6 +29,7 @@ MISSING = frozenset({
     "nat", "missing", "unknown", "unk", "not available", "not known", "not applicable", "unbekannt", "inconnu",
     "desconocido", "sconosciuto",
 })  # fmt: skip
+TCGA = re.compile(r"(TCGA-\w{2}-\w{4})-\d\d", re.IGNORECASE)
 SHOWN = 12
 
 Value = TypeVar("Value")
@@ -67,15 +68,26 @@ def is_missing(text: str) -> bool:
     return clean(text).casefold() in MISSING
 
 
-def groups_of_look_alikes(ids: Iterable[str]) -> list[tuple[str, ...]]:
+def groups_of_look_alikes(ids: Iterable[str], key: Callable[[str], str] = look_alike) -> list[tuple[str, ...]]:
     """Return the ids that look alike but are written differently, group by group, in the order in which they appear."""
     spellings: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for one in ids:
-        spellings[look_alike(one)][one] = None
+        spellings[key(one)][one] = None
     return [tuple(group) for group in spellings.values() if len(group) > 1]
 
 
-def unify(ids: Sequence[str], *, what: str, where: str, policy: Ids = "ask") -> tuple[str, ...]:
+def same_patient(text: str) -> str:
+    """Return what spellings of a patient have in common: as `look_alike`, and a TCGA barcode ends with the patient.
+
+    ``TCGA-A1-A0SB-01Z-00-DX1`` is a slide and ``TCGA-A1-A0SB-01A`` a sample of the patient ``TCGA-A1-A0SB``.
+    """
+    barcode = TCGA.match(clean(text))
+    return look_alike(barcode[1] if barcode else text)
+
+
+def unify(
+    ids: Sequence[str], *, what: str, where: str, policy: Ids = "ask", key: Callable[[str], str] = look_alike
+) -> tuple[str, ...]:
     """Return cleaned ids, those that look alike treated as a person has decided.
 
     Parameters
@@ -85,6 +97,8 @@ def unify(ids: Sequence[str], *, what: str, where: str, policy: Ids = "ask") -> 
         For the message: "patients", and the file.
     policy : {"ask", "merge", "exact"}
         ``merge`` writes every id of a group as its most frequent spelling, the first among equals.
+    key : callable
+        What the spellings of one id have in common.
 
     Raises
     ------
@@ -92,7 +106,7 @@ def unify(ids: Sequence[str], *, what: str, where: str, policy: Ids = "ask") -> 
         With all groups, if ids look alike and `policy` is ``ask``.
     """
     cleaned = tuple(clean(one) for one in ids)
-    groups = [] if policy == "exact" else groups_of_look_alikes(cleaned)
+    groups = [] if policy == "exact" else groups_of_look_alikes(cleaned, key)
     if not groups:
         return cleaned
     if policy == "ask":
@@ -192,7 +206,7 @@ def match_slides(
 
     Raises
     ------
-    LabelError
+    TableError
         With all of them, if slides are named twice with different values, or a name could mean several slides.
     """
     known = dict.fromkeys(slide_ids)
@@ -213,7 +227,7 @@ def match_slides(
             notes.append(f"{visible(name)} was taken for slide {visible(slide)}")
         values[slide] = value
     if faults:
-        raise LabelError(f"{where}: {'; '.join(faults)}; keep one row or file per slide")
+        raise TableError(f"{where}: {'; '.join(faults)}; keep one row or file per slide")
     return Matched(values, tuple(unknown), tuple(notes))
 
 

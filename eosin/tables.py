@@ -7,16 +7,22 @@ named. Text may be separated by comma, semicolon or tab, and be in UTF-8, UTF-16
 import codecs
 import csv
 import datetime
+import logging
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eosin.errors import TableError
+from eosin.names import match_slides
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
 KINDS = {
@@ -118,6 +124,46 @@ def detect_column(table: Mapping[str, Sequence[str]], names: Sequence[str]) -> s
 def decimal_point(text: str) -> str:
     """Return a number that was written with a decimal comma with a point, and any other text as it is."""
     return text.replace(",", ".") if re.fullmatch(r"[-+]?\d+,\d+", text) else text
+
+
+def of_slides(
+    rows: Iterable[tuple[str, T]], slide_ids: Iterable[str], where: str, *, needed: bool = True
+) -> Mapping[str, T]:
+    """Return what a table, or a folder of files, states of these slides; unknown names are warned about.
+
+    Parameters
+    ----------
+    rows : iterable of (str, value)
+        Names as `eosin.names.match_slides` understands them.
+    slide_ids : iterable of str
+    where : str
+        The table or folder, for messages.
+    needed : bool
+        Whether it is an error when names are given and none is that of a slide.
+
+    Raises
+    ------
+    TableError
+        If slides are named twice with different values, or no name is that of a slide.
+    """
+    known = list(slide_ids)
+    matched = match_slides(rows, known, where=where)
+    if needed and matched.unknown and not matched.values:
+        raise TableError(
+            f"{where}: no name is that of one of the slides; it has {first_few(matched.unknown)}, "
+            f"the slides are {first_few(known)}"
+        )
+    for note in matched.notes:
+        logger.warning("%s: %s", where, note)
+    if matched.unknown:
+        logger.warning("%s: names of unknown slides are not used: %s", where, first_few(matched.unknown))
+    return matched.values
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def read_table(path: Path) -> Table:

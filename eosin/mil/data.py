@@ -23,7 +23,6 @@ from eosin.mil.tables import PATIENT_COLUMNS as PATIENT_COLUMNS
 from eosin.mil.tables import LabelTable as LabelTable
 from eosin.mil.tables import read_labels as read_labels
 from eosin.mil.tables import shown as shown
-from eosin.mil.tables import slide_id as slide_id
 from eosin.mil.tasks import Task
 from eosin.tables import SLIDE_COLUMNS as SLIDE_COLUMNS
 from eosin.tables import Table as Table

@@ -20,14 +20,14 @@ from eosin.mil.data import (
     normalised,
     read_table,
     shown,
-    slide_id,
 )
 from eosin.mil.splits import PARTS, Cohort, Split, require_unchanged
-from eosin.mil.tables import SITE_COLUMNS, require_ids, several_slides
+from eosin.mil.tables import SITE_COLUMNS, identify, rows_without_id, several_slides
+from eosin.names import Ids, same_patient, slide_id, unify
 from eosin.seals import read_json
 
 
-def read_two_tables(patients: Path, slides: Path) -> LabelTable:
+def read_two_tables(patients: Path, slides: Path, ids: Ids = "ask") -> LabelTable:
     """Join a table of patients with their labels and a table of slides with their patients (STAMP).
 
     Parameters
@@ -36,6 +36,8 @@ def read_two_tables(patients: Path, slides: Path) -> LabelTable:
         ``PATIENT`` and any labels; one row per patient.
     slides : Path
         ``PATIENT`` and ``FILENAME``.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, also of one in each table; see `eosin.names.unify`.
 
     Raises
     ------
@@ -46,30 +48,34 @@ def read_two_tables(patients: Path, slides: Path) -> LabelTable:
     key = _column(clinical, PATIENT_COLUMNS, patients, "patients")
     of_slide = _column(files, PATIENT_COLUMNS, slides, "patients")
     names = _column(files, SLIDE_COLUMNS, slides, "slides")
-    require_ids(patients, clinical[key])
-    require_ids(slides, files[of_slide], files[names])
-    row = {patient: number for number, patient in enumerate(clinical[key])}
-    if len(row) < len(clinical[key]):
-        twice = sorted({patient for patient in clinical[key] if clinical[key].count(patient) > 1})
+    rows_of = [*clinical[key], *files[of_slide]]
+    faults = rows_without_id(patients, clinical[key], "patient")
+    if faults:
+        raise LabelError(faults[0])
+    slide_ids, _ = identify(slides, files[names], files[of_slide], "exact")
+    both = f"{patients.name} and {slides.name}"
+    all_ids = unify(rows_of, what="patients", where=both, policy=ids, key=same_patient)
+    labelled, owners = all_ids[: len(clinical[key])], all_ids[len(clinical[key]) :]
+    row = {patient: number for number, patient in enumerate(labelled)}
+    if len(row) < len(labelled):
+        twice = sorted({patient for patient in labelled if labelled.count(patient) > 1})
         raise LabelError(f"{patients}: patients with more than one row: {shown(twice)}; keep one row per patient")
-    unknown = [patient for patient in files[of_slide] if patient not in row]
+    unknown = [patient for patient in owners if patient not in row]
     if unknown:
         raise LabelError(f"{slides}: patients without a row in {patients.name}: {shown(unknown)}")
     values = {
-        name: tuple(column[row[patient]] for patient in files[of_slide])
-        for name, column in clinical.items()
-        if name != key
+        name: tuple(column[row[patient]] for patient in owners) for name, column in clinical.items() if name != key
     }
     site = detect_column(files, SITE_COLUMNS)
     if site is not None and detect_column(clinical, SITE_COLUMNS) is None:
         values[site] = files[site]
-    spare = len(set(row) - set(files[of_slide]))
+    spare = len(set(row) - set(owners))
     notes = [
         f"slides: column {names!r} of {slides.name}",
-        f"patients: column {key!r} of {patients.name}{several_slides(files[of_slide])}",
+        f"patients: column {key!r} of {patients.name}{several_slides(owners)}",
         *([f"{spare} of {len(row)} patients in {patients.name} have no slide and are left out"] if spare else []),
     ]
-    return LabelTable(tuple(slide_id(Path(name).name) for name in files[names]), files[of_slide], values, tuple(notes))
+    return LabelTable(slide_ids, owners, values, tuple(notes))
 
 
 def _column(table: Table, names: Sequence[str], path: Path, what: str) -> str:

@@ -20,6 +20,7 @@ from eosin.mil.ensemble import Ensemble
 from eosin.mil.metrics import Floats
 from eosin.mil.prediction_table import Cell, PredictionTable, Row
 from eosin.mil.tables import read_labels, shown
+from eosin.names import Ids, match_slides
 
 COLUMNS = (
     "n_slides", "n_used", "bad_slides", "n_tiles", "model", "encoder", "encoder_hash", "features_hash",
@@ -35,15 +36,35 @@ def patients_file(out: Path) -> Path:
     return out.with_name(f"{out.stem}_patients{out.suffix}")
 
 
-def read_patients(path: Path) -> dict[str, str]:
+def read_patients(path: Path, ids: Ids = "ask") -> dict[str, str]:
     """Return the patient of each slide from any table that has both.
+
+    Parameters
+    ----------
+    path : Path
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin.names.unify`.
 
     Raises
     ------
     LabelError
         If it lacks one of them, or a slide has two rows.
     """
-    return read_labels(path).patient_of()
+    return read_labels(path, ids=ids).patient_of()
+
+
+def by_known_slides(patient_of: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
+    """Return a table of patients with its slides named as they are here; names of no slide stay.
+
+    Raises
+    ------
+    TableError
+        If a name could mean several slides, or two names one slide of two patients.
+    """
+    matched = match_slides(patient_of.items(), known, where="the table of patients")
+    for note in matched.notes:
+        logger.warning("the table of patients: %s", note)
+    return {**matched.values, **{name: patient_of[name] for name in matched.unknown}}
 
 
 def lost_slides(ensemble: Ensemble, patient_of: Mapping[str, str], known: Collection[str]) -> list[Record]:

@@ -18,7 +18,7 @@ from eosin.mil.data import MemoryBags
 from eosin.mil.ensemble import Ensemble as Ensemble
 from eosin.mil.ensemble import load_ensemble as load_ensemble
 from eosin.mil.metrics import Floats
-from eosin.mil.patients import Patients, lost_slides, patients_file
+from eosin.mil.patients import Patients, by_known_slides, lost_slides, patients_file
 from eosin.mil.prediction_table import Cell, PredictionTable, Row, require_table_suffix
 
 COLUMNS = ("n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
@@ -80,7 +80,9 @@ def predict(
     """
     require_table_suffix(out)
     ensemble = load_ensemble(models, device=device)
-    lost = [] if patient_of is None else lost_slides(ensemble, patient_of, [*files, *(r.slide_id for r in failures)])
+    known = [*files, *(record.slide_id for record in failures)]
+    patient_of = None if patient_of is None else by_known_slides(patient_of, known)
+    lost = [] if patient_of is None else lost_slides(ensemble, patient_of, known)
     table = PredictionTable(out, "slide_id", ensemble.task, ensemble.facts, COLUMNS, ensemble.content_hash)
     table.keep(files, lambda slide: file_fingerprint(files[slide]) if files[slide].is_file() else "")
     outputs: dict[str, Floats] = {}

@@ -20,7 +20,8 @@ from eosin.files import write_text
 from eosin.filesets import MANIFEST, begin_set, finish_set, members_of, require_named
 from eosin.mil.cohort import Cohort as Cohort
 from eosin.mil.cohort import deal, draw
-from eosin.mil.data import read_table, shown, slide_id
+from eosin.mil.data import read_table, shown
+from eosin.names import slide_id
 
 PARTS = ("train", "val", "test")
 OUTER = "outer_"

@@ -40,6 +40,7 @@ from eosin.mil.tables import (
 from eosin.mil.tasks import Task, make_task
 from eosin.mil.train import BAGS_TO_COMPARE, fit, require_fitting, require_machine
 from eosin.mil.training_run import Epoch, Fitted
+from eosin.names import Ids
 from eosin.tables import SLIDE_COLUMNS, detect_column, read_table
 
 CACHE_BYTES = 2 * 2**30
@@ -50,7 +51,11 @@ GROUPS = ("patient", "slide", SITE)
 
 
 def open_labels(
-    labels: Path, *, slide_table: Path | None = None, group: Literal["patient", "slide"] = "patient"
+    labels: Path,
+    *,
+    slide_table: Path | None = None,
+    group: Literal["patient", "slide"] = "patient",
+    ids: Ids = "ask",
 ) -> LabelTable:
     """Read a table of labels in any layout that is known, told by its columns.
 
@@ -63,20 +68,22 @@ def open_labels(
         STAMP's second table, of slides and their patients.
     group : {"patient", "slide"}
         ``slide`` makes each slide its own patient.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin.names.unify`.
 
     Raises
     ------
     LabelError
-        If no layout fits, or ids are missing or twice.
+        If no layout fits, ids are missing or twice, or some look alike and it is not said what they are.
     """
     if slide_table is not None:
-        table = read_two_tables(labels, slide_table)
+        table = read_two_tables(labels, slide_table, ids)
         return replace(table, notes=(*table.notes, *_notes_on_ids(labels), *_notes_on_ids(slide_table)))
     if {"train", "train_label", "test_label"} <= set(read_table(labels)):
         table, _ = read_fold_table(labels)
         notes = ("slides: the columns train, val and test of a fold of TransMIL", "patients: each slide its own")
         return replace(table, notes=notes)
-    return read_labels(labels, group=group)
+    return read_labels(labels, group=group, ids=ids)
 
 
 def _notes_on_ids(path: Path) -> list[str]:
@@ -428,6 +435,7 @@ def open_study(
     keep_sites: bool = False,
     missing: Literal["error", "drop"] = "error",
     slide_table: Path | None = None,
+    ids: Ids = "ask",
     cache_bytes: int = CACHE_BYTES,
 ) -> Study:
     """Read labels and features and join them.
@@ -452,6 +460,8 @@ def open_study(
         What becomes of labels whose slide has no features.
     slide_table : Path, optional
         STAMP's second table, see `open_labels`.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin.names.unify`.
     cache_bytes : int
         Features kept in memory.
 
@@ -462,7 +472,7 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
-    table = open_labels(Path(labels), slide_table=slide_table, group=group)
+    table = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))

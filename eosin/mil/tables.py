@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from eosin.errors import LabelError
-from eosin.names import SLIDE_SUFFIXES
+from eosin.names import Ids, is_missing, look_alike, same_patient, slide_id, unify
 from eosin.tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, normalised, read_table
 
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
@@ -22,7 +22,6 @@ SURVIVAL_COLUMNS = (
 SURVIVAL_KINDS = ("survival", "cox")
 SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
 OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
-FILE_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt", ".hdf5")
 MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
 SHOWN = 5
 
@@ -150,6 +149,7 @@ def read_labels(
     slide_column: str | None = None,
     patient_column: str | None = None,
     group: Literal["patient", "slide"] = "patient",
+    ids: Ids = "ask",
 ) -> LabelTable:
     """Read a label table of this or another tool; its columns are found by their names.
 
@@ -165,11 +165,14 @@ def read_labels(
         Taken instead of the detected column.
     group : {"patient", "slide"}
         ``slide`` makes each slide its own patient, for tables without patients.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin.names.unify`.
 
     Raises
     ------
     LabelError
-        If there is no such column, an id is empty or spoilt by a spreadsheet, or a slide has two rows.
+        If there is no such column, an id is missing or spoilt by a spreadsheet, ids look alike and it is not said what
+        they are, or a slide has two rows.
     """
     table = read_table(path)
     frame: Mapping[str, tuple[str, ...]] = table
@@ -184,24 +187,53 @@ def read_labels(
             f"{path}: no column of patients{_named(patients)}; {found}; expected patient_id or case_id, "
             "or say that each slide is its own patient (--group slide)"
         )
-    ids = dict.fromkeys((slides, patients))
+    id_columns = dict.fromkeys((slides, patients))
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
-    notes += [*table.notes, *(note for name in ids for note in id_notes(table, name))]
+    notes += [*table.notes, *(note for name in id_columns for note in id_notes(table, name))]
     frame = _one_row_per_slide(frame, slides)
-    others = [name for name in frame if name not in ids and not name.startswith(UNNAMED)]
-    slide_ids = tuple(slide_id(value) for value in frame[slides])
-    patient_ids = slide_ids if group == "slide" else frame[patients]
-    require_ids(path, slide_ids, patient_ids)
+    others = [name for name in frame if name not in id_columns and not name.startswith(UNNAMED)]
+    slide_ids, patient_ids = identify(path, frame[slides], None if group == "slide" else frame[patients], ids)
     notes[1] += several_slides(patient_ids)
+    if group == "patient" and patient_ids == slide_ids:
+        notes.append(f"every id in {patients!r} is that of its slide, so each slide counts as a patient of its own")
     notes.append(f"values: {', '.join(others) or 'none'}")
     return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
 
 
-def require_ids(path: Path, *columns: Sequence[str]) -> None:
-    """Raise `LabelError` when a row has no id in one of the columns."""
-    for ids in columns:
-        if "" in ids:
-            raise LabelError(f"{path}: row {list(ids).index('') + 2} has no id; complete the table")
+def identify(
+    path: Path, slides: Sequence[str], patients: Sequence[str] | None, ids: Ids
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the ids of the slides and patients of a table, cleaned; without patients each slide is its own.
+
+    Raises
+    ------
+    LabelError
+        With all problems: rows without an id, and ids that look alike where `ids` is ``ask``.
+    """
+    faults, found = [], []
+    for names, what, key in (
+        ([slide_id(name) for name in slides], "slide", look_alike),
+        (patients, "patient", same_patient),
+    ):
+        if names is None:
+            continue
+        faults += rows_without_id(path, names, what)
+        try:
+            found.append(unify(names, what=f"{what}s", where=str(path), policy=ids, key=key))
+        except LabelError as error:
+            faults.append(error.message)
+    if faults:
+        raise LabelError("; ".join(faults))
+    return found[0], found[-1]
+
+
+def rows_without_id(path: Path, names: Sequence[str], what: str) -> list[str]:
+    """Return a sentence about the rows that name no slide or patient; none where all do."""
+    absent = [str(row) for row, name in enumerate(names, 2) if is_missing(name)]
+    if not absent:
+        return []
+    rows = f"row {absent[0]} has" if len(absent) == 1 else f"rows {shown(absent)} have"
+    return [f"{path}: {rows} no id of a {what} (empty, nan, unknown ...); complete the table or delete such rows"]
 
 
 def several_slides(patient_ids: Sequence[str]) -> str:
@@ -244,15 +276,6 @@ def _one_row_per_slide(frame: Mapping[str, tuple[str, ...]], slides: str) -> Map
         for name, column in frame.items()
     }
     return repeated | {slides: tuple(slide for part in parts for slide in part)}
-
-
-def slide_id(name: str) -> str:
-    """Return the id of a slide from its id, file name or path: folders and a known suffix go, other dots stay."""
-    stem = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
-    for suffix in FILE_SUFFIXES:
-        if stem.lower().endswith(suffix):
-            return stem[: -len(suffix)]
-    return stem
 
 
 def _named(column: str | None) -> str:

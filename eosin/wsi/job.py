@@ -13,7 +13,8 @@ from shapely import box
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
-from eosin.tables import SLIDE_COLUMNS, decimal_point, read_table
+from eosin.names import match_slides
+from eosin.tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
 from eosin.wsi.colour import in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
@@ -113,8 +114,8 @@ def tile_slides(
     overrides : mapping, optional
         Options of single slides by id or file name, from `read_overrides`.
     contours : Path, optional
-        Folder of outlines ``<slide>.geojson`` (or ``.json``) drawn or edited in QuPath; the tissue of slides without
-        a file in it is found automatically.
+        Folder of outlines drawn or edited in QuPath, named after the slide or its file (``<slide>.geojson``,
+        ``<slide>.svs.geojson``, ``.json``); the tissue of slides without a file in it is found automatically.
     quality : QualityLimits, optional
         Which tiles are left out for blur, ink or folds; otherwise none.
     workers : int
@@ -138,10 +139,9 @@ def tile_slides(
     OutputError
         If the job folder cannot be written.
     """
-    plan = TilePlan(
-        job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours, quality or QualityLimits()
+    plan = TilePlan.of(
+        slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
     )
-    plan.check(slides)
     return run_batch(
         slides,
         partial(_tile, plan),
@@ -170,8 +170,8 @@ class TilePlan:
         Mask.
     overrides : mapping
         Mask options of single slides.
-    contours : Path or None
-        Folder of outlines.
+    contours : mapping
+        File with the outline of single slides.
     quality : QualityLimits
         Which tiles are left out.
     """
@@ -180,21 +180,39 @@ class TilePlan:
     tiling: Tiling
     tissue: TissueOptions
     overrides: Mapping[str, TissueOptions]
-    contours: Path | None
+    contours: Mapping[str, Path]
     quality: QualityLimits
 
-    def check(self, slides: Sequence[SlideFile]) -> None:
-        """Refuse a folder of outlines that is not there; warn of outlines and options that no slide will get."""
-        if self.contours is None and not self.overrides:
-            return
-        if self.contours is not None and not self.contours.is_dir():
-            raise ConfigError(f"{self.contours}: there is no such folder of contours")
-        if self.contours is not None and not any(self.drawn(slide.slide_id) for slide in slides):
-            logger.warning("%s: no outline is named after a slide, as in %s.geojson", self.contours, _example(slides))
-        names = {name for slide in slides for name in (slide.slide_id, slide.path.name)}
-        unknown = sorted(set(self.overrides) - names)
-        if unknown:
-            logger.warning("options are given for slides that are not among these: %s", ", ".join(unknown[:5]))
+    @classmethod
+    def of(
+        cls,
+        slides: Sequence[SlideFile],
+        job: JobFolder,
+        *,
+        tiling: Tiling | None = None,
+        tissue: TissueOptions | None = None,
+        overrides: Mapping[str, TissueOptions] | None = None,
+        contours: Path | None = None,
+        quality: QualityLimits | None = None,
+    ) -> "TilePlan":
+        """Find out which slides options and outlines are for; names of no slide, and slides without one, are reported.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such folder of outlines, or a slide has two.
+        """
+        ids = [slide.slide_id for slide in slides]
+        changed = of_slides((overrides or {}).items(), ids, "options of single slides", needed=False)
+        drawn: Mapping[str, Path] = {}
+        if contours is not None:
+            drawn = of_slides(_outlines(contours), ids, str(contours), needed=False)
+            without = [slide for slide in ids if slide not in drawn]
+            if without:
+                logger.warning(
+                    "%s: no outline of %s; their tissue is found automatically", contours, first_few(without)
+                )
+        return cls(job, tiling or Tiling(), tissue or TissueOptions(), changed, drawn, quality or QualityLimits())
 
     def patches(self, slide_id: str) -> Path:
         """Coordinates file of a slide."""
@@ -211,16 +229,11 @@ class TilePlan:
 
     def tissue_of(self, item: SlideFile) -> TissueOptions:
         """Mask options of a slide."""
-        return self.overrides.get(item.slide_id, self.overrides.get(item.path.name, self.tissue))
-
-    def drawn(self, slide_id: str) -> Path | None:
-        """Outline that a person drew, when there is one."""
-        names = [f"{slide_id}{suffix}" for suffix in OUTLINE_SUFFIXES] if self.contours else []
-        return next((path for name in names if (path := Path(self.contours or ".") / name).is_file()), None)
+        return self.overrides.get(item.slide_id, self.tissue)
 
     def find_mask(self, item: SlideFile, slide: Slide, overview: Overview) -> TissueMask:
         """Return the tissue of an open slide: as drawn by a person, else found on the overview."""
-        tissue, drawn = self.tissue_of(item), self.drawn(item.slide_id)
+        tissue, drawn = self.tissue_of(item), self.contours.get(item.slide_id)
         if drawn is None:
             return find_tissue(slide, tissue, overview=overview)
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
@@ -244,7 +257,7 @@ class TilePlan:
 
     def options_hash(self, slide: SlideFile) -> str:
         """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
-        drawn = self.drawn(slide.slide_id)
+        drawn = self.contours.get(slide.slide_id)
         parts = [
             ENCODING_VERSION,
             self.tiling.to_json(),
@@ -286,8 +299,11 @@ def _slide_id(slide: SlideFile) -> str:
     return slide.slide_id
 
 
-def _example(slides: Sequence[SlideFile]) -> str:
-    return slides[0].slide_id if slides else "slide"
+def _outlines(folder: Path) -> list[tuple[str, Path]]:
+    """Return the outlines in a folder under the names of their files; QuPath appends its suffix to the slide's name."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder of contours")
+    return [(path.name, path) for path in sorted(folder.iterdir()) if path.suffix.lower() in OUTLINE_SUFFIXES]
 
 
 def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
@@ -355,7 +371,8 @@ def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions
         If the table cannot be read, has no column ``slide``, or a name or value is not known.
     """
     rows = read_table(path).rows(slide=SLIDE_COLUMNS)
-    return {row["slide"]: _overridden(tissue, row, path) for row in rows}
+    named = [(row["slide"], _overridden(tissue, row, path)) for row in rows]
+    return dict(match_slides(named, [name for name, _ in named], where=str(path)).values)
 
 
 def _overridden(tissue: TissueOptions, row: Mapping[str, str], path: Path) -> TissueOptions:

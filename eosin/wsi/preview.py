@@ -46,10 +46,9 @@ def preview_slides(
     OutputError
         If the pictures cannot be written.
     """
-    plan = TilePlan(
-        job, tiling or Tiling(), tissue or TissueOptions(), overrides or {}, contours, quality or QualityLimits()
+    plan = TilePlan.of(
+        slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
     )
-    plan.check(slides)
     return run_batch(
         slides,
         partial(_preview, plan),
@@ -97,5 +96,5 @@ def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: Tiss
     SlideError
         If the slide cannot be opened or tiled.
     """
-    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, None, QualityLimits())
+    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, {}, QualityLimits())
     return _draw(plan, item)[0]

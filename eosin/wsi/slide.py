@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideOpenError
 from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
-from eosin.tables import SLIDE_COLUMNS, decimal_point, read_table
+from eosin.tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.wsi.dicom import group_series
 
 logger = logging.getLogger(__name__)
@@ -180,8 +180,8 @@ def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None)
     """
     files = _expand([Path(path) for path in paths])
     ids = _unique_ids(_one_per_series(files))
-    table = _read_mpp_table(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
-    return [SlideFile(path, slide_id, _mpp_for(path, slide_id, table)) for slide_id, path in sorted(ids.items())]
+    stated = _read_mpp_table(slide_mpp, ids) if isinstance(slide_mpp, Path) else dict.fromkeys(ids, slide_mpp)
+    return [SlideFile(path, slide_id, stated.get(slide_id)) for slide_id, path in sorted(ids.items())]
 
 
 def _expand(paths: Iterable[Path]) -> list[Path]:
@@ -233,9 +233,9 @@ def _unique_ids(files: Sequence[Path]) -> dict[str, Path]:
     return {slide_id: same[0] for slide_id, same in by_id.items()}
 
 
-def _read_mpp_table(path: Path) -> dict[str, float]:
+def _read_mpp_table(path: Path, slides: Iterable[str]) -> Mapping[str, float]:
     rows = read_table(path).rows(slide=SLIDE_COLUMNS, mpp=())
-    return dict(_mpp_row(row, path) for row in rows if row["mpp"])
+    return of_slides([_mpp_row(row, path) for row in rows if row["mpp"]], slides, str(path))
 
 
 def _mpp_row(row: Mapping[str, str], path: Path) -> tuple[str, float]:
@@ -243,9 +243,3 @@ def _mpp_row(row: Mapping[str, str], path: Path) -> tuple[str, float]:
         return row["slide"], float(decimal_point(row["mpp"]))
     except ValueError:
         raise ConfigError(f"{path}: slide {row['slide']!r} has the mpp {row['mpp']!r}, which is not a number") from None
-
-
-def _mpp_for(path: Path, slide_id: str, table: Mapping[str, float] | float | None) -> float | None:
-    if isinstance(table, Mapping):
-        return table.get(slide_id, table.get(path.name))
-    return table

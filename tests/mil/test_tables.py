@@ -265,3 +265,35 @@ def test_how_columns_were_understood_is_said(tmp_path):
         "label: time in 'months'; 'censorship' with 0 for an event, 1 of 2 have one; "
         "turned round, because its name says that 1 is censored"
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("P01,a,0\np01,b,1\n", r"'P01' = 'p01'.*--ids merge.*--ids exact"),
+        ("001,a,0\n1,b,1\n1.0,c,1\n", r"'001' = '1' = '1.0'"),
+        ("TCGA-01,a,0\nTCGA_01,b,1\n", r"'TCGA-01' = 'TCGA_01'"),
+        ("TCGA-A1-A0SB-01Z-00-DX1,a,0\nTCGA-A1-A0SB-02A,b,1\n", r"'TCGA-A1-A0SB-01Z-00-DX1' = 'TCGA-A1-A0SB-02A'"),
+        ("p1,s-1,0\np2,S_1,1\n", r"1 slides are written in several ways: 's-1' = 'S_1'"),
+        ("nan,a,0\nunknown,b,1\nP1,c,1\n", r"rows 2, 3 have no id of a patient"),
+        ("nan,a,0\nP01,b,1\np01,c,1\n", r"row 2 has no id of a patient.*'P01' = 'p01'"),
+    ],
+)
+def test_ids_that_look_alike_or_say_unknown_stop_the_reading_with_all_of_them(tmp_path, rows, told):
+    path = tmp_path / "labels.csv"
+    path.write_text("patient_id,slide_id,label\n" + rows)
+    with pytest.raises(LabelError, match=told):
+        read_labels(path)
+
+
+def test_a_person_decides_whether_ids_that_look_alike_are_the_same(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("patient_id,slide_id,label\nP01,a,0\np01,b,1\nP01,c,1\nP\u200b02,d,0\n", encoding="utf-8")
+    assert read_labels(path, ids="merge").patient_ids == ("P01", "P01", "P01", "P02")
+    assert read_labels(path, ids="exact").patient_ids == ("P01", "p01", "P01", "P02")
+
+
+def test_patients_that_are_the_slides_are_pointed_out(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("case_id,slide_id,label\na,a,0\nb,b,1\n")
+    assert any("each slide counts as a patient of its own" in note for note in read_labels(path).notes)

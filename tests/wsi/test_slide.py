@@ -99,3 +99,29 @@ def test_opening_what_is_missing_or_no_slide(tmp_path):
     with pytest.raises(SlideOpenError) as caught:
         open_slide(tmp_path / "a.svs")
     assert caught.value.code == "unsupported"
+
+
+@pytest.mark.parametrize("name", ["a", "a.svs", "A", "/data/x/a.tiff", "a\u200b"])
+def test_a_row_of_the_table_of_mpp_finds_its_slide(tmp_path, name):
+    (tmp_path / "a.tiff").write_bytes(b"")
+    (tmp_path / "b.tiff").write_bytes(b"")
+    table = tmp_path / "mpp.csv"
+    table.write_text(f"slide;mpp\n{name};0,5\n", encoding="utf-8")
+    assert [slide.mpp for slide in find_slides([tmp_path / "a.tiff", tmp_path / "b.tiff"], slide_mpp=table)] == [
+        0.5,
+        None,
+    ]
+
+
+def test_rows_of_unknown_slides_are_reported_and_two_rows_for_one_refused(tmp_path, caplog):
+    (tmp_path / "a.tiff").write_bytes(b"")
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide,mpp\na,0.5\nslide_a,0.25\n")
+    assert find_slides([tmp_path / "a.tiff"], slide_mpp=table)[0].mpp == 0.5
+    assert "names of unknown slides are not used: slide_a" in caplog.text
+    table.write_text("slide,mpp\nslide_a,0.25\n")
+    with pytest.raises(ConfigError, match="no name is that of one of the slides; it has slide_a, the slides are a"):
+        find_slides([tmp_path / "a.tiff"], slide_mpp=table)
+    table.write_text("slide,mpp\na,0.5\na.svs,0.25\n")
+    with pytest.raises(ConfigError, match="slide 'a' is named twice"):
+        find_slides([tmp_path / "a.tiff"], slide_mpp=table)
