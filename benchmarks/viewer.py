@@ -43,7 +43,7 @@ from eosin.viewer.server import serving
 from eosin.viewer.session import Edited, in_words, judge
 from eosin.viewer.tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
 from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.openslide_impl import OpenSlideSlide
 from eosin.wsi.slide import Slide, SlideFile, open_slide
 
 DIM = 512
@@ -195,7 +195,7 @@ def deepzoom_all(path: Path) -> tuple[int, float]:
 
 def ours_with_openslide(path: Path) -> tuple[int, float]:
     """Tiles of the viewer, read with OpenSlide."""
-    with OpenSlideReader(path) as slide:
+    with OpenSlideSlide(path) as slide:
         return serve_all(slide)
 
 

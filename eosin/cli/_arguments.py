@@ -1,7 +1,7 @@
 """Arguments and options that several commands take, spelled and explained once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,15 @@ Labels = Annotated[Path, typer.Option(help="Table of slides, patients and labels
 SlideMpp = Annotated[
     str | None,
     typer.Option(metavar="X|TABLE", help="µm/px of all slides, or a CSV table with the columns slide and mpp."),
+]
+Scene = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all", help="Which slide of files that hold several (eosin info lists them); all makes each a slide."
+    ),
+]
+Plane = Annotated[
+    int | None, typer.Option(metavar="N", help="Which focal plane of slides that have several; default the middle one.")
 ]
 Mpp = Annotated[
     float | None, typer.Option(help="µm per pixel of the tiles.", show_default="0.5", rich_help_panel="Tiling")
@@ -128,6 +137,21 @@ def tile_mpp(mpp: float | None, magnification: float | None) -> float | None:
     mpp = MPP_AT_1X / magnification
     typer.echo(f"--magnification {magnification:g} is taken as {mpp:g} µm/px (10 / magnification)", err=True)
     return mpp
+
+
+def scene_number(scene: str | None) -> "int | Literal['all'] | None":
+    """Return --scene as `eosin.wsi.slide.find_slides` takes it.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither a number from 1 nor ``all``.
+    """
+    if scene is None or scene == "all":
+        return None if scene is None else "all"
+    if not scene.isdigit() or int(scene) < 1:
+        raise ConfigError(f"--scene {scene}: give a number from 1, as eosin info lists them, or all")
+    return int(scene)
 
 
 def slide_mpp_source(text: str | None) -> float | Path | None:

@@ -9,12 +9,15 @@ from eosin.cli._arguments import (
     Device,
     EncoderName,
     Job,
+    Plane,
     Precision,
+    Scene,
     Shard,
     SlideMpp,
     Slides,
     Weights,
     Workers,
+    scene_number,
     shard_numbers,
     slide_mpp_source,
 )
@@ -45,6 +48,8 @@ def extract(
         str | None, typer.Option(help="Which tiling, when the job has several: 0.5mpp_256px_0px_overlap.")
     ] = None,
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     workers: Workers = 1,
     shard: Shard = "0/1",
 ) -> Done:
@@ -55,7 +60,7 @@ def extract(
     from eosin.wsi.job import JobFolder
     from eosin.wsi.slide import find_slides
 
-    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
+    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     folder, (index, count) = JobFolder(job), shard_numbers(shard)
     with progress("extract", len(files[index::count])) as advance:
         report = extract_features(

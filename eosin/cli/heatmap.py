@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Device, Model, Out, SlideMpp, Weights, Workers, slide_mpp_source
+from eosin.cli._arguments import (
+    Device,
+    Model,
+    Out,
+    Plane,
+    Scene,
+    SlideMpp,
+    Weights,
+    Workers,
+    scene_number,
+    slide_mpp_source,
+)
 from eosin.cli._common import Done, Settings, apply_to_each, command, progress
 from eosin.errors import SlideError, UnknownNameError
 
@@ -44,6 +55,8 @@ def heatmap(
     ] = None,
     job: Annotated[Path | None, typer.Option(help="Job folder for features that are made now; OUT/job.")] = None,
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -60,7 +73,7 @@ def heatmap(
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
     stem = map_name(loaded[0])
-    slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp))
+    slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
     if features is None:
         spec, machine = loaded[1].features, Machine(workers=workers, device=device, weights=weights)

@@ -1,52 +1,104 @@
-"""`eosin info`: the facts of one slide, coordinates file, feature file or model folder."""
+"""`eosin info`: what slides, coordinates files, feature files and model folders hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eosin.cli._arguments import SlideMpp, slide_mpp_source
-from eosin.cli._common import Done, command
+from eosin.cli._arguments import Plane, Scene, SlideMpp, scene_number, slide_mpp_source
+from eosin.cli._common import Done, command, say
+from eosin.errors import ConfigError, EosinError, SlideError
 
 
 @command()
 def info(
-    path: Annotated[Path, typer.Argument(help="Slide, .h5 file of features or coordinates, or model folder.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Slides, folders of slides, .h5 files and model folders."),
+    ],
     *,
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
 ) -> Done:
-    """Print the facts of a file; of slides only what identifies nobody."""
-    for name, value in _facts(path, slide_mpp).items():
+    """Print what files hold; of slides every picture in them, and only what identifies nobody."""
+    if len(paths) == 1 and not _is_slide_folder(paths[0]):
+        _show(_facts(paths[0], slide_mpp, scene, plane))
+        return Done()
+    failed = 0
+    for path in _each(paths):
+        typer.echo(f"--- {path}")  # a YAML document for each file
+        try:
+            _show(_facts(path, slide_mpp, scene, plane))
+        except EosinError as error:
+            failed += 1
+            _show({"error": error.message, "reason": error.code})
+    if failed:
+        say(f"{failed} of the files could not be read")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _show(facts: Mapping[str, object]) -> None:
+    for name, value in facts.items():
         if value != "":
             typer.echo(_line(name, value))
-    return Done()
 
 
 def _line(name: str, value: object) -> str:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
         import yaml
 
-        return yaml.safe_dump({name: dict(value)}, sort_keys=False, allow_unicode=True).rstrip()
+        shown = dict(value) if isinstance(value, Mapping) else value
+        return str(yaml.safe_dump({name: shown}, sort_keys=False, allow_unicode=True)).rstrip()
     return f"{name}: {'unknown' if value is None else value}"
 
 
-def _facts(path: Path, slide_mpp: str | None) -> Mapping[str, object]:
+def _is_slide_folder(path: Path) -> bool:
+    return path.is_dir() and not (path / "model.json").exists()
+
+
+def _each(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield files, and of folders the slides in them."""
+    from eosin.wsi.slide import find_slides
+
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no such file or folder")
+        if _is_slide_folder(path):
+            yield from (slide.path for slide in find_slides([path]))
+        else:
+            yield path
+
+
+def _facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | None) -> Mapping[str, object]:
     if path.is_dir():
         return _model_facts(path)
     if path.name.endswith("_patches.h5"):
         return _coordinates_facts(path)
     if path.suffix == ".h5":
         return _feature_facts(path)
-    return _slide_facts(path, slide_mpp)
+    return _slide_facts(path, slide_mpp, scene, plane)
 
 
-def _slide_facts(path: Path, slide_mpp: str | None) -> Mapping[str, object]:
-    from eosin.wsi.slide import find_slides, open_slide
+def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | None) -> Mapping[str, object]:
+    from eosin.wsi.inventory import listed
+    from eosin.wsi.reader import open_file
+    from eosin.wsi.slide import find_slides
 
-    (file,) = find_slides([path], slide_mpp=slide_mpp_source(slide_mpp))
-    with open_slide(file.path, mpp=file.mpp) as slide:
-        return {"kind": "slide", "slide_id": file.slide_id, **slide.facts()}
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder")
+    with open_file(path) as reader:
+        pictures = listed(reader.pictures)
+    (file, *_) = find_slides([path], slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
+    try:
+        with file.open() as slide:
+            facts = {"kind": "slide", "slide_id": file.slide_id, **slide.facts(), "notes": "; ".join(slide.notes)}
+    except SlideError as error:
+        if len(pictures) == 1:
+            raise
+        facts = {"kind": "slide", "slide_id": file.slide_id, "error": error.message, "reason": error.code}
+    return {**facts, "pictures": pictures} if len(pictures) > 1 else facts
 
 
 def _coordinates_facts(path: Path) -> Mapping[str, object]:

@@ -18,12 +18,15 @@ from eosin.cli._arguments import (
     Overlap,
     Overrides,
     PatchSize,
+    Plane,
     Preview,
+    Scene,
     Shard,
     SlideMpp,
     Slides,
     Timeout,
     Workers,
+    scene_number,
     shard_numbers,
     slide_mpp_source,
     slide_timeout,
@@ -56,6 +59,8 @@ def tile(
     max_pen: MaxPen = None,
     max_fold: MaxFold = None,
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     preview: Preview = False,
     from_: Annotated[
         Path | None,
@@ -106,7 +111,7 @@ def tile(
     )
     tissue = settings.parse("tissue", TissueOptions)
     quality = settings.parse("quality", QualityLimits, max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
-    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
+    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     index, count = shard_numbers(shard)
     if from_ is not None:
         wrong = {"preview": preview, "contours": contours, "overrides": overrides, "tissue": settings.group("tissue")}

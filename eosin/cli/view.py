@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Model, SlideMpp, slide_mpp_source
+from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.errors import ConfigError
 
@@ -31,6 +31,8 @@ def view(
         list[Path] | None, typer.Option(help="Do a saved session (.json) again and print its numbers; repeatable.")
     ] = None,
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
 ) -> Done:
     """Look at slides with a model's maps, take tiles away and see at once what the model says then."""
     from eosin.viewer.catalogue import open_catalogue
@@ -39,7 +41,7 @@ def view(
     from eosin.viewer.static import write_static
     from eosin.wsi.slide import find_slides
 
-    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp))
+    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     with progress("check slides", len(files)) as advance:
         catalogue = open_catalogue(model, features, files, progress=advance)
     report = _require_shown(catalogue)

@@ -20,7 +20,7 @@ from eosin.errors import CorruptSlideError, EosinError, SlideError, WorkerError
 from eosin.files import file_fingerprint
 from eosin.processes import Child, require_running
 from eosin.wsi.coordinates import read_footer, read_grid
-from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi.slide import SlideFile
 from eosin.wsi.tiles import iterate_tiles
 
 QUEUED_BATCHES = 4
@@ -103,7 +103,7 @@ def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
     if stated and request.slide.path.is_file() and stated != file_fingerprint(request.slide.path):
         message = "is not the file that was tiled; run `eosin tile` on it again"
         raise SlideError(request.slide.path, message, code="changed")
-    with open_slide(request.slide.path, mpp=grid.slide_mpp) as slide:
+    with request.slide.open(mpp=grid.slide_mpp) as slide:
         batches = iterate_tiles(slide, grid, batch_size=request.batch_size, threads=request.threads)
         for tiles, index in batches:
             yield TileBatch(request.slide.slide_id, tiles, index)

@@ -18,7 +18,7 @@ from eosin.heatmaps.subject import class_choices, map_name, predict_bag, predict
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.report.page import Picture, ReportData, SlideCard, slide_pictures, write_report
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.slide import Slide, SlideFile
 from eosin.wsi.tissue import TissueMask, find_tissue
 
 FORMATS = ("png", "geojson", "tiff", "scores.tiff", "csv", "parquet", "html")
@@ -104,7 +104,7 @@ def explain_slide(
     require_formats(formats)
     aggregator, card = load_model(model) if isinstance(model, Path) else model
     card.features.require_match(bag.spec, Path(bag.slide_id))
-    with open_slide(slide_file.path, mpp=slide_file.mpp) as slide:
+    with slide_file.open() as slide:
         require_same_slide(slide, bag)
         found = _maps(aggregator, bag, card, maps)
         explanation = Explanation(

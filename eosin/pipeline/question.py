@@ -29,7 +29,7 @@ from eosin.heatmaps.subject import predict_bag, prediction_in_words, require_sam
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.report.page import Picture, ReportData, SlideCard, slide_pictures, write_report
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.slide import Slide, SlideFile
 
 FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
 
@@ -195,7 +195,7 @@ def open_donor(donor: DonorFile, card: ModelCard, region_classes: Sequence[str] 
 
 def open_optional(slide_file: SlideFile | None) -> AbstractContextManager[Slide | None]:
     """Return the open slide, or None where there is none."""
-    return nullcontext() if slide_file is None else open_slide(slide_file.path, mpp=slide_file.mpp)
+    return nullcontext() if slide_file is None else slide_file.open()
 
 
 def read_sets(

@@ -32,7 +32,7 @@ from eosin.report.evaluation import (
 from eosin.report.measures import Evaluated, fold_table, metric_name, threshold_table
 from eosin.report.page import Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi.slide import SlideFile
 
 PICTURE_PX = 560
 MOST_CARDS = 60
@@ -156,7 +156,7 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
         heatmap = _shown_map(*load_model(result.fold_model(slide_id)), bag)
         file = result.slides[slide_id]
         outline = None if truth is None else truth.get(slide_id)
-        with open_slide(file.path, mpp=file.mpp) as slide:
+        with file.open() as slide:
             pictures = slide_pictures(slide, heatmap, truth=outline, longest_px=PICTURE_PX)
     return SlideCard(slide_id, facts | said | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
 

@@ -36,7 +36,7 @@ from eosin.wsi.coordinates import read_footer as read_coords_footer
 from eosin.wsi.geojson import qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.slide import Slide, SlideFile
 from eosin.wsi.tissue import TissueMask, find_tissue, tissue_from_outline
 
 RULE = "attention per cluster of features"
@@ -303,7 +303,7 @@ def _select(plan: SelectionPlan, item: SlideFile) -> Outcome:
     bag = _stage_one_bag(plan, item)
     models = [_model(folder, plan.ids[folder]) for folder in plan.models(item)]
     parents = choose_tiles(bag, models, plan.selection)
-    with open_slide(item.path, mpp=item.mpp) as slide:
+    with item.open() as slide:
         _require_same_slide(parents, slide)
         grid = child_grid(parents, plan.tiling)
         share = _tissue(plan, item, slide).fraction(grid.boxes_px0())

@@ -24,7 +24,7 @@ from eosin.viewer.lattice import Lattice, make_lattice
 from eosin.viewer.layers import Layers
 from eosin.viewer.tiles import OpenSlides
 from eosin.wsi.grid import TileGrid
-from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi.slide import SlideFile
 from eosin.wsi.tissue import find_tissue
 
 MAX_STUDIES = 4
@@ -243,7 +243,7 @@ def _check(card: ModelCard, files: Mapping[str, Path], slide: SlideFile) -> List
 def _require_usable(card: ModelCard, path: Path, file: SlideFile) -> None:
     bag = read_bag(path)
     card.features.require_match(bag.spec, path)
-    with open_slide(file.path, mpp=file.mpp) as slide:
+    with file.open() as slide:
         _ = slide.mpp
         require_same_slide(slide, bag)
     if bag.n_instances < 2:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from eosin.errors import SlideError
 from eosin.wsi.cache import SegmentCache
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.slide import Slide, SlideFile
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class OpenSlides:
 
     def _open(self, key: str) -> _Handle:
         file = self._files[key]
-        self._handles[key] = _Handle(open_slide(file.path, mpp=file.mpp))
+        self._handles[key] = _Handle(file.open())
         return self._handles[key]
 
     def _drop_surplus(self) -> None:

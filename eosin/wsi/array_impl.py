@@ -2,22 +2,24 @@
 
 import warnings
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eosin.errors import SlideOpenError
-from eosin.wsi.pixels import WHITE, flatten, read_scaled
+from eosin.names import is_picture
+from eosin.wsi.inventory import CONVERT, Picture
+from eosin.wsi.pixels import WHITE, flatten
+from eosin.wsi.reader import READERS, Reader
 from eosin.wsi.resolution import resolve_mpp
+from eosin.wsi.slide import Slide
 
 MAX_PICTURE_PX = 80_000_000
 
 
-class ArraySlide:
-    """A slide held in memory; implements `eosin.wsi.slide.Slide`.
+class ArraySlide(Slide):
+    """A slide held in memory.
 
     Parameters
     ----------
@@ -31,8 +33,6 @@ class ArraySlide:
         Colour profile of the pixels.
     """
 
-    bounds_px0 = None
-
     def __init__(
         self,
         pixels: NDArray[np.uint8],
@@ -43,27 +43,13 @@ class ArraySlide:
     ) -> None:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
             raise ValueError(f"a slide is (h, w, 3) uint8, not {pixels.shape} {pixels.dtype}")
-        self.path = path or Path("array")
-        self.size_px0: tuple[int, int] = (pixels.shape[1], pixels.shape[0])
+        picture = Picture("slide", ((pixels.shape[1], pixels.shape[0]),))
+        super().__init__(path or Path("array"), picture, reader="memory", mpp=mpp)
         self.icc_profile = icc_profile
         self._pixels = pixels
-        self._resolution = resolve_mpp([], power=None, user_mpp=mpp)
 
-    @property
-    def mpp(self) -> float:
-        """µm per level-0 pixel."""
-        return self._resolution.require(self.path)
-
-    @property
-    def mpp_source(self) -> str:
-        """``user`` or ``none``."""
-        return self._resolution.source
-
-    def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
-        """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
-        return read_scaled(self._read_level, [1.0], origin_px0, size_px, mpp / self.mpp)
-
-    def _read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+    def read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return pixels; background outside."""
         (left, top), (width, height) = corner, size
         result = np.empty((height, width, 3), np.uint8)
         x0, y0 = max(left, 0), max(top, 0)
@@ -74,30 +60,30 @@ class ArraySlide:
             result[y0 - top : y1 - top, x0 - left : x1 - left] = self._pixels[y0:y1, x0:x1]
         return result
 
-    def facts(self) -> dict[str, str | int | float | list[int] | list[float] | None]:
-        """Return what may be shown about the slide."""
-        return {
-            "reader": "memory",
-            "vendor": None,
-            "width_px0": self.size_px0[0],
-            "height_px0": self.size_px0[1],
-            "level_downsamples": [1.0],
-            "mpp": self._resolution.mpp,
-            "mpp_source": self._resolution.source,
-            "mpp_note": self._resolution.refusal,
-            "objective_power": None,
-        }
-
     def close(self) -> None:
         """Nothing to release."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+@READERS.register
+class PictureReader(Reader):
+    """PNG and JPEG files, each one picture, read whole."""
+
+    name = "memory"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._slide = open_picture(path)
+        self.pictures = [self._slide.picture]
+
+    @classmethod
+    def takes(cls, path: Path, head: bytes) -> bool:
+        """Return whether a file is a PNG or a JPEG."""
+        return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or is_picture(path)
+
+    def open(self, picture: Picture, plane: int, mpp: float | None) -> "ArraySlide":
+        """Return the picture as a slide; see `Reader.open`."""
+        self._slide.resolution = resolve_mpp([], power=None, user_mpp=mpp)
+        return self._slide
 
 
 def open_picture(path: Path, *, mpp: float | None = None) -> ArraySlide:
@@ -123,7 +109,8 @@ def open_picture(path: Path, *, mpp: float | None = None) -> ArraySlide:
             if image.width * image.height > MAX_PICTURE_PX:
                 raise _too_large(path, f"{image.width} x {image.height} px")
             profile = image.info.get("icc_profile") or None
-            return ArraySlide(flatten(image.convert("RGBA"), WHITE), mpp=mpp, path=path, icc_profile=profile)
+            upright = ImageOps.exif_transpose(image)
+            return ArraySlide(flatten(upright.convert("RGBA"), WHITE), mpp=mpp, path=path, icc_profile=profile)
     except Image.DecompressionBombError:
         raise _too_large(path, f"more than {2 * MAX_PICTURE_PX // 10**6} million pixels") from None
     except UnidentifiedImageError as error:
@@ -143,7 +130,6 @@ def _opened(path: Path) -> Image.Image:
 def _too_large(path: Path, found: str) -> SlideOpenError:
     return SlideOpenError(
         path,
-        f"{found} would have to be decoded whole; convert it with "
-        f"`vips tiffsave {path.name} out.tif --tile --pyramid --compression jpeg --bigtiff`",
+        f"{found} would have to be decoded whole; {CONVERT.format(name=path.name)}",
         code="untiled",
     )

@@ -2,8 +2,6 @@
 
 import io
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +10,10 @@ from PIL import Image, ImageCms
 from eosin.errors import SlideError
 from eosin.wsi.slide import Fact, Slide
 
+NEUTRAL = 128.0  # of the chroma channels
+CAST_TOLERANCE = 14.0
+LEAST_CAST = 60.0
+CLIPPED = 235.0
 NO_CACHE = 0x0040  # cmsFLAGS_NOCACHE: threads share the transform
 
 
@@ -28,8 +30,8 @@ def in_srgb(slide: Slide) -> Slide:
     return ManagedSlide(slide)
 
 
-class ManagedSlide:
-    """A slide whose pixels are converted to sRGB as they are read; implements `eosin.wsi.slide.Slide`.
+class ManagedSlide(Slide):
+    """A slide whose pixels are converted to sRGB as they are read.
 
     The transform is built once per slide, with the profile's own rendering intent.
 
@@ -39,40 +41,22 @@ class ManagedSlide:
         Open, with a profile; closed with this one.
     """
 
-    icc_profile = None
-
     def __init__(self, slide: Slide) -> None:
+        super().__init__(slide.path, slide.picture, reader=slide.reader)
+        self.bounds_px0, self.resolution, self.notes = slide.bounds_px0, slide.resolution, slide.notes
         self._slide = slide
         self._transform = _build(slide.path, slide.icc_profile or b"")
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._slide.path
-
-    @property
-    def size_px0(self) -> tuple[int, int]:
-        """Width and height in level-0 pixels."""
-        return self._slide.size_px0
-
-    @property
-    def mpp(self) -> float:
-        """µm per level-0 pixel."""
-        return self._slide.mpp
-
-    @property
-    def mpp_source(self) -> str:
-        """Where `mpp` comes from."""
-        return self._slide.mpp_source
-
-    @property
-    def bounds_px0(self) -> tuple[int, int, int, int] | None:
-        """The scanned part."""
-        return self._slide.bounds_px0
-
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return (h, w, 3) sRGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
-        picture = Image.fromarray(self._slide.read(origin_px0, size_px, mpp))
+        return self._converted(self._slide.read(origin_px0, size_px, mpp))
+
+    def read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return sRGB pixels of one stored level."""
+        return self._converted(self._slide.read_level(level, corner, size))
+
+    def _converted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        picture = Image.fromarray(pixels)
         ImageCms.applyTransform(picture, self._transform, inPlace=True)
         return np.asarray(picture)
 
@@ -84,13 +68,37 @@ class ManagedSlide:
         """Release the file."""
         self._slide.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def check_glass(slide: Slide, glass: NDArray[np.floating]) -> None:
+    """Refuse a slide whose glass has the colours of a wrong conversion.
+
+    White that is stored as YCbCr and shown as RGB becomes (Y, 128, 128), salmon; white that is stored as RGB and taken
+    for YCbCr becomes magenta, with red and blue at their ends. Neither a lamp nor a stain makes glass look so.
+
+    Parameters
+    ----------
+    slide : Slide
+        Named in the error.
+    glass : (3,) float
+        Its colour, as tissue finding measures it.
+
+    Raises
+    ------
+    SlideError
+        Code ``false-colours``.
+    """
+    red, green, blue = (float(value) for value in glass)
+    if red - green < LEAST_CAST:
+        return
+    if abs(green - NEUTRAL) <= CAST_TOLERANCE and abs(blue - NEUTRAL) <= CAST_TOLERANCE:
+        cause = "YCbCr pixels are stated to be RGB"
+    elif red >= CLIPPED and blue >= CLIPPED and green < NEUTRAL + 2 * CAST_TOLERANCE:
+        cause = "RGB pixels are stated to be YCbCr"
+    else:
+        return
+    seen = f"its glass is ({red:.0f}, {green:.0f}, {blue:.0f})"
+    message = f"{seen}, as if {cause}; correct the file's colour space, or convert it with the scanner's own software"
+    raise SlideError(slide.path, message, code="false-colours")
 
 
 def _build(path: Path, profile: bytes) -> ImageCms.ImageCmsTransform:

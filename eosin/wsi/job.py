@@ -15,7 +15,7 @@ from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
 from eosin.names import match_slides
 from eosin.tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
-from eosin.wsi.colour import in_srgb
+from eosin.wsi.colour import check_glass, in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, lay_grid
@@ -23,7 +23,7 @@ from eosin.wsi.overview import Overview, make_thumbnail
 from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.quality import QualityLimits, TileQuality
 from eosin.wsi.scoring import score_tiles
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.wsi.slide import Slide, SlideFile
 from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class TilePlan:
 
     def open(self, item: SlideFile) -> Slide:
         """Open a slide, with the colours that the tiling asks for."""
-        slide = open_slide(item.path, mpp=item.mpp)
+        slide = item.open()
         try:
             return in_srgb(slide) if self.tiling.icc else slide
         except SlideError:
@@ -246,13 +246,14 @@ class TilePlan:
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
         overview = look_over(slide, self.tissue_of(item))
+        check_glass(slide, overview.glass)
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.quality.measures_blur)
         keep, left_out = quality.within(self.quality)
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
-        notes = [note for note in (str(slide.facts().get("mpp_note") or ""), left_out, *mask.notes) if note]
+        notes = [note for note in (*slide.notes, left_out, *mask.notes) if note]
         return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))
 
     def options_hash(self, slide: SlideFile) -> str:
@@ -263,6 +264,7 @@ class TilePlan:
             self.tiling.to_json(),
             self.tissue_of(slide).to_json(),
             repr(slide.mpp),
+            repr((slide.scene, slide.plane)) if slide.scene or slide.plane else "",
             QUALITY_VERSION,
             self.quality.to_json(),
             hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",

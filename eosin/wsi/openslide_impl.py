@@ -1,9 +1,8 @@
-"""Slides through OpenSlide: every format it knows; the definition of correct pixels."""
+"""Slides that OpenSlide reads: formats that it alone knows (MRXS, SCN, BIF, NDPI, CZI, ...)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import openslide
@@ -11,17 +10,51 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from eosin.errors import CorruptSlideError, SlideOpenError
-from eosin.wsi.pixels import WHITE, flatten, read_scaled
-from eosin.wsi.resolution import Resolution, StatedMpp, resolve_mpp
+from eosin.wsi.inventory import Picture, kind_of
+from eosin.wsi.pixels import WHITE, flatten
+from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.resolution import StatedMpp
+from eosin.wsi.slide import Slide
 
 
-class OpenSlideReader:
-    """A slide opened with OpenSlide; implements `eosin.wsi.slide.Slide`.
+@READERS.register
+class OpenSlideReader(Reader):
+    """Files whose vendor OpenSlide detects; asked after the readers of TIFF and DICOM."""
+
+    name = f"openslide {openslide.__library_version__}"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._handle: openslide.OpenSlide | None = _open(path)
+        self.pictures = list(_pictures(self._handle))
+
+    @classmethod
+    def takes(cls, path: Path, head: bytes) -> bool:
+        """Return whether OpenSlide knows the vendor of a file."""
+        return path.is_file() and openslide.OpenSlide.detect_format(path) is not None
+
+    def open(self, picture: Picture, plane: int, mpp: float | None) -> "OpenSlideSlide":
+        """Open the slide, which takes the handle over; see `Reader.open`."""
+        handle, self._handle = self._handle or _open(self.path), None
+        return OpenSlideSlide(self.path, picture, handle, mpp=mpp)
+
+    def close(self) -> None:
+        """Close the handle unless a slide has it."""
+        if self._handle is not None:
+            self._handle.close()
+
+
+class OpenSlideSlide(Slide):
+    """A slide opened with OpenSlide.
 
     Parameters
     ----------
     path : Path
         The file.
+    picture : Picture
+        From the reader; made anew when left out.
+    handle : OpenSlide
+        The open file, closed with the slide; opened when left out.
     mpp : float, optional
         The user's µm per level-0 pixel.
 
@@ -31,34 +64,20 @@ class OpenSlideReader:
         If OpenSlide does not know the format or cannot open the file.
     """
 
-    def __init__(self, path: Path, *, mpp: float | None = None) -> None:
-        self.path = path
-        self._handle = _open(path)
+    def __init__(
+        self,
+        path: Path,
+        picture: Picture | None = None,
+        handle: openslide.OpenSlide | None = None,
+        *,
+        mpp: float | None = None,
+    ) -> None:
+        self._handle = handle or _open(path)
+        super().__init__(path, picture or next(_pictures(self._handle)), reader=OpenSlideReader.name, mpp=mpp)
         properties = self._handle.properties
-        width, height = self._handle.dimensions
-        self.size_px0: tuple[int, int] = (int(width), int(height))
         self.bounds_px0 = _bounds(properties)
-        self.vendor: str = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
-        self.level_sizes: list[tuple[int, int]] = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
-        self.downsamples = [float(value) for value in self._handle.level_downsamples]
         self.background = _background(properties)
         self.icc_profile = _profile(self._handle)
-        self._power = _number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-        self.resolution = _resolution(properties, self._power, mpp)
-
-    @property
-    def mpp(self) -> float:
-        """µm per level-0 pixel."""
-        return self.resolution.require(self.path)
-
-    @property
-    def mpp_source(self) -> str:
-        """Where `mpp` comes from."""
-        return self.resolution.source
-
-    def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
-        """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
-        return read_scaled(self.read_level, self.downsamples, origin_px0, size_px, mpp / self.mpp)
 
     def read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return pixels of one stored level, in that level's pixels; background outside."""
@@ -85,32 +104,27 @@ class OpenSlideReader:
         self._handle = fresh
         return image
 
-    def facts(self) -> dict[str, str | int | float | list[int] | list[float] | None]:
-        """Return what may be shown about the slide; raw properties can hold names and dates."""
-        return {
-            "reader": f"openslide {openslide.__library_version__}",
-            "vendor": self.vendor,
-            "width_px0": self.size_px0[0],
-            "height_px0": self.size_px0[1],
-            "level_downsamples": [round(value, 4) for value in self.downsamples],
-            "mpp": self.resolution.mpp,
-            "mpp_source": self.resolution.source,
-            "mpp_note": self.resolution.note or self.resolution.refusal,
-            "objective_power": self._power,
-            "icc_profile": "none" if self.icc_profile is None else f"{len(self.icc_profile)} bytes",
-        }
-
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _pictures(handle: openslide.OpenSlide) -> Iterator[Picture]:
+    """Yield the slide and what lies beside it; label and macro are listed by their sizes, never read."""
+    properties = handle.properties
+    vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
+    sizes = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
+    slide = Picture(
+        "slide", sizes, stated=_stated(properties), power=_number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+        vendor=vendor, scales=tuple(float(scale) for scale in handle.level_downsamples),
+    )  # fmt: skip
+    # OpenSlide's scales are means of both sides' ratios; where a whole ratio explains the sizes, that is the true one
+    whole = tuple(Picture("slide", sizes).downsamples())
+    yield replace(slide, scales=tuple(b if b == round(b) else a for a, b in zip(slide.scales, whole, strict=True)))
+    for name, value in properties.items():
+        if name.startswith("openslide.associated.") and name.endswith(".width"):
+            height = properties.get(name.removesuffix("width") + "height", "0")
+            yield Picture(kind_of(name.split(".")[2], "other"), ((int(value), int(height)),), vendor=vendor)
 
 
 def _open(path: Path) -> openslide.OpenSlide:
@@ -137,14 +151,10 @@ def _number(properties: Mapping[str, str], name: str) -> float | None:
         return None
 
 
-def _resolution(properties: Mapping[str, str], power: float | None, user_mpp: float | None) -> Resolution:
-    x = _number(properties, openslide.PROPERTY_NAME_MPP_X)
-    y = _number(properties, openslide.PROPERTY_NAME_MPP_Y)
-    generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"  # its mpp is the TIFF resolution
-    source = "tiff-resolution" if generic else "openslide.mpp-x"
-    known = [value for value in (x, y) if value is not None]
-    stated = [StatedMpp(source, known[0], known[-1])] if known else []
-    return resolve_mpp(stated, power=power, user_mpp=user_mpp)
+def _stated(properties: Mapping[str, str]) -> tuple[StatedMpp, ...]:
+    known = [_number(properties, name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
+    found = [value for value in known if value is not None]
+    return (StatedMpp("openslide.mpp-x", found[0], found[-1]),) if found else ()
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:

@@ -1,6 +1,7 @@
 """Pixels of one level to delivered pixels: background, resampling, bounded memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,30 @@ def flatten(rgba: Image.Image, background: tuple[int, int, int]) -> NDArray[np.u
     return np.asarray(rgba.convert("RGB"))
 
 
+def to_8_bit(pixels: NDArray[Any], top: int) -> NDArray[np.uint8]:
+    """Return pixels of more than 8 bits as 8 bits, rounded.
+
+    Parameters
+    ----------
+    pixels : (h, w, c) uint8 or uint16
+        As decoded; 8-bit ones stay as they are.
+    top : int
+        The value that is white, as the file's metadata say.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    scaled = (pixels.astype(np.uint32) * 255 + top // 2) // max(top, 1)
+    return np.minimum(scaled, 255).astype(np.uint8)
+
+
+def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return RGB of YCbCr of the full range (ITU-R BT.601, as JFIF has it), (h, w, 3)."""
+    luma, blue, red = (pixels[..., index].astype(np.float32) for index in range(3))
+    blue, red = blue - 128, red - 128
+    rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=-1)
+    return np.asarray(np.clip(np.rint(rgb), 0, 255), np.uint8)
+
+
 def is_native(ratio: float, longest_px: int) -> bool:
     """Return whether pixels `ratio` times as fine as delivered are within half a delivered pixel over the region.
 
@@ -70,6 +95,8 @@ def read_scaled(
     origin_px0: tuple[float, float],
     size_px: tuple[int, int],
     downsample: float,
+    *,
+    offsets_px0: Sequence[tuple[float, float]] = (),
 ) -> NDArray[np.uint8]:
     """Return a region at any downsample, with anti-aliasing and bounded memory.
 
@@ -89,6 +116,8 @@ def read_scaled(
         Width and height of the result.
     downsample : float
         Level-0 pixels per delivered pixel.
+    offsets_px0 : sequence of tuple, optional
+        Where the corner of each level lies, level-0 pixels; by default all at (0, 0).
 
     Returns
     -------
@@ -96,7 +125,8 @@ def read_scaled(
     """
     level = choose_level(downsamples, downsample, max(size_px))
     ratio = downsample / downsamples[level]
-    x, y = (position / downsamples[level] for position in origin_px0)
+    offset = offsets_px0[level] if offsets_px0 else (0.0, 0.0)
+    x, y = ((position - start) / downsamples[level] for position, start in zip(origin_px0, offset, strict=True))
     native = is_native(ratio, max(size_px))
     if native and abs(ratio - 1) * max(size_px) <= NATIVE_SLACK_PX:
         return read_level(level, (round(x), round(y)), size_px)
@@ -109,6 +139,51 @@ def read_scaled(
             block = _resample(read_level, level, corner, (width, height), ratio)
         result[top : top + height, left : left + width] = block
     return result
+
+
+ReadRegion = Callable[[tuple[int, int], tuple[int, int]], NDArray[np.uint8]]
+"""``read_region((x, y), (w, h))`` gives (h, w, 3) RGB of one picture."""
+
+
+def turns(orientation: int) -> bool:
+    """Return whether rows and columns change places in a picture of this TIFF Orientation."""
+    return orientation >= 5
+
+
+def flips(orientation: int) -> tuple[bool, bool]:
+    """Return whether stored columns and stored rows run backwards in a picture of this TIFF Orientation."""
+    return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)
+
+
+def read_oriented(
+    read_stored: ReadRegion,
+    stored_size: tuple[int, int],
+    orientation: int,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+) -> NDArray[np.uint8]:
+    """Return a region of a picture that is stored flipped or turned.
+
+    Parameters
+    ----------
+    read_stored : callable
+        Reads a region as it is stored.
+    stored_size : tuple of int
+        Width and height as stored.
+    orientation : int
+        Tag 274 of TIFF 6.0, 1 to 8.
+    corner, size : tuple of int
+        The region in the picture as it is meant.
+    """
+    if turns(orientation):
+        corner, size = corner[::-1], size[::-1]
+    backwards = flips(orientation)
+    x, y = (
+        stored_size[axis] - corner[axis] - size[axis] if backwards[axis] else corner[axis] for axis in (0, 1)
+    )  # fmt: skip
+    pixels = read_stored((x, y), size)
+    pixels = pixels[:: -1 if backwards[1] else 1, :: -1 if backwards[0] else 1]
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if turns(orientation) else pixels)
 
 
 def _blocks(size_px: tuple[int, int], side: int) -> Iterator[tuple[int, int, int, int]]:

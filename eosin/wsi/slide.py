@@ -2,39 +2,80 @@
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.errors import ConfigError, SlideOpenError
+from eosin.errors import ConfigError, SlideError, SlideOpenError
 from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
 from eosin.tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.wsi.dicom import group_series
+from eosin.wsi.inventory import Picture
+from eosin.wsi.pixels import WHITE, read_scaled
+from eosin.wsi.resolution import Resolution, resolve_mpp
 
 logger = logging.getLogger(__name__)
 
 Fact = str | int | float | list[int] | list[float] | None
 
 
-class Slide(Protocol):
+class Slide(ABC):
     """One open slide. Callers speak level-0 pixels and µm per pixel; levels stay hidden.
 
     A context manager; opened where it is used and never pickled.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    picture : Picture
+        Which of its pictures this is; gives sizes and what the file says of the resolution.
+    reader : str
+        Name of the reader, shown to a person.
+    mpp : float, optional
+        The user's µm per level-0 pixel.
+
+    Attributes
+    ----------
+    size_px0 : tuple of int
+        Width and height in level-0 pixels.
+    bounds_px0 : tuple of int or None
+        x, y, width, height of the scanned part when the file states it; QuPath's origin is its corner.
+    icc_profile : bytes or None
+        The colour profile that the file states for its pixels; applied only by `eosin.wsi.colour.in_srgb`.
+    level_sizes, downsamples, offsets_px0 : list
+        Of each stored level: width and height, level-0 pixels per pixel, and where its corner lies (level-0 pixels).
+    declared : list of bool
+        For each level whether the file calls it a copy of the finest one.
+    residual_px0 : float or None
+        How far levels are from where they were taken to be, level-0 pixels; None where nothing was compared.
+    notes : list of str
+        Sentences for the slide's record: what was found odd and how it was decided.
     """
 
-    @property
-    def path(self) -> Path:
-        """The file."""
+    bounds_px0: tuple[int, int, int, int] | None = None
+    icc_profile: bytes | None = None
+    residual_px0: float | None = None
+    background: tuple[int, int, int] = WHITE
 
-    @property
-    def size_px0(self) -> tuple[int, int]:
-        """Width and height in level-0 pixels."""
+    def __init__(self, path: Path, picture: Picture, *, reader: str, mpp: float | None = None) -> None:
+        self.path = path
+        self.picture = picture
+        self.reader = reader
+        self.level_sizes = list(picture.sizes_px)
+        self.size_px0: tuple[int, int] = self.level_sizes[0]
+        self.downsamples = list(picture.downsamples())
+        self.offsets_px0 = [(0.0, 0.0)] * len(self.level_sizes)
+        self.declared = [True] * len(self.level_sizes)
+        self.resolution: Resolution = resolve_mpp(picture.stated, power=picture.power, user_mpp=mpp)
+        self.notes: list[str] = [note for note in (self.resolution.note,) if note]
 
     @property
     def mpp(self) -> float:
@@ -45,18 +86,12 @@ class Slide(Protocol):
         MissingResolutionError
             Code ``no-mpp`` or ``bad-mpp``.
         """
+        return self.resolution.require(self.path)
 
     @property
     def mpp_source(self) -> str:
         """Where `mpp` comes from: ``user``, ``openslide.mpp-x``, ``tiff-resolution``, ... or ``none``."""
-
-    @property
-    def bounds_px0(self) -> tuple[int, int, int, int] | None:
-        """x, y, width, height of the scanned part when the file states it; QuPath's origin is its corner."""
-
-    @property
-    def icc_profile(self) -> bytes | None:
-        """The colour profile that the file states for its pixels; applied only by `eosin.wsi.colour.in_srgb`."""
+        return self.resolution.source
 
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return pixels at any resolution.
@@ -80,20 +115,61 @@ class Slide(Protocol):
         CorruptSlideError
             If stored pixels cannot be decoded.
         """
+        return read_scaled(
+            self.read_level, self.downsamples, origin_px0, size_px, mpp / self.mpp, offsets_px0=self.offsets_px0
+        )
+
+    @abstractmethod
+    def read_level(self, level: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return pixels of one stored level, in that level's pixels; background outside."""
+
+    def can_shrink(self, level: int, factor: int) -> bool:
+        """Return whether the decoder delivers a level at a part of its size, which costs less than averaging."""
+        del level
+        return factor == 1
+
+    def read_shrunk(self, level: int, corner: tuple[int, int], size: tuple[int, int], factor: int) -> NDArray[np.uint8]:
+        """Return pixels of a stored level at a part of its size, in pixels of the result; see `can_shrink`."""
+        del factor
+        return self.read_level(level, corner, size)
+
+    def keep_levels(self, levels: Sequence[int]) -> None:
+        """Forget all stored levels but these, which include the finest."""
+        self.level_sizes = [self.level_sizes[level] for level in levels]
+        self.downsamples = [self.downsamples[level] for level in levels]
+        self.offsets_px0 = [self.offsets_px0[level] for level in levels]
+        self.declared = [self.declared[level] for level in levels]
 
     def facts(self) -> dict[str, Fact]:
         """Return what may be shown about the file: never label, name, date or other raw properties."""
+        return {
+            "reader": self.reader,
+            "vendor": self.picture.vendor or None,
+            "width_px0": self.size_px0[0],
+            "height_px0": self.size_px0[1],
+            "level_downsamples": [round(value, 4) for value in self.downsamples],
+            "level_residual_px0": None if self.residual_px0 is None else round(self.residual_px0, 2),
+            "mpp": self.resolution.mpp,
+            "mpp_source": self.resolution.source,
+            "mpp_note": self.resolution.note or self.resolution.refusal,
+            "objective_power": self.picture.power,
+            "colours": self.picture.colour or None,
+            "icc_profile": "none" if self.icc_profile is None else f"{len(self.icc_profile)} bytes",
+        }
 
+    @abstractmethod
     def close(self) -> None:
         """Release the file."""
 
     def __enter__(self) -> Self:
         """Return the slide."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the slide."""
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -108,18 +184,29 @@ class SlideFile:
         Names the slide's results.
     mpp : float or None
         The user's µm per level-0 pixel; None takes the file's.
+    scene, plane : int or None
+        Which picture and which focal plane of the file, counted from 1; None takes what `choose_picture` takes.
     """
 
     path: Path
     slide_id: str
     mpp: float | None = None
+    scene: int | None = None
+    plane: int | None = None
+
+    def open(self, *, mpp: float | None = None) -> Slide:
+        """Open it; see `open_slide`.
+
+        Parameters
+        ----------
+        mpp : float, optional
+            µm per level-0 pixel in place of its own, as a coordinates file states it.
+        """
+        return open_slide(self.path, mpp=self.mpp if mpp is None else mpp, scene=self.scene, plane=self.plane)
 
 
-def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
-    """Open a slide with the first reader that can.
-
-    Tiled JPEG slides are decoded directly, pictures (PNG, JPEG) are held in memory, TIFFs that OpenSlide refuses are
-    read with tifffile, all else with OpenSlide.
+def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None, plane: int | None = None) -> Slide:
+    """Open a slide with the reader for the kind of file that it is, and check its levels against each other.
 
     Parameters
     ----------
@@ -127,35 +214,41 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
         The file.
     mpp : float, optional
         µm per level-0 pixel; overrides what the file says.
+    scene : int, optional
+        Which of the slides in the file, counted from 1 as `eosin info` lists them; by default the largest.
+    plane : int, optional
+        Which focal plane, counted from 1; by default the middle one.
 
     Raises
     ------
     SlideOpenError
-        If there is no such file or no reader can open it.
+        If there is no such file, no reader takes it, it is damaged, or it holds no slide.
+    SlideError
+        Code ``bad-pyramid``, ``missing-tiles``, ``no-scene`` or ``no-plane``.
     """
-    from eosin.wsi.array_impl import open_picture  # OpenSlide is loaded only where pixels are read
-    from eosin.wsi.openslide_impl import OpenSlideReader
-    from eosin.wsi.tiff_open import open_direct, open_plain
+    from eosin.wsi.geometry import check_levels  # readers and their libraries are loaded only where pixels are read
+    from eosin.wsi.reader import open_file
 
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise SlideOpenError(path, "there is no such file", code="missing")
-    if is_picture(path):
-        return open_picture(path, mpp=mpp)
+    with open_file(path) as reader:
+        slide = reader.slide(scene=scene, plane=plane, mpp=mpp)
     try:
-        reference = OpenSlideReader(path, mpp=mpp)
-    except SlideOpenError as error:
-        if error.code != "unsupported":
-            raise
-        return open_plain(path, mpp=mpp)
-    direct = open_direct(path, reference)
-    if direct is None:
-        return reference
-    reference.close()
-    return direct
+        check_levels(slide)
+    except BaseException:
+        slide.close()
+        raise
+    return slide
 
 
-def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None) -> list[SlideFile]:
+def find_slides(
+    paths: Sequence[Path],
+    *,
+    slide_mpp: float | Path | None = None,
+    scene: int | Literal["all"] | None = None,
+    plane: int | None = None,
+) -> list[SlideFile]:
     """List the slides among files and folders.
 
     Parameters
@@ -165,6 +258,11 @@ def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None)
     slide_mpp : float or Path, optional
         µm per level-0 pixel for all, or a CSV file with the columns ``slide`` and ``mpp``
         (``slide`` is a file name or an id; slides without a row keep what their file says).
+    scene : int or "all", optional
+        Which slide of files that hold several, counted from 1; ``all`` makes each a slide of its own, whose id ends
+        with ``_scene1`` and so on. By default the largest.
+    plane : int, optional
+        Which focal plane, counted from 1; by default the middle one.
 
     Returns
     -------
@@ -181,7 +279,24 @@ def find_slides(paths: Sequence[Path], *, slide_mpp: float | Path | None = None)
     files = _expand([Path(path) for path in paths])
     ids = _unique_ids(_one_per_series(files))
     stated = _read_mpp_table(slide_mpp, ids) if isinstance(slide_mpp, Path) else dict.fromkeys(ids, slide_mpp)
-    return [SlideFile(path, slide_id, stated.get(slide_id)) for slide_id, path in sorted(ids.items())]
+    number = None if scene == "all" else scene
+    found = [SlideFile(path, slide_id, stated.get(slide_id), number, plane) for slide_id, path in sorted(ids.items())]
+    return [one for slide in found for one in _scenes(slide)] if scene == "all" else found
+
+
+def _scenes(slide: SlideFile) -> list[SlideFile]:
+    """Return each scene of a file as a slide; a file that cannot be opened stays, and fails as a slide of the run."""
+    from eosin.wsi.inventory import scenes
+    from eosin.wsi.reader import open_file
+
+    try:
+        with open_file(slide.path) as reader:
+            count = len(scenes(reader.pictures))
+    except SlideError:
+        return [slide]
+    if count < 2:
+        return [slide]
+    return [replace(slide, slide_id=f"{slide.slide_id}_scene{number}", scene=number) for number in range(1, count + 1)]
 
 
 def _expand(paths: Iterable[Path]) -> list[Path]:

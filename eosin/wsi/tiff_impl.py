@@ -1,253 +1,289 @@
-"""Pixels of slides in TIFF files, decoded without OpenSlide in between: each stored tile once, in the caller's threads.
+"""TIFF slides, read without OpenSlide: SVS, OME-TIFF, Philips, QPTIFF and generic ones, of every compression."""
 
-Between two stored levels the JPEG decoder can deliver 1/2, 1/4 and 1/8 of the size at a fraction of the cost. These
-scaled decodings act as further levels. Against decode-then-average they differ by less than 0.5 grey levels in the
-mean on real slides (docs/slides.md, measured by a test); they are exact in position.
-"""
-
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+import logging
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any
 
+import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image
 
-from eosin.errors import CorruptSlideError
-from eosin.wsi.cache import SegmentCache
-from eosin.wsi.pixels import WHITE, ReadLevel, is_native, read_scaled
-from eosin.wsi.resolution import Resolution
-from eosin.wsi.segments import MAX_STORED_BYTES, DecodeError, Level, decode_segment
+from eosin.errors import EosinError, SlideOpenError
+from eosin.wsi.directory import EXTRA_SAMPLES, ICC_PROFILE, ORIENTATION, read_directories
+from eosin.wsi.inventory import Picture
+from eosin.wsi.jpeg import DecodeError, decode_shrunk, decode_whole
+from eosin.wsi.pixels import WHITE, flatten, to_8_bit, turns, ycbcr_to_rgb
+from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.segments import Bytes, Level, Segments, without_padding
+from eosin.wsi.tiff_inventory import (
+    APERIO_YCBCR,
+    DECODES_TO_RGB,
+    JPEG,
+    YCBCR,
+    Channels,
+    Stack,
+    list_stacks,
+    vendor_of,
+)  # fmt: skip
+from eosin.wsi.tiled import TiledSlide
 
-CACHE_BYTES = (16 * 2**20, 128 * 2**20)
-MANY_SEGMENTS = 32
-SEGMENT_RUN = 16
-MAX_THREADS = 4
-SHRINKS = (2, 4, 8)
-Facts = dict[str, str | int | float | list[int] | list[float] | None]
+MAGIC = (b"II\x2a\0", b"MM\0\x2a", b"II\x2b\0", b"MM\0\x2b")
+OPENSLIDES = ("hamamatsu", "leica", "trestle", "ventana")
+DAMAGE = (  # what decoders raise on damaged files
+    tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
+    OverflowError, ZeroDivisionError, SyntaxError, struct.error,
+)  # fmt: skip
 
 
-class TiffReader:
-    """A slide read segment by segment; implements `eosin.wsi.slide.Slide`. Made by `open_direct` and `open_plain`.
+@READERS.register
+class TiffReader(Reader):
+    """TIFF files, save those whose vendors put pictures together from overlapping parts, which OpenSlide knows."""
+
+    name = "direct TIFF"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with path.open("rb") as file:
+                chain = read_directories(file)
+            self._stacks = list_stacks(chain)
+        except DAMAGE as error:
+            if isinstance(error, EosinError):
+                raise
+            raise SlideOpenError(path, f"the TIFF is damaged: {error}") from error
+        self.pictures = [stack.picture for stack in self._stacks]
+
+    @classmethod
+    def takes(cls, path: Path, head: bytes) -> bool:
+        """Return whether a file is a TIFF of a kind that is read here."""
+        if not head.startswith(MAGIC):
+            return False
+        try:
+            with path.open("rb") as file:
+                chain = read_directories(file)
+        except (OSError, ValueError):
+            return True  # reading it will say what is wrong
+        vendor = vendor_of(chain)
+        # JPEG 2000 whose colours have half the resolution, which only OpenSlide puts together
+        subsampled = vendor == "aperio" and chain[0].compression == APERIO_YCBCR
+        return vendor not in OPENSLIDES and not subsampled
+
+    def open(self, picture: Picture, plane: int, mpp: float | None) -> TiledSlide:
+        """Open a picture; see `Reader.open`."""
+        stack = next(stack for stack in self._stacks if stack.picture is picture)
+        data, pages = Bytes(self.path), Pages(self.path)
+        try:
+            return self._open(stack, plane, mpp, data, pages)
+        except DAMAGE as error:
+            data.close()
+            pages.close()
+            if isinstance(error, EosinError):
+                raise
+            raise SlideOpenError(self.path, f"the TIFF is damaged: {error}") from error
+
+    def _open(self, stack: Stack, plane: int, mpp: float | None, data: Bytes, pages: "Pages") -> TiledSlide:
+        first = stack.planes[plane][0][0]
+        orientation = first.number(ORIENTATION, 1)
+        orientation = orientation if 1 <= orientation <= 8 else 1
+        picture = _turned(stack.picture) if turns(orientation) else stack.picture
+        profile = first.fields.get(ICC_PROFILE)
+        slide = TiledSlide(
+            self.path, picture, _levels(stack, plane, data, pages), reader=self.name, files=(data, pages),
+            orientation=orientation, sparse=stack.sparse, icc_profile=bytes(profile) if profile is not None else None,
+            mpp=mpp,
+        )  # fmt: skip
+        slide.declared = list(stack.declared)
+        return slide
+
+
+def _turned(picture: Picture) -> Picture:
+    return replace(picture, sizes_px=tuple((height, width) for width, height in picture.sizes_px))
+
+
+def _levels(stack: Stack, plane: int, data: Bytes, pages: "Pages") -> list[Level]:
+    return [
+        _level(number, channels, TiffSegments(data, pages, channels, stack.top))
+        for number, channels in enumerate(stack.planes[plane])
+    ]
+
+
+def _level(number: int, channels: Channels, segments: "TiffSegments") -> Level:
+    page = channels[0]
+    size, piece = page.size_px, page.segment_px
+    if 0 in piece:
+        raise ValueError(f"it states stored pieces of {piece[0]} x {piece[1]} px")
+    for channel in channels:
+        n_offsets, n_counts = len(channel.dataoffsets), len(channel.databytecounts)
+        if n_offsets != n_counts:
+            raise ValueError(f"it states {n_offsets} places and {n_counts} sizes of stored pieces")
+        needed = segments.per_plane * (page.samplesperpixel if page.planarconfig == 2 else 1)
+        if n_counts < needed:  # a piece that is missing on purpose has an entry of no bytes
+            raise ValueError(f"it lists {n_counts} of the {needed} stored pieces of {size[0]} x {size[1]} px")
+    return Level(segments, number, size, piece)
+
+
+class Pages:
+    """Directories as tifffile reads them, for its decoders; opened when the first is asked for.
 
     Parameters
     ----------
     path : Path
-        The file.
-    levels : sequence of Level
-        Stored levels, finest first.
-    resolution : Resolution
-        Outcome of the mpp policy.
-    background : tuple of int
-        RGB of missing pixels.
-    bounds_px0 : tuple of int or None
-        Scanned part.
-    icc_profile : bytes or None
-        Colour profile of the pixels.
-    facts : mapping
-        What may be shown about the file, without the reader.
-    tiff : TiffFile, optional
-        The same file as tifffile has it open; closed with the reader.
+        The TIFF.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        levels: Sequence[Level],
-        resolution: Resolution,
-        *,
-        background: tuple[int, int, int] = WHITE,
-        bounds_px0: tuple[int, int, int, int] | None = None,
-        icc_profile: bytes | None = None,
-        facts: Facts,
-        tiff: tifffile.TiffFile | None = None,
-    ) -> None:
-        self.path = path
-        self.size_px0: tuple[int, int] = levels[0].size_px
-        self.bounds_px0 = bounds_px0
-        self.icc_profile = icc_profile
-        self._tiff = tiff
-        self._file: BinaryIO = path.open("rb")
-        self._file_lock = Lock()
-        self._levels = sorted(_with_shrunk(levels), key=lambda level: (level.downsample, -level.shrink))
-        self._resolution = resolution
-        self._background = background
-        self._facts = facts
-        self._cache = SegmentCache(_cache_bytes(levels[0]))
-        self._plan = lru_cache(maxsize=8)(self._plan_reading)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tiff: tifffile.TiffFile | None = None
+        self._lock = Lock()
 
-    @property
-    def mpp(self) -> float:
-        """µm per level-0 pixel."""
-        return self._resolution.require(self.path)
-
-    @property
-    def mpp_source(self) -> str:
-        """Where `mpp` comes from."""
-        return self._resolution.source
-
-    def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
-        """Return (h, w, 3) RGB at any mpp; see `eosin.wsi.slide.Slide.read`."""
-        downsample = mpp / self.mpp
-        read_level, downsamples = self._plan(downsample, max(size_px))
-        return read_scaled(read_level, downsamples, origin_px0, size_px, downsample)
-
-    def _plan_reading(self, downsample: float, longest_px: int) -> tuple[ReadLevel, list[float]]:
-        """Choose the levels that may serve a request; the same for every tile of a grid."""
-        levels = [level for level in self._levels if _serves(level, downsample, longest_px)]
-
-        def read_level(number: int, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
-            return self._read_level(levels[number], corner, size)
-
-        return read_level, [level.downsample for level in levels]
-
-    def _read_level(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return pixels of one level, in that level's pixels; background outside."""
-        (left, top), (width, height) = corner, size
-        whole = self._within_segment(level, corner, size)
-        if whole is not None:
-            return whole
-        result = np.empty((height, width, 3), np.uint8)
-        right, bottom = min(left + width, level.size_px[0]), min(top + height, level.size_px[1])
-        if left < 0 or top < 0 or right < left + width or bottom < top + height:
-            result[:] = self._background
-        segment_w, segment_h = level.segment_px
-        places = [
-            (column, row)
-            for row in range(max(top, 0) // segment_h, -(-bottom // segment_h))
-            for column in range(max(left, 0) // segment_w, -(-right // segment_w))
-        ]
-        if len(places) < MANY_SEGMENTS:
-            for place in places:
-                self._paste(result, level, (left, top), place, self._segment)
-        else:  # more than is worth keeping
-            _in_threads(partial(self._paste, result, level, (left, top), segment_of=self._decoded), places)
-        return result
-
-    def _within_segment(self, level: Level, corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8] | None:
-        """Return a region that lies in one stored segment without copying it, as tiles on the file's lattice do."""
-        (left, top), (width, height), (segment_w, segment_h) = corner, size, level.segment_px
-        if left < 0 or top < 0 or left + width > level.size_px[0] or top + height > level.size_px[1]:
-            return None
-        x, y = left % segment_w, top % segment_h
-        if x + width > segment_w or y + height > segment_h:
-            return None
-        segment = self._segment(level, (top // segment_h) * level.across + left // segment_w)
-        if segment is None:
-            return None
-        region = segment[y : y + height, x : x + width]
-        region.flags.writeable = False  # the cache holds it, too
-        return region
-
-    def _paste(
-        self,
-        result: NDArray[np.uint8],
-        level: Level,
-        corner: tuple[int, int],
-        place: tuple[int, int],
-        segment_of: Callable[[Level, int], NDArray[np.uint8] | None],
-    ) -> None:
-        """Copy the part of a segment that lies in the result."""
-        (left, top), (segment_w, segment_h) = corner, level.segment_px
-        x, y = place[0] * segment_w - left, place[1] * segment_h - top  # the segment's corner in the result
-        right = min(x + segment_w, result.shape[1], level.size_px[0] - left)
-        bottom = min(y + segment_h, result.shape[0], level.size_px[1] - top)
-        x0, y0 = max(x, 0), max(y, 0)
-        segment = segment_of(level, place[1] * level.across + place[0])
-        target = result[y0:bottom, x0:right]
-        target[:] = self._background if segment is None else segment[y0 - y : bottom - y, x0 - x : right - x]
-
-    def _decoded(self, level: Level, index: int) -> NDArray[np.uint8] | None:
-        return self._decode(level, index) if level.has(index) else None
-
-    def _segment(self, level: Level, index: int) -> NDArray[np.uint8] | None:
-        if not level.has(index):
-            return None
-        return self._cache.get((level.number, level.shrink, index), lambda: self._decode(level, index))
-
-    def _decode(self, level: Level, index: int) -> NDArray[np.uint8]:
-        x, y = (index % level.across) * level.segment_px[0], (index // level.across) * level.segment_px[1]
-        try:
-            pixels = decode_segment(level, index, self._stored_bytes(level, index))
-            needed = [min(level.segment_px[axis], level.size_px[axis] - (x, y)[axis]) for axis in (1, 0)]
-            if pixels.shape[0] < needed[0] or pixels.shape[1] < needed[1]:
-                raise DecodeError(f"it is only {pixels.shape[1]} x {pixels.shape[0]} px")
-            return pixels
-        except (DecodeError, OSError) as error:
-            place = ", ".join(str(round(value * level.downsample)) for value in (x, y))
-            raise CorruptSlideError(
-                self.path, f"stored pixels cannot be decoded (segment {index} at level-0 ({place})): {error}"
-            ) from error
-
-    def _stored_bytes(self, level: Level, index: int) -> bytes:
-        offset, count = int(level.places.offsets[index]), int(level.places.counts[index])
-        if not (0 <= count <= MAX_STORED_BYTES and offset >= 0):
-            raise DecodeError(f"{count} bytes at {offset} are stated for it")
-        with self._file_lock:
-            self._file.seek(offset)
-            data = self._file.read(count)
-        if len(data) != count:
-            raise DecodeError("the file ends before it")
-        return data
-
-    def facts(self) -> Facts:
-        """Return what may be shown about the slide."""
-        return {"reader": "direct TIFF", **self._facts}
+    def page(self, place: int) -> Any:
+        """Return the page whose directory lies at a place in the file."""
+        with self._lock, _silent_tifffile():
+            if self._tiff is None:
+                self._tiff = tifffile.TiffFile(self._path)
+            self._tiff.filehandle.seek(place)
+            page = tifffile.TiffPage(self._tiff, index=0)
+            page.decode  # noqa: B018 - is made on first use, which is not safe in threads
+            return page
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         if self._tiff is not None:
             self._tiff.close()
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
-def _in_threads(paste: Callable[[tuple[int, int]], None], places: Sequence[tuple[int, int]]) -> None:
-    """Decode many segments, a run of them in each thread's turn; the decoders release the interpreter's lock."""
-    runs = [places[start : start + SEGMENT_RUN] for start in range(0, len(places), SEGMENT_RUN)]
+@contextmanager
+def _silent_tifffile() -> Iterator[None]:
+    """Keep tifffile from logging what becomes an error here."""
+    log = logging.getLogger("tifffile")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
-    def paste_run(run: Sequence[tuple[int, int]]) -> None:
-        for place in run:
-            paste(place)
 
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="segments") as pool:
+class TiffSegments(Segments):
+    """Tiles or strips of a directory, or of three that hold red, green and blue.
+
+    Parameters
+    ----------
+    data : Bytes
+        The file.
+    pages : Pages
+        The same file.
+    channels : tuple of Directory
+        One, or one for each colour.
+    top : int
+        Largest value of a pixel.
+    """
+
+    def __init__(self, data: Bytes, pages: Pages, channels: Channels, top: int) -> None:
+        self._data = data
+        self._pages = pages
+        self._channels = channels
+        self._top = top
+        page = channels[0]
+        self._page = page
+        self._size, self._piece = page.size_px, page.segment_px
+        chunky = len(channels) == 1 and page.planarconfig != 2
+        self._is_jpeg = page.compression == JPEG and chunky and page.samplesperpixel == 3 and page.bitspersample == 8
+        self.shrinks = self._is_jpeg and page.is_tiled
+        self._stated = page.photometric == YCBCR
+
+    @property
+    def per_plane(self) -> int:
+        """How many pieces hold one colour, or all colours of a picture whose colours lie together."""
+        across, down = (-(-side // piece) for side, piece in zip(self._size, self._piece, strict=True))
+        return across * down
+
+    @cached_property
+    def _places(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Offsets and sizes per channel; tables of 100,000 entries take their time and are made when needed."""
+        return [
+            (np.asarray(channel.dataoffsets, np.int64), np.asarray(channel.databytecounts, np.int64))
+            for channel in self._channels
+        ]
+
+    @cached_property
+    def _decoders(self) -> list[Any]:
+        return [self._pages.page(channel.place) for channel in self._channels]
+
+    def has(self, index: int) -> bool:
+        """Return whether a piece is stored; see `Segments.has`."""
+        offsets, counts = self._places[0]
+        return index < len(counts) and bool(counts[index] and offsets[index])
+
+    def missing(self) -> float:
+        """Return the share of pieces that are not stored."""
+        offsets, counts = self._places[0]
+        needed = self.per_plane
+        return float(np.mean((offsets[:needed] == 0) | (counts[:needed] == 0)))
+
+    def decode(self, index: int, shrink: int) -> NDArray[np.uint8]:
+        """Return the pixels of a piece; see `Segments.decode`."""
         try:
-            for _ in pool.map(paste_run, runs):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            if self._is_jpeg:
+                return self._decode_jpeg(index, shrink)
+            pieces = [
+                self._decode_piece(channel, index + plane * self.per_plane)
+                for channel in range(len(self._channels))
+                for plane in range(self._page.samplesperpixel if self._page.planarconfig == 2 else 1)
+            ]
+            return self._finish(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1))
+        except (ValueError, RuntimeError, KeyError, TypeError, IndexError, SyntaxError, struct.error) as error:
+            raise DecodeError(str(error) or type(error).__name__) from error
 
+    def _stored(self, channel: int, index: int) -> bytes:
+        offsets, counts = self._places[channel]
+        return self._data.read(int(offsets[index]), int(counts[index]))
 
-def _cache_bytes(level: Level) -> int:
-    """Return room for three rows of segments, within bounds: tiles come row by row and share segments with the next."""
-    row = 3 * level.across * level.segment_px[0] * level.segment_px[1]
-    return int(np.clip(3 * row, *CACHE_BYTES))
+    def _decode_jpeg(self, index: int, shrink: int) -> NDArray[np.uint8]:
+        data, tables = self._stored(0, index), self._page.jpegtables
+        width, height = self._piece
+        row, column = divmod(index, -(-self._size[0] // width))
+        if not self._page.is_tiled:
+            height = min(height, self._size[1] - row * height)
+        if shrink == 1:
+            return decode_whole(data, (width, height), tables=tables, stated=self._stated)
+        size = (width // shrink, height // shrink)
+        pixels = decode_shrunk(data, size, shrink, tables=tables, stated=self._stated)
+        whole = [self._size[axis] // shrink - (column, row)[axis] * size[axis] for axis in (0, 1)]
+        return without_padding(pixels, (whole[0], whole[1]))
 
+    def _decode_piece(self, channel: int, index: int) -> NDArray[Any]:
+        data, page = self._stored(channel, index), self._channels[channel]
+        if page.compression == JPEG:
+            grey = imagecodecs.jpeg8_decode(data, tables=page.jpegtables)
+            return np.asarray(grey if grey.ndim == 3 else grey[..., None])
+        decoded, _, _ = self._decoders[channel].decode(data, index, jpegtables=page.jpegtables)
+        if decoded is None:
+            raise DecodeError("it is empty")
+        return np.asarray(decoded[0])
 
-def _serves(level: Level, downsample: float, longest_px: int) -> bool:
-    """Scaled decodings are used as they are, or averaged further when they are at least twice as fine as wanted."""
-    ratio = downsample / level.downsample
-    return level.shrink == 1 or ratio >= 2 or is_native(ratio, longest_px)
+    def _finish(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return 8-bit RGB of what a decoder delivers."""
+        if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4) or pixels.dtype not in (np.uint8, np.uint16):
+            raise DecodeError(f"it is not RGB but {pixels.dtype} of shape {pixels.shape}")
+        rgb = to_8_bit(pixels, self._top)
+        if rgb.shape[-1] == 4:
+            return self._without_alpha(rgb)
+        plain = self._stated and self._page.compression not in DECODES_TO_RGB
+        return ycbcr_to_rgb(rgb) if plain else rgb
 
-
-def _with_shrunk(levels: Sequence[Level]) -> Iterator[Level]:
-    for number, level in enumerate(levels):
-        yield level
-        following = levels[number + 1].downsample if number + 1 < len(levels) else float("inf")
-        for factor in SHRINKS:
-            divides = all(side % factor == 0 for side in level.segment_px)
-            if level.is_jpeg and divides and level.downsample * factor < 0.97 * following:
-                yield level.shrunk(factor)
+    def _without_alpha(self, rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        kind = self._page.number(EXTRA_SAMPLES, 0)
+        if kind == 0:  # not said to be alpha
+            return np.ascontiguousarray(rgba[..., :3])
+        if kind == 2:
+            return flatten(Image.fromarray(rgba, "RGBA"), WHITE)
+        colours, alpha = rgba[..., :3].astype(np.int16), rgba[..., 3:].astype(np.int16)
+        return np.asarray(np.minimum(colours + 255 - alpha, 255), np.uint8)  # multiplied with alpha already

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.tiled import TiledSlide
 
 from .conftest import Run
 
@@ -20,12 +20,12 @@ def test_a_fit_machine_ends_with_0(run: Run, tmp_path: Path) -> None:
 
 
 def test_wrong_pixels_are_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = OpenSlideReader.read
+    read = TiledSlide.read
 
-    def shifted(self: OpenSlideReader, origin: tuple[int, int], size: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
+    def shifted(self: TiledSlide, origin: tuple[int, int], size: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         return np.roll(read(self, origin, size, mpp), 1, axis=1)
 
-    monkeypatch.setattr(OpenSlideReader, "read", shifted)
+    monkeypatch.setattr(TiledSlide, "read", shifted)
     result = run("doctor")
     assert result.exit_code == 3
     assert "wrong pixels" in result.stdout

@@ -4,14 +4,14 @@ import pytest
 import tifffile
 
 from eosin.errors import CorruptSlideError, MissingResolutionError
-from eosin.wsi.openslide_impl import OpenSlideReader
+from eosin.wsi.openslide_impl import OpenSlideSlide
 
 
 def test_pixels_mpp_and_facts(write_slide, tissue_picture):
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture, mpp=0.25, levels=(4,))) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture, mpp=0.25, levels=(4,))) as slide:
         assert slide.size_px0 == (1600, 1200)
         assert slide.mpp == pytest.approx(0.25, rel=1e-4)
-        assert slide.mpp_source == "tiff-resolution"
+        assert slide.mpp_source == "openslide.mpp-x"
         assert slide.bounds_px0 is None
         found = slide.read((300, 200), (256, 128), slide.mpp)
         assert slide.facts()["level_downsamples"] == [1.0, 4.0]
@@ -19,7 +19,7 @@ def test_pixels_mpp_and_facts(write_slide, tissue_picture):
 
 
 def test_coarser_pixels_come_from_the_level_that_has_them(write_slide, tissue_picture):
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture, mpp=0.25, levels=(4,))) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture, mpp=0.25, levels=(4,))) as slide:
         found = slide.read((400, 400), (100, 100), 1.0)
         half = slide.read((400, 400), (100, 100), 0.5)
     cells = tissue_picture[400:800, 400:800].reshape(100, 4, 100, 4, 3).mean(axis=(1, 3))
@@ -29,7 +29,7 @@ def test_coarser_pixels_come_from_the_level_that_has_them(write_slide, tissue_pi
 
 
 def test_outside_the_slide_is_background(write_slide, tissue_picture):
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture)) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture)) as slide:
         found = slide.read((-10, 1190), (20, 20), slide.mpp)
     assert (found[:, :10] == 255).all()
     assert (found[10:] == 255).all()
@@ -37,13 +37,13 @@ def test_outside_the_slide_is_background(write_slide, tissue_picture):
 
 
 def test_the_users_mpp_scales_reads(write_slide, tissue_picture):
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture, mpp=None), mpp=0.25) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture, mpp=None), mpp=0.25) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.25, "user")
         assert slide.read((0, 0), (10, 10), 0.5).shape == (10, 10, 3)
 
 
 def test_without_mpp_reading_is_refused(write_slide, tissue_picture):
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture, mpp=None)) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture, mpp=None)) as slide:
         assert slide.facts()["mpp"] is None
         with pytest.raises(MissingResolutionError, match="--slide-mpp"):
             slide.read((0, 0), (10, 10), 0.5)
@@ -56,7 +56,7 @@ def test_missing_tiles_are_background(write_slide, tissue_picture):
         counts[0] = offsets[0] = 0
         tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
         tiff.pages[0].tags["TileOffsets"].overwrite(offsets)
-    with OpenSlideReader(path) as slide:
+    with OpenSlideSlide(path) as slide:
         found = slide.read((0, 0), (300, 300), slide.mpp)
     assert (found[:256, :256] == 255).all()
     assert np.array_equal(found[:256, 256:], tissue_picture[:256, 256:300])
@@ -69,7 +69,7 @@ def test_damaged_pixels_are_an_error_with_their_place_and_the_rest_stays_readabl
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 64)
-    with OpenSlideReader(path) as slide:
+    with OpenSlideSlide(path) as slide:
         for _ in range(2):
             with pytest.raises(CorruptSlideError, match=r"level 0, 64 x 64 px at level-0 \(10, 20\)") as caught:
                 slide.read((10, 20), (64, 64), slide.mpp)
@@ -80,7 +80,7 @@ def test_damaged_pixels_are_an_error_with_their_place_and_the_rest_stays_readabl
 
 def test_facts_tell_nothing_private(write_slide, tissue_picture):
     path = write_slide("a.tiff", tissue_picture, description="Jane Doe 1970-01-01")
-    with OpenSlideReader(path) as slide:
+    with OpenSlideSlide(path) as slide:
         assert "Jane" in slide._handle.properties["openslide.comment"]
         assert "Jane" not in str(slide.facts())
 
@@ -90,6 +90,6 @@ def test_associated_images_are_never_read(write_slide, tissue_picture, monkeypat
         raise AssertionError("label and macro images must not be touched")
 
     monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(refuse))
-    with OpenSlideReader(write_slide("a.tiff", tissue_picture)) as slide:
+    with OpenSlideSlide(write_slide("a.tiff", tissue_picture)) as slide:
         slide.read((0, 0), (10, 10), slide.mpp)
         slide.facts()

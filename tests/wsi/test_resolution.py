@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from eosin.errors import MissingResolutionError
-from eosin.wsi.resolution import StatedMpp, resolve_mpp
+from eosin.wsi.resolution import StatedMpp, resolve_mpp, to_um
 
 
 def stated(x: float, y: float | None = None) -> list[StatedMpp]:
@@ -16,8 +16,29 @@ def test_the_user_overrides_the_file():
 
 
 def test_the_best_source_counts_and_is_named():
-    resolution = resolve_mpp([*stated(0.5), StatedMpp("tiff-resolution", 9, 9)], power=20)
+    resolution = resolve_mpp([*stated(0.5), StatedMpp("tiff-resolution", 0.505, 0.505)], power=20)
     assert (resolution.mpp, resolution.source, resolution.note) == (0.5, "openslide.mpp-x", "")
+
+
+@pytest.mark.parametrize(("other", "reported"), [(0.509, False), (0.511, True), (9.0, True), (352.8, False)])
+@pytest.mark.parametrize("user", [None, 0.5])
+def test_sources_that_differ_by_more_than_2_percent_are_reported_unless_no_microscope_has_them(other, reported, user):
+    resolution = resolve_mpp([*stated(0.5), StatedMpp("tiff-resolution", other, other)], power=None, user_mpp=user)
+    assert ("its tiff-resolution says" in resolution.note) == reported
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "um"),
+    [
+        (250, "nm", 0.25), (0.25, "\u00b5m", 0.25), (0.25, "\u03bcm", 0.25), (0.25, "um", 0.25), (2.5e-4, "mm", 0.25),
+        (2500, "\u00c5", 0.25), (2500, "\u212b", 0.25), (2.5e-5, "cm", 0.25), (2.5e-7, "m", 0.25), (1e-5, "in", 0.254),
+        (0.01, "thou", 0.254), (1, "pt", 25400 / 72), (0.25, "microns", 0.25), (0.25, r"\u00B5m", 0.25),
+        (250000, "pm", 0.25), (1, "pixel", None), (1, "reference frame", None), (0, "um", None), (None, "um", None),
+        (1, "Mm", 1e12), (float("nan"), "um", None),
+    ],
+)  # fmt: skip
+def test_lengths_of_every_unit(value, unit, um):
+    assert to_um(value, unit) == (None if um is None else pytest.approx(um))
 
 
 def test_the_mean_of_both_axes_is_taken():
