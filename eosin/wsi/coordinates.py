@@ -29,8 +29,8 @@ from eosin.wsi.quality import SCORES, TileQuality
 ENCODING_TYPE = "eosin.coords"
 ENCODING_VERSION = "1"
 QUALITY_TYPE = "eosin.quality"
-QUALITY_VERSION = "2"
-READABLE_QUALITY = ("1", QUALITY_VERSION)  # 1 saw folds and ink at 8 µm/px on large slides, too
+QUALITY_VERSION = "3"
+READABLE_QUALITY = ("1", "2", QUALITY_VERSION)  # 1 saw folds and ink at 8 µm/px on large slides, too; 2 missed pale ink
 MAX_ROWS = 10_000_000
 HDF5 = b"\x89HDF\r\n\x1a\n"
 LIBVER = ("v110", "v110")  # checksums the file's own structures

@@ -24,7 +24,7 @@ from eosin.wsi.picture import draw_outline, write_jpeg
 from eosin.wsi.quality import QualityLimits, TileQuality
 from eosin.wsi.scoring import score_tiles
 from eosin.wsi.slide import Slide, SlideFile
-from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
+from eosin.wsi.tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +265,7 @@ class TilePlan:
             self.tissue_of(slide).to_json(),
             repr(slide.mpp),
             repr((slide.scene, slide.plane)) if slide.scene or slide.plane else "",
+            TISSUE_VERSION,
             QUALITY_VERSION,
             self.quality.to_json(),
             hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",

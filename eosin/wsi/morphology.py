@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from eosin.wsi.pieces import find_pieces
 
 Mask = NDArray[np.bool_]
+Counts = NDArray[np.unsignedinteger[Any]]
 SMALL_RADIUS = 3.0
 LARGE_RADIUS = 12.0
 MANY_PIECES = 200
@@ -34,28 +35,9 @@ def grow(mask: Mask, radius: float) -> Mask:
     return grown
 
 
-def slide_extremes(plane: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return minimum and maximum of every whole window of `side` x `side` cells; smaller by ``side - 1`` each way."""
-    low = high = plane
-    for axis in (0, 1):
-        low, high = _slide(low, side, axis, np.minimum), _slide(high, side, axis, np.maximum)
-    return low, high
-
-
-def _slide(plane: NDArray[np.uint8], side: int, axis: int, pick: np.ufunc) -> NDArray[np.uint8]:
-    def cut(start: int, length: int) -> NDArray[np.uint8]:
-        return plane[start : start + length] if axis == 0 else plane[:, start : start + length]
-
-    span = 1
-    while span < side:
-        shift = min(span, side - span)
-        length = plane.shape[axis] - shift
-        plane = pick(cut(0, length), cut(shift, length))
-        span += shift
-    return plane
-
-
-def window_sums(plane: NDArray[np.uint8], side: int, *, most: int = 255) -> NDArray[np.unsignedinteger[Any]]:
+def window_sums(
+    plane: NDArray[np.unsignedinteger[Any]], side: int, *, most: int = 255
+) -> NDArray[np.unsignedinteger[Any]]:
     """Return the sums of `side` x `side` cells around each cell; beyond the edge the picture is mirrored.
 
     `most` is the largest value of a cell: sums are kept in as few bits as it allows.

@@ -12,19 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.wsi.ink import INK_VARIATION, PEN_MIN_UM2, find_even, variation
 from eosin.wsi.morphology import Mask, drop_small, fill_holes, find_windows, grow, window_of
 from eosin.wsi.pieces import find_pieces
 from eosin.wsi.slide import Slide
-from eosin.wsi.stain import (
-    INK_VARIATION,
-    PEN_MIN_UM2,
-    darkest_of,
-    find_even,
-    is_stained,
-    lightest_of,
-    to_light,
-    variation,
-)
+from eosin.wsi.stain import bends_of, darkest_of, is_stained, lightest_of, to_light
 
 FACTOR = 2
 BLOCK_CELLS = 64  # coarse; 256 stored pixels of 4 µm
@@ -97,7 +89,7 @@ class Closer:
 
 @dataclass(frozen=True, eq=False)
 class FinerGrain:
-    """The grain of a coarse picture, seen in the finer pixels beneath it; implements `eosin.wsi.stain.Grain`.
+    """The grain of a coarse picture, seen in the finer pixels beneath it; implements `eosin.wsi.ink.Grain`.
 
     Attributes
     ----------
@@ -105,24 +97,28 @@ class FinerGrain:
         Reads them.
     darkest : (h, w) uint8
         A window of the coarse picture.
+    bends : (h, w) uint16
+        Its bends.
     origin : tuple of int
         First row and column of the window.
     """
 
     closer: Closer
     darkest: NDArray[np.uint8]
+    bends: NDArray[np.uint16]
     origin: tuple[int, int]
 
     def where_even(self) -> Mask:
         """Return where density is high and even: what looks so from afar is read."""
         mpp = FACTOR * self.closer.mpp
         even: Mask = np.zeros(self.darkest.shape, bool)
-        perhaps = drop_small(find_even(self.darkest, mpp), PEN_MIN_UM2 / mpp**2, keep_largest=False)
+        perhaps = drop_small(find_even(self.darkest, self.bends, side=1), PEN_MIN_UM2 / mpp**2, keep_largest=False)
         for window in find_windows(perhaps, MARGIN_CELLS):
             height, width = self.darkest.shape
             rows, columns = window
             place = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
-            found = find_even(self.closer.darkest(self.closer.finer(place, self.origin)), self.closer.mpp)
+            darkest = self.closer.darkest(self.closer.finer(place, self.origin))
+            found = find_even(darkest, bends_of(darkest))
             even[place] |= found[::2, ::2] | found[1::2, ::2] | found[::2, 1::2] | found[1::2, 1::2]
         return even
 

@@ -1,16 +1,16 @@
-"""Colours of a bright-field overview: glass, stain, marker ink.
+"""Colours of a bright-field overview: glass and stain.
 
-scipy is loaded by the functions that need it: it takes as long as five slides, and most slides have nothing like ink.
+Two things set tissue apart. It is stained: it absorbs one channel more than another. And it has grain: nuclei, fibres
+and gaps make neighbouring cells differ, while glass varies by no more than the noise of the camera, be it clear, tinted
+by spilt eosin, yellow with glue or in a shadow.
 """
 
 import math
-from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eosin.wsi.morphology import Mask, drop_small, find_windows, grow, slide_extremes, window_means
+from eosin.wsi.morphology import Mask, grow, window_sums
 
 DARK_LEVEL = 60
 BRIGHT_LEVEL = 140
@@ -19,17 +19,14 @@ SAMPLE_PX = 50_000
 GLASS_MIN_SHARE = 0.003
 GLASS_LEVELS = (120, 255)
 DEFAULT_GLASS = (245.0, 245.0, 245.0)
-PEN_SHARE_LIMIT = 0.67
-PEN_MIN_UM2 = 10_000.0
-PEN_GROW_UM = 24.0
-PEN_MIN_DENSITY = 0.3
-RIM_UM = 40.0
-PEN_REACH_UM = 2 * (PEN_GROW_UM + RIM_UM)
-ON_GLASS_SHARE = 0.6
-FLAT_UM = 40.0
-FLAT_MAX_MPP = 12.0
-FLAT_VARIATION = 0.02
-INK_VARIATION = 0.06
+PALE_DENSITY = 0.15
+SHADOW_DENSITY = 0.4
+SHADOW_COLOUR = 0.3
+GRAIN_SIDE = 5
+CLEAR_SHARE = 0.1  # of what looks like glass the most may be the palest tissue
+GRAIN_RATIO = 2.8  # between the clearest tenth of the windows and nearly all
+BEND_OF_GLASS = (5.0, 12.0)  # levels; between no noise at all and more than a picture of 8 µm per pixel has
+MAX_BEND = 2 * 255
 
 Planes = NDArray[np.uint8]  # (3, h, w): light of red, green and blue, 255 as bright as glass
 Density = NDArray[np.float32]  # (3, n): optical density of red, green and blue
@@ -181,7 +178,9 @@ def _otsu(counts: NDArray[np.float64], values: NDArray[np.float64]) -> float:
     return float(values[np.argmax(between)])
 
 
-def is_stained(darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshold: float) -> Mask:
+def is_stained(
+    darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshold: float, *, colour: float = 0.0
+) -> Mask:
     """Return where the optical density of two channels differs by more than a threshold.
 
     Parameters
@@ -190,188 +189,51 @@ def is_stained(darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], threshol
         From `darkest_of` and `lightest_of`.
     threshold : float
         Difference of optical density.
+    colour : float
+        Share of the stronger density that the difference has to be, too: what is grey has less.
     """
-    limits = (np.arange(256) + 1) * 10.0**-threshold - 1
+    weaker = DENSITY_OF_LIGHT.astype(np.float64)
+    limits = 256 * 10.0 ** -np.maximum(weaker + threshold, weaker / (1 - colour)) - 1
     table = np.ceil(limits).clip(0, 255).astype(np.uint8)  # the darkest channel must be below
     return np.asarray(darkest < look_up(table, lightest))
 
 
-class Grain(Protocol):
-    """How much a picture varies from cell to cell, at 12 µm per cell or finer."""
+def bends_of(plane: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Return how much the light bends at each cell, in levels, (h, w): its second differences along row and column.
 
-    def where_even(self) -> Mask:
-        """Return where density is high and even over 40 µm, which tissue with its nuclei is not."""
-
-    def is_even(self, ink: Mask) -> bool:
-        """Return whether what may be ink varies as little from cell to cell as ink does and tissue does not."""
-
-
-class OwnGrain:
-    """The grain of the picture itself.
-
-    Parameters
-    ----------
-    darkest : (h, w) uint8
-        From `darkest_of`.
-    mpp : float
-        µm per pixel.
+    A slope counts for nothing: shadows and washed-out stain are slopes.
     """
-
-    def __init__(self, darkest: NDArray[np.uint8], mpp: float) -> None:
-        self._darkest = darkest
-        self._mpp = mpp
-
-    def where_even(self) -> Mask:
-        """Return where density is high and even; nowhere on pictures that are too coarse to tell."""
-        if self._mpp > FLAT_MAX_MPP:
-            return np.zeros(self._darkest.shape, bool)
-        return find_even(self._darkest, self._mpp)
-
-    def is_even(self, ink: Mask) -> bool:
-        """Return whether most of what may be ink is even."""
-        rows, columns = (slice(found.min(), found.max() + 1) for found in np.nonzero(ink))
-        varied = variation(self._darkest[rows, columns], ink[rows, columns])
-        return bool(varied.size and np.median(varied) < INK_VARIATION)
+    level = plane.astype(np.int16)
+    bends = np.zeros(plane.shape, np.uint16)
+    across, down = np.diff(level, axis=1), np.diff(level, axis=0)
+    bends[:, 1:-1] += np.abs(across[:, 1:] - across[:, :-1]).view(np.uint16)
+    bends[1:-1] += np.abs(down[1:] - down[:-1]).view(np.uint16)
+    return bends
 
 
-def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: float, grain: Grain) -> Mask:
-    """Find marker strokes.
+def roughness(bends: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Return the sum of the bends of 5 x 5 cells, (h, w)."""
+    return window_sums(bends, GRAIN_SIDE, most=2 * MAX_BEND).astype(np.uint16, copy=False)
 
-    By colours that haematoxylin, eosin and DAB do not have; ink of the stains' own colours by its evenness, and red
-    ink, which has the colour of packed red blood cells, by lying on glass. If most of the candidates would be ink and
-    that is not as even as ink is, the colour is taken for the stain itself and nothing is removed.
 
-    Parameters
-    ----------
-    planes : (3, h, w) uint8
-        From `to_light`.
-    darkest : (h, w) uint8
-        From `darkest_of`.
-    candidates : (h, w) bool
-        What would count as tissue.
-    mpp : float
-        µm per pixel.
-    grain : Grain
-        Of the same picture.
+def grain_limit(rough: NDArray[np.uint16], glass: Mask) -> float:
+    """Return the roughness below which there is no grain: that of clear glass.
 
-    Returns
-    -------
-    (h, w) bool
+    Clear glass is cut off at white, so that what is tinted shows more of the same noise.
     """
-    odd = (darkest < light_at(PEN_MIN_DENSITY)) & _is_not_darkest_in_green(planes, darkest)
-    pen = _where(odd, planes, _has_colour_of_no_stain)
-    pen |= _pieces_on_glass(grain.where_even(), candidates, mpp)
-    pen |= _pieces_on_glass(_where(_may_be_red(planes), planes, _is_red), candidates, mpp)
-    pen = drop_small(pen, PEN_MIN_UM2 / mpp**2, keep_largest=False)
-    if not pen.any():
-        return pen
-    core, pen = pen, grow(pen, PEN_GROW_UM / mpp)
-    most = (pen & candidates).sum() > PEN_SHARE_LIMIT * max(candidates.sum(), 1)
-    return np.zeros_like(pen) if most and not grain.is_even(core) else pen
+    step = sample_step(rough.shape)
+    noise = rough[::step, ::step][glass[::step, ::step]]
+    low, high = (GRAIN_SIDE**2 * bend for bend in BEND_OF_GLASS)
+    return float(np.clip(GRAIN_RATIO * np.quantile(noise, CLEAR_SHARE), low, high)) if noise.size else low
 
 
-def _where(strong: Mask, planes: Planes, rule: Callable[[Density], Mask]) -> Mask:
-    """Apply a rule to the pixels where it can be true."""
-    found = np.zeros_like(strong)
-    if strong.any():
-        found[strong] = rule(DENSITY_OF_LIGHT[planes[:, strong]])
-    return found
+def is_smooth_glass(
+    darkest: NDArray[np.uint8], lightest: NDArray[np.uint8], rough: NDArray[np.uint16], limit: float
+) -> Mask:
+    """Return where glass is tinted: pale, or in a shadow that is nearly grey, and without grain.
 
-
-def _is_not_darkest_in_green(planes: Planes, darkest: NDArray[np.uint8]) -> Mask:
-    """Return the few pixels that may have a colour of no stain: green does not absorb most, or all do (black)."""
-    grey = np.ceil(256 * 10.0 ** (-0.85 * DENSITY_OF_LIGHT) - 1).astype(np.uint8)
-    black = (darkest < light_at(0.5)) & (planes[0] <= look_up(grey, darkest))
-    return np.asarray((planes[1] > darkest) | black)
-
-
-def _has_colour_of_no_stain(density: Density) -> Mask:
-    red, green, blue = density
-    strongest = np.maximum(np.maximum(red, green), blue)
-    weakest = np.minimum(np.minimum(red, green), blue)
-    blue_ink = (red > 1.25 * green) & (red - green > 0.1) | (red > 1.12 * green) & (red > 0.6)
-    green_ink = (green < 0.85 * red) & (green < 0.85 * blue)
-    yellow_ink = (green < 0.5 * blue) & (red < 0.4 * blue)
-    black_ink = (weakest > 0.85 * strongest) & (strongest > 0.5)
-    return np.asarray(blue_ink | green_ink | yellow_ink | black_ink)
-
-
-def _may_be_red(planes: Planes) -> Mask:
-    """Return the few pixels that may be red: green absorbs, red hardly."""
-    least_red = np.floor(256 * 10.0 ** (-0.3 * DENSITY_OF_LIGHT) - 1).astype(np.uint8)
-    return np.asarray((planes[1] < light_at(0.35)) & (planes[0] >= look_up(least_red, planes[1])))
-
-
-def _is_red(density: Density) -> Mask:
-    red, green, blue = density
-    return np.asarray((green > 0.35) & (blue > 0.62 * green) & (red < 0.3 * green) & (blue < 1.25 * green))
-
-
-def variation(darkest: NDArray[np.uint8], ink: Mask) -> Density:
-    """Return the relative variation of density among the 3 x 3 neighbours of the cells well inside ink, (n,)."""
-    inner = ~grow(~ink, 2)
-    density = DENSITY_OF_LIGHT[darkest]
-    mean = window_means(density, 3)
-    variance = window_means(density**2, 3) - mean**2
-    return np.asarray(np.sqrt(variance[inner].clip(0)) / mean[inner])
-
-
-def find_even(darkest: NDArray[np.uint8], mpp: float) -> Mask:
-    """Return where density is high and even over 40 µm, which tissue with its nuclei is not."""
-    side = max(3, round(FLAT_UM / mpp))
-    found = np.zeros(darkest.shape, bool)
-    perhaps = _perhaps_even(darkest, side)
-    if not perhaps.any():
-        return found
-    for place in find_windows(perhaps, side):
-        density = DENSITY_OF_LIGHT[darkest[place]]
-        mean = window_means(density, side)
-        variance = window_means(density**2, side) - mean**2
-        found[place] |= (mean > 0.4) & (variance < (FLAT_VARIATION * mean) ** 2)
-    return grow(found & perhaps, side // 2)
-
-
-def _perhaps_even(darkest: NDArray[np.uint8], side: int) -> Mask:
-    """Return the pixels whose window can be even: n values that vary by σ differ by at most σ·√(2n)."""
-    found = np.zeros(darkest.shape, bool)
-    if min(darkest.shape) < side:
-        return found
-    low, high = slide_extremes(darkest, side)
-    spread = FLAT_VARIATION * side * np.sqrt(2)
-    limits = 256 * 10.0 ** (-DENSITY_OF_LIGHT * (1 - spread)) - 1 if spread < 1 else np.full(256, 255.0)
-    table = np.floor(limits + 1).clip(0, 255).astype(np.uint8)  # the brightest may be, given the darkest
-    even = (high <= look_up(table, low)) & (low < light_at(0.4))
-    found[side // 2 : side // 2 + even.shape[0], side // 2 : side // 2 + even.shape[1]] = even
-    return found
-
-
-def _pieces_on_glass(ink: Mask, candidates: Mask, mpp: float) -> Mask:
-    """Keep the parts of large pieces that lie on glass, to be told by most of their rim."""
-    least, reach = PEN_MIN_UM2 / mpp**2, max(4, round(RIM_UM / mpp))
-    large = drop_small(ink, least, keep_largest=False)
-    kept = np.zeros_like(ink)
-    if not large.any():
-        return kept
-    from scipy import ndimage
-
-    labels, _ = ndimage.label(large)
-    for number, place in enumerate(ndimage.find_objects(labels), start=1):
-        window = tuple(slice(max(0, side.start - reach), side.stop + reach) for side in place)
-        kept[window] |= _part_on_glass(labels[window] == number, candidates[window], reach, least)
-    return kept
-
-
-def _part_on_glass(piece: Mask, tissue: Mask, reach: int, least: float) -> Mask:
-    """Cut a piece where its surroundings change from glass to tissue; return the parts with glass around."""
-    from scipy import ndimage
-
-    blurred_rim = 2
-    nearest = ndimage.distance_transform_edt(grow(piece, blurred_rim), return_distances=False, return_indices=True)
-    parts, _ = ndimage.label(drop_small(piece & ~tissue[tuple(nearest)], least, keep_largest=False))
-    kept = np.zeros_like(piece)
-    for number in range(1, parts.max(initial=0) + 1):
-        part = parts == number
-        rim = grow(part, reach) & ~grow(part, blurred_rim) & ~piece
-        if (rim & ~tissue).sum() > ON_GLASS_SHARE * rim.sum():
-            kept |= part
-    return kept
+    A cell is smooth when one of the windows that hold it is, so that the edge of a band is as smooth as its middle.
+    """
+    pale = darkest > light_at(PALE_DENSITY)
+    pale |= (darkest > light_at(SHADOW_DENSITY)) & ~is_stained(darkest, lightest, 0.0, colour=SHADOW_COLOUR)
+    return np.asarray(grow(rough < limit, GRAIN_SIDE // 2) & pale)

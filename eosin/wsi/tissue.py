@@ -13,6 +13,7 @@ from shapely import MultiPolygon
 
 from eosin.errors import SlideError
 from eosin.options import Options
+from eosin.wsi.ink import PEN_REACH_UM, OwnGrain, find_pen
 from eosin.wsi.morphology import (
     close_gaps,
     drop_small,
@@ -27,18 +28,20 @@ from eosin.wsi.overview import Overview, read_overview
 from eosin.wsi.refine import FACTOR, Closer, FinerGrain, enlarge, refine
 from eosin.wsi.slide import Slide
 from eosin.wsi.stain import (
-    PEN_MIN_DENSITY,
-    PEN_REACH_UM,
-    OwnGrain,
+    PALE_DENSITY,
+    bends_of,
     blur_density,
     darkest_of,
-    find_pen,
+    grain_limit,
+    is_smooth_glass,
     is_stained,
     light_at,
     lightest_of,
+    roughness,
     stain_threshold,
 )
 
+TISSUE_VERSION = "2"  # changes when the same slide and options give another mask, so that slides are tiled again
 FRACTION_BLOCK = 500_000
 MIN_CELLS = 128
 MANY_CELLS = 1200
@@ -47,7 +50,11 @@ BAND_ROWS = 128  # sums of so many cells fit in a byte
 COARSE_MPP = (8.0, 16.0)
 BLUR_UM = 4.0
 WEAK_SHARE = 0.55
+INK_DENSITY = 0.3
+OPAQUE_DENSITY = 1.0  # of the brightest channel: frames, borders and labels let less through than tissue
 MESH_SHARE = 0.12
+MESH_STAIN = 0.35
+MESH_COLOUR = 0.15
 LEAST_UM2 = 2_500.0
 ODD_COVERAGE = (0.001, 0.95)
 
@@ -250,9 +257,9 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None, *, overview:
     """Tell tissue from glass.
 
     At about 8 µm per cell the colour of the glass is measured on the slide itself; tissue is what absorbs one channel
-    more than another by at least the stain threshold (grey dirt, shadows, cover-slip edges and black borders absorb
-    all alike). Marker strokes are recognised by colours that stains do not have, gaps and threads are closed and
-    opened, small pieces and holes go by area. On slides of more than about a centimetre all this is done at 16 µm, and
+    more than another by at least the stain threshold (grey dirt, cover-slip edges and black borders absorb all alike)
+    and has grain (tinted glass, glue and shadows are smooth). Marker strokes are recognised by colours that stains do
+    not have, gaps and threads are closed and opened, small pieces and holes go by area. On slides of more than about a centimetre all this is done at 16 µm, and
     only the border of the tissue, and what may be ink, is read at 8 µm.
 
     Parameters
@@ -357,15 +364,21 @@ def examine(overview: Overview, options: TissueOptions, closer: Closer | None = 
     darkest, lightest = darkest_of(planes), lightest_of(planes)
     weak = is_stained(darkest, lightest, WEAK_SHARE * threshold)
     reach = 2 + math.ceil(max(options.close_um, 2 * options.open_um, PEN_REACH_UM) / mpp)
-    place = window_of(weak | (darkest < light_at(PEN_MIN_DENSITY)), reach)
+    place = window_of(weak | (darkest < light_at(INK_DENSITY)), reach)
     mask, pen = np.zeros(weak.shape, bool), np.zeros(weak.shape, bool)
     if mask[place].size:
-        stained = is_stained(darkest[place], lightest[place], threshold)
-        inked = darkest[place]
-        grain = FinerGrain(closer, inked, (place[0].start, place[1].start)) if closer else OwnGrain(inked, mpp)
-        pen[place] = find_pen(planes[:, *place], inked, stained, mpp, grain)
+        darkest, lightest = darkest[place], lightest[place]
+        bends = bends_of(darkest)
+        rough = roughness(bends)
+        limit = grain_limit(rough, ~weak[place] & (darkest > light_at(PALE_DENSITY)))
+        grained = ~is_smooth_glass(darkest, lightest, rough, limit) & (lightest >= light_at(OPAQUE_DENSITY))
+        stained = is_stained(darkest, lightest, threshold) & grained
+        meshes = is_stained(darkest, lightest, MESH_STAIN * threshold, colour=MESH_COLOUR) & (rough > 2 * limit)
+        corner = place[0].start, place[1].start
+        grain = FinerGrain(closer, darkest, bends, corner) if closer else OwnGrain(darkest, bends, mpp)
+        pen[place] = find_pen(planes[:, *place], darkest, stained, mpp, grain)
         left_out = pen[place] if options.remove_pen else np.zeros_like(pen[place])
-        mask[place] = _clean(stained, weak[place], left_out, mpp, options)
+        mask[place] = _clean(stained, meshes & grained, left_out, mpp, options)
     return Findings(mask, pen, _notes(mask, pen if options.remove_pen else None), threshold)
 
 

@@ -10,7 +10,6 @@ from eosin.wsi.morphology import (
     grow,
     open_threads,
     pieces_touching,
-    slide_extremes,
     window_means,
     window_of,
     window_sums,
@@ -69,15 +68,6 @@ def test_pieces_with_a_seed_are_kept_whole():
     mask[2:6, 2:6] = mask[2:6, 10:16] = True
     assert pieces_touching(mask, dot((9, 20), (3, 3))).sum() == 16
     assert not pieces_touching(mask, dot((9, 20), (8, 19))).any()
-
-
-@pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 13])
-def test_extremes_are_those_of_whole_windows(side):
-    plane = np.random.default_rng(side).integers(0, 256, (30, 40), dtype=np.uint8)
-    low, high = slide_extremes(plane, side)
-    windows = np.lib.stride_tricks.sliding_window_view(plane, (side, side))
-    assert np.array_equal(low, windows.min(axis=(2, 3)))
-    assert np.array_equal(high, windows.max(axis=(2, 3)))
 
 
 def test_windows_hold_what_is_true_and_a_margin():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 
 from eosin.wsi import stain
 
@@ -36,33 +35,38 @@ def test_stained_is_a_difference_of_densities(seed, threshold):
     assert np.array_equal(found[sure], (difference > threshold)[sure])
 
 
-@pytest.mark.parametrize("side", [3, 5, 8])
-def test_nothing_that_is_even_is_missed_by_the_quick_look(side):
-    rng = np.random.default_rng(side)
-    smooth = ndimage.gaussian_filter(rng.normal(0, 1, (200, 200)), 6)
-    plane = (90 + 160 * smooth / np.abs(smooth).max() + rng.normal(0, 0.4, smooth.shape)).clip(0, 255).astype(np.uint8)
-    values = stain.DENSITY_OF_LIGHT[plane].astype(np.float64)
-    mean = ndimage.uniform_filter(values, side)
-    variance = ndimage.uniform_filter(values**2, side) - mean**2
-    even = (mean > 0.4) & (variance < (stain.FLAT_VARIATION * mean) ** 2)
-    whole = np.zeros(plane.shape, bool)
-    whole[side:-side, side:-side] = True  # windows that lie in the picture
-    assert (even & whole).sum() > 20
-    assert not (even & whole & ~stain._perhaps_even(plane, side)).any()
+@given(seed=st.integers(0, 2**31), colour=st.floats(0.05, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_grey_is_a_share_of_the_density(seed, colour):
+    planes = np.random.default_rng(seed).integers(0, 256, (3, 20, 30), dtype=np.uint8)
+    exact = -np.log10((planes + 1.0) / 256)
+    found = stain.is_stained(stain.darkest_of(planes), stain.lightest_of(planes), 0.0, colour=colour)
+    excess = exact.max(axis=0) * (1 - colour) - exact.min(axis=0)
+    sure = np.abs(excess) > 1e-9
+    assert np.array_equal(found[sure], (excess > 0)[sure])
 
 
-def test_colours_are_only_looked_at_where_they_can_be_ink():
-    rng = np.random.default_rng(0)
-    planes = rng.integers(0, 256, (3, 200, 300), dtype=np.uint8)
-    densities = stain.DENSITY_OF_LIGHT[planes]
-    strong = densities.max(axis=0) > stain.PEN_MIN_DENSITY + 1e-6
-    odd = stain._has_colour_of_no_stain(densities.reshape(3, -1)).reshape(strong.shape) & strong
-    darkest = stain.darkest_of(planes)
-    assert odd.sum() > 1000
-    assert not (odd & ~stain._is_not_darkest_in_green(planes, darkest)).any()
-    red = stain._is_red(densities.reshape(3, -1)).reshape(strong.shape)
-    assert red.sum() > 100
-    assert not (red & ~stain._may_be_red(planes)).any()
+def test_a_slope_does_not_bend_and_a_speck_does():
+    rows, columns = np.indices((20, 30))
+    slope = (3 * rows + 2 * columns).astype(np.uint8)
+    assert not stain.bends_of(slope)[1:-1, 1:-1].any()
+    slope[10, 15] += 7
+    bends = stain.bends_of(slope)
+    assert bends[10, 15] == 28
+    assert bends[10, 14] == bends[9, 15] == 7
+    assert stain.roughness(bends)[12, 17] == bends[10:15, 15:20].sum()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
+def test_glass_has_no_grain_whatever_its_noise(sigma):
+    rng = np.random.default_rng(3)
+    plane = rng.normal(240, sigma, (200, 200)).clip(0, 255).round().astype(np.uint8)
+    rough = stain.roughness(stain.bends_of(plane))
+    limit = stain.grain_limit(rough, np.ones(plane.shape, bool))
+    assert stain.is_smooth_glass(plane, plane, rough, limit).mean() > 0.99
+    tissue = (plane - rng.uniform(0, 25, plane.shape)).round().astype(np.uint8)
+    rough = stain.roughness(stain.bends_of(tissue))
+    assert stain.is_smooth_glass(tissue, tissue, rough, limit).mean() < 0.01
 
 
 def test_a_table_is_looked_up_as_numpy_does_it():

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from eosin.errors import SlideError
 from eosin.wsi.histology import lay_out
@@ -147,6 +147,69 @@ def test_black_edges_lines_and_dirt_are_no_tissue(scene):
     dirty[:, 212:214] = (170, 173, 176)
     dirty[240:252, 190:202] = (120, 118, 119)
     mask, _ = detect_tissue(dirty, MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+
+
+def spoil(picture, density):
+    """Put something between lamp and camera that absorbs, (h, w, 3) or wider."""
+    return (picture * 10.0 ** -np.broadcast_to(density, picture.shape)).clip(0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("tint", [(0.01, 0.01, 0.05), (0.01, 0.06, 0.03), (0.05, 0.02, 0.01)])
+def test_tinted_bands_of_glass_are_no_tissue(scene, tint):
+    picture, inside = scene
+    across = np.exp(-(((np.arange(300) - 40) / 9.0) ** 2))[:, None, None]  # the profile of a band of glue
+    mask, _ = detect_tissue(spoil(picture, across * tint), MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+    strip = np.zeros((300, 400, 1))
+    strip[:, 372:] = 1  # a sharp edge
+    mask, _ = detect_tissue(spoil(picture, strip * tint), MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+
+
+def test_spilt_eosin_around_the_tissue_is_no_tissue(scene):
+    picture, inside = scene
+    rows, columns = np.indices(inside.shape)
+    haze = np.clip(1 - np.hypot(columns - 120, rows - 150) / 160, 0, 1)[..., None] * np.array([0.01, 0.12, 0.05])
+    mask, _ = detect_tissue(spoil(picture, haze), MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+
+
+def test_a_shadow_of_the_scan_is_no_tissue(scene):
+    picture, inside = scene
+    shade = np.clip(1 - np.arange(300) / 45, 0, 1)[:, None, None] * np.array([0.25, 0.26, 0.29])
+    mask, _ = detect_tissue(spoil(picture, shade), MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+
+
+def test_nearly_black_tissue_is_found():
+    rng = np.random.default_rng(6)
+    rows, columns = np.indices((300, 400))
+    inside = np.hypot(columns - 160, rows - 150) < 100
+    silver = 0.75 * (1 + 0.08 * rng.normal(size=(300, 400, 1))) * np.array([0.92, 1.0, 1.06])
+    mask, notes = detect_tissue(shine(silver * inside[..., None], rng), 16.0, OPTIONS)
+    assert iou(mask, inside) > 0.93
+    assert notes == ()
+
+
+def test_the_pale_half_of_an_array_is_found(scene):
+    picture, inside = scene
+    density = -np.log10((picture.astype(float) + 1) / 244).clip(max=0)
+    density[:, 210:] *= 0.12  # one of the two pieces
+    mask, _ = detect_tissue(shine(density, np.random.default_rng(1)), MPP, OPTIONS)
+    assert iou(mask[:, 210:], inside[:, 210:]) > 0.9
+
+
+@pytest.mark.parametrize("colour", [(60, 175, 160), (45, 70, 190), (225, 25, 45)])
+def test_strokes_are_left_out_to_where_they_fade(scene, colour):
+    picture, inside = scene
+    image = Image.new("L", (400, 300))
+    ImageDraw.Draw(image).line([(205, 5), (240, 150), (200, 295)], fill=255, width=12)
+    stroke = np.asarray(image.filter(ImageFilter.GaussianBlur(2))) / 255
+    stroke = stroke * np.linspace(1, 0.45, 300)[:, None]  # the pen runs dry
+    ink = stroke[..., None] * -np.log10((np.array(colour) + 1) / 256)
+    mask, _ = detect_tissue(spoil(picture, ink), MPP, OPTIONS)
+    assert (mask & (stroke > 0.2) & ~inside).sum() < 0.03 * (stroke > 0.2).sum()
     assert iou(mask, inside) > 0.93
 
 
