@@ -259,8 +259,8 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None, *, overview:
     At about 8 µm per cell the colour of the glass is measured on the slide itself; tissue is what absorbs one channel
     more than another by at least the stain threshold (grey dirt, cover-slip edges and black borders absorb all alike)
     and has grain (tinted glass, glue and shadows are smooth). Marker strokes are recognised by colours that stains do
-    not have, gaps and threads are closed and opened, small pieces and holes go by area. On slides of more than about a centimetre all this is done at 16 µm, and
-    only the border of the tissue, and what may be ink, is read at 8 µm.
+    not have, gaps and threads are closed and opened, small pieces and holes go by area. On slides of more than about a
+    centimetre all this is done at 16 µm, and only the border of the tissue, and what may be ink, is read at 8 µm.
 
     Parameters
     ----------
