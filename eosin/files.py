@@ -1,13 +1,16 @@
 """The one way a file is written: whole, or not there.
 
-Every output of the package passes through `write_file`: temporary name in the target folder, write, verify, fsync,
-rename, fsync of the folder. Nothing else in the package opens a file of the user's for writing.
+Every output of the package passes through `write_file`: temporary name in the target folder, write, fsync, verify,
+rename, fsync of the folder. Nothing else in the package opens a file of the user's for writing, and no C library is
+given a path to write to.
 """
 
 import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import secrets
 import sys
 import time
@@ -17,6 +20,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
+from typing import BinaryIO
 
 from eosin.errors import OutputError
 
@@ -27,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 ORPHAN_AGE_S = 3600.0
 FINGERPRINT_BYTES = 2**20
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[Path], None] | None = None) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], None], *, verify: Callable[[Path], None] | None = None) -> None:
     """Write a file so that it is whole or not there, whatever kills the process or fills the disk.
 
     Parameters
@@ -37,8 +42,9 @@ def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[P
     path : Path
         Final name; its folder is made when it is missing.
     write : callable
-        Writes and closes the temporary file whose path it is given. It should only write: what can fail for other
-        reasons is computed before.
+        Writes into the open file that it is given, through Python: Pillow takes a short write for a success and HDF5
+        crashes on a full disk, so that they encode into memory, see `write_bytes`. It should only write: what can fail
+        for other reasons is computed before.
     verify : callable, optional
         Opens the temporary file again and raises when it is not what was meant.
 
@@ -52,22 +58,39 @@ def write_file(path: Path, write: Callable[[Path], None], *, verify: Callable[[P
         _sweep_orphans(path)
     except OSError as error:
         raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        write(temporary)
+        with temporary.open("w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         if verify is not None:
             verify(temporary)
-        _sync(temporary)
         temporary.replace(path)
         if sys.platform != "win32":
-            _sync(path.parent)
-    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
+            _sync_folder(path.parent)
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:
         raise OutputError(path, f"could not be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file from memory with `write_file`, and read it again to see that it is what was meant."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    def verify(temporary: Path) -> None:
+        if temporary.read_bytes() != data:
+            raise OutputError(path, "is not what was written to it when it is read again; is the disk sound?")
+
+    write_file(path, write, verify=verify)
+
+
+def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,13 +102,22 @@ def _sweep_orphans(path: Path) -> None:
     """Remove temporary files of this name that a killed process left behind."""
     pattern = f".{escape(path.name)}.*.tmp{path.suffix}"
     for orphan in _temporary_files(path.parent):
-        if fnmatchcase(orphan.name, pattern) and orphan.exists():
-            _remove_when_old(orphan)
+        if fnmatchcase(orphan.name, pattern) and _is_orphan(orphan):
+            orphan.unlink(missing_ok=True)
 
 
-def _remove_when_old(orphan: Path) -> None:
-    if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
-        orphan.unlink(missing_ok=True)
+def _is_orphan(temporary: Path) -> bool:
+    """Return whether the writer of a temporary file is gone: its process on this host, its time on another."""
+    found = re.search(rf"\.{_HOST}-(\d+)-[0-9a-f]+\.tmp", temporary.name)
+    try:
+        if found is None or sys.platform == "win32":
+            return time.time() - temporary.stat().st_mtime > ORPHAN_AGE_S
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is gone already, or of another user
+        return False
+    return False
 
 
 @lru_cache(maxsize=256)
@@ -99,11 +131,7 @@ def _temporary_files(folder: Path) -> tuple[Path, ...]:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with `write_file`."""
-    write_file(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: object) -> None:

@@ -1,8 +1,6 @@
 """run_batch isolates failures and resumes; write_file leaves whole files or none."""
 
-import json
 import os
-import resource
 import signal
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 
 from eosin.batch import Outcome, Record, Report, read_run_json, run_batch
 from eosin.errors import ConfigError, OutputError, SlideOpenError
-from eosin.files import file_fingerprint, write_file, write_json
+from eosin.files import file_fingerprint
 
 
 def work(kind: str) -> Outcome:
@@ -110,54 +108,6 @@ def test_impossible_shards_are_refused(shard: tuple[int, int]) -> None:
 def test_duplicate_ids_are_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match=r"unique.*same"):
         run_batch(["same", "same"], work, key=str, stage="t")
-
-
-def test_write_file_is_all_or_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "file.txt"
-    write_file(target, lambda path: path.write_text("one") and None)
-
-    def fails_late(path: Path) -> None:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    def refuses(path: Path) -> None:
-        raise RuntimeError(f"{path.suffix} does not verify")
-
-    with pytest.raises(OutputError, match="No space left"):
-        write_file(target, fails_late)
-    with pytest.raises(OutputError, match="does not verify"):
-        write_file(target, lambda path: path.write_text("two") and None, verify=refuses)
-    assert target.read_text() == "one"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_a_quota_leaves_no_partial_file(tmp_path: Path) -> None:
-    target = tmp_path / "big.json"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-    try:
-        with pytest.raises(OutputError, match="could not be written"):
-            write_json(target, list(range(5_000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written to"):
-        write_json(tmp_path / "file" / "below" / "x.json", {})
-
-
-def test_old_orphans_are_swept_and_fresh_ones_kept(tmp_path: Path) -> None:
-    old, fresh = tmp_path / ".x.json.aa.tmp.json", tmp_path / ".x.json.bb.tmp.json"
-    for path in (old, fresh):
-        path.write_text("")
-    os.utime(old, (0, 0))
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
-    assert not old.exists()
-    assert fresh.exists()
 
 
 def test_fingerprint_sees_both_ends_and_the_size(tmp_path: Path) -> None:

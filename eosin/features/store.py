@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from eosin import __version__
 from eosin.errors import ConfigError, EosinError, FeatureFileError
 from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.files import write_file
+from eosin.files import write_bytes, write_file
 from eosin.fingerprints import DIGITS
 from eosin.seals import USER_BLOCK_BYTES, check_image, seal_image
 from eosin.wsi.coordinates import CoordsFooter, read_coords, write_coords
@@ -83,17 +84,16 @@ def write_bag(path: Path, bag: FeatureBag) -> None:
     finite = np.isfinite(bag.features).all(axis=1)
     if not finite.all():
         raise ValueError(f"features of {bag.slide_id} are not finite in row {int(np.argmin(finite))}; not written")
-    write_file(path, lambda temporary: _write(temporary, bag), verify=lambda temporary: _compare(temporary, bag))
+    write_file(path, lambda file: _write(file, bag), verify=lambda temporary: _compare(temporary, bag))
 
 
-def _write(path: Path, bag: FeatureBag) -> None:
+def _write(file: BinaryIO, bag: FeatureBag) -> None:
     rows = np.ascontiguousarray(bag.features, bag.features.dtype.newbyteorder("<"))
     image, offset = _metadata(bag, rows)
     seal_image(image, rows_at=offset, rows_bytes=rows.nbytes)
-    with path.open("wb") as file:
-        file.write(image)
-        file.seek(offset)
-        file.write(rows.data if rows.size else b"")
+    file.write(image)
+    file.seek(offset)
+    file.write(rows.data if rows.size else b"")
 
 
 def _metadata(bag: FeatureBag, rows: NDArray[np.generic]) -> tuple[bytearray, int]:
@@ -324,6 +324,21 @@ def _check_metadata(path: Path) -> int:
     if not path.is_file():
         raise FeatureFileError(path, "no such file", code="missing")
     return check_image(path)
+
+
+@contextmanager
+def written_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Give the block an HDF5 file in memory, and write it when the block ends.
+
+    Raises
+    ------
+    OutputError
+        When the disk is full or may not be written; HDF5 itself would crash the process.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        yield file
+    write_bytes(path, image.getbuffer())
 
 
 @contextmanager

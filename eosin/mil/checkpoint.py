@@ -18,7 +18,7 @@ import eosin.mil.methods  # noqa: F401  (registers the aggregators that model.js
 from eosin import __version__
 from eosin.errors import CheckpointError, ConfigError
 from eosin.features.bag import FeatureSpec
-from eosin.files import write_file, write_json
+from eosin.files import write_bytes, write_json
 from eosin.mil.recipe import Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
@@ -112,15 +112,11 @@ def save_model(folder: Path, model: Aggregator, card: ModelCard) -> ModelCard:
     """
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     data = save(weights)
-    write_file(folder / WEIGHTS, lambda path: _write_bytes(path, data))
+    write_bytes(folder / WEIGHTS, data)
     digest = hashlib.sha256(data).hexdigest()
     full = card.model_copy(update={"weights_hash": digest, "recipe": resolved(card.recipe)})
     write_json(folder / CARD, dict(sorted(sealed(full.model_dump(mode="json")).items())))
     return full
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def load_card(folder: Path) -> ModelCard:

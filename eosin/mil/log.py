@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from eosin.files import write_file, write_text
+from eosin.files import write_bytes, write_text
 
 LOG = "log.csv"
 EVENTS = "events.out.tfevents.0.eosin"
@@ -67,13 +67,9 @@ def write_events(folder: Path, history: Sequence[Line], times: Sequence[float]) 
             if name != "epoch" and value is not None
         ]
         records.write(Event(wall_time=moment, step=step, summary=Summary(value=values)).SerializeToString())
-    write_file(folder / EVENTS, lambda path: _write_bytes(path, buffer.getvalue()))
+    write_bytes(folder / EVENTS, buffer.getvalue())
 
 
 def _tag(name: str) -> str:
     part, _, rest = name.partition("_")
     return f"{part}/{rest}" if part in ("train", "val") and rest else name
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

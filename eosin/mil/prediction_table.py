@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from eosin.errors import ConfigError
-from eosin.files import write_file
+from eosin.files import write_bytes, write_text
 from eosin.fingerprints import fingerprint
 from eosin.mil.task import Task
 
@@ -120,7 +120,7 @@ class PredictionTable:
         """Write what is finished beside the table, for a run that continues."""
         if self.rows:
             frame = self._frame([self._whole(name, row) for name, row in self.rows.items()])
-            write_file(self.partial, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
+            write_text(self.partial, frame.to_csv(index=False, lineterminator="\n"))
         self.saved_at = time.monotonic()
 
     def finish(self, ends: Mapping[str, Mapping[str, Cell]]) -> None:
@@ -133,9 +133,9 @@ class PredictionTable:
         """
         frame = self._frame([self._whole(name, self.rows.get(name, {})) | dict(ends[name]) for name in sorted(ends)])
         if self.out.suffix.lower() == ".parquet":
-            write_file(self.out, lambda path: frame.to_parquet(path, index=False))
+            write_bytes(self.out, frame.to_parquet(index=False))
         else:
-            write_file(self.out, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
+            write_text(self.out, frame.to_csv(index=False, lineterminator="\n"))
         self.partial.unlink(missing_ok=True)
 
     def _whole(self, name: str, row: Row) -> Row:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eosin.files import write_file
+from eosin.files import write_bytes
 from eosin.seals import KEY
 
 STATE = "state.safetensors"
@@ -40,13 +40,9 @@ def write_state(folder: Path, state: State) -> None:
     """Write the state; `OutputError` when the folder cannot be written."""
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
     facts = json.dumps(dict(state.facts), allow_nan=False)
-    metadata = {"state": facts, KEY: _checksum(facts, tensors)}
+    metadata = {"state": json.dumps({"facts": facts, KEY: _checksum(facts, tensors)})}
     data = save(tensors, metadata)
-    write_file(folder / STATE, lambda path: _write_bytes(path, data))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_bytes(folder / STATE, data)
 
 
 def _checksum(facts: str, tensors: Mapping[str, Tensor]) -> str:
@@ -70,11 +66,11 @@ def read_state(folder: Path, fingerprint: str) -> State | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            stated = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if metadata[KEY] != _checksum(metadata["state"], tensors):
+        if stated[KEY] != _checksum(stated["facts"], tensors):
             raise ValueError("it is damaged")
-        facts = json.loads(metadata["state"])
+        facts = json.loads(stated["facts"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         logger.warning("%s cannot be read (%s); training starts anew", path, error)
         return None

@@ -15,7 +15,6 @@ from eosin import __version__
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
-from eosin.files import write_file
 from eosin.heatmaps.annotations import read_regions, tiles_inside
 from eosin.heatmaps.attribution import require_grid
 from eosin.heatmaps.counterfactual import Effect, Indices, as_probability, effect_map
@@ -29,6 +28,7 @@ from eosin.heatmaps.subject import predict_bag, prediction_in_words, require_sam
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.report.page import Picture, ReportData, SlideCard, slide_pictures, write_report
+from eosin.wsi.picture import write_picture
 from eosin.wsi.slide import Slide, SlideFile
 
 FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
@@ -235,8 +235,7 @@ def _write(
     elif name == "geojson":
         write_geojson(path, counterfactual_maps(found, bag), slide_id=found.slide_id, bounds_px0=bounds)
     elif name == "figure.png":
-        image = Image.fromarray(draw_curves(found).image)
-        write_file(path, lambda temporary: image.save(temporary, dpi=(DPI, DPI)))
+        write_picture(path, Image.fromarray(draw_curves(found).image), dpi=(DPI, DPI))
     elif name == "png" and slide is not None:
         title = f"{found.slide_id}: {prediction_in_words(prediction)}"
         write_png(path, take_view(slide), counterfactual_maps(found, bag)[0], title=title)

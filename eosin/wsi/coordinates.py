@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from eosin import __version__
 from eosin.errors import FeatureFileError
-from eosin.files import write_file
+from eosin.files import write_bytes
 from eosin.seals import USER_BLOCK_BYTES, check_image, has_preamble, seal_image
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.quality import SCORES, TileQuality
@@ -93,15 +93,7 @@ def write_grid(
             _write_quality(file, quality)
     content = bytearray(image.getvalue())
     seal_image(content, rows_at=len(content), rows_bytes=0)
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    def verify(temporary: Path) -> None:
-        if temporary.read_bytes() != content:
-            raise FeatureFileError(path, "the coordinates just written cannot be read back; is the disk sound?")
-
-    write_file(path, write, verify=verify)
+    write_bytes(path, content)
 
 
 def read_grid(path: Path) -> TileGrid:

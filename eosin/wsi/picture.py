@@ -1,12 +1,15 @@
 """Pictures for a person to check a slide by."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from shapely import MultiPolygon
 
-from eosin.files import write_file
+from eosin.errors import OutputError
+from eosin.files import write_bytes
 from eosin.wsi.grid import TileGrid
 
 OUTLINE_COLOUR = (0, 200, 0)
@@ -14,6 +17,7 @@ HOLE_COLOUR = (0, 80, 255)
 TILE_COLOUR = (70, 70, 70)
 MIN_TILE_SIDE = 4.0
 JPEG_QUALITY = 85
+FORMATS = {".jpg": "JPEG", ".png": "PNG"}
 
 
 def draw_outline(thumbnail: Image.Image, outline: MultiPolygon, slide_size_px0: tuple[int, int]) -> Image.Image:
@@ -52,6 +56,33 @@ def draw_grid(thumbnail: Image.Image, grid: TileGrid) -> Image.Image:
     return picture
 
 
+def write_picture(path: Path, picture: Image.Image, **options: Any) -> None:
+    """Write a picture in the format of its name, whole or not at all.
+
+    It is encoded in memory and decoded again: Pillow's encoders take a short write to a full disk for a success.
+
+    Parameters
+    ----------
+    path : Path
+        ``.jpg`` or ``.png``.
+    picture : Image
+    **options
+        Of the encoder, see Pillow.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written, or does not decode to a picture of this size.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, FORMATS[path.suffix], **options)
+    with Image.open(io.BytesIO(buffer.getvalue())) as again:
+        again.load()
+        if again.size != picture.size:
+            raise OutputError(path, f"was encoded as {again.size}, not {picture.size}; report this as a fault")
+    write_bytes(path, buffer.getvalue())
+
+
 def write_jpeg(path: Path, picture: Image.Image) -> None:
-    """Write a JPEG; it is whole or it is not there."""
-    write_file(path, lambda temporary: picture.save(temporary, "JPEG", quality=JPEG_QUALITY))
+    """Write a JPEG, whole or not at all."""
+    write_picture(path, picture, quality=JPEG_QUALITY)

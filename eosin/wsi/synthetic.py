@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -31,6 +31,7 @@ from eosin.files import write_file, write_json, write_text
 from eosin.options import Options
 from eosin.wsi.histology import FULL_DENSITY, LAYOUT_MPP, Layout, lay_out, paint
 from eosin.wsi.outline import trace_outline
+from eosin.wsi.picture import write_picture
 
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -269,7 +270,7 @@ def make_slide(
 def _paint_into(folder: Path, plan: SlidePlan) -> Outcome:
     layout = _layout(plan)
     truth = _truth(plan, layout)
-    write_file(folder / f"truth/{plan.slide_id}.png", partial(_save_mask, truth))
+    _write_mask(folder / f"truth/{plan.slide_id}.png", truth)
     write_json(folder / f"truth/{plan.slide_id}.geojson", truth_geojson(truth, plan.mpp, plan.size_px0))
     _write_slide(folder / f"slides/{plan.slide_id}.tiff", _paint(plan, layout), plan)
     return Outcome()
@@ -403,9 +404,9 @@ def _write_slide(path: Path, rgb: Bytes, plan: SlidePlan) -> None:
     write_file(path, partial(save_pyramid, rgb, plan))
 
 
-def save_pyramid(rgb: Bytes, plan: SlidePlan, path: Path) -> None:
+def save_pyramid(rgb: Bytes, plan: SlidePlan, file: BinaryIO) -> None:
     """Write level 0 and its halves as a chain of IFDs; OpenSlide finds the latter by bit 0 of NewSubfileType."""
-    with tifffile.TiffWriter(path) as tiff:
+    with tifffile.TiffWriter(file) as tiff:
         for level, image in enumerate(_levels(rgb)):
             tiff.write(
                 image,
@@ -437,10 +438,10 @@ def _truth(plan: SlidePlan, layout: Layout) -> Mask:
     return np.asarray((tumour > 0) & (tissue > 0) & (plan.tumour_fraction > 0))
 
 
-def _save_mask(mask: Mask, path: Path) -> None:
+def _write_mask(path: Path, mask: Mask) -> None:
     facts = PngInfo()
     facts.add_text("mpp", f"{TRUTH_MPP:g}")
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path, pnginfo=facts)
+    write_picture(path, Image.fromarray(mask.astype(np.uint8) * 255), pnginfo=facts)
 
 
 def read_truth(path: Path) -> tuple[Mask, float]:

@@ -13,8 +13,8 @@ import numpy as np
 from eosin.errors import FeatureFileError
 from eosin.features.bag import FeatureBag
 from eosin.features.interop.foreign import Foreign, Places, safe_id
-from eosin.features.store import require_dataset
-from eosin.files import write_file
+from eosin.features.store import require_dataset, written_hdf5
+from eosin.files import write_bytes
 from eosin.wsi.grid import TileGrid
 
 
@@ -105,23 +105,16 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
         raise FeatureFileError(out, f"{bag.slide_id} has features without places, which CLAM's layout needs")
     rows, coords = bag.features.astype(np.float32), bag.grid.origins_px0.astype(np.int32)
 
-    def write_h5(temporary: Path) -> None:
-        with h5py.File(temporary, "w") as file:
-            for name, values in (("features", rows), ("coords", coords)):
-                file.create_dataset(name, data=values, chunks=(32, values.shape[1]), maxshape=(None, values.shape[1]))
-
     tensor, h5 = out / "pt_files" / f"{bag.slide_id}.pt", out / "h5_files" / f"{bag.slide_id}.h5"
     patches, grid = out / "patches" / f"{bag.slide_id}.h5", bag.grid
-    write_file(h5, write_h5)
+    with written_hdf5(h5) as file:
+        for name, values in (("features", rows), ("coords", coords)):
+            file.create_dataset(name, data=values, chunks=(32, values.shape[1]), maxshape=(None, values.shape[1]))
     saved = io.BytesIO()  # torch would put the temporary name into the file
     torch.save(torch.from_numpy(rows), saved)
-    write_file(tensor, lambda temporary: _write_bytes(temporary, saved.getvalue()))
-    write_file(patches, lambda temporary: _write_coordinates(temporary, grid, bag.slide_id))
+    write_bytes(tensor, saved.getvalue())
+    _write_coordinates(patches, grid, bag.slide_id)
     return [h5, tensor, patches]
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _write_coordinates(path: Path, grid: TileGrid, slide_id: str) -> None:
@@ -138,6 +131,6 @@ def _write_coordinates(path: Path, grid: TileGrid, slide_id: str) -> None:
         "name": slide_id,
         "save_path": ".",
     }
-    with h5py.File(path, "w") as file:
+    with written_hdf5(path) as file:
         coords = file.create_dataset("coords", data=grid.origins_px0, chunks=(1, 2), maxshape=(None, 2))
         coords.attrs.update(attributes | ({"custom_downsample": times} if whole else {}))

@@ -13,8 +13,7 @@ import numpy as np
 from eosin.errors import FeatureFileError
 from eosin.features.bag import FeatureBag
 from eosin.features.interop.foreign import Foreign, Places, safe_id
-from eosin.features.store import require_dataset
-from eosin.files import write_file
+from eosin.features.store import require_dataset, written_hdf5
 from eosin.wsi.coordinates import nominal_magnification
 from eosin.wsi.grid import TileGrid
 
@@ -92,13 +91,13 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
     folder = out / (f"{nominal_magnification(tiling.mpp)}x_{tiling.patch_size}px_{tiling.overlap}px_overlap")
     patches = folder / "patches" / f"{bag.slide_id}_patches.h5"
     features = folder / f"{TILE_FOLDER}{bag.spec.encoder}" / f"{bag.slide_id}.h5"
-    write_file(patches, lambda temporary: _write(temporary, grid, bag.slide_id, None))
-    write_file(features, lambda temporary: _write(temporary, grid, bag.slide_id, bag))
+    _write(patches, grid, bag.slide_id, None)
+    _write(features, grid, bag.slide_id, bag)
     return [patches, features]
 
 
 def _write(path: Path, grid: TileGrid, slide_id: str, bag: FeatureBag | None) -> None:
-    with h5py.File(path, "w") as file:
+    with written_hdf5(path) as file:
         if bag is not None:
             rows = file.create_dataset(
                 "features",

@@ -9,7 +9,7 @@ import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def write_geojson(
     """
     _require_one_grid(heatmaps)
     features = _tile_features(heatmaps, slide_id, bounds_px0, scale or scale_of(heatmaps[0]), top)
-    write_file(path, lambda temporary: _write_collection(temporary, features))
+    write_file(path, lambda file: _write_collection(file, features))
 
 
 def _require_one_grid(heatmaps: Sequence[Heatmap]) -> None:
@@ -66,14 +66,13 @@ def _require_one_grid(heatmaps: Sequence[Heatmap]) -> None:
         raise ValueError("the maps of one file need the same grid")
 
 
-def _write_collection(path: Path, features: Iterable[str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write('{"type":"FeatureCollection","features":[')
-        separator = "\n"
-        for feature in features:
-            file.write(separator + feature)
-            separator = ",\n"
-        file.write("\n]}\n")
+def _write_collection(file: BinaryIO, features: Iterable[str]) -> None:
+    file.write(b'{"type":"FeatureCollection","features":[')
+    separator = "\n"
+    for feature in features:
+        file.write((separator + feature).encode())
+        separator = ",\n"
+    file.write(b"\n]}\n")
 
 
 def _tile_features(

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
-from eosin.files import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap, Window
+from eosin.wsi.picture import write_picture
 from eosin.wsi.slide import Slide
 from eosin.wsi.tissue import TissueMask
 
@@ -168,7 +168,7 @@ def write_png(
         _draw_scale_bar(axes, view)
     _draw_colour_bar(figure, scale, opacity)
     _draw_words(figure, title, contours)
-    write_file(path, lambda temporary: Image.fromarray(render(figure)).save(temporary, dpi=(DPI, DPI)))
+    write_picture(path, Image.fromarray(render(figure)), dpi=(DPI, DPI))
 
 
 def _canvas(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from eosin.files import write_file
+from eosin.files import write_bytes, write_text
 from eosin.heatmaps.heatmap import Heatmap
 
 
@@ -40,6 +40,6 @@ def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a table by the suffix of its name: parquet as it is, anything else as CSV with nine digits."""
     if path.suffix == ".parquet":
-        write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
+        write_bytes(path, frame.to_parquet(index=False))
     else:
-        write_file(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.9g"))
+        write_text(path, frame.to_csv(index=False, float_format="%.9g"))

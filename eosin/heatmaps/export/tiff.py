@@ -8,7 +8,7 @@ Every level is painted from the tiles themselves, strip by strip, so memory does
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import tifffile
@@ -63,7 +63,7 @@ def write_tiff(
     if height * width > MAX_PIXELS:
         raise ConfigError(f"a heat map at {finest:g} µm/px has {width} x {height} pixels; ask for a coarser mpp")
     pixels = _Pixels((3,), "rgb", 255, (scale or scale_of(heatmap)).rgb) if content == "colours" else SCORES
-    write_file(path, lambda temporary: _write_pyramid(temporary, heatmap, finest, window_px0, pixels))
+    write_file(path, lambda file: _write_pyramid(file, heatmap, finest, window_px0, pixels))
 
 
 def default_mpp(heatmap: Heatmap) -> float:
@@ -73,9 +73,11 @@ def default_mpp(heatmap: Heatmap) -> float:
     return float(grid.slide_mpp * 2 ** max(0, np.floor(np.log2(step_px0 / TILE_SHOWN_PX))))
 
 
-def _write_pyramid(path: Path, heatmap: Heatmap, finest: float, window_px0: Window | None, pixels: "_Pixels") -> None:
+def _write_pyramid(
+    file: BinaryIO, heatmap: Heatmap, finest: float, window_px0: Window | None, pixels: "_Pixels"
+) -> None:
     height, width = raster_shape(heatmap.grid, finest, window_px0)
-    with tifffile.TiffWriter(path, bigtiff=height * width * 4 > CLASSIC_BYTES) as tiff:
+    with tifffile.TiffWriter(file, bigtiff=height * width * 4 > CLASSIC_BYTES) as tiff:
         for level, mpp in enumerate(_level_mpps(heatmap, finest, window_px0)):
             tiff.write(
                 _tiles(heatmap, mpp, window_px0, pixels),
