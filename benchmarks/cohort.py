@@ -23,7 +23,8 @@ from tables import Row, read_table, write_table
 
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
-from eosin.heatmaps.attribution import attention_map, require_grid
+from eosin.heatmaps.maps import attention_map
+from eosin.heatmaps.subject import require_grid
 from eosin.mil.checkpoint import load_model
 from eosin.mil.crossval import crossval
 from eosin.mil.metrics import roc_auc

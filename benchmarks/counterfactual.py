@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from eosin.heatmaps.closed_forms import closed_form
 
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import read_bag, write_bag
-from eosin.heatmaps.attribution import pack_bag
-from eosin.heatmaps.closed_forms import closed_form
 from eosin.heatmaps.counterfactual import tile_effects
-from eosin.heatmaps.pooled import PooledBag, Target
-from eosin.heatmaps.subsets import look
+from eosin.heatmaps.subject import look, pack_bag
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import PooledBag
 from eosin.mil.methods.abmil import Abmil
+from eosin.mil.subsets import Target
 from eosin.wsi.grid import TileGrid, Tiling
 
 DIM = 1024

@@ -29,11 +29,11 @@ import torch
 from openslide.deepzoom import DeepZoomGenerator
 
 from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.heatmaps.pooled import Target
-from eosin.heatmaps.subsets import look
+from eosin.heatmaps.subject import look
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, build_model
 from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.subsets import Target
 from eosin.mil.tasks import make_task
 from eosin.viewer.canvas import make_canvas
 from eosin.viewer.catalogue import Catalogue, Listed, Study

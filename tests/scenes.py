@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.pooled import PooledBag
+from eosin.mil.closed_forms import PooledBag
 from eosin.wsi.grid import TileGrid, Tiling
 
 PINK = (226, 170, 200)

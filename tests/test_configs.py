@@ -14,8 +14,8 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import build_model
 from eosin.mil.data import Examples, MemoryBags
 from eosin.mil.evaluate import predict_outputs
-from eosin.mil.methods.two_stage import tile_ratio
 from eosin.mil.recipe import Recipe
+from eosin.mil.selection import tile_ratio
 from eosin.mil.slots import AttentionOutput
 from eosin.mil.tasks import Classification
 from eosin.mil.train import Objective, fit

@@ -107,7 +107,7 @@ def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _chosen(wanted: str | None) -> list[str] | None:
-    from eosin.heatmaps.mapset import ATTRIBUTIONS
+    from eosin.heatmaps.maps import ATTRIBUTIONS
 
     names = wanted.split(",") if wanted else None
     for name in names or ():

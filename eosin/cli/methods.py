@@ -10,7 +10,7 @@ from eosin.cli._common import Done, command, console
 
 if TYPE_CHECKING:
     from eosin.mil.recipe import Recipe
-    from eosin.mil.slots import ModuleRegistry
+    from eosin.mil.registry import ModuleRegistry
 
 
 @command()

@@ -88,7 +88,7 @@ def summarise_cohort(
     counts = {len(effects), len(patients)} | (set() if truth is None else {len(truth)})
     if not effects or len(counts) > 1:
         raise ConfigError(f"{len(effects)} effects, their truths and {len(patients)} patients do not match in number")
-    if len({(effect.kind, effect.what) for effect in effects}) > 1:
+    if len({(effect.kind, effect.origin, effect.what) for effect in effects}) > 1:
         raise ConfigError("the effects of a cohort must come from one intervention")
     changes = np.array([effect.change for effect in effects])
     means = _patient_means(changes, patients)

@@ -63,9 +63,9 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
     The ends of its own range are the 1st and 99th percentile, so that one extreme tile does not turn the rest flat;
     minimum and maximum where these two are equal.
     """
-    if heatmap.kind.endswith("_percentile"):
-        subject = heatmap.kind.removesuffix("_percentile")
-        low, high = ("least attended", "most attended") if subject == "attention" else ("lowest", "highest")
+    if heatmap.scaling == "percentile":
+        is_mean = heatmap.shows == "attention" and not heatmap.of
+        low, high = ("least attended", "most attended") if is_mean else ("lowest", "highest")
         return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.label)
     if heatmap.signed:
         reach = float(np.quantile(np.abs(heatmap.values), 0.99)) if heatmap.values.size else 0.0

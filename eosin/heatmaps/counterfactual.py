@@ -7,24 +7,35 @@ prediction whatever they show.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import expit
 
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.pooled import Floats, PooledBag, Search, Target
-from eosin.heatmaps.readout import ExactBag
-from eosin.heatmaps.subsets import CriticalBag, ForwardBag, Subsets
-from eosin.wsi.grid import TileGrid
+from eosin.mil.subsets import Floats, Indices, Search, Subsets, Target
 
 Kind = Literal["remove", "keep only", "add"]
-Indices = NDArray[np.int64]
 SubsetsT = TypeVar("SubsetsT", bound=Subsets)
 N_CONTROLS = 50
-ALL_EXACT_TILES = 500  # most tiles of a bag that a model is run again without, each once
+
+
+class Origin(StrEnum):
+    """Where a set of tiles comes from; what is said of it depends on this and never on its name."""
+
+    RANKING = "ranking"
+    REGION = "region"
+    DONOR = "donor"
+    SEARCH = "search"
+    NECESSARY = "necessary"
+    SUFFICIENT = "sufficient"
+    BEST = "best"
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the set was chosen by what the model says without it, or with it alone."""
+        return self in (Origin.SEARCH, Origin.NECESSARY, Origin.SUFFICIENT, Origin.BEST)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Effect:
     n_controls : int
     control_sd : float or None
         Standard deviation of the log-odds with random tiles.
+    origin : Origin
+        Where the tiles come from.
     """
 
     kind: Kind
@@ -61,6 +74,7 @@ class Effect:
     control_rank: float | None = None
     n_controls: int = 0
     control_sd: float | None = None
+    origin: Origin = Origin.REGION
 
     @property
     def effect_size(self) -> float | None:
@@ -97,6 +111,7 @@ def intervene(
     *,
     kind: Kind,
     what: str,
+    origin: Origin = Origin.REGION,
     controls: int = N_CONTROLS,
     seed: int = 0,
 ) -> Effect:
@@ -114,6 +129,8 @@ def intervene(
         Necessity or sufficiency; for "add" see `transplant`.
     what : str
         The tiles in words.
+    origin : Origin
+        Where they come from.
     controls : int
         Random sets; 0 for none.
     seed : int
@@ -124,7 +141,8 @@ def intervene(
     rng = np.random.default_rng(seed)
     n = subsets.n_instances
     drawn = [act(rng.choice(n, size=len(index), replace=False)) for _ in range(controls if 0 < len(index) < n else 0)]
-    return _with_controls(Effect(kind, what, len(index), before, after), [_value(target, logits) for logits in drawn])
+    effect = Effect(kind, what, len(index), before, after, origin=origin)
+    return _with_controls(effect, [_value(target, logits) for logits in drawn])
 
 
 def transplant(
@@ -158,7 +176,7 @@ def transplant(
     drawn = controls if 0 < len(index) < donor.n_instances else 0
     sets = [rng.choice(donor.n_instances, size=len(index), replace=False) for _ in range(drawn)]
     values = [_value(target, receiver.add(donor.select(chosen))) for chosen in sets]
-    return _with_controls(Effect("add", what, len(index), before, after), values)
+    return _with_controls(Effect("add", what, len(index), before, after, origin=Origin.DONOR), values)
 
 
 def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
@@ -167,8 +185,8 @@ def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
     low, high = np.quantile(values, [0.025, 0.975])
     direction = 1.0 if effect.change >= 0 else -1.0
     as_large = sum(direction * (value - effect.before) >= direction * effect.change for value in values)
-    return Effect(
-        **{name: value for name, value in asdict(effect).items() if not name.startswith(("control", "n_controls"))},
+    return replace(
+        effect,
         control_mean=float(np.mean(values)),
         control_low=float(low),
         control_high=float(high),
@@ -207,6 +225,7 @@ def ablate_top(
             top_tiles(scores, fraction),
             kind=kind,
             what=f"{100 * fraction:g} % {name} tiles",
+            origin=Origin.RANKING,
             controls=controls,
             seed=seed,
         )
@@ -227,38 +246,11 @@ def tile_effects(subsets: Subsets, target: Target) -> tuple[Floats, float]:
     -------
     effects : (n,) float64
         Log-odds with the tile minus log-odds without it. Exact for every model with a closed form, and for small
-        bags of a model that has to be run again; for its large bags the first-order guess of `ForwardBag.best_guess`.
+        bags of a model that has to be run again; for its large bags a first-order guess.
     agreement : float
         Spearman correlation of the guess with the exact effects of a random sample; 1 where all are exact.
     """
-    log_odds = target if target.on == "logit" else Target(target.output)
-    if isinstance(subsets, ForwardBag):
-        return _run_again(subsets, log_odds)
-    if not isinstance(subsets, PooledBag | CriticalBag | ExactBag):
-        raise TypeError(f"{type(subsets).__name__} cannot tell the effects of single tiles")
-    changes = subsets.leave_one_out()
-    vector = log_odds.direction(changes.shape[1])
-    if vector is not None:
-        return -(changes @ vector), 1.0
-    logits = subsets.logits()
-    return log_odds.of(logits) - log_odds.of(logits + changes), 1.0
-
-
-def is_exact(subsets: Subsets) -> bool:
-    """Whether `tile_effects` are exact: a closed form, or few enough tiles to run the model without each."""
-    return not isinstance(subsets, ForwardBag) or subsets.n_instances <= ALL_EXACT_TILES
-
-
-def _run_again(bag: ForwardBag, log_odds: Target) -> tuple[Floats, float]:
-    if is_exact(bag):
-        return float(log_odds.of(bag.logits())) - log_odds.of(bag.without_each), 1.0
-    guess = bag.best_guess(log_odds)
-    return -guess.values, guess.agreement
-
-
-def effect_map(effects: Floats, grid: TileGrid, class_name: str) -> Heatmap:
-    """Return the map of `tile_effects`."""
-    return Heatmap(effects, grid, "effect", f"what a tile adds to the log-odds of {class_name}", signed=True)
+    return subsets.effects(target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +283,7 @@ def smallest_necessary(subsets: Subsets, target: Target, search: Search) -> Smal
     search : Search
         Greedy, minimising the target; used where there is no closed form.
     """
-    if isinstance(subsets, PooledBag) and is_linear(subsets, target):
+    if subsets.knows_best_set(target):
         return _bisect(subsets, target)
     turned = np.flatnonzero(target.of(search.logits) <= 0)
     return SmallestSet(search.order[: search.removed[turned[0]]], is_certain=False) if len(turned) else None
@@ -311,11 +303,11 @@ def smallest_sufficient(subsets: Subsets, target: Target, effects: Floats) -> Sm
     effects : (n,) float64
         Of `tile_effects`, to order the tiles by.
     """
-    if isinstance(subsets, PooledBag):
+    if not subsets.price:
         alone = target.of(subsets.only_one())
         if alone.max() > 0:
             return SmallestSet(np.array([alone.argmax()]), is_certain=True)
-        if is_linear(subsets, target):
+        if subsets.knows_best_set(target):
             return None
     order = np.argsort(-effects, kind="stable")
 
@@ -333,12 +325,7 @@ def smallest_sufficient(subsets: Subsets, target: Target, effects: Floats) -> Sm
     return SmallestSet(order[:high], is_certain=high == 1)
 
 
-def is_linear(bag: PooledBag, target: Target) -> bool:
-    """Whether `PooledBag.best_set` covers this bag and target."""
-    return bag.scores.shape[1] == 1 and target.direction(len(bag.bias)) is not None
-
-
-def _bisect(bag: PooledBag, target: Target) -> SmallestSet | None:
+def _bisect(bag: Subsets, target: Target) -> SmallestSet | None:
     def turns(size: int) -> bool:
         return _value(target, bag.remove(bag.best_set(target, "min", size))) <= 0
 
@@ -352,7 +339,7 @@ def _bisect(bag: PooledBag, target: Target) -> SmallestSet | None:
 
 
 def certify(
-    bag: PooledBag, target: Target, search: Search, *, direction: Literal["min", "max"] = "min"
+    bag: Subsets, target: Target, search: Search, *, direction: Literal["min", "max"] = "min"
 ) -> tuple[float, float]:
     """Return the log-odds after a greedy search and after removing the best set of the same size."""
     best = bag.best_set(target, direction, len(search.order))

@@ -12,28 +12,24 @@ from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.heatmaps.counterfactual import (
     Effect,
-    Indices,
     Kind,
+    Origin,
     SmallestSet,
     ablate_top,
     certify,
     intervene,
-    is_linear,
     smallest_necessary,
     smallest_sufficient,
     tile_effects,
     top_tiles,
     transplant,
 )
-from eosin.heatmaps.findings import BEST, NECESSARY, SEARCHED, SUFFICIENT
-from eosin.heatmaps.findings import Counterfactuals as Counterfactuals
-from eosin.heatmaps.pooled import Direction, Floats, PooledBag, Search, Target
-from eosin.heatmaps.reevaluation import BUDGET
-from eosin.heatmaps.subject import class_choices
-from eosin.heatmaps.subsets import ForwardBag, Look, Subsets, look
-from eosin.heatmaps.wording import describe_method
+from eosin.heatmaps.findings import Counterfactuals, describe_method
+from eosin.heatmaps.subject import Look, class_choices, look
 from eosin.mil.checkpoint import ModelCard
+from eosin.mil.reevaluation import BUDGET
 from eosin.mil.slots import Aggregator
+from eosin.mil.subsets import Direction, Floats, Indices, Search, Subsets, Target
 from eosin.options import Options
 
 CURVE_SHARES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -145,10 +141,10 @@ def examine(
 
 def _affordable(subsets: Subsets, questions: Questions) -> Questions:
     """Return the questions with as many controls as a model that has to be run again may take."""
-    if not isinstance(subsets, ForwardBag):
+    if not subsets.price:
         return questions
     sets = 2 * len(questions.fractions) + 4
-    controls = max(FEWEST_CONTROLS, questions.budget // max(1, subsets.n_instances * sets))
+    controls = max(FEWEST_CONTROLS, questions.budget // (subsets.price * sets))
     return questions.model_copy(update={"controls": min(questions.controls, controls)})
 
 
@@ -227,34 +223,42 @@ class _Exam:
 
     def _own_sets(self, search: Search, smallest: SmallestSet | None, sufficient: SmallestSet | None) -> list[Effect]:
         """Return the interventions on the sets that were searched for, with controls of the same number."""
-        found = [self._one(search.order, SEARCHED, kind="remove")]
+        found = [self._one(search.order, "tiles of the search", Origin.SEARCH, kind="remove")]
         subsets, direction = self.seen.subsets, self.questions.direction
-        if direction != "least" and isinstance(subsets, PooledBag) and is_linear(subsets, self.target):
+        if direction != "least" and subsets.knows_best_set(self.target):
             best = subsets.best_set(self.target, direction, len(search.order))
-            found.append(self._one(best, BEST, kind="remove"))
+            found.append(self._one(best, "best set of the search's size", Origin.BEST, kind="remove"))
         if smallest is not None:
-            found.append(self._one(smallest.tiles, NECESSARY, kind="remove"))
+            found.append(self._one(smallest.tiles, "smallest necessary set", Origin.NECESSARY, kind="remove"))
         if sufficient is not None:
-            found.append(self._one(sufficient.tiles, SUFFICIENT, kind="keep only"))
+            found.append(self._one(sufficient.tiles, "smallest sufficient set", Origin.SUFFICIENT, kind="keep only"))
         return found
 
     def _both(self, index: Indices, what: str) -> list[Effect]:
         kinds: tuple[Kind, Kind] = ("remove", "keep only")
-        return [self._one(index, what, kind=kind) for kind in kinds]
+        return [self._one(index, what, Origin.REGION, kind=kind) for kind in kinds]
 
-    def _one(self, index: Indices, what: str, *, kind: Kind) -> Effect:
-        controls, seed = self.questions.controls, self.questions.seed
-        return intervene(self.seen.subsets, self.target, index, kind=kind, what=what, controls=controls, seed=seed)
+    def _one(self, index: Indices, what: str, origin: Origin, *, kind: Kind) -> Effect:
+        return intervene(
+            self.seen.subsets,
+            self.target,
+            index,
+            kind=kind,
+            what=what,
+            origin=origin,
+            controls=self.questions.controls,
+            seed=self.questions.seed,
+        )
 
 
 def _enough_alone(subsets: Subsets, target: Target) -> int | None:
-    if not isinstance(subsets, PooledBag):
-        return None
+    if subsets.price:
+        return None  # a pass over bags of one tile each; what a model says of these is another question
     return int((Target(target.output).of(subsets.only_one()) > 0).sum())
 
 
 def _certificate(subsets: Subsets, target: Target, search: Search, direction: Direction) -> tuple[float, float] | None:
-    if direction != "least" and isinstance(subsets, PooledBag) and is_linear(subsets, target):
+    if direction != "least" and subsets.knows_best_set(target):
         return certify(subsets, target, search, direction=direction)
     return None
 

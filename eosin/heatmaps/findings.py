@@ -1,22 +1,16 @@
 """What came out of the counterfactual examination of one slide, and what it means in words."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from eosin.heatmaps.counterfactual import Effect, SmallestSet, as_probability
-from eosin.heatmaps.pooled import Direction, Floats, Search, Target
-from eosin.heatmaps.wording import effects_table, in_words
+from eosin.heatmaps.counterfactual import Effect, Origin, SmallestSet, as_probability
+from eosin.heatmaps.subject import Look
+from eosin.mil.subsets import Direction, Floats, Search, Target
 
-SEARCHED, NECESSARY, SUFFICIENT, BEST = (
-    "tiles of the search",
-    "smallest necessary set",
-    "smallest sufficient set",
-    "best set of the search's size",
-)
-OWN_SETS = (SEARCHED, NECESSARY, SUFFICIENT, BEST)
 _ROLES: dict[str, str] = {
     "min": "carry {} most",
     "max": "speak against {} most",
@@ -48,7 +42,8 @@ class Counterfactuals:
         Fewest tiles whose removal turns the prediction.
     enough_alone : int or None
         Tiles that the model would call the class each by itself: with softmax pooling, one such tile is the smallest
-        sufficient set. None for models that have to be run again.
+        sufficient set, and so it is with any pooling that a tile alone passes through. None for models that have to be
+        run again.
     certificate : (float, float) or None
         Log-odds after the search, and after the best set of the same size.
     curves : DataFrame
@@ -91,9 +86,9 @@ class Counterfactuals:
 
     def sentences(self) -> list[str]:
         """Return what came out as sentences for a pathologist."""
-        first_kept = next((effect for effect in self.effects if effect.kind == "keep only"), None)
-        told = [e for e in self.effects if e.kind != "keep only" or e is first_kept or self.ranking_name not in e.what]
-        told = [e for e in told if not e.what.startswith(OWN_SETS)]  # these have sentences of their own
+        # of the ranking's shares kept alone one is enough to read; sets that were searched have sentences of their own
+        ranked = [effect for effect in self.effects if effect.origin is Origin.RANKING and effect.kind == "keep only"]
+        told = [e for e in self.effects if not e.origin.is_found and all(e is not other for other in ranked[1:])]
         sentences = [in_words(effect, self.class_name) for effect in told if effect.n_tiles]
         sentences.append(self._search_in_words())
         if self.effects[0].before > 0:
@@ -142,3 +137,52 @@ class Counterfactuals:
         count = len(self.smallest.tiles)
         how = "at least" if self.smallest.is_certain else "in the order of the search,"
         return f"To turn the prediction away from {self.class_name}, {how} {self._share_of_tiles(count)} must go."
+
+
+def effects_table(effects: Sequence[Effect], columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Return one row per effect: the fields of `Effect`, probabilities and change; `columns` are put in front."""
+    rows = [
+        {
+            **(columns or {}),
+            "kind": effect.kind,
+            "tiles": effect.what,
+            "n_tiles": effect.n_tiles,
+            "probability_before": effect.probability_before,
+            "probability_after": effect.probability_after,
+            "log_odds_before": effect.before,
+            "log_odds_after": effect.after,
+            "change": effect.change,
+            "control_mean": effect.control_mean,
+            "control_low": effect.control_low,
+            "control_high": effect.control_high,
+            "control_rank": effect.control_rank,
+            "n_controls": effect.n_controls,
+            "effect_size": effect.effect_size,
+        }
+        for effect in effects
+    ]
+    return pd.DataFrame(rows)
+
+
+def in_words(effect: Effect, class_name: str) -> str:
+    """Return an effect as a sentence for a pathologist."""
+    how = {
+        "remove": f"Without the {effect.what}",
+        "keep only": f"With the {effect.what} alone",
+        "add": f"With the {effect.what} added",
+    }[effect.kind]
+    before, after = (as_probability(value) for value in (effect.probability_before, effect.probability_after))
+    says = "still says" if effect.before > 0 else "still does not say"
+    turned = "no longer says" if effect.before > 0 else "now says"
+    verdict = f"{says if effect.is_still_predicted else turned} {class_name}"
+    sentence = f"{how} ({effect.n_tiles}) the model {verdict}: {before} → {after}"
+    if effect.control_mean is None:
+        return f"{sentence}."
+    random = as_probability(float(expit(effect.control_mean)))
+    return f"{sentence}; with as many random tiles {random} (p = {effect.control_rank:.2g})."
+
+
+def describe_method(look: Look, search: Search) -> str:
+    """Return how the numbers were made, in a sentence that stands in every output: the method's own."""
+    how = look.subsets.how
+    return f"{how}; {search.how}." if search.how else f"{how}."

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from scipy.stats import rankdata
 from eosin.wsi.grid import TileGrid
 
 Window = tuple[int, int, int, int]
+WEIGHTS = frozenset({"attention", "rollout"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +25,16 @@ class Heatmap:
         The score of each tile, in the order of the grid; finite.
     grid : TileGrid
         Where the tiles lie.
-    kind : str
-        What the number is, in one word that files carry: ``attention``, ``attention_percentile``,
-        ``attention_relative``, ``instance_logit``, ``gradient``, ``leave_one_out`` ...
+    shows : str
+        What the number is: ``attention``, ``effect``, ``instance_logit``, ``gradient``, ``rollout`` ...
     label : str
         The same in words for people, for example "attention (percentile of tiles)".
+    of : str
+        The class, output or branch that the number is about, where files name it.
+    scaling : {"plain", "percentile", "relative"}
+        Whether the number was made a rank or a multiple of the average tile's.
+    is_estimate : bool
+        Whether it stands for a number that would be too costly to compute.
     signed : bool
         Whether zero is the middle of the scale: effects have a direction, weights have not.
 
@@ -39,8 +46,12 @@ class Heatmap:
 
     values: NDArray[np.float64]
     grid: TileGrid
-    kind: str
+    shows: str
     label: str
+    _: KW_ONLY
+    of: str = ""
+    scaling: Literal["plain", "percentile", "relative"] = "plain"
+    is_estimate: bool = False
     signed: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +67,17 @@ class Heatmap:
             return f"<Heatmap {self.kind}: no tiles>"
         return f"<Heatmap {self.kind}: {len(self.values)} tiles, {self.values.min():.3g} to {self.values.max():.3g}>"
 
+    @property
+    def kind(self) -> str:
+        """What the number is, in one word that files carry: ``attention_percentile``, ``effect_estimate_tumour``."""
+        parts = (self.shows, "estimate" if self.is_estimate else "", self.of, self.scaling.removeprefix("plain"))
+        return "_".join(filter(None, parts))
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether values are shares of the slide that sum to 1, so that they have an average to be multiples of."""
+        return self.shows in WEIGHTS and self.scaling == "plain"
+
     def percentile(self) -> "Heatmap":
         """Return average rank / n × 100: the top tile is 100, equal values share a rank.
 
@@ -64,13 +86,13 @@ class Heatmap:
         n = self.grid.n_tiles
         values = rankdata(self.values) / max(n, 1) * 100
         label = f"{self.label} (percentile of tiles)"
-        return replace(self, values=values, kind=f"{self.kind}_percentile", label=label, signed=False)
+        return replace(self, values=values, scaling="percentile", label=label, signed=False)
 
     def relative(self) -> "Heatmap":
         """Return weight × n: 1 is the share of an average tile. For weights that sum to 1 over the slide."""
         values = self.values * self.grid.n_tiles
         label = f"{self.label} (times the average tile)"
-        return replace(self, values=values, kind=f"{self.kind}_relative", label=label)
+        return replace(self, values=values, scaling="relative", label=label)
 
     def raster(self, mpp: float, *, window_px0: Window | None = None) -> NDArray[np.float32]:
         """Paint the tiles on a plane.

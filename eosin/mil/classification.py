@@ -19,7 +19,7 @@ from eosin.mil.intervals import Support
 from eosin.mil.metrics import EVEN as EVEN
 from eosin.mil.metrics import Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
 from eosin.mil.polarity import positive_last, split_target
-from eosin.mil.task import Columns, Row, Task, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
 
 
 class _ClassTask(Task):
@@ -200,6 +200,7 @@ class _ClassTask(Task):
         return [row[self.target] for row in rows]
 
 
+@TASKS.register("classification")
 class Classification(_ClassTask):
     """One of several classes: softmax cross-entropy, one logit per class.
 
@@ -235,6 +236,7 @@ class Classification(_ClassTask):
         return to_numpy((wide(logits) / self.temperature).softmax(1))
 
 
+@TASKS.register("binary")
 class Binary(_ClassTask):
     """Two classes with one logit, that of the second class: sigmoid cross-entropy.
 
@@ -274,6 +276,7 @@ class Binary(_ClassTask):
         return to_numpy(torch.cat([1 - positive, positive], 1))
 
 
+@TASKS.register("ordinal")
 class Ordinal(_ClassTask):
     """Ordered classes, such as grades: one logit per step from a class to the next.
 

@@ -6,8 +6,7 @@ left out in silence, and so is a layer that is missing unless the caller wants i
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,42 +19,12 @@ from torch import Tensor
 from eosin.errors import CheckpointError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.checkpoint import ModelCard, build_model, save_model
-from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.recipe import Recipe, Training
 from eosin.mil.slots import Aggregator
 from eosin.mil.tasks import Binary, Classification, Task
 
-Tensors = dict[str, Tensor]
-TRAINING_ONLY = ("instance_loss_fn.", "instance_classifiers.")
 WRAPPERS = ("model.", "net.")
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a foreign checkpoint is.
-
-    Attributes
-    ----------
-    tool : str
-        Where it is from, for a person to read.
-    aggregator : Component
-    tensors : dict of str to Tensor
-        Under our names.
-    """
-
-    tool: str
-    aggregator: Component
-    tensors: Tensors
-
-    @property
-    def n_outputs(self) -> int | None:
-        """Number of logits; None for a network without its last layer."""
-        bias = self.tensors.get("classifier.bias")
-        return None if bias is None else len(bias)
-
-    @property
-    def dim(self) -> int:
-        """Width of the features it was trained on."""
-        return self.tensors["embed.0.weight" if "embed.0.weight" in self.tensors else "query.0.weight"].shape[1]
 
 
 def convert_checkpoint(
@@ -162,196 +131,16 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> Found:
     """
     for prefix in ("", *WRAPPERS):
         inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        kept = {name: value for name, value in inside.items() if not name.startswith(TRAINING_ONLY)}
-        for marks, read in _LAYOUTS:
-            if len(inside) == len(tensors) and all(any(re.fullmatch(mark, name) for name in kept) for mark in marks):
-                return _explained(kept, read, path)
+        if len(inside) < len(tensors):
+            continue
+        fitting = [(layout, kept) for layout in map(LAYOUTS.__getitem__, LAYOUTS) if (kept := layout.of(inside))]
+        if fitting:
+            return _explained(*max(fitting, key=lambda pair: len(pair[0].marks)), path)
     raise CheckpointError(path, f"is of no network that is known here; it holds {', '.join(sorted(tensors)[:5])}")
 
 
-def _explained(tensors: Tensors, read: "Callable[[_Taker], Found]", path: Path) -> Found:
-    found = read(_Taker(tensors, path))
+def _explained(layout: Layout, tensors: Tensors, path: Path) -> Found:
+    found = layout.read(Taker(tensors, path))
     if tensors:
         raise CheckpointError(path, f"looks like {found.tool}, but nothing explains {', '.join(sorted(tensors)[:5])}")
     return found
-
-
-class _Taker:
-    """Takes tensors out of a dictionary by their old names."""
-
-    def __init__(self, rest: Tensors, path: Path) -> None:
-        self.rest = rest
-        self.path = path
-
-    def take(self, name: str) -> Tensor:
-        if name not in self.rest:
-            raise CheckpointError(self.path, f"lacks the tensor {name}; it is only a part of a model")
-        return self.rest.pop(name)
-
-    def linear(self, old: str, new: str) -> Tensors:
-        """Return weight and bias of a linear layer under its new name; nothing when the file has neither."""
-        parts = [part for part in ("weight", "bias") if f"{old}.{part}" in self.rest]
-        return {f"{new}.{part}": self.take(f"{old}.{part}") for part in (("weight", "bias") if parts else ())}
-
-    def stack(self, old: str, new: str, count: int) -> Tensors:
-        """Return `count` linear layers, one per branch and with its number for ``*`` in the name, as one."""
-        layers = [self.linear(old.replace("*", str(branch)), "") for branch in range(count)]
-        return {f"{new}{part}": torch.stack([layer[part] for layer in layers]) for part in layers[0]}
-
-    def count(self, pattern: str) -> int:
-        """Return how many names match."""
-        return sum(re.fullmatch(pattern, name) is not None for name in self.rest)
-
-    def index(self, pattern: str) -> str:
-        """Return the group of the first name that matches."""
-        return next(match[1] for name in self.rest if (match := re.fullmatch(pattern, name)))
-
-
-def _clam(taker: _Taker) -> Found:
-    tensors = taker.linear("attention_net.0", "embed.0")
-    gated = taker.count(r"attention_net\.\d\.attention_a\.0\.weight") == 1
-    place = taker.index(r"attention_net\.(\d)\.(?:attention_a\.)?0\.weight")
-    tensors |= _gated(taker, f"attention_net.{place}") if gated else _ungated(taker, f"attention_net.{place}")
-    single = taker.count(r"classifiers\.\d+\.weight") == 0
-    if single:
-        tensors |= taker.linear("classifiers", "classifier")
-    else:
-        heads = taker.stack("classifiers.*", "", len(tensors["attention.w.bias"]))
-        tensors |= {f"classifier{part}": torch.cat(list(heads[part])) for part in (".weight", ".bias")}
-    options = {"width": len(tensors["embed.0.bias"]), "hidden": len(tensors["attention.V.bias"]), "gated": gated}
-    return Found("CLAM", Component(name="clam_sb" if single else "clam_mb", options=options), tensors)
-
-
-def _gated(taker: _Taker, prefix: str) -> Tensors:
-    return (
-        taker.linear(f"{prefix}.attention_a.0", "attention.V")
-        | taker.linear(f"{prefix}.attention_b.0", "attention.U")
-        | taker.linear(f"{prefix}.attention_c", "attention.w")
-    )
-
-
-def _ungated(taker: _Taker, prefix: str) -> Tensors:
-    last = 3 if f"{prefix}.3.weight" in taker.rest else 2  # with and without dropout between
-    return taker.linear(f"{prefix}.0", "attention.V") | taker.linear(f"{prefix}.{last}", "attention.w")
-
-
-def _acmil_common(taker: _Taker, branches: int) -> Tensors:
-    tensors = {"embed.0.weight": taker.take("dimreduction.fc1.weight")} | taker.linear(
-        "Slide_classifier.fc", "classifier"
-    )
-    return tensors | taker.stack("classifier.*.fc", "branch_classifier", branches)
-
-
-def _acmil(taker: _Taker) -> Found:
-    branches = taker.count(r"classifier\.\d+\.fc\.weight")
-    tensors = _acmil_common(taker, branches)
-    for old, new in (("attention_V.0", "V"), ("attention_U.0", "U"), ("attention_weights", "w")):
-        tensors |= taker.linear(f"attention.{old}", f"attention.{new}")
-    options = {
-        "width": len(tensors["embed.0.weight"]), "hidden": len(tensors["attention.V.bias"]), "branches": branches,
-    }  # fmt: skip
-    return Found("ACMIL", Component(name="acmil", options=options), tensors)
-
-
-def _acmil_mha(taker: _Taker) -> Found:
-    queries = taker.take("q")[0]
-    branches = len(queries)
-    tensors = _acmil_common(taker, branches) | {"queries": queries}
-    parts = {"q_proj": "query", "k_proj": "key", "v_proj": "read.value", "out_proj": "read.out"}
-    for old, new in parts.items():
-        tensors |= taker.stack(f"sub_attention.*.{old}", new, branches)
-    norm = taker.stack("sub_attention.*.layer_norm", "", branches)
-    tensors |= {"read.scale": norm[".weight"], "read.shift": norm[".bias"]}
-    for old, new in (("v_proj", "value"), ("out_proj", "out")):
-        tensors |= {
-            name: value[None] for name, value in taker.linear(f"bag_attention.{old}", f"read_bag.{new}").items()
-        }
-    for part, new in (("weight", "scale"), ("bias", "shift")):
-        tensors[f"read_bag.{new}"] = taker.take(f"bag_attention.layer_norm.{part}")[None]
-    for unused in [name for name in taker.rest if re.match(r"bag_attention\.[qk]_proj\.", name)]:
-        taker.take(unused)  # the bag takes its weights from the branches
-    options = {"width": queries.shape[1], "branches": branches}
-    return Found("ACMIL", Component(name="acmil_mha", options=options), tensors)
-
-
-def _transmil(taker: _Taker) -> Found:
-    tensors = taker.linear("_fc1.0", "embed.0") | taker.linear("norm", "norm") | taker.linear("_fc2", "classifier")
-    tensors["cls_token"] = taker.take("cls_token")[0]
-    for layer in ("layer1", "layer2"):
-        tensors |= taker.linear(f"{layer}.norm", f"{layer}.norm")
-        tensors |= taker.linear(f"{layer}.attn.to_out.0", f"{layer}.to_out")
-        for part in ("to_qkv", "res_conv"):
-            tensors[f"{layer}.{part}.weight"] = taker.take(f"{layer}.attn.{part}.weight")
-    for old, new in (("proj", "conv7"), ("proj1", "conv5"), ("proj2", "conv3")):
-        tensors |= taker.linear(f"pos_layer.{old}", f"ppeg.{new}")
-    options = {"width": len(tensors["embed.0.bias"]), "heads": len(tensors["layer1.res_conv.weight"])}
-    return Found("TransMIL", Component(name="transmil", options=options), tensors)
-
-
-def _dsmil(taker: _Taker) -> Found:
-    instance = "i_classifier.fc.0" if "i_classifier.fc.0.weight" in taker.rest else "i_classifier.fc"
-    tensors = taker.linear(instance, "instance_classifier")
-    nonlinear = "b_classifier.q.0.weight" in taker.rest
-    if nonlinear:
-        tensors |= taker.linear("b_classifier.q.0", "query.0") | taker.linear("b_classifier.q.2", "query.2")
-    else:
-        tensors |= taker.linear("b_classifier.q", "query.0")
-    passing = "b_classifier.v.1.weight" in taker.rest
-    if passing:
-        tensors |= taker.linear("b_classifier.v.1", "value.1")
-    tensors |= {  # a convolution (K, K, D)
-        name: value.flatten(1) if value.ndim == 3 else value
-        for name, value in taker.linear("b_classifier.fcc", "classifier").items()
-    }
-    options = {"hidden": len(tensors["query.0.bias"]), "nonlinear": nonlinear, "passing_v": passing}
-    return Found("DSMIL", Component(name="dsmil", options=options), tensors)
-
-
-def _attention(tool: str, names: Mapping[str, str]) -> Callable[[_Taker], Found]:
-    """Return a reader of gated attention pooling whose layers have these names."""
-
-    def read(taker: _Taker) -> Found:
-        tensors: Tensors = {}
-        for old, new in names.items():
-            tensors |= taker.linear(old, new)
-        options = {
-            "embed_dims": (len(tensors["embed.0.bias"]),),
-            "hidden": len(tensors["attention.V.bias"]),
-            "embed_activation": "gelu" if tool == "PackMIL" else "relu",
-        }
-        return Found(tool, Component(name="abmil", options=options), tensors)
-
-    return read
-
-
-_MILLAB = {
-    "model.patch_embed.0": "embed.0",
-    "model.global_attn.attention_a.0": "attention.V",
-    "model.global_attn.attention_b.0": "attention.U",
-    "model.global_attn.attention_c": "attention.w",
-    "model.classifier": "classifier",
-}
-_HIPPO = {
-    "encoder.0": "embed.0",
-    "attention_weights.attention_V.0": "attention.V",
-    "attention_weights.attention_U.0": "attention.U",
-    "attention_weights.attention_weights": "attention.w",
-    "head": "classifier",
-}
-_PACKMIL = {
-    "feature.0": "embed.0",
-    "attention_a.0": "attention.V",
-    "attention_b.0": "attention.U",
-    "attention_c": "attention.w",
-    "classifier.0": "classifier",
-}
-_LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[_Taker], Found]], ...] = (
-    ((r"attention_net\.0\.weight",), _clam),
-    ((r"dimreduction\.fc1\.weight", r"sub_attention\.0\.q_proj\.weight"), _acmil_mha),
-    ((r"dimreduction\.fc1\.weight", r"attention\.attention_V\.0\.weight"), _acmil),
-    ((r"_fc1\.0\.weight", r"layer1\.attn\.to_qkv\.weight"), _transmil),
-    ((r"b_classifier\..*",), _dsmil),
-    ((r"model\.global_attn\.attention_a\.0\.weight",), _attention("MIL-Lab", _MILLAB)),
-    ((r"attention_weights\.attention_V\.0\.weight",), _attention("HIPPO", _HIPPO)),
-    ((r"attention_a\.0\.weight", r"feature\.0\.weight"), _attention("PackMIL", _PACKMIL)),
-)

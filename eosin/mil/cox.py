@@ -10,9 +10,10 @@ from torch import Tensor
 from eosin.mil.metrics import Floats
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.survival import SurvivalTask
-from eosin.mil.task import Columns, Task, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Task, to_numpy, wide
 
 
+@TASKS.register("cox")
 class Cox(SurvivalTask):
     """Proportional hazards: one logit, the logarithm of the relative risk.
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from eosin import kernels
-from eosin.errors import ConfigError
 from eosin.kernels import AttentionPool
 from eosin.mil.bags import PackedBags
+from eosin.mil.subsets import Floats, as_array
 
 Activation = Literal["relu", "gelu"]
 Init = Literal["default", "xavier"]
@@ -43,14 +43,7 @@ def embedding(
         After the activations.
     dropout_after : {"each", "last"}
         Whether after every activation or only the last.
-
-    Raises
-    ------
-    ConfigError
-        If a width is below 1 or the dropout no probability.
     """
-    require_counts("an embedding", **{f"width {number + 1}": width for number, width in enumerate(widths)})
-    require_fractions("an embedding", dropout=dropout)
     layers: list[nn.Module] = []
     for number, (fan_in, fan_out) in enumerate(zip((in_dim, *widths), widths, strict=False), 1):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
@@ -99,11 +92,6 @@ class Attention(nn.Module):
         Whether the linear maps have one.
     gate_dropout : float
         On both projections, in training.
-
-    Raises
-    ------
-    ConfigError
-        If a width is below 1 or the dropout no probability.
     """
 
     def __init__(
@@ -118,8 +106,6 @@ class Attention(nn.Module):
         gate_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        require_counts("attention", hidden=hidden, heads=heads)
-        require_fractions("attention", gate_dropout=gate_dropout)
         self.V = nn.Linear(in_dim, hidden, bias=bias)
         self.U = nn.Linear(in_dim, hidden, bias=bias) if gated else None
         self.w = nn.Linear(hidden, heads, bias=bias)
@@ -177,15 +163,18 @@ def as_dtype(values: Tensor, like: Tensor) -> Tensor:
     return values if torch.is_autocast_enabled(values.device.type) else values.to(like.dtype)
 
 
-def require_counts(part: str, **counts: int) -> None:
-    """Raise `ConfigError` unless widths and numbers of things are at least 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{part}: {name} is {count}; it must be at least 1")
+def pooling_gradient(scores: Tensor, instances: Tensor, classifier: nn.Linear, slope: Tensor) -> Floats:
+    """Return ``α_i (p_i - F)``, (n,): the slope by log weights of softmax pooling before a linear classifier.
 
-
-def require_fractions(part: str, **fractions: float) -> None:
-    """Raise `ConfigError` unless fractions and probabilities lie in [0, 1]."""
-    for name, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{part}: {name} {value} must lie in [0, 1]")
+    Parameters
+    ----------
+    scores, instances : (n, 1), (n, E)
+        Of one bag.
+    classifier : Linear
+        Of weights (K, E).
+    slope : (K,)
+        Derivative by the logits of the number that is asked about.
+    """
+    share = scores[:, 0].double().softmax(0)
+    own = (instances @ (slope.to(classifier.weight) @ classifier.weight).detach()).double()
+    return as_array(share * (own - share @ own))

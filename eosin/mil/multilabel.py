@@ -26,11 +26,12 @@ from eosin.mil.metrics import (
     roc_auc,
 )
 from eosin.mil.polarity import positive_last, split_target
-from eosin.mil.task import Columns, Row, Task, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
 
 NONE = "none"
 
 
+@TASKS.register("multilabel")
 class MultiLabel(Task):
     """Several yes-or-no labels at once: sigmoid cross-entropy, one logit each.
 

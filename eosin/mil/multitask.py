@@ -14,11 +14,12 @@ from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics, mean_if_defined
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value
-from eosin.mil.task import Columns, Row, Task, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, load_task, wide
 
 MISSING = "missing"
 
 
+@TASKS.register("multitask")
 class MultiTask(Task):
     """A task of several tasks, each over its own slice of the logits.
 
@@ -45,8 +46,6 @@ class MultiTask(Task):
     @field_validator("parts", mode="before")
     @classmethod
     def _built(cls, parts: Sequence[Any]) -> tuple[Task, ...]:
-        from eosin.mil.tasks import load_task
-
         return tuple(load_task(part) if isinstance(part, Mapping) else part for part in parts)
 
     @classmethod
@@ -335,13 +334,11 @@ def _flat(decided: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _parts(target: str) -> list[tuple[type[Task], str]]:
     """Return the kind and the target of each part."""
-    from eosin.mil.tasks import find_task
-
     found: list[tuple[type[Task], str]] = []
     for text in target.split(";"):
         kind, colon, rest = text.strip().partition(":")
         if text.strip():
-            found.append((find_task(kind.strip()), rest.strip()) if colon else (find_task("classification"), kind))
+            found.append((TASKS[kind.strip()], rest.strip()) if colon else (TASKS["classification"], kind))
     if len(found) < 2:
         raise LabelError(f"a task of several needs at least two targets, separated by semicolons, not {target!r}")
     return found

@@ -20,6 +20,8 @@ from torch.nn import functional
 from eosin.kernels import ScanOrder, causal_conv
 from eosin.mil import attention
 from eosin.mil.attention import bag_attention, instance_attention, mixed_weights, normed_linear, recomputed
+from eosin.mil.rollout import by_head, gather_row, project_third
+from eosin.mil.subsets import Floats, as_array
 
 TAPS = 33  # of the convolution of the values along the sequence
 
@@ -241,6 +243,61 @@ class NystromLayer(nn.Module):
         inside = near < bags.offsets[1:, None]
         window = value[torch.where(inside, near, 0)] * inside[..., None, None]  # (B, taps, H, d)
         return torch.einsum("bthd,ht->bhd", window, self.res_conv.weight[_slice(heads), 0, reach:, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class NystromFactors:
+    """The three factors of a Nyström layer for one bag: ``A1 A2⁺ A3`` per head, over its T tokens.
+
+    Parameters
+    ----------
+    normed : (T, E)
+        Tokens after the layer's norm.
+    marks_query, marks_key : (m, H, d)
+        Landmarks, equal ones once.
+    inverse : (H, m, m)
+        Of all landmarks that each row stands for.
+    layer : NystromLayer
+    layout : TokenBags
+    """
+
+    normed: Tensor
+    marks_query: Tensor
+    marks_key: Tensor
+    inverse: Tensor
+    layer: NystromLayer
+    layout: TokenBags
+
+    @classmethod
+    def of(cls, layer: NystromLayer, tokens: Tensor, layout: TokenBags) -> "NystromFactors":
+        """Compute the factors for the tokens (T, E) that a layer was given."""
+        query, key, inverse = layer.landmarks(layer.landmark_means(tokens, layout), layout)
+        return cls(layer.norm(tokens), query[0], key[0], inverse[0], layer, layout)
+
+    def to_landmarks(self, row: Floats) -> Tensor:
+        """Return ``r A1 A2⁺`` per head of a row of tokens (T,): (m, H)."""
+        project = partial(project_third, self.layer.to_qkv, 0)
+        counts = self.layout.counts[0]
+        shares = gather_row(row, self.normed, project, self.marks_key, scale=self.layer.scale, counts=counts)  # (m, H)
+        return torch.einsum("mh,hmk->kh", shares, self.inverse.to(shares))
+
+    def from_landmarks(self, mix: Tensor) -> Tensor:
+        """Return ``mix A3`` per head of weights of landmarks (m, H): (T, H)."""
+        key, query = self.third(1), self.marks_query[None]
+        lengths, zeros = self.layout.lengths, self.layout.zeros
+        return mixed_weights(query, key, mix[None].to(query), lengths, self.layer.scale, zeros=zeros)
+
+    def third(self, number: int) -> Tensor:
+        """Return the queries (0), keys (1) or values (2) of the tokens, (T, H, d)."""
+        return by_head(project_third(self.layer.to_qkv, number, self.normed), self.layer.heads)
+
+
+@torch.no_grad()
+def through_landmarks(layer: NystromLayer, tokens: Tensor, bags: TokenBags, row: Floats) -> Floats:
+    """Return the row after a Nyström layer, mean over heads; entries may be negative."""
+    factors = NystromFactors.of(layer, tokens, bags)
+    weights = factors.from_landmarks(factors.to_landmarks(row))
+    return as_array(weights.double().mean(1))
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int, counts: Tensor | None = None) -> Tensor:

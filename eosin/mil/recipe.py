@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Registry
+from eosin.mil.registry import Registry
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 from eosin.options import Options, merge, read_yaml
 
 

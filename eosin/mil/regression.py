@@ -12,9 +12,10 @@ from torch import Tensor
 
 from eosin.errors import LabelError
 from eosin.mil.metrics import Floats, Metrics
-from eosin.mil.task import Columns, Row, Task, number, rank_bins, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 
+@TASKS.register("regression")
 class Regression(Task):
     """A number: squared error in units of the training part's standard deviation.
 

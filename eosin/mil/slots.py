@@ -5,21 +5,20 @@ sum(weight_i * term_i(output, bags, target))``, where a strategy returns ``outpu
 ``extra``.
 """
 
-import importlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from eosin.errors import ConfigError, UnknownNameError
+from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
-from eosin.mil.tasks import Task
-from eosin.plugins import load_plugins
-
-T = TypeVar("T")
+from eosin.mil.registry import METHODS, ModuleRegistry
+from eosin.mil.rollout import Trace
+from eosin.mil.subsets import Floats, Subsets, Value, slope_of
+from eosin.mil.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +46,26 @@ class AttentionOutput(AggregatorOutput):
         Unnormalised; the softmax over the instances of a bag gives the weights.
     instances : (N, E) float
         Embedded instances that the weights apply to.
+    own_columns : bool
+        Whether each output of the model is made of its own column of scores alone.
     """
+
+    own_columns: ClassVar[bool] = False
 
     scores: Tensor
     instances: Tensor
+
+    @property
+    def ranks(self) -> Tensor:
+        """What instances are ranked by, (N, H): the scores, unless a method knows better."""
+        return self.scores
+
+
+@runtime_checkable
+class HasInstanceLogits(Protocol):
+    """An output of a method that also classifies single instances: ``instance_logits`` (N, C)."""
+
+    instance_logits: Tensor
 
 
 class Aggregator(nn.Module):
@@ -85,6 +100,134 @@ class Aggregator(nn.Module):
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return one row of logits per bag; a bag without instances gives a finite row."""
         raise NotImplementedError
+
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> Subsets | None:
+        """Return one bag as a form that answers every what-if without this model, or None where there is none.
+
+        Parameters
+        ----------
+        bags : PackedBags
+            One bag.
+        output : AggregatorOutput
+            What the model made of it. The form is compared with the model on the slide before it is used.
+        """
+        return None
+
+    def trace(self, bags: PackedBags) -> Trace | None:
+        """Return how attention leads through the layers of one bag, or None without attention between instances."""
+        return None
+
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats | None:
+        """Return ``G_i = ∂ value / ∂ log w_i`` of one bag, (n,), or None where it is read out without weights.
+
+        w_i is the weight of instance i where the model reads its bag out, 1 for every instance; everything before that
+        place is held fixed. Leaving an instance out costs about ``-G_i`` there, and more or less through the layers
+        before: the first-order price of an instance, for models that have to be run again.
+        """
+        with torch.no_grad():
+            output = self(bags)
+            form = self.readout(bags, output)
+        gradient = None if form is None else form.log_weight_gradient()
+        return None if gradient is None else gradient @ slope_of(output.logits[0], value).cpu().numpy()
+
+    def instance_values(self, output: AggregatorOutput) -> Tensor | None:
+        """Return what each instance adds to the bag's embedding, (N, E); None where that is its weight times itself."""
+        return None
+
+    def branches(self, weights: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+        """Return the attention (n, H) of one bag by branch, (n,) each under its name.
+
+        Parameters
+        ----------
+        weights : (n, H) float
+            One column per score; each sums to 1.
+        classes : sequence of str
+            Names of the outputs, for methods whose branches belong to these.
+        """
+        return {f"branch {number}": column for number, column in enumerate(weights.unbind(1))}
+
+
+def class_names(n_outputs: int, classes: Sequence[str]) -> list[str]:
+    """Return one name per logit: a single logit of two classes speaks for the second."""
+    if len(classes) == n_outputs:
+        return list(classes)
+    if n_outputs == 1 and len(classes) == 2:
+        return [classes[1]]
+    return [f"output {k}" for k in range(n_outputs)]
+
+
+class Wrapper(Aggregator):
+    """An aggregator that prepares bags for another one, and answers what it is asked as that one does.
+
+    Attributes
+    ----------
+    instance_wise : bool
+        Whether `prepare` looks at every instance alone, so that leaving some out does not change the others.
+    """
+
+    instance_wise: ClassVar[bool] = True
+
+    def __init__(self, in_dim: int, n_outputs: int, inner: Aggregator) -> None:
+        super().__init__(in_dim, n_outputs, embed_dim=inner.embed_dim)
+        self.output_type = inner.output_type  # type: ignore[misc]  # of this instance: what the inner one can do
+        self.order_dependent = inner.order_dependent  # type: ignore[misc]
+
+    @property
+    def inner(self) -> Aggregator:
+        """The other aggregator; each wrapper has it under the name that its saved weights carry."""
+        raise NotImplementedError
+
+    def prepare(self, bags: PackedBags) -> PackedBags:
+        """Return the bags that the other aggregator reads."""
+        raise NotImplementedError
+
+    @override
+    def forward(self, bags: PackedBags) -> AggregatorOutput:
+        output: AggregatorOutput = self.inner(self.prepare(bags))
+        return output
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> Subsets | None:
+        return self.inner.readout(self.prepare(bags), output) if self.instance_wise else None
+
+    @override
+    def trace(self, bags: PackedBags) -> Trace | None:
+        with torch.no_grad():
+            prepared = self.prepare(bags)
+        return self.inner.trace(prepared)
+
+    @override
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats | None:
+        with torch.no_grad():
+            prepared = self.prepare(bags)
+        return self.inner.weight_gradient(prepared, value)
+
+    @override
+    def branches(self, weights: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+        return self.inner.branches(weights, classes)
+
+
+@runtime_checkable
+class EmbeddingAggregator(Protocol):
+    """An aggregator that can start from embedded instances: ``forward`` is `embed`, then `aggregate`."""
+
+    embed: nn.Module
+
+    def aggregate(self, bags: PackedBags) -> AttentionOutput:
+        """Return the output for bags of embedded instances."""
+        ...
+
+
+def instance_width(model: Aggregator) -> int:
+    """Return the width E of the instances that an aggregator with attention returns."""
+    parameter = next(model.parameters())
+    empty = PackedBags.pack([parameter.new_zeros(0, model.in_dim)])
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(empty)
+    model.train(training)
+    assert isinstance(output, AttentionOutput)  # checked when built
+    return output.instances.shape[1]
 
 
 class LossTerm(nn.Module):
@@ -175,153 +318,9 @@ def require_output(part: LossTerm | Strategy, model: Aggregator) -> None:
         )
 
 
-OWN_METHODS = "eosin.mil.methods"
-"""Imported by name: methods import this module."""
-
-
-class Registry(Generic[T]):
-    """Things by name, for one slot.
-
-    A name that is asked for may come from eosin's own methods or from a plug-in; both are imported then.
-
-    Parameters
-    ----------
-    kind : str
-        What the slot is called in messages: "aggregator".
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._items: dict[str, T] = {}
-
-    def add(self, name: str, item: T) -> T:
-        """Register `item`; a definition that is run again in a notebook replaces itself.
-
-        Raises
-        ------
-        ConfigError
-            If the name belongs to something else.
-        """
-        old = self._items.get(name)
-        if old is not None and getattr(old, "__qualname__", old) != getattr(item, "__qualname__", item):
-            raise ConfigError(f"the {self.kind} name {name!r} is taken by {old!r}; choose another name")
-        self._items[name] = item
-        return item
-
-    def _known(self) -> dict[str, T]:
-        importlib.import_module(OWN_METHODS)
-        load_plugins()
-        return self._items
-
-    def __getitem__(self, name: str) -> T:
-        known = self._known()
-        if name not in known:
-            raise UnknownNameError(self.kind, name, known)
-        return known[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._known()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._known()))
-
-    def __len__(self) -> int:
-        return len(self._known())
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} {self.kind}s: {', '.join(self)}>"
-
-
-C = TypeVar("C", bound=nn.Module)
-
-
-class ModuleRegistry(Registry[type[C]]):
-    """A registry of modules; the options of each are the keyword-only arguments of its constructor."""
-
-    def register(self, name: str) -> Callable[[type[C]], type[C]]:
-        """Return a class decorator that registers under `name` and leaves the class as it is."""
-        return lambda item: self.add(name, item)
-
-    def defaults(self, name: str) -> dict[str, Any]:
-        """Return every option of `name` with its default."""
-        return self.resolve(name, {})
-
-    def resolve(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all options of `name`, checked against its constructor's signature and with defaults filled in.
-
-        Raises
-        ------
-        UnknownNameError
-            If the name or an option does not exist; the message lists those that do.
-        ConfigError
-            If a value does not fit the constructor's annotation, or the range that the option's name implies.
-        """
-        schema = _schema(self[name])
-        unknown = [key for key in options if key not in schema.model_fields]
-        if unknown:
-            raise UnknownNameError(f"option of {self.kind} {name}", unknown[0], schema.model_fields)
-        try:
-            checked = schema.model_validate(dict(options))
-        except ValidationError as error:
-            faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
-            raise ConfigError(f"{self.kind} {name}: {faults}") from None
-        return {key: getattr(checked, key) for key in schema.model_fields}
-
-    def build(self, name: str, *args: Any, options: Mapping[str, Any] | None = None) -> C:
-        """Construct `name` from positional arguments and its options; see `resolve` for the errors."""
-        return self[name](*args, **self.resolve(name, options or {}))
-
-
-def _schema(cls: type) -> type[BaseModel]:
-    constructor = cls.__init__  # type: ignore[misc]
-    hints = get_type_hints(constructor)
-    fields: dict[str, Any] = {
-        key: (_bounded(key, hints.get(key, Any)), ... if parameter.default is parameter.empty else parameter.default)
-        for key, parameter in inspect.signature(constructor).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
-
-
-LEAST = {
-    **dict.fromkeys(("width", "hidden", "heads", "layers", "branches", "k", "factor", "tokens", "seeds", "rate"), 1),
-    **dict.fromkeys(("sample", "queue_size", "region_size", "rank", "pack_length", "projection", "expansion"), 1),
-    **dict.fromkeys(("overflow", "keep_at_least"), 1),
-    **dict.fromkeys(("expand", "d_state", "d_conv", "dt_rank", "head_dim", "landmarks", "pinv_iterations"), 1),
-    **dict.fromkeys(("mask_k", "min_length", "isab_layers", "sab_layers"), 0),
-}
-"""Least value of an option that counts or measures something, the same in every method that has it."""
-
-POSITIVE = {"temperature", "tau", "sharpness", "norm_eps", "floor"}
-"""Options whose formula has no meaning at 0."""
-
-NOT_NEGATIVE = {"penalty", "margin", "consistency"}
-"""Options that weigh or move something and may be 0."""
-
-SHARES = {"momentum", "confidence", "start", "phi_start", "phi_end", "quality_weight"}
-"""Options between 0 and 1 whose name does not end in one of the words for that."""
-
-
-def _bounded(option: str, hint: Any) -> Any:
-    """Return the type of an option with the range that its name implies."""
-    if option in LEAST and hint in (int, int | None):
-        return Annotated[hint, Field(ge=LEAST[option])]
-    if hint is not float:
-        return hint
-    if option.endswith("dropout"):
-        return Annotated[float, Field(ge=0, lt=1)]
-    if option in SHARES or option.endswith(("_ratio", "_fraction", "_p", "_momentum")):
-        return Annotated[float, Field(ge=0, le=1)]
-    if option in POSITIVE:
-        return Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    if option in NOT_NEGATIVE or option.endswith("_weight"):
-        return Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    return hint
-
-
-AGGREGATORS: ModuleRegistry[Aggregator] = ModuleRegistry("aggregator")
-LOSS_TERMS: ModuleRegistry[LossTerm] = ModuleRegistry("loss term")
-STRATEGIES: ModuleRegistry[Strategy] = ModuleRegistry("strategy")
+AGGREGATORS: ModuleRegistry[Aggregator] = ModuleRegistry("aggregator", METHODS)
+LOSS_TERMS: ModuleRegistry[LossTerm] = ModuleRegistry("loss term", METHODS)
+STRATEGIES: ModuleRegistry[Strategy] = ModuleRegistry("strategy", METHODS)
 
 
 @STRATEGIES.register("supervised")

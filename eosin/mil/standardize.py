@@ -5,10 +5,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from eosin.mil.bags import PackedBags
 from eosin.mil.data import BagSource
-from eosin.mil.slots import Aggregator, AggregatorOutput
+from eosin.mil.slots import Aggregator, Wrapper
 
 ROWS_PER_BAG = 2000
 SMALLEST_DEVIATION = 1e-6
@@ -73,7 +74,7 @@ def _sample(bags: BagSource, bag_id: str) -> Tensor:
     return bags.load(bag_id, torch.linspace(0, length - 1, ROWS_PER_BAG).long())
 
 
-class Standardized(Aggregator):
+class Standardized(Wrapper):
     """An aggregator that is given features as they are and standardizes them first.
 
     Parameters
@@ -83,13 +84,16 @@ class Standardized(Aggregator):
     """
 
     def __init__(self, standardizer: Standardizer, aggregator: Aggregator) -> None:
-        super().__init__(aggregator.in_dim, aggregator.n_outputs, embed_dim=aggregator.embed_dim)
+        super().__init__(aggregator.in_dim, aggregator.n_outputs, aggregator)
         self.standardizer = standardizer
         self.aggregator = aggregator
-        self.output_type = aggregator.output_type  # type: ignore[misc]
-        self.order_dependent = aggregator.order_dependent  # type: ignore[misc]
 
-    def forward(self, bags: PackedBags) -> AggregatorOutput:
-        """Return the aggregator's output."""
-        output: AggregatorOutput = self.aggregator(self.standardizer(bags))
-        return output
+    @property
+    @override
+    def inner(self) -> Aggregator:
+        return self.aggregator
+
+    @override
+    def prepare(self, bags: PackedBags) -> PackedBags:
+        prepared: PackedBags = self.standardizer(bags)
+        return prepared

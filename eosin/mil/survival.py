@@ -22,7 +22,7 @@ from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.survival_metrics import concordance as concordance
 from eosin.mil.survival_metrics import concordance_ipcw, discordance, integrated_brier, time_auc
-from eosin.mil.task import Columns, Row, Task, number, rank_bins, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
 YES = frozenset({"1", "1.0", "true", "yes"})
@@ -212,6 +212,7 @@ class SurvivalTask(Task):
         return frozenset(self.strata(rows))
 
 
+@TASKS.register("survival")
 class DiscreteSurvival(SurvivalTask):
     """Survival in a few bins of time: one logit per bin, the hazard of an event in it.
 

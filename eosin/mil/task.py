@@ -11,6 +11,7 @@ from torch import Tensor
 from eosin.errors import ConfigError, LabelError
 from eosin.mil.intervals import Support
 from eosin.mil.metrics import Floats, Metrics
+from eosin.mil.registry import Registry
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.tables import has_value, shown
 from eosin.options import Options
@@ -254,6 +255,29 @@ class Task(Options):
     def soft_strata(self, rows: Sequence[Row]) -> frozenset[str]:
         """Return the strata that are not classes, so that a part of a split may lack them."""
         return frozenset()
+
+
+TASKS: Registry[type[Task]] = Registry("task")
+
+
+def load_task(data: Mapping[str, Any]) -> Task:
+    """Build the task that `Task.model_dump` described.
+
+    Raises
+    ------
+    ConfigError
+        If the description fits no task.
+    """
+    kind = str(data.get("kind"))
+    if kind not in TASKS:
+        raise ConfigError(f"the description of the task is damaged: no task is called {kind!r}")
+    return TASKS[kind].parse(data, source="the description of the task")
+
+
+def require_classes(task: Task, part: str) -> None:
+    """Raise `ConfigError` unless the task says to which classes a bag belongs."""
+    if type(task).memberships is Task.memberships:
+        raise ConfigError(f"{part} labels instances by class; task {task.kind} has none; leave the term out")
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -3,56 +3,23 @@
 A task is a frozen options object, so a model folder stores it as JSON and builds it again.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from eosin.errors import ConfigError, UnknownNameError
 from eosin.mil.classification import Binary as Binary
 from eosin.mil.classification import Classification as Classification
 from eosin.mil.classification import Ordinal as Ordinal
 from eosin.mil.classification import sorted_labels as sorted_labels
-from eosin.mil.cox import Cox
+from eosin.mil.cox import Cox as Cox
 from eosin.mil.multilabel import MultiLabel as MultiLabel
 from eosin.mil.multitask import MultiTask as MultiTask
 from eosin.mil.regression import Regression as Regression
-from eosin.mil.survival import DiscreteSurvival
+from eosin.mil.survival import DiscreteSurvival as DiscreteSurvival
+from eosin.mil.task import TASKS, require_values
 from eosin.mil.task import Columns as Columns
 from eosin.mil.task import Row as Row
 from eosin.mil.task import Task as Task
-from eosin.mil.task import require_values
+from eosin.mil.task import load_task as load_task
 from eosin.mil.task import wide as wide
-
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "binary": Binary,
-    "ordinal": Ordinal,
-    "multilabel": MultiLabel,
-    "regression": Regression,
-    "survival": DiscreteSurvival,
-    "cox": Cox,
-    "multitask": MultiTask,
-}
-
-
-def find_task(kind: str) -> type[Task]:
-    """Return the class of a kind of task; `UnknownNameError` when there is none."""
-    if kind not in TASKS:
-        raise UnknownNameError("task", kind, TASKS)
-    return TASKS[kind]
-
-
-def load_task(data: Mapping[str, Any]) -> Task:
-    """Build the task that `Task.model_dump` described.
-
-    Raises
-    ------
-    ConfigError
-        If the description fits no task.
-    """
-    kind = data.get("kind")
-    if kind not in TASKS:
-        raise ConfigError(f"the description of the task is damaged: no task is called {kind!r}")
-    return TASKS[kind].parse(data, source="the description of the task")
 
 
 def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
@@ -78,6 +45,6 @@ def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
     LabelError
         If a column does not exist, a value is missing, or the labels do not pose such a task.
     """
-    task = find_task(kind)
+    task = TASKS[kind]
     require_values(rows, task.named_columns(target), all_of_them=not task.may_be_incomplete)
     return task.from_rows(rows, target)

@@ -14,7 +14,7 @@ from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError
 from eosin.features.store import read_bag
 from eosin.heatmaps.cohort import CohortEffect, Interval, summarise_cohort
-from eosin.heatmaps.counterfactual import Effect
+from eosin.heatmaps.counterfactual import Effect, Origin
 from eosin.heatmaps.examination import Donor, Questions, examine, see_donor
 from eosin.heatmaps.export.png import DPI, render
 from eosin.heatmaps.export.table import write_frame
@@ -175,10 +175,10 @@ def _remembered(found: Counterfactuals, prediction: Mapping[str, str]) -> _Asked
 
 def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
     """Return the summary of each intervention that at least two slides share."""
-    kinds: dict[tuple[str, str], list[tuple[str, Effect]]] = {}
+    kinds: dict[tuple[str, Origin, str], list[tuple[str, Effect]]] = {}
     for slide_id, answers in asked.items():
         for effect in answers.effects:
-            kinds.setdefault((effect.kind, effect.what), []).append((slide_id, effect))
+            kinds.setdefault((effect.kind, effect.origin, effect.what), []).append((slide_id, effect))
     return [
         summarise_cohort(
             [effect for _, effect in members],

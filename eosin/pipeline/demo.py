@@ -20,7 +20,8 @@ from shapely.ops import unary_union
 from eosin.batch import Report
 from eosin.features.store import read_bag
 from eosin.files import write_json
-from eosin.heatmaps.attribution import attention_map, require_grid
+from eosin.heatmaps.maps import attention_map
+from eosin.heatmaps.subject import require_grid
 from eosin.mil.checkpoint import load_model
 from eosin.mil.metrics import roc_auc
 from eosin.mil.recipe import Component, Recipe, Training

@@ -13,7 +13,7 @@ from eosin.heatmaps.export.png import View, blend, draw, take_view, write_png
 from eosin.heatmaps.export.table import tile_table, write_frame
 from eosin.heatmaps.export.tiff import write_tiff
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.mapset import MapSet, map_slide
+from eosin.heatmaps.maps import MapSet, map_slide
 from eosin.heatmaps.subject import class_choices, map_name, predict_bag, prediction_in_words, require_same_slide
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
@@ -84,7 +84,7 @@ def explain_slide(
     tissue : TissueMask, optional
         Found on the slide unless given.
     maps : sequence of str, optional
-        Among `eosin.heatmaps.mapset.ATTRIBUTIONS`, the one that pictures show first; everything that the model can
+        Among `eosin.heatmaps.maps.ATTRIBUTIONS`, the one that pictures show first; everything that the model can
         give unless given.
 
     Returns
@@ -182,5 +182,5 @@ def map_picture(view: View, heatmap: Heatmap, *, tissue: TissueMask | None = Non
 
 def _shown(maps: Sequence[Heatmap]) -> list[Heatmap]:
     """Return the maps worth a picture: of several scalings of one score, the percentile."""
-    ranked = {heatmap.kind.removesuffix("_percentile") for heatmap in maps if heatmap.kind.endswith("_percentile")}
-    return [heatmap for heatmap in maps if heatmap.kind.removesuffix("_relative") not in ranked]
+    ranked = {(heatmap.shows, heatmap.of) for heatmap in maps if heatmap.scaling == "percentile"}
+    return [one for one in maps if one.scaling == "percentile" or (one.shows, one.of) not in ranked]

@@ -16,17 +16,18 @@ from eosin.errors import ConfigError, UnknownNameError
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
 from eosin.heatmaps.annotations import read_regions, tiles_inside
-from eosin.heatmaps.attribution import require_grid
-from eosin.heatmaps.counterfactual import Effect, Indices, as_probability, effect_map
-from eosin.heatmaps.examination import Counterfactuals, Donor, examine
+from eosin.heatmaps.counterfactual import Effect, as_probability
+from eosin.heatmaps.examination import Donor, examine
 from eosin.heatmaps.examination import Questions as Questions
 from eosin.heatmaps.export.geojson import write_geojson
 from eosin.heatmaps.export.png import DPI, render, take_view, write_png
 from eosin.heatmaps.export.table import write_frame
+from eosin.heatmaps.findings import Counterfactuals
 from eosin.heatmaps.heatmap import Heatmap, Window
-from eosin.heatmaps.subject import predict_bag, prediction_in_words, require_same_slide
+from eosin.heatmaps.subject import predict_bag, prediction_in_words, require_grid, require_same_slide
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
+from eosin.mil.subsets import Indices
 from eosin.report.page import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.wsi.picture import write_picture
 from eosin.wsi.slide import Slide, SlideFile
@@ -78,9 +79,9 @@ def counterfactual_maps(found: Counterfactuals, bag: FeatureBag) -> list[Heatmap
     grid = require_grid(bag)
     rounds = np.zeros(grid.n_tiles)
     rounds[found.search.order] = np.arange(1, len(found.search.order) + 1)
-    effect = effect_map(found.tile_effects, grid, found.class_name)
-    kind = found.ranking_name.replace(" ", "_")
-    ranking = Heatmap(found.ranking, grid, kind, found.ranking_name).percentile()
+    what = f"what a tile adds to the log-odds of {found.class_name}"
+    effect = Heatmap(found.tile_effects, grid, "effect", what, signed=True)
+    ranking = Heatmap(found.ranking, grid, found.ranking_name.replace(" ", "_"), found.ranking_name).percentile()
     return [effect, ranking, Heatmap(rounds, grid, "removal_round", "round of removal (0: not removed)")]
 
 

@@ -12,9 +12,8 @@ from eosin import __version__
 from eosin.batch import Report
 from eosin.features.bag import FeatureBag
 from eosin.features.store import read_bag
-from eosin.heatmaps.attribution import attention_map
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.mapset import map_slide
+from eosin.heatmaps.maps import attention_map, map_slide
 from eosin.heatmaps.subject import class_choices
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import shown

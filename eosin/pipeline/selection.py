@@ -24,11 +24,11 @@ from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import folder_name
 from eosin.features.store import find_bags, read_bag, read_footer, read_spec
 from eosin.files import file_fingerprint
-from eosin.heatmaps.attribution import attention_weights
+from eosin.heatmaps.maps import attention_weights
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import shown
-from eosin.mil.methods.two_stage import child_grid, select_tiles, tile_ratio
 from eosin.mil.seen import Run
+from eosin.mil.selection import child_grid, select_tiles, tile_ratio
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.options import Options
 from eosin.wsi.coordinates import ENCODING_VERSION, write_grid
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Selection(Options):
-    """How tiles of the first stage are chosen, see `eosin.mil.methods.two_stage.select_tiles`.
+    """How tiles of the first stage are chosen, see `eosin.mil.selection.select_tiles`.
 
     Attributes
     ----------

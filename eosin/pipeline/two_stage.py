@@ -19,8 +19,8 @@ from eosin.batch import Report
 from eosin.errors import ConfigError
 from eosin.files import write_json
 from eosin.mil.data import read_labels, shown
-from eosin.mil.methods.two_stage import tile_ratio
 from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil.selection import tile_ratio
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import read_splits
 from eosin.options import Options

@@ -15,9 +15,7 @@ from shapely import MultiPolygon
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.features.bag import FeatureBag
 from eosin.features.store import find_bags, read_bag
-from eosin.heatmaps.attribution import require_grid
-from eosin.heatmaps.subject import class_choices, require_same_slide
-from eosin.heatmaps.subsets import Look, look
+from eosin.heatmaps.subject import Look, class_choices, look, require_grid, require_same_slide
 from eosin.mil.checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.viewer.lattice import Lattice, make_lattice
@@ -91,7 +89,7 @@ class Study:
     @property
     def is_instant(self) -> bool:
         """Whether the model answers for any set of tiles without being run again."""
-        return self.seen.method == "closed form"
+        return self.seen.subsets.instant
 
     @cached_property
     def bounds_px0(self) -> tuple[int, int, int, int] | None:

@@ -2,28 +2,16 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-
 from eosin.features.bag import FeatureBag
-from eosin.heatmaps.attribution import (
-    attribution_maps,
-    class_names,
-    gradient_map,
-    in_eval_mode,
-    pack_bag,
-    require_grid,
-)
-from eosin.heatmaps.counterfactual import effect_map, tile_effects
 from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.pooled import PooledBag, Target
-from eosin.heatmaps.subsets import Look
-from eosin.heatmaps.tracing import trace_attention
-from eosin.heatmaps.weighting import weight_gradient
-from eosin.mil.slots import Aggregator, AttentionOutput
+from eosin.heatmaps.maps import attribution_maps, effect_map, gradient_map, rollout_map, slope_map
+from eosin.heatmaps.subject import Look
+from eosin.mil.slots import Aggregator, AttentionOutput, class_names
+from eosin.mil.subsets import Target
 
 PERCENTILE, TIMES, PLAIN = "rank among tiles (percentile)", "times the average tile", "as it is"
 SCALINGS = (PERCENTILE, TIMES, PLAIN)
@@ -70,15 +58,16 @@ class Layers:
         if issubclass(model.output_type, AttentionOutput):
             self._add_attributions(model, bag, classes)
         for output, name in enumerate(classes):
-            self._makers[Choice(EFFECT, name)] = partial(_effects, seen, bag, output, name)
+            self._makers[Choice(EFFECT, name)] = partial(effect_map, seen.subsets, bag, Target(output), of=name)
         # one logit of two classes speaks for the second
         on: On = "log_odds" if classes else "logit"
         for output, name in enumerate(class_names(model.n_outputs, classes)):
             target = Target(output, on)
             self._makers[Choice(GRADIENT, name)] = partial(gradient_map, model, bag, target, of=name)
-            if isinstance(seen.subsets, PooledBag) or _slope(model, bag, target, name) is not None:
-                self._makers[Choice(SLOPE, name)] = partial(_require_slope, model, bag, target, name)
-        rollout = None if seen.method == "closed form" else _rollout(model, bag)
+            asked = Target(classes.index(name), on) if classes else target
+            if seen.subsets.slopes(asked) is not None:
+                self._makers[Choice(SLOPE, name)] = partial(_require_slope, seen, bag, asked, name)
+        rollout = rollout_map(model, bag)
         if rollout is not None:
             self._made[Choice(ROLLOUT)] = rollout
 
@@ -135,7 +124,7 @@ class Layers:
 
 def scalings_of(heatmap: Heatmap) -> tuple[str, ...]:
     """Return how a map can be scaled; only weights that sum to 1 have an average to be multiples of."""
-    return SCALINGS if _is_weight(heatmap) else (PERCENTILE, PLAIN)
+    return SCALINGS if heatmap.is_weight else (PERCENTILE, PLAIN)
 
 
 def default_scaling(heatmap: Heatmap) -> str:
@@ -143,46 +132,15 @@ def default_scaling(heatmap: Heatmap) -> str:
     return PLAIN if heatmap.signed else PERCENTILE
 
 
-def _is_weight(heatmap: Heatmap) -> bool:
-    return heatmap.kind.startswith(("attention", "rollout"))
-
-
 def _choice_of(heatmap: Heatmap, classes: tuple[str, ...]) -> Choice:
-    for name in classes:
-        if heatmap.kind == f"instance_logit_{name}":
-            return Choice(OWN_LOGIT, name)
-        if heatmap.kind == f"attention_{name}":
-            return Choice("attention of the class", name)
+    families = {"instance_logit": OWN_LOGIT, "attention": "attention of the class"}
+    if heatmap.of in classes and heatmap.shows in families:
+        return Choice(families[heatmap.shows], heatmap.of)
     return Choice(heatmap.label)
 
 
-def _effects(seen: Look, bag: FeatureBag, output: int, name: str) -> Heatmap:
-    effects, agreement = tile_effects(seen.subsets, Target(output))
-    heatmap = effect_map(effects, require_grid(bag), name)
-    if agreement >= 1:
-        return heatmap
-    return replace(heatmap, label=f"{heatmap.label}, first-order guess (rank agreement {agreement:.2f})")
-
-
-def _slope(model: Aggregator, bag: FeatureBag, target: Target, name: str) -> Heatmap | None:
-    values = weight_gradient(model, pack_bag(model, bag), target.of_tensor)
-    if values is None:
-        return None
-    quantity = f"the log-odds of {name}" if target.on == "log_odds" else name
-    label = f"slope of {quantity} by the logarithm of the tile's weight"
-    return Heatmap(values, require_grid(bag), f"log_weight_gradient_{name}", label, signed=True)
-
-
-def _require_slope(model: Aggregator, bag: FeatureBag, target: Target, name: str) -> Heatmap:
-    heatmap = _slope(model, bag, target, name)
+def _require_slope(seen: Look, bag: FeatureBag, target: Target, name: str) -> Heatmap:
+    heatmap = slope_map(seen.subsets, bag, target, of=name)
     if heatmap is None:
-        raise LookupError("the model reads no slide out by weights")
+        raise LookupError(seen.subsets.weightless)
     return heatmap
-
-
-def _rollout(model: Aggregator, bag: FeatureBag) -> Heatmap | None:
-    with in_eval_mode(model), torch.no_grad():
-        trace = trace_attention(model, pack_bag(model, bag))
-    if trace is None:
-        return None
-    return Heatmap(trace.row(), require_grid(bag), "rollout", "attention followed through all layers")

@@ -11,10 +11,9 @@ from scipy.special import expit
 
 from eosin.errors import ConfigError
 from eosin.heatmaps.counterfactual import as_probability
-from eosin.heatmaps.pooled import Floats, PooledBag, Target
+from eosin.mil.subsets import Floats, Target
 from eosin.viewer.catalogue import Catalogue, Study
 from eosin.viewer.lattice import Indices
-from eosin.viewer.sums import pooled_logits
 
 Action = Literal["remove", "keep only", "restore"]
 ACTIONS: tuple[Action, ...] = ("remove", "keep only", "restore")
@@ -119,16 +118,9 @@ class Edited:
     def logits(self) -> Floats:
         """Return what the model says now, (K,): exact, from sums or by running it again."""
         subsets, added = self.study.seen.subsets, self.added
-        donor = None if added is None else added.donor.seen.subsets
-        if isinstance(subsets, PooledBag) and isinstance(donor, PooledBag | None):
-            parts = [(subsets, self.present)]
-            if donor is not None and added is not None:
-                parts.append((donor, added.mask))
-            return pooled_logits(parts)
         if added is None:
-            return subsets.keep_only(np.flatnonzero(self.present)) if self.n_removed else subsets.logits()
-        rest = subsets.select(np.flatnonzero(self.present)) if self.n_removed else subsets
-        return rest.add(added.donor.seen.subsets.select(added.tiles))
+            return subsets.edited(self.present)
+        return subsets.edited(self.present, added.donor.seen.subsets, added.mask)
 
     def random_like(self, rng: np.random.Generator) -> "Edited":
         """Return as many tiles removed and added, chosen by chance: what such a change does whatever they show."""

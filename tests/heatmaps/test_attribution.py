@@ -1,9 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from scenes import feature_bag, lattice
-
-from eosin.errors import ConfigError
 from eosin.heatmaps.attribution import (
     attention_map,
     attention_weights,
@@ -12,10 +9,13 @@ from eosin.heatmaps.attribution import (
     gradient_map,
     pack_bag,
 )
-from eosin.heatmaps.pooled import Target
+from scenes import feature_bag, lattice
+
+from eosin.errors import ConfigError
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.pooling import MeanPooling
+from eosin.mil.subsets import Target
 
 DIM = 12
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from eosin.heatmaps.wording import effects_table, in_words
 from scenes import random_bag
 
 from eosin.heatmaps.counterfactual import (
@@ -17,12 +18,11 @@ from eosin.heatmaps.counterfactual import (
     top_tiles,
     transplant,
 )
-from eosin.heatmaps.pooled import PooledBag, Target
-from eosin.heatmaps.readout import MaxBag
-from eosin.heatmaps.subsets import ForwardBag
-from eosin.heatmaps.wording import effects_table, in_words
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import MaxBag, PooledBag
 from eosin.mil.methods.pooling import MeanPooling
+from eosin.mil.reevaluation import ForwardBag
+from eosin.mil.subsets import Target
 
 TUMOUR = Target(1)
 

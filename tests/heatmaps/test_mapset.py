@@ -7,10 +7,10 @@ from scenes import feature_bag, lattice
 
 import eosin.mil.methods  # noqa: F401  (registers the methods)
 from eosin.errors import ConfigError, UnknownNameError
-from eosin.heatmaps.mapset import ATTRIBUTIONS, map_slide
-from eosin.heatmaps.pooled import Target
+from eosin.heatmaps.maps import ATTRIBUTIONS, map_slide
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
+from eosin.mil.subsets import Target
 
 DIM = 8
 CLASSES = ("normal", "benign", "tumour")

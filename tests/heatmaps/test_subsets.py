@@ -3,18 +3,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from eosin.heatmaps.readout import ExactBag
 from scenes import feature_bag
 from scipy.stats import spearmanr
 from torch import nn
 
 import eosin.mil.methods  # noqa: F401  (registers the methods)
-from eosin.heatmaps.pooled import PooledBag, Target
-from eosin.heatmaps.readout import ExactBag
-from eosin.heatmaps.reevaluation import plan_search
-from eosin.heatmaps.subsets import ForwardBag, look
+from eosin.heatmaps.subject import look
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import PooledBag
+from eosin.mil.reevaluation import ForwardBag, plan_search
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.standardize import Standardized, Standardizer
+from eosin.mil.subsets import Target
 
 DIM = 12
 N = 15

@@ -3,13 +3,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
-from eosin.heatmaps.rollout import rollout, with_residual
 from eosin.heatmaps.tracing import _through_landmarks, inputs_of, trace_attention
+
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, Groups
 from eosin.mil.methods.set_transformer import SetTransformer
 from eosin.mil.methods.transmil import Layout, TransMil
+from eosin.mil.rollout import rollout, with_residual
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.standardize import Standardized, Standardizer
 

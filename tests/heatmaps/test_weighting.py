@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from eosin.heatmaps.weighting import weight_gradient
 from torch.nn import functional
 
 from eosin import kernels
-from eosin.heatmaps.pooled import Target
-from eosin.heatmaps.weighting import weight_gradient
 from eosin.mil import nystrom
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import set_transformer
 from eosin.mil.methods.transmil import Layout
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.subsets import Target
 
 DIM, N, STEP = 7, 23, 1e-5
 MODELS = {

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from eosin.features.store import read_bag
-from eosin.heatmaps.attribution import attention_map
 from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps.maps import attention_map
 from eosin.pipeline.demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outline, run_demo
 from eosin.pipeline.result import Result
 from eosin.pipeline.run import Pipeline, run_pipeline

@@ -9,17 +9,25 @@ Deviations from the authors' code: several attention heads are concatenated befo
 not run; the probability is not clamped to [1e-5, 1 - 1e-5], which takes the gradient from confident errors, since the
 loss reads logits.
 
-`PRESETS` are the networks that other repositories call ABMIL; they differ in more than their names.
+`PRESETS` are the networks that other repositories call ABMIL; they differ in more than their names. Those of methods
+that stand here (ACMIL, MHIM-MIL, PackMIL) are in the files of these.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import nn
+from typing_extensions import override
 
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import PooledBag, linear_terms
 from eosin.mil.layers import Activation, Attention, DropoutAfter, Init, as_dtype, embedding, initialise
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.options import Count, Dropout
 from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe, Training
-from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
+from eosin.mil.subsets import as_array
 
 
 @AGGREGATORS.register("abmil")
@@ -49,17 +57,17 @@ class Abmil(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        embed_dims: tuple[int, ...] = (512,),
+        embed_dims: tuple[Count, ...] = (512,),
         embed_activation: Activation = "relu",
         embed_bias: bool = True,
-        dropout: float = 0.25,
+        dropout: Dropout = 0.25,
         dropout_after: DropoutAfter = "each",
         gated: bool = True,
-        hidden: int = 128,
+        hidden: Count = 128,
         attention_activation: Literal["tanh", "relu"] = "tanh",
         attention_bias: bool = True,
-        gate_dropout: float = 0.0,
-        heads: int = 1,
+        gate_dropout: Dropout = 0.0,
+        heads: Count = 1,
         init: Init = "default",
     ) -> None:
         width = (in_dim, *embed_dims)[-1]
@@ -94,17 +102,59 @@ class Abmil(Aggregator):
         bag = as_dtype(pool.pooled.flatten(1), self.classifier.weight)  # (B, H * E)
         return AttentionOutput(self.classifier(bag), bag, pool.scores, bags.values)
 
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+        assert isinstance(output, AttentionOutput)  # what the model declares
+        heads = output.scores.shape[1]
+        weights = self.classifier.weight.view(self.n_outputs, heads, -1)  # (K, H, E)
+        terms = linear_terms("ne,khe->nhk", output.instances, weights)
+        return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
+
+
+def _read(taker: Taker, *, tool: str, names: dict[str, str], activation: Activation) -> Found:
+    """Read gated attention pooling whose layers have these names."""
+    tensors = {name: tensor for old, new in names.items() for name, tensor in taker.linear(old, new).items()}
+    options = {
+        "embed_dims": (len(tensors["embed.0.bias"]),),
+        "hidden": len(tensors["attention.V.bias"]),
+        "embed_activation": activation,
+    }
+    return Found(tool, Component(name="abmil", options=options), tensors)
+
+
+def _reader(tool: str, activation: Activation, *names: str) -> Callable[[Taker], Found]:
+    ours = ("embed.0", "attention.V", "attention.U", "attention.w", "classifier")
+    return partial(_read, tool=tool, names=dict(zip(names, ours, strict=True)), activation=activation)
+
+
+_MILLAB = (
+    "patch_embed.0",
+    "global_attn.attention_a.0",
+    "global_attn.attention_b.0",
+    "global_attn.attention_c",
+    "classifier",
+)
+_HIPPO = ("attention_weights.attention_V.0", "attention_weights.attention_U.0", "attention_weights.attention_weights")
+LAYOUTS.add(
+    "MIL-Lab ABMIL",
+    Layout(
+        (r"model\.global_attn\.attention_a\.0\.weight",),
+        _reader("MIL-Lab", "relu", *(f"model.{name}" for name in _MILLAB)),
+    ),
+)
+LAYOUTS.add(
+    "HIPPO",
+    Layout((r"attention_weights\.attention_V\.0\.weight",), _reader("HIPPO", "relu", "encoder.0", *_HIPPO, "head")),
+)
+LAYOUTS.add(
+    "PackMIL ABMIL",
+    Layout(
+        (r"attention_a\.0\.weight", r"feature\.0\.weight"),
+        _reader("PackMIL", "gelu", "feature.0", "attention_a.0", "attention_b.0", "attention_c", "classifier.0"),
+    ),
+)
 
 _CLAM: dict[str, object] = {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25}
-_MHIM: dict[str, object] = {
-    "hidden": 128,
-    "gated": False,
-    "attention_activation": "relu",
-    "attention_bias": False,
-    "dropout": 0.25,
-    "init": "xavier",
-}
-# ACMIL halves the width of the features; 512 is that of 1,024.
 PRESETS: dict[str, dict[str, object]] = {
     "ilse": {"embed_dims": (), "hidden": 128, "dropout": 0.0},
     "ilse_plain": {"embed_dims": (), "hidden": 128, "dropout": 0.0, "gated": False},
@@ -117,10 +167,6 @@ PRESETS: dict[str, dict[str, object]] = {
     },
     "clam": _CLAM,
     "clam_big": _CLAM | {"hidden": 384},
-    "acmil": {"hidden": 128, "embed_bias": False, "dropout": 0.0},
-    "mhim": _MHIM,
-    "mhim_v2": _MHIM | {"embed_activation": "gelu"},
-    "packmil": {"embed_activation": "gelu", "hidden": 128, "gated": False, "dropout": 0.25, "init": "xavier"},
     "millab": {"hidden": 384, "dropout": 0.25, "gate_dropout": 0.25},
 }
 

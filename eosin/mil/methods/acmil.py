@@ -23,17 +23,24 @@ hides each top instance independently: `sampling="bernoulli"`. Branch losses are
 deployed pass is that of the highest AUC on the validation bags, to which the code adds the macro F1.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, segment_pool, segment_softmax, segment_topk_mask
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding, require_counts, require_fractions
+from eosin.mil.closed_forms import PooledBag, ReadoutBag, linear_terms
+from eosin.mil.layers import Attention, as_dtype, embedding
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.options import Count, Dropout, Share, Whole
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -43,7 +50,10 @@ from eosin.mil.slots import (
     AttentionOutput,
     LossTerm,
 )
+from eosin.mil.subsets import as_array
 from eosin.mil.tasks import Task
+
+NORM_EPS = 1e-6
 
 Sampling = Literal["fixed", "bernoulli"]
 
@@ -111,11 +121,11 @@ class Acmil(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int | None = None,
-        hidden: int = 128,
-        branches: int = 5,
-        mask_k: int = 10,
-        mask_p: float = 0.6,
+        width: Count | None = None,
+        hidden: Count = 128,
+        branches: Count = 5,
+        mask_k: Whole = 10,
+        mask_p: Share = 0.6,
         sampling: Sampling = "fixed",
     ) -> None:
         width = default_width(in_dim) if width is None else width
@@ -137,6 +147,13 @@ class Acmil(Aggregator):
         branches = as_dtype(pooled, self.classifier.weight)  # (B, M, E)
         bag = branches.mean(1)
         return AcmilOutput(self.classifier(bag), bag, scores, bags.values, self.branch_classifier(branches))
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+        assert isinstance(output, AttentionOutput)  # what the model declares
+        branches = output.scores.shape[1]
+        one = linear_terms("ne,ke->nk", output.instances, self.classifier.weight)[:, None] / branches
+        return PooledBag(as_array(output.scores), np.repeat(one, branches, axis=1), as_array(self.classifier.bias))
 
 
 @AGGREGATORS.register("acmil_mha")
@@ -160,17 +177,15 @@ class AcmilMultiHead(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int | None = None,
-        heads: int = 8,
-        branches: int = 5,
-        dropout: float = 0.1,
-        mask_k: int = 10,
-        mask_p: float = 0.6,
+        width: Count | None = None,
+        heads: Count = 8,
+        branches: Count = 5,
+        dropout: Dropout = 0.1,
+        mask_k: Whole = 10,
+        mask_p: Share = 0.6,
         sampling: Sampling = "fixed",
     ) -> None:
         width = default_width(in_dim) if width is None else width
-        require_counts("acmil_mha", heads=heads, branches=branches)
-        require_fractions("acmil_mha", dropout=dropout)
         if width % heads:
             raise ConfigError(f"acmil_mha: {heads} heads do not divide the width {width}; choose another width")
         super().__init__(in_dim, n_outputs, embed_dim=width)
@@ -197,6 +212,29 @@ class AcmilMultiHead(Aggregator):
         branch_logits = self.branch_classifier(self.read(pooled))
         bag = self.read_bag(pooled.mean(1, keepdim=True))[:, 0]
         return AcmilOutput(self.classifier(bag), bag, scores, bags.values, branch_logits)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> ReadoutBag:
+        """Read what the bag's own values give under the weights of each branch and head, mean over the branches."""
+        assert isinstance(output, AttentionOutput)  # what the model declares
+        scores = torch.unflatten(output.scores.detach().double().cpu(), 1, (-1, self.heads))  # (n, M, H)
+        parts = self.read_bag.value, self.read_bag.out, self.classifier
+        weights = [layer.weight.detach().double().cpu() for layer in parts]
+        biases = [layer.bias.detach().double().cpu() for layer in parts]
+        scale, shift = (part.detach().double().cpu()[0] for part in (self.read_bag.scale, self.read_bag.shift))
+        values = output.instances.detach().double().cpu() @ weights[0][0].T
+
+        def read(pooled: Tensor) -> Tensor:
+            out = functional.linear(pooled.flatten(1) + biases[0][0], weights[1][0], biases[1][0])
+            normed = functional.layer_norm(out, out.shape[1:], eps=NORM_EPS) * scale + shift
+            return functional.linear(normed, weights[2], biases[2])
+
+        return ReadoutBag(scores, torch.unflatten(values, 1, (self.heads, -1)), read)
+
+    @override
+    def branches(self, weights: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+        # the heads of a branch speak with one voice
+        return super().branches(torch.unflatten(weights, 1, (-1, self.heads)).mean(2), classes)
 
     def _scores(self, instances: Tensor) -> Tensor:
         query = self._by_head(self.query(self.queries[None])[0])  # (M, H, E / H)
@@ -226,7 +264,7 @@ class _Readout(nn.Module):
         weight = torch.unflatten(self.value.weight, 1, (self.heads, -1))  # (M, H, E / H, E)
         value = torch.einsum("bmhe,mhde->bmhd", pooled, weight).flatten(2) + self.value.bias
         out = functional.dropout(self.out(value), self.dropout, self.training)
-        return functional.layer_norm(out, out.shape[2:], eps=1e-6) * self.scale + self.shift
+        return functional.layer_norm(out, out.shape[2:], eps=NORM_EPS) * self.scale + self.shift
 
 
 class TopMasking(nn.Module):
@@ -244,8 +282,6 @@ class TopMasking(nn.Module):
 
     def __init__(self, k: int, p: float, sampling: Sampling) -> None:
         super().__init__()
-        if k < 0 or not 0 <= p <= 1:
-            raise ConfigError(f"acmil: mask_k {k} and mask_p {p} must be at least 0 and in [0, 1]")
         self.k, self.p, self.sampling = k, p, sampling
 
     def forward(self, scores: Tensor, bags: PackedBags) -> Tensor:
@@ -323,6 +359,55 @@ def _recipe(aggregator: str) -> Recipe:
     )
 
 
+def _read_common(taker: Taker, branches: int) -> Tensors:
+    return (
+        {"embed.0.weight": taker.take("dimreduction.fc1.weight")}
+        | taker.linear("Slide_classifier.fc", "classifier")
+        | taker.stack("classifier.*.fc", "branch_classifier", branches)
+    )
+
+
+def _read_gated(taker: Taker) -> Found:
+    branches = taker.count(r"classifier\.\d+\.fc\.weight")
+    tensors = _read_common(taker, branches)
+    for old, new in (("attention_V.0", "V"), ("attention_U.0", "U"), ("attention_weights", "w")):
+        tensors |= taker.linear(f"attention.{old}", f"attention.{new}")
+    options = {
+        "width": len(tensors["embed.0.weight"]), "hidden": len(tensors["attention.V.bias"]), "branches": branches,
+    }  # fmt: skip
+    return Found("ACMIL", Component(name="acmil", options=options), tensors)
+
+
+def _read_heads(taker: Taker) -> Found:
+    queries = taker.take("q")[0]
+    branches = len(queries)
+    tensors = _read_common(taker, branches) | {"queries": queries}
+    parts = {"q_proj": "query", "k_proj": "key", "v_proj": "read.value", "out_proj": "read.out"}
+    for old, new in parts.items():
+        tensors |= taker.stack(f"sub_attention.*.{old}", new, branches)
+    norm = taker.stack("sub_attention.*.layer_norm", "", branches)
+    tensors |= {"read.scale": norm[".weight"], "read.shift": norm[".bias"]}
+    for old, new in (("v_proj", "value"), ("out_proj", "out")):
+        tensors |= {
+            name: value[None] for name, value in taker.linear(f"bag_attention.{old}", f"read_bag.{new}").items()
+        }
+    for part, new in (("weight", "scale"), ("bias", "shift")):
+        tensors[f"read_bag.{new}"] = taker.take(f"bag_attention.layer_norm.{part}")[None]
+    for unused in [name for name in taker.rest if re.match(r"bag_attention\.[qk]_proj\.", name)]:
+        taker.take(unused)  # the bag takes its weights from the branches
+    options = {"width": queries.shape[1], "branches": branches}
+    return Found("ACMIL", Component(name="acmil_mha", options=options), tensors)
+
+
+_MARK = r"dimreduction\.fc1\.weight"
+LAYOUTS.add("ACMIL", Layout((_MARK, r"attention\.attention_V\.0\.weight"), _read_gated))
+LAYOUTS.add("ACMIL with heads", Layout((_MARK, r"sub_attention\.0\.q_proj\.weight"), _read_heads))
+
+# ACMIL's own ABMIL; it halves the width of the features, and 512 is that of 1,024.
+RECIPES.add(
+    "abmil_acmil",
+    Recipe(aggregator=Component(name="abmil", options={"hidden": 128, "embed_bias": False, "dropout": 0.0})),
+)
 RECIPE = _recipe("acmil")
 RECIPES.add("acmil", RECIPE)
 RECIPES.add("acmil_mha", _recipe("acmil_mha"))

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from eosin.kernels import segment_attention_entropy
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.abmil import PRESETS
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
 from eosin.mil.tasks import Task
@@ -62,7 +61,7 @@ class AttentionEntropy(LossTerm):
 
 
 RECIPE = Recipe(
-    aggregator=Component(name="abmil", options=PRESETS["acmil"]),
+    aggregator=Component(name="abmil", options={"hidden": 128, "embed_bias": False, "dropout": 0.0}),
     terms=(Term(name="attention_entropy", weight=0.1),),
     training=Training(
         optimizer="adamw", lr=1e-4, weight_decay=1e-5, epochs=50, patience=0, schedule="cosine", select="metric"

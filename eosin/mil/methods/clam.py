@@ -18,16 +18,21 @@ Logits keep the dtype of the model. The instance loss is the mean over the bags 
 at a time. The default loss is the code's cross-entropy; `svm` is the smooth top-1 hinge of the paper.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
-from eosin.errors import ConfigError
 from eosin.kernels import segment_softmax, segment_topk_mask
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import PooledBag, linear_terms
 from eosin.mil.layers import Attention, Init, as_dtype, embedding, initialise
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.options import Count, Dropout, NotNegative, Positive
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -36,12 +41,17 @@ from eosin.mil.slots import (
     AggregatorOutput,
     AttentionOutput,
     LossTerm,
+    class_names,
+    instance_width,
 )
-from eosin.mil.tasks import Task
+from eosin.mil.subsets import as_array
+from eosin.mil.task import Task, require_classes
 
 
 class ClassAttentionOutput(AttentionOutput):
     """Attention whose columns belong to the model's outputs: scores (N, K)."""
+
+    own_columns = True
 
 
 class _Clam(Aggregator):
@@ -97,11 +107,11 @@ class ClamSingleBranch(_Clam):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int = 512,
-        hidden: int = 256,
+        width: Count = 512,
+        hidden: Count = 256,
         gated: bool = True,
-        dropout: float = 0.25,
-        gate_dropout: float = 0.25,
+        dropout: Dropout = 0.25,
+        gate_dropout: Dropout = 0.25,
         init: Init = "default",
     ) -> None:
         super().__init__(
@@ -123,6 +133,12 @@ class ClamSingleBranch(_Clam):
         bag = as_dtype(pool.pooled[:, 0], self.classifier.weight)  # (B, E)
         return AttentionOutput(self.classifier(bag), bag, pool.scores, bags.values)
 
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+        assert isinstance(output, AttentionOutput)  # what the model declares
+        terms = linear_terms("ne,ke->nk", output.instances, self.classifier.weight)[:, None]
+        return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
+
 
 @AGGREGATORS.register("clam_mb")
 class ClamMultiBranch(_Clam):
@@ -141,11 +157,11 @@ class ClamMultiBranch(_Clam):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int = 512,
-        hidden: int = 256,
+        width: Count = 512,
+        hidden: Count = 256,
         gated: bool = True,
-        dropout: float = 0.25,
-        gate_dropout: float = 0.25,
+        dropout: Dropout = 0.25,
+        gate_dropout: Dropout = 0.25,
         init: Init = "default",
     ) -> None:
         super().__init__(
@@ -168,6 +184,17 @@ class ClamMultiBranch(_Clam):
         branches = as_dtype(pool.pooled, weight)  # (B, K, E)
         logits = (branches * weight).sum(2) + bias
         return ClassAttentionOutput(logits, branches.flatten(1), pool.scores, bags.values)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+        assert isinstance(output, AttentionOutput)  # what the model declares
+        own = linear_terms("ne,ke->nk", output.instances, self.classifier.weight)
+        terms = own[:, :, None] * np.eye(own.shape[1])  # a branch speaks for its own class only
+        return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
+
+    @override
+    def branches(self, weights: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+        return dict(zip(class_names(weights.shape[1], classes), weights.unbind(1), strict=True))
 
 
 @LOSS_TERMS.register("clam_instance")
@@ -197,18 +224,14 @@ class ClamInstance(LossTerm):
         model: Aggregator,
         task: Task,
         *,
-        k: int = 8,
+        k: Count = 8,
         subtyping: bool = False,
         loss: Literal["cross_entropy", "svm"] = "cross_entropy",
-        tau: float = 1.0,
-        margin: float = 1.0,
+        tau: Positive = 1.0,
+        margin: NotNegative = 1.0,
     ) -> None:
         super().__init__(model, task)
         require_classes(task, "clam_instance")
-        if k < 1:
-            raise ConfigError(f"clam_instance: k is {k}; at least 1 instance is needed")
-        if tau <= 0:
-            raise ConfigError(f"clam_instance: tau is {tau}; the temperature of the hinge must be above 0")
         self.task = task
         self.k = k
         self.subtyping = subtyping
@@ -237,7 +260,7 @@ class ClamInstance(LossTerm):
 
     def _ranking(self, output: AttentionOutput, bags: PackedBags) -> Tensor:
         scores = output.scores.detach()
-        if isinstance(output, ClassAttentionOutput) or scores.shape[1] == 1:
+        if output.own_columns or scores.shape[1] == 1:
             return scores
         return segment_softmax(scores, bags.cu_seqlens).mean(1, keepdim=True)
 
@@ -264,24 +287,6 @@ class ClamInstance(LossTerm):
         return self.tau * (violation / self.tau).logsumexp(-1)
 
 
-def require_classes(task: Task, part: str) -> None:
-    """Raise `ConfigError` unless the task says to which classes a bag belongs."""
-    if type(task).memberships is Task.memberships:
-        raise ConfigError(f"{part} labels instances by class; task {task.kind} has none; leave the term out")
-
-
-def instance_width(model: Aggregator) -> int:
-    """Return the width E of the instances that an aggregator with attention returns."""
-    parameter = next(model.parameters())
-    empty = PackedBags.pack([parameter.new_zeros(0, model.in_dim)])
-    training = model.training
-    with torch.no_grad():
-        output = model.eval()(empty)
-    model.train(training)
-    assert isinstance(output, AttentionOutput)  # checked when built
-    return output.instances.shape[1]
-
-
 def _recipe(aggregator: str) -> Recipe:
     return Recipe(
         aggregator=Component(name=aggregator),
@@ -299,6 +304,39 @@ def _recipe(aggregator: str) -> Recipe:
         ),
     )
 
+
+def _read(taker: Taker) -> Found:
+    tensors = taker.linear("attention_net.0", "embed.0")
+    gated = taker.count(r"attention_net\.\d\.attention_a\.0\.weight") == 1
+    place = taker.index(r"attention_net\.(\d)\.(?:attention_a\.)?0\.weight")
+    tensors |= _gated(taker, f"attention_net.{place}") if gated else _ungated(taker, f"attention_net.{place}")
+    single = taker.count(r"classifiers\.\d+\.weight") == 0
+    if single:
+        tensors |= taker.linear("classifiers", "classifier")
+    else:
+        heads = taker.stack("classifiers.*", "", len(tensors["attention.w.bias"]))
+        tensors |= {f"classifier{part}": torch.cat(list(heads[part])) for part in (".weight", ".bias")}
+    options = {"width": len(tensors["embed.0.bias"]), "hidden": len(tensors["attention.V.bias"]), "gated": gated}
+    return Found("CLAM", Component(name="clam_sb" if single else "clam_mb", options=options), tensors)
+
+
+def _gated(taker: Taker, prefix: str) -> Tensors:
+    return (
+        taker.linear(f"{prefix}.attention_a.0", "attention.V")
+        | taker.linear(f"{prefix}.attention_b.0", "attention.U")
+        | taker.linear(f"{prefix}.attention_c", "attention.w")
+    )
+
+
+def _ungated(taker: Taker, prefix: str) -> Tensors:
+    last = 3 if f"{prefix}.3.weight" in taker.rest else 2  # with and without dropout between
+    return taker.linear(f"{prefix}.0", "attention.V") | taker.linear(f"{prefix}.{last}", "attention.w")
+
+
+# heads of the instance term live in the file, and serve training only
+LAYOUTS.add(
+    "CLAM", Layout((r"attention_net\.0\.weight",), _read, unused=("instance_loss_fn.", "instance_classifiers."))
+)
 
 RECIPE = _recipe("clam_sb")
 RECIPES.add("clam_sb", RECIPE)

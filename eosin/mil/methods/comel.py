@@ -11,7 +11,7 @@ image analysis, ICCV 2025, https://arxiv.org/abs/2507.02395.
    of a bag is ``-1/n Σ log(p_y + floor)``; τ2 = ½ (1 + τ q), q the mean of probability times correctness.
 4. A sequence of tasks is learnt by low-rank updates and a head per task (aggregator and strategy `owlora`, in
    `eosin/mil/methods/owlora.py`): ``eosin train --continue-from RUN`` with the features and labels of the next task.
-5. `continual_metrics` say how a sequence was learnt: average, forgetting, backward transfer.
+5. `eosin.mil.continual.continual_metrics` say how a sequence was learnt: average, forgetting, backward transfer.
 
 Deviations from the authors' code. q in equation 3 is a moving average over steps; the code renews it once per epoch,
 at which the objective jumps. `floor` is 1e-4; the code's 1e-10 lets one instance of the least attention dominate.
@@ -26,13 +26,10 @@ from eosin.errors import ConfigError
 from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_sum
 from eosin.mil.attention import bag_product
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.clam import require_classes
-from eosin.mil.methods.owlora import continual_metrics as continual_metrics
-from eosin.mil.methods.owlora_layer import OrthogonalLora as OrthogonalLora
-from eosin.mil.methods.owlora_layer import truncated_basis as truncated_basis
+from eosin.mil.options import Positive, Share
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
-from eosin.mil.tasks import Task
+from eosin.mil.task import Task, require_classes
 
 
 @LOSS_TERMS.register("comel_bppl")
@@ -67,11 +64,11 @@ class ComelPseudoLabels(LossTerm):
         task: Task,
         *,
         positive: tuple[int, ...] | None = None,
-        confidence: float = 0.95,
-        quality_weight: float = 0.5,
-        temperature: float = 1.0,
-        floor: float = 1e-4,
-        momentum: float = 0.99,
+        confidence: Share = 0.95,
+        quality_weight: Share = 0.5,
+        temperature: Positive = 1.0,
+        floor: Positive = 1e-4,
+        momentum: Share = 0.99,
     ) -> None:
         super().__init__(model, task)
         require_classes(task, "comel_bppl")

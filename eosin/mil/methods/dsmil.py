@@ -16,31 +16,33 @@ Both halves of the objective are the task's own loss: their sigmoid cross-entrop
 softmax cross-entropy for a classification. Weights start orthogonal with zero bias as in the training script, in the
 recipe both classifiers at zero: unit rows read features of unit deviation, so that a fresh model has logits of several
 units in a random direction, which a short training does not get rid of. The learning rate falls to 0, the code's to
-5e-6. The code's `average` takes the mean of the two probabilities, and at inference alone. `PRESETS` are the variants
-inside MHIM-MIL and PackMIL, which embed first and pool a projection.
+5e-6. The code's `average` takes the mean of the two probabilities, and at inference alone. The variants inside MHIM-MIL
+and PackMIL, which embed first and pool a projection, stand in the files of these.
 
 Scores lie between -√A and √A, since queries do between -1 and 1. The gradient of the instance stream reaches one
 instance per bag and class, so that which instance is critical at the start can decide whether a rare signal is found
 (docs/methods.md).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from typing_extensions import override
 
 from eosin.kernels import attention_pool, segment_max, segment_pool, segment_topk_mask
 from eosin.mil.attention import bag_product
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import (
-    Activation,
-    as_dtype,
-    embedding,
-    initialise,
-    require_counts,
-    require_fractions,
-)
+from eosin.mil.closed_forms import PooledBag, linear_terms
+from eosin.mil.layers import Activation, as_dtype, embedding, initialise
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.options import Count, Dropout
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
+from eosin.mil.reevaluation import ForwardBag
 from eosin.mil.slots import (
     AGGREGATORS,
     LOSS_TERMS,
@@ -48,7 +50,9 @@ from eosin.mil.slots import (
     AggregatorOutput,
     AttentionOutput,
     LossTerm,
+    class_names,
 )
+from eosin.mil.subsets import Floats, Indices, Subsets, as_array
 from eosin.mil.tasks import Task
 
 
@@ -99,18 +103,16 @@ class Dsmil(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        embed_dims: tuple[int, ...] = (),
+        embed_dims: tuple[Count, ...] = (),
         embed_activation: Activation = "relu",
-        dropout: float = 0.0,
-        hidden: int = 128,
+        dropout: Dropout = 0.0,
+        hidden: Count = 128,
         nonlinear: bool = True,
         passing_v: bool = False,
-        value_dropout: float = 0.0,
+        value_dropout: Dropout = 0.0,
         prediction: Literal["bag", "mean"] = "bag",
         init: Literal["orthogonal", "zero_heads", "default", "xavier"] = "orthogonal",
     ) -> None:
-        require_counts("dsmil", hidden=hidden)
-        require_fractions("dsmil", value_dropout=value_dropout)
         width = (in_dim, *embed_dims)[-1]
         super().__init__(in_dim, n_outputs, embed_dim=n_outputs * width)
         self.prediction = prediction
@@ -148,6 +150,123 @@ class Dsmil(Aggregator):
             logits = (logits + segment_max(instance_logits, bags.cu_seqlens)) / 2
         return DsmilOutput(logits, bag, scores, values, instance_logits)
 
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> "CriticalBag":
+        assert isinstance(output, DsmilOutput)  # what the model declares
+        share = 0.5 if self.prediction == "mean" else 1.0  # of the bag stream in the logits, equation 5
+        weights = self.classifier.weight.view(self.n_outputs, self.n_outputs, -1)  # (K, H, E)
+        terms = share * linear_terms("ne,khe->nhk", output.instances, weights)
+        pooled = PooledBag(as_array(output.scores), terms, share * as_array(self.classifier.bias))
+        own = as_array(output.instance_logits)
+        critical = own.argmax(axis=0) if len(own) else np.zeros(0, dtype=np.int64)
+        rows = np.arange(len(own))
+        return CriticalBag(pooled, ForwardBag(self, bags), critical, rows, (1 - share) * own)
+
+    @override
+    def branches(self, weights: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+        return dict(zip(class_names(weights.shape[1], classes), weights.unbind(1), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class CriticalBag(Subsets):
+    """A bag of DSMIL: softmax pooling whose scores hang on one critical instance per class.
+
+    Sets that leave the critical instances in place follow from the sums; the others are forward passes, at most one per
+    class when single instances are asked about.
+
+    Parameters
+    ----------
+    pooled : PooledBag
+        The bag stream's part of the logits, with scores against the critical instances.
+    again : ForwardBag
+        The bag that this one was selected from.
+    critical : (K,) int64
+        The instance of each class that all others are compared with.
+    rows : (n,) int64
+        Rows of this bag's instances in `again`.
+    own : (n, K) float64
+        The instance stream's part of the logits, of which the largest of each class counts; zeros where it has none.
+    """
+
+    pooled: PooledBag
+    again: ForwardBag
+    critical: Indices
+    rows: Indices
+    own: Floats
+
+    how = (
+        "All numbers are exact: predictions follow from the sums of the model's softmax pooling, and the model was run "
+        "again where a tile is taken that it compares all others with"
+    )
+
+    @property
+    @override
+    def n_instances(self) -> int:
+        return self.pooled.n_instances
+
+    @property
+    @override
+    def instant(self) -> bool:
+        return False  # sets without a critical instance run the model
+
+    def _largest(self) -> Floats:
+        return np.asarray(self.own.max(axis=0)) if len(self.own) else np.zeros(self.own.shape[1])
+
+    @override
+    def logits(self) -> Floats:
+        return self.pooled.logits() + self._largest()
+
+    @override
+    def keep_only(self, index: ArrayLike) -> Floats:
+        if np.isin(self.critical, index).all():
+            return self.pooled.keep_only(index) + self._largest()
+        return self.again.keep_only(self.rows[np.asarray(index, dtype=np.int64)])
+
+    @override
+    def select(self, index: Indices) -> Self:
+        # in ascending order
+        kept = np.unique(index)
+        if np.isin(self.critical, kept).all():
+            critical = np.searchsorted(kept, self.critical)
+            return replace(
+                self, pooled=self.pooled.select(kept), critical=critical, rows=self.rows[kept], own=self.own[kept]
+            )
+        return self._anew(self.again.select(self.rows[kept]))
+
+    @override
+    def join(self, donor: Self) -> Self:
+        return self._anew(self.again.select(self.rows).join(donor.again.select(donor.rows)))
+
+    def _anew(self, again: ForwardBag) -> Self:
+        """Return the bag of instances that have other critical ones among them."""
+        with torch.no_grad():
+            form = again.model.readout(again.pack, again.model(again.pack))
+        assert isinstance(form, CriticalBag)  # the model is DSMIL
+        wide = form.with_zero_logit() if again.wide else form
+        return replace(self, **vars(wide))
+
+    @override
+    def with_zero_logit(self) -> Self:
+        own = np.concatenate([np.zeros_like(self.own), self.own], axis=1)
+        return replace(self, pooled=self.pooled.with_zero_logit(), again=self.again.with_zero_logit(), own=own)
+
+    @override
+    def leave_one_out(self) -> Floats:
+        changes = self.pooled.leave_one_out()
+        critical = np.unique(self.critical)
+        changes[critical] = np.stack([self.remove([instance]) for instance in critical]) - self.logits()
+        return changes
+
+    @override
+    def only_one(self) -> Floats:
+        # alone, an instance is critical for every class: its weights are 1 whatever its scores
+        return self.pooled.only_one() + self.own
+
+    @override
+    def log_weight_gradient(self) -> Floats:
+        # the critical instances are held fixed
+        return self.pooled.log_weight_gradient()
+
 
 @LOSS_TERMS.register("dsmil_max")
 class DsmilMax(LossTerm):
@@ -171,12 +290,26 @@ def _orthogonal(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-_EMBEDDED: dict[str, object] = {"embed_dims": (512,), "dropout": 0.25, "passing_v": True, "init": "xavier"}
-PRESETS: dict[str, dict[str, object]] = {
-    "mhim": _EMBEDDED,
-    "mhim_v2": _EMBEDDED | {"embed_activation": "gelu", "prediction": "mean"},
-    "packmil": _EMBEDDED | {"embed_activation": "gelu"},
-}
+def _read(taker: Taker) -> Found:
+    instance = "i_classifier.fc.0" if "i_classifier.fc.0.weight" in taker.rest else "i_classifier.fc"
+    tensors = taker.linear(instance, "instance_classifier")
+    nonlinear = "b_classifier.q.0.weight" in taker.rest
+    if nonlinear:
+        tensors |= taker.linear("b_classifier.q.0", "query.0") | taker.linear("b_classifier.q.2", "query.2")
+    else:
+        tensors |= taker.linear("b_classifier.q", "query.0")
+    passing = "b_classifier.v.1.weight" in taker.rest
+    if passing:
+        tensors |= taker.linear("b_classifier.v.1", "value.1")
+    tensors |= {  # a convolution (K, K, D)
+        name: value.flatten(1) if value.ndim == 3 else value
+        for name, value in taker.linear("b_classifier.fcc", "classifier").items()
+    }
+    options = {"hidden": len(tensors["query.0.bias"]), "nonlinear": nonlinear, "passing_v": passing}
+    return Found("DSMIL", Component(name="dsmil", options=options), tensors, reads_features="query.0.weight")
+
+
+LAYOUTS.add("DSMIL", Layout((r"b_classifier\..*",), _read))
 
 RECIPE = Recipe(
     aggregator=Component(name="dsmil", options={"init": "zero_heads"}),

@@ -27,13 +27,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, by_rows, instance_attention, normed_linear, recomputed
+from eosin.mil.attention import bag_attention, by_rows, instance_attention, mixed_weights, normed_linear, recomputed
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding, initialise
+from eosin.mil.layers import Attention, as_dtype, embedding, initialise, pooling_gradient
+from eosin.mil.options import Count, Dropout, Positive
+from eosin.mil.rollout import Trace, by_head, gather_row, inputs_of, project_third
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+from eosin.mil.subsets import Floats, Value, as_array, slope_of
 
 OWN_SHARE = 0.1  # of a token's own value in equation 1
 HEADS_AT_ONCE = 2  # heads of a large pack that are computed at one time
@@ -79,18 +83,18 @@ class Gdat(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int = 512,
-        layers: int = 2,
-        heads: int = 8,
-        region_size: int = 16,
+        width: Count = 512,
+        layers: Count = 2,
+        heads: Count = 8,
+        region_size: Count = 16,
         grouping: Grouping = "official",
         padding: Padding = "masked",
         qkv_bias: bool = False,
-        expansion: int = 4,
-        hidden: int = 256,
-        dropout: float = 0.25,
-        block_dropout: float = 0.1,
-        norm_eps: float = 1e-6,
+        expansion: Count = 4,
+        hidden: Count = 256,
+        dropout: Dropout = 0.25,
+        block_dropout: Dropout = 0.1,
+        norm_eps: Positive = 1e-6,
     ) -> None:
         if width % heads:
             raise ConfigError(f"gdat: {heads} heads do not divide the width {width}; choose another width")
@@ -123,6 +127,44 @@ class Gdat(Aggregator):
         pool = self.attention.pool(tokens, bags)
         bag = as_dtype(pool.pooled[:, 0], self.classifier.weight)
         return AttentionOutput(self.classifier(bag), bag, pool.scores, tokens)
+
+    @override
+    @torch.no_grad()
+    def trace(self, bags: PackedBags) -> Trace:
+        """Follow the pooling's weights through each block as two factors, tiles to groups and back.
+
+        The tenth of its own value that every tile adds counts as the tile itself; what falls on padding is left out.
+        """
+        blocks = [block for block in self.blocks if isinstance(block, GdatBlock)]
+        with inputs_of([block.norm1 for block in blocks]) as seen:
+            output = self(bags)
+        groups = Groups.of(bags.lengths, self.region_size, self.grouping, bags.values.device, padding=self.padding)
+        layers = [partial(_through_groups, block, calls[0], groups) for block, calls in zip(blocks, seen, strict=True)]
+        return Trace(as_array(output.scores[:, 0].double().softmax(0)), layers, lambda row: row)
+
+    @override
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats:
+        with torch.no_grad():
+            output = self(bags)
+        return pooling_gradient(output.scores, output.instances, self.classifier, slope_of(output.logits[0], value))
+
+
+@torch.no_grad()
+def _through_groups(block: "GdatBlock", tokens: Tensor, groups: "Groups", row: Floats) -> Floats:
+    """Return the row after a block: tiles to groups, and these to tiles, plus the tiles' own share."""
+    attn = block.attn
+    normed = block.norm1(tokens)
+    padded = _padded(normed, groups)
+    means = torch.segment_reduce(padded, "mean", lengths=groups.sizes, axis=0)[groups.token]  # (1, m, E)
+    projections = [partial(project_third, attn.qkv, third) for third in range(2)]
+    keys = by_head(projections[1](means[0]), attn.heads)
+    shares = gather_row(row, normed, projections[0], keys, scale=attn.scale, counts=groups.present[0])
+    query, key = (
+        by_head(project(part), attn.heads) for project, part in zip(projections, (means, padded), strict=True)
+    )
+    mix = shares.mean(1, keepdim=True).expand(-1, attn.heads)[None]
+    weights = mixed_weights(query, key, mix.to(query), groups.lengths, attn.scale)[groups.padded]
+    return as_array(weights.double().mean(1)) + OWN_SHARE * row
 
 
 @dataclass(frozen=True, eq=False)

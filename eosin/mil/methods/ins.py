@@ -36,15 +36,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
-from eosin.errors import ConfigError
 from eosin.kernels import segment_max, segment_mean, segment_sum
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import MaxBag, NoisyOrBag, ReadoutBag
 from eosin.mil.layers import as_dtype, embedding
-from eosin.mil.methods.clam import require_classes
+from eosin.mil.options import Count, NotNegative, Positive, Share
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
-from eosin.mil.tasks import Task
+from eosin.mil.task import Task, require_classes
 
 TARGET = "target."
 
@@ -90,8 +91,8 @@ class Ins(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int = 512,
-        projection: int = 128,
+        width: Count = 512,
+        projection: Count = 128,
         pooling: Literal["mean", "max", "noisy_or"] = "mean",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=width)
@@ -107,6 +108,32 @@ class Ins(Aggregator):
         embedded = as_dtype(segment_mean(instances, bags.cu_seqlens), instances)
         projections = functional.normalize(self.projector(instances))
         return InsOutput(self._bag_logits(logits, bags), embedded, logits, projections)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> MaxBag | NoisyOrBag | ReadoutBag:
+        assert isinstance(output, InsOutput)  # what the model declares
+        logits = output.instance_logits.detach().double().cpu()
+        head = torch.eye(logits.shape[1], dtype=torch.float64)
+        if self.n_outputs == 1:
+            head = head[1:] - head[:1]
+        if self.pooling == "max":
+            how = "All numbers are exact: the model takes the largest log-odds that any tile has of a class, so every "
+            how += "prediction follows from the largest that remain without running it again"
+            return MaxBag(logits - logits[:, :1], head, head.new_zeros(len(head)), how=how)
+        if self.pooling == "noisy_or":
+            chance = logits.log_softmax(1)
+            classes = range(len(head.T))
+            others = [chance[:, [k for k in classes if k != c]].logsumexp(1) for c in classes[1:]]
+            return NoisyOrBag(torch.stack(others, 1), head)
+        floor = torch.finfo(torch.promote_types(output.instance_logits.dtype, torch.float32)).tiny
+
+        def read(share: Tensor) -> Tensor:
+            logs = torch.where(share.sum(2) > 0, share[:, 0].clamp_min(floor).log(), 0.0)
+            return logs @ head.T
+
+        how = "All numbers are exact: the model averages the probabilities of its tiles, so every prediction follows "
+        how += "from a mean without running it again"
+        return ReadoutBag(logits.new_zeros(len(logits), 1, 1), logits.softmax(1)[:, None], read, how=how)
 
     def _bag_logits(self, logits: Tensor, bags: PackedBags) -> Tensor:
         """Return (B, K), 0 for an empty bag."""
@@ -168,21 +195,19 @@ class InsStrategy(Strategy):
         model: Aggregator,
         task: Task,
         *,
-        start: float = 0.025,
-        sample: int = 1024,
-        queue_size: int = 8192,
-        instance_weight: float = 1.0,
-        contrast_weight: float = 0.5,
-        temperature: float = 0.07,
-        key_momentum: float = 0.999,
-        prototype_momentum: float = 0.9,
-        phi_start: float = 0.95,
-        phi_end: float = 0.8,
+        start: Share = 0.025,
+        sample: Count = 1024,
+        queue_size: Count = 8192,
+        instance_weight: NotNegative = 1.0,
+        contrast_weight: NotNegative = 0.5,
+        temperature: Positive = 0.07,
+        key_momentum: Share = 0.999,
+        prototype_momentum: Share = 0.9,
+        phi_start: Share = 0.95,
+        phi_end: Share = 0.8,
     ) -> None:
         super().__init__(model, task)
         require_classes(task, "ins")
-        if sample < 1 or queue_size < 1:
-            raise ConfigError(f"ins: sample {sample} and queue_size {queue_size} must be at least 1")
         width = projection_width(model)
         self.start = start
         self.sample = sample

@@ -31,13 +31,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.kernels import ScanOrder, causal_conv, reversed_order, selective_scan, strided_order
 from eosin.mil.attention import recomputed
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding, initialise
+from eosin.mil.layers import Attention, as_dtype, embedding, initialise, pooling_gradient
+from eosin.mil.options import Count, Dropout
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+from eosin.mil.subsets import Floats, Value, slope_of
 
 GROUP_ELEMENTS = 2**24  # rows times channels of a mixer that are computed at once
 
@@ -83,15 +86,15 @@ class MambaMil(Aggregator):
         n_outputs: int,
         *,
         kind: Kind = "sr",
-        rate: int = 5,
-        width: int = 512,
-        layers: int = 2,
-        expand: int = 2,
-        d_state: int = 16,
-        d_conv: int = 4,
-        dt_rank: int | None = None,
-        hidden: int = 128,
-        dropout: float = 0.0,
+        rate: Count = 5,
+        width: Count = 512,
+        layers: Count = 2,
+        expand: Count = 2,
+        d_state: Count = 16,
+        d_conv: Count = 4,
+        dt_rank: Count | None = None,
+        hidden: Count = 128,
+        dropout: Dropout = 0.0,
         dt_init: Literal["mamba", "official"] = "mamba",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=width)
@@ -127,6 +130,12 @@ class MambaMil(Aggregator):
         pool = self.attention.pool(tokens, bags)
         bag = as_dtype(pool.pooled[:, 0], self.classifier.weight)
         return AttentionOutput(self.classifier(bag), bag, pool.scores, tokens)
+
+    @override
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats:
+        with torch.no_grad():
+            output = self(bags)
+        return pooling_gradient(output.scores, output.instances, self.classifier, slope_of(output.logits[0], value))
 
     def _second(self, bags: PackedBags) -> tuple[ScanOrder, ...]:
         if self.kind == "plain":

@@ -47,44 +47,36 @@ The teacher starts as the student, or with `init_from` as a model that was train
 student then takes too (the paper's order: `eosin train` with the recipe of the same aggregator, then with this one).
 """
 
+import copy
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.kernels import segment_max, segment_softmax, segment_topk_mask
+from eosin.mil.attention import bag_attention
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import require_fractions
-from eosin.mil.masking import fraction_counts, leaves_some, random_subset, randomly_high, voted
-from eosin.mil.methods.abmil import PRESETS as ABMIL_PRESETS
-from eosin.mil.methods.dsmil import PRESETS as DSMIL_PRESETS
-from eosin.mil.methods.mhim_ranking import instance_probability, rankings, require_linear_classifier
-from eosin.mil.methods.mhim_recycle import GlobalRecycle
-from eosin.mil.methods.mhim_teacher import (
-    MomentumSchedule,
-    Teacher,
-    consistency_loss,
-    cosine,
-    embedding_rows,
-    started,
-)
-from eosin.mil.methods.transmil import PRESETS as TRANSMIL_PRESETS
+from eosin.mil.options import Count, Dropout, NotNegative, Positive, Share
 from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
-from eosin.mil.slots import STRATEGIES, Aggregator, AttentionOutput, Step, Strategy
+from eosin.mil.slots import (
+    STRATEGIES,
+    Aggregator,
+    AttentionOutput,
+    EmbeddingAggregator,
+    HasInstanceLogits,
+    Step,
+    Strategy,
+    Wrapper,
+    instance_width,
+)
 from eosin.mil.tasks import Task
 
-
-@runtime_checkable
-class EmbeddingAggregator(Protocol):
-    """An aggregator that can start from embedded instances: ``forward`` is `embed`, then `aggregate`."""
-
-    embed: nn.Module
-
-    def aggregate(self, bags: PackedBags) -> AttentionOutput:
-        """Return the output for bags of embedded instances."""
-        ...
+MomentumSchedule = Literal["constant", "cosine"]
 
 
 @STRATEGIES.register("mhim")
@@ -120,26 +112,23 @@ class Mhim(Strategy):
         model: Aggregator,
         task: Task,
         *,
-        random_ratio: float = 0.5,
-        low_ratio: float = 0.0,
-        high_ratio: float = 0.01,
-        high_factor: float = 0.5,
+        random_ratio: Share = 0.5,
+        low_ratio: Share = 0.0,
+        high_ratio: Share = 0.01,
+        high_factor: Share = 0.5,
         decay: bool = True,
-        consistency: float = 0.1,
-        temperature: float = 0.1,
-        momentum: float = 0.9999,
+        consistency: NotNegative = 0.1,
+        temperature: Positive = 0.1,
+        momentum: Share = 0.9999,
         momentum_schedule: MomentumSchedule = "constant",
         init_from: Path | None = None,
     ) -> None:
         super().__init__(model, task)
-        require_fractions(
-            "mhim", random_ratio=random_ratio, low_ratio=low_ratio, high_ratio=high_ratio, high_factor=high_factor
-        )
         self.ratios = (random_ratio, low_ratio, high_ratio)
         self.high_factor = high_factor
         self.decay = decay
         self.consistency = consistency
-        self.temperature = _positive(temperature)
+        self.temperature = temperature
         self.teacher = started(Teacher(model, momentum=momentum, schedule=momentum_schedule), model, init_from)
 
     def forward(self, bags: PackedBags, target: Tensor) -> Step:
@@ -203,27 +192,24 @@ class MhimV2(Strategy):
         model: Aggregator,
         task: Task,
         *,
-        high_ratio: float = 0.03,
-        high_factor: float = 1.0,
-        random_mask_ratio: float = 0.8,
-        keep_at_least: int = 1,
-        tokens: int = 10,
-        heads: int = 8,
-        head_dim: int = 64,
-        token_dropout: float = 0.1,
-        token_momentum: float = 0.9999,
-        token_share: float | None = 0.1,
+        high_ratio: Share = 0.03,
+        high_factor: Share = 1.0,
+        random_mask_ratio: Share = 0.8,
+        keep_at_least: Count = 1,
+        tokens: Count = 10,
+        heads: Count = 8,
+        head_dim: Count = 64,
+        token_dropout: Dropout = 0.1,
+        token_momentum: Share = 0.9999,
+        token_share: Share | None = 0.1,
         score_bias: bool = False,
-        consistency: float = 0.5,
-        temperature: float = 0.1,
-        momentum: float = 0.9997,
+        consistency: NotNegative = 0.5,
+        temperature: Positive = 0.1,
+        momentum: Share = 0.9997,
         momentum_schedule: MomentumSchedule = "constant",
         init_from: Path | None = None,
     ) -> None:
         super().__init__(model, task)
-        require_fractions(
-            "mhim_v2", high_ratio=high_ratio, high_factor=high_factor, random_mask_ratio=random_mask_ratio
-        )
         if not isinstance(model, EmbeddingAggregator):
             raise ConfigError(
                 f"mhim_v2 adds tokens to embedded instances, which {type(model).__name__} does not take; "
@@ -236,7 +222,7 @@ class MhimV2(Strategy):
         self.keep_at_least = keep_at_least
         self.score_bias = score_bias
         self.consistency = consistency
-        self.temperature = _positive(temperature)
+        self.temperature = temperature
         self.recycle = GlobalRecycle(
             width,
             tokens=tokens,
@@ -279,17 +265,282 @@ class MhimV2(Strategy):
         self.recycle.follow()
 
 
-def _positive(temperature: float) -> float:
-    if temperature <= 0:
-        raise ConfigError(f"mhim: temperature {temperature} must be above 0")
-    return temperature
-
-
 def _embedded_width(model: EmbeddingAggregator) -> int:
     linear = [layer for layer in model.embed.modules() if isinstance(layer, nn.Linear)]
     assert isinstance(model, Aggregator)
     return linear[-1].out_features if linear else model.in_dim
 
+
+class Teacher(nn.Module):
+    """A moving average of a model, in the same mode as the student and without gradient.
+
+    Parameters
+    ----------
+    model : Aggregator
+    momentum : float
+        m of equation 4.
+    schedule : {"constant", "cosine"}
+        Whether m rises to 1.
+    """
+
+    def __init__(self, model: Aggregator, *, momentum: float, schedule: MomentumSchedule) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.momentum = momentum
+        self.schedule = schedule
+
+    @torch.no_grad()
+    def forward(self, bags: PackedBags) -> AttentionOutput:
+        """Read whole bags."""
+        output = self.model(bags)
+        assert isinstance(output, AttentionOutput)  # checked when built
+        return output
+
+    @torch.no_grad()
+    def follow(self, student: Aggregator, progress: float) -> None:
+        """Move towards the student, equation 4; parameters only."""
+        momentum = cosine(self.momentum, 1.0, progress) if self.schedule == "cosine" else self.momentum
+        for mine, new in zip(self.model.parameters(), student.parameters(), strict=True):
+            mine.lerp_(new.detach(), 1 - momentum)
+
+
+def started(teacher: Teacher, student: Aggregator, folder: Path | None) -> Teacher:
+    """Give the teacher, and the student's embedding, the weights of a plainly trained model."""
+    if folder is None:
+        return teacher
+    from eosin.mil.checkpoint import load_model  # which imports the methods
+
+    plain, _ = load_model(folder)
+    model = plain.inner if isinstance(plain, Wrapper) else plain
+    state = model.state_dict()
+    if type(model) is not type(student) or _shapes(state.items()) != _shapes(student.state_dict().items()):
+        raise ConfigError(
+            f"init_from {folder} holds a {type(model).__name__} of another kind or size than the "
+            f"{type(student).__name__} that is trained; train a plain model with the same aggregator and options"
+        )
+    teacher.model.load_state_dict(state)
+    embedding = {name: value for name, value in state.items() if name.startswith("embed.")}
+    student.load_state_dict(embedding, strict=False)
+    return teacher
+
+
+def _shapes(state: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state}
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Return the value at a fraction of half a cosine from `start` to `end`."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the cross-entropy between the softmaxes of embeddings (..., E), equation 3; mean over the rows."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    wanted = functional.softmax(teacher.detach().to(wide) / temperature, -1)
+    return -(wanted * functional.log_softmax(student.to(wide), -1)).sum(-1).mean()
+
+
+def embedding_rows(output: AttentionOutput) -> Tensor:
+    """Return the bag embeddings as rows of the width of an instance, (B, rows, E), or as one row each."""
+    width = output.instances.shape[1]
+    if output.embedding.shape[1] % width:
+        return output.embedding[:, None]
+    return torch.unflatten(output.embedding, 1, (-1, width))
+
+
+def rankings(output: AttentionOutput) -> Tensor:
+    """Return what instances are ranked by, (N, H): attention, for DSMIL the largest instance logit; equation 1.
+
+    The attention of TransMIL may be negative, and is then ranked as it is.
+    """
+    return output.instance_logits.amax(1, keepdim=True) if isinstance(output, HasInstanceLogits) else output.ranks
+
+
+def instance_probability(model: Aggregator, output: AttentionOutput, bags: PackedBags, *, bias: bool = False) -> Tensor:
+    """Return the largest class probability of each weighted instance, (N, 1), equation 5.
+
+    A model with one output has two classes. Several attention rows: those of CLAM-MB weigh for their class, those of
+    TransMIL for their part of the values, those that the classifier reads beside each other for their part of its
+    weights, others are averaged. For DSMIL it is as in version 1.
+    """
+    if isinstance(output, HasInstanceLogits):
+        return rankings(output)
+    classifier = require_linear_classifier(model)
+    values = model.instance_values(output)
+    if values is not None:
+        logits = functional.linear(values, classifier.weight)
+    else:
+        weights = segment_softmax(output.scores, bags.cu_seqlens)  # (N, H)
+        logits = _weighted_logits(classifier.weight, weights, output)
+    if bias and classifier.bias is not None:
+        logits = logits + classifier.bias
+    if logits.shape[1] == 1:
+        logits = functional.pad(logits, (1, 0))
+    return logits.softmax(1).amax(1, keepdim=True)
+
+
+def _weighted_logits(weight: Tensor, attention: Tensor, output: AttentionOutput) -> Tensor:
+    instances = output.instances.to(weight.dtype)
+    if output.own_columns:
+        return instances @ weight.T * attention
+    width = instances.shape[1]
+    if weight.shape[1] == width:
+        return instances @ weight.T * attention.mean(1, keepdim=True)
+    by_row = torch.unflatten(weight, 1, (-1, width))  # (K, H, E)
+    products = functional.linear(instances, by_row.flatten(0, 1))  # (N, K * H)
+    return (torch.unflatten(products, 1, by_row.shape[:2]) * attention[:, None]).sum(2)
+
+
+def require_linear_classifier(model: Aggregator) -> nn.Linear:
+    """Return the layer that reads the bag embedding; `ConfigError` if it cannot read single instances."""
+    classifier = getattr(model, "classifier", None)
+    if not isinstance(classifier, nn.Linear) or classifier.in_features % instance_width(model):
+        raise ConfigError(
+            f"mhim_v2 ranks instances with the classifier of the bag; that of {type(model).__name__} reads something "
+            "else; choose another aggregator, or mhim"
+        )
+    return classifier
+
+
+def random_subset(bags: PackedBags, counts: list[int], *, among: Tensor | None = None) -> Tensor:
+    """Draw so many instances of each bag, of those in `among`: (N,) bool."""
+    priority = torch.rand(bags.n_instances, 1, device=bags.values.device)
+    if among is not None:
+        priority = torch.where(among[:, None], priority, -1.0)
+    return segment_topk_mask(priority, bags.cu_seqlens, torch.tensor(counts))[:, 0]
+
+
+def voted(ranks: Tensor, bags: PackedBags, counts: list[int], *, largest: bool = True) -> Tensor:
+    """Return so many instances of each bag with the most votes of the columns, earlier ones on ties: (N,) bool."""
+    k = torch.tensor(counts)
+    chosen = segment_topk_mask(ranks, bags.cu_seqlens, k, largest=largest)
+    if chosen.shape[1] == 1:
+        return chosen[:, 0]
+    votes = chosen.sum(1, keepdim=True).to(torch.float32)
+    return segment_topk_mask(votes, bags.cu_seqlens, k)[:, 0]
+
+
+def randomly_high(ranks: Tensor, bags: PackedBags, ratio: float, factor: float) -> tuple[Tensor, list[int]]:
+    """Draw a fraction of each bag from its highest, equation 2 of `mhim`: (N,) bool and how many of each bag."""
+    wide = ratio / factor if factor else 0.0
+    if wide > 1:
+        wide, factor = 1.0, ratio
+    candidates = fraction_counts(bags, wide)
+    high = voted(ranks, bags, candidates)
+    counts = [math.ceil(factor * count) for count in candidates]
+    if factor == 1:
+        return high, counts
+    return random_subset(bags, counts, among=high), counts
+
+
+def fraction_counts(bags: PackedBags, ratio: float) -> list[int]:
+    """Return ⌈ratio · n⌉ of each bag."""
+    return [math.ceil(ratio * length) for length in bags.lengths]
+
+
+def leaves_some(hidden: Tensor, bags: PackedBags) -> Tensor:
+    """Return for each instance whether anything of its bag is left, (N,) bool."""
+    left = segment_max((~hidden)[:, None].float(), bags.cu_seqlens)[:, 0] > 0  # (B,)
+    return left[bags.bag_index()]
+
+
+def rows_where(mask: Tensor, count: int) -> Tensor:
+    """Return the rows where a mask of known count is true, without asking the device for the count."""
+    return torch.nonzero_static(mask, size=count)[:, 0]
+
+
+class GlobalRecycle(nn.Module):
+    """The global recycle network: tokens that read the instances taken away, equation 6.
+
+    Parameters
+    ----------
+    width : int
+        Width E of embedded instances.
+    tokens, heads, head_dim : int
+    dropout, momentum : float
+    token_share : float or None
+        Most tokens that a bag is given, as a fraction of the instances that it keeps; none gives each bag all.
+    """
+
+    queries: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        dropout: float,
+        momentum: float,
+        token_share: float | None = None,
+    ) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / (768 + width))
+        self.register_buffer("queries", torch.empty(tokens, width).uniform_(-bound, bound))
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width)
+        self.heads = heads
+        self.dropout = dropout
+        self.momentum = momentum
+        self.token_share = token_share
+        self._read: Tensor | None = None
+
+    def read(self, rest: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Let the tokens read instances: (N, E) -> (B, k, E)."""
+        query = self._split(self.to_q(self.norm(self.queries.to(rest.dtype)))).expand(len(lengths), -1, -1, -1)
+        key, value = (self._split(part) for part in self.to_kv(self.norm(rest)).chunk(2, 1))
+        read = bag_attention(query, key, value, lengths, query.shape[3] ** -0.5).flatten(2)
+        return functional.dropout(self.to_out(read), self.dropout, self.training)
+
+    def forward(
+        self, embedded: Tensor, bags: PackedBags, kept: Tensor, rest: Tensor, counts: list[tuple[int, int]]
+    ) -> PackedBags:
+        """Return bags of the kept instances followed by what the tokens read in the rest."""
+        keep, take = (tuple(column) for column in zip(*counts, strict=True))
+        tokens = self.read(embedded[rows_where(rest, sum(take))], take)  # (B, k, E)
+        self._read = tokens.detach()
+        given = [self.given(count) for count in keep]
+        lengths = torch.tensor(keep) + torch.tensor(given)
+        bag = torch.repeat_interleave(torch.arange(bags.n_bags), lengths)
+        place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag] - torch.tensor(keep)[bag]
+        is_token = place >= 0
+        rows = len(embedded) + bag * tokens.shape[1] + place
+        source = rows.to(embedded.device)
+        source[rows_where(~is_token.to(embedded.device), sum(keep))] = rows_where(kept, sum(keep))
+        values = torch.cat([embedded, tokens.flatten(0, 1).to(embedded.dtype)])[source]
+        ends = functional.pad(lengths.cumsum(0), (1, 0)).to(bags.cu_seqlens)
+        return PackedBags(values, ends, tuple(lengths.tolist()), None, bags.ids)
+
+    def given(self, kept: int) -> int:
+        """Return how many tokens stand beside so many kept instances."""
+        k = len(self.queries)
+        return k if self.token_share is None else min(k, math.floor(self.token_share * kept + 1e-9))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the tokens towards what they read in the last step, the mean over its bags."""
+        if self._read is not None:
+            self.queries.lerp_(self._read.mean(0).to(self.queries.dtype), 1 - self.momentum)
+            self._read = None
+
+    def _split(self, values: Tensor) -> Tensor:
+        return torch.unflatten(values, -1, (self.heads, -1))
+
+
+# The networks inside the authors' repository, by version.
+_XAVIER: dict[str, object] = {"dropout": 0.25, "init": "xavier"}
+NETWORKS: dict[str, dict[str, object]] = {
+    "abmil": _XAVIER | {"hidden": 128, "gated": False, "attention_activation": "relu", "attention_bias": False},
+    "dsmil": _XAVIER | {"embed_dims": (512,), "passing_v": True},
+    "transmil": {"embed_dropout": 0.25, "padding": "grid", "init": "xavier"},
+}
+NETWORKS_V2 = {name: options | {"embed_activation": "gelu"} for name, options in NETWORKS.items()}
+NETWORKS_V2["dsmil"]["prediction"] = "mean"
+for _version, _options in (("mhim", NETWORKS["abmil"]), ("mhim_v2", NETWORKS_V2["abmil"])):
+    RECIPES.add(f"abmil_{_version}", Recipe(aggregator=Component(name="abmil", options=_options)))
 
 # Table of the paper's settings: C16 is CAMELYON16, TCGA the two lung cohorts.
 PRESETS: dict[str, dict[str, object]] = {
@@ -326,7 +577,7 @@ _TRAINING_V2 = _TRAINING.model_copy(update={"patience": 20, "min_epochs": 75})
 _DSMIL_TERMS = (Term(name="dsmil_max", weight=0.5),)
 
 RECIPE = Recipe(
-    aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim"]),
+    aggregator=Component(name="abmil", options=NETWORKS["abmil"]),
     strategy=Component(name="mhim", options=PRESETS["c16_abmil"]),
     training=_TRAINING,
 )
@@ -334,7 +585,7 @@ RECIPES.add("mhim", RECIPE)
 RECIPES.add(
     "mhim_dsmil",
     Recipe(
-        aggregator=Component(name="dsmil", options=DSMIL_PRESETS["mhim"]),
+        aggregator=Component(name="dsmil", options=NETWORKS["dsmil"]),
         terms=_DSMIL_TERMS,
         strategy=Component(name="mhim", options=PRESETS["c16_abmil"]),
         bag_weight=0.5,
@@ -344,7 +595,7 @@ RECIPES.add(
 RECIPES.add(
     "mhim_transmil",
     Recipe(
-        aggregator=Component(name="transmil", options=TRANSMIL_PRESETS["mhim"]),
+        aggregator=Component(name="transmil", options=NETWORKS["transmil"]),
         strategy=Component(name="mhim", options=PRESETS["c16_transmil"]),
         training=_TRAINING,
     ),
@@ -352,7 +603,7 @@ RECIPES.add(
 RECIPES.add(
     "mhim_v2",
     Recipe(
-        aggregator=Component(name="abmil", options=ABMIL_PRESETS["mhim_v2"]),
+        aggregator=Component(name="abmil", options=NETWORKS_V2["abmil"]),
         strategy=Component(name="mhim_v2", options=SMALL_BAGS),
         training=_TRAINING_V2,
     ),
@@ -360,7 +611,7 @@ RECIPES.add(
 RECIPES.add(
     "mhim_v2_dsmil",
     Recipe(
-        aggregator=Component(name="dsmil", options=DSMIL_PRESETS["mhim_v2"]),
+        aggregator=Component(name="dsmil", options=NETWORKS_V2["dsmil"]),
         strategy=Component(name="mhim_v2", options=SMALL_BAGS),
         training=_TRAINING_V2,
     ),

@@ -12,10 +12,8 @@ image analysis (CoMEL), ICCV 2025, https://arxiv.org/abs/2507.02395.
    Σ_{i<t} B_i B_iᵀ G_B``; the objective gains ``Σ_layers (‖A Aᵀ - 1‖² + ‖Bᵀ B - 1‖²) / r²``.
 4. One head per task, its classes after those of the earlier tasks; the prediction is the most probable class of all
    heads, no task is named. Older heads stay as they are.
-5. `continual_metrics` of a sequence, R[i, j] the metric of task j after training task i: average after the last task,
-   forgetting ``mean_{j<T} (max_{i<T} R[i, j] - R[T, j])``, backward transfer ``mean_{j<T} (R[T, j] - R[j, j])``.
 
-``eosin train --continue-from RUN`` starts the next task from a model (`eosin/mil/continual.py`).
+``eosin train --continue-from RUN`` starts the next task from a model (`eosin/mil/continual`).
 
 Deviations from the authors' code. Its slot 0, meant for the basis of W, is random and never used, so W is not
 protected; here the leading part of the basis is, with half of the energy (`protected`). The whole basis leaves no
@@ -31,24 +29,35 @@ first of a model that `owlora` itself trains; there that one starts like the oth
 standardize features are those of the first task. Layer norms stay as the first task left them.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import CheckpointError, ConfigError
 from eosin.mil.attention import by_rows
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.mhim import EmbeddingAggregator
-from eosin.mil.methods.owlora_layer import ENERGY, OrthogonalLora
+from eosin.mil.options import Count, NotNegative, Share
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
+from eosin.mil.slots import (
+    AGGREGATORS,
+    STRATEGIES,
+    Aggregator,
+    AggregatorOutput,
+    EmbeddingAggregator,
+    Step,
+    Strategy,
+    Wrapper,
+)
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task
 
+ENERGY = 0.99
+UNUSED = 1e-6  # an update's singular values below this share of the largest are not a direction that was learnt
 PROTECTED = 0.5
 
 
@@ -85,7 +94,7 @@ class GrowingHead(nn.Module):
 
 
 @AGGREGATORS.register("owlora")
-class UpdatedInSequence(Aggregator):
+class UpdatedInSequence(Wrapper):
     """Another aggregator after one task or several, equations 1 and 4; standardizes features by itself.
 
     Parameters
@@ -109,12 +118,12 @@ class UpdatedInSequence(Aggregator):
         *,
         host: str = "gdat",
         host_options: dict[str, object] | None = None,
-        classes: tuple[int, ...] | None = None,
-        rank: int = 16,
+        classes: tuple[Count, ...] | None = None,
+        rank: Count = 16,
     ) -> None:
         counts = (n_outputs,) if classes is None else classes
-        if sum(counts) != n_outputs or min(counts, default=0) < 1 or rank < 1:
-            raise ConfigError(f"owlora: classes {counts} of rank {rank} do not add up to the task's {n_outputs}")
+        if sum(counts) != n_outputs:
+            raise ConfigError(f"owlora: classes {counts} do not add up to the task's {n_outputs}")
         inner = AGGREGATORS.build(host, in_dim, n_outputs, options=host_options or {})
         head = getattr(inner, "classifier", None)
         if not isinstance(head, nn.Linear) or head.out_features != n_outputs:
@@ -123,32 +132,39 @@ class UpdatedInSequence(Aggregator):
             )
         if len(counts) > 1:
             _require_growth(host, inner, host_options or {})
-        super().__init__(in_dim, n_outputs, embed_dim=inner.embed_dim)
+        super().__init__(in_dim, n_outputs, inner)
         inner.classifier = GrowingHead(head.in_features, counts)
         self.standardizer = Standardizer(in_dim)
         self.host = inner
         self.rank = rank
         self.layers = _replace_linear(inner)
-        self.output_type = inner.output_type  # type: ignore[misc]
-        self.order_dependent = inner.order_dependent  # type: ignore[misc]
         for number in range(1, len(counts)):
             self._add_update(number)
 
+    @property
+    @override
+    def inner(self) -> Aggregator:
+        return self.host
+
+    @override
+    def prepare(self, bags: PackedBags) -> PackedBags:
+        prepared: PackedBags = self.standardizer(bags)
+        return prepared
+
+    @override
     def forward(self, bags: PackedBags) -> AggregatorOutput:
-        """Return the other aggregator's output."""
         if isinstance(self.host, EmbeddingAggregator):  # standardized features of a large bag never exist all at once
             embed = self.host.embed
             embedded = by_rows(lambda values: embed(self.standardizer.rows(values)), bags.values)
             return self.host.aggregate(bags.with_values(embedded))
-        output: AggregatorOutput = self.host(self.standardizer(bags))
-        return output
+        return super().forward(bags)
 
     @property
     def n_tasks(self) -> int:
         """Tasks so far."""
         return len(self._heads())
 
-    def updated(self) -> list[OrthogonalLora]:
+    def updated(self) -> "list[OrthogonalLora]":
         """Return the maps that have updates."""
         return [layer for layer in map(self.host.get_submodule, self.layers) if isinstance(layer, OrthogonalLora)]
 
@@ -265,17 +281,15 @@ class TrainNewestUpdate(Strategy):
         *,
         continue_from: Path | None = None,
         model_id: str = "",
-        energy: float = ENERGY,
-        protected: float = PROTECTED,
-        penalty: float = 1.0,
+        energy: Annotated[float, Field(gt=0, le=1)] = ENERGY,
+        protected: Share = PROTECTED,
+        penalty: NotNegative = 1.0,
     ) -> None:
         super().__init__(model, task)
         if not isinstance(model, UpdatedInSequence):
             raise ConfigError(
                 f"the strategy owlora trains the aggregator owlora, not {type(model).__name__}; name both"
             )
-        if not 0 < energy <= 1 or not 0 <= protected <= 1:
-            raise ConfigError(f"owlora: energy {energy} and protected {protected} must be shares above 0 and up to 1")
         if (continue_from is None) != (model.n_tasks == 1):
             raise ConfigError(
                 "owlora: continue_from names the model before the last task; use eosin train --continue-from"
@@ -311,50 +325,146 @@ def _saved(folder: Path, model_id: str) -> Aggregator:
     return model
 
 
-@dataclass(frozen=True)
-class ContinualMetrics:
-    """How a sequence of tasks was learnt, equation 5.
-
-    Attributes
-    ----------
-    final_average, incremental_average : float
-        Mean over the tasks after the last; mean over time of the mean over the tasks so far.
-    forgetting : float
-        Mean over the earlier tasks of the best metric before the last task minus that after it.
-    backward_transfer : float
-        Mean over the earlier tasks of the metric after the last task minus that right after the task itself.
-    """
-
-    final_average: float
-    incremental_average: float
-    forgetting: float
-    backward_transfer: float
-
-
-def continual_metrics(results: NDArray[np.float64]) -> ContinualMetrics:
-    """Return the metrics of a sequence of tasks.
+class OrthogonalLora(nn.Module):
+    """A linear layer with low-rank updates, one per task, of which the newest is trained; equations 1 to 3.
 
     Parameters
     ----------
-    results : (T, T) float64
-        Row i, column j: metric of task j after training task i; what lies above the diagonal is not read.
+    base : Linear
+        W and b; trained until the first update is added.
+    energy : float or None
+        Share of W's squared singular values that its basis keeps, see `truncated_basis`; None: W stays as it is and
+        has no basis yet.
 
-    Raises
-    ------
-    ConfigError
-        If there are fewer than two tasks or the table is not square.
+    Attributes
+    ----------
+    basis_up, basis_down : (out, m), (m, in)
+        ``B_0`` and ``A_0``, zeros beyond the rank of W; m is the smaller of both widths.
     """
-    if results.ndim != 2 or results.shape[0] != results.shape[1] or len(results) < 2:
-        raise ConfigError(f"results must be (T, T) with at least 2 tasks, not {results.shape}")
-    last = results[-1]
-    so_far = [float(row[: number + 1].mean()) for number, row in enumerate(results)]
-    best = np.array([results[task:-1, task].max() for task in range(len(results) - 1)])
-    return ContinualMetrics(
-        final_average=float(last.mean()),
-        incremental_average=float(np.mean(so_far)),
-        forgetting=float((best - last[:-1]).mean()),
-        backward_transfer=float((last - results.diagonal())[:-1].mean()),
-    )
+
+    basis_up: Tensor
+    basis_down: Tensor
+
+    def __init__(self, base: nn.Linear, *, energy: float | None = ENERGY) -> None:
+        super().__init__()
+        self.base = base
+        m = min(base.weight.shape)
+        self.register_buffer("basis_up", base.weight.new_zeros(base.out_features, m))
+        self.register_buffer("basis_down", base.weight.new_zeros(m, base.in_features))
+        self.down, self.up, self.scales = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        if energy is not None:
+            self.truncate(energy)
+
+    @property
+    def weight(self) -> Tensor:
+        """The map with all updates, (out, in), for code that reads weights."""
+        updates = zip(self.down, self.up, self.scales, strict=True)
+        return self.base.weight + sum((up * scales @ down for down, up, scales in updates), torch.zeros(()))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.base.out_features
+
+    @torch.no_grad()
+    def truncate(self, energy: float, *, protected: float = 1.0) -> None:
+        """Replace W by its truncated decomposition and keep its basis, or the part with less energy, equation 2."""
+        up, values, down = truncated_basis(self.base.weight, energy)
+        self.base.weight.copy_(up * values @ down)
+        kept = n_leading(values, protected)
+        self.basis_up.zero_()[:, :kept] = up[:, :kept]
+        self.basis_down.zero_()[:kept] = down[:kept]
+
+    def add_task(self, rank: int) -> None:
+        """Freeze all there is, and add an update of this rank, or as far as it fits, that changes nothing yet."""
+        self.requires_grad_(False)
+        like = self.base.weight
+        rank = min(rank, *like.shape)
+        self.down.append(nn.Parameter(like.new_empty(rank, like.shape[1]).normal_(std=1 / rank)))
+        self.up.append(nn.Parameter(like.new_zeros(like.shape[0], rank)))
+        self.scales.append(nn.Parameter(like.new_ones(rank)))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return ``W x + b`` and all updates."""
+        out: Tensor = self.base(values)
+        for down, up, scales in zip(self.down, self.up, self.scales, strict=True):
+            out = out + functional.linear(functional.linear(values, down) * scales, up)
+        return out
+
+    def penalty(self) -> Tensor:
+        """Return how far the newest update is from orthonormal."""
+        down, up = self.down[-1], self.up[-1]
+        eye = torch.eye(len(down), dtype=down.dtype, device=down.device)
+        squares: Tensor = (down @ down.mT - eye).square().sum() + (up.mT @ up - eye).square().sum()
+        return squares / len(down) ** 2
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Take what lies in the spans of the basis and of older updates out of the newest update's gradients."""
+        down, up = self.down[-1], self.up[-1]
+        if down.grad is not None:
+            down.grad = self.outside_down(down.grad)
+        if up.grad is not None:
+            up.grad = self.outside_up(up.grad)
+
+    @torch.no_grad()
+    def keep_out(self) -> None:
+        """Take the same out of the newest update itself."""
+        self.down[-1].copy_(self.outside_down(self.down[-1]))
+        self.up[-1].copy_(self.outside_up(self.up[-1]))
+
+    def outside_down(self, rows: Tensor) -> Tensor:
+        """Return (r, in) without what lies in the rows of the basis and of older A."""
+        return rows - sum((rows @ old.mT @ old for old in (self.basis_down, *self.down[:-1])), torch.zeros_like(rows))
+
+    def outside_up(self, columns: Tensor) -> Tensor:
+        """Return (out, r) without what lies in the columns of the basis and of older B."""
+        older = (self.basis_up, *self.up[:-1])
+        return columns - sum((old @ (old.mT @ columns) for old in older), torch.zeros_like(columns))
+
+    @torch.no_grad()
+    def close_task(self, number: int = -1) -> None:
+        """Write an update, the newest unless told, as a singular value decomposition; the map stays the same."""
+        down, up, scales = self.down[number], self.up[number], self.scales[number]
+        basis_up, core_up = torch.linalg.qr(up.double())
+        basis_down, core_down = torch.linalg.qr(down.double().mT)
+        left, values, right = torch.linalg.svd(core_up * scales.double() @ core_down.mT)
+        used = values > UNUSED * values.amax().clamp_min(torch.finfo(values.dtype).tiny)
+        up.copy_(basis_up @ left * used)
+        down.copy_(right @ basis_down.mT * used[:, None])
+        scales.copy_(values * used)
+
+
+def truncated_basis(weight: Tensor, energy: float = ENERGY) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular vectors and values of a matrix: the fewest whose squares exceed a share of all.
+
+    Returns
+    -------
+    up : (out, r)
+    values : (r,)
+    down : (r, in)
+    """
+    up, values, down = torch.linalg.svd(weight.detach(), full_matrices=False)
+    rank = n_leading(values, energy)
+    return up[:, :rank], values[:rank], down[:rank]
+
+
+def n_leading(values: Tensor, energy: float) -> int:
+    """Return how many leading singular values have squares that exceed a share of all; 0 for a share of 0."""
+    if not energy:
+        return 0
+    share = values.square().cumsum(0) / values.square().sum()
+    return min(len(values), int((share <= energy).sum()) + 1)
 
 
 RECIPE = Recipe(

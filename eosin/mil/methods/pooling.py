@@ -17,15 +17,19 @@ those of ABMIL.
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from eosin.errors import ConfigError
 from eosin.kernels import segment_logsumexp, segment_max, segment_mean
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import MaxBag, PooledBag, SmoothMaxBag, linear_terms
 from eosin.mil.layers import Activation, as_dtype, embedding
+from eosin.mil.options import Count, Dropout, Positive
 from eosin.mil.recipe import RECIPES, Component, Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
+from eosin.mil.subsets import as_array
 
 Level = Literal["embedding", "instance"]
 
@@ -50,9 +54,9 @@ class Pooling(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        embed_dims: tuple[int, ...] = (512,),
+        embed_dims: tuple[Count, ...] = (512,),
         embed_activation: Activation = "relu",
-        dropout: float = 0.25,
+        dropout: Dropout = 0.25,
         level: Level = "embedding",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=(in_dim, *embed_dims)[-1])
@@ -72,23 +76,49 @@ class Pooling(Aggregator):
         """Return the bags (B, E) of embedded instances (N, E)."""
         raise NotImplementedError
 
+    def _rows(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is pooled (n, F), and the linear head (K, F) and bias (K,) that follow."""
+        rows = self.embed(bags.values)
+        if self.level == "instance":
+            head = torch.eye(self.n_outputs, dtype=torch.float64)
+            return self.classifier(rows).cpu(), head, head.new_zeros(self.n_outputs)
+        head, bias = (part.detach().double().cpu() for part in (self.classifier.weight, self.classifier.bias))
+        return rows.cpu(), head, bias
+
 
 @AGGREGATORS.register("mean")
 class MeanPooling(Pooling):
     """The mean of the embedded instances."""
 
+    @override
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
-        """Return the means."""
         return segment_mean(instances, bags.cu_seqlens)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+        # averaging is attention with equal scores
+        terms = linear_terms("ne,ke->nk", self.embed(bags.values), self.classifier.weight)
+        bias = as_array(self.classifier.bias)
+        if self.level == "instance":
+            terms, bias = terms + bias, np.zeros_like(bias)
+        how = (
+            "All numbers are exact: the model is linear after averaging its tiles, so every prediction follows from a "
+            "mean without running it again"
+        )
+        return PooledBag(np.zeros((len(terms), 1)), terms[:, None], bias, how=how)
 
 
 @AGGREGATORS.register("max")
 class MaxPooling(Pooling):
     """The maximum of the embedded instances, feature by feature."""
 
+    @override
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
-        """Return the maxima."""
         return segment_max(instances, bags.cu_seqlens)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> MaxBag:
+        return MaxBag(*self._rows(bags))
 
 
 @AGGREGATORS.register("lse")
@@ -108,10 +138,10 @@ class LsePooling(Pooling):
         in_dim: int,
         n_outputs: int,
         *,
-        sharpness: float = 5.0,
-        embed_dims: tuple[int, ...] = (512,),
+        sharpness: Positive = 5.0,
+        embed_dims: tuple[Count, ...] = (512,),
         embed_activation: Activation = "relu",
-        dropout: float = 0.25,
+        dropout: Dropout = 0.25,
         level: Level = "embedding",
     ) -> None:
         super().__init__(
@@ -122,15 +152,17 @@ class LsePooling(Pooling):
             dropout=dropout,
             level=level,
         )
-        if sharpness <= 0:
-            raise ConfigError(f"lse: sharpness {sharpness} must be above 0")
         self.sharpness = sharpness
 
+    @override
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
-        """Return the smooth maxima."""
         total = segment_logsumexp(instances * self.sharpness, bags.cu_seqlens)  # (B, E), -inf for an empty bag
         lengths = bags.cu_seqlens.diff()[:, None]
         return torch.where(lengths > 0, total - lengths.clamp(min=1).to(total.dtype).log(), 0.0) / self.sharpness
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> SmoothMaxBag:
+        return SmoothMaxBag(*self._rows(bags), self.sharpness)
 
 
 for _name in ("mean", "max", "lse"):

@@ -33,18 +33,23 @@ computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, few_key_attention, few_query_attention
 from eosin.mil import attention
-from eosin.mil.attention import bag_attention, by_rows, instance_attention, recomputed
+from eosin.mil.attention import bag_attention, by_rows, instance_attention, mixed_weights, recomputed
 from eosin.mil.bags import PackedBags
 from eosin.mil.layers import as_dtype, embedding
+from eosin.mil.options import Count, Dropout, Whole
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
+from eosin.mil.rollout import Trace, by_head, gather_row, inputs_of
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+from eosin.mil.subsets import Floats, Value, as_array
 
 SMALL_BAG = 256  # most instances of the longest bag of a pack that a CPU reads as a whole
 
@@ -88,17 +93,17 @@ class SetTransformer(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        embed_dims: tuple[int, ...] = (512,),
-        width: int = 512,
-        heads: int = 8,
-        tokens: int = 64,
-        isab_layers: int = 2,
-        sab_layers: int = 0,
-        seeds: int = 1,
+        embed_dims: tuple[Count, ...] = (512,),
+        width: Count = 512,
+        heads: Count = 8,
+        tokens: Count = 64,
+        isab_layers: Whole = 2,
+        sab_layers: Whole = 0,
+        seeds: Count = 1,
         layer_norm: bool = False,
         scale: Scale = "model",
         pma_ff: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
     ) -> None:
         if width % heads:
             raise ConfigError(f"set_transformer: {heads} heads do not divide the width {width}; choose another width")
@@ -123,11 +128,59 @@ class SetTransformer(Aggregator):
         for block in self.encoder:
             bags = bags.with_values(block(bags))
         seeds, scores, instances = self.pool(bags)  # (B, k, d)
-        for block in self.decoder:
-            assert isinstance(block, MultiheadBlock)  # for the type checker
+        for block in self._blocks()[1]:
             seeds = block.attend_within(seeds)
         bag = seeds.flatten(1)
         return AttentionOutput(self.classifier(bag), bag, scores, instances)
+
+    def _blocks(self) -> "tuple[list[InducedBlock], list[MultiheadBlock]]":
+        """Return encoder and decoder under their own types."""
+        encoder = [block for block in self.encoder if isinstance(block, InducedBlock)]
+        return encoder, [block for block in self.decoder if isinstance(block, MultiheadBlock)]
+
+    @override
+    @torch.no_grad()
+    def trace(self, bags: PackedBags) -> Trace:
+        """Go from the seeds through their own attention, the pooling's weights, and each ISAB as two factors.
+
+        The factors are tiles to inducing points and back, each averaged over heads.
+        """
+        encoder, decoder = self._blocks()
+        with inputs_of([*encoder, *(block.query for block in decoder)]) as seen:
+            output = self(bags)
+        inputs = [calls[0] for calls in seen]
+        given, seeds = inputs[: len(encoder)], inputs[len(encoder) :]
+        read = np.full(self.pool.seeds.shape[1], 1 / self.pool.seeds.shape[1])
+        for block, tokens in reversed(list(zip(decoder, seeds, strict=True))):
+            read = 0.5 * read + 0.5 * read @ block.attention_within(tokens[0])
+        weights = by_head(output.scores.double().softmax(0), len(read)).mean(2)  # (n, k), mean over heads
+        layers = [partial(_through_points, *parts) for parts in zip(encoder, given, strict=True)]
+        return Trace(as_array(weights) @ read, layers, lambda row: row)
+
+    @override
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats:
+        """Derive by ``scores + log w`` of the pooling, through the seeds' own layers."""
+        with torch.no_grad(), inputs_of([self.pool]) as seen:
+            self(bags)
+        given: PackedBags = seen[0][0]
+        with torch.enable_grad():
+            seeds, scores, _ = self.pool(given.with_values(given.values.detach().requires_grad_()))
+            for block in self._blocks()[1]:
+                seeds = block.attend_within(seeds)
+            (gradient,) = torch.autograd.grad(value(self.classifier(seeds.flatten(1))[0]), scores)
+        return as_array(gradient.double().sum(1))
+
+
+@torch.no_grad()
+def _through_points(block: "InducedBlock", bags: PackedBags, row: Floats) -> Floats:
+    """Return the row after an ISAB: tiles to inducing points, and these to tiles."""
+    point, inducing, tokens = block.point, block.inducing, block.tokens
+    summary = inducing.read_bags(tokens[0], bags)  # (1, m, d)
+    keys = by_head(point.key(summary[0]), point.heads)
+    shares = gather_row(row, bags.values, point.query, keys, scale=point.scale).mean(1, keepdim=True)  # (m, 1)
+    query, key = by_head(inducing.query(tokens), inducing.heads), by_head(inducing.key(bags.values), inducing.heads)
+    mix = shares.expand(-1, inducing.heads)[None]
+    return as_array(mixed_weights(query, key, mix.to(query), bags.lengths, inducing.scale).double().mean(1))
 
 
 class MultiheadBlock(nn.Module):
@@ -219,6 +272,11 @@ class MultiheadBlock(nn.Module):
         )
         weights = (query @ key.mT * self.scale).softmax(-1)  # (B, H, k, k)
         return self._finish(projected + (weights @ value).transpose(1, 2).flatten(2))
+
+    def attention_within(self, tokens: Tensor) -> Floats:
+        """Return the attention of the tokens of one bag (k, X) to each other, mean over heads: (k, k)."""
+        query, key = (self._split(part(tokens)).transpose(0, 1) for part in (self.query, self.key))
+        return as_array((query @ key.mT * self.scale).softmax(-1).mean(0))
 
     def fold(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows (m * H, Y) and offsets (m * H,) that give the scores of projected queries (m, d)."""

@@ -18,7 +18,7 @@ slide image classification, NeurIPS 2021, https://arxiv.org/abs/2106.00908.
    repeat together. The approximation may give negative weights: in the scores they count as 0.
 7. With ``padding="grid"`` the bag has no repeats: only the grid of PPEG does, which is 7 × 7 at least, zeros filling
    what the repeats leave, and the cells of repeats and zeros are dropped. This is another model than the authors', that
-   of MHIM-MIL and PackMIL (`PRESETS`), which also have dropout after the embedding and another start.
+   of MHIM-MIL and PackMIL, which also have dropout after the embedding and another start.
 
 Deviations from the authors' code. The starting point of the pseudo-inverse takes the largest sums of its own bag, the
 code those of the whole batch, so that results do not depend on what is trained beside it; for one bag they agree. Of
@@ -32,18 +32,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.mil import attention
-from eosin.mil.attention import by_rows, recomputed
+from eosin.mil.attention import bag_attention, by_rows, mixed_weights, recomputed
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Activation, Init, embedding, initialise, require_counts
-from eosin.mil.nystrom import NystromLayer, TokenBags, starts
+from eosin.mil.layers import Activation, Init, embedding, initialise
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.nystrom import NystromFactors, NystromLayer, TokenBags, starts, through_landmarks
+from eosin.mil.options import Count, Dropout
 from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
+from eosin.mil.rollout import Trace, inputs_of
+from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
+from eosin.mil.subsets import Floats, Value, as_array
 
 Padding = Literal["bag", "grid"]
 
@@ -63,6 +69,12 @@ class TransMilOutput(AttentionOutput):
     """
 
     weights: Tensor
+
+    @property
+    @override
+    def ranks(self) -> Tensor:
+        # as they are, negative ones below all others
+        return self.weights
 
 
 @AGGREGATORS.register("transmil")
@@ -99,18 +111,17 @@ class TransMil(Aggregator):
         in_dim: int,
         n_outputs: int,
         *,
-        width: int = 512,
-        heads: int = 8,
-        landmarks: int | None = None,
-        pinv_iterations: int = 6,
-        dropout: float = 0.1,
+        width: Count = 512,
+        heads: Count = 8,
+        landmarks: Count | None = None,
+        pinv_iterations: Count = 6,
+        dropout: Dropout = 0.1,
         embed_activation: Activation = "relu",
-        embed_dropout: float = 0.0,
+        embed_dropout: Dropout = 0.0,
         padding: Padding = "bag",
         init: Init = "default",
     ) -> None:
         landmarks = max(1, width // 2) if landmarks is None else landmarks
-        require_counts("transmil", width=width, heads=heads, landmarks=landmarks, pinv_iterations=pinv_iterations)
         if width % heads:
             raise ConfigError(f"transmil: {heads} heads do not divide the width {width}; choose another width")
         if pinv_iterations > MOST_ITERATIONS:
@@ -146,13 +157,72 @@ class TransMil(Aggregator):
         scores = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
         return TransMilOutput(self.classifier(bag), bag, scores, bags.values, weights)
 
-    def layout(self, bags: PackedBags) -> "Layout":
+    def layout(self, bags: PackedBags) -> "TokenLayout":
         """Return where the tokens of a pack lie."""
-        return Layout.of(bags.lengths, self.landmarks, bags.values.device, padding=self.padding)
+        return TokenLayout.of(bags.lengths, self.landmarks, bags.values.device, padding=self.padding)
+
+    @override
+    @torch.no_grad()
+    def trace(self, bags: PackedBags) -> Trace:
+        """Go from the class token through both Nyström layers, three factors per head, averaged over heads.
+
+        The product may be negative: those entries are cut to 0. The convolutions are ignored, repeated tiles count for
+        their originals, and the class token's own share is left out at the end.
+        """
+        layers = (self.layer1, self.layer2)
+        with inputs_of([layer.norm for layer in layers]) as seen:
+            self(bags)
+        layout = self.layout(bags)
+        steps = [partial(through_landmarks, layer, calls[0], layout) for layer, calls in zip(layers, seen, strict=True)]
+
+        def to_tiles(row: Floats) -> Floats:
+            return as_array(layout.per_instance(torch.from_numpy(row)[:, None].to(layout.instances.device))[:, 0])
+
+        return Trace(layout.class_row(), steps, to_tiles)
+
+    @override
+    @torch.no_grad()
+    def weight_gradient(self, bags: PackedBags, value: Value) -> Floats:
+        """Derive by ``scores + log w`` with which the landmarks of the last layer read its keys.
+
+        Landmarks, queries and convolution are held fixed.
+        """
+        with inputs_of([self.layer2.norm, self.norm]) as seen:
+            self(bags)
+        layout = self.layout(bags)
+        factors = NystromFactors.of(self.layer2, seen[0][0], layout)
+        slope = self._class_slope(seen[1][0], value)  # (H, d)
+        mix = factors.to_landmarks(layout.class_row())  # (m, H)
+        key, values, query = factors.third(1), factors.third(2), factors.marks_query[None]
+        scale, zeros = self.layer2.scale, layout.zeros
+        read = bag_attention(query, key, values, layout.lengths, scale, zeros=zeros)[0]  # (m, H, d)
+        level = mix * torch.einsum("mhd,hd->mh", read, slope)
+        own = torch.einsum("phd,hd->ph", values, slope)
+        shared = mixed_weights(query, key, mix[None].to(query), layout.lengths, scale, zeros=zeros)
+        lost = mixed_weights(query, key, level[None].to(query), layout.lengths, scale, zeros=zeros)
+        return as_array(layout.per_instance((shared * own - lost).double().sum(1, keepdim=True))[:, 0])
+
+    def _class_slope(self, class_token: Tensor, value: Value) -> Tensor:
+        """Return the derivative of the value by what the class token read in the last layer, per head: (H, d)."""
+        with torch.enable_grad():
+            leaf = class_token.detach().requires_grad_()  # (1, E)
+            (slope,) = torch.autograd.grad(value(self.classifier(self.norm(leaf))[0]), leaf)
+        read: Tensor = torch.unflatten((slope[0] @ self.layer2.to_out.weight).detach(), 0, (self.layer2.heads, -1))
+        return read
+
+    @override
+    def instance_values(self, output: AggregatorOutput) -> Tensor:
+        """Return what each instance adds to the class token in the first layer, with the layer's dropout: (N, E)."""
+        assert isinstance(output, TransMilOutput)  # what the model declares
+        layer = self.layer1
+        values = functional.linear(layer.norm(output.instances), layer.to_qkv.weight.chunk(3)[2])
+        by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.weights[..., None]  # (N, H, d)
+        out = layer.to_out(by_head.flatten(1).to(values.dtype))
+        return functional.dropout(out, layer.dropout, layer.training)
 
 
 @dataclass(frozen=True, eq=False)
-class Layout(TokenBags):
+class TokenLayout(TokenBags):
     """Where the tokens of a pack lie: T tokens, of each bag its class token and its instances, some of them twice.
 
     Attributes
@@ -184,7 +254,9 @@ class Layout(TokenBags):
     instances: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], landmarks: int, device: torch.device, *, padding: Padding = "bag") -> "Layout":
+    def of(
+        cls, lengths: Sequence[int], landmarks: int, device: torch.device, *, padding: Padding = "bag"
+    ) -> "TokenLayout":
         """Lay out bags of these lengths; all on the host, from numbers that it knows."""
         length = torch.tensor(lengths, dtype=torch.int64)
         side = torch.tensor([math.isqrt(n - 1) + 1 if n else 0 for n in lengths])
@@ -216,6 +288,12 @@ class Layout(TokenBags):
         tokens = vars(TokenBags.of_lengths((1 + body).tolist(), landmarks, device))
         return cls(**tokens, **tensors, grid=(int((side + 3).sum()), width))  # type: ignore[arg-type]
 
+    def class_row(self) -> Floats:
+        """Return a row of tokens (T,) of one bag that is 1 at its class token."""
+        row = np.zeros(len(self.source))
+        row[int(self.first[0])] = 1.0
+        return row
+
     def per_instance(self, weights: Tensor) -> Tensor:
         """Add the weights (T, H) of repeated instances to the instance they repeat: (N, H)."""
         extra = torch.zeros_like(weights).index_copy(0, self.originals, weights[self.copies])
@@ -242,7 +320,7 @@ class Ppeg(nn.Module):
             nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in (7, 5, 3)
         )
 
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Encode positions: (T, E) -> (T, E); class tokens pass unchanged."""
         kernel = self.conv7.weight + functional.pad(self.conv5.weight, (1,) * 4)
         kernel = kernel + functional.pad(self.conv3.weight, (2,) * 4)
@@ -257,7 +335,7 @@ class Ppeg(nn.Module):
         return torch.stack(biases).sum(0)
 
 
-def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Layout) -> Tensor:
+def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: TokenLayout) -> Tensor:
     """Add the convolution of some channels on each bag's grid, (T, channels)."""
     height, width = layout.grid
     placed = tokens[layout.placed]
@@ -268,12 +346,21 @@ def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Lay
     return tokens.index_add(0, layout.body, coded.to(tokens.dtype))
 
 
-_EMBEDDED: dict[str, object] = {"embed_dropout": 0.25, "padding": "grid", "init": "xavier"}
-PRESETS: dict[str, dict[str, object]] = {
-    "mhim": _EMBEDDED,
-    "mhim_v2": _EMBEDDED | {"embed_activation": "gelu"},
-    "packmil": _EMBEDDED | {"embed_activation": "gelu"},
-}
+def _read(taker: Taker) -> Found:
+    tensors = taker.linear("_fc1.0", "embed.0") | taker.linear("norm", "norm") | taker.linear("_fc2", "classifier")
+    tensors["cls_token"] = taker.take("cls_token")[0]
+    for layer in ("layer1", "layer2"):
+        tensors |= taker.linear(f"{layer}.norm", f"{layer}.norm")
+        tensors |= taker.linear(f"{layer}.attn.to_out.0", f"{layer}.to_out")
+        for part in ("to_qkv", "res_conv"):
+            tensors[f"{layer}.{part}.weight"] = taker.take(f"{layer}.attn.{part}.weight")
+    for old, new in (("proj", "conv7"), ("proj1", "conv5"), ("proj2", "conv3")):
+        tensors |= taker.linear(f"pos_layer.{old}", f"ppeg.{new}")
+    options = {"width": len(tensors["embed.0.bias"]), "heads": len(tensors["layer1.res_conv.weight"])}
+    return Found("TransMIL", Component(name="transmil", options=options), tensors)
+
+
+LAYOUTS.add("TransMIL", Layout((r"_fc1\.0\.weight", r"layer1\.attn\.to_qkv\.weight"), _read))
 
 RECIPE = Recipe(
     aggregator=Component(name="transmil"),

@@ -2,6 +2,10 @@ import math
 
 import pytest
 import torch
+from eosin.mil.masking import randomly_high, voted
+from eosin.mil.methods.mhim_ranking import instance_probability, rankings
+from eosin.mil.methods.mhim_recycle import GlobalRecycle
+from eosin.mil.methods.mhim_teacher import Teacher, consistency_loss, cosine
 from torch import nn
 from torch.nn import functional
 
@@ -9,15 +13,11 @@ from eosin.errors import ConfigError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import ModelCard, save_model
-from eosin.mil.masking import randomly_high, voted
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.dsmil import Dsmil
 from eosin.mil.methods.mhim import Mhim, MhimV2
-from eosin.mil.methods.mhim_ranking import instance_probability, rankings
-from eosin.mil.methods.mhim_recycle import GlobalRecycle
-from eosin.mil.methods.mhim_teacher import Teacher, consistency_loss, cosine
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.recipe import RECIPES, Recipe

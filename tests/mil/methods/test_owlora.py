@@ -1,5 +1,6 @@
 import pytest
 import torch
+from eosin.mil.methods.owlora_layer import OrthogonalLora
 from torch import nn
 
 from eosin.errors import CheckpointError, ConfigError
@@ -13,7 +14,6 @@ from eosin.mil.methods.owlora import (
     TrainNewestUpdate,
     UpdatedInSequence,
 )
-from eosin.mil.methods.owlora_layer import OrthogonalLora
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.standardize import Standardized, Standardizer

@@ -1,14 +1,5 @@
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
-
-from eosin.errors import ConfigError
-from eosin.mil import attention
-from eosin.mil.bags import PackedBags
-from eosin.mil.cox import Cox
-from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.packmil import PRESETS, PackMil, merged, next_fit, random_rank
 from eosin.mil.methods.packmil_downsampler import Downsampled, Largest
 from eosin.mil.methods.packmil_labels import (
     PRIMARY,
@@ -24,6 +15,15 @@ from eosin.mil.methods.packmil_labels import (
     residual_loss,
     survival_loss,
 )
+from torch import nn
+from torch.nn import functional
+
+from eosin.errors import ConfigError
+from eosin.mil import attention
+from eosin.mil.bags import PackedBags
+from eosin.mil.cox import Cox
+from eosin.mil.methods.abmil import Abmil
+from eosin.mil.methods.packmil import PRESETS, PackMil, merged, next_fit, random_rank
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput

@@ -1,4 +1,4 @@
-"""Attention through several layers: rollout and flow.
+"""Attention through several layers: rollout and flow, and the trace of a bag that a transformer leaves.
 
 Abnar and Zuidema, Quantifying attention flow in transformers, ACL 2020, https://arxiv.org/abs/2005.00928. Both follow
 where the tokens of the last layer come from, through attention maps that are averaged over heads and mixed half and
@@ -7,20 +7,31 @@ where information may have come from, not what it counted for.
 
 Other ways to fuse heads (their largest, their smallest) and to discard low weights are not in the paper: whoever wants
 them passes maps that were made so, whose rows are normalised here.
+
+A `Trace` carries the weights with which a bag is read out down to its tiles without an n × n matrix: a forward pass is
+listened to (`inputs_of`), and each method says in its own file (`Aggregator.trace`) which factors its layers have.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from torch import Tensor, nn
 
 Floats = NDArray[np.float64]
+RowStep = Callable[[Floats], Floats]
+"""A row r (t,) of weights to ``r @ A``."""
 
 FLOW_UNIT = 2**30  # of capacity 1, in scipy's whole numbers of 32 bits
 MAX_FLOW_TOKENS = 400
+ROWS_PER_STEP = 16_384
 
 
 def with_residual(attention: Floats) -> Floats:
@@ -56,7 +67,7 @@ def rollout(attention: Sequence[Floats], *, residual: Literal["half", "none"] = 
     return products
 
 
-def rollout_row(token: Floats, layers: Sequence[Callable[[Floats], Floats]]) -> Floats:
+def rollout_row(token: Floats, layers: Sequence[RowStep]) -> Floats:
     """Return one row of the rollout without any n × n matrix.
 
     Parameters
@@ -133,3 +144,90 @@ def _square(attention: Floats) -> Floats:
     if values.ndim != 2 or values.shape[0] != values.shape[1]:
         raise ValueError(f"a map of attention must be (m, m), the mean over heads; found {values.shape}")
     return values
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a rollout follows.
+
+    Parameters
+    ----------
+    start : (t,) float64
+        Weights with which the tokens of the last layer are read out.
+    layers : sequence of callables
+        Input side first; each returns ``r @ A`` of a row r (t,).
+    to_tiles : callable
+        From a row of tokens (t,) to tiles (n,).
+    """
+
+    start: Floats
+    layers: Sequence[RowStep]
+    to_tiles: RowStep
+
+    def row(self) -> Floats:
+        """Return the rollout of the slide's representation to its tiles, (n,) non-negative with sum 1."""
+        tiles = self.to_tiles(rollout_row(self.start, self.layers))
+        return np.asarray(tiles / tiles.sum())
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
+    """Collect, for each module, the first argument of every call while the block runs."""
+    seen: list[list[Any]] = [[] for _ in modules]
+
+    def listen(place: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen[place].append(arguments[0])
+
+    handles = [module.register_forward_pre_hook(partial(listen, place)) for place, module in enumerate(modules)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gather_row(
+    row: Floats,
+    values: Tensor,
+    project: Callable[[Tensor], Tensor],
+    keys: Tensor,
+    *,
+    scale: float,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Return ``Σ_n r_n softmax_m(q_n k_m)`` for tokens that read m others, (m, H), in steps that bound memory.
+
+    Parameters
+    ----------
+    row : (n,) float64
+    values : (n, E)
+        Tokens.
+    project : callable
+        Tokens (c, E) to queries (c, H · d).
+    keys : (m, H, d)
+    scale : float
+    counts : (m,) bool or float, optional
+        How many equal keys each one stands for; 0 for none.
+    """
+    total = keys.new_zeros(keys.shape[:2])
+    weights = torch.from_numpy(row).to(keys)
+    for part, share in zip(torch.split(values, ROWS_PER_STEP), torch.split(weights, ROWS_PER_STEP), strict=True):
+        scores = torch.einsum("nhd,mhd->nmh", by_head(project(part), keys.shape[1]), keys) * scale
+        if counts is not None:
+            scores = scores + counts.to(scores.dtype).log()[:, None]
+        total += torch.einsum("n,nmh->mh", share, scores.softmax(1))
+    return total
+
+
+def by_head(values: Tensor, heads: int) -> Tensor:
+    """Return the part of each head, (..., H, d), of values (..., H · d)."""
+    split: Tensor = torch.unflatten(values, -1, (heads, -1))
+    return split
+
+
+def project_third(qkv: nn.Linear, third: int, values: Tensor) -> Tensor:
+    """Return the queries (0), keys (1) or values (2) of a joint projection."""
+    width = qkv.out_features // 3
+    chosen = slice(third * width, (third + 1) * width)
+    bias = None if qkv.bias is None else qkv.bias[chosen]
+    return torch.nn.functional.linear(values, qkv.weight[chosen], bias)

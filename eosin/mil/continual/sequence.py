@@ -24,9 +24,9 @@ from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.files import write_json, write_text
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
+from eosin.mil.continual.metrics import continual_metrics
 from eosin.mil.data import Examples, shown
 from eosin.mil.evaluate import predict_outputs
-from eosin.mil.methods.owlora import continual_metrics
 from eosin.mil.recipe import Component, Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator
 from eosin.mil.study import Study, open_study

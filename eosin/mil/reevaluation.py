@@ -9,21 +9,23 @@ instances that the model is run on; `plan_search` divides it. How well a guess r
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
+from typing_extensions import override
 
-from eosin.heatmaps.pooled import Direction, Floats, Search, Target, cost_of
-from eosin.heatmaps.weighting import weight_gradient
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator
+from eosin.mil.subsets import Direction, Floats, Indices, Search, Subsets, Target, cost_of
 
 SHORTLIST = 256
 INSTANCES_PER_PASS = 200_000
+BAGS_PER_PASS = 4096  # of single tiles: what a transformer adds to each bag outgrows the tile itself
+ALL_EXACT_TILES = 500  # most tiles of a bag that a model is run again without, each once
 BUDGET = 4_000_000
 BLOCK_SHARES = (0.001, 0.002, 0.005, 0.01)
 SAMPLE = 64
@@ -63,7 +65,7 @@ class Guess(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardBag:
+class ForwardBag(Subsets):
     """A bag of any model: every question is a forward pass on the instances that remain, several in a pack.
 
     Parameters
@@ -72,7 +74,7 @@ class ForwardBag:
         In evaluation mode.
     pack : PackedBags
         One bag on the model's device.
-    with_zero_logit : bool
+    wide : bool
         Put a zero before the model's logit.
     shortlist : int
         Most candidates that a round of `greedy` judges.
@@ -82,26 +84,35 @@ class ForwardBag:
 
     model: Aggregator
     pack: PackedBags
-    with_zero_logit: bool = False
+    wide: bool = False
     shortlist: int = SHORTLIST
     budget: int = BUDGET
 
+    how = "Every number is the model run again on the tiles that remain"
+
     @property
+    @override
     def n_instances(self) -> int:
-        """Number of instances n."""
         return self.pack.n_instances
 
+    @property
+    @override
+    def exact(self) -> bool:
+        return self.n_instances <= ALL_EXACT_TILES
+
+    @property
+    @override
+    def price(self) -> int:
+        return self.n_instances
+
+    @override
     def logits(self) -> Floats:
-        """Return the prediction, (K,)."""
         return self.keep_only(np.arange(self.n_instances))
 
+    @override
     def keep_only(self, index: ArrayLike) -> Floats:
-        """Return the prediction for these instances alone, (K,); their order is that of the bag."""
+        # in the order of the bag, which some models read
         return np.asarray(self._judge([np.sort(np.asarray(index, dtype=np.int64))])[0])
-
-    def remove(self, index: ArrayLike) -> Floats:
-        """Return the prediction without these instances, (K,)."""
-        return self.keep_only(np.setdiff1d(np.arange(self.n_instances), np.asarray(index, dtype=np.int64)))
 
     def remove_each(self, candidates: ArrayLike, alive: NDArray[np.bool_] | None = None) -> Floats:
         """Return the prediction without each single candidate, (m, K), among the instances that are alive."""
@@ -113,6 +124,25 @@ class ForwardBag:
     def without_each(self) -> Floats:
         """The prediction without each single instance, (n, K)."""
         return self.remove_each(np.arange(self.n_instances))
+
+    @override
+    def leave_one_out(self) -> Floats:
+        return self.without_each - self.logits()
+
+    @override
+    def only_one(self) -> Floats:
+        return self._judge([np.array([instance]) for instance in range(self.n_instances)])
+
+    @override
+    def effects(self, target: Target) -> tuple[Floats, float]:
+        if self.exact:
+            return super().effects(target)
+        guess = self.best_guess(target if target.on == "logit" else Target(target.output))
+        return -guess.values, guess.agreement
+
+    @override
+    def slopes(self, target: Target) -> Floats | None:
+        return self.model.weight_gradient(self.pack, partial(self._value, target))
 
     def guesses(self, target: Target, alive: NDArray[np.bool_] | None = None) -> dict[str, Floats]:
         """Return first-order guesses, by name, of the change of the target when each instance leaves, (n,) each.
@@ -140,7 +170,7 @@ class ForwardBag:
     def weight_guess(self, target: Target, alive: NDArray[np.bool_] | None = None) -> Floats | None:
         """Return ``-G_i`` (n,), or None for a model that has no weights of instances."""
         rows = self._alive_rows(alive)
-        gradient = weight_gradient(self.model, self._packed([rows]), partial(self._value, target))
+        gradient = self.model.weight_gradient(self._packed([rows]), partial(self._value, target))
         return None if gradient is None else self._spread(-gradient, rows)
 
     def gradient_guess(self, target: Target, alive: NDArray[np.bool_] | None = None) -> Floats:
@@ -154,6 +184,7 @@ class ForwardBag:
             )
         return self._spread(-((values - values.mean(0)) * gradient).sum(1).double().detach().cpu().numpy(), rows)
 
+    @override
     def greedy(self, target: Target, direction: Direction, rounds: int) -> Search:
         """Remove instances until `rounds` are gone; each step re-evaluates a shortlist and takes the best.
 
@@ -172,7 +203,10 @@ class ForwardBag:
             sizes.append(len(order))
             logits.append(self.keep_only(np.flatnonzero(alive)) if after is None else after)
             evaluations += judged
-        return Search(np.array(order, dtype=np.int64), np.array(logits), evaluations, np.array(sizes, dtype=np.int64))
+        steps = np.array(sizes, dtype=np.int64)
+        return Search(
+            np.array(order, dtype=np.int64), np.array(logits), evaluations, steps, _in_words(steps, evaluations)
+        )
 
     def _best(
         self, target: Target, direction: Direction, alive: NDArray[np.bool_], count: int, shortlist: int, now: Floats
@@ -186,16 +220,19 @@ class ForwardBag:
         best = np.argsort(cost_of(target.of(predictions), float(target.of(now)), direction), kind="stable")[:count]
         return candidates[best].tolist(), predictions[best[0]] if count == 1 else None, len(candidates)
 
-    def select(self, index: NDArray[np.int64]) -> "ForwardBag":
-        """Return the bag of the instances at `index`, in ascending order."""
+    @override
+    def select(self, index: Indices) -> Self:
+        # in ascending order, which some models read
         return replace(self, pack=self._packed([np.unique(np.asarray(index, dtype=np.int64))]))
 
-    def add(self, donor: "ForwardBag") -> Floats:
-        """Return the prediction with all instances of a donor added, (K,); it has no places, they are of two slides."""
-        values = torch.cat([self.pack.values, donor.pack.values])
-        with torch.no_grad():
-            logits: Tensor = self._wide(self.model(PackedBags.pack([values])).logits)
-        return np.asarray(logits.double().cpu().numpy()[0])
+    @override
+    def join(self, donor: Self) -> Self:
+        # instances of two slides have no places in common
+        return replace(self, pack=PackedBags.pack([torch.cat([self.pack.values, donor.pack.values])]))
+
+    @override
+    def with_zero_logit(self) -> Self:
+        return replace(self, wide=True)
 
     def _alive_rows(self, alive: NDArray[np.bool_] | None) -> NDArray[np.int64]:
         return np.arange(self.n_instances) if alive is None else np.flatnonzero(alive)
@@ -216,7 +253,8 @@ class ForwardBag:
 
     @torch.no_grad()
     def _judge(self, subsets: Sequence[NDArray[np.int64]]) -> Floats:
-        per_pass = max(1, INSTANCES_PER_PASS // max(1, max((len(subset) for subset in subsets), default=1)))
+        longest = max((len(subset) for subset in subsets), default=1)
+        per_pass = max(1, min(BAGS_PER_PASS, INSTANCES_PER_PASS // max(1, longest)))
         rows = []
         for start in range(0, len(subsets), per_pass):
             pack = self._packed(subsets[start : start + per_pass])
@@ -224,7 +262,7 @@ class ForwardBag:
         return np.concatenate(rows)
 
     def _wide(self, logits: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.with_zero_logit else logits
+        return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.wide else logits
 
 
 def _shortlist(
@@ -235,6 +273,15 @@ def _shortlist(
     ranked = np.stack([np.argsort(cost, kind="stable")[: int(alive.sum())] for cost in costs], axis=1).ravel()
     _, first = np.unique(ranked, return_index=True)
     return np.asarray(ranked[np.sort(first)][:size])
+
+
+def _in_words(steps: Indices, evaluations: int) -> str:
+    """Return how a search went, for the report."""
+    largest = int(np.diff(steps).max(initial=1))
+    how = f"the search removed {'one tile' if largest == 1 else f'{largest} tiles'} at a time"
+    if not evaluations:
+        return f"{how} in the order of first-order guesses"
+    return f"{how} and judged {evaluations} candidates, shortlisted by first-order guesses"
 
 
 def _rank_agreement(guess: Floats, exact: Floats) -> float:

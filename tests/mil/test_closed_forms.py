@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import random_bag
 
-from eosin.heatmaps.pooled import PooledBag, Target
+from eosin.mil.closed_forms import PooledBag
+from eosin.mil.subsets import Target
 
 PROBABILITY = Target(1, "probability")
 
