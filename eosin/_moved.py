@@ -7,31 +7,48 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MOVED = {
+MOVED: dict[str, str | tuple[str, ...]] = {
     "eosin.demo": "eosin.pipeline.demo",
     "eosin.deploy": "eosin.pipeline.deploy",
+    "eosin.heatmaps.attribution": ("eosin.heatmaps.maps", "eosin.heatmaps.subject", "eosin.mil.slots"),
     "eosin.heatmaps.cohort_questions": "eosin.pipeline.cohort_questions",
     "eosin.heatmaps.evaluation": "eosin.report.evaluation",
     "eosin.heatmaps.explain": "eosin.pipeline.explain",
     "eosin.heatmaps.figures": "eosin.report.figures",
+    "eosin.heatmaps.geojson_stream": "eosin.heatmaps.annotations",
+    "eosin.heatmaps.mapset": "eosin.heatmaps.maps",
     "eosin.heatmaps.measures": "eosin.report.measures",
+    "eosin.heatmaps.pooled": ("eosin.mil.closed_forms", "eosin.mil.subsets"),
     "eosin.heatmaps.question": "eosin.pipeline.question",
+    "eosin.heatmaps.readout": ("eosin.mil.closed_forms", "eosin.mil.subsets"),
+    "eosin.heatmaps.reevaluation": "eosin.mil.reevaluation",
     "eosin.heatmaps.report": "eosin.report.page",
+    "eosin.heatmaps.rollout": "eosin.mil.rollout",
+    "eosin.heatmaps.subsets": ("eosin.heatmaps.subject", "eosin.mil.subsets", "eosin.mil.reevaluation"),
+    "eosin.heatmaps.tracing": "eosin.mil.rollout",
     "eosin.heatmaps.viewer": "eosin.viewer",
     "eosin.mil.sheets": "eosin.tables",
     "eosin.wsi.names": "eosin.names",
+    "eosin.heatmaps.wording": "eosin.heatmaps.findings",
+    "eosin.mil.masking": "eosin.mil.methods.mhim",
+    "eosin.mil.methods.mhim_ranking": "eosin.mil.methods.mhim",
+    "eosin.mil.methods.mhim_recycle": "eosin.mil.methods.mhim",
+    "eosin.mil.methods.mhim_teacher": "eosin.mil.methods.mhim",
+    "eosin.mil.methods.owlora_layer": "eosin.mil.methods.owlora",
+    "eosin.mil.methods.packmil_downsampler": "eosin.mil.methods.packmil",
+    "eosin.mil.methods.packmil_labels": "eosin.mil.methods.packmil",
     "eosin.result": "eosin.pipeline.result",
     "eosin.selection": "eosin.pipeline.selection",
     "eosin.stages": "eosin.pipeline.two_stage",
-}  # old module -> new module; a package takes its modules along
+}  # old module -> new module, or the modules that its names went to; a package takes its modules along
 
 
-def new_path(old: str) -> str | None:
-    """Return where a module of 0.1 lives now, or None for a module that has not moved."""
+def new_paths(old: str) -> tuple[str, ...]:
+    """Return the modules in which a module of 0.1 lives now; none for a module that has not moved."""
     for moved, new in MOVED.items():
         if old == moved or old.startswith(f"{moved}."):
-            return new + old.removeprefix(moved)
-    return None
+            return (new + old.removeprefix(moved),) if isinstance(new, str) else new
+    return ()
 
 
 class MovedFinder:
@@ -45,7 +62,7 @@ class MovedFinder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return a spec for a module that has moved."""
-        return ModuleSpec(fullname, self) if new_path(fullname) else None  # type: ignore[arg-type]
+        return ModuleSpec(fullname, self) if new_paths(fullname) else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Let Python make the module."""
@@ -53,11 +70,15 @@ class MovedFinder:
     def exec_module(self, module: ModuleType) -> None:
         """Put the module itself in the old one's place, so that both paths give the same classes."""
         old = module.__name__
-        new = new_path(old)
-        assert new is not None
-        message = f"{old} is now {new}; the old path will be removed in eosin 0.3"
+        new = new_paths(old)
+        message = f"{old} is now {' and '.join(new)}; the old path will be removed in eosin 0.3"
         warnings.warn(message, FutureWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(new)
+        first, *others = map(importlib.import_module, new)
+        if others:  # its names went to several modules
+            parts = (first, *others)
+            module.__dict__.update({name: item for part in parts for name, item in vars(part).items() if name[0] != "_"})
+        else:
+            sys.modules[old] = first
 
 
 def install() -> None:
