@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from eosin.heatmaps.closed_forms import closed_form
 
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import read_bag, write_bag
@@ -79,7 +78,7 @@ def see(model: Abmil, path: Path, clock: Clock) -> PooledBag:
     clock.read("reading_s")
     output = model(pack)
     clock.read("forward_s")
-    form = closed_form(model, pack, output)
+    form = model.readout(pack, output)
     assert isinstance(form, PooledBag)
     return form
 

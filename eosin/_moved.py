@@ -76,7 +76,9 @@ class MovedFinder:
         first, *others = map(importlib.import_module, new)
         if others:  # its names went to several modules
             parts = (first, *others)
-            module.__dict__.update({name: item for part in parts for name, item in vars(part).items() if name[0] != "_"})
+            module.__dict__.update(
+                {name: item for part in parts for name, item in vars(part).items() if name[0] != "_"}
+            )
         else:
             sys.modules[old] = first
 

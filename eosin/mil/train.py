@@ -17,9 +17,10 @@ from eosin.mil.data import Examples
 from eosin.mil.log import read_log
 from eosin.mil.objective import Objective as Objective
 from eosin.mil.recipe import Component, Recipe, Training
+from eosin.mil.registry import ModuleRegistry
 from eosin.mil.resume import forget_state, read_state, write_state
 from eosin.mil.seen import SEEN, slides_of, write_seen
-from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, ModuleRegistry
+from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 from eosin.mil.tasks import Task
 from eosin.mil.training_run import PRECISIONS, Epoch, Place, TrainingRun
 from eosin.mil.training_run import Fitted as Fitted

@@ -8,7 +8,7 @@ from scenes import lattice
 from shapely import MultiPolygon, box, geometry
 
 from eosin.errors import ConfigError
-from eosin.heatmaps import annotations, geojson_stream
+from eosin.heatmaps import annotations
 from eosin.heatmaps.annotations import read_regions, tiles_inside
 
 
@@ -87,7 +87,7 @@ def test_damaged_geometry_and_missing_file(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("layout", ["features first", "type first", "spaced", "bom"])
 def test_files_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk, layout):
-    monkeypatch.setattr(geojson_stream, "CHUNK", chunk)
+    monkeypatch.setattr(annotations, "CHUNK", chunk)
     boxes = [feature(box(10 * i, 0, 10 * i + 5, 5), classification={"name": "Tumör"}) for i in range(20)]
     data = {"type": "FeatureCollection", "features": boxes, "crs": {"a": [1, 2.5e3]}}
     if layout == "features first":

@@ -1,20 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from eosin.heatmaps.attribution import (
-    attention_map,
-    attention_weights,
-    attribution_maps,
-    class_names,
-    gradient_map,
-    pack_bag,
-)
 from scenes import feature_bag, lattice
 
 from eosin.errors import ConfigError
+from eosin.heatmaps.maps import attention_map, attention_weights, attribution_maps, gradient_map
+from eosin.heatmaps.subject import pack_bag
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.pooling import MeanPooling
+from eosin.mil.slots import class_names
 from eosin.mil.subsets import Target
 
 DIM = 12

@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from eosin.heatmaps.wording import effects_table, in_words
 from scenes import random_bag
 
 from eosin.heatmaps.counterfactual import (
@@ -18,6 +17,7 @@ from eosin.heatmaps.counterfactual import (
     top_tiles,
     transplant,
 )
+from eosin.heatmaps.findings import effects_table, in_words
 from eosin.mil.bags import PackedBags
 from eosin.mil.closed_forms import MaxBag, PooledBag
 from eosin.mil.methods.pooling import MeanPooling

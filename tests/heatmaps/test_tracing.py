@@ -3,13 +3,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from eosin.heatmaps.tracing import _through_landmarks, inputs_of, trace_attention
 
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, Groups
 from eosin.mil.methods.set_transformer import SetTransformer
-from eosin.mil.methods.transmil import Layout, TransMil
-from eosin.mil.rollout import rollout, with_residual
+from eosin.mil.methods.transmil import TokenLayout, TransMil
+from eosin.mil.nystrom import through_landmarks
+from eosin.mil.rollout import inputs_of, rollout, with_residual
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.standardize import Standardized, Standardizer
 
@@ -57,7 +57,7 @@ def test_set_transformer_is_the_rollout_of_whole_maps(pack):
     decoder = model.decoder[0]
     mixed = attention(plain(decoder.query(seeds)), plain(decoder.key(seeds)), 2, decoder.scale)
     expected = np.full(2, 0.5) @ with_residual(mixed) @ read @ rollout(maps)[-1]
-    np.testing.assert_allclose(trace_attention(model, pack).row(), expected, rtol=1e-10)
+    np.testing.assert_allclose(model.trace(pack).row(), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("padding", ["masked", "official"])
@@ -82,7 +82,7 @@ def test_gdat_is_the_rollout_of_whole_maps(pack, padding):
     for layer in reversed(maps):
         row = 0.5 * row + 0.5 * row @ layer
         row = row / row.sum()
-    np.testing.assert_allclose(trace_attention(model, pack).row(), row, rtol=1e-9)
+    np.testing.assert_allclose(model.trace(pack).row(), row, rtol=1e-9)
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def test_transmil_first_layer_is_what_the_model_returns(pack):
     model = TransMil(DIM, 2, width=8, heads=2, landmarks=4).double().eval()
     with inputs_of([model.layer1.norm]) as seen:
         output = model(pack)
-    layout = Layout.of((N,), 4, torch.device("cpu"))
+    layout = TokenLayout.of((N,), 4, torch.device("cpu"))
     row = np.zeros(len(layout.source))
     row[0] = 1
-    through = _through_landmarks(model.layer1, seen[0][0], layout, row)
+    through = through_landmarks(model.layer1, seen[0][0], layout, row)
     tiles = plain(layout.per_instance(torch.from_numpy(through)[:, None]))[:, 0]
     expected = plain(output.scores.exp()).mean(1)
     assert (plain(output.scores) > -100).all()  # no weight was cut to 0
@@ -106,12 +106,12 @@ def test_transmil_first_layer_is_what_the_model_returns(pack):
 def test_transmil_carries_the_class_token_through_both_layers(pack, padding):
     torch.manual_seed(0)
     model = TransMil(DIM, 2, width=8, heads=2, landmarks=4, padding=padding).double().eval()
-    layout = Layout.of((N,), 4, torch.device("cpu"), padding=padding)
+    layout = TokenLayout.of((N,), 4, torch.device("cpu"), padding=padding)
     with inputs_of([model.layer1.norm, model.layer2.norm]) as seen:
         model(pack)
     tokens = len(layout.source)
     maps = [
-        np.stack([_through_landmarks(layer, calls[0], layout, unit) for unit in np.eye(tokens)])
+        np.stack([through_landmarks(layer, calls[0], layout, unit) for unit in np.eye(tokens)])
         for layer, calls in zip((model.layer1, model.layer2), seen, strict=True)
     ]
     row = np.eye(tokens)[0]
@@ -120,24 +120,24 @@ def test_transmil_carries_the_class_token_through_both_layers(pack, padding):
         row = row / row.sum()
     originals = np.concatenate([[-1], np.arange(N), np.arange(tokens - 1 - N)])
     expected = np.array([row[originals == tile].sum() for tile in range(N)])
-    np.testing.assert_allclose(trace_attention(model, pack).row(), expected / expected.sum(), rtol=1e-9)
+    np.testing.assert_allclose(model.trace(pack).row(), expected / expected.sum(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["abmil", "mambamil", "mean"])
 def test_models_without_layers_of_attention_have_no_trace(pack, name):
-    assert trace_attention(AGGREGATORS.build(name, DIM, 2).double().eval(), pack) is None
+    assert AGGREGATORS.build(name, DIM, 2).double().eval().trace(pack) is None
 
 
 def test_wrapped_models_are_looked_through(pack):
     torch.manual_seed(0)
     inner = SetTransformer(DIM, 2, embed_dims=(8,), width=8, heads=2, tokens=3).double().eval()
-    row = trace_attention(Standardized(Standardizer(DIM).double(), inner).eval(), pack).row()
-    np.testing.assert_allclose(row, trace_attention(inner, pack).row())
+    row = Standardized(Standardizer(DIM).double(), inner).eval().trace(pack).row()
+    np.testing.assert_allclose(row, inner.trace(pack).row())
     options = {"embed_dims": (8,), "width": 8, "heads": 2, "tokens": 3}
     host = AGGREGATORS.build(
         "downsampled", DIM, 2, options={"host": "set_transformer", "host_options": options}
     ).double()
-    assert trace_attention(host.eval(), pack).row().sum() == pytest.approx(1)
+    assert host.eval().trace(pack).row().sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -145,6 +145,6 @@ def test_wrapped_models_are_looked_through(pack):
 def test_smallest_bags(name, n):
     model = AGGREGATORS.build(name, DIM, 2).double().eval()
     bag = PackedBags.pack([torch.from_numpy(np.random.default_rng(0).normal(size=(n, DIM)))])
-    row = trace_attention(model, bag).row()
+    row = model.trace(bag).row()
     assert row.shape == (n,)
     assert row.sum() == pytest.approx(1)

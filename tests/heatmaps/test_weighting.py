@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from eosin.heatmaps.weighting import weight_gradient
 from torch.nn import functional
 
 from eosin import kernels
 from eosin.mil import nystrom
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import set_transformer
-from eosin.mil.methods.transmil import Layout
+from eosin.mil.methods.transmil import TokenLayout
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.subsets import Target
 
@@ -47,7 +46,7 @@ class Weighted:
             self.calls += 1
             if self.calls % 2:
                 return bag_attention(query, key, value, lengths, scale, zeros=zeros)  # the first layer
-            layout = Layout.of((N,), 4, key.device)
+            layout = TokenLayout.of((N,), 4, key.device)
             per_token = torch.zeros(len(layout.source), dtype=key.dtype)
             per_token[layout.instances] = self.log_weights
             per_token[layout.copies] = per_token[layout.originals]
@@ -65,7 +64,7 @@ def test_gradient_is_the_slope_of_weights_where_the_bag_is_read(monkeypatch, nam
     model = AGGREGATORS.build(name, DIM, 2, options=MODELS[name]).double().eval()
     pack = PackedBags.pack([torch.from_numpy(np.random.default_rng(0).normal(size=(N, DIM)))])
     target = Target(1)
-    gradient = weight_gradient(model, pack, target.of_tensor)
+    gradient = model.weight_gradient(pack, target.of_tensor)
     weighted = Weighted(monkeypatch, name, model)
     for tile in (0, 5, N - 1):
         ends = []

@@ -2,10 +2,6 @@ import math
 
 import pytest
 import torch
-from eosin.mil.masking import randomly_high, voted
-from eosin.mil.methods.mhim_ranking import instance_probability, rankings
-from eosin.mil.methods.mhim_recycle import GlobalRecycle
-from eosin.mil.methods.mhim_teacher import Teacher, consistency_loss, cosine
 from torch import nn
 from torch.nn import functional
 
@@ -17,7 +13,18 @@ from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.dsmil import Dsmil
-from eosin.mil.methods.mhim import Mhim, MhimV2
+from eosin.mil.methods.mhim import (
+    GlobalRecycle,
+    Mhim,
+    MhimV2,
+    Teacher,
+    consistency_loss,
+    cosine,
+    instance_probability,
+    randomly_high,
+    rankings,
+    voted,
+)
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.recipe import RECIPES, Recipe

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from eosin.mil.methods.owlora_layer import OrthogonalLora
 from torch import nn
 
 from eosin.errors import CheckpointError, ConfigError
@@ -11,6 +10,7 @@ from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.gdat import Gdat
 from eosin.mil.methods.owlora import (
     GrowingHead,
+    OrthogonalLora,
     TrainNewestUpdate,
     UpdatedInSequence,
 )

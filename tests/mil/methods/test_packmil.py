@@ -1,20 +1,5 @@
 import pytest
 import torch
-from eosin.mil.methods.packmil_downsampler import Downsampled, Largest
-from eosin.mil.methods.packmil_labels import (
-    PRIMARY,
-    SECONDARY,
-    asymmetric_loss,
-    choose_labels,
-    class_logs,
-    class_shares,
-    focal_loss,
-    hyperslide_grade,
-    hyperslide_survival,
-    membership,
-    residual_loss,
-    survival_loss,
-)
 from torch import nn
 from torch.nn import functional
 
@@ -23,7 +8,27 @@ from eosin.mil import attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.cox import Cox
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.methods.packmil import PRESETS, PackMil, merged, next_fit, random_rank
+from eosin.mil.methods.packmil import (
+    PRESETS,
+    PRIMARY,
+    SECONDARY,
+    Downsampled,
+    Largest,
+    PackMil,
+    asymmetric_loss,
+    choose_labels,
+    class_logs,
+    class_shares,
+    focal_loss,
+    hyperslide_grade,
+    hyperslide_survival,
+    membership,
+    merged,
+    next_fit,
+    random_rank,
+    residual_loss,
+    survival_loss,
+)
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput

@@ -1,7 +1,7 @@
 import torch
-from eosin.mil.masking import fraction_counts, leaves_some, random_subset, randomly_high, rows_where, voted
 
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods.mhim import fraction_counts, leaves_some, random_subset, randomly_high, rows_where, voted
 
 LENGTHS = (9, 1, 0, 4)
 BAGS = PackedBags.pack([torch.zeros(n, 2) for n in LENGTHS])
