@@ -23,10 +23,9 @@ import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import load_card, load_model
-from eosin.mil.continual import base_recipe, continued
+from eosin.mil.continual import base_recipe, continual_metrics, continued
 from eosin.mil.data import Examples, LabelTable, MemoryBags, make_examples
 from eosin.mil.evaluate import predict_outputs
-from eosin.mil.methods.owlora import continual_metrics
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, Step, Strategy
 from eosin.mil.splits import Cohort

@@ -43,8 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import predict_outputs
-from eosin.mil.methods.abmil import PRESETS as ABMIL
-from eosin.mil.methods.packmil import PRESETS
+from eosin.mil.methods.packmil import NETWORKS, PRESETS
 from eosin.mil.planted import planted_signal
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import Classification
@@ -119,7 +118,7 @@ def draw_length(name: str) -> Callable[[torch.Generator], int]:
 
 def ways(lengths: str, size: Size) -> dict[str, Recipe]:
     """Return the recipe of each way of training."""
-    network = ABMIL["packmil"] | {"embed_dims": (size.width,)}
+    network = NETWORKS["abmil"] | {"embed_dims": (size.width,)}
     plain = Component(name="abmil", options=network)
     reduced = {"host": "abmil", "host_options": network, "factor": 4}
     aggregator = plain if lengths == "panda" else Component(name="downsampled", options=reduced)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eosin.errors import CheckpointError
 from eosin.mil.recipe import Component
-from eosin.mil.registry import Registry
+from eosin.mil.registry import METHODS, Registry
 
 Tensors = dict[str, Tensor]
 
@@ -113,4 +113,4 @@ class Layout:
         return kept if all(any(re.fullmatch(mark, name) for name in kept) for mark in self.marks) else None
 
 
-LAYOUTS: Registry[Layout] = Registry("checkpoint layout")
+LAYOUTS: Registry[Layout] = Registry("checkpoint layout", METHODS)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from eosin.mil.registry import Registry
+from eosin.mil.registry import METHODS, Registry
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 from eosin.options import Options, merge, read_yaml
 
@@ -117,7 +117,7 @@ class Recipe(Options):
     training: Training = EVERYDAY
 
 
-RECIPES: Registry[Recipe] = Registry("recipe")
+RECIPES: Registry[Recipe] = Registry("recipe", METHODS)
 
 
 def choose_recipe(name: str | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
-from eosin.mil.registry import METHODS, ModuleRegistry
+from eosin.mil.registry import METHODS, ModuleRegistry, OptionsChecked
 from eosin.mil.rollout import Trace
 from eosin.mil.subsets import Floats, Subsets, Value, slope_of
 from eosin.mil.task import Task
@@ -68,7 +68,7 @@ class HasInstanceLogits(Protocol):
     instance_logits: Tensor
 
 
-class Aggregator(nn.Module):
+class Aggregator(nn.Module, metaclass=OptionsChecked):
     """Base of what computes logits from bags; a subclass takes its options as keyword-only arguments.
 
     Parameters
@@ -230,7 +230,7 @@ def instance_width(model: Aggregator) -> int:
     return output.instances.shape[1]
 
 
-class LossTerm(nn.Module):
+class LossTerm(nn.Module, metaclass=OptionsChecked):
     """Base of what is added to the objective; may own parameters, states its reduction in its docstring.
 
     Parameters
@@ -275,7 +275,7 @@ class Step:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Strategy(nn.Module):
+class Strategy(nn.Module, metaclass=OptionsChecked):
     """Base of what happens around a training step; holds the model as the submodule `model`.
 
     Parameters

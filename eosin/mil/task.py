@@ -257,7 +257,7 @@ class Task(Options):
         return frozenset()
 
 
-TASKS: Registry[type[Task]] = Registry("task")
+TASKS: Registry[type[Task]] = Registry("task", "eosin.mil.tasks")
 
 
 def load_task(data: Mapping[str, Any]) -> Task:

@@ -238,7 +238,7 @@ def test_options_that_no_default_needs_are_still_checked():
         def __init__(self, in_dim, n_outputs, *, depth: int):
             super().__init__(in_dim, n_outputs, embed_dim=depth)
 
-    registry = type(AGGREGATORS)("aggregator")
+    registry = type(AGGREGATORS)("aggregator", "eosin.mil.methods")
     registry.add("plain", Plain)
     with pytest.raises(ConfigError, match="depth"):
         registry.resolve("plain", {})

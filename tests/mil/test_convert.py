@@ -6,7 +6,15 @@ from eosin.errors import CheckpointError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
 from eosin.mil.checkpoint import load_model
-from eosin.mil.convert import _HIPPO, _MILLAB, _PACKMIL, convert_checkpoint, read_tensors, recognise
+from eosin.mil.convert import convert_checkpoint, read_tensors, recognise
+
+OURS = ("embed.0", "attention.V", "attention.U", "attention.w", "classifier")
+THEIRS = {
+    "MIL-Lab": ("patch_embed.0", "global_attn.attention_a.0", "global_attn.attention_b.0", "global_attn.attention_c"),
+    "HIPPO": ("encoder.0", *(f"attention_weights.attention_{part}" for part in ("V.0", "U.0", "weights")), "head"),
+    "PackMIL": ("feature.0", "attention_a.0", "attention_b.0", "attention_c", "classifier.0"),
+}
+THEIRS["MIL-Lab"] = tuple(f"model.{name}" for name in (*THEIRS["MIL-Lab"], "classifier"))
 
 
 def spec(dim):
@@ -49,8 +57,9 @@ def test_a_real_dsmil_says_what_its_tensors_say(shared, tmp_path):
     torch.testing.assert_close(model(PackedBags.pack([bag])).logits[0], logit, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [_MILLAB, _HIPPO, _PACKMIL], ids=["millab", "hippo", "packmil"])
-def test_gated_attention_of_other_tools(names, tmp_path):
+@pytest.mark.parametrize("tool", THEIRS)
+def test_gated_attention_of_other_tools(tool, tmp_path):
+    names = dict(zip(THEIRS[tool], OURS, strict=True))
     shapes = {
         "embed.0": (6, 5),
         "attention.V": (4, 6),
@@ -66,7 +75,7 @@ def test_gated_attention_of_other_tools(names, tmp_path):
     model, _ = load_model(tmp_path / "out")
     bag = torch.randn(7, 5)
     by_new = {new: name for name, new in names.items()}
-    activation = torch.nn.functional.gelu if names is _PACKMIL else torch.relu
+    activation = torch.nn.functional.gelu if tool == "PackMIL" else torch.relu
     h = activation(linear(bag, old, by_new["embed.0"]))
     scores = gated(h, old, *(by_new[f"attention.{x}"] for x in "VUw"))
     logits = linear(scores.softmax(0).T @ h, old, by_new["classifier"])
@@ -195,7 +204,7 @@ def test_transmil_says_what_the_authors_code_says(shared, tmp_path, prefix):
 
 def test_feather_has_no_last_layer(tmp_path):
     shapes = {"embed.0": (6, 5), "attention.V": (4, 6), "attention.U": (4, 6), "attention.w": (1, 4)}
-    old = linears({name: shapes[new] for name, new in _MILLAB.items() if new in shapes})
+    old = linears({name: shapes[new] for name, new in zip(THEIRS["MIL-Lab"], OURS, strict=True) if new in shapes})
     with pytest.raises(CheckpointError, match="lacks the layers classifier; pass --partial"):
         convert(old, tmp_path, dim=5)
     card, model = convert(old, tmp_path, dim=5, partial=True)

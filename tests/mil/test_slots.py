@@ -33,7 +33,7 @@ class NeedsAttention(LossTerm):
 
 @pytest.fixture
 def registry():
-    registry = ModuleRegistry("aggregator")
+    registry = ModuleRegistry("aggregator", "eosin.mil.methods")
     registry.register("sum")(Sum)
     return registry
 

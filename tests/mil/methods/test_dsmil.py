@@ -5,8 +5,9 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import segment_topk_mask
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods import mhim, packmil
 from eosin.mil.methods.clam import ClamSingleBranch
-from eosin.mil.methods.dsmil import PRESETS, Dsmil, DsmilMax
+from eosin.mil.methods.dsmil import Dsmil, DsmilMax
 from eosin.mil.recipe import RECIPES
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks import Classification
@@ -104,12 +105,12 @@ def test_both_streams_may_predict_together():
 
 
 def test_presets_embed_first_and_pool_a_projection():
-    for options in PRESETS.values():
+    for options in (mhim.NETWORKS["dsmil"], mhim.NETWORKS_V2["dsmil"], packmil.NETWORKS["dsmil"]):
         model = AGGREGATORS.build("dsmil", 20, 2, options=options)
         assert model.embed[0].out_features == 512
         assert len(model.value) == 3
-    assert AGGREGATORS.build("dsmil", 20, 2, options=PRESETS["mhim_v2"]).prediction == "mean"
-    with pytest.raises(ConfigError, match="hidden is 0"):
+    assert AGGREGATORS.build("dsmil", 20, 2, options=mhim.NETWORKS_V2["dsmil"]).prediction == "mean"
+    with pytest.raises(ConfigError, match="hidden: Input should be greater"):
         Dsmil(5, 3, hidden=0)
 
 

@@ -5,7 +5,8 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.mil import attention
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods.transmil import PRESETS, Layout, TransMil
+from eosin.mil.methods import mhim, packmil
+from eosin.mil.methods.transmil import TokenLayout, TransMil
 from eosin.mil.nystrom import pseudo_inverse
 
 
@@ -117,7 +118,7 @@ def test_scores_carry_a_gradient_to_the_attention():
 
 
 def test_the_layout_repeats_the_first_instances():
-    layout = Layout.of((5, 0, 1), 4, torch.device("cpu"))
+    layout = TokenLayout.of((5, 0, 1), 4, torch.device("cpu"))
     assert layout.source.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 0, 0, 6]
     assert layout.first.tolist() == [0, 10, 11]
     assert layout.lengths == (10, 1, 2)
@@ -127,7 +128,7 @@ def test_the_layout_repeats_the_first_instances():
 
 
 def test_the_grid_may_have_the_repeats_for_itself():
-    layout = Layout.of((5, 0, 53), 4, torch.device("cpu"), padding="grid")
+    layout = TokenLayout.of((5, 0, 53), 4, torch.device("cpu"), padding="grid")
     assert layout.lengths == (6, 1, 54)
     assert not len(layout.copies)
     assert layout.grid == (10 + 3 + 11, 8)
@@ -139,7 +140,9 @@ def test_the_grid_may_have_the_repeats_for_itself():
 
 
 def test_presets_are_the_other_repositories():
-    built = {name: TransMil(6, 3, width=16, **options) for name, options in PRESETS.items()}
+    networks = {"mhim": mhim.NETWORKS, "mhim_v2": mhim.NETWORKS_V2, "packmil": packmil.NETWORKS}
+    built = {name: TransMil(6, 3, width=16, **options["transmil"]) for name, options in networks.items()}
+    assert isinstance(built["packmil"].embed[1], torch.nn.GELU)
     assert isinstance(built["mhim"].embed[1], torch.nn.ReLU)
     assert isinstance(built["mhim_v2"].embed[1], torch.nn.GELU)
     for model in built.values():
@@ -151,7 +154,7 @@ def test_presets_are_the_other_repositories():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="3 heads do not divide the width 8"):
         TransMil(6, 3, width=8, heads=3)
-    with pytest.raises(ConfigError, match="heads is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="heads: Input should be greater"):
         TransMil(6, 3, width=8, heads=0)
     with pytest.raises(ConfigError, match="pinv_iterations 31 is more than 30"):
         TransMil(6, 3, width=8, heads=4, pinv_iterations=31)

@@ -5,8 +5,10 @@ import torch
 from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.pooling import MeanPooling
-from eosin.mil.methods.two_stage import InstanceDropout, children_px0, select_tiles
+from eosin.mil.methods.two_stage import InstanceDropout
+from eosin.mil.selection import child_grid, select_tiles
 from eosin.mil.tasks import Classification
+from eosin.wsi.grid import TileGrid, Tiling
 
 TASK = Classification(classes=("a", "b"))
 
@@ -57,15 +59,15 @@ def test_slides_with_hardly_a_tile_are_defined():
 
 
 def test_small_tiles_cover_the_large_one():
-    origins = np.array([[0, 0], [512, 1024]])
-    found = children_px0(origins, tile_px0=512, ratio=2)
-    assert found.tolist() == [
+    large, small = Tiling(mpp=1.0, patch_size=256), Tiling(mpp=0.5, patch_size=256)
+    parents = TileGrid(np.array([[0, 0], [512, 1024]]), 512, large, (4096, 4096), 0.5)
+    assert child_grid(parents, small).origins_px0.tolist() == [
         [0, 0], [256, 0], [0, 256], [256, 256],
         [512, 1024], [768, 1024], [512, 1280], [768, 1280],
     ]  # fmt: skip
-    assert children_px0(origins, tile_px0=512, ratio=1).tolist() == origins.tolist()
+    assert child_grid(parents, large).origins_px0.tolist() == parents.origins_px0.tolist()
     with pytest.raises(ConfigError, match="without a remainder"):
-        children_px0(origins, tile_px0=512, ratio=3)
+        child_grid(parents, Tiling(mpp=0.7, patch_size=256))
 
 
 def test_dropped_instances_become_the_mean_and_stay_counted():
@@ -81,7 +83,7 @@ def test_dropped_instances_become_the_mean_and_stay_counted():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ConfigError, match="p 1"):
+    with pytest.raises(ConfigError, match="p: Input should be less than 1"):
         InstanceDropout(MeanPooling(3, 2), TASK, p=1.0)
     with pytest.raises(ConfigError, match="budget 0"):
         select_tiles(np.ones(2), np.ones((2, 2)), budget=0)
