@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from eosin.features.interop import export_bag, import_file
     from eosin.features.store import find_bags, read_bag, write_bag
     from eosin.features.verify import verify_job
-    from eosin.heatmaps.attribution import attention_map
     from eosin.heatmaps.heatmap import Heatmap
+    from eosin.heatmaps.maps import attention_map
     from eosin.mil.bags import PackedBags
     from eosin.mil.checkpoint import ModelCard, load_model
     from eosin.mil.convert import convert_checkpoint

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.heatmaps.attribution import attention_map, attention_weights, gradient_map
     from eosin.heatmaps.examination import Questions, examine
     from eosin.heatmaps.export.geojson import write_geojson
     from eosin.heatmaps.export.png import write_png
     from eosin.heatmaps.export.tiff import write_tiff
     from eosin.heatmaps.findings import Counterfactuals
     from eosin.heatmaps.heatmap import Heatmap
-    from eosin.heatmaps.mapset import MapSet, map_slide
+    from eosin.heatmaps.maps import MapSet, attention_map, attention_weights, gradient_map, map_slide
 
 __all__ = [
     "Counterfactuals",

@@ -2,9 +2,9 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import nn
@@ -97,7 +97,7 @@ class ModuleRegistry(Registry[type[C]]):
         ConfigError
             If a value does not fit the constructor's annotation, whose range is `eosin.mil.options`.
         """
-        schema = _schema(self[name])
+        schema = _schema(cast(type, self[name]))
         unknown = [key for key in options if key not in schema.model_fields]
         if unknown:
             raise UnknownNameError(f"option of {self.kind} {name}", unknown[0], schema.model_fields)
@@ -119,8 +119,7 @@ def _checked(schema: type[BaseModel], options: Mapping[str, Any], what: str) -> 
 
 
 @cache
-def _schema(cls: Hashable) -> type[BaseModel]:
-    assert isinstance(cls, type)  # a class can be a key, which type checkers doubt of one with a metaclass
+def _schema(cls: type) -> type[BaseModel]:
     constructor = cls.__init__  # type: ignore[misc]
     hints = get_type_hints(constructor, include_extras=True)
     fields: dict[str, Any] = {
