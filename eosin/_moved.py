@@ -11,6 +11,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "eosin.demo": "eosin.pipeline.demo",
     "eosin.deploy": "eosin.pipeline.deploy",
     "eosin.heatmaps.attribution": ("eosin.heatmaps.maps", "eosin.heatmaps.subject", "eosin.mil.slots"),
+    "eosin.heatmaps.closed_forms": "eosin.mil.closed_forms",
     "eosin.heatmaps.cohort_questions": "eosin.pipeline.cohort_questions",
     "eosin.heatmaps.evaluation": "eosin.report.evaluation",
     "eosin.heatmaps.explain": "eosin.pipeline.explain",

@@ -21,7 +21,7 @@ the stored rows of maxima, whose values are those of the model. The best set of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, singledispatch
 from typing import Literal, Self
 
 import numpy as np
@@ -45,6 +45,15 @@ def linear_terms(rule: str, instances: Tensor, weights: Tensor) -> Floats:
     wide = weights.detach().double()
     blocks = [torch.einsum(rule, block.double(), wide) for block in torch.split(instances, CACHED_ROWS)]
     return as_array(torch.cat(blocks))
+
+
+@singledispatch
+def contributions(model: object, output: object) -> tuple[Floats, Floats] | None:
+    """Return terms (n, H, K) and bias (K,) of a method that joined by ``@contributions.register``, as in 0.1.
+
+    Kept for one release; a method of your own overrides `eosin.mil.slots.Aggregator.readout` instead.
+    """
+    return None
 
 
 @dataclass(frozen=True, eq=False)

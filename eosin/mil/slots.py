@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.mil.bags import PackedBags
+from eosin.mil.closed_forms import PooledBag, contributions
 from eosin.mil.registry import METHODS, ModuleRegistry, OptionsChecked
 from eosin.mil.rollout import Trace
-from eosin.mil.subsets import Floats, Subsets, Value, slope_of
+from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
 
 
@@ -111,7 +112,8 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
         output : AggregatorOutput
             What the model made of it. The form is compared with the model on the slide before it is used.
         """
-        return None
+        form = contributions(self, output)
+        return PooledBag(as_array(output.scores), *form) if form and isinstance(output, AttentionOutput) else None
 
     def trace(self, bags: PackedBags) -> Trace | None:
         """Return how attention leads through the layers of one bag, or None without attention between instances."""

@@ -185,3 +185,23 @@ def test_edits_of_a_viewer_are_the_model_on_what_is_left(name, options):
     np.testing.assert_allclose(subsets.edited(present), forward(model, rows[present]), rtol=1e-8, atol=1e-10)
     both = np.concatenate([rows[present], others[added]])
     np.testing.assert_allclose(subsets.edited(present, donor, added), forward(model, both), rtol=1e-8, atol=1e-10)
+
+
+def test_a_method_that_joined_as_in_0_1_is_still_exact():
+    from eosin.mil.closed_forms import contributions, linear_terms
+    from eosin.mil.methods.abmil import Abmil
+    from eosin.mil.slots import Aggregator
+    from eosin.mil.subsets import as_array
+
+    class Mine(Abmil):
+        readout = Aggregator.readout
+
+    assert look(Mine(DIM, 2, embed_dims=(8,), hidden=6).double().eval(), feature_bag(features(), None)).subsets.price
+
+    @contributions.register
+    def _of_mine(model: Mine, output):
+        return linear_terms("ne,ke->nk", output.instances, model.classifier.weight)[:, None], as_array(
+            model.classifier.bias
+        )
+
+    assert look(Mine(DIM, 2, embed_dims=(8,), hidden=6).double().eval(), feature_bag(features(), None)).subsets.instant
