@@ -17,6 +17,7 @@ from eosin.filesets import begin_set, finish_set
 from eosin.mil.checkpoint import CARD
 from eosin.mil.data import Examples
 from eosin.mil.evaluate import RESAMPLES, bootstrap, predict_outputs, summarise_folds
+from eosin.mil.flow import Flow
 from eosin.mil.metrics import Floats, Metrics
 from eosin.mil.recipe import Recipe
 from eosin.mil.splits import Cohort, Split, check_splits, with_validation
@@ -91,6 +92,7 @@ def crossval(
     precision: str = "fp32",
     val_fraction: float = VAL_FRACTION,
     resamples: int = RESAMPLES,
+    flow: Flow | None = None,
     progress: Callable[[Fold], None] | None = None,
 ) -> dict[str, Any]:
     """Train and test every fold.
@@ -117,6 +119,9 @@ def crossval(
         Share of the training patients that select the model where a split has none.
     resamples : int
         Of the bootstrap over patients.
+    flow : Flow, optional
+        What became of the slides that were given, see `eosin.mil.study.Study.account`; written to ``cohort.csv`` and
+        into the metrics.
     progress : callable, optional
         Is given each fold when it is done.
 
@@ -151,13 +156,15 @@ def crossval(
         folds.append(fold)
         if progress is not None:
             progress(fold)
-    summary = write_folds(recipe, task, folds, out, resamples=resamples)
+    summary = write_folds(recipe, task, folds, out, resamples=resamples, flow=flow)
     finish_set(out, [*models, PREDICTIONS, METRICS])
     return summary
 
 
-def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int) -> dict[str, Any]:
-    """Write ``predictions.csv`` and ``metrics.json`` of finished folds; return the latter.
+def write_folds(
+    recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int, flow: Flow | None = None
+) -> dict[str, Any]:
+    """Write ``predictions.csv`` and ``metrics.json`` of finished folds, and ``cohort.csv``; return the metrics.
 
     Where a patient has several slides with one target, ``predictions_patients.csv``, too.
     """
@@ -167,6 +174,9 @@ def write_folds(recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *,
     if patients:
         write_text(out / PATIENTS, _predictions(patients))
         summary["patients"] = _pooled(task, patients, resamples)
+    if flow is not None:
+        flow.write(out)
+        summary["cohort"] = flow.as_json()
     write_json(out / METRICS, summary)
     return summary
 

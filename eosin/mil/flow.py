@@ -18,14 +18,14 @@ from eosin.names import is_missing
 COHORT = "cohort.csv"
 COLUMNS = ("slide_id", "patient_id", "used", "lost_at", "reason")
 STEPS = {
-    "found": "has a slide or feature file",
-    "readable": "could be read",
-    "tissue": "has tissue",
-    "features": "has features",
-    "labelled": "has a label",
-    "in splits": "is in the splits",
+    "found": "found",
+    "readable": "readable",
+    "tissue": "with tissue",
+    "features": "with features",
+    "labelled": "with a label",
+    "in splits": "in the splits",
 }
-"""The steps in their order, each with what is true of a slide that passes it."""
+"""The steps in their order, each with what is said of slides that pass it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,12 @@ class Flow:
     @classmethod
     def of(cls, *sources: Iterable[str], patient_of: Mapping[str, str] | None = None) -> Self:
         """Begin with the slides that files and table rows name."""
-        return cls(tuple(dict.fromkeys(one for source in sources for one in source)), dict(patient_of or {}))
+        return cls(()).joined(*sources, patient_of=patient_of)
+
+    def joined(self, *sources: Iterable[str], patient_of: Mapping[str, str] | None = None) -> Self:
+        """Return the flow with the slides of further files or tables."""
+        known = dict.fromkeys((*self.slide_ids, *(one for source in sources for one in source)))
+        return replace(self, slide_ids=tuple(known), patient_of={**self.patient_of, **(patient_of or {})})
 
     def lose(self, step: str, reasons: Mapping[str, str]) -> Self:
         """Return the flow after a step; a slide that was lost before keeps its first reason.

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features.store import find_bags
 from eosin.filesets import finish_set, members_of
-from eosin.mil.crossval import Fold, FoldSplits, cohort_of, crossval
+from eosin.mil.crossval import Fold, FoldSplits, cohort_of, crossval, inner_splits
 from eosin.mil.data import Examples, FeatureFolder, make_examples, patient_examples
+from eosin.mil.flow import Flow
 from eosin.mil.interop import (
     read_fold_table,
     read_patient_splits,
@@ -128,6 +129,8 @@ class Study:
         How its columns and labels were understood, for a person to read.
     left_out : frozenset of str
         Slides of the table that are not part of it: splits may name them.
+    flow : Flow
+        What became of every slide that a file or a row of the table names.
     """
 
     task: Task
@@ -136,6 +139,7 @@ class Study:
     table: LabelTable
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
+    flow: Flow = Flow(())
 
     def __repr__(self) -> str:
         patients = len(set(self.examples.patient_ids))
@@ -186,6 +190,14 @@ class Study:
         if recipe.training.select == "last":
             return split
         return with_validation(split, self.cohort, seed=recipe.training.seed)
+
+    def account(self, splits: Iterable[FoldSplits]) -> Flow:
+        """Return what became of every slide that files or the table name, once splits say which are used."""
+        inner = [split for fold in splits for split in inner_splits(fold)]
+        named = {name for split in inner for part in split.parts().values() for name in part}
+        patient = self.table.patient_of()
+        used = [slide for slide in self.flow.used if slide in named or patient.get(slide) in named]
+        return self.flow.keep("in splits", used, "is in no split")
 
     def nested(self, path: Path | None) -> list[list[Split]]:
         """Return the nested splits of a folder, checked; empty when it holds none.
@@ -367,13 +379,15 @@ def crossval_study(
         As `eosin.mil.crossval.crossval`.
     """
     chosen = choose_recipe(recipe) if isinstance(recipe, str) else recipe
+    parts = splits or study.splits(seed=chosen.training.seed)
     return crossval(
         chosen,
         study.task,
         study.examples,
-        splits or study.splits(seed=chosen.training.seed),
+        parts,
         study.cohort,
         Path(out),
+        flow=study.account(parts),
         device=device,
         precision=precision,
         progress=progress,
@@ -436,6 +450,7 @@ def open_study(
     missing: Literal["error", "drop"] = "error",
     slide_table: Path | None = None,
     ids: Ids = "ask",
+    flow: Flow | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Study:
     """Read labels and features and join them.
@@ -462,6 +477,8 @@ def open_study(
         STAMP's second table, see `open_labels`.
     ids : {"ask", "merge", "exact"}
         What becomes of ids that look alike, see `eosin.names.unify`.
+    flow : Flow, optional
+        What became of the slides before they had features, to be continued.
     cache_bytes : int
         Features kept in memory.
 
@@ -489,7 +506,24 @@ def open_study(
     left_out += [f"{lost} of {len(table)} labelled slides have no features and are left out"] if lost else []
     sites = (note_on_sites(table),) if keep_sites else ()
     notes = (*table.notes, *sites, made.describe(rows), *left_out, *notes_on_tiles)
-    return Study(made, examples, cohort_of(examples, made, rows, site=site), table, notes, gone)
+    return Study(
+        made,
+        examples,
+        cohort_of(examples, made, rows, site=site),
+        table,
+        notes,
+        gone,
+        _account(flow or Flow(()), files, table, filled),
+    )
+
+
+def _account(before: Flow, files: Collection[str], table: LabelTable, filled: LabelTable) -> Flow:
+    """Return the account of a study: `filled` are the rows whose slides have tiles."""
+    flow = before.joined(files, table.slide_ids, patient_of=table.patient_of())
+    flow = flow.lose("features", {slide: "has no features" for slide in table.slide_ids if slide not in files})
+    with_tiles = set(filled.slide_ids)
+    flow = flow.lose("tissue", {slide: "has no tissue" for slide in table.slide_ids if slide not in with_tiles})
+    return flow.keep("labelled", table.slide_ids, "has no row in the label table")
 
 
 def _with_tiles(table: LabelTable, bags: FeatureFolder) -> tuple[LabelTable, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin import __version__
+from eosin.mil.flow import Flow
 from eosin.mil.metrics import Floats, confusion, expected_calibration_error
 from eosin.mil.multitask import MultiTask
 from eosin.mil.study import Study
@@ -65,6 +66,8 @@ class Context:
     tables : mapping of str to DataFrame
         Further tables, for example a comparison.
     provenance : mapping of str to str
+    flow : Flow, optional
+        From the slides that were given to those that were used.
     """
 
     title: str = "Cross-validation"
@@ -74,6 +77,7 @@ class Context:
     notes: Sequence[str] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    flow: Flow | None = None
 
 
 def report_crossval(
@@ -171,6 +175,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         tables=tables | dict(context.tables),
         notes=(*context.notes, *shortened(frame)),
         provenance=context.provenance,
+        flow=context.flow,
     )
 
 

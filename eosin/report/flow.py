@@ -46,7 +46,7 @@ def flow_svg(flow: Flow) -> str:
 def _title(count: Count, *, last: bool) -> str:
     if count.step == "given":
         return "Slides given and used" if last else "Slides given"
-    return "Used in the analysis" if last else f"Slide {STEPS[count.step]}"
+    return "Used in the analysis" if last else f"Slides {STEPS[count.step]}"
 
 
 def _amount(count: Count) -> str:

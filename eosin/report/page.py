@@ -27,7 +27,9 @@ from eosin.files import write_text
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.export.png import OPACITY, TRUTH_COLOUR, Contour, blend, draw, take_view
 from eosin.heatmaps.heatmap import Heatmap
+from eosin.mil.flow import Flow
 from eosin.report.figures import Panel
+from eosin.report.flow import flow_svg
 from eosin.wsi.slide import Slide
 from eosin.wsi.tissue import TissueMask
 
@@ -170,6 +172,8 @@ class ReportData:
         Limits that a reader must know.
     provenance : mapping of str to str
         Versions, options, seeds, fingerprints.
+    flow : Flow, optional
+        From the slides that were given to those that were used; drawn as a diagram.
     """
 
     title: str
@@ -185,6 +189,7 @@ class ReportData:
     panels: tuple[Panel, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     slides_heading: str = "Slides"
+    flow: Flow | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +273,7 @@ def write_report(path: Path, data: ReportData) -> None:
         tables=[(heading, _Grid.of(frame)) for heading, frame in data.tables.items()],
         predictions=None if data.predictions is None else _Grid.of(data.predictions),
         cards=[_card(card) for card in data.slides],
+        flow=None if data.flow is None else flow_svg(data.flow),
         number=_cell,
         interval=_interval,
         say_how=any(metric.note for metric in data.metrics),
@@ -287,6 +293,7 @@ def _template() -> Template:
 def _sections(data: ReportData) -> list[tuple[str, str]]:
     sections = [("performance", "Performance")] if data.metrics or data.roc else []
     sections += [("figures", "Figures")] if data.panels or data.confusions else []
+    sections += [("cohort", "Cohort")] if data.flow is not None else []
     sections += [(f"table-{index}", heading) for index, heading in enumerate(data.tables, start=1)]
     sections += [("slides", data.slides_heading)] if data.slides else []
     sections += [("predictions", "Predictions")] if data.predictions is not None else []
