@@ -60,14 +60,14 @@ class Flow:
         The slides that are not used.
     """
 
-    slide_ids: tuple[str, ...]
+    slide_ids: tuple[str, ...] = ()
     patient_of: Mapping[str, str] = field(default_factory=dict)
     losses: Mapping[str, Loss] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *sources: Iterable[str], patient_of: Mapping[str, str] | None = None) -> Self:
         """Begin with the slides that files and table rows name."""
-        return cls(()).joined(*sources, patient_of=patient_of)
+        return cls().joined(*sources, patient_of=patient_of)
 
     def joined(self, *sources: Iterable[str], patient_of: Mapping[str, str] | None = None) -> Self:
         """Return the flow with the slides of further files or tables."""

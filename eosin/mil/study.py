@@ -1,7 +1,7 @@
 """A folder of features and a table of labels, understood and joined: what every training command starts from."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +139,7 @@ class Study:
     table: LabelTable
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
-    flow: Flow = Flow(())
+    flow: Flow = field(default_factory=Flow)
 
     def __repr__(self) -> str:
         patients = len(set(self.examples.patient_ids))
@@ -513,7 +513,7 @@ def open_study(
         table,
         notes,
         gone,
-        _account(flow or Flow(()), files, table, filled),
+        _account(flow or Flow(), files, table, filled),
     )
 
 

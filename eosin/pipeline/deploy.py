@@ -12,6 +12,7 @@ from eosin.features.bag import FeatureSpec
 from eosin.features.encoders import Precision, find_encoder, folder_name
 from eosin.features.extract import extract
 from eosin.mil.checkpoint import load_card
+from eosin.mil.flow import Flow
 from eosin.mil.predict import predict
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder, tile_slides
@@ -111,13 +112,24 @@ class Encoded:
         Where the feature files are.
     files : mapping of str to Path
         The file of each slide that has not failed.
-    report : Report
-        What became of each slide.
+    tiled, extracted : Report
+        What became of each slide in the two stages.
     """
 
     folder: Path
     files: Mapping[str, Path]
-    report: Report
+    tiled: Report
+    extracted: Report
+
+    @property
+    def report(self) -> Report:
+        """What became of each slide."""
+        return self.tiled.then(self.extracted)
+
+    def account(self, flow: Flow) -> Flow:
+        """Return the account of a cohort after both stages."""
+        reasons = [{record.slide_id: record.reason for record in stage.failed} for stage in (self.tiled, self.extracted)]
+        return flow.lose("readable", reasons[0]).lose("features", reasons[1])
 
 
 def encode_slides(
@@ -156,7 +168,7 @@ def encode_slides(
         )
     lost = failed | {record.slide_id for record in extracted.failed}
     files = {s.slide_id: job.features(tiles.folder, name, s.slide_id) for s in slides if s.slide_id not in lost}
-    return Encoded(job.features_dir(tiles.folder, name), files, tiled.then(extracted))
+    return Encoded(job.features_dir(tiles.folder, name), files, tiled, extracted)
 
 
 def predict_slides(

@@ -1,7 +1,7 @@
 """What a pipeline leaves behind, and the report that puts it together for a person."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from eosin.heatmaps.maps import attention_map, map_slide
 from eosin.heatmaps.subject import class_choices
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import shown
+from eosin.mil.flow import Flow
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.mil.tasks import Task
 from eosin.report.evaluation import (
@@ -59,6 +60,8 @@ class Result:
         Each slide's worst record over all stages.
     left_out : tuple of str
         Labelled slides without features.
+    flow : Flow
+        What became of every slide that was given.
     """
 
     job: JobFolder
@@ -73,6 +76,7 @@ class Result:
     slides: Mapping[str, SlideFile]
     report: Report
     left_out: tuple[str, ...] = ()
+    flow: Flow = field(default_factory=Flow)
 
     def __repr__(self) -> str:
         chosen = self.metrics["out_of_fold"].get(self.task.selection_metric)
@@ -132,6 +136,7 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         tables=threshold_table(found) | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
         notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
+        flow=result.flow,
     )
 
 

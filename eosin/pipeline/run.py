@@ -19,6 +19,7 @@ from eosin.heatmaps.subject import map_name
 from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS
 from eosin.mil.data import shown
+from eosin.mil.flow import Flow
 from eosin.mil.recipe import Recipe, require_methods
 from eosin.mil.splits import make_splits, write_splits
 from eosin.mil.study import (
@@ -139,7 +140,7 @@ def run_pipeline(
     require_possible(options, files, labels, splits=splits, missing=missing)
     tiles = tiles or TissueTiles(options.tiling, options.tissue, options.quality)
     encoded = encode_slides(files, job, tiles, options.encoder, machine=machine, progress=progress)
-    study = _open_study(encoded, labels, options)
+    study = _open_study(files, encoded, labels, options)
     parts = study.splits(
         splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
     )
@@ -163,6 +164,7 @@ def run_pipeline(
         slides={file.slide_id: file for file in files},
         report=encoded.report,
         left_out=tuple(slide for slide in study.table.slide_ids if slide in study.left_out),
+        flow=study.account(parts),
     )
     with progress("heat maps", len(result.predictions)) as advance:
         drawn = draw_maps(result, options.formats, advance)
@@ -200,11 +202,14 @@ def require_possible(
         checked_splits(read_any_splits(splits, table), cohort, left_out=absent)
 
 
-def _open_study(encoded: Encoded, labels: Path, options: Pipeline) -> Study:
+def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline) -> Study:
     """Join the labels with the features of the slides that did not fail."""
+    flow = Flow.of(file.slide_id for file in files).joined(open_labels(labels).slide_ids)
+    flow = flow.keep("found", (file.slide_id for file in files), "has no slide file")
+    flow = encoded.account(flow)
     if not encoded.files:
         raise LabelError("no slide has features; run.json in the job folder says why for each slide")
-    return open_study(encoded.files, labels, task=options.task, target=options.target, missing="drop")
+    return open_study(encoded.files, labels, task=options.task, target=options.target, missing="drop", flow=flow)
 
 
 def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = None) -> Report:
