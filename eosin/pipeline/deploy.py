@@ -128,7 +128,9 @@ class Encoded:
 
     def account(self, flow: Flow) -> Flow:
         """Return the account of a cohort after both stages."""
-        reasons = [{record.slide_id: record.reason for record in stage.failed} for stage in (self.tiled, self.extracted)]
+        reasons = [
+            {record.slide_id: record.reason for record in stage.failed} for stage in (self.tiled, self.extracted)
+        ]
         return flow.lose("readable", reasons[0]).lose("features", reasons[1])
 
 

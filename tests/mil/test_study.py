@@ -4,7 +4,7 @@ import pytest
 from eosin.errors import LabelError
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import write_bag
-from eosin.mil.splits import make_nested_splits, write_splits
+from eosin.mil.splits import Split, make_nested_splits, write_splits
 from eosin.mil.study import open_study, write_all_splits
 
 SPEC = FeatureSpec(encoder="toy", dim=2)
@@ -65,6 +65,26 @@ def test_slides_without_tiles_or_features_are_left_out_of_splits_too(folder, lev
             assert set().union(*split.parts().values()) == set(study.examples.ids)
 
 
+@pytest.mark.parametrize("level", ["slide", "patient"])
+def test_every_slide_is_accounted_for(folder, level):
+    write_bag(folder / "features/s000.h5", FeatureBag(np.ones((0, 2), np.float32), SPEC, "s000"))
+    write_bag(folder / "features/spare.h5", FeatureBag(np.ones((1, 2), np.float32), SPEC, "spare"))
+    (folder / "features/s020.h5").unlink()
+    study = open_study(folder / "features", folder / "labels.csv", missing="drop", level=level)
+    folds = study.splits(folds=3)
+    missed = {"slide": "s040", "patient": "p4"}[level]
+    without = [Split(*(tuple(n for n in part if n != missed) for part in fold.parts().values())) for fold in folds]
+    flow = study.account(without)
+    assert {slide: (loss.step, loss.reason) for slide, loss in flow.losses.items()} == {
+        "s000": ("tissue", "has no tissue"),
+        "s020": ("features", "has no features"),
+        "spare": ("labelled", "has no row in the label table"),
+        "s040": ("in splits", "is in no split"),
+    }
+    assert len(flow.slide_ids) == 19
+    assert len(flow.used) == 15
+
+
 def test_splits_of_slides_are_splits_of_their_patients(folder):
     study = open_study(folder / "features", folder / "labels.csv")
     patients = open_study(folder / "features", folder / "labels.csv", level="patient")
@@ -85,7 +105,7 @@ def test_splits_come_from_stamps_file_from_a_column_and_nested(folder):
     found = study.splits(folder / "splits" / "splits.json")
     assert [{name: set(part) for name, part in split.parts().items()} for split in found] == sets
     rows = [f"{slide},{part},x" for part, names in splits[0].parts().items() for slide in names]
-    (folder / "parts.csv").write_text("\n".join(["ID,Split,Label", *rows, "unknown,train,x"]))
+    (folder / "parts.csv").write_text("\n".join(["ID,Split,Label", *rows, "elsewhere,train,x"]))
     (found,) = study.splits(folder / "parts.csv")
     assert {name: set(part) for name, part in found.parts().items()} == sets[0]
     assert study.nested(folder / "splits") == study.nested(None) == []

@@ -159,6 +159,12 @@ def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path:
     assert "S000" not in set(mended.predictions["slide_id"])
     assert len(mended.predictions) == 7
     assert any("S000" in note for note in make_report(mended).notes)
+    assert {slide: loss.step for slide, loss in mended.flow.losses.items()} == {"S000": "readable", "extra": "readable"}
+    rows = pd.read_csv(mended.crossval / "cohort.csv", keep_default_na=False)
+    assert set(rows.loc[rows["used"] == 0, "slide_id"]) == {"S000", "extra"}
+    assert set(rows.loc[rows["used"] == 1, "slide_id"]) == set(mended.predictions["slide_id"])
+    assert json.loads((mended.crossval / "metrics.json").read_text())["cohort"][-1]["slides"] == 7
+    assert "2 lost" in (job / "report.html").read_text(encoding="utf-8")
 
 
 def test_old_features_of_a_slide_that_fails_now_are_not_used(cohort: Path, result: Result, tmp_path: Path) -> None:
