@@ -77,9 +77,22 @@ def count_cores() -> int:
 
     The least of what the process is bound to, what its control groups grant and what a batch system granted.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    granted = _scheduled_cores(os.environ)
-    return max(1, math.floor(min([bound, *_cgroup_cores(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), *granted])))
+    quotas = _cgroup_cores(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, math.floor(min([_bound_cores(), *quotas, *_scheduled_cores(os.environ)])))
+
+
+def limit_threads() -> None:
+    """Tell numerical libraries that are loaded later how many cores there are, where they would count too many.
+
+    OpenMP sees what a process is bound to, but neither a container's quota nor a batch system's grant: with 2 of 64
+    cores it would start 64 threads, which wait for each other.
+    """
+    if count_cores() < _bound_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
+
+
+def _bound_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scheduled_cores(environment: Mapping[str, str]) -> list[int]:

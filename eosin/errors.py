@@ -27,6 +27,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
+EXTRAS = {  # a package that not every user needs -> the extra of eosin that installs it
+    "bokeh": "viewer",
+    "huggingface_hub": "encoders",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "openpyxl": "tables",
+    "pyarrow": "tables",
+    "sklearn": "report",
+    "tensorboard": "tensorboard",
+    "timm": "encoders",
+    "transformers": "hf",
+}
+
+
+def missing_package(name: str) -> str:
+    """Return one line that says how to install a package that is not there."""
+    extra = EXTRAS.get(name.split(".")[0])
+    return f"the package {name} is not installed; " + (
+        f"pip install 'eosin[{extra}]'" if extra else "install eosin again"
+    )
+
 
 class EosinError(Exception):
     """Base of all errors of the package.

@@ -70,7 +70,7 @@ ONLY_THESE = {  # (importer, imported package) -> the modules and names of it th
     ("mil", "features"): {"bag", "store"},
     ("mil", "wsi"): {"grid"},
 }
-CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.cli"}
+CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.devices", "eosin.processes", "eosin.cli"}
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from eosin.devices import limit_threads
 from eosin.errors import ConfigError, EosinError, OutputError, UnknownNameError
+from eosin.processes import Stopped, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +57,6 @@ Plugins = Annotated[
     typer.Option("--plugin", metavar="MODULE", help="Module or .py file with methods of your own; repeatable."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more, and show the traceback of an error.")]
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt, no `except Exception` may swallow it."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +181,13 @@ def say(message: str) -> None:
 
 @contextmanager
 def _reported(*, verbose: bool) -> Iterator[None]:
-    with _listening(verbose=verbose), _terminable():
+    limit_threads()
+    with _listening(verbose=verbose), stoppable():
         try:
             yield
         except typer.Exit:
             raise
-        except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - a person must not see a traceback
+        except (Exception, KeyboardInterrupt, Stopped) as error:  # noqa: BLE001 - a person must not see a traceback
             if verbose:
                 traceback.print_exc(file=sys.stderr)
             line, code = _ending(error)
@@ -213,8 +210,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         return f"{where}{error.strerror or error}", ENVIRONMENT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         return "out of memory; take a smaller batch, fewer workers or another device", ENVIRONMENT
-    if isinstance(error, KeyboardInterrupt | Terminated):
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
         return f"stopped by {number.name}; what was finished is kept", 128 + number
     return f"unexpected {type(error).__name__}: {error}; run with --verbose for the traceback", ENVIRONMENT
 
@@ -222,23 +219,6 @@ def _ending(error: BaseException) -> tuple[str, int]:
 def _drop_stdout() -> None:
     """Point stdout nowhere, so that Python's last flush does not fail on the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated` so that child processes end and `run.json` is written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _SayHandler(logging.Handler):

@@ -1,6 +1,5 @@
 """`eosin doctor`: is this machine fit to run eosin?"""
 
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from eosin.cli._common import Done, command, console
+from eosin.devices import count_cores
 from eosin.errors import OutputError
 
 PACKAGES = (
@@ -69,7 +69,7 @@ def _devices() -> str:
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return (
-        f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads){''.join(f', cuda: {name}' for name in names)}"
+        f"cpu ({count_cores()} cores, {torch.get_num_threads()} threads){''.join(f', cuda: {name}' for name in names)}"
     )
 
 

@@ -1,6 +1,7 @@
 """`eosin view`: slides in the browser with maps over them, and questions asked by drawing."""
 
 import contextlib
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.errors import ConfigError
+from eosin.processes import Stopped
 
 if TYPE_CHECKING:
     from eosin.batch import Report
@@ -53,8 +55,11 @@ def view(
             return Done([html], report)
         for one in catalogue.refused:
             say(f"not shown: {one.refusal}")
-        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        try:
             show_slides(catalogue, out=out, port=port, ready=lambda url: _announce(url, browser=browser))
+        except Stopped as stopped:
+            if stopped.number != signal.SIGINT:  # Ctrl+C is the way to end it
+                raise
     return Done([], report)
 
 

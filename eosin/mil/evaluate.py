@@ -16,6 +16,7 @@ from eosin.mil.intervals import Clusters, Support, score_interval
 from eosin.mil.metrics import Floats, Metrics, value_range
 from eosin.mil.slots import Aggregator
 from eosin.mil.tasks import Task
+from eosin.processes import require_running
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -25,7 +26,10 @@ LEVEL = 0.95
 def compute_logits(model: Aggregator, packs: Iterable[PackedBags]) -> torch.Tensor:
     """Return the logits (B, K) of all bags of the packs, on the host; sets the model to evaluation mode."""
     model.eval()
-    rows = [model(pack).logits for pack in packs]
+    rows = []
+    for pack in packs:
+        require_running()
+        rows.append(model(pack).logits)
     return torch.cat(rows).cpu()
 
 
@@ -160,6 +164,7 @@ def patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterabl
     starts = np.append(np.searchsorted(number[order], np.arange(len(names))), len(order))
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
+        require_running()
         drawn = rng.integers(len(names), size=len(names))
         yield np.concatenate([order[starts[patient] : starts[patient + 1]] for patient in drawn])
 

@@ -2,14 +2,14 @@
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
+from eosin.errors import missing_package
 from eosin.files import write_bytes, write_text
+
+logger = logging.getLogger(__name__)
 
 LOG = "log.csv"
 EVENTS = "events.out.tfevents.0.eosin"
@@ -46,6 +46,8 @@ def _number(text: str) -> float | int | None:
 def write_events(folder: Path, history: Sequence[Line], times: Sequence[float]) -> None:
     """Write the history as a TensorBoard file, whole each time, so that a killed run leaves none that is cut.
 
+    Without the package ``tensorboard`` nothing is written; ``log.csv`` holds the same numbers.
+
     Parameters
     ----------
     folder : Path
@@ -55,6 +57,13 @@ def write_events(folder: Path, history: Sequence[Line], times: Sequence[float]) 
     times : sequence of float
         When each pass ended, seconds since 1970.
     """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError:
+        logger.info("no TensorBoard log is written: %s", missing_package("tensorboard"))
+        return
     buffer = io.BytesIO()
     records = RecordWriter(buffer)
     start = times[0] if times else 0.0

@@ -22,9 +22,13 @@ def join(device: torch.device) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def gpu_index(device: torch.device) -> int:
-    """Return the number of this process's GPU: the one that is named, else that of its place on the machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+def own_device(device: torch.device) -> torch.device:
+    """Return this process's device: of GPUs without a number, the one of its place on the machine (``LOCAL_RANK``)."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(own)  # NCCL takes the current one
+    return own
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -10,11 +10,11 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from eosin.devices import choose_device
@@ -37,15 +37,16 @@ from eosin.mil.feed import (
 from eosin.mil.log import write_events, write_log
 from eosin.mil.objective import Objective
 from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
-from eosin.mil.parallel import gpu_index, join, mean_over_processes, sum_gradients
+from eosin.mil.parallel import join, mean_over_processes, own_device, sum_gradients
 from eosin.mil.recipe import Recipe
 from eosin.mil.resume import State
 from eosin.mil.slots import Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.step_losses import StepLosses
 from eosin.mil.tasks import Task
+from eosin.processes import require_running
 
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Epoch = dict[str, float | int | None]
 
@@ -112,29 +113,27 @@ class TrainingRun:
     """One training: its parts, and how far it has come."""
 
     def __init__(self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: Place) -> None:
-        chosen = choose_device(place.device)
-        index = [gpu_index(chosen)] if chosen.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=chosen.type, devices=index, precision=PRECISIONS[place.precision])  # type: ignore[arg-type]
-        self.rank, self.world = join(self.fabric.device)
+        self.device = own_device(choose_device(place.device))
+        self.dtype = PRECISIONS[place.precision]
+        self.rank, self.world = join(self.device)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
-        device_ = self.fabric.device
         self.step_losses = StepLosses()
         model = build_model(recipe, task, train.bags.spec.dim)
-        self.objective = Objective(recipe, model, task.across_packs(self.step_losses)).to(device_)
+        self.objective = Objective(recipe, model, task.across_packs(self.step_losses)).to(self.device)
         self.standardizer: Standardizer | None = None
         if self.options.standardize:
-            self.standardizer = Standardizer.measure(train.bags, train.ids).to(device_)
+            self.standardizer = Standardizer.measure(train.bags, train.ids).to(self.device)
         self.average = copy.deepcopy(self.objective.strategy.inference_model()) if self.options.ema else None
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.options, self.parameters)
         balance = task.balance(train.targets) if self.options.balance != "none" else None
         self.draw_weights = balance if self.options.balance == "sampling" else None
-        self.loss_weights = balance.to(device_) if balance is not None and self.draw_weights is None else None
-        self.targets = train.targets.to(device_)
+        self.loss_weights = balance.to(self.device) if balance is not None and self.draw_weights is None else None
+        self.targets = train.targets.to(self.device)
         self.bags: BagSource = train.bags
-        if place.cache_bytes and device_.type != "cpu":
-            self.bags = DeviceBags(train.bags, device_, place.cache_bytes)
+        if place.cache_bytes and self.device.type != "cpu":
+            self.bags = DeviceBags(train.bags, self.device, place.cache_bytes)
         self.val_packs = None if val is None or not len(val) else self._evaluation_packs(val)
         self.read_ahead = 4 * train.bags.spec.dim * sum(map(train.bags.length, train.ids)) > KEPT_BYTES
         self.history: list[Epoch] = []
@@ -146,7 +145,7 @@ class TrainingRun:
 
     def _evaluation_packs(self, val: Examples) -> EvaluationPacks:
         most = self.options.max_instances_per_step or EVALUATION_INSTANCES
-        return EvaluationPacks(val.bags, val.ids, self.fabric.device, most_instances=most)
+        return EvaluationPacks(val.bags, val.ids, self.device, most_instances=most)
 
     def passes(self) -> Iterator[Epoch]:
         """Train and validate until the recipe's last pass or the early stop."""
@@ -190,6 +189,7 @@ class TrainingRun:
         packs: list[tuple[str, ...]] = []
         feed = self._feed(steps, generator)
         for part in self._in_turn(ahead(feed) if self.read_ahead else feed, number, len(steps)):
+            require_running()
             logged.append(self._backward(part))
             losses.append(self.objective.bag_losses)
             packs.append(part.bags.ids)
@@ -233,7 +233,7 @@ class TrainingRun:
         if len(step) == 1 and self.world == 1:
             return
         buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
-        index = self.fabric.device.index
+        index = self.device.index
         with torch.no_grad(), torch.random.fork_rng(devices=[] if index is None else [index]):
             for part in step:
                 self.step_losses.hear()
@@ -241,20 +241,23 @@ class TrainingRun:
             for name, before in buffers.items():
                 self.objective.get_buffer(name).copy_(before)
         if self.world > 1:
-            self.step_losses.exchange(self.fabric.device, counts=step[0].share > 0)
+            self.step_losses.exchange(self.device, counts=step[0].share > 0)
 
     def _forward(self, part: "_Part") -> tuple[Tensor, dict[str, Tensor]]:
-        bags = on_device(part.bags, self.fabric.device)
+        bags = on_device(part.bags, self.device)
         weights = None if self.loss_weights is None else self.loss_weights[part.rows]
-        with self.fabric.autocast():
+        with self._autocast():
             bags = bags if self.standardizer is None else self.standardizer(bags)
             total, self.step, parts = self.objective(bags, self.targets[part.rows], weights)
         return total, parts
 
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
     def _backward(self, part: "_Part") -> dict[str, Tensor]:
         self.step_losses.answer(part.place)
         total, parts = self._forward(part)
-        self.fabric.backward(total * part.share)
+        (total * part.share).backward()  # type: ignore[no-untyped-call]
         logged: dict[str, Tensor] = {"objective": total.detach(), **parts}
         return logged
 
@@ -287,7 +290,7 @@ class TrainingRun:
         means = {f"train_{name}": float(values.mean()) for name, values in columns.items()}
         if self.world == 1:
             return dict(means)
-        return {name: mean_over_processes(mean, len(logged), self.fabric.device) for name, mean in means.items()}
+        return {name: mean_over_processes(mean, len(logged), self.device) for name, mean in means.items()}
 
     def _refuse(self, ids: Sequence[str]) -> None:
         """Stop with the slides whose loss was the first that is not finite, and the reason if the features show it.
@@ -309,7 +312,7 @@ class TrainingRun:
     def _validate(self) -> Epoch:
         if self.val_packs is None or self.val is None:
             return {}
-        with self.fabric.autocast():
+        with self._autocast():
             logits = compute_logits(self.deployed(), self.val_packs)
         finite = logits.isfinite().all(1).tolist()
         self._refuse_features(self.val, [name for name, fine in zip(self.val.ids, finite, strict=True) if not fine])
@@ -394,7 +397,7 @@ class TrainingRun:
             moments.setdefault(int(number), {})[name] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.best = {name: tensor.to(self.fabric.device) for name, tensor in _under("best.", state.tensors).items()}
+        self.best = {name: tensor.to(self.device) for name, tensor in _under("best.", state.tensors).items()}
         self.history = list(state.facts["history"])
         self.best_epoch = state.facts["best_epoch"]
         self.best_value = tuple(state.facts["best_value"])

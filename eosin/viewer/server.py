@@ -32,6 +32,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import OutputTransform, RequestHandler
 
 from eosin.errors import ConfigError
+from eosin.processes import POLL_S, require_running, stop_requested
 from eosin.viewer.tiles import TileStore
 
 ADDRESS = "127.0.0.1"
@@ -239,16 +240,24 @@ def _listen(port: int) -> socket.socket:
 
 
 def run_until_stopped(start: Callable[[], Viewer], ready: Callable[[str], None]) -> None:
-    """Serve until the process is interrupted; `ready` gets the address once it answers."""
+    """Serve until a signal asks for the end; `ready` gets the address once it answers.
+
+    Raises
+    ------
+    Stopped
+        At the end; `KeyboardInterrupt` outside `eosin.processes.stoppable`.
+    """
     with _quiet_loggers():
         asyncio.run(_serve(start, ready))
+    require_running()
 
 
 async def _serve(start: Callable[[], Viewer], ready: Callable[[str], None]) -> None:
     viewer = start()
     try:
         ready(viewer.url)
-        await asyncio.Event().wait()
+        while not stop_requested():
+            await asyncio.sleep(POLL_S)
     finally:
         viewer.stop()
 

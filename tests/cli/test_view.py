@@ -79,7 +79,8 @@ def test_slides_that_cannot_be_shown_are_refused_in_one_line(refused, cohort, fe
 
 
 @pytest.mark.slow
-def test_the_server_prints_its_address_and_ends_by_interruption(cohort, features, model):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_server_prints_its_address_and_ends_by_one_signal(cohort, features, model, number, code):
     command = [sys.executable, "-c", "from eosin.cli.app import main; main()"]
     arguments = ["view", "--model", model, "--features", features, "--slides", slide(cohort, 0), "--no-browser"]
     process = subprocess.Popen(
@@ -92,11 +93,11 @@ def test_the_server_prints_its_address_and_ends_by_interruption(cohort, features
             assert b"bokeh" in page.read()
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(url.rsplit("/", 2)[0] + "/", timeout=20)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=20)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert "Ctrl+C" in err

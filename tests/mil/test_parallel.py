@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eosin.mil.parallel import gpu_index
+from eosin.mil.parallel import own_device
 
 SCRIPT = """
 import json
@@ -95,8 +95,10 @@ def test_two_processes_train_the_model_of_one(runs, kind):
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert gpu_index(torch.device("cuda")) == 0
+    assert own_device(torch.device("cuda")) == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert gpu_index(torch.device("cuda")) == 3
-    assert gpu_index(torch.device("cuda:1")) == 1
+    assert own_device(torch.device("cuda")) == torch.device("cuda:3")
+    assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert own_device(torch.device("cpu")) == torch.device("cpu")

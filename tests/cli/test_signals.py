@@ -1,0 +1,117 @@
+"""One SIGTERM or SIGHUP ends every long command, wherever it arrives, and the next run finishes the work."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from eosin import processes
+
+from .conftest import Run
+
+FEW, MANY = 2, 40
+QUICK = ("--set", "recipe.training.epochs=3", "--set", "recipe.aggregator.options.embed_dims=[16]")
+MOST_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def model(cohort: Path, features: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "run"
+    arguments = ("--features", features, "--labels", cohort / "labels.csv", "--recipe", "abmil", "--out", folder)
+    assert run("train", *arguments, *QUICK).exit_code == 0
+    return folder
+
+
+def commands(cohort: Path, job: Path, features: Path, model: Path) -> dict[str, Callable[[Path], list[object]]]:
+    slides, labels, tiling = cohort / "slides", cohort / "labels.csv", features.parent.name
+    study = ["--features", features, "--labels", labels, "--recipe", "abmil", *QUICK]
+    explained = ["--model", model, "--features", features]
+
+    def extract(out: Path) -> list[object]:
+        (out / "job").mkdir(parents=True, exist_ok=True)
+        if not (out / "job" / tiling).exists():
+            (out / "job" / tiling).mkdir()
+            (out / "job" / tiling / "patches").symlink_to(job / tiling / "patches")
+        return ["extract", slides, "--job", out / "job", "--encoder", "he_texture"]
+
+    return {
+        "tile": lambda out: ["tile", slides, "--job", out / "job", "--patch-size", 128, "--workers", 0],
+        "tile in processes": lambda out: ["tile", slides, "--job", out / "job", "--patch-size", 128, "--workers", 1],
+        "extract": lambda out: [*extract(out), "--workers", 0],
+        "extract in processes": lambda out: [*extract(out), "--workers", 1],
+        "train": lambda out: ["train", *study, "--out", out / "model"],
+        "crossval": lambda out: ["crossval", *study, "--folds", 2, "--out", out / "cv"],
+        "predict": lambda out: ["predict", "--model", model, "--features", features, "--out", out / "p.csv"],
+        "heatmap": lambda out: ["heatmap", *explained, "--slide", slides, "--out", out / "maps"],
+        "counterfactual": lambda out: ["counterfactual", *explained, "--slide", slides, "--out", out / "why"],
+        "run": lambda out: ["run", slides, "--labels", labels, "--job", out / "all", "--encoder", "he_texture",
+                            "--mpp", 1.0, "--patch-size", 128, "--folds", 2, *QUICK],
+    }  # fmt: skip
+
+
+NAMES = list(commands(*[Path()] * 4))
+
+
+def struck(run: Run, arguments: list[object], number: signal.Signals, delay_s: float) -> tuple[Result, float]:
+    """Run a command and send a signal after a while; return its result and how long it went on."""
+    sent: list[float] = []
+
+    def strike() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.SIG_IGN if delay_s < 0 else lambda *_: None)  # it may come after the end
+    timer = threading.Timer(delay_s, strike)
+    timer.start()
+    try:
+        result = run(*arguments)
+        return result, time.monotonic() - sent[0] if sent else 0.0
+    finally:
+        timer.cancel()
+        timer.join()
+        signal.signal(number, before)
+
+
+def strike_often(name: str, rounds: int, run: Run, arguments: Callable[[Path], list[object]], folder: Path) -> None:
+    started = time.monotonic()
+    assert run(*arguments(folder / "whole")).exit_code == 0
+    duration = time.monotonic() - started
+    rng = random.Random(name)
+    stopped = 0
+    for turn in range(rounds):
+        number = rng.choice([signal.SIGTERM, signal.SIGHUP])
+        delay = 0.9 * duration * (turn + rng.random()) / rounds
+        result, seconds = struck(run, arguments(folder / "again"), number, delay)
+        assert result.exit_code in (0, 128 + number), result.output
+        assert seconds < MOST_S
+        if result.exit_code:
+            stopped += 1
+            assert result.stderr.splitlines()[-1] == f"error: stopped by {number.name}; what was finished is kept"
+    assert run(*arguments(folder / "again")).exit_code == 0
+    assert stopped or rounds < MANY
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "GRACE_S", 60.0)  # the hard end would be that of the tests
+
+
+@pytest.mark.parametrize("name", ["tile", "extract in processes", "train", "heatmap"])
+def test_a_signal_ends_a_command(
+    run: Run, cohort: Path, job: Path, features: Path, model: Path, tmp_path: Path, name: str
+) -> None:
+    strike_often(name, FEW, run, commands(cohort, job, features, model)[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_signals_at_any_time_end_a_command(
+    run: Run, cohort: Path, job: Path, features: Path, model: Path, tmp_path: Path, name: str
+) -> None:
+    strike_often(name, MANY, run, commands(cohort, job, features, model)[name], tmp_path)
