@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from eosin import __version__
-from eosin.errors import ConfigError, EosinError, OutputError, WorkerError
+from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, WorkerError
 from eosin.files import locked, write_json
 from eosin.processes import Child, require_running, wait_for
 
@@ -132,6 +132,8 @@ def run_batch(
     ------
     OutputError
         When the disk, a permission or the device stops the run; finished slides stay finished.
+    MissingPackageError
+        When the work needs a package that is not installed.
     ConfigError
         When two items share a slide id or the shard is impossible.
     """
@@ -184,8 +186,10 @@ def _attempt(work: Callable[[T], Outcome], slide_id: str, item: T, stage: str) -
 
     try:
         outcome = work(item)
-    except OutputError:
+    except (OutputError, MissingPackageError):
         raise
+    except ImportError as error:  # it would fail every slide alike
+        raise MissingPackageError(error) from error
     except EosinError as error:
         return failed(error.code, error.message)
     except MemoryError:
@@ -246,7 +250,7 @@ def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], Outcome], s
         slide_id, item = connection.recv()
         try:
             connection.send(_attempt(work, slide_id, item, stage))
-        except OutputError as error:
+        except (OutputError, MissingPackageError) as error:
             connection.send(error)
 
 

@@ -14,6 +14,7 @@ EosinError                      code        what it is
 ├── LabelError                  labels      table of labels or splits; also ValueError
 │   └── TableError              table       a file that cannot be read as a table, whatever it states; also ConfigError
 ├── WorkerError                 crashed     a child process died or gave no answer in time; also RuntimeError
+├── MissingPackageError         package     a package that not every user needs is not installed; also ImportError
 ├── KernelUnavailableError      kernel      a forced kernel backend cannot run here; also RuntimeError
 └── OutputError                 output      disk, permission or device stopped the run; also OSError
 ```
@@ -34,19 +35,10 @@ EXTRAS = {  # a package that not every user needs -> the extra of eosin that ins
     "matplotlib": "report",
     "openpyxl": "tables",
     "pyarrow": "tables",
-    "sklearn": "report",
     "tensorboard": "tensorboard",
     "timm": "encoders",
     "transformers": "hf",
 }
-
-
-def missing_package(name: str) -> str:
-    """Return one line that says how to install a package that is not there."""
-    extra = EXTRAS.get(name.split(".")[0])
-    return f"the package {name} is not installed; " + (
-        f"pip install 'eosin[{extra}]'" if extra else "install eosin again"
-    )
 
 
 class EosinError(Exception):
@@ -177,6 +169,23 @@ class WorkerError(EosinError, RuntimeError):
     """A child process died (code ``crashed``), or gave no answer in time (code ``timeout``)."""
 
     default_code = "crashed"
+
+
+class MissingPackageError(EosinError, ImportError):
+    """A package that not every user needs is not installed.
+
+    Parameters
+    ----------
+    cause : ImportError
+        What Python, or a library that wants the package, says.
+    """
+
+    default_code = "package"
+
+    def __init__(self, cause: ImportError) -> None:
+        name = (cause.name or "").split(".")[0] or next((name for name in EXTRAS if name in str(cause)), "")
+        hint = f"the package {name} is not installed; " if name else f"{cause}; "
+        super().__init__(hint + (f"pip install 'eosin[{EXTRAS[name]}]'" if name in EXTRAS else "install eosin again"))
 
 
 class KernelUnavailableError(EosinError, RuntimeError):

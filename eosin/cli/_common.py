@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from eosin.devices import limit_threads
-from eosin.errors import ConfigError, EosinError, OutputError, UnknownNameError
+from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, UnknownNameError
 from eosin.processes import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -198,7 +198,9 @@ def _reported(*, verbose: bool) -> Iterator[None]:
 
 def _ending(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit code of an error: the one place where this is decided."""
-    if isinstance(error, OutputError):
+    if isinstance(error, ImportError) and not isinstance(error, EosinError):
+        error = MissingPackageError(error)
+    if isinstance(error, OutputError | MissingPackageError):
         return error.message, ENVIRONMENT
     if isinstance(error, EosinError):
         return error.message, USAGE

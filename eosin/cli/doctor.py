@@ -12,12 +12,13 @@ import typer
 
 from eosin.cli._common import Done, command, console
 from eosin.devices import count_cores
-from eosin.errors import OutputError
+from eosin.errors import EXTRAS, OutputError
 
 PACKAGES = (
-    "eosin", "torch", "triton", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "h5py",
-    "scikit-image", "scikit-learn", "safetensors",
+    "eosin", "torch", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "h5py", "scikit-learn",
+    "safetensors",
 )  # fmt: skip
+OPTIONAL = ("triton", *EXTRAS)  # triton exists for Linux only; plain torch takes over elsewhere
 GOLDEN_SIZE_PX = 1024
 GOLDEN_MPP = 0.5
 
@@ -48,20 +49,20 @@ def doctor(
 def _checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", platform.python_version
     for package in PACKAGES:
-        yield package, partial(_version_of, package)
+        yield package, partial(version, package)
+    for package in OPTIONAL:
+        yield package, partial(_version_if_there, package)
     yield "devices", _devices
     yield "slide reader", _read_golden_slide
     for folder in [Path.cwd(), Path(tempfile.gettempdir()), *folders]:
         yield f"write to {folder}", partial(_write_to, folder)
 
 
-def _version_of(package: str) -> str:
+def _version_if_there(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        if package == "triton":  # exists for Linux only; plain torch takes over elsewhere
-            return "not installed"
-        raise
+        return "not installed" + (f"; pip install 'eosin\\[{EXTRAS[package]}]'" if package in EXTRAS else "")
 
 
 def _devices() -> str:

@@ -27,6 +27,7 @@ def encoders(
 
 
 def _list(specs: "list[EncoderSpec]") -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("name", "width", "input", "norm", "tiles", "pooling", "weights", "licence", "access", "note")
@@ -34,7 +35,7 @@ def _list(specs: "list[EncoderSpec]") -> None:
         access = "on request" if spec.gated else "free"
         source = f"{spec.source}@{spec.revision[:8]}" if spec.revision else spec.source
         facts = (str(spec.dim), _input(spec), spec.statistics, _tiles(spec), spec.pooling)
-        table.add_row(spec.name, *facts, source, spec.licence, access, spec.note)
+        table.add_row(spec.name, *facts, source, spec.licence, access, escape(spec.note))
     console().print(table)
 
 

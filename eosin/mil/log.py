@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eosin.errors import missing_package
+from eosin.errors import MissingPackageError
 from eosin.files import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ def write_events(folder: Path, history: Sequence[Line], times: Sequence[float]) 
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError:
-        logger.info("no TensorBoard log is written: %s", missing_package("tensorboard"))
+    except ImportError as error:
+        logger.info("no TensorBoard log is written: %s", MissingPackageError(error))
         return
     buffer = io.BytesIO()
     records = RecordWriter(buffer)

@@ -88,9 +88,8 @@ def test_how_much_an_ensemble_varies_is_said_of_the_patients_answer(models, fold
     spread = np.std([float(row["prob_c1"]) for row in each], ddof=1)
     assert float(patients["three"]["uncertainty"]) == pytest.approx(spread)
     assert each[0]["uncertainty"] == ""
-    assert float(patients["three"]["uncertainty"]) <= np.mean(
-        [float(slides[name]["uncertainty"]) for name in ("s001", "s002", "s003")]
-    )
+    of_slides = np.mean([float(slides[name]["uncertainty"]) for name in ("s001", "s002", "s003")])
+    assert float(patients["three"]["uncertainty"]) < of_slides * 1.0001  # equal up to rounding where slides agree
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])

@@ -301,29 +301,42 @@ def test_threshold_and_temperature_are_chosen_on_validation_bags(toy):
         fit(quick(select="last", threshold=True), toy.task, train)
 
 
-def test_a_refit_trains_on_both_parts_for_the_chosen_number_of_passes(toy):
+def test_a_refit_trains_on_both_parts_for_the_chosen_number_of_passes(toy, monkeypatch):
+    monkeypatch.setattr(loop.TrainingRun, "_value", lambda _, epoch: (-abs(epoch["epoch"] - 2),))  # the second is best
     train, val = toy.parts()
     recipe = quick(refit=True)
     plain, refitted = (fit(r, toy.task, train, val) for r in (quick(), recipe))
-    best = plain.card.training["best_epoch"]
-    assert refitted.card.training["best_epoch"] == best
+    assert [plain.card.training[name] for name in ("best_epoch", "epochs")] == [2, QUICK.epochs]
+    assert refitted.card.training == plain.card.training
     assert refitted.history == plain.history
-    assert best == len(plain.history)  # then the refit is a plain training on both parts
-    alone = fit(quick(select="last"), toy.task, train.joined(val))
-    assert torch.equal(weights(alone), weights(refitted))
+    torch.manual_seed(QUICK.seed)
+    both = loop.TrainingRun(quick(select="last"), toy.task, train.joined(val), None, loop.Place("cpu", "fp32", 0))
+    for _ in range(2):
+        both.one_pass()
+    assert torch.equal(weights(both.result()), weights(refitted))
     assert not torch.equal(weights(plain), weights(refitted))
+    both.one_pass()
+    assert not torch.equal(weights(both.result()), weights(refitted))
     assert torch.equal(weights(refitted), weights(fit(recipe, toy.task, train, val)))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_parameters_that_ask_for_it_are_not_decayed(optimizer):
-    kept, decayed = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam", "sgd"])
+def test_parameters_that_ask_for_it_learn_but_are_not_decayed(optimizer):
+    kept, decayed, plain = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     kept.no_weight_decay = True
-    stepper = make_optimizer(Training(optimizer=optimizer, lr=0.1, weight_decay=0.5), [kept, decayed])
-    (kept.sum() * 0 + decayed.sum() * 0).backward()
-    stepper.step()
-    assert torch.equal(kept, torch.ones(2))
-    assert (decayed < 1).all()
+    options = Training(optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    steppers = [
+        make_optimizer(options, [kept, decayed]),
+        make_optimizer(options.model_copy(update={"weight_decay": 0.0}), [plain]),
+    ]
+    for _ in range(3):
+        (kept * 3 + decayed * 3 + plain * 3).sum().backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+    assert torch.equal(kept, plain), "as a parameter of an optimizer without decay"
+    assert (kept < 1).all()
+    assert not torch.equal(kept, decayed)
 
 
 def test_every_pass_is_a_line_for_tensorboard(toy, tmp_path):

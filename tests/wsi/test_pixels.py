@@ -68,15 +68,12 @@ def test_between_levels_a_ramp_keeps_its_place(ratio):
     assert np.abs(found[2, :, 0] - centres * 0.25).max() < 1.3
 
 
-@pytest.mark.parametrize("ratio", [1.37, 2.0, 3.0, 2.51])
+@pytest.mark.parametrize("ratio", [1 / 1.1, 1.37, 2.0, 3.0, 2.51])
 def test_pixels_do_not_depend_on_how_the_region_is_cut(noise, ratio):
-    whole = read_scaled(reader(noise), [1.0], (0, 0), (200, 100), ratio)
-    step = round(100 * ratio) / ratio
-    right = read_scaled(reader(noise), [1.0], (round(100 * ratio), 0), (100, 100), ratio)
-    difference = np.abs(whole[:, 100:].astype(int) - right)
-    assert step == pytest.approx(100, abs=0.4)
-    assert difference.max() <= (0 if ratio in (2.0, 3.0) else 60)  # corners are rounded to whole level-0 pixels
-    assert difference.mean() < 8
+    whole = read_scaled(reader(noise), [1.0], (20, 30), (200, 100), ratio)
+    right = read_scaled(reader(noise), [1.0], (20 + 100 * ratio, 30 + 40 * ratio), (100, 60), ratio)
+    difference = np.abs(whole[40:, 100:].astype(int) - right)
+    assert difference.max() <= (0 if ratio in (2.0, 3.0) else 1)  # Pillow rounds the filter's weights anew for each cut
 
 
 @pytest.mark.parametrize("ratio", [2.0, 2.51])
