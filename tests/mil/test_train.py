@@ -306,8 +306,8 @@ def test_a_refit_trains_on_both_parts_for_the_chosen_number_of_passes(toy, monke
     train, val = toy.parts()
     recipe = quick(refit=True)
     plain, refitted = (fit(r, toy.task, train, val) for r in (quick(), recipe))
-    assert [plain.card.training[name] for name in ("best_epoch", "epochs")] == [2, QUICK.epochs]
-    assert refitted.card.training == plain.card.training
+    for fitted in (plain, refitted):
+        assert [fitted.card.training[name] for name in ("best_epoch", "epochs")] == [2, QUICK.epochs]
     assert refitted.history == plain.history
     torch.manual_seed(QUICK.seed)
     both = loop.TrainingRun(quick(select="last"), toy.task, train.joined(val), None, loop.Place("cpu", "fp32", 0))
