@@ -5,7 +5,6 @@ scaled decodings act as further levels. Against decode-then-average they differ 
 mean on real slides (docs/slides.md, measured by a test); they are exact in position.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.devices import count_cores
 from eosin.errors import CorruptSlideError, SlideError
 from eosin.wsi.cache import SegmentCache
 from eosin.wsi.inventory import Picture
@@ -253,7 +253,7 @@ def _in_threads(paste: Callable[[tuple[int, int]], None], places: Sequence[tuple
         for place in run:
             paste(place)
 
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="segments") as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, count_cores()), thread_name_prefix="segments") as pool:
         try:
             for _ in pool.map(paste_run, runs):
                 pass
