@@ -5,6 +5,7 @@ Every function checks its arguments and picks an implementation per call: the pl
 memory-bounded torch path, or Triton on a GPU. `use_backend` or the variable ``EOSIN_KERNELS`` forces one.
 """
 
+from eosin.kernels._checks import bag_offsets
 from eosin.kernels._dispatch import choose, use_backend
 from eosin.kernels.causal_conv import causal_conv
 from eosin.kernels.embedding import embed_instances
@@ -30,6 +31,7 @@ __all__ = [
     "ScanOrder",
     "attention_pool",
     "bag_index",
+    "bag_offsets",
     "causal_conv",
     "choose",
     "embed_instances",

@@ -1,13 +1,13 @@
 """Checks of kernel arguments: every refusal names the argument, what was expected and what was given."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# GPU packs only: reading offsets back stalls the device, so each tensor is read once per in-place version.
+# GPU packs only: reading offsets back stalls the device, so each tensor is read at most once per in-place version.
 _host_offsets = WeakTensorKeyDictionary()
 
 
@@ -114,20 +114,45 @@ def check_offsets(cu_seqlens: Tensor, n_rows: int, like: Tensor) -> None:
 
 
 def host_offsets(cu_seqlens: Tensor) -> list[int]:
-    """Return the offsets as Python integers; a GPU tensor is read back once, not once per call."""
-    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():
+    """Return the offsets as Python integers; a GPU tensor is read back once, or never if `bag_offsets` made it."""
+    if not cu_seqlens.is_cuda:
         return _read(cu_seqlens)
     cached = _host_offsets.get(cu_seqlens)  # type: ignore[no-untyped-call]
-    if cached is None or cached[0] != cu_seqlens._version:
-        cached = (cu_seqlens._version, _read(cu_seqlens))
+    if cached is None or cached[0] != _version(cu_seqlens):
+        cached = (_version(cu_seqlens), _read(cu_seqlens))
         _host_offsets[cu_seqlens] = cached
     offsets: list[int] = cached[1]
     return offsets
 
 
+def bag_offsets(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    """Return the offsets of bags on a device, without a kernel ever having to read them back from there.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Instances of each bag.
+    device : torch.device or str
+
+    Returns
+    -------
+    (B+1,) int32
+        0 and the ends of the bags.
+    """
+    offsets = [0, *accumulate(lengths)]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+    if cu_seqlens.is_cuda:
+        _host_offsets[cu_seqlens] = (_version(cu_seqlens), offsets)
+    return cu_seqlens
+
+
 def host_lengths(cu_seqlens: Tensor) -> list[int]:
     """Return the number of instances of each bag as Python integers."""
     return [after - before for before, after in pairwise(host_offsets(cu_seqlens))]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # made in inference mode, it counts no changes
 
 
 def _read(cu_seqlens: Tensor) -> list[int]:

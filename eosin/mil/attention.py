@@ -98,7 +98,7 @@ def bag_product(values: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tenso
     if len(lengths) == 1:
         return values @ tokens[0].T
     products = [
-        (blocks.gather(values) @ tokens[blocks.bag].mT)[blocks.filled]
+        blocks.taken(blocks.gather(values) @ tokens[blocks.bag].mT)
         for blocks in _blocks(lengths, 1, values.device, limit=None)
     ]
     return torch.cat(products) if products else values.new_zeros(0, tokens.shape[1])
@@ -232,9 +232,16 @@ class _Blocks:
             return packed[self.start : self.stop].view(*self.rows.shape, *packed.shape[1:])
         return packed[self.rows]
 
+    def taken(self, blocks: Tensor) -> Tensor:
+        """Return the filled places of (c, R, ...) as packed rows; their number is known, so no device is asked."""
+        flat = blocks.flatten(0, 1)
+        if self.full:
+            return flat
+        return flat[torch.nonzero_static(self.filled.flatten(), size=self.stop - self.start)[:, 0]]
+
     def scatter(self, blocks: Tensor, packed: Tensor) -> None:
         """Write the filled places of (c, R, ...) to their rows."""
-        packed[self.start : self.stop] = blocks.flatten(0, 1) if self.full else blocks[self.filled]
+        packed[self.start : self.stop] = self.taken(blocks)
 
     def hide(self, scores: Tensor) -> Tensor:
         """Return scores of each place (c, H, m, R), -inf where it is not filled."""

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from eosin.kernels import bag_offsets
 from eosin.kernels.memory import new_tensor
 
 
@@ -64,8 +65,7 @@ class PackedBags:
 
     @classmethod
     def _of(cls, values: Tensor, lengths: tuple[int, ...], *, coords_px0: Tensor | None, ids: tuple[str, ...]) -> Self:
-        ends = torch.tensor((0, *lengths)).cumsum(0).to(values.device, torch.int32, non_blocking=True)
-        return cls(values, ends, lengths, coords_px0, ids)
+        return cls(values, bag_offsets(lengths, values.device), lengths, coords_px0, ids)
 
     @property
     def n_bags(self) -> int:
@@ -127,7 +127,7 @@ class PackedBags:
         return replace(
             self,
             values=self.values.to(device, dtype, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            cu_seqlens=bag_offsets(self.lengths, device),
             coords_px0=None if self.coords_px0 is None else self.coords_px0.to(device, non_blocking=True),
         )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eosin.kernels import ScanOrder, causal_conv
+from eosin.kernels import ScanOrder, bag_offsets, causal_conv
 from eosin.mil import attention
 from eosin.mil.attention import bag_attention, instance_attention, mixed_weights, normed_linear, recomputed
 from eosin.mil.rollout import by_head, gather_row, project_third
@@ -69,7 +69,7 @@ class TokenBags:
         return cls(
             lengths=tuple(lengths),
             first=starts(count).to(device, non_blocking=True),
-            offsets=_offsets(count).to(device),
+            offsets=bag_offsets(lengths, device),
             trailed=_trailed(count, device),
             zeros=zeros.float().to(device, non_blocking=True),
             counts=counts.float().to(device, non_blocking=True),
@@ -98,17 +98,14 @@ def starts(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    return functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-
-
 def _trailed(lengths: Tensor, device: torch.device) -> ScanOrder:
     """Return bags of these lengths with half the taps as rows of zeros behind each."""
     longer = lengths + TAPS // 2
     bag = torch.repeat_interleave(torch.arange(len(lengths)), longer)
     place = torch.arange(len(bag)) - starts(longer)[bag]
     source = torch.where(place < lengths[bag], starts(lengths)[bag] + place, -1)
-    return ScanOrder(source.to(device), torch.nonzero(source >= 0)[:, 0].to(device), _offsets(longer).to(device))
+    real = torch.nonzero(source >= 0)[:, 0]
+    return ScanOrder(source.to(device), real.to(device), bag_offsets(longer.tolist(), device))
 
 
 class NystromLayer(nn.Module):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eosin.kernels._checks import check_offsets, host_lengths
+from eosin.kernels._checks import bag_offsets, check_offsets, host_lengths, host_offsets
 
 
 class ScanOrder(NamedTuple):
@@ -69,11 +69,10 @@ def _packed(sources: list[Tensor], cu_seqlens: Tensor) -> ScanOrder:
     packed = torch.cat(shifted)
     place = torch.empty(begin, dtype=torch.int64)
     place[packed[packed >= 0]] = torch.nonzero(packed >= 0)[:, 0]
-    ends = torch.tensor([0, *(len(source) for source in sources)]).cumsum(0)
-    return ScanOrder(packed.to(device), place.to(device), ends.to(device=device, dtype=torch.int32))
+    packed, place = (rows.to(device, non_blocking=True) for rows in (packed, place))
+    return ScanOrder(packed, place, bag_offsets([len(source) for source in sources], device))
 
 
 def _checked_lengths(cu_seqlens: Tensor) -> list[int]:
-    n_rows = int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
-    check_offsets(cu_seqlens, n_rows, cu_seqlens)
+    check_offsets(cu_seqlens, host_offsets(cu_seqlens)[-1] if cu_seqlens.numel() else 0, cu_seqlens)
     return host_lengths(cu_seqlens)

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_max, segment_softmax, segment_topk_mask
+from eosin.kernels import bag_offsets, segment_max, segment_softmax, segment_topk_mask
 from eosin.mil.attention import bag_attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, Dropout, NotNegative, Positive, Share
@@ -511,8 +511,8 @@ class GlobalRecycle(nn.Module):
         source = rows.to(embedded.device)
         source[rows_where(~is_token.to(embedded.device), sum(keep))] = rows_where(kept, sum(keep))
         values = torch.cat([embedded, tokens.flatten(0, 1).to(embedded.dtype)])[source]
-        ends = functional.pad(lengths.cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(values, ends, tuple(lengths.tolist()), None, bags.ids)
+        longer = tuple(lengths.tolist())
+        return PackedBags(values, bag_offsets(longer, values.device), longer, None, bags.ids)
 
     def given(self, kept: int) -> int:
         """Return how many tokens stand beside so many kept instances."""

@@ -47,7 +47,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.errors import ConfigError
-from eosin.kernels import segment_softmax
+from eosin.kernels import bag_offsets, segment_softmax
 from eosin.mil import attention
 from eosin.mil.attention import recomputed
 from eosin.mil.bags import PackedBags
@@ -192,9 +192,8 @@ def _taken(bags: PackedBags, rank: Tensor, counts: Sequence[int], first: Tensor)
     low, high = first.to(rank.device), (first + count).to(rank.device)
     bag = bags.bag_index()
     rows = torch.nonzero_static((rank >= low[bag]) & (rank < high[bag]), size=sum(counts))[:, 0]
-    ends = functional.pad(count.cumsum(0), (1, 0)).to(bags.cu_seqlens)
     coords_px0 = None if bags.coords_px0 is None else bags.coords_px0[rows]
-    return PackedBags(bags.values[rows], ends, tuple(counts), coords_px0, bags.ids)
+    return PackedBags(bags.values[rows], bag_offsets(counts, rank.device), tuple(counts), coords_px0, bags.ids)
 
 
 def next_fit(lengths: Sequence[int], limit: int) -> list[int]:
@@ -214,8 +213,7 @@ def merged(bags: PackedBags, pack_of: Sequence[int]) -> PackedBags:
     lengths = [0] * (pack_of[-1] + 1)
     for number, length in zip(pack_of, bags.lengths, strict=True):
         lengths[number] += length
-    ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(bags.cu_seqlens)
-    return PackedBags(bags.values, ends, tuple(lengths), bags.coords_px0)
+    return PackedBags(bags.values, bag_offsets(lengths, bags.values.device), tuple(lengths), bags.coords_px0)
 
 
 @AGGREGATORS.register("downsampled")
@@ -292,8 +290,7 @@ class Downsampled(Wrapper):
             whole = self._in_pieces(self._hidden, bags.values[plain], weights[plain])
             values = torch.cat([values, whole])[_back_in_order(group, after).to(values.device)]
         lengths = tuple(after.tolist())
-        ends = functional.pad(after.cumsum(0), (1, 0)).to(bags.cu_seqlens)
-        return PackedBags(values, ends, lengths, None, bags.ids)
+        return PackedBags(values, bag_offsets(lengths, values.device), lengths, None, bags.ids)
 
     def _pooled(self, bags: PackedBags, weights: Tensor, slots: Tensor) -> Tensor:
         """Return one row per group of slots, (G, r) -> (G, D); features are put in order, which needs no gradient."""
