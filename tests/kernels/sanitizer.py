@@ -1,7 +1,7 @@
-"""Triton's interpreter made as unkind as a GPU: programs in any order, memory that holds anything, and every address watched.
+"""Triton's interpreter made as unkind as a GPU: any order of programs, dirty memory, and every address watched.
 
-A GPU runs the programs of a kernel in no order, gives memory with whatever was in it, lets one program read what another
-is still to write, and rounds what its tensor cores multiply. The interpreter does none of this by itself.
+A GPU runs the programs of a kernel in no order, gives memory with whatever was in it, lets one program read what
+another is still to write, and rounds what its tensor cores multiply. The interpreter does none of this by itself.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 BUILDER = interpreter.interpreter_builder
-DIRTY = 1e30  # a number that spoils what it is added to, but not what it is masked from
+ROUNDED = {torch.bfloat16: 8, torch.float16: 11, "tf32": 11}  # bits of the significand
 
 
 class Launches:
@@ -48,16 +48,14 @@ class Launches:
 
     def end(self) -> None:
         """Compare what the programs of a launch touched: none may write where another reads or writes."""
-        owner, by = gathered(self.written)
-        keys = np.unique(np.stack([owner, by]), axis=1)
-        addresses, counts = np.unique(keys[0], return_counts=True)
-        if (counts > 1).any():
-            self.faults.append("two programs write the same place")
+        written, writer = gathered(self.written)
         read, reader = gathered(self.read)
-        place = np.searchsorted(addresses, read)
-        known = (place < len(addresses)) & (addresses[place.clip(max=max(len(addresses) - 1, 0))] == read) if len(addresses) else read < 0
-        writer = dict(zip(keys[0].tolist(), keys[1].tolist(), strict=True))
-        if any(writer[address] != program for address, program in zip(read[known].tolist(), reader[known].tolist(), strict=True)):
+        if len(np.unique(np.stack([written, writer]), axis=1)[0]) > len(np.unique(written)):
+            self.faults.append("two programs write the same place")
+        order = np.argsort(written, kind="stable")
+        written, writer = written[order], writer[order]
+        place = np.searchsorted(written, read).clip(max=max(len(written) - 1, 0))
+        if len(written) and ((written[place] == read) & (writer[place] != reader)).any():
             self.faults.append("a program reads what another writes")
 
 
@@ -69,7 +67,7 @@ def gathered(touched: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndar
 
 @contextmanager
 def unkind(monkeypatch, seed: int = 0) -> Iterator[Launches]:
-    """Run kernels in random order, on memory full of NaN, with every address watched."""
+    """Run kernels in random order, on memory full of NaN, with every address watched; what a mask keeps out is NaN."""
     launches = Launches(seed)
     set_idx, set_dim = BUILDER.set_grid_idx, BUILDER.set_grid_dim
     load, store = BUILDER.create_masked_load, BUILDER.create_masked_store
@@ -83,9 +81,12 @@ def unkind(monkeypatch, seed: int = 0) -> Iterator[Launches]:
         launches.grid(sizes)
         set_dim(*sizes)
 
-    def watched_load(pointers, mask, *rest):
+    def watched_load(pointers, mask, other, *rest):
         launches.touch(pointers.data, mask.data, writes=False)
-        return load(pointers, mask, *rest)
+        found = load(pointers, mask, other, *rest)
+        if other is None and np.issubdtype(found.data.dtype, np.floating):
+            found.data[~mask.data.astype(bool)] = np.nan
+        return found
 
     def watched_store(pointers, value, mask, *rest):
         launches.touch(pointers.data, mask.data, writes=True)
@@ -108,9 +109,29 @@ def unkind(monkeypatch, seed: int = 0) -> Iterator[Launches]:
         patch.setattr(BUILDER, "create_masked_store", watched_store, raising=False)
         patch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
         patch.setattr(interpreter.GridExecutor, "__call__", launched)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # fills memory that is not set with NaN
+        # fills memory that is not set with NaN; the public function imports a compiler for seconds
+        torch._C._set_deterministic_algorithms(True)
         try:
             yield launches
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch._C._set_deterministic_algorithms(False)
+
+
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return float32 numbers with so many bits of significand, rounded to the nearest and to even between two."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+
+
+@contextmanager
+def tensor_cores(monkeypatch, kind: torch.dtype | str) -> Iterator[None]:
+    """Round both factors of every product, as tensor cores do that read half precision or TF32; sums stay float32."""
+    bits, dot = ROUNDED[kind], BUILDER.create_dot
+
+    def product_of_rounded(a, b, d, *options):
+        left, right = (interpreter.TensorHandle(rounded(part.data, bits), part.dtype) for part in (a, b))
+        return dot(left, right, d, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BUILDER, "create_dot", product_of_rounded, raising=False)
+        yield
