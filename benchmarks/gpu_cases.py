@@ -59,8 +59,8 @@ def inference(run: Callable[[], object]) -> Work:
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function under `torch.compile`."""
-    return torch.compile(function, dynamic=False)
+    """Return the function under `torch.compile`, or itself where a rehearsal has no GPU to compile for."""
+    return torch.compile(function, dynamic=False) if DEVICE == "cuda" else function
 
 
 def without_one_pass(run: Work) -> Work:

@@ -75,20 +75,20 @@ def run(out: Path) -> None:
     print(out)
 
 
-def measure(case: GpuCase) -> list[GpuRow]:
-    """Return one row per variant; the first is what the others are compared with."""
+def measure(case: GpuCase, seconds: float = SECONDS_PER_VARIANT) -> list[GpuRow]:
+    """Return one row per variant, each timed for so long; the first is what the others are compared with."""
     rows, first = [], None
     for name, work in case.variants.items():
-        timing, note = _attempt(work)
+        timing, note = _attempt(work, seconds)
         if timing is not None and first is None:
             first = statistics.median(timing.cold)
         rows.append(_row(case, name, timing, first, note))
     return rows
 
 
-def _attempt(work: Work) -> tuple[Timing | None, str]:
+def _attempt(work: Work, seconds: float) -> tuple[Timing | None, str]:
     try:
-        return _timed(work), ""
+        return (_timed(work, seconds) if torch.cuda.is_available() else _rehearsed(work)), ""
     except Exception as error:  # noqa: BLE001 (one variant must not end the run)
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
     finally:
@@ -96,7 +96,15 @@ def _attempt(work: Work) -> tuple[Timing | None, str]:
         torch.cuda.empty_cache()
 
 
-def _timed(work: Work) -> Timing:
+def _rehearsed(work: Work) -> Timing:
+    """Run once on the CPU: whether it runs is all that is asked."""
+    begin = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    return Timing([seconds] * 2, [seconds], 0, seconds)
+
+
+def _timed(work: Work, seconds: float) -> Timing:
     torch.cuda.synchronize()
     before = time.monotonic()
     work()
@@ -106,7 +114,7 @@ def _timed(work: Work) -> Timing:
     held = torch.cuda.memory_allocated()
     once = _event_seconds(work)
     peak = torch.cuda.max_memory_allocated() - held
-    repetitions = max(3, min(MOST_REPETITIONS, int(SECONDS_PER_VARIANT / max(once, 1e-6))))
+    repetitions = max(3, min(MOST_REPETITIONS, int(seconds / max(once, 1e-6))))
     for _ in range(min(WARM_UPS, repetitions)):
         work()
     flush = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
@@ -128,6 +136,7 @@ def _event_seconds(work: Work, before: Callable[[], object] = lambda: None) -> f
 def _row(case: GpuCase, name: str, timing: Timing | None, first: float | None, note: str) -> GpuRow:
     import triton
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "rehearsal on a CPU"
     seconds = statistics.median(timing.cold) if timing else None
     tenths = statistics.quantiles(timing.cold, n=10) if timing else None
     return GpuRow(
@@ -145,7 +154,7 @@ def _row(case: GpuCase, name: str, timing: Timing | None, first: float | None, n
         first_call_seconds=_rounded(timing.first_call, 1) if timing else None,
         repetitions=len(timing.cold) if timing else 0,
         note=note,
-        device=torch.cuda.get_device_name(),
+        device=device,
         torch=torch.__version__,
         triton=triton.__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
