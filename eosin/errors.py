@@ -24,7 +24,7 @@ A message says what was asked, what was found and what to do. ``code`` is the sh
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -135,13 +135,15 @@ class UnknownNameError(ConfigError, KeyError):
         The name that was asked for.
     known : iterable of str
         The names that exist; the nearest are suggested.
+    near : sequence of str
+        What was probably meant, where that is known better than by its letters.
     """
 
     default_code = "unknown"
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, near: Sequence[str] = ()) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         super().__init__(f"no {kind} named {name!r}; {hint}known: {', '.join(names) or 'none'}")
         self.name = name

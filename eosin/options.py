@@ -3,11 +3,12 @@
 Every group of options is a subclass of `Options` beside the code that it configures; unknown keys are errors.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,25 +76,143 @@ class Options(BaseModel, metaclass=_Checked):
 
 
 def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
-    faults = []
-    for fault in error.errors():
+    faults = error.errors()
+    for fault in faults:
         *parents, leaf = (str(part) for part in fault["loc"] or ("",))
         group = _group(cls, parents)
         if fault["type"] == "extra_forbidden" and group is not None:
-            return UnknownNameError(f"option in {'.'.join([source, *parents])}", leaf, group.model_fields)
-        where = ".".join([*parents, leaf])
-        faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}" if where else fault["msg"])
-    return ConfigError(f"{source}: {'; '.join(faults)}")
+            return unknown_option(".".join([source, *parents]), leaf, group.model_fields, elsewhere=option_paths(cls))
+    return ConfigError(f"{source}: {'; '.join(in_words(fault) for fault in faults)}")
+
+
+def unknown_option(group: str, name: str, known: Iterable[str], *, elsewhere: Iterable[str] = ()) -> UnknownNameError:
+    """Return the error of an option that does not exist, with the one that was probably meant.
+
+    Parameters
+    ----------
+    group : str
+        Where it was given: "recipe.training".
+    name : str
+    known : iterable of str
+        The options that the group has.
+    elsewhere : iterable of str
+        Options of all groups, with dots: one of the same name there is suggested, too.
+    """
+    meant = OTHER_TOOLS.get(name.lower().replace("-", "_"), name)
+    places = [path for path in elsewhere if path.split(".")[-1] == meant and path != meant]
+    near = [meant] if meant in known and meant != name else places
+    return UnknownNameError(f"option in {group}", name, known, near=near)
+
+
+OTHER_TOOLS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "l2": "weight_decay",
+    "reg": "weight_decay",
+    "n_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "opt": "optimizer",
+    "optim": "optimizer",
+    "scheduler": "schedule",
+    "batch_size": "bags_per_step",
+    "early_stopping": "patience",
+    "gradient_clip": "clip_norm",
+    "grad_clip": "clip_norm",
+    "random_seed": "seed",
+    "model": "aggregator",
+    "method": "aggregator",
+    "architecture": "aggregator",
+    "losses": "terms",
+    "loss_terms": "terms",
+    "kwargs": "options",
+    "params": "options",
+    "tile_size": "patch_size",
+    "tile_px": "patch_size",
+    "target_mpp": "mpp",
+    "resolution": "mpp",
+    "magnification": "mpp",
+    "step_size": "overlap",
+}
+"""What other tools call an option of ours."""
+
+
+def in_words(fault: Mapping[str, Any]) -> str:
+    """Return a fault that pydantic found as a sentence of ours: ``epochs: 'ten' is not a whole number``."""
+    where = ".".join(str(part) for part in fault["loc"])
+    value, limits = _quoted(fault.get("input")), fault.get("ctx", {})
+    kind = str(fault["type"])
+    if kind == "missing":
+        said = "is required"
+    elif kind == "literal_error":
+        said = f"{value} is not one of {limits['expected']}{_nearest(fault.get('input'), str(limits['expected']))}"
+    elif kind in _LIMITS:
+        word, limit = _LIMITS[kind]
+        said = f"{value} is out of range; it must be {word} {limits[limit]:g}"
+    elif kind.split("_")[0] in _KINDS:
+        said = f"{value} is not {_KINDS[kind.split('_')[0]]}"
+    else:
+        said = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said
+
+
+_LIMITS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a group of options, like {key: value}",
+    "model": "a group of options, like {key: value}",
+    "path": "a path",
+    "too": "a list of that length",
+}
+LONGEST_QUOTE = 60
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} ..."
+
+
+def _nearest(value: object, expected: str) -> str:
+    names = [name.strip("'") for name in expected.replace(" or ", ", ").split(", ")]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _group(cls: type[BaseModel], parents: Sequence[str]) -> type[BaseModel] | None:
     """Return the option group below `cls` that the names lead to; None where they leave plain groups."""
     for name in parents:
-        field = cls.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        below = _below(cls, name)
+        if below is None:
             return None
-        cls = field.annotation
+        cls = below
     return cls
+
+
+def _below(cls: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = cls.model_fields.get(name)
+    kind = None if field is None else field.annotation
+    kinds = [kind, *get_args(kind)]  # SecondStage has a `Recipe | None`
+    return next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def option_paths(cls: type[BaseModel], before: str = "") -> list[str]:
+    """Return the options of a group and of all groups below it, with dots."""
+    paths = []
+    for name in cls.model_fields:
+        below = _below(cls, name)
+        paths += [f"{before}{name}"] if below is None else option_paths(below, f"{before}{name}.")
+    return paths
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -206,6 +325,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
+        if isinstance(old, Mapping) and "name" in old and isinstance(value, str):
+            value = {"name": value}  # as `aggregator: abmil` is read
         same = (
             isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", "") in ("", old.get("name"))
         )

@@ -7,7 +7,7 @@ import typer
 
 from eosin.errors import ConfigError
 
-Slides = Annotated[list[Path], typer.Argument(metavar="SLIDES", help="Slides, and folders that are searched.")]
+Slides = Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")]
 Job = Annotated[Path, typer.Option(help="Job folder; holds the results of every slide.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one per slide.")]
@@ -112,10 +112,9 @@ Splits = Annotated[
 ]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 TrainPrecision = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Features = Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")]
 Model = Annotated[Path, typer.Option(help="Model folder.")]
-SlidesOption = Annotated[
-    list[Path] | None, typer.Option("--slides", help="Slide, or folder that is searched; repeatable.")
-]
+SlidesIfAny = Annotated[list[Path] | None, typer.Option(help="Slide, or folder that is searched; repeatable.")]
 
 MPP_AT_1X = 10.0
 

@@ -3,10 +3,10 @@
 Exit codes: 0 all done; 1 finished, but some slides failed; 2 usage or configuration; 3 the environment, or a fault of
 eosin's own, stopped the run; 128 + n stopped by signal n. `_ending` is the only place that decides.
 
-An option may be given several times over: the command-line flag wins over ``--set``, ``--set`` wins over the
-``--config`` file, and the file wins over the default.
+Where the value of an option comes from is decided by `eosin.cli._settings`.
 """
 
+import copy
 import functools
 import inspect
 import logging
@@ -17,38 +17,36 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
+from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
 from eosin.devices import limit_threads
-from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, UnknownNameError
+from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
 from eosin.processes import Stopped, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eosin.batch import Outcome, Report
-    from eosin.options import Options
 
-OptionsT = TypeVar("OptionsT", bound="Options")
 ItemT = TypeVar("ItemT")
 
-GROUPS = (
-    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.run.Pipeline`
-    "cohort", "pipeline",  # as `eosin.pipeline.demo.Demo`
-    "quality",  # as `eosin.wsi.quality.QualityLimits`
-    "questions",  # as `eosin.pipeline.question.Questions`
-    "selection", "second",  # as `eosin.pipeline.selection.Selection`, `eosin.pipeline.two_stage.SecondStage`
-)  # fmt: skip
 USAGE, ENVIRONMENT = 2, 3
 PIPE_WIDTH = 200
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with groups of options (tiling: {mpp: 1.0}).")
+STUDY_SUFFIXES = (".yaml", ".yml")
+
+StudyFile = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[STUDY.yaml]", help="File of options and paths that all commands share.", show_default=False
+    ),
 ]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="The same as STUDY.yaml.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option (tiling.mpp=1.0); repeatable.")
 ]
@@ -67,99 +65,123 @@ class Done:
     report: "Report | None" = None
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The merged ``--config`` file and ``--set`` assignments of one command: group of options -> plain values."""
-
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, config: Path | None, assignments: Sequence[str], groups: Sequence[str]) -> "Settings":
-        """Merge the file and the assignments.
-
-        The file may hold groups of other commands, so that one file serves a whole project; an assignment must name
-        one of `groups`, those of this command.
-
-        Raises
-        ------
-        ConfigError
-            If the file cannot be read, or a group is unknown.
-        """
-        from eosin.options import override, read_yaml
-
-        data = read_yaml(config) if config else {}
-        for group in data:
-            if group not in GROUPS:
-                raise UnknownNameError(f"group of options in {config}", str(group), GROUPS)
-        for assignment in assignments:
-            group = assignment.split("=")[0].split(".")[0].strip()
-            if group not in groups:
-                raise UnknownNameError(f"group of options for --set {assignment}", group, groups)
-        return cls(override(data, assignments))
-
-    def group(self, name: str, **flags: Any) -> dict[str, Any]:
-        """Return the options of one group, overridden by the flags that were given (are not None)."""
-        options = self.data.get(name) or {}
-        if not isinstance(options, Mapping):
-            raise ConfigError(f"group of options {name!r}: expected a mapping, found {options!r}")
-        return dict(options) | {key: value for key, value in flags.items() if value is not None}
-
-    def parse(self, name: str, kind: type[OptionsT], **flags: Any) -> OptionsT:
-        """Return one group as the library's checked options object."""
-        return kind.parse(self.group(name, **flags), source=name)
-
-    def choose(self, name: str, flag: Any, default: Any) -> Any:
-        """Return a plain option: the flag when it was given, else what file or ``--set`` say, else the default."""
-        return self.data.get(name, default) if flag is None else flag
-
-
-def command(*groups: str) -> Callable[[Callable[..., Done]], Callable[..., None]]:
+def command(
+    *groups: str,
+    rare: Sequence[str] = (),
+    of_job: Mapping[str, str] | None = None,
+    bare: str = "",
+) -> Callable[[Callable[..., Done]], Callable[..., None]]:
     """Make a command of a function: add the options that all share, print the results, end with the right exit code.
 
     Parameters
     ----------
     *groups : str
         Groups of options that this command reads. They arrive as the argument ``settings`` when the function has one.
+    rare : sequence of str
+        Parameters whose options work as all others do, but are only named at the end of the help.
+    of_job : mapping of str to str, optional
+        Options that a study file need not state, because they are paths below its job: {"out": "model"}.
+    bare : str
+        Parameter that takes the paths which stand without an option, as some commands of 0.1 had them.
     """
 
     def decorate(function: Callable[..., Done]) -> Callable[..., None]:
         signature = inspect.signature(function)
+        options = options_of(signature)
+        option_names.update(option.key for option in options)
+        known = {*groups, *(option.key for option in options)}
 
         @functools.wraps(function)
         def run(
             *,
+            context: typer.Context,
             config: Path | None,
             assignments: list[str] | None,
             plugins: list[str] | None,
             verbose: bool,
+            study: list[Path] | None = None,
             **arguments: Any,
         ) -> None:
             from eosin.plugins import add_plugin
 
             with _reported(verbose=verbose):
-                for name in plugins or ():
+                given = {name for name in arguments if _is_given(context, name)}
+                file, paths = _study_file(config, study or [])
+                if paths:
+                    given.add(bare)
+                    arguments |= _bare(bare, paths, options)
+                settings = Settings.read(file, assignments or [], known)
+                for name in [*settings.plugins, *(plugins or [])]:
                     add_plugin(name)
-                settings = Settings.read(config, assignments or [], groups)
+                arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
                 _finish(function(**arguments))
 
-        run.__signature__ = _with_shared_options(signature)  # type: ignore[attr-defined]
+        run.__signature__ = _with_shared_options(signature, options, rare)  # type: ignore[attr-defined]
+        run.__doc__ = f"{inspect.getdoc(function)}\n\n{_more(options, groups, rare)}"
         return run
 
     return decorate
 
 
-def _with_shared_options(signature: inspect.Signature) -> inspect.Signature:
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _study_file(config: Path | None, study: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+    """Return the study file, and the other paths that stand without an option."""
+    files = [path for path in study if path.suffix in STUDY_SUFFIXES]
+    others = [path for path in study if path.suffix not in STUDY_SUFFIXES]
+    if len(files) + (config is not None) > 1:
+        raise ConfigError(f"{', '.join(map(str, [*files, *([config] if config else [])]))}: one study file at a time")
+    return (files[0] if files else config), others
+
+
+def _bare(name: str, paths: list[Path], options: Sequence[Option]) -> dict[str, Any]:
+    """Return the argument that takes the paths which stand without an option."""
+    option = next((option for option in options if option.parameter == name), None)
+    if option is None:
+        raise ConfigError(f"{paths[0]}: a study file ends with .yaml, and everything else needs the name of its option")
+    if not option.is_list and len(paths) > 1:
+        raise ConfigError(f"{' '.join(map(str, paths))}: {option.flag} takes one path")
+    return {name: paths if option.is_list else paths[0]}
+
+
+def _with_shared_options(
+    signature: inspect.Signature, options: Sequence[Option], rare: Sequence[str]
+) -> inspect.Signature:
+    """Return the signature that typer reads: an option that must be there may be said by the study file, too."""
     own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    has_arguments = len(own) > len(options)
+    required = {option.parameter for option in options if option.required}
+    own = [one.replace(default=None) if one.name in required else one for one in own]
+    own = [_hidden(one) if one.name in rare else one for one in own]
     keyword = inspect.Parameter.KEYWORD_ONLY
     shared = [
+        inspect.Parameter("context", keyword, annotation=typer.Context),
+        *([] if has_arguments else [inspect.Parameter("study", keyword, default=None, annotation=StudyFile)]),
         inspect.Parameter("config", keyword, default=None, annotation=ConfigFile),
         inspect.Parameter("assignments", keyword, default=None, annotation=Assignments),
         inspect.Parameter("plugins", keyword, default=None, annotation=Plugins),
         inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
     ]
     return signature.replace(parameters=[*own, *shared])
+
+
+def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+    declared = copy.copy(declaration(parameter))
+    declared.hidden = True
+    return parameter.replace(annotation=Annotated[get_args(parameter.annotation)[0], declared])
+
+
+def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str]) -> str:
+    """Return what the help says of options that it does not list one by one."""
+    flags = [option.flag for option in options if option.parameter in rare]
+    lines = [f"Less often needed, as a flag or in the study file: {', '.join(flags)}."] if flags else []
+    lines += [f"Groups of options for --set and the study file: {', '.join(groups)}."] if groups else []
+    return "\n\n".join(lines)
 
 
 def _finish(done: Done) -> None:

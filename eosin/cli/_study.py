@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from eosin.cli._common import Settings, say
+from eosin.cli._common import say
+from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def recipe_of(name: str | None, settings: Settings, *, max_instances_per_step: i
     from eosin.mil.recipe import choose_recipe
     from eosin.options import merge
 
-    changes = settings.group("recipe")
+    stated, changes = settings.named("recipe")
     if max_instances_per_step is not None:
         changes = merge(changes, {"training": {"max_instances_per_step": max_instances_per_step}})
-    return choose_recipe(name, changes)
+    return choose_recipe(name or stated, changes)

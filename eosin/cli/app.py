@@ -27,6 +27,15 @@ from eosin.cli import (
     view,
 )
 
+OLD_SPELLINGS = {"slide": "slides", "donor-slide": "donor-slides"}
+
+
+def _spelled(name: str) -> str:
+    """Return an option's name as it is spelled now; TRIDENT and CLAM write --patch_size."""
+    name = name.replace("_", "-")
+    return OLD_SPELLINGS.get(name, name)
+
+
 app = typer.Typer(
     name="eosin",
     no_args_is_help=True,
@@ -34,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("_", "-"),  # --patch_size, as TRIDENT and CLAM spell it
+        "token_normalize_func": _spelled,
     },
 )
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Model, Out, SlideMpp, slide_mpp_source
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, command, progress
+from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from eosin.wsi.slide import SlideFile
 
 
-@command("questions")
+@command(
+    "questions",
+    rare=("region_class", "donor", "donor_slides", "donor_regions", "slide_mpp"),
+    of_job={"model": "model", "out": "counterfactuals"},
+)  # fmt: skip
 def counterfactual(
     *,
     model: Model,
     features: Annotated[Path, typer.Option(help="The slide's feature file; a folder asks a whole cohort.")],
-    slide: Annotated[
-        Path | None, typer.Option(help="The slide itself, for pictures; of a cohort, the folder that is searched.")
+    slides: Annotated[
+        list[Path] | None, typer.Option(help="The slides themselves, or their folder, for pictures; repeatable.")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Of a cohort: table of slides, patients and labels, for sensitivity and tests.")
@@ -43,7 +48,7 @@ def counterfactual(
     donor: Annotated[
         list[Path] | None, typer.Option(help="Feature file of a slide whose most attended tiles are added; repeatable.")
     ] = None,
-    donor_slide: Annotated[list[Path] | None, typer.Option(help="The donors' slides, in their order.")] = None,
+    donor_slides: Annotated[list[Path] | None, typer.Option(help="The donors' slides, in their order.")] = None,
     donor_regions: Annotated[
         list[Path] | None, typer.Option(help="GeoJSON of the donors, in their order: tiles in its areas are added.")
     ] = None,
@@ -57,9 +62,9 @@ def counterfactual(
     from eosin.pipeline.question import Questions
 
     questions = settings.parse("questions", Questions)
-    donors = _donors(donor or (), donor_slide or (), donor_regions or (), slide_mpp)
+    donors = _donors(donor or (), donor_slides or (), donor_regions or (), slide_mpp)
     formats, classes = format_.split(","), region_class or ()
-    found = None if slide is None else _slides(slide, slide_mpp)
+    found = _slides(slides, slide_mpp) if slides else None
     if features.is_dir():
         cohort = _cohort(features, labels, found or {}, regions)
         return _ask_cohort(model, cohort, out, class_name, classes, donors, questions, formats)
@@ -68,10 +73,10 @@ def counterfactual(
     return _ask_slide(model, features, out, found, class_name, regions, classes, donors, questions, formats)
 
 
-def _slides(path: Path, slide_mpp: str | None) -> "dict[str, SlideFile]":
+def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFile]":
     from eosin.wsi.slide import find_slides
 
-    return {file.slide_id: file for file in find_slides([path], slide_mpp=slide_mpp_source(slide_mpp))}
+    return {file.slide_id: file for file in find_slides(paths, slide_mpp=slide_mpp_source(slide_mpp))}
 
 
 def _donors(
@@ -79,10 +84,10 @@ def _donors(
 ) -> "list[DonorFile]":
     from eosin.pipeline.question import DonorFile
 
-    for name, given in (("--donor-slide", slides), ("--donor-regions", regions)):
+    for name, given in (("--donor-slides", slides), ("--donor-regions", regions)):
         if given and len(given) != len(features):
             raise ConfigError(f"{len(given)} {name} for {len(features)} --donor; give one for each, in their order")
-    opened = [next(iter(_slides(path, slide_mpp).values())) for path in slides]
+    opened = [next(iter(_slides([path], slide_mpp).values())) for path in slides]
     matched = itertools.zip_longest(features, opened, regions)
     return [DonorFile(path, slide, annotation) for path, slide, annotation in matched]
 
@@ -103,7 +108,7 @@ def _ask_slide(
     from eosin.pipeline.question import question_slide
 
     if found is not None and len(found) != 1:
-        raise ConfigError(f"--slide: {len(found)} slides for one feature file; pass the slide that it came from")
+        raise ConfigError(f"--slides: {len(found)} slides for one feature file; pass the slide that it came from")
     paths = question_slide(
         model,
         read_bag(features),

@@ -19,7 +19,8 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, command, progress
+from eosin.cli._settings import Settings
 from eosin.cli._study import CacheGb, MaxInstancesPerStep, SlideTable
 from eosin.errors import ConfigError
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
 
 
-@command("recipe", "task", "target", "folds")
+@command(
+    "recipe", "task", "target", "folds",
+    rare=("slide_table", "task", "group", "level", "missing", "sweep", "compare", "max_instances_per_step", "cache_gb",
+          "precision"),
+    of_job={"out": "crossval"},
+)  # fmt: skip
 def crossval(
     *,
     features: FeaturesFolder,
@@ -120,7 +126,7 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
 
     if sweep is None:
         return {}
-    if recipe is not None or settings.group("recipe"):
+    if recipe is not None or settings.data.get("recipe"):
         raise ConfigError("--sweep names its recipes itself; leave out --recipe and the group recipe")
     candidates = Sweep.parse(read_yaml(sweep), source=str(sweep)).candidates()
     for candidate in candidates.values():

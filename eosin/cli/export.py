@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from eosin.cli._arguments import Out
+from eosin.cli._arguments import FeaturesFolder, Out
 from eosin.cli._common import Done, apply_to_each, command
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     Layout = Literal["trident", "clam"]
 
 
-@command()
+@command(bare="features")
 def export(
-    features: Annotated[Path, typer.Argument(help="Feature file, or a folder of them.")],
     *,
+    features: FeaturesFolder,
     to: Annotated[str, typer.Option(help="Whose layout: trident or clam.")],
     out: Out,
 ) -> Done:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from eosin.features.encoders import Precision as PrecisionName
 
 
-@command()
+@command(rare=("precision", "compiled", "tiling", "slide_mpp", "shard"), bare="slides")
 def extract(
-    slides: Slides,
     *,
+    slides: Slides,
     job: Job,
     encoder: EncoderName,
     weights: Weights = None,

@@ -9,17 +9,20 @@ import typer
 
 from eosin.cli._arguments import (
     Device,
+    Features,
     Model,
     Out,
     Plane,
     Scene,
     SlideMpp,
+    Slides,
     Weights,
     Workers,
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, Settings, apply_to_each, command, progress
+from eosin.cli._common import Done, apply_to_each, command, progress
+from eosin.cli._settings import Settings
 from eosin.errors import SlideError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -31,14 +34,12 @@ if TYPE_CHECKING:
 DEFAULT_FORMATS = ("png", "geojson")
 
 
-@command("formats")
+@command("formats", rare=("slide_mpp", "weights", "workers"), of_job={"model": "model", "out": "heatmaps"})
 def heatmap(
     *,
     model: Model,
-    slide: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
-    features: Annotated[
-        Path | None, typer.Option(help="The slide's feature file, or the folder that it is in.")
-    ] = None,
+    features: Features = None,
+    slides: Slides,
     out: Out,
     format_: Annotated[
         str | None,
@@ -73,19 +74,19 @@ def heatmap(
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
     stem = map_name(loaded[0])
-    slides = find_slides(slide, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
+    found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
     if features is None:
         spec, machine = loaded[1].features, Machine(workers=workers, device=device, weights=weights)
         tiles, folder = TissueTiles.like(spec), JobFolder(job or out / "job")
-        encoded = encode_slides(slides, folder, tiles, spec.encoder, machine=machine, progress=progress)
+        encoded = encode_slides(found, folder, tiles, spec.encoder, machine=machine, progress=progress)
         files, before = encoded.files, encoded.report
-    elif features.suffix == ".h5" and len(slides) == 1:
-        files = {slides[0].slide_id: features}
+    elif features.suffix == ".h5" and len(found) == 1:
+        files = {found[0].slide_id: features}
     else:
-        files = {file.slide_id: features / f"{file.slide_id}.h5" for file in slides}
+        files = {file.slide_id: features / f"{file.slide_id}.h5" for file in found}
     broken = {record.slide_id for record in before.failed}
-    usable = [file for file in slides if file.slide_id not in broken]
+    usable = [file for file in found if file.slide_id not in broken]
     work = partial(_explain, loaded, files, out, formats, _chosen(maps))
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
     return Done(

@@ -20,7 +20,7 @@ def import_(
     *,
     out: Out,
     encoder: Annotated[str | None, typer.Option(help="Encoder that made the features, if the file is silent.")] = None,
-    slide: Annotated[Path | None, typer.Option(help="The slide, or a folder of slides, for mpp and size.")] = None,
+    slides: Annotated[Path | None, typer.Option(help="The slide, or a folder of slides, for mpp and size.")] = None,
     slide_mpp: Annotated[float | None, typer.Option(help="µm per level-0 pixel of the slides.")] = None,
     coords: Annotated[Path | None, typer.Option(help="Coordinates of features without places; or a folder.")] = None,
 ) -> Done:
@@ -31,7 +31,7 @@ def import_(
     from eosin.features.interop import ImportOptions, find_files
 
     options = ImportOptions.parse(
-        {"encoder": encoder, "slide": slide, "slide_mpp": slide_mpp, "coords": coords}, source="import"
+        {"encoder": encoder, "slide": slides, "slide_mpp": slide_mpp, "coords": coords}, source="import"
     )
     imported: list[Imported] = []
     report = apply_to_each(find_files(files), partial(_import, imported, out, options), key=str, stage="import")

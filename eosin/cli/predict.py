@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from eosin.cli._arguments import Device, SlideMpp, SlidesOption, Weights, Workers, slide_mpp_source
+from eosin.cli._arguments import Device, Features, SlideMpp, SlidesIfAny, Weights, Workers, slide_mpp_source
 from eosin.cli._common import Done, command, progress
 
 
-@command()
+@command(rare=("slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"})
 def predict(
     *,
     model: Annotated[list[Path], typer.Option(help="Model folder; several are averaged. Repeatable.")],
-    features: Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")] = None,
-    slides: SlidesOption = None,
+    features: Features = None,
+    slides: SlidesIfAny = None,
     out: Annotated[Path, typer.Option(help="Table of predictions (.csv or .parquet); a killed run continues.")],
     patients: Annotated[
         Path | None,

@@ -17,6 +17,7 @@ from eosin.cli._arguments import (
     Precision,
     RecipeName,
     SlideMpp,
+    Slides,
     Splits,
     Target,
     TaskKind,
@@ -24,16 +25,21 @@ from eosin.cli._arguments import (
     Workers,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, command, progress
+from eosin.cli._settings import Settings
 
 if TYPE_CHECKING:
     from eosin.features.encoders import Precision as PrecisionName
 
 
-@command("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
+@command(
+    "tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second",
+    rare=("task", "splits", "folds", "missing", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights", "batch_size",
+          "precision"),
+)  # fmt: skip
 def run(
     *,
-    slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
+    slides: Slides,
     labels: Labels,
     encoder: Annotated[str | None, typer.Option(help="Encoder by name.", show_default="he_texture")] = None,
     recipe: RecipeName = None,
@@ -54,7 +60,7 @@ def run(
     workers: Workers = 0,
     settings: Settings,
 ) -> Done:
-    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report.
+    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report; or `eosin run STUDY.yaml`.
 
     The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
@@ -72,7 +78,7 @@ def run(
     groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
     chosen = recipe_of(recipe, settings).model_dump(mode="json")
     groups["quality"] = settings.group("quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
-    two_stage = recipe == "two_stage" or "second" in settings.data
+    two_stage = "two_stage" in (recipe, settings.named("recipe")[0]) or "second" in settings.data
     if two_stage:
         groups["tiling"] = {"mpp": FIRST_TILING.mpp, **settings.group("tiling")}
     pipeline = Pipeline.parse({**groups, **options, "recipe": chosen}, source="run")

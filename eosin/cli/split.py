@@ -5,7 +5,8 @@ from typing import Annotated, cast
 import typer
 
 from eosin.cli._arguments import Group, Labels, Out, Target, TaskKind
-from eosin.cli._common import Done, Settings, command, say
+from eosin.cli._common import Done, command, say
+from eosin.cli._settings import Settings
 from eosin.cli._study import SlideTable
 
 NESTED = "nested"
@@ -16,7 +17,11 @@ KIND_HELP = (
 )
 
 
-@command("task", "target", "folds")
+@command(
+    "task", "target", "folds",
+    rare=("slide_table", "inner_folds", "val_fraction", "test_fraction"),
+    of_job={"out": "splits"},
+)  # fmt: skip
 def split(
     *,
     labels: Labels,

@@ -32,7 +32,8 @@ from eosin.cli._arguments import (
     slide_timeout,
     tile_mpp,
 )
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, command, progress
+from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ if TYPE_CHECKING:
 STAGES = "Two stages"
 
 
-@command("tiling", "tissue", "quality", "selection")
+@command(
+    "tiling", "tissue", "quality", "selection",
+    rare=("magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen", "max_fold", "from_",
+          "budget", "features", "allow_seen", "timeout", "shard"),
+    bare="slides",
+)  # fmt: skip
 def tile(
-    slides: Slides,
     *,
+    slides: Slides,
     job: Job,
     mpp: Mpp = None,
     magnification: Magnification = None,

@@ -20,7 +20,8 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, Settings, command, progress, say
+from eosin.cli._common import Done, command, progress, say
+from eosin.cli._settings import Settings
 from eosin.cli._study import CacheGb, DeviceCacheGb, MaxInstancesPerStep, SlideTable
 
 REPORT = "report.html"
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
     from eosin.mil.train import Fitted
 
 
-@command("recipe", "task", "target")
+@command(
+    "recipe", "task", "target",
+    rare=("slide_table", "task", "group", "level", "missing", "continue_from", "max_instances_per_step", "cache_gb",
+          "device_cache_gb", "precision"),
+    of_job={"out": "model"},
+)  # fmt: skip
 def train(
     *,
     features: FeaturesFolder,
@@ -107,10 +113,10 @@ def _recipe(
     from eosin.mil.recipe import Recipe
     from eosin.options import merge
 
-    if continue_from is None or name is not None:
+    if continue_from is None or name is not None or settings.named("recipe")[0] is not None:
         return recipe_of(name, settings, max_instances_per_step=max_instances_per_step)
     base = base_recipe(continue_from).model_dump(mode="json")
-    return Recipe.parse(merge(base, settings.group("recipe")), source="recipe")
+    return Recipe.parse(merge(base, settings.named("recipe")[1]), source="recipe")
 
 
 def _report(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
+from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, Slides, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.errors import ConfigError
 from eosin.processes import Stopped
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from eosin.viewer.catalogue import Catalogue
 
 
-@command()
+@command(rare=("slide_mpp",), of_job={"model": "model"})
 def view(
     *,
     model: Model,
     features: Annotated[list[Path], typer.Option(help="Feature file, or folder of them; repeatable.")],
-    slides: Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")],
+    slides: Slides,
     out: Annotated[Path | None, typer.Option(help="Folder for saved sessions; nothing is saved without it.")] = None,
     port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,

@@ -26,6 +26,12 @@ class Component(Options):
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        """Take ``aggregator: abmil`` for ``aggregator: {name: abmil}``."""
+        return {"name": data} if isinstance(data, str) else data
+
 
 class Term(Component):
     """A loss term and its weight in the objective."""

@@ -17,7 +17,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from eosin.batch import Record, Report
-from eosin.cli._common import Done, Settings, command, progress
+from eosin.cli._common import Done, command, progress
+from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError
 from eosin.options import Options, merge
 
@@ -130,7 +131,7 @@ def test_one_file_may_hold_the_groups_of_other_commands(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["--set", "tilling.mpp=1"], "did you mean tiling"),
-        (["--set", "recipe.training.lr=1"], "known: tiling"),
+        (["--set", "recipe.training.lr=1"], "known: mpp, tiling"),
         (["--set", "tiling.mp=1"], "did you mean mpp"),
         (["--set", "tiling.mpp"], "expected key=value"),
         (["--set", "tiling=3"], "expected a mapping"),
