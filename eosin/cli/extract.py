@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from eosin.features.encoders import Precision as PrecisionName
 
 
-@command(rare=("precision", "compiled", "tiling", "slide_mpp", "shard"), bare="slides")
+@command(rare=("precision", "compiled", "tiling", "slide_mpp", "scene", "plane", "shard"), bare="slides")
 def extract(
     *,
     slides: Slides,

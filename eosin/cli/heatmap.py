@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 DEFAULT_FORMATS = ("png", "geojson")
 
 
-@command("formats", rare=("slide_mpp", "weights", "workers"), of_job={"model": "model", "out": "heatmaps"})
+@command(
+    "formats", rare=("slide_mpp", "scene", "plane", "weights", "workers"), of_job={"model": "model", "out": "heatmaps"}
+)
 def heatmap(
     *,
     model: Model,

@@ -45,8 +45,8 @@ STAGES = "Two stages"
 
 @command(
     "tiling", "tissue", "quality", "selection",
-    rare=("magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen", "max_fold", "from_",
-          "budget", "features", "allow_seen", "timeout", "shard"),
+    rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen",
+          "max_fold", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
     bare="slides",
 )  # fmt: skip
 def tile(

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from eosin.viewer.catalogue import Catalogue
 
 
-@command(rare=("slide_mpp",), of_job={"model": "model"})
+@command(
+    rare=(
+        "slide_mpp",
+        "scene",
+        "plane",
+    ),
+    of_job={"model": "model"},
+)
 def view(
     *,
     model: Model,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import nn
 
 from eosin.errors import ConfigError, UnknownNameError
+from eosin.options import in_words, unknown_option
 from eosin.plugins import load_plugins
 
 METHODS = "eosin.mil.methods"
@@ -100,7 +101,7 @@ class ModuleRegistry(Registry[type[C]]):
         schema = _schema(cast(type, self[name]))
         unknown = [key for key in options if key not in schema.model_fields]
         if unknown:
-            raise UnknownNameError(f"option of {self.kind} {name}", unknown[0], schema.model_fields)
+            raise unknown_option(f"{self.kind} {name}", unknown[0], schema.model_fields)
         return _checked(schema, options, f"{self.kind} {name}")
 
     def build(self, name: str, *args: Any, options: Mapping[str, Any] | None = None) -> C:
@@ -113,8 +114,7 @@ def _checked(schema: type[BaseModel], options: Mapping[str, Any], what: str) -> 
     try:
         checked = schema.model_validate(dict(options))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"{what}: {faults}") from None
+        raise ConfigError(f"{what}: {'; '.join(map(in_words, error.errors()))}") from None
     return {key: getattr(checked, key) for key in schema.model_fields}
 
 

@@ -110,7 +110,7 @@ class SlideFacts:
             When nobody has said it.
         """
         if self.mpp is None:
-            message = "does not say the slide's µm/px; pass --slide-mpp X or --slide FILE"
+            message = "does not say the slide's µm/px; pass --slide-mpp X or --slides FILE"
             raise FeatureFileError(path, message, code="incomplete")
         return self.mpp
 
