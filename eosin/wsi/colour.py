@@ -10,10 +10,11 @@ from PIL import Image, ImageCms
 from eosin.errors import SlideError
 from eosin.wsi.slide import Fact, Slide
 
-NEUTRAL = 128.0  # of the chroma channels
-CAST_TOLERANCE = 14.0
-LEAST_CAST = 60.0
-CLIPPED = 235.0
+NEUTRAL = 128  # of the chroma channels
+CAST_TOLERANCE = 12
+LEAST_LIGHT = 180
+CLIPPED = 235
+LEAST_CAST = 0.05
 NO_CACHE = 0x0040  # cmsFLAGS_NOCACHE: threads share the transform
 
 
@@ -69,36 +70,37 @@ class ManagedSlide(Slide):
         self._slide.close()
 
 
-def check_glass(slide: Slide, glass: NDArray[np.floating]) -> None:
+def check_colours(slide: Slide, planes: NDArray[np.uint8]) -> None:
     """Refuse a slide whose glass has the colours of a wrong conversion.
 
     White that is stored as YCbCr and shown as RGB becomes (Y, 128, 128), salmon; white that is stored as RGB and taken
-    for YCbCr becomes magenta, with red and blue at their ends. Neither a lamp nor a stain makes glass look so.
+    for YCbCr becomes magenta, with red and blue at their ends. Neither a lamp nor a stain makes glass look so, but a
+    stain may look so; hence a slide that also has glass as it should be passes.
 
     Parameters
     ----------
     slide : Slide
         Named in the error.
-    glass : (3,) float
-        Its colour, as tissue finding measures it.
+    planes : (3, h, w) uint8
+        Red, green and blue of the slide, of all pixels or some.
 
     Raises
     ------
     SlideError
         Code ``false-colours``.
     """
-    red, green, blue = (float(value) for value in glass)
-    if red - green < LEAST_CAST:
-        return
-    if abs(green - NEUTRAL) <= CAST_TOLERANCE and abs(blue - NEUTRAL) <= CAST_TOLERANCE:
-        cause = "YCbCr pixels are stated to be RGB"
-    elif red >= CLIPPED and blue >= CLIPPED and green < NEUTRAL + 2 * CAST_TOLERANCE:
-        cause = "RGB pixels are stated to be YCbCr"
-    else:
-        return
-    seen = f"its glass is ({red:.0f}, {green:.0f}, {blue:.0f})"
-    message = f"{seen}, as if {cause}; correct the file's colour space, or convert it with the scanner's own software"
-    raise SlideError(slide.path, message, code="false-colours")
+    red, green, blue = planes.astype(np.int16)
+    neutral = [abs(channel - NEUTRAL) <= CAST_TOLERANCE for channel in (green, blue)]
+    casts = {
+        "YCbCr pixels are stated to be RGB": (red >= LEAST_LIGHT) & neutral[0] & neutral[1],
+        "RGB pixels are stated to be YCbCr": (red >= CLIPPED) & (blue >= CLIPPED) & neutral[0],
+    }
+    glass = float((planes.min(axis=0) >= LEAST_LIGHT).mean())
+    for cause, cast in casts.items():
+        share = float(cast.mean())
+        if share >= LEAST_CAST and glass < share / 10:
+            seen = f"{share:.0%} of the slide has the colour that white gets where {cause}"
+            raise SlideError(slide.path, f"{seen}; correct the file's colour space", code="false-colours")
 
 
 def _build(path: Path, profile: bytes) -> ImageCms.ImageCmsTransform:

@@ -15,7 +15,7 @@ from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
 from eosin.names import match_slides
 from eosin.tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
-from eosin.wsi.colour import check_glass, in_srgb
+from eosin.wsi.colour import check_colours, in_srgb
 from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, lay_grid
@@ -246,7 +246,7 @@ class TilePlan:
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
         overview = look_over(slide, self.tissue_of(item))
-        check_glass(slide, overview.glass)
+        check_colours(slide, overview.few)
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.quality.measures_blur)

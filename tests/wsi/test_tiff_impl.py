@@ -15,7 +15,8 @@ from eosin.wsi.jpeg import DecodeError, decode_reduced
 from eosin.wsi.openslide_impl import OpenSlideSlide
 from eosin.wsi.segments import Level
 from eosin.wsi.slide import open_slide
-from eosin.wsi.tiff_impl import TiffSegments, TiledSlide
+from eosin.wsi.tiff_impl import TiffSegments
+from eosin.wsi.tiled import TiledSlide
 from eosin.wsi.tiles import iterate_tiles
 from eosin.wsi.tissue import find_tissue
 
