@@ -91,7 +91,7 @@ def test_a_page_that_is_only_of_the_slides_shape_is_left_out(tmp_path, scene):
     path = write(
         tmp_path / "a.tif", reduced(scene[::-1, ::-1], 4), scene, reduced(scene, 2), flags=(False, False, True)
     )
-    with open_slide(path) as slide:
+    with open_slide(path, mpp=0.5) as slide:
         assert slide.downsamples == [1.0, 2.0]
         assert "do not show the slide were left out" in slide.notes[0]
         assert slide.read((0, 0), (575, 375), 2.0).shape == (375, 575, 3)
