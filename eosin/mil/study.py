@@ -34,10 +34,12 @@ from eosin.mil.tables import (
     PATIENT_COLUMNS,
     SITE_COLUMNS,
     LabelTable,
+    has_value,
     id_notes,
     read_labels,
     shown,
 )
+from eosin.mil.task import TASKS
 from eosin.mil.tasks import Task, make_task
 from eosin.mil.train import BAGS_TO_COMPARE, fit, require_fitting, require_machine
 from eosin.mil.training_run import Epoch, Fitted
@@ -112,6 +114,26 @@ def pose_task(kind: str, table: LabelTable, target: str | None = None) -> Task:
         If there is no such task.
     """
     return make_task(kind, table.rows(), target=table.target_column(target, kind=kind))
+
+
+def without_label(table: LabelTable, kind: str, target: str | None = None) -> dict[str, str]:
+    """Return the slides whose row has no label, each with what it lacks.
+
+    Raises
+    ------
+    LabelError
+        If the label column does not exist, or several could be meant.
+    """
+    task = TASKS[kind]
+    columns = task.named_columns(table.target_column(target, kind=kind))
+    if not set(columns) <= set(table.values):
+        return {}  # making the task says which columns there are
+    enough = any if task.may_be_incomplete else all
+    return {
+        row["slide_id"]: f"has no value in column {' or '.join(columns)}"
+        for row in table.rows()
+        if not enough(has_value(row[name]) for name in columns)
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -489,31 +511,34 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
-    table = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
+    full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
+    blank = without_label(full, task, target) if missing == "drop" else {}
+    table = full.select(set(full.slide_ids) - set(blank))
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
     bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
     filled, notes_on_tiles = _with_tiles(table, bags)
     examples = make_examples(bags, filled, made, missing=missing)
-    gone = frozenset(table.slide_ids) - set(examples.ids)
+    gone = frozenset(full.slide_ids) - set(examples.ids)
     rows = table.rows(examples.ids)
     if level == "patient":
         rows = _first_of_each_patient(rows)
         examples = patient_examples(examples)
-    spare, lost = len(files) - len(bags.ids), len(filled) - (len(table) - len(gone))
+    spare, lost = len(files) - len(bags.ids), len(filled) - (len(full) - len(gone))
     left_out = [f"{spare} of {len(files)} slides with features have no label and are left out"] if spare else []
     left_out += [f"{lost} of {len(table)} labelled slides have no features and are left out"] if lost else []
+    left_out += [f"{len(blank)} slides have no label and are left out: {shown(list(blank))}"] if blank else []
     sites = (note_on_sites(table),) if keep_sites else ()
     notes = (*table.notes, *sites, made.describe(rows), *left_out, *notes_on_tiles)
     return Study(
         made,
         examples,
         cohort_of(examples, made, rows, site=site),
-        table,
+        full,
         notes,
         gone,
-        _account(flow or Flow(), files, table, filled),
+        _account((flow or Flow()).lose("labelled", blank), files, full, filled),
     )
 
 
@@ -522,7 +547,8 @@ def _account(before: Flow, files: Collection[str], table: LabelTable, filled: La
     flow = before.joined(files, table.slide_ids, patient_of=table.patient_of())
     flow = flow.lose("features", {slide: "has no features" for slide in table.slide_ids if slide not in files})
     with_tiles = set(filled.slide_ids)
-    flow = flow.lose("tissue", {slide: "has no tissue" for slide in table.slide_ids if slide not in with_tiles})
+    empty = [slide for slide in table.slide_ids if slide not in with_tiles and slide not in flow.losses]
+    flow = flow.lose("tissue", dict.fromkeys(empty, "has no tissue"))
     return flow.keep("labelled", table.slide_ids, "has no row in the label table")
 
 

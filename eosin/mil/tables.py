@@ -112,14 +112,13 @@ class LabelTable:
         Raises
         ------
         LabelError
-            If it is not asked for and does not exist, is incomplete, or several could be meant.
+            If it is not asked for and does not exist, or several could be meant.
         """
         if name is not None:
             return name
         pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
         label = detect_column(self.values, ("label",))
         if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
-            self.require(pair)
             return ",".join(pair)
         others = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
         candidates = others if label is None else [label]
@@ -128,7 +127,6 @@ class LabelTable:
                 f"which column is the label? no column is called 'label', the table has "
                 f"{', '.join(candidates) or 'no other column'}; name one (--target)"
             )
-        self.require(candidates)
         return candidates[0]
 
 

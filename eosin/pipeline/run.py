@@ -32,6 +32,7 @@ from eosin.mil.study import (
     open_study,
     pose_task,
     read_any_splits,
+    without_label,
 )
 from eosin.options import Options
 from eosin.pipeline.deploy import Advance, Encoded, Machine, ProgressBar, Tiler, TissueTiles, encode_slides, no_progress
@@ -194,12 +195,13 @@ def require_possible(
             f"{len(absent)} of {len(table)} labelled slides are not among the {len(files)} slides: {shown(absent)}; "
             "correct the table, or leave them out on purpose (--missing drop)"
         )
-    known = table.select(there)
+    blank = without_label(table, options.task, options.target) if missing == "drop" else {}
+    known = table.select(there - set(blank))
     cohort = label_cohort(known, pose_task(options.task, known, options.target))
     if splits is None:
         make_splits(cohort, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed)
     else:
-        checked_splits(read_any_splits(splits, table), cohort, left_out=absent)
+        checked_splits(read_any_splits(splits, table), cohort, left_out=[*absent, *blank])
 
 
 def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline) -> Study:

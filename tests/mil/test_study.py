@@ -85,6 +85,21 @@ def test_every_slide_is_accounted_for(folder, level):
     assert len(flow.used) == 15
 
 
+def test_rows_without_a_label_are_dropped_on_purpose_only(folder):
+    labels = folder / "labels.csv"
+    labels.write_text(
+        labels.read_text().replace("s000,site0,g0", "s000,site0,").replace("s030,site0,g1", "s030,site0,NaN")
+    )
+    with pytest.raises(LabelError, match="no value in column 'grade' for s000, s030"):
+        open_study(folder / "features", labels)
+    study = open_study(folder / "features", labels, missing="drop")
+    assert study.task.classes == ("g0", "g1")
+    assert study.left_out == {"s000", "s030"}
+    assert {slide: loss.reason for slide, loss in study.flow.losses.items()} == dict.fromkeys(
+        ["s000", "s030"], "has no value in column grade"
+    )
+
+
 def test_splits_of_slides_are_splits_of_their_patients(folder):
     study = open_study(folder / "features", folder / "labels.csv")
     patients = open_study(folder / "features", folder / "labels.csv", level="patient")

@@ -121,7 +121,7 @@ def test_the_label_column_is_never_guessed():
     with pytest.raises(LabelError, match="no column 'stage'; it has label"):
         pose_task("classification", a_table(label=("1", "2", "2")), "stage")
     with pytest.raises(LabelError, match=r"no value in column 'label' for b \(empty, nan, na or null\);"):
-        a_table(label=("1", "NaN", "2")).target_column()
+        pose_task("classification", a_table(label=("1", "NaN", "2")))
 
 
 def test_known_suffixes_go_and_other_dots_stay():
