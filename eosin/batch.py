@@ -5,7 +5,6 @@ one record per slide in `run.json` and stops only when the environment fails.
 """
 
 import errno
-import json
 import logging
 import time
 from collections import Counter, deque
@@ -19,6 +18,7 @@ from eosin import __version__
 from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, WorkerError
 from eosin.files import locked, write_json
 from eosin.processes import Child, require_running, wait_for
+from eosin.seals import is_intact, read_json, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ Status = Literal["ok", "empty", "failed", "skipped"]
 
 ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 LOG_INTERVAL_S = 2.0
+SCHEMA = 2
+"""Of `run.json`; 1, of eosin 0.1, has no checksum."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class _RunLog:
             records = {(record.stage, record.slide_id): record for record in read_run_json(self.path)}
             records |= {(record.stage, record.slide_id): record for record in self.new}
             ordered = [asdict(records[name]) for name in sorted(records)]
-            write_json(self.path, {"schema": 1, "eosin": __version__, "records": ordered})
+            write_json(self.path, sealed({"schema": SCHEMA, "eosin": __version__, "records": ordered}))
         self.new.clear()
 
 
@@ -322,6 +324,9 @@ def read_run_json(path: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        return [Record(**record) for record in json.loads(path.read_text(encoding="utf-8"))["records"]]
+        data = read_json(path)
+        if data["schema"] not in (1, SCHEMA) or (data["schema"] == SCHEMA and not is_intact(data)):
+            raise ValueError("it is damaged or was changed by hand")
+        return [Record(**record) for record in data["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None

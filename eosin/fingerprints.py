@@ -44,10 +44,22 @@ STAGES: Mapping[str, Stage] = {
         {
             "slide": _SLIDE,
             "slide_mpp": "the mpp that the user gives for the slide",
+            "picture": "which scene and focal plane of the file",
             "tiling": "all options of the grid",
-            "tissue": "all options of the tissue of this slide, overrides included",
+            "tissue": "all options of the tissue of this slide, overrides included, and the version of the search",
             "quality": "all limits of quality, and the version of the scores",
             "outline": "all bytes of the outline that a person drew",
+        },
+    ),
+    "select": Stage(
+        2,
+        {
+            "slide": _SLIDE,
+            "slide_mpp": "the mpp that the user gives for the slide",
+            "tiling": "all options of the grid",
+            "rule": "options of the choice, ids of the models, and whether they have seen the slide",
+            "features": "size, first and last MiB of the first stage's feature file: all its checksums",
+            "outline": "all bytes of the outline of the tissue",
         },
     ),
     "extract": Stage(
@@ -55,17 +67,8 @@ STAGES: Mapping[str, Stage] = {
         {
             "slide": _SLIDE,
             "tiles": "all coordinates, the grid's options and the slide's mpp",
-            "encoder": "name, transform, precision, revision and the plug-in's code",
+            "encoder": "name, transform, precision and all else that the encoder says of itself",
             "weights": "hash of all weights",
-        },
-    ),
-    "import": Stage(
-        2,
-        {
-            "file": "all bytes of the other tool's file",
-            "options": "encoder and mpp that the user gives",
-            "slide": _SLIDE,
-            "coordinates": "all bytes of the coordinates file that the user names",
         },
     ),
     "train": Stage(
@@ -92,10 +95,10 @@ STAGES: Mapping[str, Stage] = {
         2,
         {
             "model": "hash of weights and card",
-            "features": "hash of all rows and of the places of the tiles",
+            "features": "size, first and last MiB of the feature file: all its checksums",
             "slide": _SLIDE,
             "slide_mpp": "the mpp that the user gives for the slide",
-            "options": "maps, formats, limits",
+            "formats": "which files are written",
         },
     ),
 }

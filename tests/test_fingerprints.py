@@ -5,19 +5,36 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scenes import write_slide
 
-from eosin.features.bag import FeatureSpec
+from eosin.batch import Report
+from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features.encoding import Extraction
+from eosin.features.store import write_bag
+from eosin.files import write_json
 from eosin.fingerprints import STAGES, fingerprint, source_hash
+from eosin.mil.checkpoint import ModelCard, save_model
 from eosin.mil.data import Examples, MemoryBags
+from eosin.mil.methods.abmil import Abmil
+from eosin.mil.predict import predict
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.resume import STATE
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks import Classification
 from eosin.mil.train import fit
+from eosin.pipeline.run import _Drawing, _is_drawn
+from eosin.wsi.coordinates import read_footer, read_grid
+from eosin.wsi.grid import Tiling
+from eosin.wsi.job import JobFolder, tile_slides
+from eosin.wsi.quality import QualityLimits
+from eosin.wsi.slide import SlideFile
+from eosin.wsi.tissue import TissueOptions
 
 PLUGIN = """
 from eosin.mil.methods.pooling import MeanPooling
@@ -79,6 +96,146 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AGGREGATORS, "_items", dict(AGGREGATORS._items))
 
 
+def paint(path: Path, seed: int, down: int = 2) -> None:
+    """Write a slide of pink noise on glass."""
+    if path.with_suffix(f".{seed}").exists():
+        return
+    rng = np.random.default_rng(seed)
+    pixels = np.full((1024, 1024, 3), 245, np.uint8)
+    pixels[200:800, 200:800] = np.array([200, 90, 150]) + rng.integers(-40, 40, (600, 600, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_slide(path, pixels, mpp=0.5, downsamples=(down,))
+    path.with_suffix(f".{seed}").touch()
+
+
+@dataclass
+class Tile:
+    """What the tiles of one slide are made from, and what features are made from them."""
+
+    seed: int = 0
+    slide_mpp: float | None = None
+    scene: int | None = None
+    min_tissue: float = 0.25
+    min_area_um2: float = 1000.0
+    quality: tuple[str, float] = ("max_pen", 0.9)
+    outline: int = 0
+    encoder: str = "he_texture"
+    weights: str = "aa"
+
+    def tile(self, folder: Path) -> Report:
+        path = folder / "slides" / "s.tiff"
+        paint(path, self.seed)
+        contours = None
+        if self.outline:
+            contours = folder / f"contours_{self.outline}"
+            write_json(contours / "s.geojson", square(100.0 * self.outline))
+        return tile_slides(
+            [SlideFile(path, "s", self.slide_mpp, self.scene)],
+            JobFolder(folder / "job"),
+            Tiling(mpp=0.5, patch_size=128, min_tissue=self.min_tissue),
+            tissue=TissueOptions(min_area_um2=self.min_area_um2),
+            quality=QualityLimits.parse(dict([self.quality]), source="test"),
+            contours=contours,
+        )
+
+    def run(self, folder: Path) -> bool:
+        """Tile; return whether it was done now."""
+        report = self.tile(folder)
+        assert not report.failed, report.failed
+        return report.count("skipped") == 0
+
+
+def square(side: float) -> dict[str, Any]:
+    ring = [[200, 200], [700 + side, 200], [700 + side, 700], [200, 700], [200, 200]]
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+
+
+class Extract(Tile):
+    """Features of these tiles."""
+
+    def run(self, folder: Path) -> bool:
+        """Encode; return whether it was done now."""
+        self.tile(folder)
+        run = Extraction(JobFolder(folder / "job"), Tiling(mpp=0.5, patch_size=128).folder, StandIn(self))
+        slide = SlideFile(folder / "slides" / "s.tiff", "s")
+        if run.is_done(slide):
+            return False
+        grid = read_grid(run.patches(slide))
+        rows = np.zeros((grid.n_tiles, 4), np.float32)
+        write_bag(run.output(slide), run.bag(slide, grid, read_footer(run.patches(slide)), rows))
+        return True
+
+
+class StandIn:
+    """What `Extraction` asks an encoder."""
+
+    dim, revision, compiled, precision = 4, "", False, "fp32"
+
+    def __init__(self, scene: Tile) -> None:
+        self.spec = SimpleNamespace(name="toy")
+        self.weights_hash, self._transform = scene.weights, scene.encoder
+
+    def describe(self) -> dict[str, str]:
+        return {"transform": self._transform}
+
+
+@dataclass
+class Predict:
+    """What a row of predictions is made from."""
+
+    seed: int = 0
+    threshold: float | None = None
+    shift: float = 0.0
+    edit: bool = False
+
+    def run(self, folder: Path) -> bool:
+        """Predict; return whether the row was made now."""
+        torch.manual_seed(self.seed)
+        spec = FeatureSpec(encoder="toy", dim=6)
+        task = Classification(classes=("a", "b"), threshold=self.threshold)
+        card = ModelCard(
+            recipe=Recipe(training=Training(standardize=False)), task=task.model_dump(mode="json"), features=spec
+        )
+        save_model(folder / "model", Abmil(6, 2), card)
+        rows = np.random.default_rng(0).random((3, 6), np.float32) + np.float32(self.shift)
+        write_bag(folder / "s.h5", FeatureBag(rows, spec, "s"))
+        out = folder / "out.csv"
+        if self.edit and out.exists():
+            out.write_text(out.read_text().replace("ok,", "ok,well done", 1))
+        made = predict([folder / "model"], {"s": folder / "s.h5"}, out).count("skipped") == 0
+        self.edit = False
+        return made
+
+
+@dataclass
+class Map:
+    """What the files of a map are made from; drawing itself is another test's."""
+
+    threshold: float | None = None
+    features: bytes = b"features"
+    slide: bytes = b"slide"
+    slide_mpp: float | None = None
+    formats: tuple[str, ...] = ("png",)
+    cut: bool = False
+
+    def run(self, folder: Path) -> bool:
+        """Draw where it is needed; return whether it was."""
+        Predict(threshold=self.threshold).run(folder)
+        for name, data in (("s.h5", self.features), ("s.tiff", self.slide)):
+            (folder / name).write_bytes(data)
+        slide = SlideFile(folder / "s.tiff", "s", self.slide_mpp)
+        item = _Drawing(slide, folder / "s.h5", folder / "model", folder / "s_attention", self.formats)
+        if self.cut:
+            (folder / "s_attention.png").write_bytes(b"half")
+        if _is_drawn(item):
+            return False
+        for name in self.formats:
+            (folder / f"s_attention.{name}").write_bytes(b"picture")
+        write_json(item.note, item.origin())
+        self.cut = False
+        return True
+
+
 @dataclass
 class Scene:
     """One stage, and for each of its inputs another value of it."""
@@ -87,7 +244,45 @@ class Scene:
     changes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
+SLIDE = {
+    "slide": [{"seed": 1}],
+    "slide_mpp": [{"slide_mpp": 0.49}],
+}
+
 SCENES = {
+    "tile": Scene(
+        Tile,
+        {
+            **SLIDE,
+            "picture": [{"scene": 1}],
+            "tiling": [{"min_tissue": 0.5}],
+            "tissue": [{"min_area_um2": 2000.0}],
+            "quality": [{"quality": ("max_pen", 0.8)}],
+            "outline": [{"outline": 1}],
+        },
+    ),
+    "extract": Scene(
+        Extract,
+        {
+            "slide": [{"seed": 1}],
+            "tiles": [{"min_tissue": 0.9}, {"slide_mpp": 0.49}, {"outline": 1}],
+            "encoder": [{"encoder": "he_texture of another transform"}],
+            "weights": [{"weights": "bb"}],
+        },
+    ),
+    "predict": Scene(
+        Predict, {"models": [{"seed": 1}, {"threshold": 0.9}], "features": [{"shift": 0.1}], "row": [{"edit": True}]}
+    ),
+    "map": Scene(
+        Map,
+        {
+            "model": [{"threshold": 0.9}],
+            "features": [{"features": b"others"}],
+            "slide": [{"slide": b"other"}],
+            "slide_mpp": [{"slide_mpp": 0.25}],
+            "formats": [{"formats": ("png", "csv")}, {"cut": True}],
+        },
+    ),
     "train": Scene(
         Training_,
         {
@@ -119,11 +314,12 @@ def test_a_changed_input_is_seen_and_the_same_inputs_are_not_worked_on_again(sta
     scene = SCENES[stage]
     assert scene.make().run(tmp_path / "out")
     assert not scene.make().run(tmp_path / "out")
-    assert scene.make(**change).run(tmp_path / "out")
-    assert not scene.make(**change).run(tmp_path / "out")
+    changed = scene.make(**change)
+    assert changed.run(tmp_path / "out")
+    assert not changed.run(tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", SCENES)
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"select"}))  # tests/pipeline/test_selection.py
 def test_every_input_of_a_stage_is_changed_here(stage):
     assert set(SCENES[stage].changes) == set(STAGES[stage].inputs)
 

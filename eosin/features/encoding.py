@@ -1,7 +1,5 @@
 """What makes a feature file, and the loop that encodes whatever readers bring until slides are complete."""
 
-import hashlib
-import json
 import logging
 import re
 from collections import deque
@@ -25,6 +23,7 @@ from eosin.features.inference import Encoder, PendingRows, TolerantEncoder
 from eosin.features.reading import ReadRequest, SlideEnd, SlideReaders, TileBatch
 from eosin.features.store import read_footer, write_bag
 from eosin.files import file_fingerprint
+from eosin.fingerprints import fingerprint
 from eosin.wsi.coordinates import CoordsFooter, read_grid
 from eosin.wsi.coordinates import read_footer as read_coords_footer
 from eosin.wsi.grid import TileGrid
@@ -83,21 +82,19 @@ class Extraction:
         try:
             footer = read_footer(self.output(slide))
             grid = read_grid(self.patches(slide))
-            same_slide = footer.input_fingerprint == file_fingerprint(slide.path)
+            return footer.n_rows == grid.n_tiles and footer.options_hash == self.options_hash(slide, grid)
         except (FeatureFileError, OSError):
             return False
-        return same_slide and footer.n_rows == grid.n_tiles and footer.options_hash == self.options_hash(grid)
 
-    def options_hash(self, grid: TileGrid) -> str:
-        """Return 16 hexadecimal digits over all that determines the rows besides the slide."""
-        facts = self._facts | {
-            "encoder": self.encoder.spec.name,
-            "weights": self.encoder.weights_hash,
-            "tiling": grid.tiling.to_json(),
-            "slide_mpp": repr(grid.slide_mpp),
-            "coords": hashlib.sha256(grid.origins_px0.tobytes()).hexdigest(),
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    def options_hash(self, slide: SlideFile, grid: TileGrid) -> str:
+        """Return 16 hexadecimal digits over all that determines the rows."""
+        return fingerprint(
+            "extract",
+            slide=[file_fingerprint(slide.path), slide.scene, slide.plane],
+            tiles=[grid.tiling, grid.slide_mpp, grid.origins_px0.tobytes()],
+            encoder=[self.encoder.spec.name, self._facts],
+            weights=self.encoder.weights_hash,
+        )
 
     def bag(self, slide: SlideFile, grid: TileGrid, coords: CoordsFooter, rows: NDArray[np.float32]) -> FeatureBag:
         """Put the rows of a slide together with their meaning."""
@@ -110,7 +107,7 @@ class Extraction:
         )
         facts = self._facts | {
             "input_fingerprint": file_fingerprint(slide.path),
-            "options_hash": self.options_hash(grid),
+            "options_hash": self.options_hash(slide, grid),
             "mpp_source": coords.mpp_source,
         }
         if self.encoder.revision:

@@ -4,7 +4,6 @@ Every stage is the function that its own command calls, writes into the job fold
 there already. A slide that fails somewhere is left out of what follows and named at the end.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any, Literal
 from eosin.batch import Outcome, Report, run_batch
 from eosin.errors import EosinError, LabelError
 from eosin.features.encoders import find_encoder
-from eosin.features.store import read_bag, read_footer
-from eosin.files import write_json
+from eosin.features.store import read_bag
+from eosin.files import file_fingerprint, write_json
+from eosin.fingerprints import content_hash, fingerprint
 from eosin.heatmaps.subject import map_name
 from eosin.mil.checkpoint import load_card, load_model
 from eosin.mil.crossval import PREDICTIONS
@@ -39,6 +39,7 @@ from eosin.pipeline.deploy import Advance, Encoded, Machine, ProgressBar, Tiler,
 from eosin.pipeline.explain import explain_slide, require_formats
 from eosin.pipeline.result import Result, make_report, read_predictions
 from eosin.report.page import write_report
+from eosin.seals import read_json
 from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.quality import QualityLimits
@@ -263,21 +264,24 @@ class _Drawing:
         return self.stem.with_name(f"{self.slide.slide_id}.json")
 
     def origin(self) -> dict[str, Any]:
-        footer = read_footer(self.features)
-        return {
-            "model": load_card(self.model).model_id,
-            "features": footer.options_hash,
-            "slide": footer.input_fingerprint,
-            "formats": list(self.formats),
-        }
+        """Return what the map is made from, and hashes of its files."""
+        made_from = fingerprint(
+            "map",
+            model=load_card(self.model),
+            features=file_fingerprint(self.features),
+            slide=file_fingerprint(self.slide.path),
+            slide_mpp=self.slide.mpp,
+            formats=list(self.formats),
+        )
+        files = [self.stem.with_name(f"{self.stem.name}.{name}") for name in self.formats]
+        return {"fingerprint": made_from, "files": {path.name: content_hash(path) for path in files}}
 
 
 def _is_drawn(item: _Drawing) -> bool:
     try:
-        same = json.loads(item.note.read_text(encoding="utf-8")) == item.origin()
+        return bool(read_json(item.note) == item.origin())
     except (OSError, ValueError, EosinError):
         return False
-    return same and all(item.stem.with_name(f"{item.stem.name}.{name}").is_file() for name in item.formats)
 
 
 def _draw(item: _Drawing) -> Outcome:

@@ -5,7 +5,6 @@ that have not seen its patient: of a cross-validation the model of its test fold
 mean of all. What the coordinates rest on is stored in them.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.encoders import folder_name
 from eosin.features.store import find_bags, read_bag, read_footer, read_spec
 from eosin.files import file_fingerprint
+from eosin.fingerprints import fingerprint
 from eosin.heatmaps.maps import attention_weights
 from eosin.mil.checkpoint import ModelCard, load_card, load_model
 from eosin.mil.data import shown
@@ -31,8 +31,8 @@ from eosin.mil.seen import Run
 from eosin.mil.selection import child_grid, select_tiles, tile_ratio
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.options import Options
-from eosin.wsi.coordinates import ENCODING_VERSION, write_grid
 from eosin.wsi.coordinates import read_footer as read_coords_footer
+from eosin.wsi.coordinates import write_grid
 from eosin.wsi.geojson import qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder
@@ -221,16 +221,17 @@ class SelectionPlan:
         }
 
     def options_hash(self, slide: SlideFile) -> str:
-        """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
+        """16 hexadecimal digits that change with anything that decides the rows."""
         outline = self.outline(slide.slide_id)
-        parts = [
-            ENCODING_VERSION,
-            self.tiling.to_json(),
-            json.dumps(self.provenance(slide), sort_keys=True),
-            repr(slide.mpp),
-            hashlib.sha256(outline.read_bytes()).hexdigest() if outline.is_file() else "",
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return fingerprint(
+            "select",
+            slide=file_fingerprint(slide.path),
+            slide_mpp=slide.mpp,
+            tiling=self.tiling,
+            rule=self.provenance(slide),
+            features=file_fingerprint(self.stage_one(slide.slide_id)),
+            outline=outline.read_bytes() if outline.is_file() else None,
+        )
 
 
 def make_plan(
@@ -293,8 +294,7 @@ def _slide_id(slide: SlideFile) -> str:
 
 def _is_selected(plan: SelectionPlan, slide: SlideFile) -> bool:
     try:
-        footer = read_coords_footer(plan.patches(slide.slide_id))
-        return footer.options_hash == plan.options_hash(slide) and footer.fingerprint == file_fingerprint(slide.path)
+        return read_coords_footer(plan.patches(slide.slide_id)).options_hash == plan.options_hash(slide)
     except (EosinError, OSError):
         return False
 

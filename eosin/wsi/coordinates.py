@@ -53,6 +53,8 @@ class CoordsFooter:
         Fingerprint of everything that decides the rows.
     selection : str
         JSON: by which models and which rule the tiles were chosen; empty for all tiles with tissue.
+    pictures : str
+        Hashes of the slide's thumbnail and contour picture: a truncated one is not taken for finished.
     """
 
     slide_id: str
@@ -60,6 +62,7 @@ class CoordsFooter:
     fingerprint: str
     options_hash: str = ""
     selection: str = ""
+    pictures: str = ""
 
 
 def write_grid(
@@ -71,6 +74,7 @@ def write_grid(
     fingerprint: str,
     options_hash: str = "",
     selection: str = "",
+    pictures: str = "",
     quality: TileQuality | None = None,
 ) -> None:
     """Write a coordinates file; it is whole or it is not there.
@@ -81,14 +85,14 @@ def write_grid(
         The file.
     grid : TileGrid
         Its tiles; none is a normal content.
-    slide_id, mpp_source, fingerprint, options_hash, selection : str
+    slide_id, mpp_source, fingerprint, options_hash, selection, pictures : str
         See `CoordsFooter`.
     quality : TileQuality, optional
         Scores of the tiles, written as the dataset ``quality``.
     """
     image = io.BytesIO()  # on a full disk HDF5 itself crashes the process, Python raises
     with h5py.File(image, "w", libver=LIBVER, userblock_size=USER_BLOCK_BYTES) as file:
-        write_coords(file, grid, CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection))
+        write_coords(file, grid, CoordsFooter(slide_id, mpp_source, fingerprint, options_hash, selection, pictures))
         if quality is not None:
             _write_quality(file, quality)
     content = bytearray(image.getvalue())
@@ -118,7 +122,7 @@ def read_footer(path: Path) -> CoordsFooter:
     """
     with _open(path) as file:
         attributes = _attributes(file, path)
-        names = ("name", "mpp_source", "slide_fingerprint", "options_hash", "selection")
+        names = ("name", "mpp_source", "slide_fingerprint", "options_hash", "selection", "pictures")
         return CoordsFooter(*(str(attributes.get(name, "")) for name in names))
 
 
@@ -209,8 +213,9 @@ def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64
         "options_hash": footer.options_hash,
         "coords_sha256": _digest(rows),
     }
-    if footer.selection:
-        attributes["selection"] = footer.selection
+    for name in ("selection", "pictures"):
+        if getattr(footer, name):
+            attributes[name] = getattr(footer, name)
     return attributes
 
 

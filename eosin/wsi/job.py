@@ -1,6 +1,5 @@
 """The job folder (the layout that TRIDENT users know) and the stage that fills its first part."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ from shapely import box
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.files import file_fingerprint, write_text
+from eosin.fingerprints import content_hash, fingerprint
 from eosin.names import match_slides
 from eosin.tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
 from eosin.wsi.colour import check_colours, in_srgb
-from eosin.wsi.coordinates import ENCODING_VERSION, QUALITY_VERSION, read_footer, write_grid
+from eosin.wsi.coordinates import QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
 from eosin.wsi.grid import TileGrid, Tiling, lay_grid
 from eosin.wsi.overview import Overview, make_thumbnail
@@ -257,20 +257,18 @@ class TilePlan:
         return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))
 
     def options_hash(self, slide: SlideFile) -> str:
-        """16 hexadecimal digits that change with anything that decides the rows, save the file itself."""
+        """16 hexadecimal digits that change with anything that decides the rows."""
         drawn = self.contours.get(slide.slide_id)
-        parts = [
-            ENCODING_VERSION,
-            self.tiling.to_json(),
-            self.tissue_of(slide).to_json(),
-            repr(slide.mpp),
-            repr((slide.scene, slide.plane)) if slide.scene or slide.plane else "",
-            TISSUE_VERSION,
-            QUALITY_VERSION,
-            self.quality.to_json(),
-            hashlib.sha256(drawn.read_bytes()).hexdigest() if drawn else "",
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return fingerprint(
+            "tile",
+            slide=file_fingerprint(slide.path),
+            slide_mpp=slide.mpp,
+            picture=[slide.scene, slide.plane],
+            tiling=self.tiling,
+            tissue=[self.tissue_of(slide), TISSUE_VERSION],
+            quality=[self.quality, QUALITY_VERSION],
+            outline=drawn.read_bytes() if drawn else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -310,14 +308,18 @@ def _outlines(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
-    outputs = [plan.job.thumbnail, plan.job.contours, plan.job.contours_geojson, plan.patches]
-    if not all(output(slide.slide_id).is_file() for output in outputs):
+    if not plan.job.contours_geojson(slide.slide_id).is_file():  # people edit it: whatever is in it is kept
         return False
     try:
         footer = read_footer(plan.patches(slide.slide_id))
-        return footer.options_hash == plan.options_hash(slide) and footer.fingerprint == file_fingerprint(slide.path)
+        pictures = [content_hash(path) for path in _pictures(plan.job, slide.slide_id)]
+        return footer.options_hash == plan.options_hash(slide) and footer.pictures == " ".join(pictures)
     except (EosinError, OSError):
         return False
+
+
+def _pictures(job: JobFolder, slide_id: str) -> list[Path]:
+    return [job.thumbnail(slide_id), job.contours(slide_id)]
 
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
@@ -332,6 +334,7 @@ def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
             fingerprint=file_fingerprint(item.path),
             options_hash=plan.options_hash(item),
             quality=tiled.quality,
+            pictures=" ".join(content_hash(path) for path in _pictures(plan.job, item.slide_id)),
         )
         return tiled.outcome
 

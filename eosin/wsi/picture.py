@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from shapely import MultiPolygon
 
 from eosin.errors import OutputError
@@ -18,6 +19,11 @@ TILE_COLOUR = (70, 70, 70)
 MIN_TILE_SIDE = 4.0
 JPEG_QUALITY = 85
 FORMATS = {".jpg": "JPEG", ".png": "PNG"}
+MARK = "written by eosin"
+"""Stands in every picture that eosin writes beside slides, so that none is taken for a slide in the next run."""
+
+MARKED_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+HEAD_BYTES = 2**16
 
 
 def draw_outline(thumbnail: Image.Image, outline: MultiPolygon, slide_size_px0: tuple[int, int]) -> Image.Image:
@@ -56,6 +62,17 @@ def draw_grid(thumbnail: Image.Image, grid: TileGrid) -> Image.Image:
     return picture
 
 
+def is_written_by_eosin(path: Path) -> bool:
+    """Return whether a file is a picture or a heat map that eosin wrote; a file that cannot be read is not."""
+    if not path.name.lower().endswith(MARKED_SUFFIXES):
+        return False
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return False
+
+
 def write_picture(path: Path, picture: Image.Image, **options: Any) -> None:
     """Write a picture in the format of its name, whole or not at all.
 
@@ -75,6 +92,11 @@ def write_picture(path: Path, picture: Image.Image, **options: Any) -> None:
         If it cannot be written, or does not decode to a picture of this size.
     """
     buffer = io.BytesIO()
+    if path.suffix == ".png":
+        facts = options.setdefault("pnginfo", PngInfo())
+        facts.add_text("Software", MARK)
+    else:
+        options["comment"] = MARK
     picture.save(buffer, FORMATS[path.suffix], **options)
     with Image.open(io.BytesIO(buffer.getvalue())) as again:
         again.load()

@@ -18,10 +18,13 @@ from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
 from eosin.tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.wsi.dicom import group_series
 from eosin.wsi.inventory import Picture
+from eosin.wsi.picture import is_written_by_eosin
 from eosin.wsi.pixels import WHITE, read_scaled
 from eosin.wsi.resolution import Resolution, resolve_mpp
 
 logger = logging.getLogger(__name__)
+
+JOB_PICTURES = ("thumbnails", "contours", "previews", "heatmaps")
 
 Fact = str | int | float | list[int] | list[float] | None
 
@@ -304,7 +307,7 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path}: there is no such file or folder")
-        found = list(_walk(path)) if path.is_dir() else [path]
+        found = _without_outputs(path) if path.is_dir() else [path]
         if not found:
             raise ConfigError(f"{path}: no slide in this folder (looked for {', '.join(SLIDE_SUFFIXES)} and pictures)")
         for file in found:
@@ -312,6 +315,25 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     if not files:
         raise ConfigError("no slides were given")
     return list(files.values())
+
+
+def _without_outputs(folder: Path) -> list[Path]:
+    """Return the slides in a folder, and say what of it eosin wrote itself."""
+    found = list(_walk(folder))
+    written = {path for path in found if is_written_by_eosin(path)}
+    if written:
+        example = min(written).relative_to(folder)
+        logger.warning("%s: %d pictures that eosin wrote are left out, for example %s", folder, len(written), example)
+    return [path for path in found if path not in written]
+
+
+def _is_job(folder: Path) -> bool:
+    """Return whether a folder is a job folder: its `run.json` says so."""
+    try:
+        with (folder / "run.json").open("rb") as file:
+            return b'"eosin"' in file.read(200)
+    except OSError:
+        return False
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -323,6 +345,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "run.json" in names and _is_job(Path(root)):  # pictures of eosin 0.1 have no mark
+            folders[:] = [name for name in folders if name not in JOB_PICTURES]
         for name in sorted(names):
             if not name.startswith(".") and is_slide(Path(name)):
                 yield Path(root) / name

@@ -1,6 +1,10 @@
 import pytest
+from PIL import Image
+from scenes import lattice, marked_map
 
 from eosin.errors import ConfigError, SlideOpenError
+from eosin.heatmaps.export.tiff import write_tiff
+from eosin.wsi.picture import write_jpeg, write_picture
 from eosin.wsi.slide import SlideFile, find_slides, open_slide
 
 
@@ -125,3 +129,18 @@ def test_rows_of_unknown_slides_are_reported_and_two_rows_for_one_refused(tmp_pa
     table.write_text("slide,mpp\na,0.5\na.svs,0.25\n")
     with pytest.raises(ConfigError, match="slide 'a' is named twice"):
         find_slides([tmp_path / "a.tiff"], slide_mpp=table)
+
+
+def test_pictures_that_eosin_wrote_are_no_slides(tmp_path, caplog):
+    grid = lattice(size_px0=(512, 512), slide_mpp=0.5)
+    white = Image.new("RGB", (40, 30), "white")
+    white.save(tmp_path / "scan.png")
+    white.save(tmp_path / "old.jpg")
+    write_jpeg(tmp_path / "job/contours/scan.jpg", white)
+    write_picture(tmp_path / "scan_attention.png", white)
+    write_tiff(tmp_path / "scan_attention.tiff", marked_map(grid, 0))
+    white.save(tmp_path / "job/contours/of_0_1.jpg")
+    (tmp_path / "job/run.json").write_text('{"schema": 1, "eosin": "0.1.0", "records": []}')
+    assert [slide.slide_id for slide in find_slides([tmp_path])] == ["old", "scan"]
+    assert "2 pictures that eosin wrote are left out" in caplog.text
+    assert [slide.slide_id for slide in find_slides([tmp_path / "scan_attention.png"])] == ["scan_attention"]

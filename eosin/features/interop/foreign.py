@@ -2,7 +2,9 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -315,10 +317,12 @@ def require_same_kind(target: Path, spec: FeatureSpec) -> None:
     FeatureMismatchError
         Naming the new file and one that is there.
     """
-    for other in sorted(target.parent.glob(f"[!.]*{SUFFIX}")):
-        if other != target:
-            read_spec(other).require_match(spec, target, expected_by=str(other))
-            return
+    with suppress(FileNotFoundError), os.scandir(target.parent) as entries:  # one entry: listing all for each is n²
+        for entry in entries:
+            if entry.name.endswith(SUFFIX) and not entry.name.startswith(".") and entry.name != target.name:
+                other = target.with_name(entry.name)
+                read_spec(other).require_match(spec, target, expected_by=str(other))
+                return
 
 
 def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFacts) -> Path:

@@ -18,6 +18,7 @@ from eosin.errors import ConfigError
 from eosin.files import write_file
 from eosin.heatmaps.colour import ColourScale, scale_of
 from eosin.heatmaps.heatmap import Heatmap, Window, raster_shape
+from eosin.wsi.picture import MARK
 
 SIDE_PX = 256
 TILE_SHOWN_PX = 16
@@ -90,7 +91,7 @@ def _write_pyramid(
                 resolutionunit="CENTIMETER",
                 subfiletype=int(level > 0),
                 description=None if level else heatmap.label,
-                software="eosin",
+                software=MARK,
                 metadata=None,
             )
 
