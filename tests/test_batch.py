@@ -1,5 +1,6 @@
 """run_batch isolates failures and resumes; write_file leaves whole files or none."""
 
+import errno
 import os
 import signal
 import time
@@ -118,3 +119,31 @@ def test_fingerprint_sees_both_ends_and_the_size(tmp_path: Path) -> None:
     base = bytes(3 * 2**20)
     variants = [base, b"1" + base[1:], base[:-1] + b"1", base + b"\0", b""]
     assert len({fingerprint(content) for content in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EFBIG"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_is_no_bad_slide(code: str, workers: int, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="S1"):
+        run_batch(
+            [f"S1 {code}", "S2"], fill_the_disk, key=str, stage="t", workers=workers, run_json=tmp_path / "r.json"
+        )
+
+
+def fill_the_disk(item: str) -> Outcome:
+    code = getattr(errno, item.split()[-1], None)
+    if code is not None:
+        raise OSError(code, os.strerror(code), item)
+    return Outcome()
+
+
+@pytest.mark.parametrize("change", [("S1", "S2"), ('"ok"', '"failed"'), ("checksum", "check"), ("records", "record")])
+def test_a_run_json_that_was_changed_is_refused_and_never_overwritten(tmp_path: Path, change: tuple[str, str]) -> None:
+    path = tmp_path / "run.json"
+    run_batch(["S1"], lambda _: Outcome(), key=str, stage="t", run_json=path)
+    assert [record.slide_id for record in read_run_json(path)] == ["S1"]
+    damaged = path.read_text().replace(*change, 1)
+    path.write_text(damaged)
+    with pytest.raises(ConfigError, match=r"is not a run\.json"):
+        run_batch(["S1"], lambda _: Outcome(), key=str, stage="t", run_json=path)
+    assert path.read_text() == damaged

@@ -9,8 +9,9 @@ dataset ``quality`` has a row of scores per tile. `eosin.seals` puts every byte 
 import hashlib
 import io
 import json
+import multiprocessing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin import __version__
-from eosin.errors import FeatureFileError
+from eosin.errors import FeatureFileError, WorkerError
 from eosin.files import write_bytes
+from eosin.processes import call_apart
 from eosin.seals import USER_BLOCK_BYTES, check_image, has_preamble, seal_image
 from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.quality import SCORES, TileQuality
@@ -32,6 +34,8 @@ QUALITY_TYPE = "eosin.quality"
 QUALITY_VERSION = "3"
 READABLE_QUALITY = ("1", "2", QUALITY_VERSION)  # 1 saw folds and ink at 8 µm/px on large slides, too; 2 missed pale ink
 MAX_ROWS = 10_000_000
+PROBE_S = 30.0
+PROBE_BYTES = 2**31
 HDF5 = b"\x89HDF\r\n\x1a\n"
 LIBVER = ("v110", "v110")  # checksums the file's own structures
 _MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
@@ -133,10 +137,42 @@ def _open(path: Path) -> h5py.File:
         check_image(path)
     elif not _is_plain_hdf5(path):  # a damaged preamble must not pass for a file of 0.1, which had none
         raise FeatureFileError(path, "coordinates cannot be read: it is damaged or not an HDF5 file", code="damaged")
+    else:
+        _probe_apart(path)
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
         raise FeatureFileError(path, "coordinates cannot be read: it is damaged or not an HDF5 file") from error
+
+
+_proven: set[tuple[int, int, int]] = set()  # files of 0.1 that were read in another process without a hang
+
+
+def _probe_apart(path: Path) -> None:
+    """Read a file without a checksum in another process first: HDF5 can hang or crash on a damaged one.
+
+    A worker process is not given one of its own: whoever started it ends it when it hangs.
+    """
+    facts = path.stat()
+    identity = facts.st_ino, facts.st_mtime_ns, facts.st_size
+    if identity in _proven or multiprocessing.current_process().daemon:
+        return
+    try:
+        call_apart(_probe, path, timeout_s=PROBE_S, most_bytes=PROBE_BYTES)
+    except WorkerError as error:
+        message = f"coordinates cannot be read: the process that tried {error.message}; tile the slide again"
+        raise FeatureFileError(path, message, code="damaged") from None
+    _proven.add(identity)
+
+
+def _probe(path: Path) -> None:
+    """Read whatever the readers of this module read; that it fails is found again by them."""
+    with suppress(OSError, RuntimeError, KeyError, ValueError, TypeError), h5py.File(path, "r", locking=False) as file:
+        for name in ("coords", "quality"):
+            dataset = file.get(name)
+            if isinstance(dataset, h5py.Dataset):
+                dict(dataset.attrs)
+                dataset[:MAX_ROWS]
 
 
 def _is_plain_hdf5(path: Path) -> bool:

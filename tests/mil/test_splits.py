@@ -348,3 +348,15 @@ def test_a_set_that_is_being_replaced_is_not_read(tmp_path, monkeypatch):
     write_splits(tmp_path, make_splits(cohort, folds=2), cohort)
     with pytest.raises(LabelError, match="has not finished"):
         read_splits(tmp_path)
+
+
+@pytest.mark.parametrize(("part", "other"), [("train", "val"), ("train", "test"), ("val", "test")])
+@pytest.mark.parametrize("kind", ["patient", "site"])
+def test_nobody_is_on_two_sides_whichever_they_are(part, other, kind):
+    ids = tuple("abcdefgh")
+    parts = {"train": ["a", "b", "c", "d"], "val": ["e", "f"], "test": ["g", "h"]}
+    key = {name: name for name in ids} | {parts[other][0]: parts[part][0]}
+    keys = tuple(key[name] for name in ids)
+    cohort = Cohort(ids, keys if kind == "patient" else ids, ("0", "1") * 4, keys if kind == "site" else ())
+    with pytest.raises(LabelError, match=f"{kind}s in both {part} and {other}"):
+        check_splits([Split(*(tuple(parts[name]) for name in ("train", "val", "test")))], cohort)

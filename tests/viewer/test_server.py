@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import string
+import sys
 import urllib.parse
 import urllib.request
 
@@ -289,3 +290,12 @@ def test_every_viewer_has_its_own_token(desk, url):
         first, second = (urllib.parse.urlsplit(one).path.strip("/") for one in (url, other))
     assert first != second
     assert len(first) >= 32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="all of 127.0.0.0/8 is this machine on Linux alone")
+def test_no_other_address_of_this_machine_answers(place):
+    _, port, *_ = place
+    with socket.create_connection((ADDRESS, port), timeout=5):
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)

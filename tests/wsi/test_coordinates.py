@@ -1,4 +1,6 @@
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from eosin.errors import FeatureFileError
 from eosin.seals import seal_image
+from eosin.wsi import coordinates
 from eosin.wsi.coordinates import CoordsFooter, nominal_magnification, read_footer, read_grid, write_grid
 from eosin.wsi.grid import TileGrid, Tiling
 
@@ -144,3 +147,26 @@ def test_a_declared_size_beyond_the_limit_is_refused_before_reading(path):
 @pytest.mark.parametrize(("mpp", "power"), [(0.12, 80), (0.25, 40), (0.5, 20), (1.0, 10), (2.0, 5), (8.0, 1)])
 def test_nominal_magnification(mpp, power):
     assert nominal_magnification(mpp) == power
+
+
+def test_a_file_of_0_1_on_which_hdf5_hangs_is_a_damaged_file(monkeypatch):
+    path = Path(__file__).parents[3] / "shared/cases/damage/hang_coords.h5"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    monkeypatch.setattr(coordinates, "PROBE_S", 15.0)
+    with pytest.raises(FeatureFileError, match="coordinates cannot be read: the process that tried"):
+        read_grid(path)
+
+
+def test_a_file_of_0_1_that_makes_its_reader_hang_is_given_up(path, tmp_path, monkeypatch):
+    old = tmp_path / "old_patches.h5"
+    with h5py.File(path) as file, h5py.File(old, "w") as copy:
+        file.copy("coords", copy)
+    monkeypatch.setattr(coordinates, "_probe", hang)
+    monkeypatch.setattr(coordinates, "PROBE_S", 3.0)
+    with pytest.raises(FeatureFileError, match="the process that tried"):
+        read_grid(old)
+
+
+def hang(_path):
+    time.sleep(600)
