@@ -18,6 +18,8 @@ from eosin.errors import LabelError, TableError
 Ids = Literal["ask", "merge", "exact"]
 """What happens to ids that look alike: stop and list them, take them for one, or take them as they are written."""
 
+POLICIES = ("ask", "merge", "exact")
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SLIDE_SUFFIXES = (
     ".ome.tiff", ".ome.tif", ".ome.btf", ".svs", ".tiff", ".tif", ".btf", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",

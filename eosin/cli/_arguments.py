@@ -105,7 +105,12 @@ Target = Annotated[
 ]
 Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
 Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]
-Missing = Annotated[str, typer.Option(help="Labels of slides without features: error or drop.")]
+IdsPolicy = Annotated[
+    str, typer.Option(help="Ids that look alike, such as P01 and p01: ask (stop and list them), merge or exact.")
+]
+Missing = Annotated[
+    str, typer.Option(help="Labels of slides without features, and slides without a label: error or drop.")
+]
 Splits = Annotated[
     Path | None,
     typer.Option(help="Of `eosin split` or CLAM (folder or file), of STAMP (splits.json), or a table's column Split."),

@@ -59,10 +59,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Log more, and show the
 
 @dataclass(frozen=True)
 class Done:
-    """What a command hands back: results to name on stdout, and the batch's report when there was a batch."""
+    """What a command hands back: results to name on stdout, the batch's report when there was a batch, last words."""
 
     paths: Sequence[Path] = ()
     report: "Report | None" = None
+    lines: Sequence[str] = ()
 
 
 def command(
@@ -189,6 +190,8 @@ def _finish(done: Done) -> None:
         for record in done.report.failed:
             say(f"failed: {record.slide_id}: {record.message} [{record.reason}]")
         say(done.report.summary())
+    for line in done.lines:
+        say(line)
     for path in done.paths:
         typer.echo(path)
     sys.stdout.flush()

@@ -13,6 +13,7 @@ from eosin.errors import ConfigError, UnknownNameError
 if TYPE_CHECKING:
     from eosin.mil.recipe import Recipe
     from eosin.mil.study import Study
+    from eosin.names import Ids
 
 MISSING = ("error", "drop")
 LEVELS = ("slide", "patient")
@@ -46,6 +47,7 @@ def read_study(
     group: str,
     level: str,
     missing: str,
+    ids: str,
     slide_table: Path | None = None,
     cache_gb: float = 2.0,
 ) -> "Study":
@@ -64,6 +66,7 @@ def read_study(
         keep_sites=group == SITE,
         missing=missing_policy(missing),
         slide_table=slide_table,
+        ids=ids_policy(ids),
         cache_bytes=cache_bytes(cache_gb),
     )
 
@@ -74,6 +77,15 @@ def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str
 
     for line in prepare(study, out, recipes, device=device, precision=precision):
         say(line)
+
+
+def ids_policy(name: str) -> "Ids":
+    """Return what becomes of ids that look alike, by name."""
+    from eosin.names import POLICIES
+
+    if name not in POLICIES:
+        raise UnknownNameError("policy for --ids", name, POLICIES)
+    return cast("Ids", name)
 
 
 def missing_policy(name: str) -> "Literal['error', 'drop']":

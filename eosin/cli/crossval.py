@@ -10,6 +10,7 @@ from eosin.cli._arguments import (
     Device,
     FeaturesFolder,
     Group,
+    IdsPolicy,
     Labels,
     Level,
     Missing,
@@ -34,8 +35,8 @@ CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
 
 @command(
     "recipe", "task", "target", "folds",
-    rare=("slide_table", "task", "group", "level", "missing", "sweep", "compare", "max_instances_per_step", "cache_gb",
-          "precision"),
+    rare=("slide_table", "task", "group", "level", "missing", "ids", "sweep", "compare", "max_instances_per_step",
+          "cache_gb", "precision"),
     of_job={"out": "crossval"},
 )  # fmt: skip
 def crossval(
@@ -54,6 +55,7 @@ def crossval(
     group: Group = "patient",
     level: Level = "slide",
     missing: Missing = "error",
+    ids: IdsPolicy = "ask",
     sweep: Annotated[
         Path | None, typer.Option(help="YAML file of recipes, a grid of options and seeds to choose from.")
     ] = None,
@@ -88,6 +90,7 @@ def crossval(
         group=group,
         level=level,
         missing=missing,
+        ids=ids,
         slide_table=slide_table,
         cache_gb=cache_gb,
     )
@@ -106,6 +109,7 @@ def crossval(
     if sweep is not None:
         tables |= sweep_table(out / SWEEP_TABLE, metrics)
     context = Context(
+        flow=study.account(parts),
         thumbnails=features.parent.parent / "thumbnails",
         tables=tables,
         provenance={
@@ -116,7 +120,10 @@ def crossval(
     )
     report_crossval(out / REPORT, metrics, results / PREDICTIONS, study, context)
     first = [] if sweep is None else [out / SWEEP_TABLE]
-    return Done([*first, results / METRICS, results / PREDICTIONS, out / REPORT])
+    return Done(
+        [*first, results / METRICS, results / PREDICTIONS, out / REPORT],
+        lines=tuple(study.account(parts).lines()),
+    )
 
 
 def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from eosin.cli._arguments import Device, Features, SlideMpp, SlidesIfAny, Weights, Workers, slide_mpp_source
+from eosin.cli._arguments import Device, Features, IdsPolicy, SlideMpp, SlidesIfAny, Weights, Workers, slide_mpp_source
 from eosin.cli._common import Done, command, progress
 
 
-@command(rare=("slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"})
+@command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"})
 def predict(
     *,
     model: Annotated[list[Path], typer.Option(help="Model folder; several are averaged. Repeatable.")],
@@ -24,12 +24,14 @@ def predict(
         ),
     ] = None,
     job: Annotated[Path | None, typer.Option(help="Job folder for what is made from --slides.")] = None,
+    ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> Done:
     """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
+    from eosin.cli._study import ids_policy
     from eosin.errors import ConfigError
     from eosin.features.store import find_bags
     from eosin.mil.patients import patients_file, read_patients
@@ -37,7 +39,7 @@ def predict(
     from eosin.pipeline.deploy import Machine, predict_slides
     from eosin.wsi.job import JobFolder
 
-    patient_of = None if patients is None else read_patients(patients)
+    patient_of = None if patients is None else read_patients(patients, ids_policy(ids))
     made = [out] if patients is None else [out, patients_file(out)]
     if features is not None and not slides:
         files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)

@@ -8,6 +8,7 @@ import typer
 from eosin.cli._arguments import (
     BatchSize,
     Device,
+    IdsPolicy,
     Job,
     Labels,
     MaxBlur,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 @command(
     "tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second",
-    rare=("task", "splits", "folds", "missing", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights", "batch_size",
-          "precision"),
+    rare=("task", "splits", "folds", "missing", "ids", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights",
+          "batch_size", "precision"),
 )  # fmt: skip
 def run(
     *,
@@ -49,6 +50,7 @@ def run(
     splits: Splits = None,
     folds: Annotated[int | None, typer.Option(help="Folds when no splits are given.", show_default="5")] = None,
     missing: Missing = "error",
+    ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
     max_blur: MaxBlur = None,
     max_pen: MaxPen = None,
@@ -65,7 +67,7 @@ def run(
     The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
     """
-    from eosin.cli._study import missing_policy, recipe_of, require_one_source
+    from eosin.cli._study import ids_policy, missing_policy, recipe_of, require_one_source
     from eosin.pipeline.deploy import Machine
     from eosin.pipeline.run import Pipeline, run_pipeline
     from eosin.pipeline.two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
@@ -94,6 +96,7 @@ def run(
         "slide_mpp": slide_mpp_source(slide_mpp),
         "splits": splits,
         "missing": missing_policy(missing),
+        "ids": ids_policy(ids),
         "progress": progress,
     }
     paths: list[Path] = []
@@ -106,4 +109,4 @@ def run(
         result = run_pipeline(slides, labels, JobFolder(job), pipeline, **common)
         report = result.report
     paths += [result.crossval / "metrics.json", result.model, result.heatmaps, job / "report.html"]
-    return Done(paths, report)
+    return Done(paths, report, lines=tuple(result.flow.lines()))

@@ -4,10 +4,10 @@ from typing import Annotated, cast
 
 import typer
 
-from eosin.cli._arguments import Group, Labels, Out, Target, TaskKind
+from eosin.cli._arguments import Group, IdsPolicy, Labels, Out, Target, TaskKind
 from eosin.cli._common import Done, command, say
 from eosin.cli._settings import Settings
-from eosin.cli._study import SlideTable
+from eosin.cli._study import SlideTable, ids_policy
 
 NESTED = "nested"
 KINDS = ("kfold", "monte-carlo", "holdout", NESTED)
@@ -19,7 +19,7 @@ KIND_HELP = (
 
 @command(
     "task", "target", "folds",
-    rare=("slide_table", "inner_folds", "val_fraction", "test_fraction"),
+    rare=("slide_table", "ids", "inner_folds", "val_fraction", "test_fraction"),
     of_job={"out": "splits"},
 )  # fmt: skip
 def split(
@@ -28,6 +28,7 @@ def split(
     slide_table: SlideTable = None,
     folds: Annotated[int | None, typer.Option(help="Number of splits.", show_default="5")] = None,
     group: Group = "patient",
+    ids: IdsPolicy = "ask",
     out: Out,
     task: TaskKind = None,
     target: Target = None,
@@ -45,7 +46,7 @@ def split(
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)
-    table = open_labels(labels, slide_table=slide_table, group=owner(group))
+    table = open_labels(labels, slide_table=slide_table, group=owner(group), ids=ids_policy(ids))
     posed = pose_task(settings.choose("task", task, "classification"), table, settings.choose("target", target, None))
     cohort = label_cohort(table, posed, keep_sites=group == SITE)
     number = settings.choose("folds", folds, 5)

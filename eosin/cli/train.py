@@ -10,6 +10,7 @@ from eosin.cli._arguments import (
     Device,
     FeaturesFolder,
     Group,
+    IdsPolicy,
     Labels,
     Level,
     Missing,
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 @command(
     "recipe", "task", "target",
-    rare=("slide_table", "task", "group", "level", "missing", "continue_from", "max_instances_per_step", "cache_gb",
-          "device_cache_gb", "precision"),
+    rare=("slide_table", "task", "group", "level", "missing", "ids", "continue_from", "max_instances_per_step",
+          "cache_gb", "device_cache_gb", "precision"),
     of_job={"out": "model"},
 )  # fmt: skip
 def train(
@@ -54,6 +55,7 @@ def train(
     group: Group = "patient",
     level: Level = "slide",
     missing: Missing = "error",
+    ids: IdsPolicy = "ask",
     continue_from: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Learn these classes after those of this model; reports what is forgotten."),
@@ -81,6 +83,7 @@ def train(
         group=group,
         level=level,
         missing=missing,
+        ids=ids,
         slide_table=slide_table,
         cache_gb=cache_gb,
     )
@@ -101,7 +104,9 @@ def train(
         )
     told = [] if continue_from is not None else _report(fitted, study, split, out, features, labels, device)
     source = Source.of(features, labels, study, group=owner(group), level=level, slide_table=slide_table)
-    return Done([out, *told, *_judge(out, study, source, split, continue_from, device)])
+    account = study.account([split])
+    made = [out, *told, *_judge(out, study, source, split, continue_from, device)]
+    return Done([*made, account.write(out)], lines=tuple(account.lines()))
 
 
 def _recipe(

@@ -34,6 +34,7 @@ from eosin.mil.study import (
     read_any_splits,
     without_label,
 )
+from eosin.names import Ids
 from eosin.options import Options
 from eosin.pipeline.deploy import Advance, Encoded, Machine, ProgressBar, Tiler, TissueTiles, encode_slides, no_progress
 from eosin.pipeline.explain import explain_slide, require_formats
@@ -95,6 +96,7 @@ def run_pipeline(
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
     missing: Literal["error", "drop"] = "error",
+    ids: Ids = "ask",
     tiles: Tiler | None = None,
     report: bool = True,
     progress: ProgressBar | None = None,
@@ -118,6 +120,8 @@ def run_pipeline(
         Splits to use instead of new ones, in any layout that `eosin.mil.study.Study.splits` reads.
     missing : {"error", "drop"}
         What becomes of a label whose slide is not among the slides.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin.names.unify`.
     tiles : Tiler, optional
         Takes the place of the tiles with tissue.
     report : bool
@@ -139,10 +143,10 @@ def run_pipeline(
     """
     options, machine, progress = options or Pipeline(), machine or Machine(), progress or no_progress
     files = find_slides(slides, slide_mpp=slide_mpp)
-    require_possible(options, files, labels, splits=splits, missing=missing)
+    require_possible(options, files, labels, splits=splits, missing=missing, ids=ids)
     tiles = tiles or TissueTiles(options.tiling, options.tissue, options.quality)
     encoded = encode_slides(files, job, tiles, options.encoder, machine=machine, progress=progress)
-    study = _open_study(files, encoded, labels, options)
+    study = _open_study(files, encoded, labels, options, ids)
     parts = study.splits(
         splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
     )
@@ -183,12 +187,13 @@ def require_possible(
     *,
     splits: Path | None,
     missing: Literal["error", "drop"],
+    ids: Ids = "ask",
 ) -> None:
     """Refuse what cannot work before the hours of work that lead up to it; errors as of `run_pipeline`."""
     find_encoder(options.encoder)
     require_methods(options.recipe)
     require_formats(options.formats)
-    table = open_labels(labels)
+    table = open_labels(labels, ids=ids)
     there = {file.slide_id for file in files}
     absent = [slide for slide in table.slide_ids if slide not in there]
     if absent and (missing == "error" or len(absent) == len(table)):
@@ -205,14 +210,16 @@ def require_possible(
         checked_splits(read_any_splits(splits, table), cohort, left_out=[*absent, *blank])
 
 
-def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline) -> Study:
+def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline, ids: Ids) -> Study:
     """Join the labels with the features of the slides that did not fail."""
-    flow = Flow.of(file.slide_id for file in files).joined(open_labels(labels).slide_ids)
+    flow = Flow.of(file.slide_id for file in files).joined(open_labels(labels, ids=ids).slide_ids)
     flow = flow.keep("found", (file.slide_id for file in files), "has no slide file")
     flow = encoded.account(flow)
     if not encoded.files:
         raise LabelError("no slide has features; run.json in the job folder says why for each slide")
-    return open_study(encoded.files, labels, task=options.task, target=options.target, missing="drop", flow=flow)
+    return open_study(
+        encoded.files, labels, task=options.task, target=options.target, missing="drop", ids=ids, flow=flow
+    )
 
 
 def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = None) -> Report:

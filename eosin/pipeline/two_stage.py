@@ -23,6 +23,7 @@ from eosin.mil.recipe import RECIPES, Recipe
 from eosin.mil.selection import tile_ratio
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.splits import read_splits
+from eosin.names import Ids
 from eosin.options import Options
 from eosin.pipeline.deploy import Advance, Machine, ProgressBar
 from eosin.pipeline.result import Result, make_report
@@ -96,13 +97,14 @@ def run_two_stage(
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
     missing: Literal["error", "drop"] = "error",
+    ids: Ids = "ask",
     progress: ProgressBar | None = None,
 ) -> TwoStageResult:
     """Go the whole way twice.
 
     Parameters
     ----------
-    slides, labels, machine, slide_mpp, splits, missing, progress
+    slides, labels, machine, slide_mpp, splits, missing, ids, progress
         As of `eosin.pipeline.run.run_pipeline`; given splits must test every slide once.
     job : JobFolder
         Receives the second stage as `eosin.pipeline.run.run_pipeline` writes it, the first below ``stage1/``, and
@@ -127,9 +129,9 @@ def run_two_stage(
     tile_ratio(options.tiling, second.tiling)
     _require_attention(options.recipe)
     if splits is not None:
-        _require_every_slide_tested(splits, labels)
+        _require_every_slide_tested(splits, labels, ids)
     run = partial(
-        run_pipeline, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, progress=progress
+        run_pipeline, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, ids=ids, progress=progress
     )
     first = run(job=JobFolder(job.root / FIRST), options=options, splits=splits)
     same = second.target in (None, options.target)
@@ -188,10 +190,10 @@ def _require_attention(recipe: Recipe) -> None:
         )
 
 
-def _require_every_slide_tested(splits: Path, labels: Path) -> None:
+def _require_every_slide_tested(splits: Path, labels: Path, ids: Ids) -> None:
     """Refuse splits that leave slides without a first-stage model that has not seen them."""
     tested = {slide for split in read_splits(splits) for slide in split.test}
-    others = [slide for slide in read_labels(labels).slide_ids if slide not in tested]
+    others = [slide for slide in read_labels(labels, ids=ids).slide_ids if slide not in tested]
     if others:
         raise ConfigError(
             f"{splits}: no fold tests {shown(others)}, so no first stage could choose their tiles without having seen "
