@@ -36,8 +36,9 @@ SCHEMA = 2
 class Outcome:
     """What a work function returns for one slide; a slide that fails raises instead."""
 
-    status: Literal["ok", "empty"] = "ok"
+    status: Literal["ok", "empty", "skipped"] = "ok"
     message: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _attempt(work: Callable[[T], Outcome], slide_id: str, item: T, stage: str) -
     except Exception as error:  # whatever one slide provokes must not stop the cohort
         logger.debug("slide %s failed unexpectedly", slide_id, exc_info=True)
         return failed("internal", f"{type(error).__name__}: {error}")
-    return Record(slide_id, stage, outcome.status, "", outcome.message, _since(started))
+    return Record(slide_id, stage, outcome.status, outcome.reason, outcome.message, _since(started))
 
 
 def _since(started: float) -> float:

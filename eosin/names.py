@@ -25,6 +25,11 @@ SLIDE_SUFFIXES = (
     ".ome.tiff", ".ome.tif", ".ome.btf", ".svs", ".tiff", ".tif", ".btf", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",
     ".bif", ".svslide", ".qptiff", ".czi", ".avs", ".dcm",
 )  # fmt: skip
+UNREAD_SUFFIXES = (
+    ".vsi", ".kfb", ".kfbf", ".tmap", ".isyntax", ".i2syntax", ".sdpc", ".dyqx", ".zvi", ".lif", ".nd2", ".jp2", ".afi",
+    ".mds", ".mdsx", ".hdx", ".eet", ".gndcl",
+)  # fmt: skip
+"""Of slides that no reader here takes, unless a plug-in does; a folder's are named instead of passed over."""
 RESULT_SUFFIXES = (".geojson", ".json", ".h5", ".pt", ".hdf5")  # files about a slide, named after it
 MISSING = frozenset({
     "", "-", "--", "---", ".", "?", "n/a", "#n/a", "<na>", "na", "n.a.", "n.a", "nan", "<nan>", "null", "nil", "none",
@@ -141,6 +146,11 @@ def is_picture(path: Path) -> bool:
 def is_slide(path: Path) -> bool:
     """Return whether a file may be a slide, by its name."""
     return path.name.lower().endswith(SLIDE_SUFFIXES + PICTURE_SUFFIXES)
+
+
+def is_unread(path: Path) -> bool:
+    """Return whether a file is a slide of a format that only a plug-in may read, by its name."""
+    return path.name.lower().endswith(UNREAD_SUFFIXES)
 
 
 def slide_stem(path: Path) -> str:

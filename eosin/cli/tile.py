@@ -117,7 +117,13 @@ def tile(
     )
     tissue = settings.parse("tissue", TissueOptions)
     quality = settings.parse("quality", QualityLimits, max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
-    files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
+    files = find_slides(
+        slides,
+        slide_mpp=slide_mpp_source(slide_mpp),
+        scene=scene_number(scene),
+        plane=plane,
+        unread=from_ is None and not preview,
+    )
     index, count = shard_numbers(shard)
     if from_ is not None:
         wrong = {"preview": preview, "contours": contours, "overrides": overrides, "tissue": settings.group("tissue")}

@@ -28,6 +28,7 @@ from eosin.wsi.tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_tis
 
 logger = logging.getLogger(__name__)
 
+UNSUPPORTED = "unsupported-format"
 OUTLINE_SUFFIXES = (".geojson", ".json")
 
 
@@ -254,6 +255,8 @@ class TilePlan:
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
         notes = [note for note in (*slide.notes, left_out, *mask.notes) if note]
+        if slide.residual_px0 is not None:
+            notes.append(f"levels agree to {slide.residual_px0:.1f} px")
         return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))
 
     def options_hash(self, slide: SlideFile) -> str:
@@ -323,6 +326,8 @@ def _pictures(job: JobFolder, slide_id: str) -> list[Path]:
 
 
 def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
+    if item.unread:
+        return Outcome("skipped", f"no reader takes {item.path.suffix} files; convert it to OME-TIFF", UNSUPPORTED)
     with plan.open(item) as slide:
         tiled = plan.lay_tiles(item, slide)
         _write_pictures(plan.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))

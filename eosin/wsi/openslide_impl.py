@@ -31,7 +31,8 @@ class OpenSlideReader(Reader):
     @classmethod
     def takes(cls, path: Path, head: bytes) -> bool:
         """Return whether OpenSlide knows the vendor of a file."""
-        return path.is_file() and openslide.OpenSlide.detect_format(path) is not None
+        vendor = openslide.OpenSlide.detect_format(path) if path.is_file() else None
+        return vendor not in (None, "generic-tiff", "dicom")  # those have readers of their own
 
     def open(self, picture: Picture, plane: int, mpp: float | None) -> "OpenSlideSlide":
         """Open the slide, which takes the handle over; see `Reader.open`."""

@@ -112,6 +112,13 @@ class Readers:
 READERS = Readers()
 
 
+def find_reader(path: Path) -> type[Reader]:
+    """Return the reader for what a file is; see `Readers.find`."""
+    from eosin.wsi import readers  # noqa: F401 - each registers itself, and brings its library
+
+    return READERS.find(path)
+
+
 def open_file(path: Path) -> Reader:
     """Open a file with the reader for what it is.
 
@@ -120,9 +127,7 @@ def open_file(path: Path) -> Reader:
     SlideOpenError
         If no reader takes it, or it is damaged.
     """
-    from eosin.wsi import readers  # noqa: F401 - each registers itself, and brings its library
-
-    return READERS.find(path)(path)
+    return find_reader(path)(path)
 
 
 def _head(path: Path) -> bytes:

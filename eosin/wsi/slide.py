@@ -4,7 +4,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideError, SlideOpenError
-from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, slide_stem
+from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, is_unread, slide_stem
 from eosin.tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.wsi.dicom import group_series
 from eosin.wsi.inventory import Picture
@@ -189,6 +189,8 @@ class SlideFile:
         The user's µm per level-0 pixel; None takes the file's.
     scene, plane : int or None
         Which picture and which focal plane of the file, counted from 1; None takes what `choose_picture` takes.
+    unread : bool
+        Whether no reader takes its format.
     """
 
     path: Path
@@ -196,6 +198,7 @@ class SlideFile:
     mpp: float | None = None
     scene: int | None = None
     plane: int | None = None
+    unread: bool = False
 
     def open(self, *, mpp: float | None = None) -> Slide:
         """Open it; see `open_slide`.
@@ -251,6 +254,7 @@ def find_slides(
     slide_mpp: float | Path | None = None,
     scene: int | Literal["all"] | None = None,
     plane: int | None = None,
+    unread: bool = False,
 ) -> list[SlideFile]:
     """List the slides among files and folders.
 
@@ -266,6 +270,9 @@ def find_slides(
         with ``_scene1`` and so on. By default the largest.
     plane : int, optional
         Which focal plane, counted from 1; by default the middle one.
+    unread : bool
+        Whether slides in folders whose format no reader takes are listed, too, with `SlideFile.unread`; a warning
+        names them otherwise.
 
     Returns
     -------
@@ -284,7 +291,32 @@ def find_slides(
     stated = _read_mpp_table(slide_mpp, ids) if isinstance(slide_mpp, Path) else dict.fromkeys(ids, slide_mpp)
     number = None if scene == "all" else scene
     found = [SlideFile(path, slide_id, stated.get(slide_id), number, plane) for slide_id, path in sorted(ids.items())]
-    return [one for slide in found for one in _scenes(slide)] if scene == "all" else found
+    if scene == "all":
+        found = [one for slide in found for one in _scenes(slide)]
+    passed = [SlideFile(path, path.name, unread=True) for path in _unread([Path(path) for path in paths])]
+    if passed and not unread:
+        logger.warning("no reader takes these slides: %s", ", ".join(slide.slide_id for slide in passed))
+    return [*found, *passed] if unread else found
+
+
+def _unread(paths: Sequence[Path]) -> list[Path]:
+    folders = [path for path in paths if path.is_dir()]
+    return sorted({path for folder in folders for path in _walk(folder, is_unread) if not _has_reader(path)})
+
+
+def _has_reader(path: Path) -> bool:
+    """Return whether a reader, perhaps of a plug-in, takes a file."""
+    from eosin.wsi.reader import find_reader
+
+    try:
+        find_reader(path)
+    except SlideOpenError:
+        return False
+    return True
+
+
+def _may_be_slide(path: Path) -> bool:
+    return is_slide(path) or (is_unread(path) and _has_reader(path))
 
 
 def _scenes(slide: SlideFile) -> list[SlideFile]:
@@ -319,7 +351,7 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
 
 def _without_outputs(folder: Path) -> list[Path]:
     """Return the slides in a folder, and say what of it eosin wrote itself."""
-    found = list(_walk(folder))
+    found = list(_walk(folder, _may_be_slide))
     written = {path for path in found if is_written_by_eosin(path)}
     if written:
         example = min(written).relative_to(folder)
@@ -336,7 +368,7 @@ def _is_job(folder: Path) -> bool:
         return False
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
     seen: set[Path] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = Path(root).resolve()
@@ -348,7 +380,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         if "run.json" in names and _is_job(Path(root)):  # pictures of eosin 0.1 have no mark
             folders[:] = [name for name in folders if name not in JOB_PICTURES]
         for name in sorted(names):
-            if not name.startswith(".") and is_slide(Path(name)):
+            if not name.startswith(".") and wanted(Path(root) / name):
                 yield Path(root) / name
 
 

@@ -63,8 +63,11 @@ class TiffReader(Reader):
 
     @classmethod
     def takes(cls, path: Path, head: bytes) -> bool:
-        """Return whether a file is a TIFF of a kind that is read here."""
-        if not head.startswith(MAGIC):
+        """Return whether a file is a TIFF of a kind that is read here.
+
+        A .vsi is a TIFF of macro and label; the slide lies in other files beside it.
+        """
+        if not head.startswith(MAGIC) or path.name.lower().endswith(".vsi"):
             return False
         try:
             with path.open("rb") as file:

@@ -1,10 +1,15 @@
+import numpy as np
 import pytest
 from PIL import Image
 from scenes import lattice, marked_map
 
 from eosin.errors import ConfigError, SlideOpenError
 from eosin.heatmaps.export.tiff import write_tiff
+from eosin.wsi.array_impl import ArraySlide
+from eosin.wsi.inventory import Picture
+from eosin.wsi.job import JobFolder, tile_slides
 from eosin.wsi.picture import write_jpeg, write_picture
+from eosin.wsi.reader import READERS, Reader
 from eosin.wsi.slide import SlideFile, find_slides, open_slide
 
 
@@ -144,3 +149,36 @@ def test_pictures_that_eosin_wrote_are_no_slides(tmp_path, caplog):
     assert [slide.slide_id for slide in find_slides([tmp_path])] == ["old", "scan"]
     assert "2 pictures that eosin wrote are left out" in caplog.text
     assert [slide.slide_id for slide in find_slides([tmp_path / "scan_attention.png"])] == ["scan_attention"]
+def test_slides_of_formats_that_no_reader_takes_are_named(tmp_path, caplog):
+    touch(tmp_path, "a.svs", "b.kfb", "sub/c.isyntax", "notes.txt")
+    (tmp_path / "d.vsi").write_bytes(b"II\x2a\0" + bytes(100))  # a TIFF of macro and label; the slide lies elsewhere
+    assert ids(find_slides([tmp_path])) == ["a"]
+    assert "no reader takes these slides: b.kfb, d.vsi, c.isyntax" in caplog.text
+    found = find_slides([tmp_path], unread=True)
+    assert [slide.slide_id for slide in found if slide.unread] == ["b.kfb", "d.vsi", "c.isyntax"]
+    report = tile_slides([slide for slide in found if slide.unread], JobFolder(tmp_path / "job"))
+    assert {(record.status, record.reason) for record in report.records} == {("skipped", "unsupported-format")}
+    assert report.summary() == "3 slides: 3 skipped"
+
+
+def test_a_plug_in_reads_what_no_reader_takes(tmp_path):
+    class KfbReader(Reader):
+        name = "kfb"
+        pictures = (Picture("slide", ((8, 6),)),)
+
+        @classmethod
+        def takes(cls, path, head):
+            return path.suffix == ".kfb"
+
+        def open(self, picture, plane, mpp):
+            return ArraySlide(np.full((6, 8, 3), 7, np.uint8), mpp=mpp, path=self.path)
+
+    touch(tmp_path, "b.kfb")
+    before = list(READERS._known)
+    READERS.register(KfbReader)
+    try:
+        (found,) = find_slides([tmp_path], slide_mpp=0.5)
+        with found.open() as slide:
+            assert (slide.read((0, 0), (8, 6), 0.5) == 7).all()
+    finally:
+        READERS._known = before
