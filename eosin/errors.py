@@ -38,6 +38,7 @@ EXTRAS = {  # a package that not every user needs -> the extra of eosin that ins
     "tensorboard": "tensorboard",
     "timm": "encoders",
     "transformers": "hf",
+    "zarr": "zarr",
 }
 
 

@@ -140,7 +140,15 @@ def write_json(path: Path, data: object) -> None:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits from a file's size and its first and last MiB: cheap even for a slide of 5 GB."""
+    """Return 16 hexadecimal digits from a file's size and its first and last MiB: cheap even for a slide of 5 GB.
+
+    Of a folder (OME-Zarr) they are made from the names, sizes and times of the files in it.
+    """
+    if path.is_dir():
+        parts = [
+            f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in path.rglob("*")
+        ]
+        return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

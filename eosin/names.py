@@ -23,7 +23,7 @@ POLICIES = ("ask", "merge", "exact")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SLIDE_SUFFIXES = (
     ".ome.tiff", ".ome.tif", ".ome.btf", ".svs", ".tiff", ".tif", ".btf", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",
-    ".bif", ".svslide", ".qptiff", ".czi", ".avs", ".dcm",
+    ".bif", ".svslide", ".qptiff", ".czi", ".avs", ".dcm", ".ome.zarr", ".zarr",
 )  # fmt: skip
 UNREAD_SUFFIXES = (
     ".vsi", ".kfb", ".kfbf", ".tmap", ".isyntax", ".i2syntax", ".sdpc", ".dyqx", ".zvi", ".lif", ".nd2", ".jp2", ".afi",
@@ -146,6 +146,11 @@ def is_picture(path: Path) -> bool:
 def is_slide(path: Path) -> bool:
     """Return whether a file may be a slide, by its name."""
     return path.name.lower().endswith(SLIDE_SUFFIXES + PICTURE_SUFFIXES)
+
+
+def is_folder_slide(path: Path) -> bool:
+    """Return whether a folder is a slide, by its name."""
+    return path.name.lower().endswith(".zarr") and path.is_dir()
 
 
 def is_unread(path: Path) -> bool:

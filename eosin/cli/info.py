@@ -55,7 +55,7 @@ def _line(name: str, value: object) -> str:
 
 
 def _is_slide_folder(path: Path) -> bool:
-    return path.is_dir() and not (path / "model.json").exists()
+    return path.is_dir() and not (path / "model.json").exists() and not path.name.endswith(".zarr")
 
 
 def _each(paths: Sequence[Path]) -> Iterator[Path]:
@@ -72,7 +72,7 @@ def _each(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | None) -> Mapping[str, object]:
-    if path.is_dir():
+    if path.is_dir() and not path.name.endswith(".zarr"):
         return _model_facts(path)
     if path.name.endswith("_patches.h5"):
         return _coordinates_facts(path)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.errors import ConfigError, SlideError, SlideOpenError
-from eosin.names import SLIDE_SUFFIXES, is_picture, is_slide, is_unread, slide_stem
+from eosin.names import SLIDE_SUFFIXES, is_folder_slide, is_picture, is_slide, is_unread, slide_stem
 from eosin.tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.wsi.dicom import group_series
 from eosin.wsi.inventory import Picture
@@ -300,7 +300,7 @@ def find_slides(
 
 
 def _unread(paths: Sequence[Path]) -> list[Path]:
-    folders = [path for path in paths if path.is_dir()]
+    folders = [path for path in paths if path.is_dir() and not is_folder_slide(path)]
     return sorted({path for folder in folders for path in _walk(folder, is_unread) if not _has_reader(path)})
 
 
@@ -339,7 +339,7 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path}: there is no such file or folder")
-        found = _without_outputs(path) if path.is_dir() else [path]
+        found = _without_outputs(path) if path.is_dir() and not is_folder_slide(path) else [path]
         if not found:
             raise ConfigError(f"{path}: no slide in this folder (looked for {', '.join(SLIDE_SUFFIXES)} and pictures)")
         for file in found:
@@ -379,6 +379,8 @@ def _walk(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "run.json" in names and _is_job(Path(root)):  # pictures of eosin 0.1 have no mark
             folders[:] = [name for name in folders if name not in JOB_PICTURES]
+        names += [name for name in folders if is_folder_slide(Path(root) / name)]
+        folders[:] = [name for name in folders if name not in names]
         for name in sorted(names):
             if not name.startswith(".") and wanted(Path(root) / name):
                 yield Path(root) / name

@@ -149,6 +149,8 @@ def test_pictures_that_eosin_wrote_are_no_slides(tmp_path, caplog):
     assert [slide.slide_id for slide in find_slides([tmp_path])] == ["old", "scan"]
     assert "2 pictures that eosin wrote are left out" in caplog.text
     assert [slide.slide_id for slide in find_slides([tmp_path / "scan_attention.png"])] == ["scan_attention"]
+
+
 def test_slides_of_formats_that_no_reader_takes_are_named(tmp_path, caplog):
     touch(tmp_path, "a.svs", "b.kfb", "sub/c.isyntax", "notes.txt")
     (tmp_path / "d.vsi").write_bytes(b"II\x2a\0" + bytes(100))  # a TIFF of macro and label; the slide lies elsewhere
