@@ -5,7 +5,7 @@ STAMP := .venv/installed
 OUT ?= demo
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check campaign bench clean
 
 demo: $(STAMP)
 	$(BIN)/eosin demo --out $(OUT)
@@ -19,6 +19,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 check: lint test
+
+campaign: $(STAMP)
+	tests/campaign.sh
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -21,6 +21,7 @@ from typing_extensions import override
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator
 from eosin.mil.subsets import Direction, Floats, Indices, Search, Subsets, Target, cost_of
+from eosin.processes import require_running
 
 SHORTLIST = 256
 INSTANCES_PER_PASS = 200_000
@@ -257,6 +258,7 @@ class ForwardBag(Subsets):
         per_pass = max(1, min(BAGS_PER_PASS, INSTANCES_PER_PASS // max(1, longest)))
         rows = []
         for start in range(0, len(subsets), per_pass):
+            require_running()
             pack = self._packed(subsets[start : start + per_pass])
             rows.append(self._wide(self.model(pack).logits).double().cpu().numpy())
         return np.concatenate(rows)
