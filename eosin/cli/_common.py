@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
-from eosin.devices import limit_threads
+from eosin.devices import choose_device, limit_threads, parse_devices
 from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
 from eosin.processes import Stopped, stoppable
 
@@ -115,6 +115,7 @@ def command(
                 for name in [*settings.plugins, *(plugins or [])]:
                     add_plugin(name)
                 arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
+                _require_devices(arguments)
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
                 _finish(function(**arguments))
@@ -124,6 +125,14 @@ def command(
         return run
 
     return decorate
+
+
+def _require_devices(arguments: Mapping[str, Any]) -> None:
+    """Refuse a device that is not there before any work, in every command that takes one."""
+    if arguments.get("device") not in (None, "auto"):
+        choose_device(arguments["device"])
+    if arguments.get("devices"):
+        parse_devices(arguments["devices"])
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

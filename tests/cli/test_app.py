@@ -1,5 +1,6 @@
 """The command as a whole: names, speed of help, spelling of options."""
 
+import inspect
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from eosin import __version__
+from eosin.cli._settings import options_of
 from eosin.cli.app import COMMANDS, app
 from eosin.cli.heatmap import DEFAULT_FORMATS
 from eosin.pipeline.run import Pipeline
@@ -95,3 +97,15 @@ def test_set_of_an_unknown_group_is_refused_by_every_command(name: str) -> None:
     result = CliRunner().invoke(app, [name, *arguments, "--set", "nonsense.x=1"])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: no group of options")
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "cuda:7", "nonsense"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if any("device" in option for option in options(name))])
+def test_a_device_that_is_not_there_is_one_line_in_every_command(name: str, device: str) -> None:
+    signature = inspect.signature(COMMANDS[name].__wrapped__)  # type: ignore[attr-defined]
+    arguments = [text for one in options_of(signature) if one.required for text in (one.flag, "1")]
+    for option in {"--device", "--devices"} & set(options(name)):
+        result = CliRunner().invoke(app, [name, *arguments, option, device])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: device '{device}' ")
+        assert len(result.stderr.splitlines()) == 1
