@@ -17,7 +17,7 @@ from .conftest import Run
 
 FEW, MANY = 2, 40
 QUICK = ("--set", "recipe.training.epochs=3", "--set", "recipe.aggregator.options.embed_dims=[16]")
-MOST_S = 5.0
+MOST_S = 30.0  # a tenth of a second alone; the machine may be busy
 
 
 @pytest.fixture(scope="module")
