@@ -1,7 +1,6 @@
 """What makes a feature file, and the loop that encodes whatever readers bring until slides are complete."""
 
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +25,7 @@ from eosin.files import file_fingerprint
 from eosin.fingerprints import fingerprint
 from eosin.wsi.coordinates import CoordsFooter, read_grid
 from eosin.wsi.coordinates import read_footer as read_coords_footer
-from eosin.wsi.grid import TileGrid
+from eosin.wsi.grid import TileGrid, Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.slide import SlideFile
 
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 MPP_ADVICE = 0.1
 WRITES_AHEAD = 2
-TILING_NAME = re.compile(r"(?P<mpp>[\d.]+)mpp_(?P<px>\d+)px_")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 _END = object()
@@ -124,12 +122,9 @@ class Extraction:
     def _facts(self) -> dict[str, str]:
         return self.encoder.describe()
 
-    def check_tiles(self) -> None:
+    def check_tiles(self, tiling: Tiling) -> None:
         """Warn of tiles at another resolution than the encoder was trained on, refuse tiles that it cannot take."""
-        named = TILING_NAME.match(self.tiling)
-        if named is None:
-            return
-        mpp, side, spec = float(named["mpp"]), int(named["px"]), self.encoder.spec
+        mpp, side, spec = tiling.mpp, tiling.patch_size, self.encoder.spec
         if spec.build is None and side < he_texture.MIN_TILE_PX:
             raise ConfigError(f"{spec.name} needs tiles of at least {he_texture.MIN_TILE_PX} px; these have {side}")
         if spec.mpp is not None and abs(mpp / spec.mpp - 1) > MPP_ADVICE:

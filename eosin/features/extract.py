@@ -1,18 +1,20 @@
 """Tiles to features for many slides: the device encodes while readers decode, every file is whole or absent."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from eosin.batch import Outcome, Record, Report, run_batch
-from eosin.errors import ConfigError
+from eosin.errors import ConfigError, EosinError
 from eosin.features.claims import DONE_ELSEWHERE, Todo
 from eosin.features.devices import DevicePool, DeviceWork
 from eosin.features.encoders import Precision
 from eosin.features.encoding import Encoding, Extraction
 from eosin.features.inference import EncoderChoice, allocator
 from eosin.features.reading import ReadRequest, SlideEnd, SlideReaders
+from eosin.wsi.coordinates import read_grid
+from eosin.wsi.grid import Tiling
 from eosin.wsi.job import JobFolder
 from eosin.wsi.slide import SlideFile
 
@@ -96,6 +98,14 @@ def extract(
     return rest(Extraction(job, work.tiling, work.choice.load(device)), _here)
 
 
+def _stated_tiling(run: Extraction, slides: Sequence[SlideFile]) -> Tiling | None:
+    """Return the tiling that the first readable coordinates file states; folders may be called anything."""
+    for slide in slides:
+        with suppress(EosinError, OSError):
+            return read_grid(run.patches(slide)).tiling
+    return None
+
+
 def _extract(
     slides: Sequence[SlideFile],
     work: DeviceWork,
@@ -105,7 +115,9 @@ def _extract(
     shard: tuple[int, int],
     progress: Callable[[Record], None] | None,
 ) -> Report:
-    run.check_tiles()
+    tiling = _stated_tiling(run, slides)
+    if tiling is not None:
+        run.check_tiles(tiling)
     left = [slide for slide in slides[shard[0] :: shard[1]] if not run.is_done(slide)]
     todo = Todo([slide for slide in left if run.is_tiled(slide)], run.output, run.is_done)
     waiting = {slide.slide_id for slide in left}

@@ -66,14 +66,14 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
     if heatmap.scaling == "percentile":
         is_mean = heatmap.shows == "attention" and not heatmap.of
         low, high = ("least attended", "most attended") if is_mean else ("lowest", "highest")
-        return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.label)
+        return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.caption)
     if heatmap.signed:
         reach = float(np.quantile(np.abs(heatmap.values), 0.99)) if heatmap.values.size else 0.0
         reach = reach or float(np.abs(heatmap.values).max(initial=0.0)) or 1.0
         return ColourScale(
-            -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.label
+            -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.caption
         )
     bottom, top = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
     if bottom == top:
         bottom, top = float(heatmap.values.min()), float(heatmap.values.max())
-    return ColourScale(bottom, top, SEQUENTIAL, f"{bottom:.3g}", f"{top:.3g}", heatmap.label)
+    return ColourScale(bottom, top, SEQUENTIAL, f"{bottom:.3g}", f"{top:.3g}", heatmap.caption)

@@ -13,6 +13,16 @@ from eosin.wsi.grid import TileGrid
 
 Window = tuple[int, int, int, int]
 WEIGHTS = frozenset({"attention", "rollout"})
+RELATIVE_TO = {
+    "attention": "relative to the slide's other tiles; knows no class",
+    "rollout": "relative to the slide's other tiles; knows no class",
+    "alone": "relative to even odds, whatever the rest of the slide shows",
+    "instance_logit": "relative to even odds, whatever the rest of the slide shows",
+    "effect": "relative to the same slide without the tile",
+    "log_weight_gradient": "relative to the slide's average tile",
+    "gradient": "relative to features of zero",
+}
+"""What the zero, or the average, of each number is: without it a map cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +82,13 @@ class Heatmap:
         """What the number is, in one word that files carry: ``attention_percentile``, ``effect_estimate_tumour``."""
         parts = (self.shows, "estimate" if self.is_estimate else "", self.of, self.scaling.removeprefix("plain"))
         return "_".join(filter(None, parts))
+
+    @property
+    def caption(self) -> str:
+        """The label, and what the number is relative to, as every output says it."""
+        words = self.label[:1].upper() + self.label[1:]
+        relative = RELATIVE_TO.get(self.shows)
+        return f"{words}, {relative}" if relative else words
 
     @property
     def is_weight(self) -> bool:

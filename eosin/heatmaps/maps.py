@@ -16,15 +16,17 @@ from eosin.mil.reevaluation import BUDGET
 from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput, HasInstanceLogits, class_names
 from eosin.mil.subsets import Subsets, Target, as_array
 
-Attribution = Literal["attention", "instance_logit", "effect", "log_weight_gradient", "gradient", "rollout"]
+Attribution = Literal["attention", "alone", "instance_logit", "effect", "log_weight_gradient", "gradient", "rollout"]
 ATTRIBUTIONS: tuple[Attribution, ...] = (
     "attention",
+    "alone",
     "instance_logit",
     "effect",
     "log_weight_gradient",
     "gradient",
     "rollout",
 )
+MANY_TILES = 20_000  # that a model which must be run again is run on one by one without being asked to
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +36,8 @@ class MapSet:
     Parameters
     ----------
     maps : list of Heatmap
-        The first is the one that pictures show: the percentile of the attention, or the effect of each tile for a model
-        without attention.
+        The first is the one that pictures show: the percentile of the attention, or the evidence of each tile alone for
+        a model without attention.
     absent : dict of str to str
         For each of `ATTRIBUTIONS` that is not there, one sentence that says why.
     """
@@ -85,7 +87,7 @@ def map_slide(
         Names of the model's outputs for tasks without such classes; maps are of each output itself.
     wanted : sequence of str, optional
         Among `ATTRIBUTIONS`; all unless given, except effects that would take more than a pass per tile of a bag of
-        more than 500 tiles.
+        more than 500 tiles, and tiles alone of more than 20,000 where the model must be run again.
     budget : int
         Instances that estimates may run a model on that has no closed form.
 
@@ -134,6 +136,20 @@ def _attention(subject: _Subject) -> list[Heatmap]:
     return [maps[0].percentile(), maps[0].relative(), *maps]
 
 
+def _alone(subject: _Subject) -> list[Heatmap]:
+    # a transformer pays for every bag, not for every tile: bags of one cost it many times the pass over the slide
+    if subject.subsets.price > MANY_TILES and not subject.forced:
+        raise _Absent(
+            f"the model would have to be run on each of {subject.bag.n_instances} tiles by itself; ask for the map "
+            "alone by name"
+        )
+    first = next(iter(subject.targets))
+    values = subject.subsets.only_one()
+    return [
+        alone_map(values, subject.bag, target, of=name, first=name == first) for name, target in subject.targets.items()
+    ]
+
+
 def _instance_logit(subject: _Subject) -> list[Heatmap]:
     maps = output_maps(subject.model, subject.bag, classes=subject.names, of="instance_logit")
     if not maps:
@@ -180,6 +196,7 @@ def _rollout(subject: _Subject) -> list[Heatmap]:
 
 _MAKERS: dict[str, Callable[[_Subject], list[Heatmap]]] = {
     "attention": _attention,
+    "alone": _alone,
     "instance_logit": _instance_logit,
     "effect": _effect,
     "log_weight_gradient": _log_weight_gradient,
@@ -312,6 +329,25 @@ def _attention_output(model: Aggregator, bag: FeatureBag) -> AttentionOutput:
     if not isinstance(output, AttentionOutput):
         raise TypeError(f"{type(model).__name__} returned {type(output).__name__}, not the output type it declares")
     return output
+
+
+def alone_map(logits: NDArray[np.float64], bag: FeatureBag, target: Target, *, of: str, first: bool = True) -> Heatmap:
+    """Return what the model says of each tile by itself: its evidence, whatever the rest of the slide shows.
+
+    Parameters
+    ----------
+    logits : (n, K) float64
+        Of each tile as a bag of its own, `eosin.mil.subsets.Subsets.only_one`.
+    bag : FeatureBag
+        With a tile grid.
+    target : Target
+    of : str
+        Name of the class or output.
+    first : bool
+        Whether this is the map of the predicted class, whose column carries no name.
+    """
+    label = f"{_quantity(target, of)} of the tile alone"
+    return Heatmap(target.of(logits), require_grid(bag), "alone", label, of="" if first else of, signed=True)
 
 
 def effect_map(subsets: Subsets, bag: FeatureBag, target: Target, *, of: str, first: bool = True) -> Heatmap:

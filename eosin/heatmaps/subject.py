@@ -171,5 +171,5 @@ def class_choices(card: ModelCard) -> tuple[str, ...]:
 
 
 def map_name(model: Aggregator) -> str:
-    """Return what files of heat maps are called after: ``attention``, or ``effect`` for a model without attention."""
-    return "attention" if issubclass(model.output_type, AttentionOutput) else "effect"
+    """Return what files of heat maps are called after: ``attention``, or ``alone`` for a model without attention."""
+    return "attention" if issubclass(model.output_type, AttentionOutput) else "alone"

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from torch import Tensor
+from typing_extensions import override
 
 from eosin.mil.metrics import Floats
 from eosin.mil.step_losses import StepLosses
@@ -70,6 +71,11 @@ class Cox(SurvivalTask):
     def risk(self, outputs: Floats) -> Floats:
         """Return the logarithm of the relative risk."""
         return outputs[:, 0]
+
+    @property
+    @override
+    def verdicts(self) -> tuple[str, ...]:
+        return ("risk",)
 
     def table(self, outputs: Floats) -> Columns:
         """Return the column ``risk``."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from eosin.errors import LabelError
 from eosin.mil.classification import EVEN, sorted_labels
@@ -152,6 +153,11 @@ class MultiLabel(Task):
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of each label."""
         return to_numpy(wide(logits).sigmoid())
+
+    @property
+    @override
+    def verdicts(self) -> tuple[str, ...]:
+        return tuple(f"predicted_{name}" for name in self.targets)
 
     def table(self, outputs: Floats) -> Columns:
         """Return ``prob_<label>``, ``predicted_<label>`` and ``threshold_<label>`` columns."""

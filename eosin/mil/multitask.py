@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from eosin.errors import LabelError
 from eosin.mil.intervals import Support
@@ -178,6 +179,12 @@ class MultiTask(Task):
         for name, part, own in zip(self.names, self.parts, self._outputs(outputs), strict=True):
             columns |= {f"{name}_{column}": values for column, values in part.table(own).items()}
         return columns
+
+    @property
+    @override
+    def verdicts(self) -> tuple[str, ...]:
+        pairs = zip(self.names, self.parts, strict=True)
+        return tuple(f"{name}_{column}" for name, part in pairs for column in part.verdicts)
 
     @property
     def spread_columns(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from eosin.errors import LabelError
 from eosin.mil.intervals import Support
@@ -287,6 +288,11 @@ class DiscreteSurvival(SurvivalTask):
     def risk(self, outputs: Floats) -> Floats:
         """Return minus the sum of the survival probabilities."""
         return np.asarray(-outputs.sum(1))
+
+    @property
+    @override
+    def verdicts(self) -> tuple[str, ...]:
+        return ("risk",)
 
     def table(self, outputs: Floats) -> Columns:
         """Return ``risk``, ``survival_<bin>`` and, of all bins but the last, ``until_<bin>``: its upper end."""

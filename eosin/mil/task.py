@@ -182,6 +182,11 @@ class Task(Options):
         raise NotImplementedError
 
     @property
+    def verdicts(self) -> tuple[str, ...]:
+        """The columns of `table` that say in a word or a number what is predicted."""
+        return ("predicted",)
+
+    @property
     def spread_columns(self) -> tuple[str, ...]:
         """The columns of `spread`."""
         return (UNCERTAINTY,)

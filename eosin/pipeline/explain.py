@@ -78,7 +78,7 @@ def explain_slide(
     bag : FeatureBag
         The slide's features, of the kind that the model was trained on.
     out_dir : Path
-        Gets ``<slide id>_attention.<format>``, or ``<slide id>_effect.<format>`` for a model without attention.
+        Gets ``<slide id>_attention.<format>``, or ``<slide id>_alone.<format>`` for a model without attention.
     formats : sequence of str
         Among `FORMATS`.
     tissue : TissueMask, optional
@@ -160,8 +160,9 @@ def _report(explanation: Explanation) -> ReportData:
         summary=f"The model says: {explanation.words}.",
         slides=(SlideCard(explanation.slide_id, explanation.prediction, (slide_picture, *pictures)),),
         notes=(
-            "Attention shows what the model weighed, not which way it counted; effects show what the prediction would "
-            "lose without the tile.",
+            "Attention shows what the model weighed, not which way it counted; a tile alone shows what the model says "
+            "of it whatever else is on the slide; effects show what the prediction would lose without the tile, which "
+            "is little where many tiles say the same.",
             *(f"Not shown, {name.replace('_', ' ')}: {reason}." for name, reason in explanation.absent.items()),
         ),
         provenance={
@@ -177,7 +178,7 @@ def _report(explanation: Explanation) -> ReportData:
 def map_picture(view: View, heatmap: Heatmap, *, tissue: TissueMask | None = None) -> Picture:
     """Return one map over a view of its slide, with its colour scale."""
     scale = scale_of(heatmap)
-    return Picture(draw(view, blend(view, heatmap, scale, tissue=tissue)), heatmap.label.capitalize(), scale)
+    return Picture(draw(view, blend(view, heatmap, scale, tissue=tissue)), heatmap.caption, scale)
 
 
 def _shown(maps: Sequence[Heatmap]) -> list[Heatmap]:

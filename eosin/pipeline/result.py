@@ -166,7 +166,7 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
 
 
 def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:
-    """Return the map that the files of `explain_slide` show: the attention, or what each tile adds."""
+    """Return the map that the files of `explain_slide` show: the attention, or the evidence of each tile alone."""
     if issubclass(model.output_type, AttentionOutput):
         return attention_map(model, bag).percentile()
     return map_slide(model, bag, classes=class_choices(card), outputs=card.load_task().columns).maps[0]
@@ -175,7 +175,7 @@ def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:
 def _notes(result: Result) -> tuple[str, ...]:
     notes = ["Attention shows what the model weighed, not which way it counted."]
     if not issubclass(load_model(result.model)[0].output_type, AttentionOutput):
-        notes = ["The model weighs no tiles; its maps show what the prediction would lose without each tile."]
+        notes = ["The model weighs no tiles; its maps show what it says of each tile alone."]
     if result.left_out:
         notes.append(f"{len(result.left_out)} labelled slides have no features: {shown(result.left_out)}.")
     if result.report.failed:

@@ -334,7 +334,7 @@ def verdict(task: Task, cells: Mapping[str, str]) -> tuple[dict[str, str], bool 
     cells : mapping of str to str
         A row of ``predictions.csv``.
     """
-    facts = {name: _short(value) for name, value in cells.items() if _is_verdict(name)}
+    facts = {name: _short(cells[name]) for name in task.verdicts if name in cells}
     classes: tuple[str, ...] = getattr(task, "classes", ())
     if not classes:
         return facts, None
@@ -343,10 +343,6 @@ def verdict(task: Task, cells: Mapping[str, str]) -> tuple[dict[str, str], bool 
     if "threshold" in task.tunable:
         facts["threshold"] = _short(cells["threshold"])
     return facts, cells["predicted"] == cells[task.columns[0]]
-
-
-def _is_verdict(name: str) -> bool:
-    return name.split("_")[0] == "predicted" or name.endswith(("_predicted", "risk"))
 
 
 def _short(value: str) -> str:

@@ -248,7 +248,7 @@ def slide_pictures(
     scale = scale_of(heatmap)
     contours = [] if truth is None else [Contour(truth, TRUTH_COLOUR, "truth")]
     overlay = draw(view, blend(view, heatmap, scale, tissue=tissue), contours=contours)
-    pictures = [Picture(draw(view, view.image), "Slide"), Picture(overlay, heatmap.label.capitalize(), scale)]
+    pictures = [Picture(draw(view, view.image), "Slide"), Picture(overlay, heatmap.caption, scale)]
     if truth is not None:
         outline = draw(view, view.image, contours=contours)
         pictures.append(Picture(outline, "True outline" if not truth.is_empty else "True outline: none on this slide"))

@@ -90,13 +90,13 @@ def test_every_format_of_a_heat_map_is_named_and_written(
     assert pd.read_parquet(tmp_path / "s0_attention.parquet").effect.idxmax() == TILE
 
 
-def test_model_without_attention_is_drawn_by_its_effects(
+def test_model_without_attention_is_drawn_by_the_evidence_of_its_tiles(
     study: Path, models: dict[str, Path], run: Run, tmp_path: Path
 ) -> None:
     slide = ("--slide", study / "slides/s0.tiff", "--features", study / "features", "--out", tmp_path)
     result = run("heatmap", "--model", models["mean"], *slide, "--format", "png,csv")
     assert result.exit_code == 0, result.output
-    assert [Path(line).name for line in result.stdout.splitlines()] == ["s0_effect.png", "s0_effect.csv"]
+    assert [Path(line).name for line in result.stdout.splitlines()] == ["s0_alone.png", "s0_alone.csv"]
 
 
 def test_maps_can_be_chosen(study: Path, models: dict[str, Path], run: Run, refused: Run, tmp_path: Path) -> None:

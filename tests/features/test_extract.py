@@ -169,18 +169,25 @@ def test_which_tiling(job: JobFolder) -> None:
     assert extract([slide], job, ENCODER, tiling=TILING.folder, workers=0).count("ok") == 1
 
 
-@pytest.mark.parametrize(("folder", "warned"), [("0.5mpp_256px_0px_overlap", False), ("1mpp_256px_0px_overlap", True)])
+@pytest.mark.parametrize(("mpp", "warned"), [(0.5, False), (1.0, True)])
 def test_another_resolution_than_the_encoder_knows_is_warned_of(
-    job: JobFolder, caplog: pytest.LogCaptureFixture, folder: str, warned: bool
+    job: JobFolder, caplog: pytest.LogCaptureFixture, mpp: float, warned: bool
 ) -> None:
-    encoding.Extraction(job, folder, Encoder(find_encoder("kaiko_vits16"), "", None)).check_tiles()
+    run = encoding.Extraction(job, "any folder", Encoder(find_encoder("kaiko_vits16"), "", None))
+    run.check_tiles(Tiling(mpp=mpp, patch_size=256))
     assert ("trained on tiles of about 0.5" in caplog.text) == warned
 
 
 def test_tiles_that_the_descriptor_cannot_take_are_refused(job: JobFolder) -> None:
     with pytest.raises(ConfigError, match="at least 32 px; these have 16"):
-        encoding.Extraction(job, "0.5mpp_16px_0px_overlap", load_encoder("he_texture")).check_tiles()
-    encoding.Extraction(job, "imported", load_encoder("he_texture")).check_tiles()
+        encoding.Extraction(job, "x", load_encoder("he_texture")).check_tiles(Tiling(mpp=0.5, patch_size=16))
+
+
+def test_the_name_of_a_folder_says_nothing_of_its_tiles(job: JobFolder) -> None:
+    slide = add_slide(job.root, "s")
+    misnamed = "0.5mpp_8px_0px_overlap"
+    job.patches(TILING.folder, "s").parent.parent.rename(job.root / misnamed)
+    assert extract([slide], job, load_encoder("he_texture"), tiling=misnamed, workers=0).count("ok") == 1
 
 
 def test_shards_share_the_work(job: JobFolder) -> None:

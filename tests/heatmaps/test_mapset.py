@@ -7,6 +7,7 @@ from scenes import feature_bag, lattice
 
 import eosin.mil.methods  # noqa: F401  (registers the methods)
 from eosin.errors import ConfigError, UnknownNameError
+from eosin.heatmaps.colour import scale_of
 from eosin.heatmaps.maps import ATTRIBUTIONS, map_slide
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
@@ -64,7 +65,7 @@ def test_every_aggregator_gives_every_map_or_says_why_not(bag, name):
     assert all(len(sentence.split()) > 4 for sentence in found.absent.values())
     kinds = [heatmap.kind for heatmap in found.maps]
     assert len(set(kinds)) == len(kinds)
-    assert kinds[0] == ("effect" if name in WITHOUT_ATTENTION else "attention_percentile") or name == "ins"
+    assert kinds[0] == ("alone" if name in WITHOUT_ATTENTION else "attention_percentile")
     for attribution in set(ATTRIBUTIONS) - set(found.absent):
         assert any(kind.startswith(attribution) for kind in kinds)
     for family in {"gradient", "log_weight_gradient", "instance_logit"} - set(found.absent):
@@ -93,6 +94,28 @@ def test_effects_are_exact_for_every_aggregator(bag, name):
     found = map_slide(model, bag, classes=CLASSES, wanted=["effect"])
     np.testing.assert_allclose(found.maps[0].values, expected, rtol=1e-7, atol=1e-10)
     assert CLASSES[predicted] in found.maps[0].label
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_evidence_of_a_tile_alone_is_the_model_on_that_tile(bag, name):
+    model = build(name)
+    values = torch.from_numpy(np.asarray(bag.features)).double()
+    coords = torch.from_numpy(bag.grid.origins_px0)
+    found = map_slide(model, bag, classes=CLASSES, wanted=["alone"]).maps
+    assert [heatmap.shows for heatmap in found] == ["alone"] * 3
+    with torch.no_grad():
+        packs = [PackedBags.pack([values[[i]]], coords_px0=[coords[[i]]]) for i in range(bag.n_instances)]
+        logits = np.stack([model(pack).logits[0].numpy() for pack in packs])
+        whole = model(PackedBags.pack([values], coords_px0=[coords])).logits[0].numpy()
+    expected = Target(int(whole.argmax())).of(logits)
+    np.testing.assert_allclose(found[0].values, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_every_kind_of_map_says_what_it_is_relative_to(bag):
+    for name in ("abmil", "dsmil", "transmil"):
+        for heatmap in map_slide(build(name), bag, classes=CLASSES).maps:
+            assert ", relative to " in heatmap.caption
+            assert scale_of(heatmap).title == heatmap.caption
 
 
 @pytest.mark.parametrize("name", ["abmil", "set_transformer", "ins"])

@@ -67,7 +67,7 @@ def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path
 
 
 @pytest.mark.parametrize("name", ["mean", "max", "lse", "ins"])
-def test_models_without_attention_show_the_effect_of_each_tile(scene, tmp_path, name):
+def test_models_without_attention_show_the_evidence_of_each_tile(scene, tmp_path, name):
     _, slide, bag = scene
     options = {"ins": {"width": 4, "projection": 2}}.get(name, {"embed_dims": ()})
     recipe = Recipe(aggregator=Component(name=name, options=options), training=Training(standardize=False))
@@ -80,9 +80,9 @@ def test_models_without_attention_show_the_effect_of_each_tile(scene, tmp_path, 
         model.classifier.weight[0] = -1.0
     card = ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=bag.spec)
     paths = explain_slide((model, card), slide, bag, tmp_path, formats=["csv", "png", "html"])
-    assert [path.name for path in paths] == ["slide-1_effect.csv", "slide-1_effect.png", "slide-1_effect.html"]
+    assert [path.name for path in paths] == ["slide-1_alone.csv", "slide-1_alone.png", "slide-1_alone.html"]
     table = pd.read_csv(paths[0])
-    assert table.effect.idxmax() == TILE
+    assert table.alone.idxmax() == table.effect.idxmax() == TILE
     assert "attention" not in table.columns
     assert "Not shown, attention: the model does not weigh tiles" in paths[2].read_text(encoding="utf-8")
 

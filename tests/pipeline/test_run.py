@@ -96,16 +96,18 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     assert models[0] != models[1]
 
 
-def test_a_model_without_attention_shows_what_each_tile_adds(cohort: Path, result: Result, tmp_path: Path) -> None:
+def test_a_model_without_attention_shows_the_evidence_of_each_tile(
+    cohort: Path, result: Result, tmp_path: Path
+) -> None:
     job = tmp_path / "job"
     shutil.copytree(result.job.root, job, ignore=shutil.ignore_patterns("heatmaps", "crossval", "model"))
     recipe = OPTIONS.recipe.model_copy(update={"aggregator": Component(name="mean")})
     made = run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe}))
     slide = made.predictions["slide_id"][0]
-    assert (made.heatmaps / f"{slide}_effect.png").is_file()
+    assert (made.heatmaps / f"{slide}_alone.png").is_file()
     data = make_report(made)
     assert all(len(card.pictures) == 2 for card in data.slides)
-    assert "adds" in data.slides[0].pictures[1].caption
+    assert "of the tile alone" in data.slides[0].pictures[1].caption
     assert data.notes[0].startswith("The model weighs no tiles")
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
 

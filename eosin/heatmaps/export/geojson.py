@@ -85,7 +85,7 @@ def _tile_features(
     first = heatmaps[0]
     origins = first.grid.origins_px0
     boxes = _boxes_in_image(first, bounds_px0)
-    classes = _classifications(scale)
+    classes = _classifications(scale, heatmaps[0].label)
     step = (scale.high - scale.low or 1.0) / CLASSES
     bins = np.clip((first.values - scale.low) / step, 0, CLASSES - 1).astype(int)
     names = [json.dumps(heatmap.kind) for heatmap in heatmaps]
@@ -116,11 +116,11 @@ def _highest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def _classifications(scale: ColourScale) -> list[str]:
+def _classifications(scale: ColourScale, label: str) -> list[str]:
     edges = np.linspace(scale.low, scale.high, CLASSES + 1)
     colours = scale.rgb((edges[:-1] + edges[1:]) / 2).tolist()
     return [
-        json.dumps({"name": f"{scale.title} {low:.3g} to {high:.3g}", "color": colour}, ensure_ascii=False)
+        json.dumps({"name": f"{label} {low:.3g} to {high:.3g}", "color": colour}, ensure_ascii=False)
         for low, high, colour in zip(edges[:-1], edges[1:], colours, strict=True)
     ]
 

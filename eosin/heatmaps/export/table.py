@@ -33,7 +33,7 @@ def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
     grid = heatmaps[0].grid
     columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
     frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
-    frame.attrs = {"labels": {heatmap.kind: heatmap.label for heatmap in heatmaps}}
+    frame.attrs = {"labels": {heatmap.kind: heatmap.caption for heatmap in heatmaps}}
     return frame
 
 

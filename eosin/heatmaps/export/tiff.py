@@ -90,7 +90,7 @@ def _write_pyramid(
                 resolution=(CENTIMETRE_UM / mpp, CENTIMETRE_UM / mpp),
                 resolutionunit="CENTIMETER",
                 subfiletype=int(level > 0),
-                description=None if level else heatmap.label,
+                description=None if level else heatmap.caption,
                 software=MARK,
                 metadata=None,
             )
