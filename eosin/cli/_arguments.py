@@ -41,6 +41,15 @@ MinTissue = Annotated[
     float | None,
     typer.Option(help="Smallest share of a tile that is tissue.", show_default="0.25", rich_help_panel="Tiling"),
 ]
+Edges = Annotated[
+    str | None,
+    typer.Option(
+        metavar="drop|pad",
+        help="Tiles that stick out of the slide: leave them out, or fill them up with background.",
+        show_default="drop",
+        rich_help_panel="Tiling",
+    ),
+]
 Contours = Annotated[
     Path | None,
     typer.Option(

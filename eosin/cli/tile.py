@@ -7,6 +7,7 @@ import typer
 
 from eosin.cli._arguments import (
     Contours,
+    Edges,
     Icc,
     Job,
     Magnification,
@@ -58,6 +59,7 @@ def tile(
     patch_size: PatchSize = None,
     overlap: Overlap = None,
     min_tissue: MinTissue = None,
+    edges: Edges = None,
     icc: Icc = False,
     contours: Contours = None,
     overrides: Overrides = None,
@@ -113,6 +115,7 @@ def tile(
         patch_size=patch_size,
         overlap=overlap,
         min_tissue=min_tissue,
+        edges=edges,
         icc=icc or None,
     )
     tissue = settings.parse("tissue", TissueOptions)

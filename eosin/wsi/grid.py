@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,8 @@ class Tiling(Options):
     tolerance : float
         A slide whose own mpp, or a power of two times that, is within this relative distance of `mpp` is delivered
         unresampled, or as plain averages.
+    edges : {"drop", "pad"}
+        Tiles that stick out of the slide at its right and lower edge are left out, or kept and filled with background.
     icc : bool
         Convert colours to sRGB by the slide's ICC profile, where it has one, for the mask as for the tiles.
     """
@@ -46,6 +48,7 @@ class Tiling(Options):
     min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.25
     max_upsampling: Annotated[float, Field(ge=1, le=2)] = 1.1
     tolerance: Annotated[float, Field(ge=0, le=0.05)] = 0.01
+    edges: Literal["drop", "pad"] = "drop"
     icc: bool = False
 
     @model_validator(mode="after")
@@ -58,6 +61,15 @@ class Tiling(Options):
     def folder(self) -> str:
         """Name of the tiling's folder in a job, for example ``0.5mpp_256px_0px_overlap``."""
         return f"{self.mpp:g}mpp_{self.patch_size}px_{self.overlap}px_overlap"
+
+    @property
+    def tile_um2(self) -> float:
+        """Area of a tile."""
+        return (self.patch_size * self.mpp) ** 2
+
+    def step_px0(self, slide_mpp: float) -> float:
+        """Return how far apart neighbouring tiles of a slide begin, in its level-0 pixels; rarely a whole number."""
+        return (self.patch_size - self.overlap) * self.delivered_mpp(slide_mpp) / slide_mpp
 
     def delivered_mpp(self, slide_mpp: float) -> float:
         """Return the mpp that tiles of a slide really have.
@@ -116,6 +128,35 @@ class TileGrid:
         """Return (n, 4) boxes x0, y0, x1, y1 in level-0 pixels; x1 and y1 are exclusive."""
         return np.concatenate([self.origins_px0, self.origins_px0 + self.tile_px0], axis=1)
 
+    def reach_px0(self) -> tuple[int, int]:
+        """Return where the lattice ends: right and lower side of the last tile that it has room for."""
+        step = self.tiling.step_px0(self.slide_mpp)
+        ends = [
+            _axis_origins(side, self.tile_px0, step, self.tiling.edges)[-1:] + self.tile_px0
+            for side in self.slide_size_px0
+        ]
+        width, height = (int(end.sum()) for end in ends)
+        return width, height
+
+    def covers(self, points_px0: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which points, (n, 2) x and y in level-0 pixels, lie in a tile, (n,)."""
+        found = np.zeros(len(points_px0), bool)
+        if not self.n_tiles:
+            return found
+        step = self.tiling.step_px0(self.slide_mpp)
+        column, row = np.rint(self.origins_px0 / step).astype(np.int64).T
+        taken = np.zeros((row.max() + 1, column.max() + 1), bool)
+        taken[row, column] = True
+        for back in np.ndindex(2 * (math.ceil(self.tile_px0 / step - 1e-6),)):  # overlapping tiles share points
+            number = (points_px0 // step).astype(np.int64) - back
+            held = (
+                (number >= 0) & (number < taken.shape[::-1]) & (points_px0 < (number * step + 0.5) // 1 + self.tile_px0)
+            )
+            inside = held.all(axis=1)
+            x, y = number[inside].T
+            found[inside] |= taken[y, x]
+        return found
+
     def select(self, index: ArrayLike) -> Self:
         """Return the grid of the tiles at `index`, in that order; a boolean mask is accepted too."""
         rows = np.asarray(index)
@@ -146,7 +187,7 @@ def lay_grid(
     """Lay the lattice of a tiling over a slide and keep the tiles that lie on tissue.
 
     The lattice starts at (0, 0). Origin k is the exact position rounded once, ``round(k * step)``, so that
-    rounding never adds up; tiles that would stick out of the slide are left out.
+    rounding never adds up; tiles that stick out of the slide are left out, or kept with `Tiling.edges` "pad".
 
     Parameters
     ----------
@@ -175,8 +216,8 @@ def lay_grid(
     """
     scale = _px0_per_delivered_px(tiling, slide_mpp, path)
     tile_px0 = max(1, round(tiling.patch_size * scale))
-    step = (tiling.patch_size - tiling.overlap) * scale
-    xs, ys = (_axis_origins(side, tile_px0, step) for side in slide_size_px0)
+    step = tiling.step_px0(slide_mpp)
+    xs, ys = (_axis_origins(side, tile_px0, step, tiling.edges) for side in slide_size_px0)
     if len(xs) * len(ys) > MAX_TILES:
         raise ConfigError(f"the tiling has {len(xs) * len(ys)} tiles on this slide; more than {MAX_TILES} is refused")
     share = mask.lattice(xs, ys, tile_px0)
@@ -195,7 +236,9 @@ def _px0_per_delivered_px(tiling: Tiling, slide_mpp: float, path: Path | str) ->
     return tiling.delivered_mpp(slide_mpp) / slide_mpp
 
 
-def _axis_origins(side_px0: int, tile_px0: int, step_px0: float) -> NDArray[np.int64]:
-    count = max(0, int((side_px0 - tile_px0) / step_px0) + 2)
-    origins = np.floor(np.arange(count) * step_px0 + 0.5).astype(np.int64)
-    return np.asarray(origins[origins + tile_px0 <= side_px0])
+def _axis_origins(side_px0: int, tile_px0: int, step_px0: float, edges: str) -> NDArray[np.int64]:
+    origins = np.floor(np.arange(int(side_px0 / step_px0) + 2) * step_px0 + 0.5).astype(np.int64)
+    if edges == "drop":
+        return np.asarray(origins[origins + tile_px0 <= side_px0])
+    covered = np.concatenate([[0], origins[:-1] + tile_px0])  # before each tile
+    return np.asarray(origins[covered < side_px0])

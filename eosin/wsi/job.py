@@ -15,6 +15,7 @@ from eosin.files import file_fingerprint, write_text
 from eosin.fingerprints import content_hash, fingerprint
 from eosin.names import match_slides
 from eosin.tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
+from eosin.wsi.account import LOSSY, account_for
 from eosin.wsi.colour import check_colours, in_srgb
 from eosin.wsi.coordinates import QUALITY_VERSION, read_footer, write_grid
 from eosin.wsi.geojson import outline_to_geojson, qupath_origin, read_outline
@@ -143,7 +144,7 @@ def tile_slides(
     plan = TilePlan.of(
         slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
     )
-    return run_batch(
+    report = run_batch(
         slides,
         partial(_tile, plan),
         key=_slide_id,
@@ -155,6 +156,11 @@ def tile_slides(
         timeout_s=timeout_s,
         progress=progress,
     )
+    lossy = [record.slide_id for record in report.records if LOSSY in record.message]
+    if lossy:
+        names = ", ".join(lossy[:5]) + (" ..." if len(lossy) > 5 else "")
+        logger.warning("%d of %d slides: %s; run.json says where: %s", len(lossy), len(report.records), LOSSY, names)
+    return report
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ class TilePlan:
         """Return the tissue of an open slide: as drawn by a person, else found on the overview."""
         tissue, drawn = self.tissue_of(item), self.contours.get(item.slide_id)
         if drawn is None:
-            return find_tissue(slide, tissue, overview=overview)
+            return find_tissue(slide, tissue, overview=overview, tile_um2=self.tiling.min_tissue * self.tiling.tile_um2)
         outline = read_outline(drawn, qupath_origin_px0=qupath_origin(slide.bounds_px0))
         mask = tissue_from_outline(slide, outline, tissue)
         pen = None if overview.is_dark else find_tissue(slide, tissue, overview=overview).pen
@@ -250,11 +256,12 @@ class TilePlan:
         check_colours(slide, overview.few)
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        account = account_for(mask, grid)
         quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.quality.measures_blur)
         keep, left_out = quality.within(self.quality)
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
-        notes = [note for note in (*slide.notes, left_out, *mask.notes) if note]
+        notes = [note for note in (*slide.notes, *account.in_words(), left_out, *mask.notes) if note]
         if slide.residual_px0 is not None:
             notes.append(f"levels agree to {slide.residual_px0:.1f} px")
         return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))

@@ -22,6 +22,8 @@ DEFAULT_GLASS = (245.0, 245.0, 245.0)
 PALE_DENSITY = 0.15
 SHADOW_DENSITY = 0.4
 SHADOW_COLOUR = 0.3
+STRONG_STAIN = 2.5
+GREY_SHARE = 0.5
 GRAIN_SIDE = 5
 CLEAR_SHARE = 0.1  # of what looks like glass the most may be the palest tissue
 GRAIN_RATIO = 2.8  # between the clearest tenth of the windows and nearly all
@@ -196,6 +198,19 @@ def is_stained(
     limits = 256 * 10.0 ** -np.maximum(weaker + threshold, weaker / (1 - colour)) - 1
     table = np.ceil(limits).clip(0, 255).astype(np.uint8)  # the darkest channel must be below
     return np.asarray(darkest < look_up(table, lightest))
+
+
+def grey_limit(planes: Planes, threshold: float) -> float:
+    """Return how little colour, as a share of the density, tissue of a slide may have.
+
+    Half of what its strongly stained tissue has: some stains are nearly grey, and then so is the tissue; on other
+    slides grey is dirt, print on the glass and the edge of the cover slip.
+    """
+    step = sample_step(planes.shape[1:])
+    few = planes[:, ::step, ::step]
+    strongest, weakest = DENSITY_OF_LIGHT[darkest_of(few)], DENSITY_OF_LIGHT[lightest_of(few)]
+    strong = strongest - weakest > STRONG_STAIN * threshold
+    return GREY_SHARE * float(np.median(1 - weakest[strong] / strongest[strong])) if strong.any() else 0.0
 
 
 def bends_of(plane: NDArray[np.uint8]) -> NDArray[np.uint16]:

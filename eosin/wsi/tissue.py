@@ -25,6 +25,7 @@ from eosin.wsi.morphology import (
 )
 from eosin.wsi.outline import fill_outline, trace_outline
 from eosin.wsi.overview import Overview, read_overview
+from eosin.wsi.pieces import find_pieces
 from eosin.wsi.refine import FACTOR, Closer, FinerGrain, enlarge, refine
 from eosin.wsi.slide import Slide
 from eosin.wsi.stain import (
@@ -33,6 +34,7 @@ from eosin.wsi.stain import (
     blur_density,
     darkest_of,
     grain_limit,
+    grey_limit,
     is_smooth_glass,
     is_stained,
     light_at,
@@ -51,11 +53,14 @@ COARSE_MPP = (8.0, 16.0)
 BLUR_UM = 4.0
 WEAK_SHARE = 0.55
 INK_DENSITY = 0.3
+BLACK_DENSITY = 0.5  # what is as dark may be grey all the same: a silver stain, pigment
 OPAQUE_DENSITY = 1.0  # of the brightest channel: frames, borders and labels let less through than tissue
 MESH_SHARE = 0.12
 MESH_STAIN = 0.35
 MESH_COLOUR = 0.15
 LEAST_UM2 = 2_500.0
+DIRT_UM2 = 40_000.0
+AROUND_UM, AROUND_CELLS = 500.0, 9
 ODD_COVERAGE = (0.001, 0.95)
 
 
@@ -69,8 +74,9 @@ class TissueOptions(Options):
     min_stain : float or None
         Optical density by which the strongest and the weakest channel of stained tissue differ;
         None finds it from the slide.
-    min_area_um2 : float
-        Smaller pieces are dropped; the largest is always kept.
+    min_area_um2 : float or None
+        Smaller pieces are dropped; the largest is always kept. None drops what is smaller than a quarter of the piece
+        that a typical cell of tissue lies in, but at most 40,000 and at least what one tile needs.
     max_hole_um2 : float
         Smaller holes are filled.
     close_um : float
@@ -83,7 +89,7 @@ class TissueOptions(Options):
 
     mpp: Annotated[float, Field(ge=0.25, le=64)] = 8.0
     min_stain: Annotated[float, Field(gt=0, lt=1)] | None = None
-    min_area_um2: Annotated[float, Field(ge=0)] = 40_000.0
+    min_area_um2: Annotated[float, Field(ge=0)] | None = None
     max_hole_um2: Annotated[float, Field(ge=0)] = 40_000.0
     close_um: Annotated[float, Field(ge=0, le=1000)] = 80.0
     open_um: Annotated[float, Field(ge=0, le=1000)] = 30.0
@@ -108,6 +114,8 @@ class TissueMask:
         What a person should know about this mask, for example that pen was removed.
     pen : (h, w) bool or None
         Marker strokes, where they were looked for.
+    small_um2, ink_um2 : float
+        Area of the tissue that was left out in small pieces, and of ink with tissue around it.
     """
 
     mask: NDArray[np.bool_]
@@ -116,6 +124,8 @@ class TissueMask:
     slide_mpp: float
     notes: tuple[str, ...] = field(default=())
     pen: NDArray[np.bool_] | None = None
+    small_um2: float = 0.0
+    ink_um2: float = 0.0
 
     def like(self, mask: NDArray[np.bool_]) -> "TissueMask":
         """Return another mask on the same lattice."""
@@ -178,7 +188,7 @@ class TissueMask:
     def lattice(self, xs_px0: NDArray[np.int64], ys_px0: NDArray[np.int64], side_px0: int) -> NDArray[np.float64]:
         """Return the share that is tissue of the squares at every x and every y, (rows, columns)."""
         width, height = self.px0_per_cell
-        rows, columns = self._window
+        rows, columns = self.window
         inside = self.mask[rows, columns].view(np.uint8)
         bands = _sums_between(inside, ys_px0 / height - rows.start, side_px0 / height)
         cells = _sums_between(np.ascontiguousarray(bands.T), xs_px0 / width - columns.start, side_px0 / width).T
@@ -202,7 +212,7 @@ class TissueMask:
         return np.asarray(above * (1 - dy) + below * dy)
 
     @cached_property
-    def _window(self) -> tuple[slice, slice]:
+    def window(self) -> tuple[slice, slice]:
         """The box that holds all tissue; of one cell when there is none."""
         rows, columns = window_of(self.mask, 0)
         return (rows, columns) if rows.stop else (slice(0, 1), slice(0, 1))
@@ -210,7 +220,7 @@ class TissueMask:
     @cached_property
     def _integral(self) -> tuple[NDArray[np.int32], tuple[int, int]]:
         """The integral image of the box that holds all tissue, and that box's first row and column."""
-        rows, columns = self._window
+        rows, columns = self.window
         inside = self.mask[rows, columns]
         table = np.zeros((inside.shape[0] + 1, inside.shape[1] + 1), np.int32)
         np.cumsum(inside, axis=0, dtype=np.int32, out=table[1:, 1:])
@@ -219,7 +229,7 @@ class TissueMask:
 
     def contours(self) -> MultiPolygon:
         """Return the outline of the tissue in level-0 pixels, within the slide; holes are kept."""
-        return trace_outline(self.mask, self.px0_per_cell, self.slide_size_px0, window=self._window)
+        return trace_outline(self.mask, self.px0_per_cell, self.slide_size_px0, window=self.window)
 
 
 def _sums_between(
@@ -253,7 +263,9 @@ def look_over(slide: Slide, options: TissueOptions | None = None) -> Overview:
     return Overview(read_overview(slide, mpp), mpp)
 
 
-def find_tissue(slide: Slide, options: TissueOptions | None = None, *, overview: Overview | None = None) -> TissueMask:
+def find_tissue(
+    slide: Slide, options: TissueOptions | None = None, *, overview: Overview | None = None, tile_um2: float = LEAST_UM2
+) -> TissueMask:
     """Tell tissue from glass.
 
     At about 8 µm per cell the colour of the glass is measured on the slide itself; tissue is what absorbs one channel
@@ -270,6 +282,8 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None, *, overview:
         The defaults otherwise.
     overview : Overview, optional
         From `look_over`, when it was made already.
+    tile_um2 : float
+        Tissue that a tile has to hold; smaller pieces make no tile, and are dropped unless the options say otherwise.
 
     Returns
     -------
@@ -292,22 +306,24 @@ def find_tissue(slide: Slide, options: TissueOptions | None = None, *, overview:
         )
     cell = (mpp / slide.mpp, mpp / slide.mpp)
     if overview.mpp <= mpp:
-        found = examine(overview, options)
-        return TissueMask(found.mask, cell, slide.size_px0, slide.mpp, found.notes, found.pen)
+        found = examine(overview, options, tile_um2=tile_um2)
+        return TissueMask(
+            found.mask, cell, slide.size_px0, slide.mpp, found.notes, found.pen, found.small_um2, found.ink_um2
+        )
     closer = Closer(slide, mpp, overview.glass)
-    found = examine(overview, options, closer)
+    found = examine(overview, options, closer, tile_um2=tile_um2)
     mask = refine(
         found.mask,
         found.pen if options.remove_pen else np.zeros_like(found.pen),
         closer,
         min_stain=found.min_stain,
         thread_cells=options.open_um / 2 / mpp,
-        min_cells=options.min_area_um2 / mpp**2,
+        min_cells=found.min_area_um2 / mpp**2,
         max_hole=options.max_hole_um2 / mpp**2,
     )
     height, width = mask.shape
     pen = enlarge(found.pen)[:height, :width] if found.pen.any() else np.zeros(mask.shape, bool)
-    return TissueMask(mask, cell, slide.size_px0, slide.mpp, found.notes, pen)
+    return TissueMask(mask, cell, slide.size_px0, slide.mpp, found.notes, pen, found.small_um2, found.ink_um2)
 
 
 def detect_tissue(
@@ -346,15 +362,24 @@ class Findings:
         What a person should know.
     min_stain : float
         Difference of optical density from which a pixel counted as stained.
+    min_area_um2 : float
+        Area below which pieces were dropped.
+    small_um2, ink_um2 : float
+        See `TissueMask`.
     """
 
     mask: NDArray[np.bool_]
     pen: NDArray[np.bool_]
     notes: tuple[str, ...]
     min_stain: float
+    min_area_um2: float = 0.0
+    small_um2: float = 0.0
+    ink_um2: float = 0.0
 
 
-def examine(overview: Overview, options: TissueOptions, closer: Closer | None = None) -> Findings:
+def examine(
+    overview: Overview, options: TissueOptions, closer: Closer | None = None, *, tile_um2: float = LEAST_UM2
+) -> Findings:
     """Tell tissue, glass and ink on a picture of a slide; `closer` reads it in more detail where that is needed."""
     mpp = overview.mpp
     planes = overview.light
@@ -366,20 +391,55 @@ def examine(overview: Overview, options: TissueOptions, closer: Closer | None = 
     reach = 2 + math.ceil(max(options.close_um, 2 * options.open_um, PEN_REACH_UM) / mpp)
     place = window_of(weak | (darkest < light_at(INK_DENSITY)), reach)
     mask, pen = np.zeros(weak.shape, bool), np.zeros(weak.shape, bool)
+    small_um2 = ink_um2 = min_area_um2 = 0.0
     if mask[place].size:
         darkest, lightest = darkest[place], lightest[place]
         bends = bends_of(darkest)
         rough = roughness(bends)
         limit = grain_limit(rough, ~weak[place] & (darkest > light_at(PALE_DENSITY)))
         grained = ~is_smooth_glass(darkest, lightest, rough, limit) & (lightest >= light_at(OPAQUE_DENSITY))
+        grey = grey_limit(planes, threshold)
+        grained &= (darkest < light_at(BLACK_DENSITY)) | is_stained(darkest, lightest, 0.0, colour=grey)
         stained = is_stained(darkest, lightest, threshold) & grained
         meshes = is_stained(darkest, lightest, MESH_STAIN * threshold, colour=MESH_COLOUR) & (rough > 2 * limit)
         corner = place[0].start, place[1].start
         grain = FinerGrain(closer, darkest, bends, corner) if closer else OwnGrain(darkest, bends, mpp)
         pen[place] = find_pen(planes[:, *place], darkest, stained, mpp, grain)
         left_out = pen[place] if options.remove_pen else np.zeros_like(pen[place])
-        mask[place] = _clean(stained, meshes & grained, left_out, mpp, options)
-    return Findings(mask, pen, _notes(mask, pen if options.remove_pen else None), threshold)
+        found = _clean(stained, meshes & grained, left_out, mpp, options)
+        pieces = find_pieces(found)
+        min_area_um2 = _min_area(pieces.sizes * mpp**2, options, tile_um2)
+        keep = pieces.sizes >= min(min_area_um2 / mpp**2, pieces.sizes.max(initial=0))
+        small_um2 = float(pieces.sizes[~keep].sum()) * mpp**2
+        mask[place] = fill_holes(pieces.mask(keep), options.max_hole_um2 / mpp**2)
+        ink_um2 = _ink_over_tissue(left_out, mask[place], mpp)
+    notes = _notes(mask, pen if options.remove_pen else None)
+    return Findings(mask, pen, notes, threshold, min_area_um2, small_um2, ink_um2)
+
+
+def _min_area(areas_um2: NDArray[np.floating], options: TissueOptions, tile_um2: float) -> float:
+    """Return the area below which pieces are dropped.
+
+    Dirt is small beside the tissue, but thirty fragments are the tissue. So the piece that a typical cell of tissue
+    lies in is the measure: half of the tissue is in pieces at least as large.
+    """
+    if options.min_area_um2 is not None:
+        return options.min_area_um2
+    if not len(areas_um2):
+        return DIRT_UM2
+    ascending = np.sort(areas_um2)
+    typical = ascending[np.searchsorted(ascending.cumsum(), ascending.sum() / 2)]
+    return float(np.clip(typical / 4, min(tile_um2, DIRT_UM2), DIRT_UM2))
+
+
+def _ink_over_tissue(ink: NDArray[np.bool_], tissue: NDArray[np.bool_], mpp: float) -> float:
+    """Return the area of ink, in µm², that has tissue on most sides: half of the half millimetre around it."""
+    if not ink.any():
+        return 0.0
+    step = max(1, round(AROUND_UM / AROUND_CELLS / mpp))
+    around = window_sums(tissue[::step, ::step].view(np.uint8), AROUND_CELLS, most=1)
+    over = ink[::step, ::step] & (around > AROUND_CELLS**2 / 2)
+    return float(np.count_nonzero(over)) * (step * mpp) ** 2
 
 
 def _notes(mask: NDArray[np.bool_], left_out: NDArray[np.bool_] | None) -> tuple[str, ...]:
@@ -415,7 +475,7 @@ def _clean(
     mpp: float,
     options: TissueOptions,
 ) -> NDArray[np.bool_]:
-    """Close gaps, remove threads, specks and small holes.
+    """Close gaps and remove threads.
 
     Weakly stained cells count where they lie close together and touch tissue, as the thin membranes of fat do.
     """
@@ -424,11 +484,10 @@ def _clean(
     sure = open_threads(closed, thread)
     meshes = open_threads(close_gaps(_meshes(weak & ~pen, sure, options.close_um / mpp), gap), 2 * thread)
     found = (sure | pieces_touching(meshes, sure)) & ~pen
-    if not found.any():
-        least = min(options.min_area_um2, LEAST_UM2) / mpp**2
-        found = drop_small(closed & ~pen, least, keep_largest=False)
-    large = drop_small(found, options.min_area_um2 / mpp**2, keep_largest=True)
-    return fill_holes(large, options.max_hole_um2 / mpp**2)
+    if not found.any():  # a single small biopsy may be no thicker than a thread
+        least = LEAST_UM2 if options.min_area_um2 is None else min(options.min_area_um2, LEAST_UM2)
+        found = drop_small(closed & ~pen, least / mpp**2, keep_largest=False)
+    return found
 
 
 def _meshes(weak: NDArray[np.bool_], sure: NDArray[np.bool_], window: float) -> NDArray[np.bool_]:

@@ -94,6 +94,32 @@ def test_only_tiles_with_enough_tissue_are_kept():
         assert grid.origins_px0.tolist() == expected
 
 
+@pytest.mark.parametrize("overlap", [0, 64])
+@pytest.mark.parametrize("width", [200, 256, 257, 700, 768])
+def test_padded_tiles_reach_the_edge_and_none_lies_beyond(width, overlap):
+    whole = grid_of(width, 300, 0.5, Tiling(overlap=overlap))
+    grid = grid_of(width, 300, 0.5, Tiling(overlap=overlap, edges="pad", min_tissue=0.0))
+    xs = np.unique(grid.origins_px0[:, 0])
+    assert xs[-1] < width <= xs[-1] + 256
+    assert set(whole.origins_px0[:, 0].tolist()) <= set(xs.tolist())
+    assert len(xs) == 1 or xs[-2] + 256 < width  # one more than fits, and only where it is needed
+
+
+@pytest.mark.parametrize("overlap", [0, 30, 64, 100])
+def test_points_are_in_a_tile_when_they_are_in_its_box(overlap):
+    rng = np.random.default_rng(overlap)
+    grid = grid_of(1500, 1300, 0.3, Tiling(patch_size=128, overlap=overlap, mpp=0.5))
+    some = grid.select(rng.permutation(grid.n_tiles)[: grid.n_tiles // 3])
+    points = rng.uniform(0, (1500, 1300), (3000, 2)).round() + 0.5
+    x0, y0, x1, y1 = some.boxes_px0().T
+    x, y = points[:, :1], points[:, 1:]
+    expected = ((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(axis=1)
+    assert 0.1 < expected.mean() < 0.99
+    assert (some.covers(points) == expected).mean() > 0.995  # a corner is rounded once, a point is not
+    assert not grid.select([]).covers(points).any()
+    assert grid.reach_px0() == tuple(grid.boxes_px0()[:, 2:].max(axis=0).tolist())
+
+
 def test_a_slide_smaller_than_a_tile_has_none():
     grid = grid_of(200, 4000, 0.5, Tiling())
     assert grid.n_tiles == 0
