@@ -147,7 +147,7 @@ def is_cold(density: Density) -> Mask:
     """
     red, green, blue = density
     yellow = (green < 0.5 * blue) & (red < 0.4 * blue) & (blue > 0.3)
-    blue_ink = (red > 1.25 * green) & (red - green > 0.15) | (red > 1.12 * green) & (red > 0.6)
+    blue_ink = (red > 1.25 * green) & (red - green > 0.1) | (red > 1.12 * green) & (red > 0.6)
     return np.asarray(((red > 1.6 * green) & (red > 0.08)) | blue_ink | yellow)
 
 

@@ -18,6 +18,7 @@ from eosin.wsi.morphology import (
     close_gaps,
     drop_small,
     fill_holes,
+    grow,
     open_threads,
     pieces_touching,
     window_of,
@@ -54,6 +55,7 @@ BLUR_UM = 4.0
 WEAK_SHARE = 0.55
 INK_DENSITY = 0.3
 BLACK_DENSITY = 0.5  # what is as dark may be grey all the same: a silver stain, pigment
+FRAME_DENSITY, FRAME_SIDES, FRAME_MOST = 0.6, 3, 0.5
 OPAQUE_DENSITY = 1.0  # of the brightest channel: frames, borders and labels let less through than tissue
 MESH_SHARE = 0.12
 MESH_STAIN = 0.35
@@ -400,6 +402,7 @@ def examine(
         grained = ~is_smooth_glass(darkest, lightest, rough, limit) & (lightest >= light_at(OPAQUE_DENSITY))
         grey = grey_limit(planes, threshold)
         grained &= (darkest < light_at(BLACK_DENSITY)) | is_stained(darkest, lightest, 0.0, colour=grey)
+        grained &= ~_frame(lightest)
         stained = is_stained(darkest, lightest, threshold) & grained
         meshes = is_stained(darkest, lightest, MESH_STAIN * threshold, colour=MESH_COLOUR) & (rough > 2 * limit)
         corner = place[0].start, place[1].start
@@ -415,6 +418,21 @@ def examine(
         ink_um2 = _ink_over_tissue(left_out, mask[place], mpp)
     notes = _notes(mask, pen if options.remove_pen else None)
     return Findings(mask, pen, notes, threshold, min_area_um2, small_um2, ink_um2)
+
+
+def _frame(lightest: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return the dark frame of a picture: what lets little light through and reaches three of its sides."""
+    dark = lightest < light_at(FRAME_DENSITY)
+    height, width = dark.shape
+    edges = (dark[0].any(), dark[-1].any(), dark[:, 0].any(), dark[:, -1].any())
+    if sum(edges) < FRAME_SIDES or dark.mean() > FRAME_MOST:
+        return np.zeros_like(dark)
+    pieces = find_pieces(dark)
+    reached = [
+        (rows.start == 0) + (rows.stop == height) + (columns.start == 0) + (columns.stop == width)
+        for rows, columns in pieces.boxes()
+    ]
+    return grow(pieces.mask(np.array(reached) >= FRAME_SIDES), 2)
 
 
 def _min_area(areas_um2: NDArray[np.floating], options: TissueOptions, tile_um2: float) -> float:

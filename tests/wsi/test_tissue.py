@@ -182,6 +182,17 @@ def test_a_shadow_of_the_scan_is_no_tissue(scene):
     assert iou(mask, inside) > 0.93
 
 
+def test_a_dark_frame_is_no_tissue(scene):
+    picture, inside = scene
+    framed = picture.copy()
+    wood = np.random.default_rng(0).normal((45, 32, 25), 7, picture.shape).clip(0, 255)
+    frame = np.ones(inside.shape, bool)
+    frame[12:-14, :-13] = False
+    framed[frame] = wood[frame]
+    mask, _ = detect_tissue(framed, MPP, OPTIONS)
+    assert iou(mask, inside) > 0.93
+
+
 def test_nearly_black_tissue_is_found():
     rng = np.random.default_rng(6)
     rows, columns = np.indices((300, 400))
