@@ -126,7 +126,7 @@ def test_every_fault_stays_with_its_slide(job: JobFolder) -> None:
         ("failed", "not-tiled"),
         ("failed", "changed"),
         ("failed", "changed"),
-        ("failed", "features"),
+        ("failed", "damaged"),
         ("failed", "missing"),
     ]
     assert report.exit_code == 1
