@@ -39,10 +39,10 @@ def add_plugin(name: str) -> None:
         If there is no such module, or importing it fails.
     """
     name = str(Path(name).resolve()) if _is_file(name) else name
+    _load(name)
     listed = _listed()
     if name not in listed:
         os.environ[VARIABLE] = os.pathsep.join([*listed, name])
-    _load(name)
 
 
 def load_plugins() -> None:
@@ -71,6 +71,12 @@ def plugin_of(module: str) -> str:
 @cache
 def _installed() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=GROUP))  # reads the metadata of every installed package
+
+
+def has_plugin(name: str) -> bool:
+    """Return whether a plug-in that `plugin_of` named is loaded, or can be loaded without being asked for."""
+    load_plugins()
+    return any(name == (Path(known).name if _is_file(known) else known) for known in _loaded)
 
 
 def _listed() -> list[str]:

@@ -18,7 +18,9 @@ def encoders(
 ) -> Done:
     """List the encoders that `eosin extract --encoder` knows; any timm model is timm:NAME."""
     from eosin.features.encoders import ENCODERS, find_encoder
+    from eosin.plugins import load_plugins
 
+    load_plugins()
     if name is None:
         _list(list(ENCODERS.values()))
     else:

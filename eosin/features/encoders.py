@@ -22,6 +22,7 @@ from eosin.features.networks import (
 )
 from eosin.features.packages import build_conch, build_conch_tower, build_musk
 from eosin.features.transforms import Interpolation, Transform
+from eosin.plugins import load_plugins
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Triple = tuple[float, float, float]
@@ -359,6 +360,7 @@ _ROWS: Sequence[EncoderSpec] = (
 )  # fmt: skip
 
 ENCODERS: dict[str, EncoderSpec] = {row.name: row for row in _ROWS}
+"""Every encoder by name; a plug-in adds its own row."""
 
 
 def _plain(name: str) -> str:
@@ -389,8 +391,9 @@ def find_encoder(name: str) -> EncoderSpec:
     UnknownNameError
         Suggesting the nearest names.
     """
+    load_plugins()
     plain = name.removesuffix(RANDOM)
-    spec = _find_timm(plain) if plain.startswith(TIMM) else ENCODERS.get(_NAMES.get(_plain(plain), ""))
+    spec = _find_timm(plain) if plain.startswith(TIMM) else ENCODERS.get(_NAMES.get(_plain(plain), plain))
     if spec is None:
         raise UnknownNameError("encoder", plain, [*ENCODERS, "timm:<model>"])
     return replace(spec, name=spec.name + RANDOM, source="random weights") if name.endswith(RANDOM) else spec

@@ -24,6 +24,7 @@ from eosin.mil.slots import AGGREGATORS, Aggregator
 from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.tasks import Task, load_task
 from eosin.options import Options
+from eosin.plugins import has_plugin, plugin_of
 from eosin.seals import KEY, is_intact, read_json, sealed
 
 SCHEMA = 2
@@ -54,6 +55,8 @@ class ModelCard(Options):
         Facts of the training: epochs, the chosen epoch, validation metrics, numbers of slides and patients.
     files : mapping of str to str
         SHA-256 of other files in the folder that are read back: ``seen.csv``.
+    plugins : tuple of str
+        Plug-ins that the aggregator or the task comes from, see `eosin.plugins`.
     """
 
     schema_version: Literal[1, 2] = 2
@@ -64,6 +67,7 @@ class ModelCard(Options):
     weights_hash: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         recipe, encoder = self.recipe.aggregator.name, self.features.encoder
@@ -114,7 +118,9 @@ def save_model(folder: Path, model: Aggregator, card: ModelCard) -> ModelCard:
     data = save(weights)
     write_bytes(folder / WEIGHTS, data)
     digest = hashlib.sha256(data).hexdigest()
-    full = card.model_copy(update={"weights_hash": digest, "recipe": resolved(card.recipe)})
+    parts = (AGGREGATORS[card.recipe.aggregator.name], type(card.load_task()))
+    plugins = tuple(sorted({plugin_of(part.__module__) for part in parts} - {""}))
+    full = card.model_copy(update={"weights_hash": digest, "recipe": resolved(card.recipe), "plugins": plugins})
     write_json(folder / CARD, dict(sorted(sealed(full.model_dump(mode="json")).items())))
     return full
 
@@ -163,9 +169,11 @@ def load_model(folder: Path) -> tuple[Aggregator, ModelCard]:
     Raises
     ------
     CheckpointError
-        If files are missing or damaged, do not belong together, or name a method that is not registered here.
+        If files are missing or damaged, do not belong together, or name a method that is not registered here; the
+        message names the plug-in that has it.
     """
     card = load_card(folder)
+    _require_plugins(folder, card)
     path = folder / WEIGHTS
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -179,6 +187,16 @@ def load_model(folder: Path) -> tuple[Aggregator, ModelCard]:
     except (ConfigError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(folder, f"cannot be built: {' '.join(str(error).split())}") from None
     return model.eval(), card
+
+
+def _require_plugins(folder: Path, card: ModelCard) -> None:
+    """Refuse a model whose plug-ins are not loaded, before its method is looked for."""
+    missing = [name for name in card.plugins if not has_plugin(name)]
+    if missing:
+        known = " ".join(f"--plugin {name}" for name in missing)
+        raise CheckpointError(
+            folder, f"needs the plug-in {', '.join(missing)}, which is not loaded; install it, or pass {known}"
+        )
 
 
 def _empty(card: ModelCard) -> Aggregator:

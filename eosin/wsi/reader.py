@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import ClassVar, Self, TypeVar
 
 from eosin.errors import SlideOpenError
+from eosin.plugins import load_plugins
 from eosin.wsi.inventory import Picture, choices, choose_picture, choose_plane
 from eosin.wsi.slide import Slide
 
@@ -92,6 +93,7 @@ class Readers:
         """Add a reader; a class decorator."""
         self._known = [known for known in self._known if known.__qualname__ != kind.__qualname__]
         self._known.insert(0, kind)
+        self._known.sort(key=lambda known: known.__module__.startswith("eosin."))  # a plug-in may be imported before us
         return kind
 
     def find(self, path: Path) -> type[Reader]:
@@ -116,6 +118,7 @@ def find_reader(path: Path) -> type[Reader]:
     """Return the reader for what a file is; see `Readers.find`."""
     from eosin.wsi import readers  # noqa: F401 - each registers itself, and brings its library
 
+    load_plugins()
     return READERS.find(path)
 
 
