@@ -3,18 +3,13 @@
 For float32 and bfloat16 they call oneDNN, which on many CPUs is twice as fast as the BLAS behind `torch.mm` and
 applies bias and activation before the result leaves the cache. Its kernels are those that `torch.compile` uses;
 where torch was built without them, or for other types and devices, plain torch computes the same.
-
-The gradient of a weight sums over instances, and oneDNN's layer would have to transpose the upstream gradient first.
-A convolution of one pixel is the same layer, its weight's gradient reads both factors as they lie, and the bias comes
-with it.
 """
 
 import torch
 from torch import Tensor
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-_PICTURES, _LINES = 16, 4  # what a block of rows becomes; of fewer pictures torch takes a slower way on one thread
-_ENOUGH_ROWS = 3072  # from where on a convolution is the faster way to a weight's gradient
+PICTURES, LINES = 16, 4  # what a block of rows becomes; of fewer pictures torch takes a slower way on one thread
 
 
 def product_dtype(values: Tensor, weight: Tensor) -> torch.dtype:
@@ -47,43 +42,11 @@ def transposed_product(left: Tensor, right: Tensor, plus: Tensor | None = None) 
     return product(left.T, right.contiguous(), plus)  # of rows with gaps oneDNN makes a product a hundred times slower
 
 
-class AffineGradient:
-    """Running sums of the gradients of W (A, D) and b (A) in ``rows Wᵀ + b``.
+def convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return upstreamᵀ rows and the sum of upstream by oneDNN's convolution: (n, A), (n, D) -> (A, D), (A,).
 
-    Parameters
-    ----------
-    weight : (A, D)
-        W, or a tensor like it.
-    dtype : torch.dtype
-        Type of the sums.
+    Rows must be a multiple of 64, both tensors contiguous.
     """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = torch.zeros_like(weight, dtype=dtype)
-        self.bias = self.weight.new_zeros(len(weight))
-
-    def add(self, upstream: Tensor, rows: Tensor) -> None:
-        """Add a block of rows: (n, A), (n, D)."""
-        if _convolves(upstream, rows):
-            weight, bias = _convolution_gradients(upstream, rows)
-            self.weight += weight
-            self.bias += bias
-        else:
-            self.weight = transposed_product(upstream, rows, plus=self.weight)
-            if upstream.dtype == self.bias.dtype:
-                self.bias += upstream.sum(0)
-            else:  # a sum would convert each entry first
-                self.bias += upstream.T @ upstream.new_ones(len(upstream))
-
-
-def _convolves(upstream: Tensor, rows: Tensor) -> bool:
-    whole = len(rows) >= _ENOUGH_ROWS and len(rows) % (_PICTURES * _LINES) == 0
-    narrow = rows.dtype == torch.float32 and uses_onednn(rows)
-    return whole and narrow and upstream.is_contiguous() and rows.is_contiguous()
-
-
-def _convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return upstreamᵀ rows and the sum of upstream: (n, A), (n, D) -> (A, D), (A,)."""
     size = (upstream.shape[1], rows.shape[1])
     _, weight, bias = torch.ops.aten.convolution_backward(
         *(_picture(upstream), _picture(rows), rows.new_empty(*size, 1, 1), size[:1]),
@@ -100,7 +63,7 @@ def _convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 
 def _picture(rows: Tensor) -> Tensor:
     """Return rows as pictures, channels last: (n, D) -> (16, D, 4, n / 64)."""
-    return rows.view(_PICTURES, _LINES, len(rows) // (_PICTURES * _LINES), -1).permute(0, 3, 1, 2)
+    return rows.view(PICTURES, LINES, len(rows) // (PICTURES * LINES), -1).permute(0, 3, 1, 2)
 
 
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eosin.kernels._affine_gradient import AffineGradient, product_into
 from eosin.kernels._bags import NEVER
 from eosin.kernels._checks import accumulation_dtype, host_offsets
 from eosin.kernels._dropout import GATE_BRANCH, drop_, gate_probability
-from eosin.kernels._products import AffineGradient, affine, product, transposed_product
+from eosin.kernels._products import affine, product, transposed_product
 from eosin.kernels._rows import Rows, blocks, longest_block
 from eosin.kernels.embedding.torch_impl import Embedding
 from eosin.kernels.memory import new_tensor
@@ -154,6 +155,7 @@ class GateGradients:
         self._narrow_w = gate.scaled_w.to(gate.v_weight.dtype)
         self._layer, self._d_layer = (gate.v_weight.new_empty(n_rows, len(gate.v_weight)) for _ in range(2))
         self._d_branches = gate.v_weight.new_empty(n_rows, len(self.projections))
+        self._d_rows = gate.v_weight.new_empty(n_rows, self.projections.shape[1])
 
     def add(self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
         """Add a block; return the gradients of V h + b and U h + b side by side: (n, A or 2A), valid until the next."""
@@ -180,8 +182,8 @@ class GateGradients:
         return self.gate.drop_(d_layer, first)
 
     def to_rows(self, d_branches: Tensor) -> Tensor:
-        """Return the gradient of a block's instances through the projections: (n, A or 2A) -> (n, E)."""
-        return product(d_branches, self.projections)
+        """Return the gradient of a block's instances, valid until the next: (n, A or 2A) -> (n, E)."""
+        return product_into(self._d_rows[: len(d_branches)], d_branches, self.projections)
 
     def parameters(self) -> tuple[Tensor, ...]:
         """Return the gradients of v_weight, v_bias, u_weight, u_bias and w_weight."""
