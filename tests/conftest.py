@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton, which reads it once
 
+os.environ["EOSIN_PRECISION"] = "fp32"  # what is faster here must not decide what a test finds
+
 pytest_plugins = ["marked_slide"]
 
 SHARED = Path(__file__).parents[2] / "shared"

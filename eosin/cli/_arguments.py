@@ -125,7 +125,7 @@ Splits = Annotated[
     typer.Option(help="Of `eosin split` or CLAM (folder or file), of STAMP (splits.json), or a table's column Split."),
 ]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
-TrainPrecision = Annotated[str, typer.Option(help="fp32 or bf16.")]
+TrainPrecision = Annotated[str, typer.Option(help="auto (the faster here), fp32 or bf16.")]
 Features = Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")]
 Model = Annotated[Path, typer.Option(help="Model folder.")]
 SlidesIfAny = Annotated[list[Path] | None, typer.Option(help="Slide, or folder that is searched; repeatable.")]

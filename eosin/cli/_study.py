@@ -71,6 +71,16 @@ def read_study(
     )
 
 
+def settle(precision: str, device: str, out: Path) -> str:
+    """Return the precision that a run in this folder computes in, and say which one ``auto`` chose."""
+    from eosin.mil.train import settled_precision
+
+    settled = settled_precision(precision, device, out)
+    if precision == "auto":
+        say(f"precision {settled}, chosen by --precision auto")
+    return settled
+
+
 def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str, precision: str) -> None:
     """Say how the table was understood, once nothing stands in the way of hours of work."""
     from eosin.mil.study import prepare

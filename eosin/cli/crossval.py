@@ -65,11 +65,11 @@ def crossval(
     max_instances_per_step: MaxInstancesPerStep = None,
     cache_gb: CacheGb = 2.0,
     device: Device = "auto",
-    precision: TrainPrecision = "fp32",
+    precision: TrainPrecision = "auto",
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
-    from eosin.cli._study import begin, read_study, recipe_of, require_one_source
+    from eosin.cli._study import begin, read_study, recipe_of, require_one_source, settle
     from eosin.devices import choose_device
     from eosin.files import file_fingerprint
     from eosin.mil.compare import require_comparable
@@ -98,6 +98,7 @@ def crossval(
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
     if compare is not None:
         require_comparable(study.task, tested_slides(parts), read_table(compare / PREDICTIONS))
+    precision = settle(precision, device, out)
     begin(study, out, candidates.values() or [chosen], device=device, precision=precision)
     results = out
     if sweep is None:

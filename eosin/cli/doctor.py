@@ -53,6 +53,7 @@ def _checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], str]]]:
     for package in OPTIONAL:
         yield package, partial(_version_if_there, package)
     yield "devices", _devices
+    yield "products", _products
     yield "slide reader", _read_golden_slide
     for folder in [Path.cwd(), Path(tempfile.gettempdir()), *folders]:
         yield f"write to {folder}", partial(_write_to, folder)
@@ -71,6 +72,18 @@ def _devices() -> str:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return (
         f"cpu ({count_cores()} cores, {torch.get_num_threads()} threads){''.join(f', cuda: {name}' for name in names)}"
+    )
+
+
+def _products() -> str:
+    """Return what the probe of the machine chose, measured now if it never was."""
+    from eosin.kernels.rates import of_this_machine, processor
+
+    found = of_this_machine()
+    gradients = "convolution" if found.convolves else "BLAS"
+    return (
+        f"{processor()}: {found.fp32:.0f} GFLOP/s a core in fp32, {found.bf16:.0f} in bf16; "
+        f"gradients by {gradients}, --precision auto is {found.precision}"
     )
 
 

@@ -64,11 +64,11 @@ def train(
     cache_gb: CacheGb = 2.0,
     device_cache_gb: DeviceCacheGb = 0.0,
     device: Device = "auto",
-    precision: TrainPrecision = "fp32",
+    precision: TrainPrecision = "auto",
     settings: Settings,
 ) -> Done:
     """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
-    from eosin.cli._study import begin, cache_bytes, read_study
+    from eosin.cli._study import begin, cache_bytes, read_study, settle
     from eosin.mil.continual import Source, continued
     from eosin.mil.study import fit_study, owner
 
@@ -90,6 +90,7 @@ def train(
     if continue_from is not None:
         chosen, study = continued(continue_from, study, chosen)
     split = study.training_split(chosen, splits, fold)
+    precision = settle(precision, device, out)
     begin(study, out, [chosen], device=device, precision=precision)
     with progress("train", chosen.training.epochs) as advance:
         fitted = fit_study(

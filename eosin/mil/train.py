@@ -1,6 +1,8 @@
 """Training a model: checks before, the loop of `eosin.mil.training_run`, the refit, and the folder that remains."""
 
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,9 @@ import torch
 
 from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, LabelError
+from eosin.files import write_json
 from eosin.fingerprints import fingerprint, source_hash
+from eosin.kernels.rates import faster_precision, processor
 from eosin.mil.checkpoint import CARD, load_model, save_model
 from eosin.mil.data import Examples
 from eosin.mil.log import read_log
@@ -26,6 +30,7 @@ from eosin.mil.training_run import PRECISIONS, Epoch, Place, TrainingRun
 from eosin.mil.training_run import Fitted as Fitted
 
 STATE_INTERVAL_S = 60.0
+PRECISION = "precision.json"
 BAGS_TO_COMPARE = 16
 """Fewer bags in a step than this make poor risk sets."""
 
@@ -126,6 +131,31 @@ def require_fitting(training: Training, task: Task) -> None:
             f"task {task.kind} compares the bags of a step, and a step of one bag teaches nothing; "
             f"set training.bags_per_step to {BAGS_TO_COMPARE} or more"
         )
+
+
+def settled_precision(name: str, device: str, folder: Path) -> str:
+    """Return fp32 or bf16 for a name; ``auto`` is the faster here, chosen once for a folder and kept in it.
+
+    A run that is continued, on another machine too, computes as it began. The variable ``EOSIN_PRECISION`` decides
+    before any measurement, for runs that must agree to the last digit.
+
+    Parameters
+    ----------
+    name : {"auto", "fp32", "bf16"}
+    device : str
+    folder : Path
+        Results of the run.
+    """
+    if name != "auto":
+        return name
+    if os.environ.get("EOSIN_PRECISION"):
+        return os.environ["EOSIN_PRECISION"]
+    kept = folder / PRECISION
+    if kept.exists():
+        return str(json.loads(kept.read_text("utf-8"))["precision"])
+    found = faster_precision(choose_device(device))
+    write_json(kept, {"precision": found, "device": choose_device(device).type, "processor": processor()})
+    return found
 
 
 def require_machine(device: str, precision: str) -> None:

@@ -114,7 +114,7 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: Place) -> None:
         self.device = own_device(choose_device(place.device))
-        self.dtype = PRECISIONS[place.precision]
+        self.precision, self.dtype = place.precision, PRECISIONS[place.precision]
         self.rank, self.world = join(self.device)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
@@ -353,6 +353,7 @@ class TrainingRun:
             "n_train": len(self.train),
             "n_train_patients": len(set(self.train.patient_ids)),
             "n_val": len(self.val) if self.val is not None else 0,
+            "precision": self.precision,
             "fingerprint": self.fingerprint,
         }
         card = ModelCard(
