@@ -15,7 +15,6 @@ import ctypes.util
 import datetime
 import gc
 import os
-import platform
 import statistics
 import sys
 import threading
@@ -31,6 +30,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu, soft
 from eosin import kernels
 from eosin.kernels import memory
 from eosin.kernels._products import affine, uses_onednn
+from eosin.kernels.rates import processor
 
 RESULTS = Path(__file__).parent / "results"
 LONG = 30.0  # seconds of a variant that is measured only once
@@ -90,12 +90,10 @@ class Device:
         self.is_gpu = self.device.type == "cuda"
 
     def label(self) -> str:
-        """Return the name of the processor."""
+        """Return the name of the device; of a processor with its instruction sets."""
         if self.is_gpu:
             return torch.cuda.get_device_name()
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        return next(names, platform.machine())
+        return processor()
 
     def timed(self, work: Variant) -> tuple[float, int]:
         """Return seconds of one call, and its peak extra bytes on a GPU."""

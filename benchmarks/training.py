@@ -36,6 +36,7 @@ from torch.nn import functional
 from eosin.features.bag import FeatureBag, FeatureSpec
 from eosin.features.store import find_bags, write_bag
 from eosin.kernels._products import affine
+from eosin.kernels.rates import processor
 from eosin.mil.data import Examples, FeatureFolder
 from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.tasks import Classification
@@ -47,10 +48,13 @@ BLOCK = 25
 CACHE_BYTES = 8 * 2**30
 GZIP_BAGS = 25
 LOOPS = ["rows-fp32", "cached-fp32", "mapped-fp32", "gzip-fp32", "rows-bf16", "cached-bf16", "mapped-bf16"]
-PARTS = ["block", "loop", "precision", "device", "threads", "bags", "instances", "seconds", "loading_s", "gemm_s"]
+PARTS = [
+    "block", "loop", "precision", "device", "threads", "bags", "instances", "seconds", "loading_s", "gemm_s",
+    "processor",
+]  # fmt: skip
 FIELDS = [
     "loop", "precision", "device", "threads", "bags", "instances", "seconds_per_pass", "slides_per_s", "times_rows",
-    "times_same", "loading_s", "gemm_s",
+    "times_same", "loading_s", "gemm_s", "processor",
 ]  # fmt: skip
 FLOPS_PER_INSTANCE = 2 * (2 * DIM * WIDTH + 3 * 2 * WIDTH * HIDDEN)  # two products of the embedding, three of each gate
 
@@ -222,6 +226,7 @@ def run(arguments: argparse.Namespace) -> None:
             lines.append([
                 start, name.split("-")[0], precision, arguments.device, torch.get_num_threads(), len(block), instances,
                 f"{seconds:.3f}", f"{loading:.3f}", f"{FLOPS_PER_INSTANCE * instances / rates[precision]:.3f}",
+                processor(),
             ])  # fmt: skip
             print(*lines[-1], flush=True)
         is_new = not arguments.parts.exists()
@@ -254,6 +259,7 @@ def write_table(arguments: argparse.Namespace) -> None:
                 *key, int(found["bags"]), int(found["instances"]), f"{spent:.1f}", f"{found['bags'] / spent:.2f}",
                 f"{published / spent:.2f}", f"{same / spent:.2f}",
                 f"{found['loading_s']:.1f}" if found["loading_s"] else "", f"{found['gemm_s']:.1f}",
+                next((line.get("processor", "") for line in read(arguments.parts)), ""),
             ]  # fmt: skip
             writer.writerow(line)
             print(*line)
@@ -267,7 +273,7 @@ def main() -> None:
     parser.add_argument("--bags", type=int, default=200)
     parser.add_argument("--smallest", type=int, default=2000)
     parser.add_argument("--largest", type=int, default=20000)
-    parser.add_argument("--loops", nargs="+", default=LOOPS)
+    parser.add_argument("--loops", nargs="+", default=LOOPS, choices=[*LOOPS, "gzip-bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=4.5, help="no block is begun that would end later")
     parser.add_argument("--parts", type=Path, default=Path("training_parts.csv"))
