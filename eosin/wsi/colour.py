@@ -89,7 +89,7 @@ def check_colours(slide: Slide, planes: NDArray[np.uint8]) -> None:
     SlideError
         Code ``false-colours``.
     """
-    red, green, blue = planes.astype(np.int16)
+    red, green, blue = planes.astype(np.int16)  # bytes would wrap around in differences
     neutral = [abs(channel - NEUTRAL) <= CAST_TOLERANCE for channel in (green, blue)]
     casts = {
         "YCbCr pixels are stated to be RGB": (red >= LEAST_LIGHT) & neutral[0] & neutral[1],

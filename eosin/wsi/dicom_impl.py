@@ -203,6 +203,7 @@ def _pyramids(instances: Sequence[Instance]) -> Iterator[list[list[Instance]]]:
     groups: dict[tuple[str, str], dict[str, list[Instance]]] = defaultdict(lambda: defaultdict(list))
     for number, instance in enumerate(instances):
         header = instance.header
+        # label, macro and thumbnail are pictures of their own; what is a slide is a level of its pyramid
         single = "" if instance.kind == "slide" else str(number)
         place = f"{header.get('FrameOfReferenceUID')} {header.get('ContainerIdentifier')}"
         part = str(header.get("ConcatenationUID") or number)
@@ -210,6 +211,7 @@ def _pyramids(instances: Sequence[Instance]) -> Iterator[list[list[Instance]]]:
     for parts in groups.values():
         levels = [sorted(part, key=lambda one: int(one.header.get("ConcatenationFrameOffsetNumber") or 0))
                   for part in parts.values()]  # fmt: skip
+        # focal planes or copies may be files of their own
         sizes = {level[0].size_px: level for level in reversed(levels)}  # of two copies of a size the first
         yield sorted(sizes.values(), key=lambda level: -level[0].size_px[0])
 
@@ -234,6 +236,7 @@ def _scale(finest: Instance, level: Instance) -> float:
     """Return level-0 pixels per pixel: from the sizes, unless the spacing says that levels are padded."""
     by_size = size_ratio(finest.size_px, level.size_px)
     above, below = finest.spacing_um, level.spacing_um
+    # spacings are written with few digits, so sizes are the better source where both agree
     if above is None or below is None or abs(below.x / above.x / by_size - 1) <= SPACING_TOLERANCE:
         return by_size
     stated = below.x / above.x
@@ -284,9 +287,11 @@ def _sparse_places(parts: Sequence[Instance], across: int, plane: int) -> dict[i
             at = group.PlanePositionSlideSequence[0]
             x = int(at.ColumnPositionInTotalImagePixelMatrix) - 1
             y = int(at.RowPositionInTotalImagePixelMatrix) - 1
+            # frames that overlap or lie anywhere are allowed by the standard; no scanner is known to write them
             if x % width or y % height:
                 raise ValueError(f"a frame lies at ({x}, {y}), which is not on the lattice of its frames")
             depth = float(at.get("ZOffsetInSlideCoordinateSystem") or 0)
+            # of two optical paths at one place the first is the bright field
             found[depth].setdefault(y // height * across + x // width, frame)
             frame += 1
     depths = sorted(found)
@@ -311,7 +316,7 @@ def _frames(part: Instance) -> list[tuple[int, int]]:
                 * int(part.header.BitsAllocated)
                 // 8
             )
-            if part.header.PhotometricInterpretation == "YBR_FULL_422":
+            if part.header.PhotometricInterpretation == "YBR_FULL_422":  # two pixels share their colours
                 step = step * 2 // 3
             count = min(part.n_frames, min(length, size - begin) // max(step, 1))
             return [(begin + number * step, begin + (number + 1) * step) for number in range(count)]
@@ -324,6 +329,7 @@ def _encapsulated(file: BinaryIO, part: Instance, begin: int) -> list[tuple[int,
     first = begin + 8 + length
     extended = part.header.get("ExtendedOffsetTable")
     if extended:
+        # offsets count from the item of the first frame; lengths leave its header out
         starts = np.frombuffer(extended, "<u8").astype(np.int64) + first
         ends = starts + 8 + np.frombuffer(part.header.ExtendedOffsetTableLengths, "<u8").astype(np.int64)
         return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -421,6 +427,7 @@ class DicomSegments(Segments):
         return ycbcr_to_rgb(rgb) if self._stores_ycbcr(data) else rgb
 
     def _decode_jpeg(self, data: bytes, index: int, shrink: int) -> NDArray[np.uint8]:
+        # frames are filled up to an even number of bytes
         data, (width, height) = data.rstrip(b"\0"), self._piece
         stated = self._photometric.startswith("YBR")
         if shrink == 1:

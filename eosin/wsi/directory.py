@@ -221,6 +221,7 @@ class _Layout:
 
     def _fields(self, file: BinaryIO, entries: Iterator[tuple[int, int, int, bytes]]) -> Iterator[tuple[int, Numbers]]:
         for code, kind, count, value in entries:
+            # private tags of a scanner can be as large as a picture; they stay where they are
             if code not in _WANTED or kind not in _KINDS:
                 continue
             pair, width = (2, _KINDS[kind][1:]) if _KINDS[kind][0] == "2" else (1, _KINDS[kind])

@@ -83,6 +83,7 @@ def check_levels(slide: Slide) -> None:
     """
     last = len(slide.level_sizes) - 1
     spots = _spots(slide, last) if last else []
+    # from fine to coarse, each in the last level that was found: errors do not add up over the pyramid
     residuals, foreign, hidden, moved, finer = [], [], [], [], 0
     for level in range(1, last + 1):
         plain = _is_plain(slide, finer, level)
@@ -262,6 +263,7 @@ def _matches(slide: Slide, finer: int, pieces: Sequence[tuple[Point, Grey]], lie
 
 def _scaled(slide: Slide, level: int, centre: Point, sides: tuple[int, int], scale: float) -> Grey:
     """Return a region of a level around a point that has `sides` pixels once it is made smaller by `scale`."""
+    # the decoder's own reduction reads a sixteenth of the data at a ratio of four
     shrink = next((factor for factor in (8, 4, 2) if factor <= scale + 1e-9 and slide.can_shrink(level, factor)), 1)
     extent = [side * scale / shrink for side in sides]
     corner = [value / shrink - length / 2 for value, length in zip(centre, extent, strict=True)]

@@ -82,7 +82,7 @@ def size_ratio(finest: tuple[int, int], size: tuple[int, int]) -> float:
 
 def kind_of(name: str, default: Kind = "slide") -> Kind:
     """Return what the name that a writer gave a picture says of it; the name itself may be a person's."""
-    words = name.lower()
+    words = name.lower()  # Bio-Formats, QuPath and scanners write "label image", "Macro", "overview"
     if "label" in words:
         return "label"
     if "thumbnail" in words:

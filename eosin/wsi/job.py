@@ -262,7 +262,7 @@ class TilePlan:
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
         notes = [note for note in (*slide.notes, *account.in_words(), left_out, *mask.notes) if note]
-        if slide.residual_px0 is not None:
+        if slide.residual_px0 and round(slide.residual_px0, 1):
             notes.append(f"levels agree to {slide.residual_px0:.1f} px")
         return Tiled(grid, quality, mask, overview, _outcome(grid, mask, notes))
 

@@ -76,6 +76,7 @@ def read_ome(text: str) -> list[OmeImage]:
         raise ValueError(f"its OME-XML is damaged ({error})") from error
     for element in root.iter():  # the namespace names the version, and every version has these names
         element.tag = element.tag.rpartition("}")[2]
+    # an objective belongs to the instrument, and an image refers to it by its ID
     powers = {lens.get("ID"): lens.get("NominalMagnification") for lens in root.iter("Objective")}
     following, images = 0, []
     for image in root.iter("Image"):
@@ -95,6 +96,7 @@ def _image(
 ) -> OmeImage:
     width, height, depth, times, values = (int(pixels.get(f"Size{axis}", 1)) for axis in "XYZTC")
     channels = pixels.findall("Channel")
+    # RGB that is stored together counts as one Channel of three samples
     samples = int(channels[0].get("SamplesPerPixel", 1)) if channels else 1
     count = max(1, values // max(1, samples))
     if min(width, height, depth, times) < 1 or depth * times * count > MAX_PLANES:
@@ -126,6 +128,7 @@ def _stated(pixels: ElementTree.Element) -> StatedMpp | None:
 
 def _are_rgb(channels: list[ElementTree.Element]) -> bool:
     """Return whether three channels are red, green and blue; stains of fluorescence have names or other colours."""
+    # bfconvert and tifffile write no names; what has names that are not colours is fluorescence
     names = tuple((channel.get("Name") or "").strip().lower() for channel in channels)
     if any(names):
         return names in RGB_NAMES

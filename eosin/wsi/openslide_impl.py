@@ -26,7 +26,11 @@ class OpenSlideReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._handle: openslide.OpenSlide | None = _open(path)
-        self.pictures = list(_pictures(self._handle))
+        try:
+            self.pictures = list(_pictures(self._handle))
+        except (openslide.OpenSlideError, KeyError, ValueError) as error:  # a damaged file loses its properties
+            self.close()
+            raise SlideOpenError(path, f"OpenSlide cannot list what is in the file: {error}") from error
 
     @classmethod
     def takes(cls, path: Path, head: bytes) -> bool:
@@ -36,6 +40,7 @@ class OpenSlideReader(Reader):
 
     def open(self, picture: Picture, plane: int, mpp: float | None) -> "OpenSlideSlide":
         """Open the slide, which takes the handle over; see `Reader.open`."""
+        # opening costs tens of ms for some formats, so the slide takes the handle that listed it
         handle, self._handle = self._handle or _open(self.path), None
         return OpenSlideSlide(self.path, picture, handle, mpp=mpp)
 

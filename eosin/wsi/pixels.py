@@ -50,6 +50,7 @@ def to_8_bit(pixels: NDArray[Any], top: int) -> NDArray[np.uint8]:
     """
     if pixels.dtype == np.uint8:
         return pixels
+    # half is added before the division, so that 8 bits that were spread over 16 come back as they were
     scaled = (pixels.astype(np.uint32) * 255 + top // 2) // max(top, 1)
     return np.minimum(scaled, 255).astype(np.uint8)
 

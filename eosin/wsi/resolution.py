@@ -92,6 +92,7 @@ def to_um(value: float | None, unit: str) -> float | None:
         As OME and ImageJ write it; the µ may be the micro sign or the Greek letter, the Å likewise, or an escape.
     """
     name = unit.strip().replace("\\u00B5", "µ").replace("\u03bc", "µ").replace("\u212b", "Å")
+    # capitals matter in short names: mm and Mm differ by a factor of a billion
     scale = UNITS_UM.get(name, UNITS_UM.get(name.lower().rstrip("s") if len(name) > 2 else name))
     return None if value is None or scale is None or not value > 0 else value * scale
 

@@ -40,7 +40,7 @@ class Bytes:
         """
         if not (0 <= count <= MAX_STORED_BYTES and 0 <= offset < 2**63):
             raise DecodeError(f"{count} bytes at {offset} are stated for it")
-        with self._lock:
+        with self._lock:  # place and reading belong together
             self._file.seek(offset)
             data = self._file.read(count)
         if len(data) != count:
@@ -130,6 +130,7 @@ class Level:
         row, column = divmod(index, self.across)
         corner = (column * self.segment_px[0], row * self.segment_px[1])
         width, height = (min(self.segment_px[axis], self.size_px[axis] - corner[axis]) for axis in (0, 1))
+        # a piece may be larger than what lies in the picture, never smaller: nothing is made up
         if pixels.shape[0] < height or pixels.shape[1] < width:
             raise DecodeError(f"it is only {pixels.shape[1]} x {pixels.shape[0]} px")
         return pixels
@@ -163,5 +164,6 @@ def with_shrunk(levels: Sequence[Level]) -> Iterator[Level]:
         following = levels[number + 1].downsample if number + 1 < len(levels) else float("inf")
         for factor in SHRINKS:
             divides = all(side % factor == 0 for side in level.segment_px)
+            # scaled decodings that a stored level nearly equals would only cost memory
             if level.segments.shrinks and divides and level.downsample * factor < 0.97 * following:
                 yield level.shrunk(factor)

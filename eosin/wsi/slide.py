@@ -77,6 +77,7 @@ class Slide(ABC):
         self.downsamples = list(picture.downsamples())
         self.offsets_px0 = [(0.0, 0.0)] * len(self.level_sizes)
         self.declared = [True] * len(self.level_sizes)
+        # decided once, and asked for only by who needs it: a slide without mpp can still be looked at
         self.resolution: Resolution = resolve_mpp(picture.stated, power=picture.power, user_mpp=mpp)
         self.notes: list[str] = [note for note in (self.resolution.note,) if note]
 
@@ -240,7 +241,7 @@ def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None
         raise SlideOpenError(path, "there is no such file", code="missing")
     with open_file(path) as reader:
         slide = reader.slide(scene=scene, plane=plane, mpp=mpp)
-    try:
+    try:  # before the first pixel is read, so that tissue and tiles never see a wrong level
         check_levels(slide)
     except BaseException:
         slide.close()

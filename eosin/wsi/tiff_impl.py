@@ -197,6 +197,7 @@ class TiffSegments(Segments):
         page = channels[0]
         self._page = page
         self._size, self._piece = page.size_px, page.segment_px
+        # the fast decoders know colours that lie together, of 8 bits
         chunky = len(channels) == 1 and page.planarconfig != 2
         self._is_jpeg = page.compression == JPEG and chunky and page.samplesperpixel == 3 and page.bitspersample == 8
         self.shrinks = self._is_jpeg and page.is_tiled
@@ -253,7 +254,7 @@ class TiffSegments(Segments):
         data, tables = self._stored(0, index), self._page.jpegtables
         width, height = self._piece
         row, column = divmod(index, -(-self._size[0] // width))
-        if not self._page.is_tiled:
+        if not self._page.is_tiled:  # the last strip is as high as what is left
             height = min(height, self._size[1] - row * height)
         if shrink == 1:
             return decode_whole(data, (width, height), tables=tables, stated=self._stated)
@@ -265,6 +266,7 @@ class TiffSegments(Segments):
     def _decode_piece(self, channel: int, index: int) -> NDArray[Any]:
         data, page = self._stored(channel, index), self._channels[channel]
         if page.compression == JPEG:
+            # a plane of one colour; tifffile would apply the colour space of the whole picture to it
             grey = imagecodecs.jpeg8_decode(data, tables=page.jpegtables)
             return np.asarray(grey if grey.ndim == 3 else grey[..., None])
         decoded, _, _ = self._decoders[channel].decode(data, index, jpegtables=page.jpegtables)
@@ -279,6 +281,7 @@ class TiffSegments(Segments):
         rgb = to_8_bit(pixels, self._top)
         if rgb.shape[-1] == 4:
             return self._without_alpha(rgb)
+        # codecs that know colours deliver RGB already
         plain = self._stated and self._page.compression not in DECODES_TO_RGB
         return ycbcr_to_rgb(rgb) if plain else rgb
 

@@ -142,6 +142,7 @@ def _with_fault(stack: Stack) -> Stack:
     if stack.picture.fault or fault:
         picture = replace(stack.picture, fault=stack.picture.fault or fault, code=code or stack.picture.code)
         return replace(stack, picture=picture)
+    # a pyramid may end in a grey or palette copy
     fine = [number for number, level in enumerate(stack.planes[0]) if not pixel_fault(level)[0]]
     picture = replace(
         stack.picture,
@@ -161,6 +162,7 @@ def pixel_fault(channels: Channels) -> tuple[str, str]:
     if page.compression not in tifffile.TIFF.DECOMPRESSORS and page.compression != 1:
         return f"its pixels are stored with compression {page.compression}, which no decoder here knows", "unreadable"
     rgb = page.photometric in (RGB, YCBCR) or page.compression in JPEG2000 or (len(channels) == 3)
+    # four channels of JPEG are CMYK
     alpha = count == 4 and page.number(EXTRA_SAMPLES, 0) in (0, 1, 2) and page.compression != JPEG
     plain = page.bitspersample in (8, 16) and page.number(SAMPLE_FORMAT, 1) == 1
     if not (rgb and plain and (count == 3 or alpha) and _has_full_chroma(page)):
@@ -184,6 +186,7 @@ def _with_subs(page: Directory) -> list[Channels]:
 
 def _aperio(chain: Sequence[Directory], vendor: str) -> list[Stack]:
     """Tiled directories are levels; of the others the second is a thumbnail, label and macro say so themselves."""
+    # Aperio never tiles a thumbnail, label or macro, and states nothing else that all of its versions agree on
     levels = sorted((page for page in chain if page.is_tiled), key=lambda page: -page.imagewidth)
     facts = dict(re.findall(r"\|\s*([^=|]+?)\s*=\s*([^|]*)", chain[0].description))
     stated = to_um(_float(facts.get("MPP")), "µm")
@@ -195,6 +198,7 @@ def _aperio(chain: Sequence[Directory], vendor: str) -> list[Stack]:
             picture = replace(main.picture, stated=(*known, *main.picture.stated), power=_float(facts.get("AppMag")))
             found.append(replace(main, picture=picture))
         elif not page.is_tiled:
+            # labels and macros have two short lines, of which the second names them; a thumbnail repeats the slide's
             second = (page.description.splitlines() or [""])[-1] if len(page.description) < 200 else ""
             found.append(_stack(kind_of(second.split(" ")[0], "thumbnail"), [(page,)], vendor))
     return found
@@ -216,6 +220,7 @@ def _philips(chain: Sequence[Directory], vendor: str) -> list[Stack]:
     main = _stack("slide", [(page,) for page in levels], vendor)
     if spacing:  # of the picture, then of each level
         of_levels = spacing[-len(levels) :] if len(spacing) >= len(levels) else []
+        # DICOM has rows first, and mm
         stated = (StatedMpp("philips.spacing", 1e3 * spacing[0][1], 1e3 * spacing[0][0]), *main.picture.stated)
         scales = tuple(round(x / of_levels[0][1], 3) for _, x in of_levels)
         main = replace(main, picture=replace(main.picture, stated=stated, scales=scales))
@@ -246,6 +251,7 @@ def _olympus(chain: Sequence[Directory], vendor: str) -> list[Stack]:
 def _ome(chain: Sequence[Directory], vendor: str) -> list[Stack]:
     """Each Image is a picture; its planes are directories of the chain, its levels their SubIFDs."""
     images = read_ome(chain[0].description)
+    # some writers append the levels as plain pages that the XML does not name
     used = {number for image in images for number in image.directories.values()}
     extra = [page for number, page in enumerate(chain) if number not in used and page.is_reduced]
     found = [_of_image(image, chain, vendor, extra if len(images) == 1 else []) for image in images]
@@ -253,7 +259,7 @@ def _ome(chain: Sequence[Directory], vendor: str) -> list[Stack]:
 
 
 def _of_image(image: OmeImage, chain: Sequence[Directory], vendor: str, extra: Sequence[Directory]) -> Stack | None:
-    if not image.directories:
+    if not image.directories:  # its pixels are in another file of the set
         return None
     if not all(number < len(chain) for number in image.directories.values()):
         raise ValueError("its OME-XML names pages that the file does not have")
@@ -317,7 +323,7 @@ def _is_copy(page: Directory, main: Directory) -> bool:
         return False
     ratio = size_ratio(main.size_px, page.size_px)
     off = [abs(above / ratio - below) for above, below in zip(main.size_px, page.size_px, strict=True)]
-    if max(off) <= 1:
+    if max(off) <= 1:  # sides are cut off or rounded
         return True
     if not (page.is_tiled and page.is_reduced):
         return False

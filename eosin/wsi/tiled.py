@@ -173,6 +173,7 @@ class TiledSlide(Slide):
         right, bottom = min(left + width, level.size_px[0]), min(top + height, level.size_px[1])
         if left < 0 or top < 0 or right < left + width or bottom < top + height:
             result[:] = self.background
+        # wholly beside the picture: a segment at the edge may still reach under the region
         if right <= max(left, 0) or bottom <= max(top, 0):
             return result
         segment_w, segment_h = level.segment_px

@@ -81,6 +81,7 @@ def _pyramids(path: Path) -> Iterator[Pyramid]:
     import zarr
 
     root = zarr.open_group(path, mode="r")
+    # bioformats2raw puts each image into a numbered group
     groups = [root] if "multiscales" in _attributes(root) else [group for _, group in sorted(root.groups())]
     for group in groups:
         facts = _attributes(group)
@@ -125,6 +126,7 @@ def _spacing(image: Mapping[str, Any], level: Mapping[str, Any], axes: str) -> t
     """Return µm per pixel, x and y, of a level; None unless scale and unit are stated."""
     scales = np.ones(len(axes))
     known = False
+    # scales of the level and of the image multiply; translations do not change what a pixel measures
     for transform in [*level.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]:
         if transform.get("type") == "scale":
             scales, known = scales * np.asarray(transform["scale"], float), True
