@@ -130,6 +130,7 @@ def tiles_inside(grid: TileGrid, region: MultiPolygon, *, share: float = 0.5) ->
             f"the region spans x {x0} to {x1}, y {y0} to {y1} and lies outside the slide of {width} x {height} pixels; "
             "is it of another slide, or drawn on a picture of another size?"
         )
+    # prepared geometry answers many intersections from one index
     shapely.prepare(region)
     boxes = shapely.box(*grid.boxes_px0().T)
     touched = np.flatnonzero(shapely.intersects(region, boxes))
@@ -197,6 +198,7 @@ class _Text:
                     raise
                 wanted *= 2
                 continue
+            # "12" at the end of a chunk may be the beginning of "123"
             if end == len(self._buffer) and self._more(CHUNK):
                 continue  # a number may go on
             self._place = end

@@ -69,10 +69,12 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
         return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.caption)
     if heatmap.signed:
         reach = float(np.quantile(np.abs(heatmap.values), 0.99)) if heatmap.values.size else 0.0
+        # most effects may be exactly 0, as those of a maximum are
         reach = reach or float(np.abs(heatmap.values).max(initial=0.0)) or 1.0
         return ColourScale(
             -reach, reach, DIVERGING, f"lowers it ({-reach:.2g})", f"raises it (+{reach:.2g})", heatmap.caption
         )
+    # one extreme tile must not turn the rest flat
     bottom, top = (float(np.quantile(heatmap.values, q)) if heatmap.values.size else q for q in (0.01, 0.99))
     if bottom == top:
         bottom, top = float(heatmap.values.min()), float(heatmap.values.max())

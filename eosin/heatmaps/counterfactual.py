@@ -138,6 +138,7 @@ def intervene(
     """
     act = subsets.remove if kind == "remove" else subsets.keep_only
     before, after = _value(target, subsets.logits()), _value(target, act(index))
+    # sets of the same seed and size are the same sets, so that two interventions are compared with equal luck
     rng = np.random.default_rng(seed)
     n = subsets.n_instances
     drawn = [act(rng.choice(n, size=len(index), replace=False)) for _ in range(controls if 0 < len(index) < n else 0)]
@@ -184,6 +185,7 @@ def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
         return effect
     low, high = np.quantile(values, [0.025, 0.975])
     direction = 1.0 if effect.change >= 0 else -1.0
+    # the set itself counts among the draws: a randomisation p value is never 0
     as_large = sum(direction * (value - effect.before) >= direction * effect.change for value in values)
     return replace(
         effect,
@@ -202,6 +204,7 @@ def _value(target: Target, logits: Floats) -> float:
 
 def top_tiles(scores: Floats, fraction: float) -> Indices:
     """Return the ⌈fraction × n⌉ tiles with the highest scores, highest first; the first of equal ones."""
+    # 0.05 of 100 is 5.000000000000001 in floating point, which must not become 6
     count = int(np.ceil(fraction * len(scores) - 1e-9))
     return np.argsort(-scores, kind="stable")[:count].astype(np.int64)
 
@@ -315,6 +318,7 @@ def smallest_sufficient(subsets: Subsets, target: Target, effects: Floats) -> Sm
         return _value(target, subsets.keep_only(order[:size])) > 0
 
     n, low, high = subsets.n_instances, 0, 1
+    # doubling, then halving: a prediction is not monotone in the size of the set, so this finds a set and no bound
     while not suffices(high):
         if high == n:
             return None
@@ -329,6 +333,7 @@ def _bisect(bag: Subsets, target: Target) -> SmallestSet | None:
     def turns(size: int) -> bool:
         return _value(target, bag.remove(bag.best_set(target, "min", size))) <= 0
 
+    # the best set of a size turns whatever a smaller best set turns, which is what makes halving certain
     low, high = 0, bag.n_instances - 1
     if high < 1 or not turns(high):
         return None
@@ -348,6 +353,7 @@ def certify(
 
 def as_probability(probability: float) -> str:
     """Return a probability with three digits, and never as 0 or 1."""
+    # "1.000" would be read as certainty
     if probability > 0.9995:
         return "> 0.999"
     return "< 0.001" if probability < 0.0005 else f"{probability:.3f}"

@@ -143,6 +143,7 @@ def _affordable(subsets: Subsets, questions: Questions) -> Questions:
     """Return the questions with as many controls as a model that has to be run again may take."""
     if not subsets.price:
         return questions
+    # each share is removed and kept alone; the search, the best and both smallest sets come besides
     sets = 2 * len(questions.fractions) + 4
     controls = max(FEWEST_CONTROLS, questions.budget // (subsets.price * sets))
     return questions.model_copy(update={"controls": min(questions.controls, controls)})
@@ -275,11 +276,13 @@ def _curves(
     for share in CURVE_SHARES:
         value = _probability(target, subsets.remove(top_tiles(ranking, share)))
         rows.append((name, share, value, value, value))
+    # a search in blocks has no answer at every share: the next one that it has is drawn where it lies
     wanted = np.array(CURVE_SHARES) * n
     for step in np.unique(np.searchsorted(search.removed, wanted[wanted <= len(search.order)].round())):
         value = _probability(target, search.logits[step])
         rows.append(("greedy", search.removed[step] / n, value, value, value))
     rng = np.random.default_rng(questions.seed)
+    # one random order per draw for all shares, so that a line of the figure is one way of losing tiles
     draws = [rng.random(n) for _ in range(min(CURVE_DRAWS, max(1, questions.controls)))]
     for share in CURVE_SHARES:
         values = [_probability(target, subsets.remove(top_tiles(draw, share))) for draw in draws]

@@ -136,8 +136,10 @@ class Heatmap:
         """Yield the plane of `raster` from top to bottom, `rows` rows at a time: memory is one strip."""
         height, width = raster_shape(self.grid, mpp, window_px0)
         boxes, tiles = raster_boxes(self.grid, mpp, window_px0)
+        # sorted by their upper edge, the boxes that touch a strip are neighbours
         order = np.argsort(boxes[:, 1], kind="stable")
         boxes, values = boxes[order], self.values[tiles[order]]
+        # a box that begins above a strip may reach into it
         tallest = int((boxes[:, 3] - boxes[:, 1]).max(initial=0))
         for top in range(0, height, rows):
             bottom = min(top + rows, height)

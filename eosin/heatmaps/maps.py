@@ -125,6 +125,7 @@ def _targets(seen: Look, classes: Sequence[str], outputs: Sequence[str]) -> dict
     if not classes:
         return {name: Target(k, "logit") for k, name in enumerate(class_names(len(logits), outputs))}
     predicted = int(np.argmax(logits))
+    # of two classes the other's map is the same with the sign turned
     others = [k for k in range(len(classes)) if k != predicted and len(classes) > 2]
     return {classes[k]: Target(k) for k in (predicted, *others)}
 
@@ -133,6 +134,7 @@ def _attention(subject: _Subject) -> list[Heatmap]:
     if not issubclass(subject.model.output_type, AttentionOutput):
         raise _Absent("the model does not weigh tiles, so it has no attention")
     maps = output_maps(subject.model, subject.bag, classes=subject.names, of="attention")
+    # ranks first: weights span decades, and a linear scale would show one tile
     return [maps[0].percentile(), maps[0].relative(), *maps]
 
 
@@ -326,6 +328,7 @@ def _attention_output(model: Aggregator, bag: FeatureBag) -> AttentionOutput:
         raise ConfigError(f"{type(model).__name__} does not weigh instances, so it has no attention to show")
     with in_eval_mode(model):
         output = model(pack_bag(model, bag))
+    # the declared type decided what was asked for; a method that returns something else is a fault of its author
     if not isinstance(output, AttentionOutput):
         raise TypeError(f"{type(model).__name__} returned {type(output).__name__}, not the output type it declares")
     return output

@@ -86,6 +86,7 @@ def look(
 def _agree(form: Subsets, again: ForwardBag, whole: Floats) -> bool:
     """Compare a form with the model, on the whole bag and on a part of it spread over all."""
     predicted = np.concatenate([np.zeros(int(again.wide)), whole])
+    # a form may agree on the whole bag by chance, for example when one tile has all the weight
     part = np.arange(0, form.n_instances, max(2, form.n_instances // COMPARED_INSTANCES))
     pairs = ((form.logits(), predicted), (form.keep_only(part), again.keep_only(part)))
     return all(np.allclose(ours, theirs, rtol=CLOSE, atol=CLOSE) for ours, theirs in pairs)
@@ -136,6 +137,7 @@ def require_same_slide(slide: Slide, bag: FeatureBag) -> None:
             f"the features were made from a slide of {grid.slide_size_px0} pixels, {slide.path} has {slide.size_px0}; "
             "pass the slide that they came from",
         )
+    # features of 0.1 and of other tools carry none; their size is all that can be compared
     fingerprint = bag.provenance.get("input_fingerprint", "")
     if fingerprint and fingerprint != file_fingerprint(slide.path):
         raise FeatureMismatchError(
