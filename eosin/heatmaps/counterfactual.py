@@ -37,6 +37,11 @@ class Origin(StrEnum):
         """Whether the set was chosen by what the model says without it, or with it alone."""
         return self in (Origin.SEARCH, Origin.NECESSARY, Origin.SUFFICIENT, Origin.BEST)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the set was chosen outside the model."""
+        return self is Origin.REGION
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -55,7 +60,8 @@ class Effect:
         Mean and 2.5 and 97.5 percentiles of the log-odds after the same intervention with random tiles.
     control_rank : float or None
         Share of the random sets that change the log-odds at least as much in the same direction, the set itself
-        counted among them: a one-sided randomisation p value.
+        counted among them: a one-sided randomisation p value. None for a set that was searched for, which beats random
+        sets by construction.
     n_controls : int
     control_sd : float or None
         Standard deviation of the log-odds with random tiles.
@@ -114,6 +120,7 @@ def intervene(
     origin: Origin = Origin.REGION,
     controls: int = N_CONTROLS,
     seed: int = 0,
+    strata: Indices | None = None,
 ) -> Effect:
     """Remove a set of tiles, or keep it alone, and do the same with random sets of the same number.
 
@@ -135,15 +142,28 @@ def intervene(
         Random sets; 0 for none.
     seed : int
         Of their choice.
+    strata : (n,) int64, optional
+        Kind of each tile, such as its part of the slide; random sets then have as many tiles of each kind as the set.
     """
     act = subsets.remove if kind == "remove" else subsets.keep_only
     before, after = _value(target, subsets.logits()), _value(target, act(index))
     # sets of the same seed and size are the same sets, so that two interventions are compared with equal luck
     rng = np.random.default_rng(seed)
     n = subsets.n_instances
-    drawn = [act(rng.choice(n, size=len(index), replace=False)) for _ in range(controls if 0 < len(index) < n else 0)]
+    kinds = np.zeros(n, np.int64) if strata is None else strata
+    drawn = [act(_like(index, kinds, rng)) for _ in range(controls if 0 < len(index) < n else 0)]
     effect = Effect(kind, what, len(index), before, after, origin=origin)
     return _with_controls(effect, [_value(target, logits) for logits in drawn])
+
+
+def _like(index: Indices, strata: Indices, rng: np.random.Generator) -> Indices:
+    """Return as many random tiles of each stratum as a set has."""
+    wanted, counts = np.unique(strata[index], return_counts=True)
+    drawn = [
+        rng.choice(np.flatnonzero(strata == stratum), size=count, replace=False)
+        for stratum, count in zip(wanted, counts, strict=True)
+    ]
+    return np.concatenate(drawn)
 
 
 def transplant(
@@ -192,7 +212,7 @@ def _with_controls(effect: Effect, values: Sequence[float]) -> Effect:
         control_mean=float(np.mean(values)),
         control_low=float(low),
         control_high=float(high),
-        control_rank=(1 + as_large) / (1 + len(values)),
+        control_rank=None if effect.origin.is_found else (1 + as_large) / (1 + len(values)),
         n_controls=len(values),
         control_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
     )
@@ -218,8 +238,9 @@ def ablate_top(
     fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
     controls: int = N_CONTROLS,
     seed: int = 0,
+    strata: Indices | None = None,
 ) -> list[Effect]:
-    """Remove the tiles with the highest scores, and keep them alone, for each fraction of the tiles."""
+    """Remove the tiles with the highest scores, and keep them alone, for each fraction; options as of `intervene`."""
     kinds: tuple[Kind, Kind] = ("remove", "keep only")
     return [
         intervene(
@@ -231,6 +252,7 @@ def ablate_top(
             origin=Origin.RANKING,
             controls=controls,
             seed=seed,
+            strata=strata,
         )
         for fraction in fractions
         for kind in kinds

@@ -35,6 +35,8 @@ from eosin.options import Options
 CURVE_SHARES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 CURVE_DRAWS = 10
 FEWEST_CONTROLS = 9
+ATTENTION_STRATA = 5
+POSITION_STRATA = 4
 
 
 class Questions(Options):
@@ -55,6 +57,11 @@ class Questions(Options):
         least.
     on : {"log_odds", "probability"}
         What the search looks at. Probabilities saturate at 1, where all effects look like none.
+    matched : {"number", "attention", "position"}
+        What the random sets share with the set beside its number of tiles: how many are in each fifth of the tiles by
+        attention, or in each of 16 parts of the slide.
+    shuffles : int
+        For a cohort: models with shuffled weights that are asked the same, for p values of sets that the model chose.
     budget : int
         For models without a closed form: tiles that the model may be run on for the search, and again for the sets
         with their controls. Larger slides get fewer controls and larger steps.
@@ -66,6 +73,8 @@ class Questions(Options):
     seed: int = 0
     direction: Direction = "min"
     on: Literal["log_odds", "probability"] = "log_odds"
+    matched: Literal["number", "attention", "position"] = "number"
+    shuffles: Annotated[int, Field(ge=0)] = 0
     budget: Annotated[int, Field(ge=1)] = BUDGET
 
 
@@ -134,9 +143,26 @@ def examine(
     chosen = classes[int(np.argmax(seen.subsets.logits()))] if class_name is None else class_name
     if chosen not in classes:
         raise UnknownNameError("class of the model", chosen, classes)
-    exam = _Exam(seen, Target(classes.index(chosen)), _affordable(seen.subsets, questions))
+    strata = _strata(bag, seen, questions.matched)
+    exam = _Exam(seen, Target(classes.index(chosen)), _affordable(seen.subsets, questions), strata)
     added = [effect for donor in donors for effect in exam.transplants(see_donor(model, card, donor))]
     return exam.ask(bag.slide_id, chosen, regions or {}, added)
+
+
+def _strata(bag: FeatureBag, seen: Look, matched: str) -> Indices | None:
+    """Return the stratum of each tile in which random sets take its place; None when the number alone is matched."""
+    if matched == "attention":
+        if seen.attention is None:
+            raise ConfigError("the model has no attention to match random tiles by; set questions.matched to number")
+        ranks = np.argsort(np.argsort(seen.attention, kind="stable"), kind="stable")
+        return ranks * ATTENTION_STRATA // len(ranks)
+    if matched == "number":
+        return None
+    if bag.grid is None:
+        raise ConfigError(f"{bag.slide_id}: the features have no positions to match; set questions.matched to number")
+    place = bag.grid.origins_px0 - bag.grid.origins_px0.min(0)
+    part = np.minimum(place * POSITION_STRATA // (place.max(0) + 1), POSITION_STRATA - 1)
+    return np.asarray(part[:, 0] * POSITION_STRATA + part[:, 1], np.int64)
 
 
 def _affordable(subsets: Subsets, questions: Questions) -> Questions:
@@ -156,6 +182,7 @@ class _Exam:
     seen: Look
     target: Target
     questions: Questions
+    strata: Indices | None = None
 
     def ask(
         self, slide_id: str, class_name: str, regions: Mapping[str, Indices], added: Sequence[Effect]
@@ -171,6 +198,7 @@ class _Exam:
             fractions=questions.fractions,
             controls=questions.controls,
             seed=questions.seed,
+            strata=self.strata,
         )
         effects += [effect for what, index in regions.items() for effect in self._both(index, what)]
         searched = Target(target.output, questions.on)
@@ -249,6 +277,7 @@ class _Exam:
             origin=origin,
             controls=self.questions.controls,
             seed=self.questions.seed,
+            strata=self.strata,
         )
 
 

@@ -179,7 +179,8 @@ def in_words(effect: Effect, class_name: str) -> str:
     if effect.control_mean is None:
         return f"{sentence}."
     random = as_probability(float(expit(effect.control_mean)))
-    return f"{sentence}; with as many random tiles {random} (p = {effect.control_rank:.2g})."
+    chance = "" if effect.control_rank is None else f" (p = {effect.control_rank:.2g})"
+    return f"{sentence}; with as many random tiles {random}{chance}."
 
 
 def describe_method(look: Look, search: Search) -> str:

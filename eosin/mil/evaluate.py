@@ -160,13 +160,15 @@ def _bounded(value: float, draws: Floats, support: Support, clusters: Clusters, 
 def patient_draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:
     """Yield the rows of each bootstrap draw: as many patients as there are, with replacement, each with all rows."""
     names, number = np.unique(np.asarray(patients), return_inverse=True)
-    order = np.argsort(number, kind="stable")
-    starts = np.append(np.searchsorted(number[order], np.arange(len(names))), len(order))
+    order, sizes = np.argsort(number, kind="stable"), np.bincount(number)
+    starts = np.cumsum(sizes) - sizes
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
         require_running()
         drawn = rng.integers(len(names), size=len(names))
-        yield np.concatenate([order[starts[patient] : starts[patient + 1]] for patient in drawn])
+        lengths = sizes[drawn]
+        first = np.repeat(starts[drawn] - (np.cumsum(lengths) - lengths), lengths)
+        yield order[first + np.arange(len(first))]
 
 
 def _percentiles(name: str, value: float | None, draws: Floats, resamples: int, level: float) -> Estimate:

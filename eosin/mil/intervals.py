@@ -68,8 +68,8 @@ class Clusters:
         alike = self._likeness(groups)
         sizes = [np.bincount(self.numbers[group]) for group in groups]
         cases = [_cases(of_patient, alike) for of_patient in sizes]
-        patients = [_cases(of_patient, 1.0) for of_patient in sizes]
-        return len(cases) ** 2 / sum(1 / count for count in cases), max(sum(patients) - len(patients), 1.0)
+        patients = _cases(np.bincount(self.numbers), 1.0)
+        return len(cases) ** 2 / sum(1 / count for count in cases), max(patients - len(cases), 1.0)
 
     def _likeness(self, groups: Sequence[Flags]) -> float:
         """Return the intraclass correlation of the surprise within patients, each group about its own mean."""

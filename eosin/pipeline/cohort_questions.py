@@ -1,7 +1,7 @@
 """The same counterfactual questions to every slide of a cohort: tables, one report, and what holds over patients."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from eosin import __version__
 from eosin.batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError
 from eosin.features.store import read_bag
-from eosin.heatmaps.cohort import CohortEffect, Interval, summarise_cohort
+from eosin.heatmaps.cohort import CohortEffect, Interval, holm, mean_change, summarise_cohort
 from eosin.heatmaps.counterfactual import Effect, Origin
 from eosin.heatmaps.examination import Donor, Questions, examine, see_donor
 from eosin.heatmaps.export.png import DPI, render
@@ -21,6 +21,7 @@ from eosin.heatmaps.export.table import write_frame
 from eosin.heatmaps.findings import Counterfactuals
 from eosin.heatmaps.subject import class_choices, predict_bag, require_same_slide
 from eosin.mil.checkpoint import ModelCard, load_model
+from eosin.mil.shuffled import shuffle_weights
 from eosin.mil.slots import Aggregator
 from eosin.mil.tables import LabelTable
 from eosin.pipeline.question import DonorFile, open_donor, open_optional, read_sets, require_formats, write_findings
@@ -29,6 +30,7 @@ from eosin.wsi.slide import SlideFile
 
 STAGE = "counterfactual"
 FEWEST_SLIDES = 2
+TESTS = ("p", "p_over_random", "p_turned", "p_shuffled")
 COHORT_FORMATS = ("csv", "parquet", "html")
 LARGEST_CAPTION = 60
 
@@ -64,6 +66,7 @@ class _Asked:
     effects: list[Effect]
     table: pd.DataFrame
     sentences: list[str]
+    shuffled: list[dict[tuple[str, str], Effect]]
 
 
 def question_cohort(
@@ -165,12 +168,24 @@ class _Work:
             )
             formats = [name for name in self.formats if name != "png" or slide is not None]
             write_findings(found, bag, slide, self.loaded, self.folder, formats=formats)
-        self.asked[slide_id] = _remembered(found, predict_bag(aggregator, card, bag))
+            quick = self.questions.model_copy(update={"controls": 0, "matched": "number"})
+            others = [
+                examine(model, card, bag, class_name=self.class_name, regions=regions, donors=given, questions=quick)
+                for model, given in self._shuffled(slide_id)
+            ]
+        self.asked[slide_id] = _remembered(found, predict_bag(aggregator, card, bag), others)
         return Outcome()
 
+    def _shuffled(self, slide_id: str) -> Iterator[tuple[Aggregator, list[Donor]]]:
+        """Yield models with shuffled weights, and the donors that they have not seen."""
+        donors = [replace(donor, seen=None) for donor in self.donors if donor.bag.slide_id != slide_id]
+        for seed in range(self.questions.shuffles):
+            yield shuffle_weights(self.loaded[0], seed), donors
 
-def _remembered(found: Counterfactuals, prediction: Mapping[str, str]) -> _Asked:
-    return _Asked(prediction, found.effects, found.table(), found.sentences())
+
+def _remembered(found: Counterfactuals, prediction: Mapping[str, str], others: Sequence[Counterfactuals]) -> _Asked:
+    shuffled = [{(str(effect.kind), effect.what): effect for effect in other.effects} for other in others]
+    return _Asked(prediction, found.effects, found.table(), found.sentences(), shuffled)
 
 
 def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
@@ -183,10 +198,24 @@ def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, cla
         summarise_cohort(
             [effect for _, effect in members],
             *_truth_and_patients([name for name, _ in members], cohort, card, class_name),
+            shuffled=_of_shuffled((kind, what), asked, cohort, card, class_name),
         )
-        for members in kinds.values()
+        for (kind, _, what), members in kinds.items()
         if len(members) >= FEWEST_SLIDES
     ]
+
+
+def _of_shuffled(
+    key: tuple[str, str], asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str
+) -> list[float]:
+    """Return the mean change of one intervention in each model with shuffled weights."""
+    changes = []
+    for number in range(min(len(answers.shuffled) for answers in asked.values())):
+        models = {name: answers.shuffled[number] for name, answers in asked.items()}
+        found = {name: effects[key] for name, effects in models.items() if key in effects}
+        _, patients = _truth_and_patients(list(found), cohort, card, class_name)
+        changes.append(mean_change(list(found.values()), patients))
+    return changes
 
 
 def _truth_and_patients(
@@ -201,7 +230,7 @@ def _truth_and_patients(
 
 
 def cohort_table(summary: Sequence[CohortEffect]) -> pd.DataFrame:
-    """Return one row per intervention; intervals and pairs in two columns each."""
+    """Return one row per intervention; intervals and pairs in two columns each, p values also adjusted (Holm)."""
     rows = []
     for effect in summary:
         row: dict[str, object] = {}
@@ -213,7 +242,14 @@ def cohort_table(summary: Sequence[CohortEffect]) -> pd.DataFrame:
             else:
                 row[name] = value
         rows.append(row)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    for test in TESTS:
+        frame[f"{test}_adjusted"] = pd.Series(_adjusted(summary, test), dtype=float)
+    return frame
+
+
+def _adjusted(summary: Sequence[CohortEffect], test: str) -> list[float | None]:
+    return holm([getattr(effect, test) for effect in summary])
 
 
 def draw_cohort(summary: Sequence[CohortEffect], class_name: str) -> Picture:
@@ -252,7 +288,7 @@ def _in_words(effect: CohortEffect, class_name: str) -> str:
     low, high = effect.interval
     sentence = (
         f"{how} the {effect.what} the log-odds of {class_name} change by {effect.change:+.2f} ({low:+.2f} to "
-        f"{high:+.2f}, {effect.n_patients} patients, p = {effect.p:.2g})"
+        f"{high:+.2f}, {effect.n_patients} patients{_chance(effect)})"
     )
     if effect.change_over_random is not None and effect.interval_over_random is not None:
         low, high = effect.interval_over_random
@@ -263,6 +299,12 @@ def _in_words(effect: CohortEffect, class_name: str) -> str:
         if not np.isnan(before)
     ]
     return f"{sentence}{'; ' if rates else ''}{', '.join(rates)}."
+
+
+def _chance(effect: CohortEffect) -> str:
+    if effect.p is not None:
+        return f", p = {effect.p:.2g}"
+    return "" if effect.p_shuffled is None else f", p = {effect.p_shuffled:.2g} beside shuffled weights"
 
 
 def _write_cohort(
@@ -304,8 +346,11 @@ def _cohort_report(
         tables={f"Interventions on {class_name}": printed_cohort(summary)},
         notes=(
             "Effects are those of this model; they say what it uses, not what causes the disease. Intervals are of "
-            "95 %, those of sensitivity and specificity of their change. p values are of single interventions, not "
-            "adjusted for their number; the last is McNemar's test of the predictions that turn.",
+            "95 % over patients, those of sensitivity and specificity of their change. p values in the table are "
+            "adjusted for the number of interventions (Holm); those in the sentences are not. Tiles that the model "
+            "chose itself have no p value against no change, because removing them changes any model, also one with "
+            "random weights; with `questions.shuffles` they are compared with models whose weights are shuffled. The "
+            "last column tests the predictions that turn, by patient (McNemar).",
             *(f"Left out, {record.slide_id}: {record.message}." for record in left_out),
         ),
         provenance={
@@ -319,6 +364,7 @@ def _cohort_report(
 
 def printed_cohort(summary: Sequence[CohortEffect]) -> pd.DataFrame:
     """Return the cohort's table as it is printed."""
+    adjusted = {test: _adjusted(summary, test) for test in TESTS}
     rows = [
         {
             "Intervention": f"{effect.kind} {effect.what}",
@@ -328,14 +374,19 @@ def printed_cohort(summary: Sequence[CohortEffect]) -> pd.DataFrame:
             if effect.change_over_random is None or effect.interval_over_random is None
             else f"{effect.change_over_random:+.2f} {_printed(effect.interval_over_random)}",
             "Effect size": "–" if np.isnan(effect.effect_size) else f"{effect.effect_size:+.2f}",
-            "p": f"{effect.p:.2g}",
+            "p": _printed_p(adjusted["p"][place]),
+            "p, shuffled weights": _printed_p(adjusted["p_shuffled"][place]),
             "Sensitivity": _printed_rate(effect.sensitivity, effect.sensitivity_change),
             "Specificity": _printed_rate(effect.specificity, effect.specificity_change),
-            "p of turned": f"{effect.p_turned:.2g}",
+            "p of turned": _printed_p(adjusted["p_turned"][place]),
         }
-        for effect in summary
+        for place, effect in enumerate(summary)
     ]
     return pd.DataFrame(rows)
+
+
+def _printed_p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
 
 
 def _printed(interval: Interval) -> str:

@@ -258,8 +258,9 @@ def counterfactual_report(
         notes=(
             "Effects are those of this model on this slide; they say what the model uses, not what causes the disease.",
             f"Every set of tiles is compared with {found.effects[0].n_controls} random sets of as many tiles; p is the "
-            "share of sets, itself included, that change the log-odds at least as much in the same direction; the "
-            "effect size is the distance from the mean of the random sets in their standard deviations.",
+            "share of sets, itself included, that change the log-odds at least as much in the same direction, and is "
+            "left out for sets that were searched for, which beat random sets by construction; the effect size is "
+            "the distance from the mean of the random sets in their standard deviations.",
         ),
         provenance={
             "eosin": __version__,

@@ -192,11 +192,15 @@ def test_one_bad_slide_of_a_cohort_is_listed(study: Path, models: dict[str, Path
         (features / path.name).write_bytes(path.read_bytes())
     (features / "s1.h5").write_bytes(b"broken")
     base = ("--model", models["abmil"], "--features", features, "--class", "tumour", "--out", tmp_path / "out")
-    result = run("counterfactual", *base, "--format", "csv", *QUICK)
+    result = run("counterfactual", *base, "--format", "csv", *QUICK, "--set", "questions.shuffles=3")
     assert result.exit_code == 1
     assert "failed: s1:" in result.stderr
     assert set(pd.read_csv(tmp_path / "out/interventions.csv").slide) == {"s0", "s2", "s3", "s4", "s5"}
-    assert pd.read_csv(tmp_path / "out/cohort.csv").sensitivity_before.isna().all()
+    cohort = pd.read_csv(tmp_path / "out/cohort.csv")
+    assert cohort.sensitivity_before.isna().all()
+    assert cohort.p.isna().all()  # the model chose all of these tiles
+    assert cohort.p_shuffled.isin([0.25, 0.5, 0.75, 1]).all()
+    assert (cohort.p_shuffled_adjusted >= cohort.p_shuffled).all()
 
 
 def bad_region(kind: str) -> Any:
