@@ -97,7 +97,7 @@ def summarise_cohort(
         Whether the slide is of the class that the log-odds are about; None when it is not known, which leaves
         sensitivity and specificity out.
     patients : sequence of str
-        Patient of each slide; slides of a patient are no independent observations.
+        Patient of each slide; slides of a patient count as one observation.
     shuffled : sequence of float
         Mean change of each model with shuffled weights, as `mean_change` gives it.
     seed : int
@@ -155,7 +155,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Parameters
     ----------
     p_values : sequence of float or None
-        None is no test and counts for none.
+        None stands for a test that was not made, and does not count.
     """
     known = sorted((value, place) for place, value in enumerate(p_values) if value is not None)
     adjusted: list[float | None] = [None] * len(p_values)
