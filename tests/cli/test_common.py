@@ -233,10 +233,13 @@ SLEEPER = """
 import signal, sys, time, typer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from jobs in the background
 from eosin.cli._common import Done, command
+from eosin.processes import require_running
 def sleep() -> Done:
     try:
         print("ready", flush=True)
-        time.sleep(60)
+        for _ in range(1200):
+            require_running()
+            time.sleep(0.05)
     finally:
         print("cleaned up", flush=True)
     return Done()
