@@ -174,7 +174,7 @@ def test_cohort_gives_tables_tests_and_one_report(
     assert (region.n_slides, region.n_patients) == (6, 6)
     assert (region.sensitivity_before, region.sensitivity_after) == (1, 0)
     assert (region.specificity_before, region.specificity_after) == (1, 1)
-    assert region.sensitivity_change_high < 0
+    assert -1 <= region.sensitivity_change_low < region.sensitivity_change_high < 0.5  # three patients prove little
     assert region.change_over_random < 0
     added = cohort.loc["add", "5 % most attended tiles of s0"]
     assert added.n_slides == 5  # not to itself
