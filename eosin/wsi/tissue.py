@@ -60,6 +60,7 @@ OPAQUE_DENSITY = 1.0  # of the brightest channel: frames, borders and labels let
 MESH_SHARE = 0.12
 MESH_STAIN = 0.35
 MESH_COLOUR = 0.15
+RIM_CELLS = 1.5
 LEAST_UM2 = 2_500.0
 DIRT_UM2 = 40_000.0
 AROUND_UM, AROUND_CELLS = 500.0, 9
@@ -404,7 +405,9 @@ def examine(
         grained &= (darkest < light_at(BLACK_DENSITY)) | is_stained(darkest, lightest, 0.0, colour=grey)
         grained &= ~_frame(lightest)
         stained = is_stained(darkest, lightest, threshold) & grained
+        rim = grow(stained, RIM_CELLS)  # cells that tissue covers in part are pale and rough, too
         meshes = is_stained(darkest, lightest, MESH_STAIN * threshold, colour=MESH_COLOUR) & (rough > 2 * limit)
+        meshes &= weak[place] | ~rim
         corner = place[0].start, place[1].start
         grain = FinerGrain(closer, darkest, bends, corner) if closer else OwnGrain(darkest, bends, mpp)
         pen[place] = find_pen(planes[:, *place], darkest, stained, mpp, grain)
