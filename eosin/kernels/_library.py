@@ -126,11 +126,12 @@ class Operator:
         ctx.options = inputs[self._n_tensors :]
 
     def _gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors[: self._n_tensors], *ctx.options)
+        saved = ctx.saved_tensors  # read once: a checkpoint computes each again for one reading only
+        arguments = (*saved[: self._n_tensors], *ctx.options)
         needs = list(ctx.needs_input_grad[: self._differentiable])
         if all(grad is None for grad in grads):
             return (None,) * len(arguments)
-        results = list(ctx.saved_tensors[self._n_tensors :])
+        results = list(saved[self._n_tensors :])
         upstream = [
             torch.zeros_like(results[place]) if grad is None else grad.contiguous()
             for place, grad in enumerate(grads[: self._n_results])

@@ -136,19 +136,19 @@ def test_every_fault_stays_with_its_slide(job: JobFolder) -> None:
 def test_a_decoder_that_dies_or_hangs_loses_its_slide_only(
     job: JobFolder, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals, reason: str
 ) -> None:
-    plain = reading._Child.read
+    plain = reading._SlideReader.read
 
-    def read(child: reading._Child, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
+    def read(child: reading._SlideReader, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
         try:
             for batch in plain(child, request, stopping):
                 if request.slide.slide_id == "b":
                     monkeypatch.setattr(reading, "HANG_S", 1.0 if blow == signal.SIGSTOP else 60.0)
-                    os.kill(child.process.pid, blow)
+                    os.kill(child.child.process.pid, blow)
                 yield batch
         finally:
             monkeypatch.setattr(reading, "HANG_S", 60.0)
 
-    monkeypatch.setattr(reading._Child, "read", read)
+    monkeypatch.setattr(reading._SlideReader, "read", read)
     slides = [add_slide(job.root, name, n=60, seed=i) for i, name in enumerate("abc")]
     report = extract(slides, job, ENCODER, batch_size=1, workers=1)
     assert [record.reason for record in report.records] == ["", reason, ""]
@@ -187,7 +187,7 @@ def test_the_name_of_a_folder_says_nothing_of_its_tiles(job: JobFolder) -> None:
     slide = add_slide(job.root, "s")
     misnamed = "0.5mpp_8px_0px_overlap"
     job.patches(TILING.folder, "s").parent.parent.rename(job.root / misnamed)
-    assert extract([slide], job, load_encoder("he_texture"), tiling=misnamed, workers=0).count("ok") == 1
+    assert extract([slide], job, "he_texture", tiling=misnamed, workers=0).count("ok") == 1
 
 
 def test_shards_share_the_work(job: JobFolder) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from eosin.errors import CheckpointError, ConfigError, FeatureMismatchError, LabelError
 from eosin.features.bag import FeatureSpec
-from eosin.mil import continual
 from eosin.mil.continual import (
     SEQUENCE,
     TABLE,
@@ -16,6 +15,7 @@ from eosin.mil.continual import (
     measures,
     read_sequence,
     record_task,
+    sequence,
     summary,
 )
 from eosin.mil.data import LabelTable, MemoryBags, make_examples
@@ -58,7 +58,7 @@ class Course:
     def __init__(self, root, monkeypatch, n_tasks=2, recipe=RECIPE):
         self.root, self.organs = root, [organ(number) for number in range(n_tasks)]
         by_path = {f"/features{number}": study for number, study in enumerate(self.organs)}
-        monkeypatch.setattr(continual, "open_study", lambda features, labels, **_: by_path[str(features)])
+        monkeypatch.setattr(sequence, "open_study", lambda features, labels, **_: by_path[str(features)])
         self.sequence = None
         for number, study in enumerate(self.organs):
             self.learn(number, study, recipe)
@@ -106,8 +106,8 @@ def test_the_table_says_what_the_sequence_is_worth(course):
 
 
 def test_the_run_holds_all_that_the_next_task_needs(course, monkeypatch):
-    sequence = read_sequence(course.run(1))
-    assert [task.classes for task in sequence.tasks] == [("normal-0", "tumour-0"), ("normal-1", "tumour-1")]
+    recorded = read_sequence(course.run(1))
+    assert [task.classes for task in recorded.tasks] == [("normal-0", "tumour-0"), ("normal-1", "tumour-1")]
     recipe, study = continued(course.run(1), organ(7), base_recipe(course.run(1)))
     assert recipe.aggregator.options["classes"] == [2, 2, 2]
     assert recipe.strategy.options["continue_from"] == str(course.run(1))
@@ -136,14 +136,14 @@ def test_an_earlier_task_that_is_gone_leaves_a_gap_and_a_warning(course, tmp_pat
     def gone(*_, **__):
         raise ConfigError("no such folder of features")
 
-    monkeypatch.setattr(continual, "open_study", gone)
+    monkeypatch.setattr(sequence, "open_study", gone)
     recipe, study = continued(course.run(0), organ(5), base_recipe(course.run(0)))
     quick = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 1})})
     fit(quick, study.task, study.examples, folder=tmp_path)
-    sequence = record_task(tmp_path, study, SOURCE, run=course.run(0))
-    assert sequence.accuracy[-1] == (None, None)
+    recorded = record_task(tmp_path, study, SOURCE, run=course.run(0))
+    assert recorded.accuracy[-1] == (None, None)
     assert "cannot be judged again" in caplog.text
-    assert summary(sequence)[-1].startswith("after 2 tasks: average accuracy unknown")
+    assert summary(recorded)[-1].startswith("after 2 tasks: average accuracy unknown")
     assert (tmp_path / TABLE).read_text().splitlines()[1].startswith("1,")
 
 
