@@ -112,7 +112,7 @@ def fingerprint(stage: str, /, **inputs: object) -> str:
     stage : str
         A key of `STAGES`.
     inputs
-        Every input that `STAGES` names: texts, numbers, None, bytes, `Options`, and mappings and sequences of these.
+        Every input that `STAGES` names: texts, numbers, None, bytes, paths, `Options`, mappings and sequences of these.
         The order of a sequence counts, that of a mapping does not.
 
     Raises
@@ -137,9 +137,11 @@ def _plain(value: object) -> object:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     if value is None or isinstance(value, str | int | float):
         return value
-    raise TypeError(f"{type(value).__name__} has no fingerprint; give text, numbers, bytes or options")
+    raise TypeError(f"{type(value).__name__} has no fingerprint; give text, numbers, bytes, paths or options")
 
 
 def content_hash(path: Path) -> str:

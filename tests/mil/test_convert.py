@@ -267,5 +267,5 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     with pytest.raises(CheckpointError):
         read_tensors(tmp_path / "text.pt")
     torch.save({"model": 3}, tmp_path / "numbers.pt")
-    with pytest.raises(CheckpointError, match="no dictionary of tensors"):
+    with pytest.raises(CheckpointError, match="is not a dictionary of tensors"):
         read_tensors(tmp_path / "numbers.pt")
