@@ -74,7 +74,7 @@ STAGES: Mapping[str, Stage] = {
     "train": Stage(
         2,
         {
-            "recipe": "all options of the recipe, the aggregator's defaults included",
+            "recipe": "all options of the recipe, with the aggregator's defaults and the weights of models they name",
             "task": "kind, target and classes",
             "features": "encoder, weights, tile size and mpp; of each slide a hash of all rows",
             "train": "ids, patients and targets of the training bags, in their order",

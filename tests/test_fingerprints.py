@@ -59,6 +59,7 @@ class Training_:
     precision: str = "fp32"
     plugin: int = 0
     encoder: str = "toy"
+    teacher: int | None = None
 
     def run(self, folder: Path) -> bool:
         """Train; return whether a pass was made."""
@@ -68,9 +69,7 @@ class Training_:
         source = MemoryBags(bags, FeatureSpec(encoder=self.encoder, dim=6))
         examples = Examples(source, tuple(bags), self.patients, torch.tensor(self.targets))
         load_plugin(folder.parent, self.plugin)
-        recipe = Recipe(
-            aggregator=Component(name="of_a_user"), training=Training(epochs=self.epochs, standardize=False, lr=0.1)
-        )
+        recipe = self.recipe(folder)
         train, val = examples.subset("stuvwxyz"[: self.n_train]), examples.subset("stuvwxyz"[4:])
         passes: list[object] = []
         fit(
@@ -78,6 +77,15 @@ class Training_:
             folder=folder, device="cpu", precision=self.precision, progress=passes.append, state_interval_s=0,
         )  # fmt: skip
         return bool(passes)
+
+    def recipe(self, folder: Path) -> Recipe:
+        """Return a recipe, which starts from a model in a folder if there is a teacher."""
+        training = Training(epochs=self.epochs, standardize=False, lr=0.1)
+        if self.teacher is None:
+            return Recipe(aggregator=Component(name="of_a_user"), training=training)
+        Predict(seed=self.teacher).save(folder.parent)
+        strategy = Component(name="mhim", options={"init_from": folder.parent / "model"})
+        return Recipe(aggregator=Component(name="abmil"), strategy=strategy, training=training)
 
 
 def load_plugin(folder: Path, version: int) -> None:
@@ -190,13 +198,7 @@ class Predict:
 
     def run(self, folder: Path) -> bool:
         """Predict; return whether the row was made now."""
-        torch.manual_seed(self.seed)
-        spec = FeatureSpec(encoder="toy", dim=6)
-        task = Classification(classes=("a", "b"), threshold=self.threshold)
-        card = ModelCard(
-            recipe=Recipe(training=Training(standardize=False)), task=task.model_dump(mode="json"), features=spec
-        )
-        save_model(folder / "model", Abmil(6, 2), card)
+        spec = self.save(folder)
         rows = np.random.default_rng(0).random((3, 6), np.float32) + np.float32(self.shift)
         write_bag(folder / "s.h5", FeatureBag(rows, spec, "s"))
         out = folder / "out.csv"
@@ -205,6 +207,17 @@ class Predict:
         made = predict([folder / "model"], {"s": folder / "s.h5"}, out).count("skipped") == 0
         self.edit = False
         return made
+
+    def save(self, folder: Path) -> FeatureSpec:
+        """Write the folder of the model."""
+        torch.manual_seed(self.seed)
+        spec = FeatureSpec(encoder="toy", dim=6)
+        task = Classification(classes=("a", "b"), threshold=self.threshold)
+        card = ModelCard(
+            recipe=Recipe(training=Training(standardize=False)), task=task.model_dump(mode="json"), features=spec
+        )
+        save_model(folder / "model", Abmil(6, 2), card)
+        return spec
 
 
 @dataclass
@@ -333,6 +346,13 @@ def test_a_model_is_the_same_as_if_the_old_one_had_never_been_there(tmp_path):
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def test_a_model_that_an_option_names_is_an_input_with_its_weights(tmp_path):
+    assert Training_(teacher=0).run(tmp_path / "out")
+    assert not Training_(teacher=0).run(tmp_path / "out")
+    assert Training_(teacher=1).run(tmp_path / "out")
+    assert not Training_(teacher=1).run(tmp_path / "out")
 
 
 def test_half_a_training_is_not_continued_with_other_features(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ STAGES = "Two stages"
 @command(
     "tiling", "tissue", "quality", "selection",
     rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen",
-          "max_fold", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
+          "max_fold", "edges", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
     bare="slides",
 )  # fmt: skip
 def tile(

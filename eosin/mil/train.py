@@ -14,9 +14,9 @@ import torch
 from eosin.devices import choose_device
 from eosin.errors import CheckpointError, ConfigError, LabelError
 from eosin.files import write_json
-from eosin.fingerprints import fingerprint, source_hash
+from eosin.fingerprints import content_hash, fingerprint, source_hash
 from eosin.kernels.rates import faster_precision, processor
-from eosin.mil.checkpoint import CARD, load_model, save_model
+from eosin.mil.checkpoint import CARD, WEIGHTS, load_model, save_model
 from eosin.mil.data import Examples
 from eosin.mil.log import read_log
 from eosin.mil.objective import Objective as Objective
@@ -201,7 +201,7 @@ def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | No
     ]
     return fingerprint(
         "train",
-        recipe=recipe.model_dump(mode="json") | {"resolved": [slot.resolve(c.name, c.options) for slot, c in parts]},
+        recipe=recipe.model_dump(mode="json") | {"resolved": [_resolved(slot, c) for slot, c in parts]},
         task=task,
         features={"spec": train.bags.spec, "rows": _rows(train) + _rows(val)},
         train=_described(train),
@@ -209,6 +209,18 @@ def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | No
         machine=machine,
         plugins=[source_hash(kind) for kind in (type(task), *(slot[c.name] for slot, c in parts))],
     )
+
+
+def _resolved(slot: ModuleRegistry[Any], part: Component) -> dict[str, Any]:
+    """Return all options; a model folder stands for its weights, which may change while its name stays."""
+    return {name: _content(value) for name, value in slot.resolve(part.name, part.options).items()}
+
+
+def _content(option: Any) -> Any:
+    if not isinstance(option, Path):
+        return option
+    weights = option / WEIGHTS
+    return content_hash(weights) if weights.is_file() else str(option)
 
 
 def _rows(examples: Examples | None) -> list[str]:

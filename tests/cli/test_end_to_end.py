@@ -70,7 +70,7 @@ def test_run_leaves_tiles_out_for_their_quality(
         limits.append(quality)
         raise ConfigError("enough was seen")
 
-    monkeypatch.setattr("eosin.pipeline.run.tile_slides", tile_slides)
+    monkeypatch.setattr("eosin.pipeline.deploy.tile_slides", tile_slides)
     result = run(
         "run", "--slides", small / "slides", "--labels", small / "labels.csv", "--job", tmp_path / "job",
         "--folds", 2, "--max-pen", 0.1, "--max-blur", 0.9, "--set", "quality.max_fold=0.5",
@@ -86,7 +86,7 @@ def test_run_leaves_tiles_out_for_their_quality(
         (["--recipe", "abmill"], "did you mean abmil"),
         (["--set", "tiling.mppp=1"], "tiling named 'mppp'"),
         (["--max-pen", "2"], "max_pen"),
-        (["--set", "cohort.n_slides=1"], "no group of options"),
+        (["--set", "cohort.n_slides=1"], "no option in --set cohort.n_slides=1 named 'cohort'"),
         (["--target", "grade"], "grade"),
         (["--missing", "ignore"], "known: drop, error"),
     ],

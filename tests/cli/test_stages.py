@@ -104,7 +104,7 @@ def test_a_sequence_of_tasks_is_trained_and_reported(run: Run, refused: Run, tmp
         result = run("train", *arguments, *options)
         assert result.exit_code == 0, result.output
         before = ("--continue-from", out)
-    assert result.stdout.splitlines() == [str(out), str(out / "continual.csv")]
+    assert result.stdout.splitlines() == [str(out), str(out / "continual.csv"), str(out / "cohort.csv")]
     assert "after 3 tasks: average accuracy" in result.stderr
     assert "task 1 (normal0, tumour0): accuracy" in result.stderr
     with (out / "continual.csv").open() as file:

@@ -125,12 +125,12 @@ def test_overrides_change_one_slide(run: Run, slide: Path, tmp_path: Path) -> No
 
 def test_names_that_no_slide_has_are_told(run: Run, slide: Path, tmp_path: Path) -> None:
     table = tmp_path / "overrides.csv"
-    table.write_text("slide,min_stain\nA,0.95\n")
+    table.write_text("slide,min_stain\nb,0.95\n")
     (tmp_path / "drawn").mkdir()
     done = run("tile", slide, "--job", tmp_path / "job", "--overrides", table, "--contours", tmp_path / "drawn")
     assert done.exit_code == 0
-    assert "warning: options are given for slides that are not among these: A" in done.stderr
-    assert "no outline is named after a slide, as in a.geojson" in done.stderr
+    assert "warning: options of single slides: names of unknown slides are not used: b\n" in done.stderr
+    assert "drawn: no outline of a; their tissue is found automatically\n" in done.stderr
 
 
 def test_a_preview_writes_pictures_and_no_coordinates(run: Run, slide: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_all_ways_to_give_an_option_mean_the_same(run: Run, slide: Path, tmp_pat
 def test_shards_share_the_work_and_the_job(run: Run, cohort: Path, tmp_path: Path) -> None:
     for number in range(3):
         result = run("tile", cohort / "slides", "--job", tmp_path, "--patch-size", 128, "--shard", f"{number}/3")
-        assert result.stderr == "4 slides: 4 ok\n"
+        assert result.stderr.splitlines()[-1] == "4 slides: 4 ok"
     assert len(records(tmp_path)) == 12
 
 
@@ -210,7 +210,7 @@ def test_a_nonsense_mpp_of_the_user_is_refused_or_fails_the_slide(
         (["--shard", "4/4"], "expected I/N"),
         (["--set", "tiling.patchsize=3"], "did you mean patch_size"),
         (["--set", "tissue.mp=3"], "did you mean mpp"),
-        (["--set", "recipe.training.lr=3"], "no group of options"),
+        (["--set", "recipe.training.lr=3"], "no option in --set recipe.training.lr=3 named 'recipe'"),
         (["--slide-mpp", "mpp.csv"], "mpp.csv: cannot be read"),
     ],
 )
