@@ -369,6 +369,8 @@ def test_half_a_training_is_not_continued_with_other_features(tmp_path, monkeypa
 def test_no_input_can_be_left_out_or_have_no_hash():
     everything = dict.fromkeys(STAGES["predict"].inputs, "x")
     assert len(fingerprint("predict", **everything)) == 16
+    elsewhere = fingerprint("predict", **(everything | {"row": Path("a/run")}))
+    assert elsewhere != fingerprint("predict", **(everything | {"row": Path("b/run")}))
     with pytest.raises(TypeError, match="is made from models, features, row"):
         fingerprint("predict", models="x")
     with pytest.raises(TypeError, match="object has no fingerprint"):
