@@ -255,7 +255,9 @@ def test_a_row_that_was_edited_is_made_again_and_no_other(models, folder, tmp_pa
 
         def change(frame, column=column):
             old = frame.loc[1, column]
-            frame.loc[1, column] = old + type(old)(1) if not isinstance(old, str) else "0.5" if old[0] in "01" else "x"
+            frame.loc[1, column] = (
+                old + type(old)(1) if not isinstance(old, str) else "0.5" if old.startswith(("0", "1")) else "x"
+            )
 
         edit(out, change)
         assert out.read_bytes() != before

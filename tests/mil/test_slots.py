@@ -46,12 +46,12 @@ def test_options_are_the_constructors_signature(registry):
 def test_unknown_names_and_options_list_the_known(registry):
     with pytest.raises(UnknownNameError, match=r"no aggregator named 'sun'; did you mean sum\?"):
         registry.build("sun", 3, 2)
-    with pytest.raises(UnknownNameError, match=r"option of aggregator sum named 'embed'.*act, embed_dim"):
+    with pytest.raises(UnknownNameError, match=r"option in aggregator sum named 'embed'.*act, embed_dim"):
         registry.build("sum", 3, 2, options={"embed": 5})
 
 
 def test_values_of_the_wrong_kind_are_refused(registry):
-    with pytest.raises(ConfigError, match="act: Input should be 'relu' or 'gelu'"):
+    with pytest.raises(ConfigError, match="act: 'tanh' is not one of 'relu' or 'gelu'"):
         registry.build("sum", 3, 2, options={"act": "tanh"})
 
 
