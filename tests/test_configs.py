@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eosin.mil.methods  # noqa: F401 (registers)
-from eosin.cli._common import GROUPS, Settings
+from eosin.cli._settings import GROUPS, Settings
 from eosin.errors import ConfigError
 from eosin.features.bag import FeatureSpec
 from eosin.mil.bags import PackedBags
