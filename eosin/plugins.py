@@ -121,7 +121,10 @@ def _module_of_file(path: Path) -> ModuleType:
     known = sys.modules.get(name)
     if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
         return known
-    if known is not None or importlib.util.find_spec(name) is not None:
+    found = None if known is not None else importlib.util.find_spec(name)
+    is_itself = found is not None and Path(found.origin or "").resolve() == path.resolve()  # beside the user's script
+    if known is not None or (found is not None and not is_itself):
         raise ConfigError(f"{path}: a module called {name} exists already; give the file another name")
-    sys.path.append(str(path.parent))
+    if not is_itself:
+        sys.path.append(str(path.parent))
     return importlib.import_module(name)
