@@ -92,7 +92,7 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     seeded = OPTIONS.recipe.model_copy(update={"training": TRAINING.model_copy(update={"seed": 5})})
     run(cohort, job, OPTIONS.model_copy(update={"recipe": seeded}))
     slide = result.predictions["slide_id"][0]
-    models = [json.loads((root / f"heatmaps/{slide}.json").read_text())["model"] for root in (result.job.root, job)]
+    models = [json.loads((root / f"heatmaps/{slide}.json").read_text())["fingerprint"] for root in (result.job.root, job)]
     assert models[0] != models[1]
 
 

@@ -159,11 +159,10 @@ def test_scores_are_stored_beside_the_coordinates(tmp_path):
     assert read_grid(path).n_tiles == 3
 
 
-def test_scores_of_the_first_version_are_read(tmp_path):
+def test_scores_of_the_first_version_are_read(tmp_path, monkeypatch):
     path = tmp_path / "a_patches.h5"
+    monkeypatch.setattr("eosin.wsi.coordinates.QUALITY_VERSION", "1")
     make_grid_file(path, quality=TileQuality(*np.ones((4, 3), np.float32)))
-    with h5py.File(path, "r+") as file:
-        file["quality"].attrs["encoding-version"] = "1"
     assert read_quality(path).pen.tolist() == [1, 1, 1]
 
 
