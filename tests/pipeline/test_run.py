@@ -92,8 +92,8 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     seeded = OPTIONS.recipe.model_copy(update={"training": TRAINING.model_copy(update={"seed": 5})})
     run(cohort, job, OPTIONS.model_copy(update={"recipe": seeded}))
     slide = result.predictions["slide_id"][0]
-    models = [json.loads((root / f"heatmaps/{slide}.json").read_text())["fingerprint"] for root in (result.job.root, job)]
-    assert models[0] != models[1]
+    notes = [json.loads((root / f"heatmaps/{slide}.json").read_text()) for root in (result.job.root, job)]
+    assert notes[0]["fingerprint"] != notes[1]["fingerprint"]
 
 
 def test_a_model_without_attention_shows_the_evidence_of_each_tile(
