@@ -63,11 +63,23 @@ def url(desk):
         yield url
 
 
+class Priced:
+    """Subsets whose every question costs a run of the model."""
+
+    price, instant = 1, False
+
+    def __init__(self, subsets):
+        self._subsets = subsets
+
+    def __getattr__(self, name):
+        return getattr(self._subsets, name)
+
+
 @pytest.fixture(scope="module")
 def slow_url(desk, catalogue):
     """The same with a model that has to be run again for every question."""
     study = catalogue.study(catalogue.shown[0].key)
-    slow = dataclasses.replace(study, seen=dataclasses.replace(study.seen, method="re-evaluation"))
+    slow = dataclasses.replace(study, seen=dataclasses.replace(study.seen, subsets=Priced(study.seen.subsets)))
     catalogue._studies[study.listed.key] = slow
     with serving(page_builder(desk), desk.store) as url:
         yield url
