@@ -141,7 +141,7 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
 
 
 def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
-    note = f"all held-out slides together; 95 % bootstrap over {patients} patients"
+    note = f"all held-out slides together; 95 % interval that counts {patients} patients"
     estimates = result.metrics["out_of_fold"]
     names = sorted(estimates, key=lambda name: name != result.task.selection_metric)
     return tuple(
