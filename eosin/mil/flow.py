@@ -152,7 +152,7 @@ class Flow:
 
 
 def _slides(count: Count) -> str:
-    of = f" of {count.patients} patients" if count.patients else ""
+    of = f" of {count.patients} patient{'s' * (count.patients != 1)}" if count.patients else ""
     return f"{count.slides} slide{'s' * (count.slides != 1)}{of}"
 
 

@@ -55,7 +55,7 @@ def test_the_lines_name_every_loss_with_its_reason():
     flow = Flow.of([f"s{i}" for i in range(9)], patient_of={"s0": "P0", "s1": "P0"})
     flow = flow.lose("readable", {"s0": "no-mpp"}).keep("labelled", ["s1", "s2"], "no row in the label table")
     assert list(flow.lines()) == [
-        "cohort: 9 slides of 1 patients given",
+        "cohort: 9 slides of 1 patient given",
         "  1 lost, no-mpp: s0",
         "  6 lost, no row in the label table: s3, s4, s5, s6, s7 and 1 more",
         "  2 used",
