@@ -2,7 +2,7 @@
 
     python benchmarks/cohort.py --out benchmarks/results/cohort.csv
 
-The synthetic cohort (`eosin.wsi.synthetic`) is painted, tiled and encoded once; half of its slides hold a little
+The synthetic cohort (`eosin.wsi._synthetic`) is painted, tiled and encoded once; half of its slides hold a little
 tumour. Each recipe is then cross-validated by patient on these features, with narrow layers and the same training for
 all, as in `mil_assumption.py`. A row holds the out-of-fold AUC and accuracy of one seed and, for models with attention,
 how well the attention of the fold's model tells a held-out slide's tumour tiles from the others: the mean over the
@@ -21,23 +21,23 @@ from mil_assumption import RECIPE_NAMES, recipe_of
 from numpy.typing import NDArray
 from tables import Row, read_table, write_table
 
-from eosin.features.bag import FeatureBag
-from eosin.features.store import read_bag
-from eosin.heatmaps.maps import attention_map
-from eosin.heatmaps.subject import require_grid
-from eosin.mil.checkpoint import load_model
-from eosin.mil.crossval import crossval
-from eosin.mil.metrics import roc_auc
-from eosin.mil.recipe import Component, Recipe, Training
+from eosin.features._bag import FeatureBag
+from eosin.features._store import read_bag
+from eosin.heatmaps._maps import attention_map
+from eosin.heatmaps._subject import require_grid
+from eosin.mil._checkpoint import load_model
+from eosin.mil._crossval import crossval
+from eosin.mil._metrics import roc_auc
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._splits import Split, read_splits
+from eosin.mil._study import Study, open_study
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
-from eosin.mil.splits import Split, read_splits
-from eosin.mil.study import Study, open_study
-from eosin.pipeline.demo import TUMOUR_TILE
-from eosin.pipeline.run import Pipeline, run_pipeline
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.synthetic import Cohort, make_cohort, read_truth
-from eosin.wsi.tissue import TissueMask
+from eosin.pipeline._demo import TUMOUR_TILE
+from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._synthetic import Cohort, make_cohort, read_truth
+from eosin.wsi._tissue import TissueMask
 
 
 @dataclass(frozen=True, eq=False)

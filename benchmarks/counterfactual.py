@@ -21,15 +21,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import read_bag, write_bag
-from eosin.heatmaps.counterfactual import tile_effects
-from eosin.heatmaps.subject import look, pack_bag
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import read_bag, write_bag
+from eosin.heatmaps._counterfactual import tile_effects
+from eosin.heatmaps._subject import look, pack_bag
+from eosin.mil._closed_forms import PooledBag
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.subsets import Target
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi._grid import TileGrid, Tiling
 
 DIM = 1024
 TARGET = Target(1)

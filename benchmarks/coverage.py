@@ -5,7 +5,7 @@
 Classes: scores of two normals whose distance gives the area under the ROC curve, with a patient's share of the
 variance of 0.5 (the correlation of two slides of one patient); 40 % of the patients are positive. Sensitivity and
 accuracy are those at the middle of the two. Survival: exponential times whose log rate is the risk, a third censored,
-scores with noise. Every cohort is judged by `eosin.mil.evaluate.bootstrap`, as a cross-validation is. Beside each
+scores with noise. Every cohort is judged by `eosin.mil._evaluate.bootstrap`, as a cross-validation is. Beside each
 stands the percentile bootstrap of the same draws. Writes benchmarks/results/coverage.csv: the share of cohorts whose
 interval holds the truth, and the mean width. The standard error of a share of 200 cohorts near 95 % is 1.5 %.
 """
@@ -19,11 +19,11 @@ import numpy as np
 from scipy.stats import norm
 from tables import write_table
 
-from eosin.mil.classification import Binary
-from eosin.mil.evaluate import bootstrap
-from eosin.mil.metrics import roc_auc
-from eosin.mil.survival import DiscreteSurvival
-from eosin.mil.survival_metrics import concordance
+from eosin.mil._classification import Binary
+from eosin.mil._evaluate import bootstrap
+from eosin.mil._metrics import roc_auc
+from eosin.mil._survival import DiscreteSurvival
+from eosin.mil._survival_metrics import concordance
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 PATIENTS = (20, 60, 200)

@@ -1,7 +1,8 @@
 """Feature extraction beside the usual loops, all run here: tiles per second, and how long the encoder computes.
 
-`eosin` is `eosin.features.extract.extract`; `clam` and `trident` are in `plain_extraction.py`. All use the same network
-with the same random weights, the same tiles and as many decoding processes, in turns, on slides that were read once.
+`eosin` is `eosin.features._extract.extract`; `clam` and `trident` are in `plain_extraction.py`. All use the same
+network with the same random weights, the same tiles and as many decoding processes, in turns, on slides that were read
+once.
 
 `busy` is the share of wall time, from the loaded encoder to the last file, that passes inside the network.
 
@@ -47,13 +48,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
     import torch  # not at the top: decoding processes import this file again
     from plain_extraction import Stopwatch, run_clam, run_trident
 
-    from eosin.features import inference
-    from eosin.features.extract import extract
-    from eosin.wsi.coordinates import read_grid
-    from eosin.wsi.grid import Tiling
-    from eosin.wsi.job import JobFolder, tile_slides
-    from eosin.wsi.slide import find_slides
-    from eosin.wsi.synthetic import make_slide
+    from eosin.features import _inference as inference
+    from eosin.features._extract import extract
+    from eosin.wsi._coordinates import read_grid
+    from eosin.wsi._grid import Tiling
+    from eosin.wsi._job import JobFolder, tile_slides
+    from eosin.wsi._slide import find_slides
+    from eosin.wsi._synthetic import make_slide
 
     for number in range(arguments.slides):
         make_slide(folder / f"s{number}.tiff", size_px0=tuple(arguments.side), seed=number)

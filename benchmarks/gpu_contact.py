@@ -94,11 +94,11 @@ def training(place: Place) -> Iterator[Row]:
 
 def _one_pass(place: Place, method: str, n_instances: int, *, cached: bool, bags_per_step: int, passes: int = 2) -> Row:
     import eosin.mil.methods  # noqa: F401 (registers)
-    from eosin.features.bag import FeatureSpec
-    from eosin.mil.data import Examples, MemoryBags
-    from eosin.mil.recipe import RECIPES
-    from eosin.mil.tasks import Classification
-    from eosin.mil.train import fit
+    from eosin.features._bag import FeatureSpec
+    from eosin.mil._data import Examples, MemoryBags
+    from eosin.mil._recipe import RECIPES
+    from eosin.mil._tasks import Classification
+    from eosin.mil._train import fit
 
     dim, n_bags = (16, 4) if place.rehearse else (1024, max(4, 400_000 // n_instances))
     made = {f"s{i}": torch.randn(n_instances, dim).half() for i in range(n_bags)}
@@ -138,7 +138,7 @@ def extraction(place: Place) -> Iterator[Row]:
 def _encoded(place: Place, network: str, precision: str, *, compiled: bool) -> Row:
     import numpy as np
 
-    from eosin.features.inference import load_encoder
+    from eosin.features._inference import load_encoder
 
     batch, rounds = (2, 2) if place.rehearse else (256, 12)
     encoder = load_encoder(f"timm:{network}?random", device=place.device, precision=precision, compiled=compiled)

@@ -24,11 +24,11 @@ import pandas as pd
 from matplotlib import colormaps
 from PIL import Image
 
-from eosin.heatmaps.export.geojson import write_geojson
-from eosin.heatmaps.export.png import View, write_png
-from eosin.heatmaps.export.tiff import default_mpp, write_tiff
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.heatmaps.export._geojson import write_geojson
+from eosin.heatmaps.export._png import View, write_png
+from eosin.heatmaps.export._tiff import default_mpp, write_tiff
+from eosin.wsi._grid import TileGrid, Tiling
 
 SLIDE_MPP = 0.25
 TILE_PX0 = 224

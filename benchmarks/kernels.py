@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu, softplus
 
 from eosin import kernels
-from eosin.kernels import memory
+from eosin.kernels import _memory as memory
 from eosin.kernels._products import affine, uses_onednn
-from eosin.kernels.rates import processor
+from eosin.kernels._rates import processor
 
 RESULTS = Path(__file__).parent / "results"
 LONG = 30.0  # seconds of a variant that is measured only once

@@ -2,7 +2,7 @@
 
     python benchmarks/maps.py --out benchmarks/results/maps.csv
 
-The painted cohort of `cohort.py` is tiled and encoded once. Each aggregator is cross-validated by patient, once on the
+The painted cohort of `_cohort.py` is tiled and encoded once. Each aggregator is cross-validated by patient, once on the
 true labels and once on labels that were shuffled among the patients. Every map of every held-out tumour slide is then
 compared with the painted truth, for the model as it was trained and for the randomisation tests of Adebayo et al.
 (Sanity checks for saliency maps, 2018, https://arxiv.org/abs/1810.03292): all weights random, the classifier alone
@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 from tables import Row, read_table, write_table
 from torch import nn
 
-from eosin.features.bag import FeatureBag
-from eosin.heatmaps.maps import attention_map, gradient_map
-from eosin.heatmaps.subject import look
-from eosin.mil.checkpoint import load_model
-from eosin.mil.crossval import crossval
-from eosin.mil.metrics import roc_auc
-from eosin.mil.recipe import Training
+from eosin.features._bag import FeatureBag
+from eosin.heatmaps._maps import attention_map, gradient_map
+from eosin.heatmaps._subject import look
+from eosin.mil._checkpoint import load_model
+from eosin.mil._crossval import crossval
+from eosin.mil._metrics import roc_auc
+from eosin.mil._recipe import Training
 from eosin.mil.slots import Aggregator, AttentionOutput, Wrapper
 from eosin.mil.subsets import Subsets, Target
 

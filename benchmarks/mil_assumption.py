@@ -3,7 +3,7 @@
     python benchmarks/mil_assumption.py --out benchmarks/results/mil_assumption.csv
     python benchmarks/mil_assumption.py --tests planted distracted --out benchmarks/results/planted.csv
 
-Every recipe trains through eosin's own loop on the bags of `eosin.mil.planted`, with narrow layers, the same number of
+Every recipe trains through eosin's own loop on the bags of `eosin.mil._planted`, with narrow layers, the same number of
 passes and the same learning rate for all. A row holds means over the seeds, and the seeds one by one; rows that are in
 the file already, with the same settings, are not computed again. Two references respect the assumption by construction:
 ``max_instance``, the maximum of one logit per instance, and ``monotone``, the maximum of each embedded feature with
@@ -23,15 +23,15 @@ from torch.nn import functional
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.kernels import segment_max
+from eosin.mil._data import Examples
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._planted import Planted, false_frequency, multi_concept, planted_signal, single_concept
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._tasks import Binary, Classification, Task
+from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
-from eosin.mil.data import Examples
-from eosin.mil.evaluate import predict_outputs
 from eosin.mil.methods.pooling import MaxPooling
-from eosin.mil.planted import Planted, false_frequency, multi_concept, planted_signal, single_concept
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, AggregatorOutput
-from eosin.mil.tasks import Binary, Classification, Task
-from eosin.mil.train import fit
 
 # of every recipe, but for DSMIL's query, whose width bounds its scores
 NARROW = {"embed_dims": (64,), "width": 64, "hidden": 32, "tokens": 16, "region_size": 4}

@@ -29,11 +29,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from eosin.features.interop import import_file
-from eosin.mil.crossval import Fold, crossval
-from eosin.mil.evaluate import summarise_folds
-from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe
-from eosin.mil.study import Study, open_study
-from eosin.mil.sweep import choose
+from eosin.mil._crossval import Fold, crossval
+from eosin.mil._evaluate import summarise_folds
+from eosin.mil._recipe import EVERYDAY, RECIPES, Component, Recipe
+from eosin.mil._study import Study, open_study
+from eosin.mil._sweep import choose
 from eosin.options import override
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "mil"

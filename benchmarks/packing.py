@@ -41,13 +41,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eosin.mil.methods  # noqa: F401 (registers)
-from eosin.mil.data import Examples
-from eosin.mil.evaluate import predict_outputs
+from eosin.mil._data import Examples
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._planted import planted_signal
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import Classification
+from eosin.mil._train import fit
 from eosin.mil.methods.packmil import NETWORKS, PRESETS
-from eosin.mil.planted import planted_signal
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import Classification
-from eosin.mil.train import fit
 
 TASK = Classification(classes=("0", "1"))
 PRODUCTS = (
@@ -69,7 +69,7 @@ class Size:
     epochs, per_step : int
         Passes, and bags that are packed into a step.
     shift : float
-        Strength of the signal, see `eosin.mil.planted.planted_signal`.
+        Strength of the signal, see `eosin.mil._planted.planted_signal`.
     rate : float
         Learning rate of one bag per step.
     """

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
-from eosin.features.inference import Encoder
-from eosin.wsi.coordinates import read_grid
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.features._inference import Encoder
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 
 
 class Stopwatch:

@@ -25,11 +25,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tables import read_table, write_table
 
-from eosin.mil.crossval import crossval
-from eosin.mil.metrics import roc_auc
-from eosin.mil.recipe import RECIPES
-from eosin.mil.splits import Split
-from eosin.mil.study import Study, open_study
+from eosin.mil._crossval import crossval
+from eosin.mil._metrics import roc_auc
+from eosin.mil._recipe import RECIPES
+from eosin.mil._splits import Split
+from eosin.mil._study import Study, open_study
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "ucsb"
 RESULTS = Path(__file__).parent / "results" / "real_tissue.csv"

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, write_bag
+from eosin.features._verify import verify_job
 from eosin.features.interop import ImportOptions, export_bag, find_files, import_file
-from eosin.features.store import find_bags, write_bag
-from eosin.features.verify import verify_job
-from eosin.wsi.coordinates import write_grid
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import find_slides
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import find_slides
 
 TILING = Tiling(mpp=0.5, patch_size=256)
 GRID = TileGrid(np.array([[0, 0], [256, 0], [0, 256], [256, 256]], np.int64), 256, TILING, (2048, 2048), 0.5)

@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 import torch
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import read_bag, write_bag
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import read_bag, write_bag
+from eosin.wsi._grid import TileGrid, Tiling
 
 SIZES = (1_000, 12_000, 200_000)
 DIM = 1024

@@ -40,12 +40,12 @@ import openslide
 import tifffile
 from PIL import Image
 
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.histology import lay_out
-from eosin.wsi.slide import Slide, open_slide
-from eosin.wsi.synthetic import Cohort, make_cohort, make_slide, plan_cohort
-from eosin.wsi.tiles import iterate_tiles
-from eosin.wsi.tissue import find_tissue
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._histology import lay_out
+from eosin.wsi._slide import Slide, open_slide
+from eosin.wsi._synthetic import Cohort, make_cohort, make_slide, plan_cohort
+from eosin.wsi._tiles import iterate_tiles
+from eosin.wsi._tissue import find_tissue
 
 TILE_PX = 256
 BATCH = 32
@@ -225,10 +225,10 @@ def giant(side_px: int, n_levels: int) -> bytes:
 TILE_CHILD = """
 import sys, time
 from pathlib import Path
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.quality import QualityLimits
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._quality import QualityLimits
+from eosin.wsi._slide import SlideFile
 path, job, patch, overlap, blur = sys.argv[1:]
 start = time.perf_counter()
 slides = [SlideFile(Path(path), "giant")]

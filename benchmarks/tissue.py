@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.errors import EosinError
-from eosin.wsi.array_impl import ArraySlide
-from eosin.wsi.morphology import grow
-from eosin.wsi.tissue import TissueMask, find_tissue
+from eosin.wsi._array_impl import ArraySlide
+from eosin.wsi._morphology import grow
+from eosin.wsi._tissue import TissueMask, find_tissue
 
 TABLE = Path(__file__).parent / "results" / "tissue.csv"
 GREY, GREEN, MAGENTA = 110, (0, 200, 0), (255, 0, 255)

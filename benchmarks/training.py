@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import find_bags, write_bag
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, write_bag
 from eosin.kernels._products import affine
-from eosin.kernels.rates import processor
-from eosin.mil.data import Examples, FeatureFolder
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import Classification
-from eosin.mil.train import fit
+from eosin.kernels._rates import processor
+from eosin.mil._data import Examples, FeatureFolder
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import Classification
+from eosin.mil._train import fit
 
 DIM = 1024
 WIDTH, HIDDEN, DROPOUT = 512, 256, 0.25

@@ -2,11 +2,11 @@
 
     python benchmarks/two_stage.py --out benchmarks/results/two_stage.csv
 
-Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`eosin.wsi.fine_texture`). For each seed, one
-after the other on the same slides and folds: one stage at 2 µm/px, one stage at 1 µm/px that sees every tile, and two
-stages with a budget. A row holds the out-of-fold AUC and accuracy, the tiles that had to be encoded at 1 µm/px, and the
-seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds. Seeds that
-are in the file already are not computed again.
+Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`eosin.wsi._fine_texture`). For each seed,
+one after the other on the same slides and folds: one stage at 2 µm/px, one stage at 1 µm/px that sees every tile, and
+two stages with a budget. A row holds the out-of-fold AUC and accuracy, the tiles that had to be encoded at 1 µm/px,
+and the seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds.
+Seeds that are in the file already are not computed again.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from tables import Row, read_table, with_summaries, write_table
 
-from eosin.features.store import find_bags, read_footer
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.pipeline.result import Result
-from eosin.pipeline.run import Pipeline, run_pipeline
-from eosin.pipeline.selection import Selection
-from eosin.pipeline.two_stage import SecondStage, run_two_stage
-from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder
+from eosin.features._store import find_bags, read_footer
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.pipeline._result import Result
+from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.pipeline._selection import Selection
+from eosin.pipeline._two_stage import SecondStage, run_two_stage
+from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder
 
 PATCH_PX = 32
 COARSE, FINE = Tiling(mpp=2.0, patch_size=PATCH_PX), Tiling(mpp=1.0, patch_size=PATCH_PX)

@@ -28,23 +28,23 @@ import pandas as pd
 import torch
 from openslide.deepzoom import DeepZoomGenerator
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.heatmaps.subject import look
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.heatmaps._subject import look
+from eosin.mil._checkpoint import ModelCard, build_model
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import make_task
 from eosin.mil.bags import PackedBags
-from eosin.mil.checkpoint import ModelCard, build_model
-from eosin.mil.recipe import Component, Recipe, Training
 from eosin.mil.subsets import Target
-from eosin.mil.tasks import make_task
-from eosin.viewer.canvas import make_canvas
-from eosin.viewer.catalogue import Catalogue, Listed, Study
-from eosin.viewer.lattice import make_lattice, tiles_in_outline
-from eosin.viewer.layers import Layers
-from eosin.viewer.server import serving
-from eosin.viewer.session import Edited, in_words, judge
-from eosin.viewer.tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.openslide_impl import OpenSlideSlide
-from eosin.wsi.slide import Slide, SlideFile, open_slide
+from eosin.viewer._canvas import make_canvas
+from eosin.viewer._catalogue import Catalogue, Listed, Study
+from eosin.viewer._lattice import make_lattice, tiles_in_outline
+from eosin.viewer._layers import Layers
+from eosin.viewer._server import serving
+from eosin.viewer._session import Edited, in_words, judge
+from eosin.viewer._tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._openslide_impl import OpenSlideSlide
+from eosin.wsi._slide import Slide, SlideFile, open_slide
 
 DIM = 512
 MODELS = {

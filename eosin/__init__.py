@@ -10,33 +10,33 @@ from eosin._lazy import lazy
 
 if TYPE_CHECKING:
     from eosin.errors import ConfigError, EosinError, SlideError
-    from eosin.features.bag import FeatureBag
-    from eosin.features.encoders import find_encoder
-    from eosin.features.extract import extract
+    from eosin.features._bag import FeatureBag
+    from eosin.features._encoders import find_encoder
+    from eosin.features._extract import extract
+    from eosin.features._store import find_bags, read_bag, write_bag
+    from eosin.features._verify import verify_job
     from eosin.features.interop import export_bag, import_file
-    from eosin.features.store import find_bags, read_bag, write_bag
-    from eosin.features.verify import verify_job
-    from eosin.heatmaps.heatmap import Heatmap
-    from eosin.heatmaps.maps import attention_map
+    from eosin.heatmaps._heatmap import Heatmap
+    from eosin.heatmaps._maps import attention_map
+    from eosin.mil._checkpoint import ModelCard, load_model
+    from eosin.mil._convert import convert_checkpoint
+    from eosin.mil._predict import predict
+    from eosin.mil._recipe import Recipe, choose_recipe
+    from eosin.mil._study import Study, open_study
+    from eosin.mil._study import crossval_study as crossval
+    from eosin.mil._study import fit_study as fit
     from eosin.mil.bags import PackedBags
-    from eosin.mil.checkpoint import ModelCard, load_model
-    from eosin.mil.convert import convert_checkpoint
-    from eosin.mil.predict import predict
-    from eosin.mil.recipe import Recipe, choose_recipe
     from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator, AttentionOutput, LossTerm, Strategy
-    from eosin.mil.study import Study, open_study
-    from eosin.mil.study import crossval_study as crossval
-    from eosin.mil.study import fit_study as fit
-    from eosin.pipeline.deploy import Machine, predict_slides
-    from eosin.pipeline.explain import explain_slide as explain
-    from eosin.pipeline.question import question_slide as counterfactual
-    from eosin.pipeline.result import Result
-    from eosin.pipeline.run import Pipeline, run_pipeline
-    from eosin.wsi.grid import TileGrid, Tiling, make_grid
-    from eosin.wsi.job import JobFolder, tile_slides
-    from eosin.wsi.slide import find_slides, open_slide
-    from eosin.wsi.tiles import iterate_tiles
-    from eosin.wsi.tissue import find_tissue
+    from eosin.pipeline._deploy import Machine, predict_slides
+    from eosin.pipeline._explain import explain_slide as explain
+    from eosin.pipeline._question import question_slide as counterfactual
+    from eosin.pipeline._result import Result
+    from eosin.pipeline._run import Pipeline, run_pipeline
+    from eosin.wsi._grid import TileGrid, Tiling, make_grid
+    from eosin.wsi._job import JobFolder, tile_slides
+    from eosin.wsi._slide import find_slides, open_slide
+    from eosin.wsi._tiles import iterate_tiles
+    from eosin.wsi._tissue import find_tissue
 
 __all__ = [
     "AGGREGATORS",

@@ -5,32 +5,33 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 MOVED: dict[str, str | tuple[str, ...]] = {
-    "eosin.demo": "eosin.pipeline.demo",
-    "eosin.deploy": "eosin.pipeline.deploy",
-    "eosin.heatmaps.attribution": ("eosin.heatmaps.maps", "eosin.heatmaps.subject", "eosin.mil.slots"),
-    "eosin.heatmaps.closed_forms": "eosin.mil.closed_forms",
-    "eosin.heatmaps.cohort_questions": "eosin.pipeline.cohort_questions",
-    "eosin.heatmaps.evaluation": "eosin.report.evaluation",
-    "eosin.heatmaps.explain": "eosin.pipeline.explain",
-    "eosin.heatmaps.figures": "eosin.report.figures",
-    "eosin.heatmaps.geojson_stream": "eosin.heatmaps.annotations",
-    "eosin.heatmaps.mapset": "eosin.heatmaps.maps",
-    "eosin.heatmaps.measures": "eosin.report.measures",
-    "eosin.heatmaps.pooled": ("eosin.mil.closed_forms", "eosin.mil.subsets"),
-    "eosin.heatmaps.question": "eosin.pipeline.question",
-    "eosin.heatmaps.readout": ("eosin.mil.closed_forms", "eosin.mil.subsets"),
-    "eosin.heatmaps.reevaluation": "eosin.mil.reevaluation",
-    "eosin.heatmaps.report": "eosin.report.page",
-    "eosin.heatmaps.rollout": "eosin.mil.rollout",
-    "eosin.heatmaps.subsets": ("eosin.heatmaps.subject", "eosin.mil.subsets", "eosin.mil.reevaluation"),
-    "eosin.heatmaps.tracing": "eosin.mil.rollout",
+    "eosin.demo": "eosin.pipeline._demo",
+    "eosin.deploy": "eosin.pipeline._deploy",
+    "eosin.heatmaps.attribution": ("eosin.heatmaps._maps", "eosin.heatmaps._subject", "eosin.mil.slots"),
+    "eosin.heatmaps.closed_forms": "eosin.mil._closed_forms",
+    "eosin.heatmaps.cohort_questions": "eosin.pipeline._cohort_questions",
+    "eosin.heatmaps.evaluation": "eosin.report._evaluation",
+    "eosin.heatmaps.explain": "eosin.pipeline._explain",
+    "eosin.heatmaps.figures": "eosin.report._figures",
+    "eosin.heatmaps.geojson_stream": "eosin.heatmaps._annotations",
+    "eosin.heatmaps.mapset": "eosin.heatmaps._maps",
+    "eosin.heatmaps.measures": "eosin.report._measures",
+    "eosin.heatmaps.pooled": ("eosin.mil._closed_forms", "eosin.mil.subsets"),
+    "eosin.heatmaps.question": "eosin.pipeline._question",
+    "eosin.heatmaps.readout": ("eosin.mil._closed_forms", "eosin.mil.subsets"),
+    "eosin.heatmaps.reevaluation": "eosin.mil._reevaluation",
+    "eosin.heatmaps.report": "eosin.report._page",
+    "eosin.heatmaps.rollout": "eosin.mil._rollout",
+    "eosin.heatmaps.subsets": ("eosin.heatmaps._subject", "eosin.mil.subsets", "eosin.mil._reevaluation"),
+    "eosin.heatmaps.tracing": "eosin.mil._rollout",
     "eosin.heatmaps.viewer": "eosin.viewer",
-    "eosin.mil.sheets": "eosin.tables",
-    "eosin.wsi.names": "eosin.names",
-    "eosin.heatmaps.wording": "eosin.heatmaps.findings",
+    "eosin.mil.sheets": "eosin._tables",
+    "eosin.wsi.names": "eosin._names",
+    "eosin.heatmaps.wording": "eosin.heatmaps._findings",
     "eosin.mil.masking": "eosin.mil.methods.mhim",
     "eosin.mil.methods.mhim_ranking": "eosin.mil.methods.mhim",
     "eosin.mil.methods.mhim_recycle": "eosin.mil.methods.mhim",
@@ -38,9 +39,9 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "eosin.mil.methods.owlora_layer": "eosin.mil.methods.owlora",
     "eosin.mil.methods.packmil_downsampler": "eosin.mil.methods.packmil",
     "eosin.mil.methods.packmil_labels": "eosin.mil.methods.packmil",
-    "eosin.result": "eosin.pipeline.result",
-    "eosin.selection": "eosin.pipeline.selection",
-    "eosin.stages": "eosin.pipeline.two_stage",
+    "eosin.result": "eosin.pipeline._result",
+    "eosin.selection": "eosin.pipeline._selection",
+    "eosin.stages": "eosin.pipeline._two_stage",
 }  # old module -> new module, or the modules that its names went to; a package takes its modules along
 
 
@@ -49,7 +50,14 @@ def new_paths(old: str) -> tuple[str, ...]:
     for moved, new in MOVED.items():
         if old == moved or old.startswith(f"{moved}."):
             return (new + old.removeprefix(moved),) if isinstance(new, str) else new
-    return ()
+    package, _, name = old.rpartition(".")
+    private = f"{package}._{name}"
+    return (private,) if package.partition(".")[0] == "eosin" and is_file_of(private) else ()
+
+
+def is_file_of(module: str) -> bool:
+    """Tell whether a module of eosin lies in the package: what is private now had no underscore in 0.1."""
+    return Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").is_file()
 
 
 class MovedFinder:

@@ -5,12 +5,12 @@ import pytest
 import torch
 from scenes import feature_bag, lattice, marked_pixels, write_slide
 
-from eosin.features.bag import FeatureBag
-from eosin.files import file_fingerprint
-from eosin.mil.checkpoint import ModelCard, build_model, save_model
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import make_task
-from eosin.wsi.slide import SlideFile
+from eosin._files import file_fingerprint
+from eosin.features._bag import FeatureBag
+from eosin.mil._checkpoint import ModelCard, build_model, save_model
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import make_task
+from eosin.wsi._slide import SlideFile
 
 DIM = 6
 TILE = 5 * 16 + 9

@@ -7,10 +7,10 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.mil.closed_forms import PooledBag
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.mil._closed_forms import PooledBag
+from eosin.wsi._grid import TileGrid, Tiling
 
 PINK = (226, 170, 200)
 MARK = (60, 20, 90)

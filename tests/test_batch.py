@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eosin.batch import Outcome, Record, Report, read_run_json, run_batch
+from eosin._batch import Outcome, Record, Report, read_run_json, run_batch
+from eosin._files import file_fingerprint
 from eosin.errors import ConfigError, OutputError, SlideOpenError
-from eosin.files import file_fingerprint
 
 
 def work(kind: str) -> Outcome:

@@ -9,19 +9,19 @@ import torch
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.cli._settings import GROUPS, Settings
 from eosin.errors import ConfigError
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._checkpoint import build_model
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._recipe import Recipe
+from eosin.mil._selection import tile_ratio
+from eosin.mil._tasks import Classification
+from eosin.mil._train import Objective, fit
 from eosin.mil.bags import PackedBags
-from eosin.mil.checkpoint import build_model
-from eosin.mil.data import Examples, MemoryBags
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.recipe import Recipe
-from eosin.mil.selection import tile_ratio
 from eosin.mil.slots import AttentionOutput
-from eosin.mil.tasks import Classification
-from eosin.mil.train import Objective, fit
 from eosin.options import read_yaml
-from eosin.pipeline.two_stage import SecondStage
-from eosin.wsi.grid import Tiling
+from eosin.pipeline._two_stage import SecondStage
+from eosin.wsi._grid import Tiling
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

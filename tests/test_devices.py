@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eosin import devices
-from eosin.devices import choose_device, count_cores, parse_devices
+from eosin import _devices as devices
+from eosin._devices import choose_device, count_cores, parse_devices
 from eosin.errors import ConfigError
 
 

@@ -61,7 +61,7 @@ def test_every_import_is_of_a_package_that_the_project_names() -> None:
 def test_slides_are_tiled_and_encoded_without_any_extra(tmp_path: Path) -> None:
     code = f"""{WITHOUT}
 from pathlib import Path
-from eosin.wsi.synthetic import Cohort, make_cohort
+from eosin.wsi._synthetic import Cohort, make_cohort
 folder = Path({str(tmp_path)!r})
 make_cohort(folder, Cohort(n_slides=2, size_um=(400.0, 500.0)))
 slides, job = folder / "slides", folder / "job"

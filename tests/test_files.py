@@ -1,4 +1,4 @@
-"""A file is whole or not there: full disks, power loss, leftovers; and nobody writes past `eosin.files`."""
+"""A file is whole or not there: full disks, power loss, leftovers; and nobody writes past `eosin._files`."""
 
 import ast
 import errno
@@ -21,22 +21,22 @@ from PIL import Image
 from scenes import lattice, marked_map
 
 import eosin
+from eosin._files import write_bytes, write_file, write_json, write_text
 from eosin.errors import OutputError
-from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import write_bag
 from eosin.features.interop import export_bag
-from eosin.features.store import write_bag
-from eosin.files import write_bytes, write_file, write_json, write_text
-from eosin.heatmaps.export.geojson import write_geojson
-from eosin.heatmaps.export.table import write_frame
-from eosin.heatmaps.export.tiff import write_tiff
-from eosin.mil.checkpoint import ModelCard, save_model
+from eosin.heatmaps.export._geojson import write_geojson
+from eosin.heatmaps.export._table import write_frame
+from eosin.heatmaps.export._tiff import write_tiff
+from eosin.mil._checkpoint import ModelCard, save_model
+from eosin.mil._recipe import Recipe
+from eosin.mil._resume import State, write_state
+from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.recipe import Recipe
-from eosin.mil.resume import State, write_state
-from eosin.mil.tasks import Classification
-from eosin.wsi.coordinates import write_grid
-from eosin.wsi.picture import write_jpeg, write_picture
-from eosin.wsi.synthetic import SlidePlan, save_pyramid
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._picture import write_jpeg, write_picture
+from eosin.wsi._synthetic import SlidePlan, save_pyramid
 
 STEP_BYTES = 4096
 
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None
 
 
 def test_leftovers_of_dead_processes_and_old_ones_are_swept_and_those_of_the_living_kept(tmp_path: Path) -> None:
-    write_script = "from eosin.files import write_file; import os, sys; from pathlib import Path\n"
+    write_script = "from eosin._files import write_file; import os, sys; from pathlib import Path\n"
     write_script += "write_file(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), 9))"
     subprocess.run([sys.executable, "-c", write_script, tmp_path / "x.json"], check=False)
     (dead,) = tmp_path.iterdir()
@@ -236,10 +236,10 @@ def test_a_disk_that_gives_other_bytes_back_is_noticed(tmp_path: Path, monkeypat
 
 
 MAY_WRITE = {
-    "files.py",
-    "features/claims.py",  # lock files
+    "_files.py",
+    "features/_claims.py",  # lock files
     "cli/doctor.py",  # a probe of the disk
-    "kernels/rates.py",  # imports nothing of eosin; what it keeps is measured again when it is lost
+    "kernels/_rates.py",  # imports nothing of eosin; what it keeps is measured again when it is lost
 }
 
 

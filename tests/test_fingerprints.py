@@ -13,28 +13,28 @@ import pytest
 import torch
 from scenes import write_slide
 
-from eosin.batch import Report
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.encoding import Extraction
-from eosin.features.store import write_bag
-from eosin.files import write_json
-from eosin.fingerprints import STAGES, fingerprint, source_hash
-from eosin.mil.checkpoint import ModelCard, save_model
-from eosin.mil.data import Examples, MemoryBags
+from eosin._batch import Report
+from eosin._files import write_json
+from eosin._fingerprints import STAGES, fingerprint, source_hash
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._encoding import Extraction
+from eosin.features._store import write_bag
+from eosin.mil._checkpoint import ModelCard, save_model
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._predict import predict
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._resume import STATE
+from eosin.mil._tasks import Classification
+from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.predict import predict
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.resume import STATE
 from eosin.mil.slots import AGGREGATORS
-from eosin.mil.tasks import Classification
-from eosin.mil.train import fit
-from eosin.pipeline.run import _Drawing, _is_drawn
-from eosin.wsi.coordinates import read_footer, read_grid
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.quality import QualityLimits
-from eosin.wsi.slide import SlideFile
-from eosin.wsi.tissue import TissueOptions
+from eosin.pipeline._run import _Drawing, _is_drawn
+from eosin.wsi._coordinates import read_footer, read_grid
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._quality import QualityLimits
+from eosin.wsi._slide import SlideFile
+from eosin.wsi._tissue import TissueOptions
 
 PLUGIN = """
 from eosin.mil.methods.pooling import MeanPooling
@@ -356,7 +356,7 @@ def test_a_model_that_an_option_names_is_an_input_with_its_weights(tmp_path):
 
 
 def test_half_a_training_is_not_continued_with_other_features(tmp_path, monkeypatch):
-    monkeypatch.setattr("eosin.mil.train.forget_state", lambda _: None)  # as if killed after the last pass
+    monkeypatch.setattr("eosin.mil._train.forget_state", lambda _: None)  # as if killed after the last pass
     Training_().run(tmp_path / "killed")
     (tmp_path / "killed" / "model.json").unlink()
     assert (tmp_path / "killed" / STATE).is_file()

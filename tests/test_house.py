@@ -14,56 +14,56 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 FACES = {module for module, path in SOURCES.items() if path.name == "__init__.py"} | {"eosin.__main__", "eosin._moved"}
 
 KNOWN_CIRCLE = {
-    "eosin.wsi.array_impl",
-    "eosin.wsi.dicom_impl",
-    "eosin.wsi.geometry",
-    "eosin.wsi.grid",
-    "eosin.wsi.openslide_impl",
-    "eosin.wsi.overview",
-    "eosin.wsi.picture",
+    "eosin.wsi._array_impl",
+    "eosin.wsi._dicom_impl",
+    "eosin.wsi._geometry",
+    "eosin.wsi._grid",
+    "eosin.wsi._openslide_impl",
+    "eosin.wsi._overview",
+    "eosin.wsi._picture",
     "eosin.wsi.reader",
-    "eosin.wsi.readers",
-    "eosin.wsi.refine",
-    "eosin.wsi.slide",
-    "eosin.wsi.tiff_impl",
-    "eosin.wsi.tiled",
-    "eosin.wsi.tissue",
-    "eosin.wsi.zarr_impl",
+    "eosin.wsi._readers",
+    "eosin.wsi._refine",
+    "eosin.wsi._slide",
+    "eosin.wsi._tiff_impl",
+    "eosin.wsi._tiled",
+    "eosin.wsi._tissue",
+    "eosin.wsi._zarr_impl",
 }
 """The readers of slides are registered by name and imported where a file is opened. May only shrink."""
 
 KNOWN_HANDED_ON = {
-    "eosin.mil.classification.EVEN",
-    "eosin.mil.data.LabelTable",
-    "eosin.mil.data.PATIENT_COLUMNS",
-    "eosin.mil.data.SLIDE_COLUMNS",
-    "eosin.mil.data.Table",
-    "eosin.mil.data.detect_column",
-    "eosin.mil.data.normalised",
-    "eosin.mil.data.read_labels",
-    "eosin.mil.data.read_table",
-    "eosin.mil.data.shown",
-    "eosin.mil.predict.Ensemble",
-    "eosin.mil.predict.load_ensemble",
-    "eosin.mil.splits.Cohort",
-    "eosin.mil.survival.concordance",
-    "eosin.mil.tasks.Binary",
-    "eosin.mil.tasks.Classification",
-    "eosin.mil.tasks.Columns",
-    "eosin.mil.tasks.Cox",
-    "eosin.mil.tasks.DiscreteSurvival",
-    "eosin.mil.tasks.MultiLabel",
-    "eosin.mil.tasks.MultiTask",
-    "eosin.mil.tasks.Ordinal",
-    "eosin.mil.tasks.Regression",
-    "eosin.mil.tasks.Row",
-    "eosin.mil.tasks.Task",
-    "eosin.mil.tasks.load_task",
-    "eosin.mil.tasks.sorted_labels",
-    "eosin.mil.tasks.wide",
-    "eosin.mil.train.Fitted",
-    "eosin.mil.train.Objective",
-    "eosin.pipeline.question.Questions",
+    "eosin.mil._classification.EVEN",
+    "eosin.mil._data.LabelTable",
+    "eosin.mil._data.PATIENT_COLUMNS",
+    "eosin.mil._data.SLIDE_COLUMNS",
+    "eosin.mil._data.Table",
+    "eosin.mil._data.detect_column",
+    "eosin.mil._data.normalised",
+    "eosin.mil._data.read_labels",
+    "eosin.mil._data.read_table",
+    "eosin.mil._data.shown",
+    "eosin.mil._predict.Ensemble",
+    "eosin.mil._predict.load_ensemble",
+    "eosin.mil._splits.Cohort",
+    "eosin.mil._survival.concordance",
+    "eosin.mil._tasks.Binary",
+    "eosin.mil._tasks.Classification",
+    "eosin.mil._tasks.Columns",
+    "eosin.mil._tasks.Cox",
+    "eosin.mil._tasks.DiscreteSurvival",
+    "eosin.mil._tasks.MultiLabel",
+    "eosin.mil._tasks.MultiTask",
+    "eosin.mil._tasks.Ordinal",
+    "eosin.mil._tasks.Regression",
+    "eosin.mil._tasks.Row",
+    "eosin.mil._tasks.Task",
+    "eosin.mil._tasks.load_task",
+    "eosin.mil._tasks.sorted_labels",
+    "eosin.mil._tasks.wide",
+    "eosin.mil._train.Fitted",
+    "eosin.mil._train.Objective",
+    "eosin.pipeline._question.Questions",
 }
 """Names that a module hands on from another. May only shrink."""
 
@@ -73,19 +73,19 @@ KNOWN_LONG = {
     "eosin.cli.heatmap._explain",
     "eosin.cli.train._judge",
     "eosin.cli.train._report",
-    "eosin.heatmaps.examination._curves",
-    "eosin.mil.attention._attended",
-    "eosin.mil.attention.forward",
-    "eosin.mil.crossval.crossval",
+    "eosin.heatmaps._examination._curves",
+    "eosin.mil._attention._attended",
+    "eosin.mil._attention.forward",
+    "eosin.mil._crossval.crossval",
     "eosin.mil.methods.gdat._moved",
     "eosin.mil.methods.packmil.residual_loss",
-    "eosin.mil.reevaluation._best",
-    "eosin.mil.survival_metrics._area_at",
-    "eosin.mil.survival_metrics._share_of_pairs",
-    "eosin.mil.sweep.run_sweep",
-    "eosin.mil.train._refit",
-    "eosin.pipeline.cohort_questions._write_cohort",
-    "eosin.pipeline.question._write",
+    "eosin.mil._reevaluation._best",
+    "eosin.mil._survival_metrics._area_at",
+    "eosin.mil._survival_metrics._share_of_pairs",
+    "eosin.mil._sweep.run_sweep",
+    "eosin.mil._train._refit",
+    "eosin.pipeline._cohort_questions._write_cohort",
+    "eosin.pipeline._question._write",
 }
 """Functions that take more. May only shrink."""
 
@@ -167,3 +167,15 @@ def test_no_function_takes_more_than_five_positional_arguments() -> None:
         and sum(one.arg not in ("self", "cls") for one in node.args.posonlyargs + node.args.args) > MOST_POSITIONAL
     }
     assert sorted(found - KNOWN_LONG) == []
+
+
+def test_no_test_and_no_benchmark_uses_a_path_of_the_first_version() -> None:
+    root = PACKAGE.parent
+    used = {
+        f"{path.relative_to(root)}: {node.module}"
+        for folder in ("tests", "benchmarks", "docs")
+        for path in sorted((root / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "eosin" and node.module not in SOURCES
+    }
+    assert used == set()

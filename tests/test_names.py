@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from eosin._names import clean, groups_of_look_alikes, is_missing, look_alike, match_slides, slide_id, slide_stem, unify
 from eosin.errors import LabelError
-from eosin.names import clean, groups_of_look_alikes, is_missing, look_alike, match_slides, slide_id, slide_stem, unify
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import eosin
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.mil.recipe import Component, Recipe, Training
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.mil._recipe import Component, Recipe, Training
 
 def main(name):
     lines = ["patient_id,slide_id,label"]

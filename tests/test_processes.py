@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from eosin.errors import ConfigError, WorkerError
-from eosin.processes import (
+from eosin._processes import (
     Child,
     Stopped,
     call_apart,
@@ -24,6 +23,7 @@ from eosin.processes import (
     stoppable,
     wait_for,
 )
+from eosin.errors import ConfigError, WorkerError
 
 
 def double(number: int) -> int:
@@ -108,7 +108,7 @@ def test_a_signal_to_the_whole_group_leaves_the_children_to_their_parent() -> No
 
 
 def in_a_new_process(code: str, *, wait_for_line: bool = True) -> subprocess.Popen[str]:
-    program = "from eosin.processes import *\nimport os, signal, sys, time\n" + textwrap.dedent(code)
+    program = "from eosin._processes import *\nimport os, signal, sys, time\n" + textwrap.dedent(code)
     started = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -187,8 +187,8 @@ def test_nothing_is_raised_where_it_would_be_swallowed() -> None:
 
 def test_a_run_that_does_not_ask_is_ended_hard() -> None:
     stubborn = in_a_new_process("""
-        import eosin.processes
-        eosin.processes.GRACE_S = 0.3
+        import eosin._processes
+        eosin._processes.GRACE_S = 0.3
         with stoppable():
             child = Child(serve_calls)
             print("ready", flush=True)
@@ -203,8 +203,8 @@ def test_a_run_that_does_not_ask_is_ended_hard() -> None:
 
 def test_a_second_signal_ends_at_once() -> None:
     stubborn = in_a_new_process("""
-        import eosin.processes
-        eosin.processes.IMPATIENT_S = 0.2
+        import eosin._processes
+        eosin._processes.IMPATIENT_S = 0.2
         with stoppable():
             print("ready", flush=True)
             time.sleep(100)

@@ -72,7 +72,7 @@ def test_every_registered_method_has_a_docstring() -> None:
 
 def test_every_recipe_names_parts_and_options_that_exist() -> None:
     import eosin.mil.methods  # noqa: F401 - registers the methods
-    from eosin.mil.recipe import RECIPES
+    from eosin.mil._recipe import RECIPES
     from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 
     assert "abmil" in RECIPES
@@ -128,8 +128,8 @@ def test_a_package_lists_all_that_it_imports_for_type_checkers(package: str) -> 
 
 
 def test_a_name_of_a_package_is_that_of_its_module() -> None:
-    from eosin.mil.study import fit_study
-    from eosin.pipeline.explain import explain_slide
+    from eosin.mil._study import fit_study
+    from eosin.pipeline._explain import explain_slide
 
     assert eosin.fit is fit_study
     assert eosin.explain is explain_slide
@@ -147,8 +147,8 @@ from eosin.pipeline import Pipeline, run_pipeline, run_stages
 from eosin.stages import SecondStage, run_two_stage
 from eosin.heatmaps.viewer.server import Viewer
 from eosin.selection import tile_selected
-import eosin.pipeline.run
-assert run_pipeline is eosin.pipeline.run.run_pipeline
+import eosin.pipeline._run
+assert run_pipeline is eosin.pipeline._run.run_pipeline
 """
     in_a_new_process(code)
 
@@ -157,8 +157,8 @@ def test_objects_print_what_they_are(tmp_path: Path) -> None:
     import numpy as np
     import torch
 
-    from eosin.batch import Record, Report
-    from eosin.features.bag import FeatureSpec
+    from eosin._batch import Record, Report
+    from eosin.features._bag import FeatureSpec
 
     grid = eosin.TileGrid(np.array([[0, 0], [256, 0]]), 256, eosin.Tiling(), (1000, 800), 0.5)
     bag = eosin.FeatureBag(np.ones((2, 3), np.float32), FeatureSpec(encoder="toy", dim=3), "S1", grid)
@@ -171,3 +171,14 @@ def test_objects_print_what_they_are(tmp_path: Path) -> None:
         "<PackedBags: 2 bags, 6 instances x 3, float32 on cpu>",
         "<Report: 1 slide: 1 ok>",
     ]
+
+
+@pytest.mark.parametrize("old", ["eosin.mil.checkpoint", "eosin.wsi.slide", "eosin.heatmaps.export.png", "eosin.demo"])
+def test_a_module_that_is_private_now_keeps_its_path_of_the_first_version(old: str) -> None:
+    with pytest.warns(FutureWarning, match=f"{old} is now eosin\\."):
+        module = importlib.import_module(old)
+    assert module.__name__ != old
+
+
+def test_other_packages_with_the_same_habit_are_left_alone() -> None:
+    assert importlib.import_module("eosin._moved").new_paths("tensorboard.lazy") == ()

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eosin import tables
+from eosin import _tables as tables
+from eosin._tables import TextFile, decimal_point, read_table
 from eosin.errors import ConfigError, LabelError, TableError
 from eosin.options import read_yaml
-from eosin.tables import TextFile, decimal_point, read_table
-from eosin.wsi.job import read_overrides
-from eosin.wsi.slide import find_slides
-from eosin.wsi.tissue import TissueOptions
+from eosin.wsi._job import read_overrides
+from eosin.wsi._slide import find_slides
+from eosin.wsi._tissue import TissueOptions
 
 WORDS = {"slide": ("größe", "b"), "note": ("a; b, c", "")}
 QUOTED = 'slide{0}note\ngröße{0}"a; b, c"\nb{0}\n'

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
+from eosin._devices import choose_device, limit_threads, parse_devices
+from eosin._processes import Stopped, stoppable
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
-from eosin.devices import choose_device, limit_threads, parse_devices
 from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
-from eosin.processes import Stopped, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eosin.batch import Outcome, Report
+    from eosin._batch import Outcome, Report
 
 ItemT = TypeVar("ItemT")
 
@@ -303,7 +303,7 @@ def apply_to_each(
     items: Sequence[ItemT], work: Callable[[ItemT], "Outcome"], *, key: Callable[[ItemT], str], stage: str
 ) -> "Report":
     """Do a command's work on its inputs: one alone raises what is wrong with it, of many each fails alone."""
-    from eosin.batch import Record, Report, run_batch
+    from eosin._batch import Record, Report, run_batch
 
     with progress(stage, len(items)) as advance:
         if len(items) == 1:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 GROUPS = (
-    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline.run.Pipeline`
-    "cohort", "pipeline",  # as `eosin.pipeline.demo.Demo`
-    "quality",  # as `eosin.wsi.quality.QualityLimits`
-    "questions",  # as `eosin.pipeline.question.Questions`
-    "selection", "second",  # as `eosin.pipeline.selection.Selection`, `eosin.pipeline.two_stage.SecondStage`
+    "tiling", "tissue", "encoder", "recipe", "task", "target", "folds", "formats",  # as `eosin.pipeline._run.Pipeline`
+    "cohort", "pipeline",  # as `eosin.pipeline._demo.Demo`
+    "quality",  # as `eosin.wsi._quality.QualityLimits`
+    "questions",  # as `eosin.pipeline._question.Questions`
+    "selection", "second",  # as `eosin.pipeline._selection.Selection`, `eosin.pipeline._two_stage.SecondStage`
 )  # fmt: skip
 PLUGINS = "plugins"
 PATHS_OR_NUMBERS = ("slide_mpp",)
@@ -145,7 +145,7 @@ class Settings:
 
 def _unknown(where: str, name: str, known: Collection[str]) -> UnknownNameError:
     from eosin.options import option_paths, unknown_option
-    from eosin.pipeline.run import Pipeline
+    from eosin.pipeline._run import Pipeline
 
     return unknown_option(where, name, known, elsewhere=option_paths(Pipeline))
 
@@ -245,9 +245,9 @@ def _as_asked(path: Path, annotation: Any) -> Any:
 
 def _features(settings: Settings) -> Path:
     """Return the folder of features that `eosin run` and `eosin extract` make from the same study file."""
-    from eosin.features.encoders import find_encoder, folder_name
-    from eosin.wsi.grid import Tiling
-    from eosin.wsi.job import JobFolder
+    from eosin.features._encoders import find_encoder, folder_name
+    from eosin.wsi._grid import Tiling
+    from eosin.wsi._job import JobFolder
 
     encoder = folder_name(find_encoder(str(settings.data.get("encoder", "he_texture"))).name)
     return JobFolder(settings.value("job", Path)).features_dir(settings.parse("tiling", Tiling).folder, encoder)

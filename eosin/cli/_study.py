@@ -11,9 +11,9 @@ from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from eosin.mil.recipe import Recipe
-    from eosin.mil.study import Study
-    from eosin.names import Ids
+    from eosin._names import Ids
+    from eosin.mil._recipe import Recipe
+    from eosin.mil._study import Study
 
 MISSING = ("error", "drop")
 LEVELS = ("slide", "patient")
@@ -52,7 +52,7 @@ def read_study(
     cache_gb: float = 2.0,
 ) -> "Study":
     """Join features and labels as the options of a command say."""
-    from eosin.mil.study import SITE, open_study, owner
+    from eosin.mil._study import SITE, open_study, owner
 
     if level not in LEVELS:
         raise UnknownNameError("level", level, LEVELS)
@@ -73,7 +73,7 @@ def read_study(
 
 def settle(precision: str, device: str, out: Path) -> str:
     """Return the precision that a run in this folder computes in, and say which one ``auto`` chose."""
-    from eosin.mil.train import settled_precision
+    from eosin.mil._train import settled_precision
 
     settled = settled_precision(precision, device, out)
     if precision == "auto":
@@ -83,7 +83,7 @@ def settle(precision: str, device: str, out: Path) -> str:
 
 def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str, precision: str) -> None:
     """Say how the table was understood, once nothing stands in the way of hours of work."""
-    from eosin.mil.study import prepare
+    from eosin.mil._study import prepare
 
     for line in prepare(study, out, recipes, device=device, precision=precision):
         say(line)
@@ -91,7 +91,7 @@ def begin(study: "Study", out: Path, recipes: "Iterable[Recipe]", *, device: str
 
 def ids_policy(name: str) -> "Ids":
     """Return what becomes of ids that look alike, by name."""
-    from eosin.names import POLICIES
+    from eosin._names import POLICIES
 
     if name not in POLICIES:
         raise UnknownNameError("policy for --ids", name, POLICIES)
@@ -135,7 +135,7 @@ def recipe_of(name: str | None, settings: Settings, *, max_instances_per_step: i
 
     `max_instances_per_step` is the flag of that name and wins over them.
     """
-    from eosin.mil.recipe import choose_recipe
+    from eosin.mil._recipe import choose_recipe
     from eosin.options import merge
 
     stated, changes = settings.named("recipe")

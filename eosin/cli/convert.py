@@ -24,9 +24,9 @@ def convert(
     ] = False,
 ) -> Done:
     """Turn a checkpoint into a model that `eosin predict` and `eosin heatmap` take; pickled code never runs."""
-    from eosin.features.bag import FeatureSpec
-    from eosin.features.encoders import find_encoder
-    from eosin.mil.convert import convert_checkpoint
+    from eosin.features._bag import FeatureSpec
+    from eosin.features._encoders import find_encoder
+    from eosin.mil._convert import convert_checkpoint
 
     known = None if dim is not None else find_encoder(encoder)
     name, width = (encoder, dim) if known is None else (known.name, known.dim)

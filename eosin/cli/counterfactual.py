@@ -13,10 +13,10 @@ from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eosin.heatmaps.examination import Questions
-    from eosin.pipeline.cohort_questions import Cohort
-    from eosin.pipeline.question import DonorFile
-    from eosin.wsi.slide import SlideFile
+    from eosin.heatmaps._examination import Questions
+    from eosin.pipeline._cohort_questions import Cohort
+    from eosin.pipeline._question import DonorFile
+    from eosin.wsi._slide import SlideFile
 
 
 @command(
@@ -59,7 +59,7 @@ def counterfactual(
     settings: Settings,
 ) -> Done:
     """Ask which tiles a prediction needs, which suffice, what each one adds, and what other slides' tiles would do."""
-    from eosin.pipeline.question import Questions
+    from eosin.pipeline._question import Questions
 
     questions = settings.parse("questions", Questions)
     donors = _donors(donor or (), donor_slides or (), donor_regions or (), slide_mpp)
@@ -74,7 +74,7 @@ def counterfactual(
 
 
 def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFile]":
-    from eosin.wsi.slide import find_slides
+    from eosin.wsi._slide import find_slides
 
     return {file.slide_id: file for file in find_slides(paths, slide_mpp=slide_mpp_source(slide_mpp))}
 
@@ -82,7 +82,7 @@ def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFil
 def _donors(
     features: Sequence[Path], slides: Sequence[Path], regions: Sequence[Path], slide_mpp: str | None
 ) -> "list[DonorFile]":
-    from eosin.pipeline.question import DonorFile
+    from eosin.pipeline._question import DonorFile
 
     for name, given in (("--donor-slides", slides), ("--donor-regions", regions)):
         if given and len(given) != len(features):
@@ -104,8 +104,8 @@ def _ask_slide(
     questions: "Questions",
     formats: Sequence[str],
 ) -> Done:
-    from eosin.features.store import read_bag
-    from eosin.pipeline.question import question_slide
+    from eosin.features._store import read_bag
+    from eosin.pipeline._question import question_slide
 
     if found is not None and len(found) != 1:
         raise ConfigError(f"--slides: {len(found)} slides for one feature file; pass the slide that it came from")
@@ -125,9 +125,9 @@ def _ask_slide(
 
 
 def _cohort(features: Path, labels: Path | None, slides: "dict[str, SlideFile]", regions: Path | None) -> "Cohort":
-    from eosin.features.store import find_bags
-    from eosin.mil.tables import read_labels
-    from eosin.pipeline.cohort_questions import Cohort
+    from eosin.features._store import find_bags
+    from eosin.mil._tables import read_labels
+    from eosin.pipeline._cohort_questions import Cohort
 
     if regions is not None and not regions.is_dir():
         raise ConfigError(f"--regions {regions}: pass a folder of <slide>.geojson when --features is a folder")
@@ -151,7 +151,7 @@ def _ask_cohort(
     questions: "Questions",
     formats: Sequence[str],
 ) -> Done:
-    from eosin.pipeline.cohort_questions import question_cohort
+    from eosin.pipeline._cohort_questions import question_cohort
 
     if class_name is None:
         raise ConfigError("a cohort is asked about one class; pass it as --class")

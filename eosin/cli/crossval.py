@@ -26,9 +26,9 @@ from eosin.cli._study import CacheGb, MaxInstancesPerStep, SlideTable
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eosin.mil.crossval import FoldSplits
-    from eosin.mil.recipe import Recipe
-    from eosin.mil.study import Study
+    from eosin.mil._crossval import FoldSplits
+    from eosin.mil._recipe import Recipe
+    from eosin.mil._study import Study
 
 CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
 
@@ -69,14 +69,14 @@ def crossval(
     settings: Settings,
 ) -> Done:
     """Train and test every fold; selection happens on a validation part, never on the test part."""
+    from eosin._devices import choose_device
+    from eosin._files import file_fingerprint
+    from eosin._tables import read_table
     from eosin.cli._study import begin, read_study, recipe_of, require_one_source, settle
-    from eosin.devices import choose_device
-    from eosin.files import file_fingerprint
-    from eosin.mil.compare import require_comparable
-    from eosin.mil.crossval import METRICS, PREDICTIONS, tested_slides
-    from eosin.report.evaluation import Context, report_crossval
-    from eosin.report.measures import compare_runs, sweep_table
-    from eosin.tables import read_table
+    from eosin.mil._compare import require_comparable
+    from eosin.mil._crossval import METRICS, PREDICTIONS, tested_slides
+    from eosin.report._evaluation import Context, report_crossval
+    from eosin.report._measures import compare_runs, sweep_table
 
     require_one_source(splits, folds)
     chosen = recipe_of(recipe, settings, max_instances_per_step=max_instances_per_step)
@@ -128,8 +128,8 @@ def crossval(
 
 
 def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "dict[str, Recipe]":
-    from eosin.mil.recipe import require_methods
-    from eosin.mil.sweep import Sweep
+    from eosin.mil._recipe import require_methods
+    from eosin.mil._sweep import Sweep
     from eosin.options import read_yaml
 
     if sweep is None:
@@ -145,7 +145,7 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
 def _train(
     recipe: "Recipe", study: "Study", parts: "Sequence[FoldSplits]", out: Path, *, device: str, precision: str
 ) -> Mapping[str, Any]:
-    from eosin.mil.study import crossval_study
+    from eosin.mil._study import crossval_study
 
     with progress("cross-validate", len(parts)) as advance:
         return crossval_study(study, recipe, out, splits=parts, device=device, precision=precision, progress=advance)
@@ -160,7 +160,7 @@ def _sweep(
     device: str,
     precision: str,
 ) -> Mapping[str, Any]:
-    from eosin.mil.sweep import run_sweep
+    from eosin.mil._sweep import run_sweep
 
     with progress("sweep", len(candidates) * len(parts)) as advance:
         return run_sweep(

@@ -20,8 +20,8 @@ def demo(
 ) -> Done:
     """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
     from eosin.options import merge
-    from eosin.pipeline.demo import Demo, run_demo
-    from eosin.pipeline.deploy import Machine
+    from eosin.pipeline._demo import Demo, run_demo
+    from eosin.pipeline._deploy import Machine
 
     wanted = {name: settings.data[name] for name in ("cohort", "pipeline") if name in settings.data}
     options = Demo.parse(merge(Demo().model_dump(mode="json"), wanted), source="demo")

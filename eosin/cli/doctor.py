@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from eosin._devices import count_cores
 from eosin.cli._common import Done, command, console
-from eosin.devices import count_cores
 from eosin.errors import EXTRAS, OutputError
 
 PACKAGES = (
@@ -77,7 +77,7 @@ def _devices() -> str:
 
 def _products() -> str:
     """Return what the probe of the machine chose, measured now if it never was."""
-    from eosin.kernels.rates import of_this_machine, processor
+    from eosin.kernels._rates import of_this_machine, processor
 
     found = of_this_machine()
     gradients = "convolution" if found.convolves else "BLAS"
@@ -95,7 +95,7 @@ def _read_golden_slide() -> str:
     import numpy as np
     import tifffile
 
-    from eosin.wsi.slide import open_slide
+    from eosin.wsi._slide import open_slide
 
     pixels = np.random.default_rng(0).integers(0, 256, (GOLDEN_SIZE_PX, GOLDEN_SIZE_PX, 3), dtype=np.uint8)
     per_cm = 1e4 / GOLDEN_MPP

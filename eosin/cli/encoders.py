@@ -7,7 +7,7 @@ import typer
 from eosin.cli._common import Done, command, console
 
 if TYPE_CHECKING:
-    from eosin.features.encoders import EncoderSpec
+    from eosin.features._encoders import EncoderSpec
 
 
 @command()
@@ -17,7 +17,7 @@ def encoders(
     ] = None,
 ) -> Done:
     """List the encoders that `eosin extract --encoder` knows; any timm model is timm:NAME."""
-    from eosin.features.encoders import ENCODERS, find_encoder
+    from eosin.features._encoders import ENCODERS, find_encoder
     from eosin.plugins import load_plugins
 
     load_plugins()

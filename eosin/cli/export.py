@@ -10,7 +10,7 @@ from eosin.cli._arguments import FeaturesFolder, Out
 from eosin.cli._common import Done, apply_to_each, command
 
 if TYPE_CHECKING:
-    from eosin.batch import Outcome
+    from eosin._batch import Outcome
 
     Layout = Literal["trident", "clam"]
 
@@ -23,7 +23,7 @@ def export(
     out: Out,
 ) -> Done:
     """Write features so that the readers of TRIDENT or CLAM open them."""
-    from eosin.features.store import find_bags
+    from eosin.features._store import find_bags
 
     files = list(find_bags(features).values()) if features.is_dir() else [features]
     written: list[Path] = []
@@ -32,7 +32,7 @@ def export(
 
 
 def _export(written: list[Path], out: Path, to: str, path: Path) -> "Outcome":
-    from eosin.batch import Outcome
+    from eosin._batch import Outcome
     from eosin.features.interop import export_bag
 
     written += export_bag(path, out, cast("Layout", to))

@@ -24,7 +24,7 @@ from eosin.cli._arguments import (
 from eosin.cli._common import Done, command, progress
 
 if TYPE_CHECKING:
-    from eosin.features.encoders import Precision as PrecisionName
+    from eosin.features._encoders import Precision as PrecisionName
 
 
 @command(rare=("precision", "compiled", "tiling", "slide_mpp", "scene", "plane", "shard"), bare="slides")
@@ -54,11 +54,11 @@ def extract(
     shard: Shard = "0/1",
 ) -> Done:
     """Encode the tiles of slides that `eosin tile` has cut."""
-    from eosin.devices import parse_devices
-    from eosin.features.encoders import find_encoder, folder_name
-    from eosin.features.extract import extract as extract_features
-    from eosin.wsi.job import JobFolder
-    from eosin.wsi.slide import find_slides
+    from eosin._devices import parse_devices
+    from eosin.features._encoders import find_encoder, folder_name
+    from eosin.features._extract import extract as extract_features
+    from eosin.wsi._job import JobFolder
+    from eosin.wsi._slide import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     folder, (index, count) = JobFolder(job), shard_numbers(shard)

@@ -26,10 +26,10 @@ from eosin.cli._settings import Settings
 from eosin.errors import SlideError, UnknownNameError
 
 if TYPE_CHECKING:
-    from eosin.batch import Outcome
-    from eosin.mil.checkpoint import ModelCard
+    from eosin._batch import Outcome
+    from eosin.mil._checkpoint import ModelCard
     from eosin.mil.slots import Aggregator
-    from eosin.wsi.slide import SlideFile
+    from eosin.wsi._slide import SlideFile
 
 DEFAULT_FORMATS = ("png", "geojson")
 
@@ -66,12 +66,12 @@ def heatmap(
     settings: Settings,
 ) -> Done:
     """Draw which tiles a model weighed, for people and for QuPath."""
-    from eosin.batch import Report
-    from eosin.heatmaps.subject import map_name
-    from eosin.mil.checkpoint import load_model
-    from eosin.pipeline.deploy import Machine, TissueTiles, encode_slides
-    from eosin.wsi.job import JobFolder
-    from eosin.wsi.slide import find_slides
+    from eosin._batch import Report
+    from eosin.heatmaps._subject import map_name
+    from eosin.mil._checkpoint import load_model
+    from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
+    from eosin.wsi._job import JobFolder
+    from eosin.wsi._slide import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
@@ -103,14 +103,14 @@ def heatmap(
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
-    from eosin.pipeline.explain import require_formats
+    from eosin.pipeline._explain import require_formats
 
     require_formats(wanted)
     return tuple(wanted)
 
 
 def _chosen(wanted: str | None) -> list[str] | None:
-    from eosin.heatmaps.maps import ATTRIBUTIONS
+    from eosin.heatmaps._maps import ATTRIBUTIONS
 
     names = wanted.split(",") if wanted else None
     for name in names or ():
@@ -127,9 +127,9 @@ def _explain(
     maps: Sequence[str] | None,
     slide: "SlideFile",
 ) -> "Outcome":
-    from eosin.batch import Outcome
-    from eosin.features.store import read_bag
-    from eosin.pipeline.explain import explain_slide
+    from eosin._batch import Outcome
+    from eosin.features._store import read_bag
+    from eosin.pipeline._explain import explain_slide
 
     try:
         explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats, maps=maps)

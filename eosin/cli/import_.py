@@ -10,7 +10,7 @@ from eosin.cli._arguments import Out
 from eosin.cli._common import Done, apply_to_each, command
 
 if TYPE_CHECKING:
-    from eosin.batch import Outcome
+    from eosin._batch import Outcome
     from eosin.features.interop import Imported, ImportOptions
 
 
@@ -39,7 +39,7 @@ def import_(
 
 
 def _import(imported: "list[Imported]", out: Path, options: "ImportOptions", path: Path) -> "Outcome":
-    from eosin.batch import Outcome
+    from eosin._batch import Outcome
     from eosin.features.interop import import_file
 
     imported.append(import_file(path, out, options))

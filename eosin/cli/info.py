@@ -60,7 +60,7 @@ def _is_slide_folder(path: Path) -> bool:
 
 def _each(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield files, and of folders the slides in them."""
-    from eosin.wsi.slide import find_slides
+    from eosin.wsi._slide import find_slides
 
     for path in paths:
         if not path.exists():
@@ -82,9 +82,9 @@ def _facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | No
 
 
 def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | None) -> Mapping[str, object]:
+    from eosin.wsi._slide import find_slides
     from eosin.wsi.inventory import listed
     from eosin.wsi.reader import open_file
-    from eosin.wsi.slide import find_slides
 
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
@@ -102,8 +102,8 @@ def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: in
 
 
 def _coordinates_facts(path: Path) -> Mapping[str, object]:
-    from eosin.wsi.coordinates import read_footer, read_grid, read_quality
-    from eosin.wsi.quality import SCORES
+    from eosin.wsi._coordinates import read_footer, read_grid, read_quality
+    from eosin.wsi._quality import SCORES
 
     grid, footer, quality = read_grid(path), read_footer(path), read_quality(path)
     means = (
@@ -123,7 +123,7 @@ def _coordinates_facts(path: Path) -> Mapping[str, object]:
 
 
 def _feature_facts(path: Path) -> Mapping[str, object]:
-    from eosin.features.store import read_bag
+    from eosin.features._store import read_bag
 
     bag = read_bag(path)
     return {
@@ -137,7 +137,7 @@ def _feature_facts(path: Path) -> Mapping[str, object]:
 
 
 def _model_facts(path: Path) -> Mapping[str, object]:
-    from eosin.mil.checkpoint import load_model
+    from eosin.mil._checkpoint import load_model
 
     _, card = load_model(path)  # not the card alone: a model whose weights are damaged has no facts
     return {"kind": "model", **card.model_dump(mode="json")}

@@ -9,8 +9,8 @@ import typer
 from eosin.cli._common import Done, command, console
 
 if TYPE_CHECKING:
-    from eosin.mil.recipe import Recipe
-    from eosin.mil.registry import ModuleRegistry
+    from eosin.mil._recipe import Recipe
+    from eosin.mil._registry import ModuleRegistry
 
 
 @command()
@@ -35,7 +35,7 @@ def _registries() -> "tuple[ModuleRegistry[Any], ...]":
 def _list() -> None:
     from rich.table import Table
 
-    from eosin.mil.recipe import RECIPES
+    from eosin.mil._recipe import RECIPES
 
     table = Table("slot", "name", "what it is")
     for registry in _registries():
@@ -54,7 +54,7 @@ def _ingredients(recipe: "Recipe") -> str:
 
 def _explain(name: str) -> None:
     from eosin.errors import UnknownNameError
-    from eosin.mil.recipe import RECIPES
+    from eosin.mil._recipe import RECIPES
 
     places = [registry for registry in _registries() if name in registry]
     if not places and name not in RECIPES:
@@ -73,7 +73,7 @@ def _explain(name: str) -> None:
 
 def _recipe_to_show(name: str, parts: list[Any]) -> str | None:
     """Return the recipe of this name; for a part of a paper that has none, the first recipe that it belongs to."""
-    from eosin.mil.recipe import RECIPES
+    from eosin.mil._recipe import RECIPES
 
     if name in RECIPES:
         return name

@@ -33,11 +33,11 @@ def predict(
     """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
     from eosin.cli._study import ids_policy
     from eosin.errors import ConfigError
-    from eosin.features.store import find_bags
-    from eosin.mil.patients import patients_file, read_patients
-    from eosin.mil.predict import predict as predict_files
-    from eosin.pipeline.deploy import Machine, predict_slides
-    from eosin.wsi.job import JobFolder
+    from eosin.features._store import find_bags
+    from eosin.mil._patients import patients_file, read_patients
+    from eosin.mil._predict import predict as predict_files
+    from eosin.pipeline._deploy import Machine, predict_slides
+    from eosin.wsi._job import JobFolder
 
     patient_of = None if patients is None else read_patients(patients, ids_policy(ids))
     made = [out] if patients is None else [out, patients_file(out)]

@@ -30,7 +30,7 @@ from eosin.cli._common import Done, command, progress
 from eosin.cli._settings import Settings
 
 if TYPE_CHECKING:
-    from eosin.features.encoders import Precision as PrecisionName
+    from eosin.features._encoders import Precision as PrecisionName
 
 
 @command(
@@ -68,10 +68,10 @@ def run(
     (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
     """
     from eosin.cli._study import ids_policy, missing_policy, recipe_of, require_one_source
-    from eosin.pipeline.deploy import Machine
-    from eosin.pipeline.run import Pipeline, run_pipeline
-    from eosin.pipeline.two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
-    from eosin.wsi.job import JobFolder
+    from eosin.pipeline._deploy import Machine
+    from eosin.pipeline._run import Pipeline, run_pipeline
+    from eosin.pipeline._two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
+    from eosin.wsi._job import JobFolder
 
     require_one_source(splits, folds)
     flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}

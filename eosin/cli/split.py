@@ -41,8 +41,8 @@ def split(
 ) -> Done:
     """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
     from eosin.errors import UnknownNameError
-    from eosin.mil.splits import SplitKind, make_nested_splits, make_splits
-    from eosin.mil.study import SITE, label_cohort, note_on_sites, open_labels, owner, pose_task, write_all_splits
+    from eosin.mil._splits import SplitKind, make_nested_splits, make_splits
+    from eosin.mil._study import SITE, label_cohort, note_on_sites, open_labels, owner, pose_task, write_all_splits
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)

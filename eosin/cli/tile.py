@@ -38,8 +38,8 @@ from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eosin.wsi.grid import Tiling
-    from eosin.wsi.slide import SlideFile
+    from eosin.wsi._grid import Tiling
+    from eosin.wsi._slide import SlideFile
 
 STAGES = "Two stages"
 
@@ -101,12 +101,12 @@ def tile(
     settings: Settings,
 ) -> Done:
     """Find the tissue of slides and lay the grid of tiles over it, or over what a first model attends to."""
-    from eosin.wsi.grid import Tiling
-    from eosin.wsi.job import JobFolder, read_overrides, tile_slides
-    from eosin.wsi.preview import preview_slides
-    from eosin.wsi.quality import QualityLimits
-    from eosin.wsi.slide import find_slides
-    from eosin.wsi.tissue import TissueOptions
+    from eosin.wsi._grid import Tiling
+    from eosin.wsi._job import JobFolder, read_overrides, tile_slides
+    from eosin.wsi._preview import preview_slides
+    from eosin.wsi._quality import QualityLimits
+    from eosin.wsi._slide import find_slides
+    from eosin.wsi._tissue import TissueOptions
 
     tiling = settings.parse(
         "tiling",
@@ -185,8 +185,8 @@ def _tile_selected(
     shard: tuple[int, int],
     timeout_s: float | None,
 ) -> Done:
-    from eosin.pipeline.selection import Selection, tile_selected
-    from eosin.wsi.job import JobFolder
+    from eosin.pipeline._selection import Selection, tile_selected
+    from eosin.wsi._job import JobFolder
 
     selection = settings.parse("selection", Selection, budget=budget)
     with progress("select", len(files[shard[0] :: shard[1]])) as advance:

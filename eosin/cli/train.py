@@ -28,11 +28,11 @@ from eosin.cli._study import CacheGb, DeviceCacheGb, MaxInstancesPerStep, SlideT
 REPORT = "report.html"
 
 if TYPE_CHECKING:
+    from eosin.mil._recipe import Recipe
+    from eosin.mil._splits import Split
+    from eosin.mil._study import Study
+    from eosin.mil._train import Fitted
     from eosin.mil.continual import Source
-    from eosin.mil.recipe import Recipe
-    from eosin.mil.splits import Split
-    from eosin.mil.study import Study
-    from eosin.mil.train import Fitted
 
 
 @command(
@@ -69,8 +69,8 @@ def train(
 ) -> Done:
     """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
     from eosin.cli._study import begin, cache_bytes, read_study, settle
+    from eosin.mil._study import fit_study, owner
     from eosin.mil.continual import Source, continued
-    from eosin.mil.study import fit_study, owner
 
     chosen = _recipe(recipe, continue_from, settings, max_instances_per_step)
     device_bytes = cache_bytes(device_cache_gb)
@@ -115,8 +115,8 @@ def _recipe(
 ) -> "Recipe":
     """Return the recipe that was asked for; of a later task, that of the model before it unless one was."""
     from eosin.cli._study import recipe_of
+    from eosin.mil._recipe import Recipe
     from eosin.mil.continual import base_recipe
-    from eosin.mil.recipe import Recipe
     from eosin.options import merge
 
     if continue_from is None or name is not None or settings.named("recipe")[0] is not None:
@@ -129,10 +129,10 @@ def _report(
     fitted: "Fitted", study: "Study", split: "Split", out: Path, features: Path, labels: Path, device: str
 ) -> list[Path]:
     """Test the model on slides that have not trained it, when there are some."""
-    from eosin.files import file_fingerprint
-    from eosin.mil.crossval import METRICS, PREDICTIONS
-    from eosin.mil.holdout import judge, unseen_part
-    from eosin.report.evaluation import Context, report_crossval
+    from eosin._files import file_fingerprint
+    from eosin.mil._crossval import METRICS, PREDICTIONS
+    from eosin.mil._holdout import judge, unseen_part
+    from eosin.report._evaluation import Context, report_crossval
 
     name, ids = unseen_part(split, fitted.card.recipe)
     if not ids or os.environ.get("RANK", "0") != "0":

@@ -11,8 +11,8 @@ from eosin.cli._common import Done, command, progress
 @command()
 def verify(job: Annotated[Path, typer.Argument(help="Job folder.")]) -> Done:
     """Read every file of a job and compare it with its checksums; damaged files are named."""
-    from eosin.features.verify import verify_job
-    from eosin.wsi.job import JobFolder
+    from eosin.features._verify import verify_job
+    from eosin.wsi._job import JobFolder
 
     with progress("verify", None) as advance:
         report = verify_job(JobFolder(job), progress=advance)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eosin._processes import Stopped
 from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, Slides, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.errors import ConfigError
-from eosin.processes import Stopped
 
 if TYPE_CHECKING:
-    from eosin.batch import Report
-    from eosin.viewer.catalogue import Catalogue
+    from eosin._batch import Report
+    from eosin.viewer._catalogue import Catalogue
 
 
 @command(
@@ -44,11 +44,11 @@ def view(
     plane: Plane = None,
 ) -> Done:
     """Look at slides with a model's maps, take tiles away and see at once what the model says then."""
-    from eosin.viewer.catalogue import open_catalogue
-    from eosin.viewer.replay import replay_sessions
-    from eosin.viewer.show import show_slides
-    from eosin.viewer.static import write_static
-    from eosin.wsi.slide import find_slides
+    from eosin.viewer._catalogue import open_catalogue
+    from eosin.viewer._replay import replay_sessions
+    from eosin.viewer._show import show_slides
+    from eosin.viewer._static import write_static
+    from eosin.wsi._slide import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     with progress("check slides", len(files)) as advance:
@@ -72,7 +72,7 @@ def view(
 
 def _require_shown(catalogue: "Catalogue") -> "Report":
     """Return one record per slide; refuse a list of which no slide can be shown."""
-    from eosin.batch import Record, Report
+    from eosin._batch import Record, Report
 
     if not catalogue.shown:
         first, *others = catalogue.refused

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.features.bag import FeatureBag, FeatureSpec
-    from eosin.features.encoders import ENCODERS, EncoderSpec, find_encoder
-    from eosin.features.inference import Encoder, load_encoder
-    from eosin.features.store import find_bags, read_bag, verify_bag, write_bag
-    from eosin.features.verify import verify_job
+    from eosin.features._bag import FeatureBag, FeatureSpec
+    from eosin.features._encoders import ENCODERS, EncoderSpec, find_encoder
+    from eosin.features._inference import Encoder, load_encoder
+    from eosin.features._store import find_bags, read_bag, verify_bag, write_bag
+    from eosin.features._verify import verify_job
 
 __all__ = [
     "ENCODERS",

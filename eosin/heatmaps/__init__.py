@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.heatmaps.examination import Questions, examine
-    from eosin.heatmaps.export.geojson import write_geojson
-    from eosin.heatmaps.export.png import write_png
-    from eosin.heatmaps.export.tiff import write_tiff
-    from eosin.heatmaps.findings import Counterfactuals
-    from eosin.heatmaps.heatmap import Heatmap
-    from eosin.heatmaps.maps import MapSet, attention_map, attention_weights, gradient_map, map_slide
+    from eosin.heatmaps._examination import Questions, examine
+    from eosin.heatmaps._findings import Counterfactuals
+    from eosin.heatmaps._heatmap import Heatmap
+    from eosin.heatmaps._maps import MapSet, attention_map, attention_weights, gradient_map, map_slide
+    from eosin.heatmaps.export._geojson import write_geojson
+    from eosin.heatmaps.export._png import write_png
+    from eosin.heatmaps.export._tiff import write_tiff
 
 __all__ = [
     "Counterfactuals",

@@ -9,7 +9,7 @@ all blocks share. Which is faster, `rates` measures once per machine.
 import torch
 from torch import Tensor
 
-from eosin.kernels import rates
+from eosin.kernels import _rates as rates
 from eosin.kernels._products import LINES, PICTURES, convolution_gradients, product, uses_onednn
 
 _ENOUGH_ROWS = 3072  # from where on a convolution can be the faster way

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels._checks import check_shape
-from eosin.kernels.memory import new_tensor
+from eosin.kernels._memory import new_tensor
 
 ROWS = 3072  # rows per block: 3 MB of float32 per branch at A = 256; shorter ones cost more in calls than they save
 

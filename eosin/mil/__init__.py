@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
+    from eosin.mil._checkpoint import ModelCard, load_card, load_model, save_model
+    from eosin.mil._compare import compare_predictions
+    from eosin.mil._convert import convert_checkpoint
+    from eosin.mil._data import Examples, FeatureFolder, MemoryBags, make_examples
+    from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training, choose_recipe
+    from eosin.mil._splits import Split, check_splits, make_nested_splits, make_splits, read_splits, write_splits
+    from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
+    from eosin.mil._sweep import Sweep, run_sweep
+    from eosin.mil._tables import LabelTable, read_labels
+    from eosin.mil._tasks import Task, make_task
+    from eosin.mil._training_run import Fitted
     from eosin.mil.bags import PackedBags
-    from eosin.mil.checkpoint import ModelCard, load_card, load_model, save_model
-    from eosin.mil.compare import compare_predictions
-    from eosin.mil.convert import convert_checkpoint
-    from eosin.mil.data import Examples, FeatureFolder, MemoryBags, make_examples
-    from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training, choose_recipe
     from eosin.mil.slots import (
         AGGREGATORS,
         LOSS_TERMS,
@@ -22,12 +28,6 @@ if TYPE_CHECKING:
         Step,
         Strategy,
     )
-    from eosin.mil.splits import Split, check_splits, make_nested_splits, make_splits, read_splits, write_splits
-    from eosin.mil.study import Study, crossval_study, fit_study, open_labels, open_study
-    from eosin.mil.sweep import Sweep, run_sweep
-    from eosin.mil.tables import LabelTable, read_labels
-    from eosin.mil.tasks import Task, make_task
-    from eosin.mil.training_run import Fitted
 
 __all__ = [
     "AGGREGATORS",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eosin.kernels import bag_offsets
-from eosin.kernels.memory import new_tensor
+from eosin.kernels._memory import new_tensor
 
 
 @dataclass(frozen=True, eq=False)

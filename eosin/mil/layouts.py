@@ -1,6 +1,7 @@
 """Which networks of other tools are known: by the names of their tensors, each in the file of its own method.
 
-A method adds a `Layout` to `LAYOUTS`; `eosin.mil.convert` reads the file, finds the layout and writes the model folder.
+A method adds a `Layout` to `LAYOUTS`; `eosin.mil._convert` reads the file, finds the layout and writes the model
+folder.
 """
 
 import re
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eosin.errors import CheckpointError
-from eosin.mil.recipe import Component
-from eosin.mil.registry import METHODS, Registry
+from eosin.mil._recipe import Component
+from eosin.mil._registry import METHODS, Registry
 
 Tensors = dict[str, Tensor]
 

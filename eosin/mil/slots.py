@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from eosin.errors import ConfigError
+from eosin.mil._closed_forms import PooledBag, contributions
+from eosin.mil._registry import METHODS, ModuleRegistry, OptionsChecked
+from eosin.mil._rollout import Trace
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag, contributions
-from eosin.mil.registry import METHODS, ModuleRegistry, OptionsChecked
-from eosin.mil.rollout import Trace
 from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
 

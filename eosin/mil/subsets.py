@@ -2,7 +2,7 @@
 
 The questions are those of HIPPO (Kaczmarzyk, Saltz, Koo, https://arxiv.org/abs/2409.03080). A method whose answers
 follow from sums or extremes says so in its own file (`Aggregator.readout`) by one of the forms of
-`eosin.mil.closed_forms`; every other model is run again (`eosin.mil.reevaluation`).
+`eosin.mil._closed_forms`; every other model is run again (`eosin.mil._reevaluation`).
 """
 
 from abc import ABC, abstractmethod

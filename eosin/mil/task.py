@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eosin.errors import ConfigError, LabelError
-from eosin.mil.intervals import Support
-from eosin.mil.metrics import Floats, Metrics
-from eosin.mil.registry import Registry
-from eosin.mil.step_losses import StepLosses
-from eosin.mil.tables import has_value, shown
+from eosin.mil._intervals import Support
+from eosin.mil._metrics import Floats, Metrics
+from eosin.mil._registry import Registry
+from eosin.mil._step_losses import StepLosses
+from eosin.mil._tables import has_value, shown
 from eosin.options import Options
 
 Row = Mapping[str, str]
@@ -262,7 +262,7 @@ class Task(Options):
         return frozenset()
 
 
-TASKS: Registry[type[Task]] = Registry("task", "eosin.mil.tasks")
+TASKS: Registry[type[Task]] = Registry("task", "eosin.mil._tasks")
 
 
 def load_task(data: Mapping[str, Any]) -> Task:

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.pipeline.cohort_questions import question_cohort
-    from eosin.pipeline.demo import Demo, run_demo
-    from eosin.pipeline.deploy import Machine, TissueTiles, encode_slides, predict_slides
-    from eosin.pipeline.explain import explain_slide
-    from eosin.pipeline.question import question_slide
-    from eosin.pipeline.result import Result, make_report
-    from eosin.pipeline.run import Pipeline, run_pipeline
-    from eosin.pipeline.run import run_pipeline as run_stages  # noqa: F401 - its name in 0.1
-    from eosin.pipeline.selection import Selection, tile_selected
-    from eosin.pipeline.two_stage import SecondStage, TwoStageResult, run_two_stage
+    from eosin.pipeline._cohort_questions import question_cohort
+    from eosin.pipeline._demo import Demo, run_demo
+    from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides, predict_slides
+    from eosin.pipeline._explain import explain_slide
+    from eosin.pipeline._question import question_slide
+    from eosin.pipeline._result import Result, make_report
+    from eosin.pipeline._run import Pipeline, run_pipeline
+    from eosin.pipeline._run import run_pipeline as run_stages  # noqa: F401 - its name in 0.1
+    from eosin.pipeline._selection import Selection, tile_selected
+    from eosin.pipeline._two_stage import SecondStage, TwoStageResult, run_two_stage
 
 __all__ = [
     "Demo",

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.report.evaluation import evaluation_report, report_crossval
-    from eosin.report.page import ReportData, write_report
+    from eosin.report._evaluation import evaluation_report, report_crossval
+    from eosin.report._page import ReportData, write_report
 
 __all__ = [
     "ReportData",

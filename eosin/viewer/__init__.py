@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.viewer.catalogue import Catalogue, open_catalogue
-    from eosin.viewer.replay import replay_sessions
-    from eosin.viewer.show import show_slides
-    from eosin.viewer.static import write_static
+    from eosin.viewer._catalogue import Catalogue, open_catalogue
+    from eosin.viewer._replay import replay_sessions
+    from eosin.viewer._show import show_slides
+    from eosin.viewer._static import write_static
 
 __all__ = [
     "Catalogue",

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
-    from eosin.wsi.grid import TileGrid, Tiling, make_grid
-    from eosin.wsi.job import JobFolder, tile_slides
-    from eosin.wsi.preview import preview_slides
-    from eosin.wsi.quality import QualityLimits
-    from eosin.wsi.slide import Slide, SlideFile, find_slides, open_slide
-    from eosin.wsi.synthetic import make_cohort, make_slide
-    from eosin.wsi.tiles import iterate_tiles
-    from eosin.wsi.tissue import TissueMask, TissueOptions, find_tissue
+    from eosin.wsi._grid import TileGrid, Tiling, make_grid
+    from eosin.wsi._job import JobFolder, tile_slides
+    from eosin.wsi._preview import preview_slides
+    from eosin.wsi._quality import QualityLimits
+    from eosin.wsi._slide import Slide, SlideFile, find_slides, open_slide
+    from eosin.wsi._synthetic import make_cohort, make_slide
+    from eosin.wsi._tiles import iterate_tiles
+    from eosin.wsi._tissue import TissueMask, TissueOptions, find_tissue
 
 __all__ = [
     "JobFolder",

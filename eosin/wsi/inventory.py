@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from eosin.errors import SlideError, SlideOpenError
-from eosin.wsi.resolution import StatedMpp
+from eosin.wsi._resolution import StatedMpp
 
 Kind = Literal["slide", "label", "macro", "thumbnail", "other"]
 MACRO_WORDS = ("macro", "overview")

@@ -8,8 +8,8 @@ from typing import ClassVar, Self, TypeVar
 
 from eosin.errors import SlideOpenError
 from eosin.plugins import load_plugins
+from eosin.wsi._slide import Slide
 from eosin.wsi.inventory import Picture, choices, choose_picture, choose_plane
-from eosin.wsi.slide import Slide
 
 HEAD_BYTES = 4096
 
@@ -116,7 +116,7 @@ READERS = Readers()
 
 def find_reader(path: Path) -> type[Reader]:
     """Return the reader for what a file is; see `Readers.find`."""
-    from eosin.wsi import readers  # noqa: F401 - each registers itself, and brings its library
+    from eosin.wsi import _readers as readers  # noqa: F401 - each registers itself, and brings its library
 
     load_plugins()
     return READERS.find(path)

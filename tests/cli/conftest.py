@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eosin.cli.app import app
-from eosin.wsi.synthetic import Cohort, make_cohort
+from eosin.wsi._synthetic import Cohort, make_cohort
 
 Run = Callable[..., Result]
 

@@ -14,8 +14,8 @@ from eosin import __version__
 from eosin.cli._settings import options_of
 from eosin.cli.app import COMMANDS, app
 from eosin.cli.heatmap import DEFAULT_FORMATS
-from eosin.pipeline.run import Pipeline
-from eosin.wsi.grid import Tiling
+from eosin.pipeline._run import Pipeline
+from eosin.wsi._grid import Tiling
 
 from .conftest import Run
 

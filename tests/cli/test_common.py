@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from eosin.batch import Record, Report
+from eosin._batch import Record, Report
 from eosin.cli._common import Done, command, progress
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError
@@ -233,7 +233,7 @@ SLEEPER = """
 import signal, sys, time, typer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from jobs in the background
 from eosin.cli._common import Done, command
-from eosin.processes import require_running
+from eosin._processes import require_running
 def sleep() -> Done:
     try:
         print("ready", flush=True)

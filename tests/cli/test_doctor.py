@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eosin.wsi.tiled import TiledSlide
+from eosin.wsi._tiled import TiledSlide
 
 from .conftest import Run
 

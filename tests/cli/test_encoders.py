@@ -1,6 +1,6 @@
 """What `eosin encoders` lists and shows."""
 
-from eosin.features.encoders import ENCODERS
+from eosin.features._encoders import ENCODERS
 
 from .conftest import Run
 

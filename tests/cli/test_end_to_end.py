@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from eosin.batch import Report
+from eosin._batch import Report
 from eosin.errors import ConfigError
-from eosin.features.store import read_bag
-from eosin.mil.checkpoint import load_card
-from eosin.wsi.quality import QualityLimits
-from eosin.wsi.synthetic import Cohort, make_cohort
+from eosin.features._store import read_bag
+from eosin.mil._checkpoint import load_card
+from eosin.wsi._quality import QualityLimits
+from eosin.wsi._synthetic import Cohort, make_cohort
 
 from .conftest import Run
 
@@ -70,7 +70,7 @@ def test_run_leaves_tiles_out_for_their_quality(
         limits.append(quality)
         raise ConfigError("enough was seen")
 
-    monkeypatch.setattr("eosin.pipeline.deploy.tile_slides", tile_slides)
+    monkeypatch.setattr("eosin.pipeline._deploy.tile_slides", tile_slides)
     result = run(
         "run", "--slides", small / "slides", "--labels", small / "labels.csv", "--job", tmp_path / "job",
         "--folds", 2, "--max-pen", 0.1, "--max-blur", 0.9, "--set", "quality.max_fold=0.5",

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "heatmaps"))
 
 from scenes import feature_bag, lattice, marked_pixels, write_slide
 
-from eosin.features.bag import FeatureBag
-from eosin.features.store import write_bag
-from eosin.files import file_fingerprint
-from eosin.mil.checkpoint import ModelCard, build_model, save_model
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import make_task
+from eosin._files import file_fingerprint
+from eosin.features._bag import FeatureBag
+from eosin.features._store import write_bag
+from eosin.mil._checkpoint import ModelCard, build_model, save_model
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import make_task
 
 from .conftest import Run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tifffile
 
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._synthetic import make_slide
 
 from .conftest import Run
 

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from eosin.features import store
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import find_bags, read_bag, write_bag
-from eosin.mil.checkpoint import load_card
-from eosin.mil.splits import read_splits
-from eosin.wsi.synthetic import make_slide
+from eosin.features import _store as store
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, read_bag, write_bag
+from eosin.mil._checkpoint import load_card
+from eosin.mil._splits import read_splits
+from eosin.wsi._synthetic import make_slide
 
 from .conftest import Run
 

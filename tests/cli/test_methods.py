@@ -3,7 +3,7 @@
 import pytest
 
 import eosin.mil.methods
-from eosin.mil.recipe import RECIPES, Recipe
+from eosin.mil._recipe import RECIPES, Recipe
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
 
 from .conftest import Run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from eosin import processes
+from eosin import _processes as processes
 
 from .conftest import Run
 

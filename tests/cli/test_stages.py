@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import write_bag
-from eosin.wsi.coordinates import read_footer, read_grid
-from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import write_bag
+from eosin.wsi._coordinates import read_footer, read_grid
+from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 
 from .conftest import Run
 

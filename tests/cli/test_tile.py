@@ -9,9 +9,9 @@ import pytest
 from shapely.affinity import scale, translate
 from shapely.geometry import mapping, shape
 
-from eosin.wsi.coordinates import read_grid, read_quality
-from eosin.wsi.geojson import read_outline
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._coordinates import read_grid, read_quality
+from eosin.wsi._geojson import read_outline
+from eosin.wsi._synthetic import make_slide
 
 from .conftest import Run
 

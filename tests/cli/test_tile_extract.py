@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from eosin.features.store import find_bags, read_bag, verify_bag
-from eosin.wsi.coordinates import read_grid
-from eosin.wsi.synthetic import make_slide
+from eosin.features._store import find_bags, read_bag, verify_bag
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._synthetic import make_slide
 
 from .conftest import Run
 

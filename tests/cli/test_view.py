@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.viewer.catalogue import open_catalogue
-from eosin.viewer.saved import save_session
-from eosin.viewer.session import Edited
-from eosin.wsi.slide import find_slides
+from eosin.viewer._catalogue import open_catalogue
+from eosin.viewer._saved import save_session
+from eosin.viewer._session import Edited
+from eosin.wsi._slide import find_slides
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eosin.errors import FeatureMismatchError
-from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features._bag import FeatureBag, FeatureSpec
 
 SPEC = FeatureSpec(encoder="uni_v1", weights_hash="aa", dim=4, mpp=0.5, patch_size=256)
 

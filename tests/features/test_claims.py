@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from eosin.errors import OutputError
-from eosin.features import inference
-from eosin.features.claims import DONE_ELSEWHERE, Claims, Todo
-from eosin.features.extract import extract
-from eosin.features.store import read_bag
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.features import _inference as inference
+from eosin.features._claims import DONE_ELSEWHERE, Claims, Todo
+from eosin.features._extract import extract
+from eosin.features._store import read_bag
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 
 from .test_extract import TILING, Stub, add_slide
 

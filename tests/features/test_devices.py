@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from eosin.errors import ConfigError, OutputError
-from eosin.features import devices as module
-from eosin.features.devices import DevicePool, DeviceWork
-from eosin.features.extract import extract
-from eosin.features.inference import EncoderChoice
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.features import _devices as module
+from eosin.features._devices import DevicePool, DeviceWork
+from eosin.features._extract import extract
+from eosin.features._inference import EncoderChoice
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 
 from .test_extract import TILING, add_slide
 

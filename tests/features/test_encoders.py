@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from eosin.errors import CheckpointError, ConfigError, UnknownNameError
-from eosin.features import encoders, he_texture
-from eosin.features.encoders import ENCODERS, Precision, find_encoder, folder_name
-from eosin.features.inference import load_encoder
+from eosin.features import _encoders as encoders
+from eosin.features import _he_texture as he_texture
+from eosin.features._encoders import ENCODERS, Precision, find_encoder, folder_name
+from eosin.features._inference import load_encoder
 
 SMALL = "timm:test_vit?random"
 IMAGENET, HALF, CLIP, HOPTIMUS, LUNIT = (

@@ -14,19 +14,21 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 
+from eosin._files import file_fingerprint
 from eosin.errors import ConfigError, OutputError
-from eosin.features import encoding, inference, reading
-from eosin.features.bag import FeatureBag
-from eosin.features.encoders import find_encoder
-from eosin.features.extract import extract
-from eosin.features.inference import Encoder, TolerantEncoder, load_encoder
-from eosin.features.reading import ReadRequest, TileBatch
-from eosin.features.store import read_bag, read_footer
-from eosin.files import file_fingerprint
-from eosin.wsi.coordinates import write_grid
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.features import _encoding as encoding
+from eosin.features import _inference as inference
+from eosin.features import _reading as reading
+from eosin.features._bag import FeatureBag
+from eosin.features._encoders import find_encoder
+from eosin.features._extract import extract
+from eosin.features._inference import Encoder, TolerantEncoder, load_encoder
+from eosin.features._reading import ReadRequest, TileBatch
+from eosin.features._store import read_bag, read_footer
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 
 TILING = Tiling(mpp=0.5, patch_size=32)
 ENCODER = "timm:test_vit?random"
@@ -286,7 +288,7 @@ def test_memory_for_tiles_comes_from_where_the_device_wants_it(job: JobFolder, m
         shapes.append(shape)
         return np.empty(shape, np.uint8)
 
-    monkeypatch.setattr("eosin.features.extract.allocator", lambda _: allocate)
+    monkeypatch.setattr("eosin.features._extract.allocator", lambda _: allocate)
     slides = [add_slide(job.root, "s", n=5)]
     assert extract(slides, job, ENCODER, batch_size=3, workers=1).count("ok") == 1
     assert shapes == [(3, 32, 32, 3), (2, 32, 32, 3)]

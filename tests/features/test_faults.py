@@ -19,16 +19,16 @@ import tifffile
 import torch
 
 import eosin
+from eosin._files import file_fingerprint
 from eosin.errors import OutputError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.extract import extract
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._extract import extract
+from eosin.features._store import verify_bag, write_bag
 from eosin.features.interop import ImportOptions, export_bag, import_file
-from eosin.features.store import verify_bag, write_bag
-from eosin.files import file_fingerprint
-from eosin.wsi.coordinates import write_grid
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and signals")
 
@@ -100,7 +100,7 @@ def test_killed_at_every_line(tmp_path: Path, every: int) -> None:
     traced(lambda: write_bag(path, bag), lines.append)
     whole_after_kill = 0
     for number, file in enumerate(lines):
-        if file != "files.py" and number % every:
+        if file != "_files.py" and number % every:
             continue
         path.unlink()
         assert in_a_child(killing_at(number, lambda: write_bag(path, bag))) == KILLED
@@ -111,7 +111,7 @@ def test_killed_at_every_line(tmp_path: Path, every: int) -> None:
             orphan.unlink()  # swept by age otherwise; looking at them would be more lines
         write_bag(path, bag)
         assert path.read_bytes() == whole
-    assert 0 < whole_after_kill < lines.count("files.py"), "some kills must fall between the rename and the end"
+    assert 0 < whole_after_kill < lines.count("_files.py"), "some kills must fall between the rename and the end"
 
 
 def plain_write(path: Path) -> Callable[[], None]:
@@ -134,7 +134,7 @@ def import_trident(path: Path) -> Callable[[], None]:
 
 
 def convert_checkpoint_of_abmil(path: Path) -> Callable[[], None]:
-    from eosin.mil.convert import convert_checkpoint
+    from eosin.mil._convert import convert_checkpoint
 
     names = {"feature.0": (256, 900), "attention_a.0": (256, 256), "attention_b.0": (256, 256),
              "attention_c": (1, 256), "classifier.0": (2, 256)}  # fmt: skip
@@ -282,9 +282,9 @@ def test_a_full_disk_ends_the_command_with_3(small_disk: Path, tmp_path: Path) -
 SCRIPT = """
 import sys
 from pathlib import Path
-from eosin.features.extract import extract
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import SlideFile
+from eosin.features._extract import extract
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import SlideFile
 root = Path(sys.argv[1])
 slides = [SlideFile(path, path.stem) for path in sorted(root.glob("*.tiff"))]
 extract(slides, JobFolder(root), "he_texture", batch_size=4, workers=int(sys.argv[2]))

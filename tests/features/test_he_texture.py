@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import roc_auc_score
 
-from eosin.features.he_texture import FEATURE_NAMES, GLASS_LEVEL, MIN_TILE_PX, STAIN_VECTORS, describe
-from eosin.wsi.synthetic import make_slide
+from eosin.features._he_texture import FEATURE_NAMES, GLASS_LEVEL, MIN_TILE_PX, STAIN_VECTORS, describe
+from eosin.wsi._synthetic import make_slide
 
 TILE_PX = 128
 

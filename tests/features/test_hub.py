@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
 from eosin.errors import ConfigError
-from eosin.features.hub import download_weights
+from eosin.features._hub import download_weights
 
 
 def response(status: int) -> SimpleNamespace:

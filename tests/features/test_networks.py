@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eosin.features.encoders import ENCODERS
-from eosin.features.networks import (
+from eosin.features._encoders import ENCODERS
+from eosin.features._networks import (
     EncoderNetwork,
     PooledTransformer,
     adapt_timm_state,
@@ -19,7 +19,7 @@ from eosin.features.networks import (
     build_timm,
     pool_tokens,
 )
-from eosin.features.weights import find_weights, load_strictly, read_state
+from eosin.features._weights import find_weights, load_strictly, read_state
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 0}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from eosin.errors import CheckpointError, ConfigError
-from eosin.features.encoders import ENCODERS
-from eosin.features.inference import load_encoder
+from eosin.features._encoders import ENCODERS
+from eosin.features._inference import load_encoder
 
 TILES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
 

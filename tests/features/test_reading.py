@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from eosin.errors import CorruptSlideError
-from eosin.features import reading
-from eosin.wsi.slide import SlideFile
+from eosin.features import _reading as reading
+from eosin.wsi._slide import SlideFile
 
 SHAPE = (4, 256, 256, 3)
 

@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 import pytest
 
-from eosin import seals
+from eosin import _seals as seals
 from eosin.errors import ConfigError, FeatureFileError, FeatureMismatchError
-from eosin.features import store
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.features import _store as store
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.wsi._grid import TileGrid, Tiling
 
 
 def make_grid(n: int) -> TileGrid:

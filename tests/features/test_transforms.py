@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from eosin.features.encoders import ENCODERS, HALF, IMAGENET
-from eosin.features.transforms import Transform
+from eosin.features._encoders import ENCODERS, HALF, IMAGENET
+from eosin.features._transforms import Transform
 
 ROWS = list(dict.fromkeys((row.transform, row.tile_px) for row in ENCODERS.values() if row.transform))
 

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from eosin.errors import ConfigError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import write_bag
-from eosin.features.verify import verify_job
-from eosin.wsi.coordinates import write_grid
-from eosin.wsi.grid import TileGrid, Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.quality import TileQuality
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import write_bag
+from eosin.features._verify import verify_job
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._quality import TileQuality
 
 FOLDER = Tiling().folder
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eosin.errors import CheckpointError
-from eosin.features.weights import find_weights, hash_state, load_strictly, read_state, revision_of
+from eosin.features._weights import find_weights, hash_state, load_strictly, read_state, revision_of
 
 STATE = {"patch.weight": torch.arange(6.0).reshape(2, 3), "norm.bias": torch.ones(2)}
 

@@ -8,8 +8,8 @@ from scenes import lattice
 from shapely import MultiPolygon, box, geometry
 
 from eosin.errors import ConfigError
-from eosin.heatmaps import annotations
-from eosin.heatmaps.annotations import read_regions, tiles_inside
+from eosin.heatmaps import _annotations as annotations
+from eosin.heatmaps._annotations import read_regions, tiles_inside
 
 
 def feature(shape, *, name=None, classification=None):
@@ -126,7 +126,7 @@ def test_300_mb_are_read_in_bounded_memory_and_time(tmp_path):
         file.write("]}")
     program = (
         "import resource, sys, time; from pathlib import Path;"
-        "from eosin.heatmaps.annotations import read_regions; started = time.process_time();"
+        "from eosin.heatmaps._annotations import read_regions; started = time.process_time();"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "area = read_regions(Path(sys.argv[1]), classes=['Tumor']).area;"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"

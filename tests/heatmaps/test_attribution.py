@@ -4,8 +4,8 @@ import torch
 from scenes import feature_bag, lattice
 
 from eosin.errors import ConfigError
-from eosin.heatmaps.maps import attention_map, attention_weights, attribution_maps, gradient_map
-from eosin.heatmaps.subject import pack_bag
+from eosin.heatmaps._maps import attention_map, attention_weights, attribution_maps, gradient_map
+from eosin.heatmaps._subject import pack_bag
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.clam import ClamMultiBranch
 from eosin.mil.methods.pooling import MeanPooling

@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import binomtest
 
 from eosin.errors import ConfigError
-from eosin.heatmaps.cohort import holm, mean_change, summarise_cohort
-from eosin.heatmaps.counterfactual import Effect, Origin
+from eosin.heatmaps._cohort import holm, mean_change, summarise_cohort
+from eosin.heatmaps._counterfactual import Effect, Origin
 
 
 def effect(before, after, control=None, origin=Origin.REGION):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scenes import random_bag
 
-from eosin.heatmaps.counterfactual import (
+from eosin.heatmaps._counterfactual import (
     Effect,
     ablate_top,
     certify,
@@ -17,11 +17,11 @@ from eosin.heatmaps.counterfactual import (
     top_tiles,
     transplant,
 )
-from eosin.heatmaps.findings import effects_table, in_words
+from eosin.heatmaps._findings import effects_table, in_words
+from eosin.mil._closed_forms import MaxBag, PooledBag
+from eosin.mil._reevaluation import ForwardBag
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import MaxBag, PooledBag
 from eosin.mil.methods.pooling import MeanPooling
-from eosin.mil.reevaluation import ForwardBag
 from eosin.mil.subsets import Target
 
 TUMOUR = Target(1)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scenes import feature_bag
 
-from eosin.heatmaps.counterfactual import Origin
-from eosin.heatmaps.examination import Questions, examine
-from eosin.mil.checkpoint import ModelCard, build_model
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import make_task
+from eosin.heatmaps._counterfactual import Origin
+from eosin.heatmaps._examination import Questions, examine
+from eosin.mil._checkpoint import ModelCard, build_model
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import make_task
 
 DIM, N = 6, 40
 NAMES = (

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scenes import lattice, marked_map
 
-from eosin.heatmaps.colour import scale_of
-from eosin.heatmaps.export.geojson import check_geojson, write_geojson
-from eosin.heatmaps.heatmap import Heatmap
+from eosin.heatmaps._colour import scale_of
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.heatmaps.export._geojson import check_geojson, write_geojson
 
 
 def corners(feature):

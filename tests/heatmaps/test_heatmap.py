@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import lattice, marked_map
 
-from eosin.heatmaps.heatmap import Heatmap, raster_boxes, raster_shape
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.heatmaps._heatmap import Heatmap, raster_boxes, raster_shape
+from eosin.wsi._grid import TileGrid, Tiling
 
 
 @pytest.mark.parametrize("tiling_mpp", [0.25, 0.5, 1.0])

@@ -7,8 +7,8 @@ from scenes import feature_bag, lattice
 
 import eosin.mil.methods  # noqa: F401  (registers the methods)
 from eosin.errors import ConfigError, UnknownNameError
-from eosin.heatmaps.colour import scale_of
-from eosin.heatmaps.maps import ATTRIBUTIONS, map_slide
+from eosin.heatmaps._colour import scale_of
+from eosin.heatmaps._maps import ATTRIBUTIONS, map_slide
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.subsets import Target

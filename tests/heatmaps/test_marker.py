@@ -12,13 +12,13 @@ import tifffile
 from PIL import Image
 from scenes import PixelSlide, lattice, marked_map, marked_pixels, write_slide
 
-from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX, take_view
-from eosin.heatmaps.export.tiff import default_mpp
-from eosin.mil.checkpoint import ModelCard
-from eosin.mil.recipe import Component, Recipe
-from eosin.mil.tasks import make_task
-from eosin.pipeline.explain import FORMATS, Explanation, _write
-from eosin.wsi.slide import open_slide
+from eosin.heatmaps.export._png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX, take_view
+from eosin.heatmaps.export._tiff import default_mpp
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._recipe import Component, Recipe
+from eosin.mil._tasks import make_task
+from eosin.pipeline._explain import FORMATS, Explanation, _write
+from eosin.wsi._slide import open_slide
 
 LIT = (165, 151, 35)  # the last yellow of the scale over the grey of the mark
 SIZE = (903, 707)

@@ -4,8 +4,8 @@ from PIL import Image
 from scenes import MARK, PixelSlide, lattice, marked_map, marked_pixels, write_slide
 from shapely import MultiPolygon, box
 
-from eosin.heatmaps.colour import scale_of
-from eosin.heatmaps.export.png import (
+from eosin.heatmaps._colour import scale_of
+from eosin.heatmaps.export._png import (
     COLOUR_BAR_PX,
     MARGIN_PX,
     TRUTH_COLOUR,
@@ -16,8 +16,8 @@ from eosin.heatmaps.export.png import (
     take_view,
     write_png,
 )
-from eosin.wsi.slide import open_slide
-from eosin.wsi.tissue import TissueMask
+from eosin.wsi._slide import open_slide
+from eosin.wsi._tissue import TissueMask
 
 
 def lit_box(image):

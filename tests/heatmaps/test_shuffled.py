@@ -3,13 +3,13 @@ import pytest
 import torch
 from scenes import feature_bag
 
-from eosin.heatmaps.cohort import mean_change, summarise_cohort
-from eosin.heatmaps.examination import Questions, examine
-from eosin.mil.checkpoint import ModelCard
+from eosin.heatmaps._cohort import mean_change, summarise_cohort
+from eosin.heatmaps._examination import Questions, examine
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._recipe import Recipe
+from eosin.mil._shuffled import shuffle_weights
+from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.recipe import Recipe
-from eosin.mil.shuffled import shuffle_weights
-from eosin.mil.tasks import Classification
 
 ASKED = Questions(fractions=(0.2,), rounds=3, controls=0)
 SLIDES, TILES, WIDTH = 6, 12, 4

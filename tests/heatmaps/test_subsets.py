@@ -8,11 +8,11 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import eosin.mil.methods  # noqa: F401  (registers the methods)
-from eosin.heatmaps.subject import look
+from eosin.heatmaps._subject import look
+from eosin.mil._reevaluation import ForwardBag, plan_search
+from eosin.mil._standardize import Standardized, Standardizer
 from eosin.mil.bags import PackedBags
-from eosin.mil.reevaluation import ForwardBag, plan_search
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
-from eosin.mil.standardize import Standardized, Standardizer
 from eosin.mil.subsets import Target
 
 DIM = 12

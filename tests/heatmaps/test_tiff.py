@@ -5,10 +5,10 @@ import tifffile
 from scenes import lattice, marked_map
 
 from eosin.errors import ConfigError
-from eosin.heatmaps.colour import scale_of
-from eosin.heatmaps.export.tiff import default_mpp, write_tiff
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.wsi.slide import open_slide
+from eosin.heatmaps._colour import scale_of
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.heatmaps.export._tiff import default_mpp, write_tiff
+from eosin.wsi._slide import open_slide
 
 
 def lit_boxes(path, colour):

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from eosin.mil._nystrom import through_landmarks
+from eosin.mil._rollout import inputs_of, rollout, with_residual
+from eosin.mil._standardize import Standardized, Standardizer
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, Groups
 from eosin.mil.methods.set_transformer import SetTransformer
 from eosin.mil.methods.transmil import TokenLayout, TransMil
-from eosin.mil.nystrom import through_landmarks
-from eosin.mil.rollout import inputs_of, rollout, with_residual
 from eosin.mil.slots import AGGREGATORS
-from eosin.mil.standardize import Standardized, Standardizer
 
 DIM, N = 7, 23
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from eosin import kernels
-from eosin.mil import nystrom
+from eosin.mil import _nystrom as nystrom
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import set_transformer
 from eosin.mil.methods.transmil import TokenLayout

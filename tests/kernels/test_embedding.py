@@ -6,7 +6,7 @@ from kernel_packs import error, normal
 
 from eosin import kernels
 from eosin.kernels import _affine_gradient, _products, _rows
-from eosin.kernels.rates import Rates
+from eosin.kernels._rates import Rates
 
 SIZES = [0, 1, 7, 8, 9, 23]
 

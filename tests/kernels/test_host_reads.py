@@ -6,12 +6,12 @@ from pretended_gpu import OnGpu, PretendedGpu, Waits, may_wait
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin import kernels
+from eosin.mil._recipe import RECIPES
+from eosin.mil._survival import DiscreteSurvival
+from eosin.mil._tasks import Classification
+from eosin.mil._train import Objective
 from eosin.mil.bags import PackedBags
-from eosin.mil.recipe import RECIPES
 from eosin.mil.slots import AGGREGATORS
-from eosin.mil.survival import DiscreteSurvival
-from eosin.mil.tasks import Classification
-from eosin.mil.train import Objective
 
 DIM, LENGTHS = 16, (70, 1, 33)
 

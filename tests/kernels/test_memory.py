@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from eosin.kernels import memory
-from eosin.kernels.memory import new_tensor
+from eosin.kernels import _memory as memory
+from eosin.kernels._memory import new_tensor
 
 ROWS = (40_000, 256)  # 41 MB of float32
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocator is left alone")

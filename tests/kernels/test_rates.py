@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from eosin.kernels import _affine_gradient, rates
+from eosin.kernels import _affine_gradient
+from eosin.kernels import _rates as rates
 from eosin.kernels._affine_gradient import AffineGradient, product_into
-from eosin.kernels.rates import Rates
+from eosin.kernels._rates import Rates
 
 AMD = Rates(fp32=60, fp32_gradient=30, fp32_convolution=55, bf16=0, bf16_gradient=0)
 INTEL = Rates(fp32=110, fp32_gradient=110, fp32_convolution=90, bf16=120, bf16_gradient=100)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from eosin.features.bag import FeatureSpec
-from eosin.mil.data import LabelTable, MemoryBags, make_examples
-from eosin.mil.splits import Cohort
-from eosin.mil.tasks import make_task
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import LabelTable, MemoryBags, make_examples
+from eosin.mil._splits import Cohort
+from eosin.mil._tasks import make_task
 
 DIM = 12
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eosin.mil import attention
-from eosin.mil.attention import (
+from eosin.mil import _attention as attention
+from eosin.mil._attention import (
     bag_attention,
     bag_product,
     by_rows,

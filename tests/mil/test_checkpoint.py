@@ -3,14 +3,14 @@ import json
 import pytest
 import torch
 
+from eosin._seals import sealed
 from eosin.errors import CheckpointError, OutputError
-from eosin.features.bag import FeatureSpec
-from eosin.mil.checkpoint import ModelCard, load_card, load_model, save_model
+from eosin.features._bag import FeatureSpec
+from eosin.mil._checkpoint import ModelCard, load_card, load_model, save_model
+from eosin.mil._recipe import Recipe
+from eosin.mil._standardize import Standardized, Standardizer
+from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.recipe import Recipe
-from eosin.mil.standardize import Standardized, Standardizer
-from eosin.mil.tasks import Classification
-from eosin.seals import sealed
 
 TASK = Classification(classes=("a", "b"))
 

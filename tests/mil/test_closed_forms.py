@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import random_bag
 
-from eosin.mil.closed_forms import PooledBag
+from eosin.mil._closed_forms import PooledBag
 from eosin.mil.subsets import Target
 
 PROBABILITY = Target(1, "probability")

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from eosin.errors import LabelError
-from eosin.mil.compare import delong, paired_bootstrap
-from eosin.mil.metrics import roc_auc
-from eosin.mil.tasks import Binary
+from eosin.mil._compare import delong, paired_bootstrap
+from eosin.mil._metrics import roc_auc
+from eosin.mil._tasks import Binary
 
 TASK = Binary(classes=("a", "b"))
 

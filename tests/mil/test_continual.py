@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from eosin.errors import CheckpointError, ConfigError, FeatureMismatchError, LabelError
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import LabelTable, MemoryBags, make_examples
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._splits import Cohort
+from eosin.mil._study import Study
+from eosin.mil._tasks import make_task
+from eosin.mil._train import fit
 from eosin.mil.continual import (
     SEQUENCE,
     TABLE,
@@ -18,12 +24,6 @@ from eosin.mil.continual import (
     sequence,
     summary,
 )
-from eosin.mil.data import LabelTable, MemoryBags, make_examples
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.splits import Cohort
-from eosin.mil.study import Study
-from eosin.mil.tasks import make_task
-from eosin.mil.train import fit
 
 DIM = 64
 RECIPE = Recipe(

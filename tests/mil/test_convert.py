@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from eosin.errors import CheckpointError
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._checkpoint import load_model
+from eosin.mil._convert import convert_checkpoint, read_tensors, recognise
 from eosin.mil.bags import PackedBags
-from eosin.mil.checkpoint import load_model
-from eosin.mil.convert import convert_checkpoint, read_tensors, recognise
 
 OURS = ("embed.0", "attention.V", "attention.U", "attention.w", "classifier")
 THEIRS = {

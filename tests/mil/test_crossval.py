@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from eosin.errors import ConfigError, LabelError
-from eosin.mil.checkpoint import load_card
-from eosin.mil.crossval import cohort_of, crossval
-from eosin.mil.data import LabelTable, make_examples
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.seen import Run
-from eosin.mil.splits import Split, make_splits
-from eosin.mil.tasks import make_task
-from eosin.mil.train import fit
+from eosin.mil._checkpoint import load_card
+from eosin.mil._crossval import cohort_of, crossval
+from eosin.mil._data import LabelTable, make_examples
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import Run
+from eosin.mil._splits import Split, make_splits
+from eosin.mil._tasks import make_task
+from eosin.mil._train import fit
 
 RECIPE = Recipe(
     aggregator=Component(name="abmil", options={"embed_dims": [16], "hidden": 8}),
@@ -50,7 +50,7 @@ def test_test_slides_never_reach_training(toy, tmp_path, monkeypatch):
         used.append((set(train.ids), set(val.ids)))
         return fit(recipe, task, train, val, **options)
 
-    monkeypatch.setattr("eosin.mil.crossval.fit", spy)
+    monkeypatch.setattr("eosin.mil._crossval.fit", spy)
     crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
     for (train, val), split in zip(used, splits, strict=True):
         assert val

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from eosin.errors import FeatureMismatchError, LabelError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import find_bags, write_bag
-from eosin.mil.data import FeatureFolder, LabelTable, MemoryBags, make_examples, patient_examples
-from eosin.mil.tasks import Classification
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, write_bag
+from eosin.mil._data import FeatureFolder, LabelTable, MemoryBags, make_examples, patient_examples
+from eosin.mil._tasks import Classification
 
 SPEC = FeatureSpec(encoder="test", dim=3)
 

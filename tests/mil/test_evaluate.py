@@ -3,10 +3,10 @@ import pytest
 import torch
 from scipy import stats
 
-from eosin.mil.data import MemoryBags
-from eosin.mil.evaluate import bootstrap, predict_outputs, summarise_folds
+from eosin.mil._data import MemoryBags
+from eosin.mil._evaluate import bootstrap, predict_outputs, summarise_folds
+from eosin.mil._tasks import Classification, make_task
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.tasks import Classification, make_task
 
 TASK = Classification(classes=("a", "b"))
 

@@ -4,9 +4,9 @@ import time
 import pytest
 import torch
 
-from eosin.features.bag import FeatureSpec
-from eosin.mil.data import MemoryBags
-from eosin.mil.feed import DeviceBags, EvaluationPacks, ahead, group_by_budget, pack_bags
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import MemoryBags
+from eosin.mil._feed import DeviceBags, EvaluationPacks, ahead, group_by_budget, pack_bags
 
 
 def source(**lengths):

@@ -4,8 +4,8 @@ import csv
 import itertools
 import random
 
-from eosin.mil.flow import COHORT, STEPS, Flow
-from eosin.report.flow import flow_svg
+from eosin.mil._flow import COHORT, STEPS, Flow
+from eosin.report._flow import flow_svg
 
 REASONS = ("no-mpp", "truncated", "no row in the table", "blank label")
 

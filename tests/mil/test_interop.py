@@ -3,16 +3,16 @@ import json
 import pytest
 
 from eosin.errors import LabelError
-from eosin.mil.data import LabelTable
-from eosin.mil.interop import (
+from eosin.mil._data import LabelTable
+from eosin.mil._interop import (
     read_fold_table,
     read_patient_splits,
     read_two_tables,
     split_by_column,
     write_patient_splits,
 )
-from eosin.mil.splits import Cohort, Split, check_splits
-from eosin.mil.tasks import make_task
+from eosin.mil._splits import Cohort, Split, check_splits
+from eosin.mil._tasks import make_task
 
 COHORT = Cohort(("a1", "a2", "b", "c"), ("A", "A", "B", "C"), ("0", "0", "1", "1"))
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from eosin.features.bag import FeatureSpec
-from eosin.mil.checkpoint import load_model
-from eosin.mil.data import Examples, MemoryBags
-from eosin.mil.recipe import Recipe
-from eosin.mil.tasks import Classification
-from eosin.mil.train import fit
+from eosin.features._bag import FeatureSpec
+from eosin.mil._checkpoint import load_model
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._recipe import Recipe
+from eosin.mil._tasks import Classification
+from eosin.mil._train import fit
 
 folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import eosin.mil.methods  # noqa: F401 (registers)
-from eosin.mil import attention
+from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import mambamil, set_transformer, transmil
 from eosin.mil.slots import AGGREGATORS

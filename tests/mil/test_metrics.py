@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from eosin.mil.metrics import (
+from eosin.mil._metrics import (
     average_precision,
     balanced_accuracy,
     best_threshold,

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError, LabelError
-from eosin.mil.crossval import cohort_of, crossval
-from eosin.mil.data import Examples, LabelTable, make_examples
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.splits import make_splits
-from eosin.mil.tasks import load_task, make_task
-from eosin.mil.train import fit
+from eosin.mil._crossval import cohort_of, crossval
+from eosin.mil._data import Examples, LabelTable, make_examples
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._splits import make_splits
+from eosin.mil._tasks import load_task, make_task
+from eosin.mil._train import fit
 
 TARGET = "er; ordinal:grade; cox:months,dead; regression:age"
 TABLE = [

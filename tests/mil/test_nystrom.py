@@ -1,6 +1,6 @@
 import torch
 
-from eosin.mil.nystrom import TokenBags, pseudo_inverse
+from eosin.mil._nystrom import TokenBags, pseudo_inverse
 
 
 def test_the_pseudo_inverse_inverts_and_knows_no_other_bag():

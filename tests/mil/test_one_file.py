@@ -72,12 +72,12 @@ import sys, torch, numpy as np
 from pathlib import Path
 import eosin, eosin.mil.methods
 from eosin.errors import CheckpointError, UnknownNameError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.heatmaps.maps import map_slide
-from eosin.mil.convert import recognise
-from eosin.mil.recipe import RECIPES
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.heatmaps._maps import map_slide
+from eosin.mil._convert import recognise
+from eosin.mil._recipe import RECIPES
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi._grid import TileGrid, Tiling
 
 assert Path(eosin.__file__).is_relative_to(sys.argv[1])
 small = {"width": 16, "embed_dims": (16,), "hidden": 4, "projection": 4, "landmarks": 4, "tokens": 3, "heads": 2}

@@ -8,8 +8,8 @@ from pydantic.fields import FieldInfo
 
 import eosin.mil.methods  # noqa: F401 - registers the methods
 from eosin.errors import ConfigError
+from eosin.mil._registry import ModuleRegistry
 from eosin.mil.options import Count, Dropout, NotNegative, Part, Positive, Share, Whole
-from eosin.mil.registry import ModuleRegistry
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eosin.mil.parallel import own_device
+from eosin.mil._parallel import own_device
 
 SCRIPT = """
 import json
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from eosin.features.bag import FeatureSpec
-from eosin.mil.data import Examples, MemoryBags
-from eosin.mil.recipe import Recipe
-from eosin.mil.tasks import make_task
-from eosin.mil.train import fit
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._recipe import Recipe
+from eosin.mil._tasks import make_task
+from eosin.mil._train import fit
 
 generator = torch.Generator().manual_seed(0)
 bags = {str(i): torch.randn(5 + i, 8, generator=generator) + i % 2 for i in range(21)}

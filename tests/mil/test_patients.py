@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError, LabelError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import find_bags, write_bag
-from eosin.mil import ensemble as answering
-from eosin.mil.data import MemoryBags, patient_examples
-from eosin.mil.ensemble import load_ensemble
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.patients import patients_file, read_patients
-from eosin.mil.predict import predict
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.train import fit
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, write_bag
+from eosin.mil import _ensemble as answering
+from eosin.mil._data import MemoryBags, patient_examples
+from eosin.mil._ensemble import load_ensemble
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._patients import patients_file, read_patients
+from eosin.mil._predict import predict
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._train import fit
 
 SMALL = Component(name="abmil", options={"embed_dims": [8], "hidden": 4})
 PATIENTS = {

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.planted import (
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._planted import (
     DATASETS,
     Planted,
     false_frequency,
@@ -11,10 +11,10 @@ from eosin.mil.planted import (
     planted_signal,
     single_concept,
 )
-from eosin.mil.recipe import RECIPES, Component, Training
+from eosin.mil._recipe import RECIPES, Component, Training
+from eosin.mil._tasks import Binary, Classification
+from eosin.mil._train import fit
 from eosin.mil.slots import AGGREGATORS
-from eosin.mil.tasks import Binary, Classification
-from eosin.mil.train import fit
 
 POISON = -9.0
 

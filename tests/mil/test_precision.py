@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from eosin.mil import train
-from eosin.mil.train import settled_precision
+from eosin.mil import _train as train
+from eosin.mil._train import settled_precision
 
 
 def test_auto_is_chosen_once_and_kept(tmp_path, monkeypatch):

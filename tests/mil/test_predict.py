@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eosin.batch import Record
+from eosin._batch import Record
 from eosin.errors import ConfigError, FeatureMismatchError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import find_bags, write_bag
-from eosin.mil import predict as prediction
-from eosin.mil.checkpoint import load_card, load_model, save_model
-from eosin.mil.predict import load_ensemble, predict
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.train import fit
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import find_bags, write_bag
+from eosin.mil import _predict as prediction
+from eosin.mil._checkpoint import load_card, load_model, save_model
+from eosin.mil._predict import load_ensemble, predict
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._train import fit
 
 
 def train_models(toy, folder, seeds=(0, 1)):
@@ -170,9 +170,9 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from eosin.features.store import find_bags
-from eosin.mil import predict as prediction
-from eosin.mil import prediction_table
+from eosin.features._store import find_bags
+from eosin.mil import _predict as prediction
+from eosin.mil import _prediction_table as prediction_table
 
 prediction_table.SAVE_INTERVAL_S = 0
 model, folder, out = map(Path, sys.argv[1:4])

@@ -6,8 +6,8 @@ import torch
 from scenes import feature_bag
 
 import eosin.mil.methods  # noqa: F401 - registers the methods
-from eosin.heatmaps.findings import describe_method
-from eosin.heatmaps.subject import look
+from eosin.heatmaps._findings import describe_method
+from eosin.heatmaps._subject import look
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.subsets import Target
@@ -188,7 +188,7 @@ def test_edits_of_a_viewer_are_the_model_on_what_is_left(name, options):
 
 
 def test_a_method_that_joined_as_in_0_1_is_still_exact():
-    from eosin.mil.closed_forms import contributions, linear_terms
+    from eosin.mil._closed_forms import contributions, linear_terms
     from eosin.mil.methods.abmil import Abmil
     from eosin.mil.slots import Aggregator
     from eosin.mil.subsets import as_array

@@ -1,6 +1,6 @@
 import torch
 
-from eosin.mil.resume import STATE, State, read_state, write_state
+from eosin.mil._resume import STATE, State, read_state, write_state
 
 
 def test_every_damaged_byte_of_a_state_is_noticed_or_harmless(tmp_path, caplog):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eosin.mil.rollout import flow, rollout, rollout_row, with_residual
+from eosin.mil._rollout import flow, rollout, rollout_row, with_residual
 
 
 def random_attention(layers, tokens, seed=0):

@@ -1,12 +1,12 @@
 import pytest
 
 from eosin.errors import CheckpointError
-from eosin.mil.crossval import crossval
-from eosin.mil.data import patient_examples
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.seen import SEEN, Run, Seen, read_seen, write_seen
-from eosin.mil.splits import make_splits
-from eosin.mil.train import fit
+from eosin.mil._crossval import crossval
+from eosin.mil._data import patient_examples
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import SEEN, Run, Seen, read_seen, write_seen
+from eosin.mil._splits import make_splits
+from eosin.mil._train import fit
 
 RECIPE = Recipe(
     aggregator=Component(name="abmil", options={"embed_dims": [4], "hidden": 2}),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError, UnknownNameError
+from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import (
     Aggregator,
@@ -14,7 +15,6 @@ from eosin.mil.slots import (
     ModuleRegistry,
     SupervisedStrategy,
 )
-from eosin.mil.tasks import Classification
 
 
 class Sum(Aggregator):

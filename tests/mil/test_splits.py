@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eosin.errors import ConfigError, LabelError
-from eosin.mil.splits import (
+from eosin.mil._splits import (
     Cohort,
     Split,
     check_splits,
@@ -16,7 +16,7 @@ from eosin.mil.splits import (
     write_nested_splits,
     write_splits,
 )
-from eosin.mil.tasks import make_task
+from eosin.mil._tasks import make_task
 
 
 def a_cohort(n_patients=40, n_classes=2, seed=0, mixed=0.1, n_sites=0):
@@ -344,7 +344,7 @@ def test_a_split_that_was_changed_is_refused(tmp_path, damage):
 def test_a_set_that_is_being_replaced_is_not_read(tmp_path, monkeypatch):
     cohort = a_cohort()
     write_splits(tmp_path, make_splits(cohort, folds=3), cohort)
-    monkeypatch.setattr("eosin.mil.splits.finish_set", lambda *_: None)  # killed before the end
+    monkeypatch.setattr("eosin.mil._splits.finish_set", lambda *_: None)  # killed before the end
     write_splits(tmp_path, make_splits(cohort, folds=2), cohort)
     with pytest.raises(LabelError, match="has not finished"):
         read_splits(tmp_path)

@@ -1,10 +1,10 @@
 import torch
 
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import MemoryBags
+from eosin.mil._standardize import ROWS_PER_BAG, Standardized, Standardizer
 from eosin.mil.bags import PackedBags
-from eosin.mil.data import MemoryBags
 from eosin.mil.methods.abmil import Abmil
-from eosin.mil.standardize import ROWS_PER_BAG, Standardized, Standardizer
 
 
 def source(*bags):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
-from eosin.mil.cox import Cox
-from eosin.mil.data import Examples
-from eosin.mil.recipe import Component, Recipe, Term, Training
+from eosin.mil._cox import Cox
+from eosin.mil._data import Examples
+from eosin.mil._recipe import Component, Recipe, Term, Training
+from eosin.mil._step_losses import StepLosses
+from eosin.mil._tasks import Classification, make_task
+from eosin.mil._train import fit
 from eosin.mil.slots import STRATEGIES, Step, Strategy
-from eosin.mil.step_losses import StepLosses
-from eosin.mil.tasks import Classification, make_task
-from eosin.mil.train import fit
 
 OPTIONS = {"embed_dims": [16], "hidden": 8, "dropout": 0.0}
 

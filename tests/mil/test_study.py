@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from eosin.errors import LabelError
-from eosin.features.bag import FeatureBag, FeatureSpec
-from eosin.features.store import write_bag
-from eosin.mil.splits import Split, make_nested_splits, write_splits
-from eosin.mil.study import open_study, write_all_splits
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import write_bag
+from eosin.mil._splits import Split, make_nested_splits, write_splits
+from eosin.mil._study import open_study, write_all_splits
 
 SPEC = FeatureSpec(encoder="toy", dim=2)
 

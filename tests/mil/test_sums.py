@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scenes import random_bag
 
-from eosin.mil.closed_forms import pooled_logits
+from eosin.mil._closed_forms import pooled_logits
 
 
 @given(st.integers(0, 10**6), st.sampled_from([1.0, 30.0, 400.0]), st.integers(1, 4), st.integers(1, 3))

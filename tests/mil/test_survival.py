@@ -3,15 +3,15 @@ import pytest
 import torch
 
 from eosin.errors import LabelError
-from eosin.mil.cox import Cox
-from eosin.mil.data import LabelTable, make_examples
-from eosin.mil.ensemble import Ensemble
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.survival import DiscreteSurvival, concordance, says_event, survival_losses
-from eosin.mil.survival_metrics import kaplan_meier
-from eosin.mil.tasks import load_task, make_task
-from eosin.mil.train import fit
+from eosin.mil._cox import Cox
+from eosin.mil._data import LabelTable, make_examples
+from eosin.mil._ensemble import Ensemble
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._survival import DiscreteSurvival, concordance, says_event, survival_losses
+from eosin.mil._survival_metrics import kaplan_meier
+from eosin.mil._tasks import load_task, make_task
+from eosin.mil._train import fit
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -71,7 +71,7 @@ def test_a_table_says_until_when_and_is_read_at_the_times_of_another_task():
 def test_an_ensemble_answers_at_times_common_to_its_models(monkeypatch):
     tasks = DiscreteSurvival(edges=(2.0, 4.0, 8.0)), DiscreteSurvival(edges=(4.0, 8.0, 16.0))
     said = {tasks[0]: [[0.8, 0.6, 0.2, 0.1]], tasks[1]: [[0.6, 0.2, 0.1, 0.0]]}  # the same curve where both know it
-    monkeypatch.setattr("eosin.mil.ensemble.predict_outputs", lambda _m, task, *_a, **_o: np.array(said[task]))
+    monkeypatch.setattr("eosin.mil._ensemble.predict_outputs", lambda _m, task, *_a, **_o: np.array(said[task]))
     models = Ensemble((None, None), (), tasks, torch.device("cpu"))
     assert models.task.edges == (3.0, 6.0, 12.0)
     outputs = models.outputs(None, "s")

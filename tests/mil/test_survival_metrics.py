@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from eosin.mil import survival_metrics
-from eosin.mil.cox import Cox
-from eosin.mil.survival import DiscreteSurvival
-from eosin.mil.survival_metrics import (
+from eosin.mil import _survival_metrics as survival_metrics
+from eosin.mil._cox import Cox
+from eosin.mil._survival import DiscreteSurvival
+from eosin.mil._survival_metrics import (
     concordance,
     concordance_ipcw,
     discordance,

@@ -5,13 +5,13 @@ import pytest
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.errors import ConfigError, UnknownNameError
-from eosin.mil.checkpoint import load_card, load_model
-from eosin.mil.crossval import crossval
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.seen import read_seen
-from eosin.mil.splits import make_nested_splits, make_splits
-from eosin.mil.sweep import SEED, Sweep, run_sweep
+from eosin.mil._checkpoint import load_card, load_model
+from eosin.mil._crossval import crossval
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import read_seen
+from eosin.mil._splits import make_nested_splits, make_splits
+from eosin.mil._sweep import SEED, Sweep, run_sweep
 
 
 def test_candidates_are_all_combinations():

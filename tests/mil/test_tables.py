@@ -6,11 +6,11 @@ import openpyxl
 import pandas as pd
 import pytest
 
+from eosin._tables import read_table
 from eosin.errors import LabelError
-from eosin.mil.study import open_labels, pose_task
-from eosin.mil.tables import LabelTable, read_labels, slide_id
-from eosin.mil.tasks import make_task
-from eosin.tables import read_table
+from eosin.mil._study import open_labels, pose_task
+from eosin.mil._tables import LabelTable, read_labels, slide_id
+from eosin.mil._tasks import make_task
 
 
 def a_table(**columns):

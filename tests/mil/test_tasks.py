@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError, LabelError, UnknownNameError
-from eosin.mil.metrics import expected_calibration_error
-from eosin.mil.tasks import Binary, Classification, load_task, make_task, sorted_labels
+from eosin.mil._metrics import expected_calibration_error
+from eosin.mil._tasks import Binary, Classification, load_task, make_task, sorted_labels
 
 
 def rows(*labels):

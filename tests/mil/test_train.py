@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
-from eosin.mil import training_run as loop
-from eosin.mil.checkpoint import load_model
-from eosin.mil.data import Examples, MemoryBags
-from eosin.mil.evaluate import predict_outputs
-from eosin.mil.feed import draw_order
-from eosin.mil.log import EVENTS, read_log
-from eosin.mil.optimizer import make_optimizer, move_average, rate_factor
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.resume import STATE
+from eosin.mil import _training_run as loop
+from eosin.mil._checkpoint import load_model
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._feed import draw_order
+from eosin.mil._log import EVENTS, read_log
+from eosin.mil._optimizer import make_optimizer, move_average, rate_factor
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._resume import STATE
+from eosin.mil._tasks import Classification, make_task
+from eosin.mil._train import fit
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, LossTerm, Step, Strategy
-from eosin.mil.tasks import Classification, make_task
-from eosin.mil.train import fit
 
 QUICK = Training(epochs=4, lr=1e-3, bags_per_step=8)
 SMALL = Component(name="abmil", options={"embed_dims": [16], "hidden": 8})

@@ -4,14 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.features.store import read_bag
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.heatmaps.maps import attention_map
-from eosin.pipeline.demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outline, run_demo
-from eosin.pipeline.result import Result
-from eosin.pipeline.run import Pipeline, run_pipeline
-from eosin.wsi.job import JobFolder
-from eosin.wsi.synthetic import Cohort, read_truth
+from eosin.features._store import read_bag
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.heatmaps._maps import attention_map
+from eosin.pipeline._demo import TUMOUR_TILE, Demo, DemoSummary, locate_tumour, read_outline, run_demo
+from eosin.pipeline._result import Result
+from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.wsi._job import JobFolder
+from eosin.wsi._synthetic import Cohort, read_truth
 
 SMALL = Cohort(n_slides=8, size_um=(440.0, 500.0), fine_fraction=0.5, pen_fraction=0, min_tumour=0.1, seed=4)
 
@@ -65,7 +65,7 @@ def test_attention_that_is_the_truth_locates_perfectly(
         share = np.array([mask[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes])
         return Heatmap((share >= TUMOUR_TILE) * 1.0, grid, "attention", "attention")
 
-    monkeypatch.setattr("eosin.pipeline.demo.attention_map", cheating_map)
+    monkeypatch.setattr("eosin.pipeline._demo.attention_map", cheating_map)
     areas = locate_tumour(result, truth)
     assert len(areas) == 4
     assert min(areas.values()) > 0.97
@@ -75,9 +75,9 @@ def test_localisation_is_judged_on_models_that_have_not_seen_the_slide(
     summary: DemoSummary, result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
-    monkeypatch.setattr("eosin.pipeline.demo.load_model", lambda folder: (folder, None))
+    monkeypatch.setattr("eosin.pipeline._demo.load_model", lambda folder: (folder, None))
     monkeypatch.setattr(
-        "eosin.pipeline.demo.attention_map", lambda model, bag: used.append((bag.slide_id, model)) or flat(bag)
+        "eosin.pipeline._demo.attention_map", lambda model, bag: used.append((bag.slide_id, model)) or flat(bag)
     )
     locate_tumour(result, summary.out / "cohort/truth")
     assert used == [(slide, result.fold_model(slide)) for slide in result.predictions["slide_id"]]
@@ -88,14 +88,14 @@ def flat(bag: object) -> Heatmap:
 
 
 def test_even_attention_locates_nothing(summary: DemoSummary, result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eosin.pipeline.demo.attention_map", lambda _model, bag: flat(bag))
+    monkeypatch.setattr("eosin.pipeline._demo.attention_map", lambda _model, bag: flat(bag))
     assert set(locate_tumour(result, summary.out / "cohort/truth").values()) == {0.5}
 
 
 def test_attention_of_the_demo_is_that_of_the_library(summary: DemoSummary, result: Result) -> None:
     slide_id = result.predictions["slide_id"][0]
     bag = read_bag(result.feature_file(slide_id))
-    from eosin.mil.checkpoint import load_model
+    from eosin.mil._checkpoint import load_model
 
     assert attention_map(load_model(result.fold_model(slide_id))[0], bag).values.sum() == pytest.approx(1)
 

@@ -7,15 +7,15 @@ from PIL import Image
 from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 from eosin.errors import EosinError, FeatureMismatchError, SlideError, UnknownNameError
-from eosin.features.bag import FeatureBag
-from eosin.heatmaps.export.geojson import check_geojson
-from eosin.heatmaps.export.png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
-from eosin.heatmaps.subject import prediction_in_words
-from eosin.mil.checkpoint import ModelCard, build_model, load_model
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.tasks import make_task
-from eosin.pipeline.explain import FORMATS, explain_slide
-from eosin.wsi.slide import SlideFile, open_slide
+from eosin.features._bag import FeatureBag
+from eosin.heatmaps._subject import prediction_in_words
+from eosin.heatmaps.export._geojson import check_geojson
+from eosin.heatmaps.export._png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
+from eosin.mil._checkpoint import ModelCard, build_model, load_model
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._tasks import make_task
+from eosin.pipeline._explain import FORMATS, explain_slide
+from eosin.wsi._slide import SlideFile, open_slide
 
 TILE = 5 * 16 + 9
 

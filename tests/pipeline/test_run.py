@@ -7,18 +7,18 @@ import pandas as pd
 import pytest
 
 from eosin.errors import ConfigError, LabelError, UnknownNameError
-from eosin.features.store import find_bags
-from eosin.heatmaps.export.geojson import check_geojson
-from eosin.mil.checkpoint import load_card
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.splits import read_splits
-from eosin.mil.tasks import Regression
-from eosin.pipeline.result import Result, make_report
-from eosin.pipeline.run import Pipeline, run_pipeline
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.slide import open_slide
-from eosin.wsi.synthetic import Cohort, make_cohort, plan_cohort
+from eosin.features._store import find_bags
+from eosin.heatmaps.export._geojson import check_geojson
+from eosin.mil._checkpoint import load_card
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._splits import read_splits
+from eosin.mil._tasks import Regression
+from eosin.pipeline._result import Result, make_report
+from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import open_slide
+from eosin.wsi._synthetic import Cohort, make_cohort, plan_cohort
 
 COHORT = Cohort(n_slides=8, size_um=(440.0, 500.0), fine_fraction=0, pen_fraction=0, min_tumour=0.1, seed=2)
 TRAINING = Training(epochs=3, select="last", patience=0)
@@ -114,7 +114,7 @@ def test_a_model_without_attention_shows_the_evidence_of_each_tile(
 
 def test_the_report_of_many_slides_pictures_the_worst(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_report(result).slides_heading == "Slides"
-    monkeypatch.setattr("eosin.pipeline.result.MOST_CARDS", 3)
+    monkeypatch.setattr("eosin.pipeline._result.MOST_CARDS", 3)
     data = make_report(result)
     assert data.slides_heading == f"The 3 worst predictions of {len(result.predictions)}"
     tumour = result.predictions["prob_tumour"].where(result.predictions["label"] == "tumour")

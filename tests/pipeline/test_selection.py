@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eosin._files import write_text
 from eosin.errors import CheckpointError, ConfigError, FeatureMismatchError
-from eosin.features.extract import extract
-from eosin.files import write_text
-from eosin.mil.crossval import crossval
-from eosin.mil.recipe import Component, Recipe, Training
-from eosin.mil.seen import read_seen
-from eosin.mil.study import Study, open_study
-from eosin.mil.train import fit
-from eosin.pipeline.selection import Selection, tile_selected
-from eosin.wsi.coordinates import read_footer, read_grid
-from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import find_slides
+from eosin.features._extract import extract
+from eosin.mil._crossval import crossval
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import read_seen
+from eosin.mil._study import Study, open_study
+from eosin.mil._train import fit
+from eosin.pipeline._selection import Selection, tile_selected
+from eosin.wsi._coordinates import read_footer, read_grid
+from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import find_slides
 
 COARSE, FINE = Tiling(mpp=2.0, patch_size=32), Tiling(mpp=1.0, patch_size=32)
 BUDGET = Selection(budget=6)

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from eosin.errors import ConfigError
-from eosin.features.store import find_bags
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.pipeline.run import Pipeline
-from eosin.pipeline.selection import Selection
-from eosin.pipeline.two_stage import SecondStage, TwoStageResult, run_two_stage
-from eosin.wsi.coordinates import read_footer
-from eosin.wsi.fine_texture import FineCohort, make_fine_cohort
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder
+from eosin.features._store import find_bags
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.pipeline._run import Pipeline
+from eosin.pipeline._selection import Selection
+from eosin.pipeline._two_stage import SecondStage, TwoStageResult, run_two_stage
+from eosin.wsi._coordinates import read_footer
+from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder
 
 TWO_STAGE = RECIPES["two_stage"]
 NARROW = Component(name="abmil", options={"gated": False, "embed_dims": [32], "hidden": 16})

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from eosin.errors import LabelError
-from eosin.mil.evaluate import bootstrap, summarise_folds
-from eosin.mil.tasks import make_task
-from eosin.report.evaluation import Context, confusions, evaluation_report, verdict, worst_cards
-from eosin.report.figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
-from eosin.report.measures import Evaluated, compare_runs, metric_name, site_table, threshold_table
-from eosin.report.page import write_report
+from eosin.mil._evaluate import bootstrap, summarise_folds
+from eosin.mil._tasks import make_task
+from eosin.report._evaluation import Context, confusions, evaluation_report, verdict, worst_cards
+from eosin.report._figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
+from eosin.report._measures import Evaluated, compare_runs, metric_name, site_table, threshold_table
+from eosin.report._page import write_report
 
 CHROMIUM = Path("/usr/bin/chromium")
 TARGETS = {

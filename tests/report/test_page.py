@@ -11,7 +11,7 @@ from scenes import PixelSlide, lattice, marked_map, marked_pixels
 from shapely import MultiPolygon, box
 
 from eosin.errors import EosinError
-from eosin.report.page import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
+from eosin.report._page import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
 
 
 class Outside(HTMLParser):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from scenes import lattice, marked_pixels, write_slide
 
-from eosin.features.bag import FeatureBag
-from eosin.features.store import write_bag
-from eosin.files import file_fingerprint
-from eosin.viewer.catalogue import open_catalogue
-from eosin.viewer.page import Desk
-from eosin.viewer.server import serving
-from eosin.viewer.show import page_builder
-from eosin.viewer.tiles import TileStore
-from eosin.wsi.slide import find_slides
+from eosin._files import file_fingerprint
+from eosin.features._bag import FeatureBag
+from eosin.features._store import write_bag
+from eosin.viewer._catalogue import open_catalogue
+from eosin.viewer._page import Desk
+from eosin.viewer._server import serving
+from eosin.viewer._show import page_builder
+from eosin.viewer._tiles import TileStore
+from eosin.wsi._slide import find_slides
 
 CHROMIUM = Path("/usr/bin/chromium")
 TILE = 5 * 16 + 9  # the marked one, as in the scene

@@ -5,11 +5,11 @@ import pytest
 from scenes import marked_pixels, write_slide
 
 from eosin.errors import ConfigError
-from eosin.features.bag import FeatureBag
-from eosin.features.store import write_bag
-from eosin.viewer.catalogue import open_catalogue
-from eosin.viewer.layers import EFFECT, GRADIENT, PERCENTILE, PLAIN, TIMES, Choice, scalings_of
-from eosin.wsi.slide import find_slides
+from eosin.features._bag import FeatureBag
+from eosin.features._store import write_bag
+from eosin.viewer._catalogue import open_catalogue
+from eosin.viewer._layers import EFFECT, GRADIENT, PERCENTILE, PLAIN, TIMES, Choice, scalings_of
+from eosin.wsi._slide import find_slides
 
 
 def bag_like(bag, name, *, features=None, grid=None, spec=None, provenance=None):
@@ -80,7 +80,7 @@ def test_keys_are_random_and_say_nothing_about_the_file(catalogue, folder, model
 
 
 def test_few_studies_are_kept(catalogue, monkeypatch):
-    monkeypatch.setattr("eosin.viewer.catalogue.MAX_STUDIES", 1)
+    monkeypatch.setattr("eosin.viewer._catalogue.MAX_STUDIES", 1)
     first, second = (one.key for one in catalogue.shown)
     study = catalogue.study(first)
     assert catalogue.study(first) is study

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scenes import lattice as make_grid
 
-from eosin.heatmaps.heatmap import Heatmap
-from eosin.viewer.lattice import centres_px0, make_lattice, tiles_in_outline, tiles_under_stroke
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.viewer._lattice import centres_px0, make_lattice, tiles_in_outline, tiles_under_stroke
 
 GRID = make_grid(size_px0=(640, 480), slide_mpp=0.5, patch_size=40)
 

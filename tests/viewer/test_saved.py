@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eosin.errors import ConfigError
-from eosin.heatmaps.annotations import read_regions, tiles_inside
-from eosin.heatmaps.export.geojson import check_geojson
-from eosin.viewer.replay import replay_sessions
-from eosin.viewer.saved import from_ranges, is_same, read_session, replay_session, save_session, to_ranges
-from eosin.viewer.session import Edited
+from eosin.heatmaps._annotations import read_regions, tiles_inside
+from eosin.heatmaps.export._geojson import check_geojson
+from eosin.viewer._replay import replay_sessions
+from eosin.viewer._saved import from_ranges, is_same, read_session, replay_session, save_session, to_ranges
+from eosin.viewer._session import Edited
 
 GONE = np.array([5, 6, 7, 22, 23, 89, 191])
 

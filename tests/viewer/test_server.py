@@ -17,9 +17,9 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketError, websocket_connect
 
 from eosin.errors import ConfigError
-from eosin.viewer.server import ADDRESS, serving, start_viewer
-from eosin.viewer.show import page_builder
-from eosin.viewer.tiles import blank_png
+from eosin.viewer._server import ADDRESS, serving, start_viewer
+from eosin.viewer._show import page_builder
+from eosin.viewer._tiles import blank_png
 
 FINE = {200}
 REFUSED = {400, 403, 404, 405}

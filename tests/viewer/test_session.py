@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
+from eosin.mil._checkpoint import ModelCard, build_model
+from eosin.mil._recipe import Component, Recipe
+from eosin.mil._tasks import make_task
 from eosin.mil.bags import PackedBags
-from eosin.mil.checkpoint import ModelCard, build_model
-from eosin.mil.recipe import Component, Recipe
-from eosin.mil.tasks import make_task
-from eosin.viewer.catalogue import Catalogue
-from eosin.viewer.session import (
+from eosin.viewer._catalogue import Catalogue
+from eosin.viewer._session import (
     Edited,
     controls,
     controls_in_words,

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from eosin.errors import ConfigError
-from eosin.viewer.static import write_static
+from eosin.viewer._static import write_static
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_maps_change_and_fade_in_a_browser_without_a_server(chromium, page):
 
 
 def test_a_page_of_no_slide_or_too_many_is_refused(catalogue, tmp_path, monkeypatch):
-    monkeypatch.setattr("eosin.viewer.static.MAX_SLIDES", 1)
+    monkeypatch.setattr("eosin.viewer._static.MAX_SLIDES", 1)
     with pytest.raises(ConfigError, match="2 can be shown"):
         write_static(tmp_path / "page.html", catalogue)
     assert not (tmp_path / "page.html").exists()

@@ -6,12 +6,12 @@ import logging
 import numpy as np
 import pytest
 
-from eosin.wsi.account import LOSSY, account_for
-from eosin.wsi.grid import Tiling, make_grid
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import find_slides, open_slide
-from eosin.wsi.tiles import iterate_tiles
-from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue
+from eosin.wsi._account import LOSSY, account_for
+from eosin.wsi._grid import Tiling, make_grid
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._tiles import iterate_tiles
+from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue
 
 TILING = Tiling(patch_size=100, mpp=1.0)
 

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from eosin.wsi.cache import ENTRY_BYTES, SegmentCache
+from eosin.wsi._cache import ENTRY_BYTES, SegmentCache
 
 
 def test_the_arrays_used_last_are_kept_within_the_bound():

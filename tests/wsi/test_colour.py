@@ -5,13 +5,13 @@ import pytest
 from PIL import Image, ImageCms
 
 from eosin.errors import SlideError
-from eosin.wsi.array_impl import ArraySlide, open_picture
-from eosin.wsi.colour import ManagedSlide, in_srgb
-from eosin.wsi.coordinates import read_grid
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import find_slides, open_slide
-from eosin.wsi.tiles import iterate_tiles
+from eosin.wsi._array_impl import ArraySlide, open_picture
+from eosin.wsi._colour import ManagedSlide, in_srgb
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._tiles import iterate_tiles
 
 TCGA = "tcga-cr-7395-01a-01-ts1.svs"
 

@@ -6,11 +6,11 @@ import h5py
 import numpy as np
 import pytest
 
+from eosin._seals import seal_image
 from eosin.errors import FeatureFileError
-from eosin.seals import seal_image
-from eosin.wsi import coordinates
-from eosin.wsi.coordinates import CoordsFooter, nominal_magnification, read_footer, read_grid, write_grid
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi import _coordinates as coordinates
+from eosin.wsi._coordinates import CoordsFooter, nominal_magnification, read_footer, read_grid, write_grid
+from eosin.wsi._grid import TileGrid, Tiling
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from eosin.wsi.directory import read_directories
+from eosin.wsi._directory import read_directories
 
 NAMES = (
     "imagewidth", "imagelength", "tilewidth", "tilelength", "is_tiled", "compression", "photometric", "samplesperpixel",

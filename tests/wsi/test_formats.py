@@ -7,8 +7,8 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import SlideError, SlideOpenError
+from eosin.wsi._slide import open_slide
 from eosin.wsi.reader import open_file
-from eosin.wsi.slide import open_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
 LOSSLESS = ["deflate", "lzw", "zstd", "lzma", "packbits", "png", None]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import SlideFile
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import SlideFile
+from eosin.wsi._synthetic import make_slide
 
 HANG_S = 30.0
 PATIENCE_S = 90.0  # the first slide of a worker waits for its process to start, on a busy machine long
@@ -122,7 +122,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from eosin.errors import EosinError
-from eosin.wsi.slide import open_slide
+from eosin.wsi._slide import open_slide
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
         with open_slide(path) as slide:

@@ -4,7 +4,7 @@ import pytest
 from shapely import MultiPolygon, Polygon, box
 
 from eosin.errors import SlideError
-from eosin.wsi.geojson import outline_to_geojson, read_outline
+from eosin.wsi._geojson import outline_to_geojson, read_outline
 
 AREAS = {
     "qupath-brush.json": True,

@@ -8,8 +8,8 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import SlideError
-from eosin.wsi.slide import open_slide
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._slide import open_slide
+from eosin.wsi._synthetic import make_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
 

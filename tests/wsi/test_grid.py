@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eosin.errors import ConfigError, SlideError
-from eosin.wsi.grid import TileGrid, Tiling, make_grid
-from eosin.wsi.tissue import TissueMask
+from eosin.wsi._grid import TileGrid, Tiling, make_grid
+from eosin.wsi._tissue import TissueMask
 
 
 def all_tissue(width: int, height: int, mpp: float = 0.5) -> TissueMask:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eosin.wsi import ink, stain
+from eosin.wsi import _ink as ink
+from eosin.wsi import _stain as stain
 
 
 def pixels(*rgb, glass=(243.0, 243.0, 243.0)):

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from eosin.errors import ConfigError, OutputError
-from eosin.wsi.coordinates import read_footer, read_grid, read_quality
-from eosin.wsi.geojson import outline_to_geojson, qupath_origin
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, read_overrides, tile_slides
-from eosin.wsi.outline import trace_outline
-from eosin.wsi.slide import SlideFile, find_slides
-from eosin.wsi.tissue import TissueOptions
+from eosin.wsi._coordinates import read_footer, read_grid, read_quality
+from eosin.wsi._geojson import outline_to_geojson, qupath_origin
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, read_overrides, tile_slides
+from eosin.wsi._outline import trace_outline
+from eosin.wsi._slide import SlideFile, find_slides
+from eosin.wsi._tissue import TissueOptions
 
 SMALL = Tiling(patch_size=64)
 
@@ -218,8 +218,8 @@ def test_bad_overrides_are_refused(tmp_path, text):
 CHILD = """
 import sys
 from pathlib import Path
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys.argv[2])))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.records[0].status, report.records[0].message.split()[0], peak.split()[1])
@@ -229,10 +229,10 @@ print(report.records[0].status, report.records[0].message.split()[0], peak.split
 SCORED = """
 import sys
 from pathlib import Path
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.quality import QualityLimits
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._quality import QualityLimits
+from eosin.wsi._slide import SlideFile
 slides = [SlideFile(Path(sys.argv[1]), "giant")]
 tiling = Tiling(patch_size=64, overlap=15)
 report = tile_slides(slides, JobFolder(Path(sys.argv[2])), tiling, quality=QualityLimits(blur=True))
@@ -244,8 +244,8 @@ print(report.records[0].message.split()[0], peak.split()[1])
 LIGHT = """
 import sys
 from pathlib import Path
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "a")], JobFolder(Path(sys.argv[2])))
 print(report.records[0].status, *{"scipy", "skimage", "torch", "pandas"} & set(sys.modules))
 """

@@ -8,9 +8,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.jpeg import RGB_MARKER, YCBCR_MARKER, decode_shrunk, decode_whole, is_ycbcr
-from eosin.wsi.slide import SlideFile, open_slide
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._jpeg import RGB_MARKER, YCBCR_MARKER, decode_shrunk, decode_whole, is_ycbcr
+from eosin.wsi._slide import SlideFile, open_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from eosin.wsi.morphology import (
+from eosin.wsi._morphology import (
     close_gaps,
     drop_small,
     fill_holes,

@@ -4,7 +4,7 @@ import pytest
 import tifffile
 
 from eosin.errors import CorruptSlideError, MissingResolutionError
-from eosin.wsi.openslide_impl import OpenSlideSlide
+from eosin.wsi._openslide_impl import OpenSlideSlide
 
 
 def test_pixels_mpp_and_facts(write_slide, tissue_picture):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from shapely import MultiPolygon
 
-from eosin.wsi.outline import fill_outline, trace_outline
+from eosin.wsi._outline import fill_outline, trace_outline
 
 
 @pytest.fixture(scope="module")

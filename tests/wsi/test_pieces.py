@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from eosin.wsi.pieces import find_pieces
+from eosin.wsi._pieces import find_pieces
 
 
 def spiral(side):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eosin.wsi import pixels
-from eosin.wsi.pixels import choose_level, flatten, read_scaled
+from eosin.wsi import _pixels as pixels
+from eosin.wsi._pixels import choose_level, flatten, read_scaled
 
 
 def reader(*levels):

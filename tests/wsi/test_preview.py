@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from eosin.errors import ConfigError
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder
-from eosin.wsi.picture import OUTLINE_COLOUR, TILE_COLOUR
-from eosin.wsi.preview import preview_slide, preview_slides
-from eosin.wsi.slide import SlideFile
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._picture import OUTLINE_COLOUR, TILE_COLOUR
+from eosin.wsi._preview import preview_slide, preview_slides
+from eosin.wsi._slide import SlideFile
 
 SMALL = Tiling(patch_size=64)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin.batch import Record
+from eosin._batch import Record
 from eosin.errors import SlideError
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.slide import find_slides, open_slide
-from eosin.wsi.tissue import find_tissue
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._tissue import find_tissue
 
 DOCS = Path(__file__).parents[2] / "docs" / "slides.md"
 EXPECTED = {

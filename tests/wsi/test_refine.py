@@ -5,11 +5,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eosin.errors import SlideError
-from eosin.wsi.array_impl import ArraySlide
-from eosin.wsi.grid import Tiling, make_grid
-from eosin.wsi.morphology import grow
-from eosin.wsi.refine import enlarge
-from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, examine, find_tissue, look_over
+from eosin.wsi._array_impl import ArraySlide
+from eosin.wsi._grid import Tiling, make_grid
+from eosin.wsi._morphology import grow
+from eosin.wsi._refine import enlarge
+from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue, examine, find_tissue, look_over
 
 MPP = 8.0
 SHAPE = (1000, 1280)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from eosin.errors import MissingResolutionError
-from eosin.wsi.resolution import StatedMpp, resolve_mpp, to_um
+from eosin.wsi._resolution import StatedMpp, resolve_mpp, to_um
 
 
 def stated(x: float, y: float | None = None) -> list[StatedMpp]:

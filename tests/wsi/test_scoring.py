@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from eosin.errors import FeatureFileError
-from eosin.wsi.coordinates import read_grid, read_quality, write_grid
-from eosin.wsi.grid import Tiling
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.quality import QualityLimits, TileQuality
-from eosin.wsi.scoring import blur_of
-from eosin.wsi.slide import SlideFile, find_slides, open_slide
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._coordinates import read_grid, read_quality, write_grid
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._quality import QualityLimits, TileQuality
+from eosin.wsi._scoring import blur_of
+from eosin.wsi._slide import SlideFile, find_slides, open_slide
+from eosin.wsi._synthetic import make_slide
 
 TILING = Tiling(patch_size=128)
 BLUR = QualityLimits(blur=True)
@@ -136,7 +136,7 @@ def test_background_is_what_is_not_tissue(sharp, write_slide, tmp_path):
 
 
 def make_grid_file(path, n=3, quality=None):
-    from eosin.wsi.grid import TileGrid
+    from eosin.wsi._grid import TileGrid
 
     origins = np.arange(2 * n, dtype=np.int64).reshape(n, 2)
     grid = TileGrid(origins, 128, TILING, (1000, 1000), 0.5)
@@ -161,7 +161,7 @@ def test_scores_are_stored_beside_the_coordinates(tmp_path):
 
 def test_scores_of_the_first_version_are_read(tmp_path, monkeypatch):
     path = tmp_path / "a_patches.h5"
-    monkeypatch.setattr("eosin.wsi.coordinates.QUALITY_VERSION", "1")
+    monkeypatch.setattr("eosin.wsi._coordinates.QUALITY_VERSION", "1")
     make_grid_file(path, quality=TileQuality(*np.ones((4, 3), np.float32)))
     assert read_quality(path).pen.tolist() == [1, 1, 1]
 

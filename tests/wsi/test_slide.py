@@ -4,13 +4,13 @@ from PIL import Image
 from scenes import lattice, marked_map
 
 from eosin.errors import ConfigError, SlideOpenError
-from eosin.heatmaps.export.tiff import write_tiff
-from eosin.wsi.array_impl import ArraySlide
+from eosin.heatmaps.export._tiff import write_tiff
+from eosin.wsi._array_impl import ArraySlide
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._picture import write_jpeg, write_picture
+from eosin.wsi._slide import SlideFile, find_slides, open_slide
 from eosin.wsi.inventory import Picture
-from eosin.wsi.job import JobFolder, tile_slides
-from eosin.wsi.picture import write_jpeg, write_picture
 from eosin.wsi.reader import READERS, Reader
-from eosin.wsi.slide import SlideFile, find_slides, open_slide
 
 
 def touch(folder, *names):

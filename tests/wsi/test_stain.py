@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eosin.wsi import stain
+from eosin.wsi import _stain as stain
 
 
 def density(rgb, glass):

@@ -9,8 +9,8 @@ import pytest
 import tifffile
 from shapely.geometry import shape
 
-from eosin.wsi.histology import lay_out
-from eosin.wsi.synthetic import TRUTH_MPP, Cohort, SlidePlan, make_cohort, make_slide, plan_cohort, read_truth
+from eosin.wsi._histology import lay_out
+from eosin.wsi._synthetic import TRUTH_MPP, Cohort, SlidePlan, make_cohort, make_slide, plan_cohort, read_truth
 
 SMALL = Cohort(n_slides=4, size_um=(460.0, 520.0), fine_fraction=0.5, min_tumour=0.05, seed=3)
 

@@ -8,17 +8,17 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import CorruptSlideError, SlideOpenError
-from eosin.wsi import tiled
-from eosin.wsi.array_impl import ArraySlide
-from eosin.wsi.grid import Tiling, make_grid
-from eosin.wsi.jpeg import DecodeError, decode_reduced
-from eosin.wsi.openslide_impl import OpenSlideSlide
-from eosin.wsi.segments import Level
-from eosin.wsi.slide import open_slide
-from eosin.wsi.tiff_impl import TiffSegments
-from eosin.wsi.tiled import TiledSlide
-from eosin.wsi.tiles import iterate_tiles
-from eosin.wsi.tissue import find_tissue
+from eosin.wsi import _tiled as tiled
+from eosin.wsi._array_impl import ArraySlide
+from eosin.wsi._grid import Tiling, make_grid
+from eosin.wsi._jpeg import DecodeError, decode_reduced
+from eosin.wsi._openslide_impl import OpenSlideSlide
+from eosin.wsi._segments import Level
+from eosin.wsi._slide import open_slide
+from eosin.wsi._tiff_impl import TiffSegments
+from eosin.wsi._tiled import TiledSlide
+from eosin.wsi._tiles import iterate_tiles
+from eosin.wsi._tissue import find_tissue
 
 MAE_LIMIT = 0.75  # hard-edged nuclei; 0.25 on a real slide
 JPEGS = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from eosin.errors import CorruptSlideError
-from eosin.wsi.grid import Tiling, make_grid
-from eosin.wsi.slide import open_slide
-from eosin.wsi.tiles import iterate_tiles
-from eosin.wsi.tissue import find_tissue
+from eosin.wsi._grid import Tiling, make_grid
+from eosin.wsi._slide import open_slide
+from eosin.wsi._tiles import iterate_tiles
+from eosin.wsi._tissue import find_tissue
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from eosin.errors import SlideError
-from eosin.wsi.histology import lay_out
-from eosin.wsi.morphology import grow
-from eosin.wsi.overview import Overview, read_overview
-from eosin.wsi.slide import open_slide
-from eosin.wsi.synthetic import SlidePlan, make_slide
-from eosin.wsi.tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
+from eosin.wsi._histology import lay_out
+from eosin.wsi._morphology import grow
+from eosin.wsi._overview import Overview, read_overview
+from eosin.wsi._slide import open_slide
+from eosin.wsi._synthetic import SlidePlan, make_slide
+from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
 
 MPP = 8.0
 OPTIONS = TissueOptions()

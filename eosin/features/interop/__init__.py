@@ -13,9 +13,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin._files import locked, write_text
 from eosin.errors import ConfigError, FeatureFileError
-from eosin.features.interop import clam, npz, others, stamp, trident
-from eosin.features.interop.foreign import (
+from eosin.features._store import FREE_EXPANSION_BYTES, MAX_BYTES, MAX_EXPANSION, open_hdf5, read_bag
+from eosin.features.interop import _clam as clam
+from eosin.features.interop import _npz as npz
+from eosin.features.interop import _others as others
+from eosin.features.interop import _stamp as stamp
+from eosin.features.interop import _trident as trident
+from eosin.features.interop._foreign import (
     Foreign,
     ImportOptions,
     Places,
@@ -24,8 +30,6 @@ from eosin.features.interop.foreign import (
     safe_id,
     store,
 )
-from eosin.features.store import FREE_EXPANSION_BYTES, MAX_BYTES, MAX_EXPANSION, open_hdf5, read_bag
-from eosin.files import locked, write_text
 
 __all__ = ["ImportOptions", "Imported", "export_bag", "find_files", "import_file"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from eosin.kernels._affine_gradient import AffineGradient
 from eosin.kernels._checks import accumulation_dtype
 from eosin.kernels._dropout import EMBEDDING_BRANCH, drop_
+from eosin.kernels._memory import new_tensor
 from eosin.kernels._products import affine, product
 from eosin.kernels._rows import blocks, longest_block
-from eosin.kernels.memory import new_tensor
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from eosin.kernels._affine_gradient import AffineGradient, product_into
 from eosin.kernels._bags import NEVER
 from eosin.kernels._checks import accumulation_dtype, host_offsets
 from eosin.kernels._dropout import GATE_BRANCH, drop_, gate_probability
+from eosin.kernels._memory import new_tensor
 from eosin.kernels._products import affine, product, transposed_product
 from eosin.kernels._rows import Rows, blocks, longest_block
 from eosin.kernels.embedding.torch_impl import Embedding
-from eosin.kernels.memory import new_tensor
 
 
 @dataclass(frozen=True)

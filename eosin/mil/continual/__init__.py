@@ -1,7 +1,7 @@
 """One task after another: new classes are learnt, and what is forgotten is counted."""
 
-from eosin.mil.continual.metrics import ContinualMetrics, continual_metrics
-from eosin.mil.continual.sequence import (
+from eosin.mil.continual._metrics import ContinualMetrics, continual_metrics
+from eosin.mil.continual._sequence import (
     SEQUENCE,
     TABLE,
     Source,

@@ -20,12 +20,12 @@ from typing import Literal
 from torch import nn
 from typing_extensions import override
 
+from eosin.mil._closed_forms import PooledBag, linear_terms
+from eosin.mil._layers import Activation, Attention, DropoutAfter, Init, as_dtype, embedding, initialise
+from eosin.mil._recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag, linear_terms
-from eosin.mil.layers import Activation, Attention, DropoutAfter, Init, as_dtype, embedding, initialise
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout
-from eosin.mil.recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import as_array
 
@@ -45,7 +45,7 @@ class Abmil(Aggregator):
     dropout_after : {"each", "last"}
         Whether dropout follows every one of them or only the last.
     gated, hidden, attention_activation, attention_bias, gate_dropout, heads
-        Of the attention; see `eosin.mil.layers.Attention`.
+        Of the attention; see `eosin.mil._layers.Attention`.
     init : {"default", "xavier"}
         torch's initial weights, or Xavier normal with zero bias.
     """

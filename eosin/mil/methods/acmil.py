@@ -36,12 +36,13 @@ from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, segment_pool, segment_softmax, segment_topk_mask
+from eosin.mil._closed_forms import PooledBag, ReadoutBag, linear_terms
+from eosin.mil._layers import Attention, as_dtype, embedding
+from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
+from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag, ReadoutBag, linear_terms
-from eosin.mil.layers import Attention, as_dtype, embedding
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout, Share, Whole
-from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
     LOSS_TERMS,
@@ -51,7 +52,6 @@ from eosin.mil.slots import (
     LossTerm,
 )
 from eosin.mil.subsets import as_array
-from eosin.mil.tasks import Task
 
 NORM_EPS = 1e-6
 

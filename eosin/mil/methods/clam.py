@@ -28,12 +28,12 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.kernels import segment_softmax, segment_topk_mask
+from eosin.mil._closed_forms import PooledBag, linear_terms
+from eosin.mil._layers import Attention, Init, as_dtype, embedding, initialise
+from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag, linear_terms
-from eosin.mil.layers import Attention, Init, as_dtype, embedding, initialise
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout, NotNegative, Positive
-from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     AGGREGATORS,
     LOSS_TERMS,

@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from eosin.errors import ConfigError
 from eosin.kernels import segment_max, segment_pool, segment_softmax, segment_sum
-from eosin.mil.attention import bag_product
+from eosin.mil._attention import bag_product
+from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Positive, Share
-from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
 from eosin.mil.task import Task, require_classes
 

@@ -35,14 +35,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from eosin.kernels import attention_pool, segment_max, segment_pool, segment_topk_mask
-from eosin.mil.attention import bag_product
+from eosin.mil._attention import bag_product
+from eosin.mil._closed_forms import PooledBag, linear_terms
+from eosin.mil._layers import Activation, as_dtype, embedding, initialise
+from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
+from eosin.mil._reevaluation import ForwardBag
+from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import PooledBag, linear_terms
-from eosin.mil.layers import Activation, as_dtype, embedding, initialise
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout
-from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
-from eosin.mil.reevaluation import ForwardBag
 from eosin.mil.slots import (
     AGGREGATORS,
     LOSS_TERMS,
@@ -53,7 +54,6 @@ from eosin.mil.slots import (
     class_names,
 )
 from eosin.mil.subsets import Floats, Indices, Subsets, as_array
-from eosin.mil.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,12 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
-from eosin.mil.attention import bag_attention, by_rows, instance_attention, mixed_weights, normed_linear, recomputed
+from eosin.mil import _attention as attention
+from eosin.mil._attention import bag_attention, by_rows, instance_attention, mixed_weights, normed_linear, recomputed
+from eosin.mil._layers import Attention, as_dtype, embedding, initialise, pooling_gradient
+from eosin.mil._rollout import Trace, by_head, gather_row, inputs_of, project_third
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding, initialise, pooling_gradient
 from eosin.mil.options import Count, Dropout, Positive
-from eosin.mil.rollout import Trace, by_head, gather_row, inputs_of, project_third
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array, slope_of
 

@@ -39,11 +39,11 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.kernels import segment_max, segment_mean, segment_sum
+from eosin.mil._closed_forms import MaxBag, NoisyOrBag, ReadoutBag
+from eosin.mil._layers import as_dtype, embedding
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import MaxBag, NoisyOrBag, ReadoutBag
-from eosin.mil.layers import as_dtype, embedding
 from eosin.mil.options import Count, NotNegative, Positive, Share
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy
 from eosin.mil.task import Task, require_classes
 

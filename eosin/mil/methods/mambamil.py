@@ -34,11 +34,11 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.kernels import ScanOrder, causal_conv, reversed_order, selective_scan, strided_order
-from eosin.mil.attention import recomputed
+from eosin.mil._attention import recomputed
+from eosin.mil._layers import Attention, as_dtype, embedding, initialise, pooling_gradient
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Attention, as_dtype, embedding, initialise, pooling_gradient
 from eosin.mil.options import Count, Dropout
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, slope_of
 

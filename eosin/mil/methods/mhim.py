@@ -59,10 +59,11 @@ from torch.nn import functional
 
 from eosin.errors import ConfigError
 from eosin.kernels import bag_offsets, segment_max, segment_softmax, segment_topk_mask
-from eosin.mil.attention import bag_attention
+from eosin.mil._attention import bag_attention
+from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
+from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, Dropout, NotNegative, Positive, Share
-from eosin.mil.recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.slots import (
     STRATEGIES,
     Aggregator,
@@ -74,7 +75,6 @@ from eosin.mil.slots import (
     Wrapper,
     instance_width,
 )
-from eosin.mil.tasks import Task
 
 MomentumSchedule = Literal["constant", "cosine"]
 
@@ -308,7 +308,7 @@ def started(teacher: Teacher, student: Aggregator, folder: Path | None) -> Teach
     """Give the teacher, and the student's embedding, the weights of a plainly trained model."""
     if folder is None:
         return teacher
-    from eosin.mil.checkpoint import load_model  # which imports the methods
+    from eosin.mil._checkpoint import load_model  # which imports the methods
 
     plain, _ = load_model(folder)
     model = plain.inner if isinstance(plain, Wrapper) else plain

@@ -39,10 +39,12 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.errors import CheckpointError, ConfigError
-from eosin.mil.attention import by_rows
+from eosin.mil._attention import by_rows
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._standardize import Standardized, Standardizer
+from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, NotNegative, Share
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import (
     AGGREGATORS,
     STRATEGIES,
@@ -53,8 +55,6 @@ from eosin.mil.slots import (
     Strategy,
     Wrapper,
 )
-from eosin.mil.standardize import Standardized, Standardizer
-from eosin.mil.tasks import Task
 
 ENERGY = 0.99
 UNUSED = 1e-6  # an update's singular values below this share of the largest are not a direction that was learnt
@@ -317,7 +317,7 @@ class TrainNewestUpdate(Strategy):
 
 
 def _saved(folder: Path, model_id: str) -> Aggregator:
-    from eosin.mil.checkpoint import load_model  # it imports the methods
+    from eosin.mil._checkpoint import load_model  # it imports the methods
 
     model, card = load_model(folder)
     if model_id and card.model_id != model_id:

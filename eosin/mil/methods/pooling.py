@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from eosin.kernels import segment_logsumexp, segment_max, segment_mean
+from eosin.mil._closed_forms import MaxBag, PooledBag, SmoothMaxBag, linear_terms
+from eosin.mil._layers import Activation, as_dtype, embedding
+from eosin.mil._recipe import RECIPES, Component, Recipe
 from eosin.mil.bags import PackedBags
-from eosin.mil.closed_forms import MaxBag, PooledBag, SmoothMaxBag, linear_terms
-from eosin.mil.layers import Activation, as_dtype, embedding
 from eosin.mil.options import Count, Dropout, Positive
-from eosin.mil.recipe import RECIPES, Component, Recipe
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
 from eosin.mil.subsets import as_array
 

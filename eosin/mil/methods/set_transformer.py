@@ -41,13 +41,13 @@ from typing_extensions import override
 
 from eosin.errors import ConfigError
 from eosin.kernels import attention_pool, few_key_attention, few_query_attention
-from eosin.mil import attention
-from eosin.mil.attention import bag_attention, by_rows, instance_attention, mixed_weights, recomputed
+from eosin.mil import _attention as attention
+from eosin.mil._attention import bag_attention, by_rows, instance_attention, mixed_weights, recomputed
+from eosin.mil._layers import as_dtype, embedding
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._rollout import Trace, by_head, gather_row, inputs_of
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import as_dtype, embedding
 from eosin.mil.options import Count, Dropout, Whole
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.mil.rollout import Trace, by_head, gather_row, inputs_of
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
 

@@ -23,7 +23,7 @@ slide image classification, NeurIPS 2021, https://arxiv.org/abs/2106.00908.
 Deviations from the authors' code. The starting point of the pseudo-inverse takes the largest sums of its own bag, the
 code those of the whole batch, so that results do not depend on what is trained beside it; for one bag they agree. Of
 the second layer only the class token is computed, since nothing else is read. The code exports no attention. Training
-is with RAdam without Lookahead. Bags are never padded to each other (`eosin.mil.nystrom`).
+is with RAdam without Lookahead. Bags are never padded to each other (`eosin.mil._nystrom`).
 """
 
 import math
@@ -39,15 +39,15 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
-from eosin.mil.attention import bag_attention, by_rows, mixed_weights, recomputed
+from eosin.mil import _attention as attention
+from eosin.mil._attention import bag_attention, by_rows, mixed_weights, recomputed
+from eosin.mil._layers import Activation, Init, embedding, initialise
+from eosin.mil._nystrom import NystromFactors, NystromLayer, TokenBags, starts, through_landmarks
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._rollout import Trace, inputs_of
 from eosin.mil.bags import PackedBags
-from eosin.mil.layers import Activation, Init, embedding, initialise
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
-from eosin.mil.nystrom import NystromFactors, NystromLayer, TokenBags, starts, through_landmarks
 from eosin.mil.options import Count, Dropout
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
-from eosin.mil.rollout import Trace, inputs_of
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
 

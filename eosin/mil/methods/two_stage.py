@@ -6,7 +6,7 @@ classification and localization, 2019, https://arxiv.org/abs/1905.13208.
 1. Both stages: ``a = softmax(w tanh(V h))``, ``z = Σ a h``, ``logits = W z + b``; cross-entropy.
 2. Instance dropout (strategy `instance_dropout`): in training each tile is replaced, with probability p, by the mean
    of the data, so that the number of tiles stays the same.
-3. Selection (`eosin.mil.selection.select_tiles`): principal components of a slide's features, k-means, saliency of a
+3. Selection (`eosin.mil._selection.select_tiles`): principal components of a slide's features, k-means, saliency of a
    cluster = its mean weight ``ā_c``; of a budget B cluster c gives ``round(B ā_c / Σ ā)`` tiles, at most its own
    number, what is left over goes to the next most salient; within a cluster the most attended first.
 4. A tile at the low magnification covers ratio × ratio tiles at the higher one (`child_grid`).
@@ -27,11 +27,11 @@ spaced.
 import torch
 from torch import Tensor
 
+from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Dropout
-from eosin.mil.recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.slots import STRATEGIES, Aggregator, Step, Strategy
-from eosin.mil.tasks import Task
 
 
 @STRATEGIES.register("instance_dropout")

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eosin.errors import ConfigError, FeatureFileError
-from eosin.features.bag import FeatureBag, FeatureSpec
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import read_bag, write_bag
 from eosin.features.interop import ImportOptions, export_bag, import_file
-from eosin.features.store import read_bag, write_bag
-from eosin.wsi.coordinates import read_grid
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._grid import TileGrid, Tiling
 
 
 def make_bag(n: int, *, patch: int = 256, mpp: float = 0.5, slide_mpp: float = 0.25, overlap: int = 0) -> FeatureBag:

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError, EosinError, FeatureFileError, FeatureMismatchError
+from eosin.features._store import find_bags, read_bag
 from eosin.features.interop import Imported, ImportOptions, find_files, import_file
-from eosin.features.store import find_bags, read_bag
-from eosin.wsi.coordinates import read_grid
-from eosin.wsi.grid import TileGrid
-from eosin.wsi.synthetic import make_slide
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._grid import TileGrid
+from eosin.wsi._synthetic import make_slide
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(5, 8)).astype(np.float32)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from eosin.errors import FeatureFileError
+from eosin.features._store import find_bags, read_bag, read_common_spec
 from eosin.features.interop import import_file
-from eosin.features.store import find_bags, read_bag, read_common_spec
 
 
 def arrays() -> dict[str, np.ndarray]:

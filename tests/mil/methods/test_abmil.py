@@ -4,11 +4,11 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.mil._recipe import RECIPES
+from eosin.mil._tasks import Binary
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import PRESETS, Abmil
-from eosin.mil.recipe import RECIPES
 from eosin.mil.slots import AGGREGATORS
-from eosin.mil.tasks import Binary
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -3,10 +3,10 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
+from eosin.mil._tasks import Classification, Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClamInstance, ClamMultiBranch, ClamSingleBranch
 from eosin.mil.slots import AttentionOutput
-from eosin.mil.tasks import Classification, Task
 
 TASK = Classification(classes=("a", "b", "c"))
 

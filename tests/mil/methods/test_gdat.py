@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
+from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.gdat import Gdat, GdatBlock, GroupedDoubleAttention, Groups
 

@@ -3,10 +3,13 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._recipe import RECIPES
+from eosin.mil._tasks import Binary, Classification
+from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
-from eosin.mil.data import Examples, MemoryBags
-from eosin.mil.evaluate import predict_outputs
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.ins import (
     Ins,
@@ -17,9 +20,6 @@ from eosin.mil.methods.ins import (
     soft_cross_entropy,
     supervised_contrast,
 )
-from eosin.mil.recipe import RECIPES
-from eosin.mil.tasks import Binary, Classification
-from eosin.mil.train import fit
 
 TASK = Classification(classes=("a", "b", "c"))
 

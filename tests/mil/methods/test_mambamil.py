@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eosin.mil import attention
+from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import mambamil
 from eosin.mil.methods.mambamil import MambaMil, MixerLayer

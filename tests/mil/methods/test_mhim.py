@@ -6,9 +6,12 @@ from torch import nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.features.bag import FeatureSpec
+from eosin.features._bag import FeatureSpec
+from eosin.mil._checkpoint import ModelCard, save_model
+from eosin.mil._recipe import RECIPES, Recipe
+from eosin.mil._tasks import Classification
+from eosin.mil._train import Objective
 from eosin.mil.bags import PackedBags
-from eosin.mil.checkpoint import ModelCard, save_model
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.clam import ClamMultiBranch
@@ -27,10 +30,7 @@ from eosin.mil.methods.mhim import (
 )
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
-from eosin.mil.recipe import RECIPES, Recipe
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
-from eosin.mil.tasks import Classification
-from eosin.mil.train import Objective
 
 TASK = Classification(classes=("a", "b", "c"))
 LENGTHS = (30, 1, 0, 2, 17)

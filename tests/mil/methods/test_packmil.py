@@ -4,9 +4,11 @@ from torch import nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
+from eosin.mil import _attention as attention
+from eosin.mil._cox import Cox
+from eosin.mil._survival import DiscreteSurvival
+from eosin.mil._tasks import Binary, Classification, MultiLabel, Ordinal, Regression
 from eosin.mil.bags import PackedBags
-from eosin.mil.cox import Cox
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.packmil import (
     PRESETS,
@@ -32,8 +34,6 @@ from eosin.mil.methods.packmil import (
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
-from eosin.mil.survival import DiscreteSurvival
-from eosin.mil.tasks import Binary, Classification, MultiLabel, Ordinal, Regression
 
 TASK = Classification(classes=("a", "b", "c"))
 GRADES = Classification(classes=tuple("012345"))

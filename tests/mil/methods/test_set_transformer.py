@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
+from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import set_transformer
 from eosin.mil.methods.set_transformer import InducedBlock, MultiheadBlock, PoolingBlock, SetTransformer

@@ -3,11 +3,11 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.mil import attention
+from eosin.mil import _attention as attention
+from eosin.mil._nystrom import pseudo_inverse
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import mhim, packmil
 from eosin.mil.methods.transmil import TokenLayout, TransMil
-from eosin.mil.nystrom import pseudo_inverse
 
 
 def small(**options):

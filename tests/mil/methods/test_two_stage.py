@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
+from eosin.mil._selection import child_grid, select_tiles
+from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.two_stage import InstanceDropout
-from eosin.mil.selection import child_grid, select_tiles
-from eosin.mil.tasks import Classification
-from eosin.wsi.grid import TileGrid, Tiling
+from eosin.wsi._grid import TileGrid, Tiling
 
 TASK = Classification(classes=("a", "b"))
 

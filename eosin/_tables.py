@@ -1,0 +1,478 @@
+"""Tables of users: csv, tsv, xlsx and parquet become columns of text, in one way for every command.
+
+A file is measured before it is parsed, so that a damaged or hostile one is refused within a second and the limit is
+named. Text may be separated by comma, semicolon or tab, and be in UTF-8, UTF-16 or a Windows code page.
+"""
+
+import codecs
+import csv
+import datetime
+import logging
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+from eosin._names import match_slides
+from eosin.errors import TableError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
+KINDS = {
+    b"PK\x03\x04": "an Excel workbook; name it .xlsx",
+    b"\xd0\xcf\x11\xe0": "a workbook of Excel before 2007; save it as .xlsx",
+    b"PAR1": "a parquet file; name it .parquet",
+}
+BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+CODE_PAGES = {"cp1252": "Western European", "cp1250": "Central European", "cp1251": "Cyrillic"}
+RUN_OF_CYRILLIC = 2.5  # mean length of runs of bytes above 127; in European languages most are single letters
+
+MAX_ROWS = 2**20
+MAX_CELLS = 10_000_000
+MAX_TEXT_BYTES = 256 * 2**20
+MAX_PARQUET_BYTES = 256 * 2**20
+MAX_WORKBOOK_BYTES = 64 * 2**20
+MAX_WORKBOOK_PARTS = 10_000
+CHUNK_BYTES = 2**20
+
+EXACT_DIGITS = 15
+UNNAMED = "Unnamed: "
+SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Mapping[str, tuple[str, ...]]):
+    """The columns of a table by name, every value as text without surrounding blanks.
+
+    Attributes
+    ----------
+    path : Path
+        Where it was read.
+    columns : mapping of str to tuple of str
+        In the order of the file.
+    numbers : mapping of str to tuple of int
+        Of columns whose file stores types: the rows whose cell is a number and not text.
+    spoilt : mapping of str to str
+        Of such columns: what makes one of their values unfit for an id (a date, a fraction, a rounded number).
+    notes : tuple of str
+        What a person should know about the reading: the sheet that was taken, the code page that was assumed.
+    """
+
+    path: Path
+    columns: Mapping[str, tuple[str, ...]]
+    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    spoilt: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self.columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def rows(self, **required: Sequence[str]) -> list[dict[str, str]]:
+        """Return one mapping per row.
+
+        Parameters
+        ----------
+        **required : sequence of str
+            Columns that must be there, under any of the names given: they get the keyword as their name.
+
+        Raises
+        ------
+        TableError
+            If one of them is missing.
+        """
+        found = {key: detect_column(self, (key, *names)) for key, names in required.items()}
+        missing = [key for key, column in found.items() if column is None]
+        if missing:
+            raise TableError(
+                f"{self.path}: the table needs the columns {', '.join(required)}; it has {', '.join(self) or 'none'}"
+            )
+        renamed = {column: key for key, column in found.items()}
+        names = [renamed.get(name, name) for name in self]
+        return [dict(zip(names, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+
+
+def normalised(column: str) -> str:
+    """Return a column name in lower case with underscores."""
+    return column.strip().lower().replace(" ", "_")
+
+
+def detect_column(table: Mapping[str, Sequence[str]], names: Sequence[str]) -> str | None:
+    """Return the column that has the first of these normalised names that is there, or None."""
+    by_name = {normalised(column): column for column in table}
+    return next((by_name[name] for name in map(normalised, names) if name in by_name), None)
+
+
+def decimal_point(text: str) -> str:
+    """Return a number that was written with a decimal comma with a point, and any other text as it is."""
+    return text.replace(",", ".") if re.fullmatch(r"[-+]?\d+,\d+", text) else text
+
+
+def of_slides(
+    rows: Iterable[tuple[str, T]], slide_ids: Iterable[str], where: str, *, needed: bool = True
+) -> Mapping[str, T]:
+    """Return what a table, or a folder of files, states of these slides; unknown names are warned about.
+
+    Parameters
+    ----------
+    rows : iterable of (str, value)
+        Names as `eosin._names.match_slides` understands them.
+    slide_ids : iterable of str
+    where : str
+        The table or folder, for messages.
+    needed : bool
+        Whether it is an error when names are given and none is that of a slide.
+
+    Raises
+    ------
+    TableError
+        If slides are named twice with different values, or no name is that of a slide.
+    """
+    known = list(slide_ids)
+    matched = match_slides(rows, known, where=where)
+    if needed and matched.unknown and not matched.values:
+        raise TableError(
+            f"{where}: no name is that of one of the slides; it has {first_few(matched.unknown)}, "
+            f"the slides are {first_few(known)}"
+        )
+    for note in matched.notes:
+        logger.warning("%s: %s", where, note)
+    if matched.unknown:
+        logger.warning("%s: names of unknown slides are not used: %s", where, first_few(matched.unknown))
+    return matched.values
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def read_table(path: Path) -> Table:
+    """Read a csv, tsv, xlsx or parquet file.
+
+    Raises
+    ------
+    TableError
+        If the file is missing, empty, larger than the limits of this module, damaged or of another kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise TableError(f"{path}: tables are {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}")
+    read = {".xlsx": _read_xlsx, ".parquet": _read_parquet}.get(suffix, _read_text)
+    try:
+        table = read(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: cannot be read as a table (no such file)") from None
+    except (TableError, ImportError):
+        raise
+    except Exception as error:  # noqa: BLE001 - openpyxl and pyarrow have no common parent for what a damaged file makes them raise
+        raise TableError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
+    if not any(table.values()):
+        raise TableError(f"{path}: the table has no rows")
+    return table
+
+
+def _refuse(path: Path, found: str, limit: str) -> TableError:
+    return TableError(f"{path}: {found}; refused, because tables are limited to {limit}", code="unsafe")
+
+
+def _require_size(path: Path, n_rows: int, n_columns: int) -> None:
+    if n_rows > MAX_ROWS:
+        raise _refuse(path, f"holds more than {MAX_ROWS:,} rows", f"{MAX_ROWS:,} rows")
+    if n_rows * n_columns > MAX_CELLS:
+        raise _refuse(path, f"holds {n_rows:,} rows of {n_columns:,} columns", f"{MAX_CELLS:,} cells")
+
+
+def _require_distinct(names: Sequence[str], path: Path) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise TableError(f"{path}: two columns are called {twice[0]!r}; rename one")
+
+
+def _read_text(path: Path) -> Table:
+    """Read the rows that are not blank; one with more cells than columns is refused, for it would shift the others."""
+    text = TextFile(path)
+    rows = ((line, row) for line, row in text.rows() if any(row))
+    _, first = next(rows, (0, []))
+    header = [f"{UNNAMED}{place}" if not name or name.startswith(UNNAMED) else name for place, name in enumerate(first)]
+    _require_distinct(header, path)
+    kept: list[list[str]] = []
+    for line, row in rows:
+        if any(row[len(header) :]):
+            raise TableError(
+                f"{path}: line {line} has {len(row)} cells, but the first line names {len(header)} columns; "
+                "put cells that hold the separator in quotes"
+            )
+        kept.append(row[: len(header)] + [""] * (len(header) - len(row)))
+        _require_size(path, len(kept), len(header))
+    columns = zip(*kept, strict=True) if kept else [()] * len(header)
+    return Table(path, dict(zip(header, columns, strict=True)), notes=text.notes)
+
+
+class TextFile:
+    """A text table whose size, encoding and separator are known, and whose cells are not read yet.
+
+    Parameters
+    ----------
+    path : Path
+    most_bytes, most_cells : int
+        A larger file is refused.
+
+    Raises
+    ------
+    TableError
+        If the file is too large, or not text.
+    """
+
+    def __init__(self, path: Path, *, most_bytes: int = MAX_TEXT_BYTES, most_cells: int = MAX_CELLS) -> None:
+        if path.stat().st_size > most_bytes:
+            raise _refuse(path, f"is larger than {most_bytes // 2**20} MiB", f"{most_bytes // 2**20} MiB of text")
+        _require_few_cells(path, most_cells)
+        self.path = path
+        self.encoding, self.notes = _find_encoding(path)
+        self.separator = "\t" if path.suffix.lower() == ".tsv" else self._find_separator()
+
+    def _find_separator(self) -> str:
+        """Return the most frequent of comma, semicolon and tab in the first line, outside quotation marks."""
+        with self.path.open(newline=None, encoding=self.encoding) as file:
+            first = next((line for line in file if line.strip()), "")
+        stated = _stated_separator(first.strip())
+        return stated or max(",;\t", key=re.sub('"[^"]*"', "", first).count)
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the number of each line and its cells without surrounding blanks.
+
+        Raises
+        ------
+        TableError
+            If a quotation mark is not closed, or a cell is too long.
+        """
+        with self.path.open(newline="", encoding=self.encoding) as file:
+            lines = csv.reader(file, delimiter=self.separator, strict=True)
+            try:
+                for row in lines:
+                    if not _stated_separator(self.separator.join(row)):
+                        yield lines.line_num, [cell.strip() for cell in row]
+            except csv.Error as error:
+                raise TableError(f"{self.path}: line {lines.line_num}: {error}; check its quotation marks") from None
+
+
+def _stated_separator(line: str) -> str:
+    """Return the separator that the first line states for Excel (``sep=;``), or nothing."""
+    return line[4] if len(line) == 5 and line.startswith("sep=") else ""
+
+
+def _find_encoding(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Return the encoding of a text file and what is to be said of it."""
+    with path.open("rb") as file:
+        head = file.read(CHUNK_BYTES)
+    for start, kind in KINDS.items():
+        if head.startswith(start):
+            raise TableError(f"{path}: is {kind}")
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
+    if not marked and b"\0" in head:  # every other byte of ASCII text in UTF-16
+        marked = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
+    if marked and not _decodes(path, marked):
+        raise TableError(f"{path}: is damaged, or not a table: it is not text in {marked.upper()}")
+    if marked or _decodes(path, "utf-8"):
+        return marked or "utf-8", ()
+    page, example = _code_page(path)
+    return page, (
+        f"encoding: {path.name} is not in UTF-8 and was read as {page.replace('cp', 'Windows-')} "
+        f"({CODE_PAGES[page]}); check {example!r}, or save it as CSV UTF-8",
+    )
+
+
+def _require_few_cells(path: Path, most_cells: int) -> None:
+    """Count the ends of lines and the separators, which takes a tenth of a second where parsing takes a minute."""
+    lines = separators = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            lines += max(chunk.count(b"\n"), chunk.count(b"\r"))
+            separators += max(map(chunk.count, (b",", b";", b"\t")))
+            _require_size(path, lines - 1, 1)
+            if lines + separators > most_cells:
+                raise _refuse(path, f"holds more than {most_cells:,} cells", f"{most_cells:,} cells")
+
+
+def _decodes(path: Path, encoding: str) -> bool:
+    """Return whether a file is in an encoding; refuse UTF-8 that goes wrong after it went right."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    lines, is_certain = 1, False
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(CHUNK_BYTES)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start]
+                if encoding == "utf-8" and (is_certain or not before.isascii()):
+                    lines += before.count(b"\n")
+                    raise TableError(f"{path}: line {lines} is not in UTF-8; save the table as CSV UTF-8") from None
+                return False
+            if not chunk:
+                return True
+            is_certain = is_certain or not text.isascii()
+            lines += chunk.count(b"\n")
+
+
+def _code_page(path: Path) -> tuple[str, str]:
+    """Return the Windows code page that a text is most likely in, and a word to judge it by."""
+    words: list[bytes] = []
+    with path.open("rb") as file:
+        while len(words) < 1000 and (chunk := file.read(CHUNK_BYTES)):
+            words += re.findall(rb"[A-Za-z\x80-\xff]*[\x80-\xff][A-Za-z\x80-\xff]*", chunk)
+    sample = b" ".join(words[:1000])
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    pages = ["cp1252", "cp1250"]
+    if sum(map(len, runs)) > RUN_OF_CYRILLIC * len(runs):
+        pages.insert(0, "cp1251")
+    fitting = [page for page in pages if _reads_as_words(sample, page)]
+    page = next(iter(fitting), "cp1252")
+    return page, words[0].decode(page, "replace")
+
+
+def _reads_as_words(sample: bytes, page: str) -> bool:
+    """Return whether no sign stands where a language has a letter: before another letter."""
+    try:
+        text = sample.decode(page)
+    except UnicodeDecodeError:
+        return False
+    return all(a.isascii() or a.isalpha() or not b.isalpha() for a, b in pairwise(text))
+
+
+def _read_parquet(path: Path) -> Table:
+    """Read the columns; texts that occur often stay one object each, so that the memory is that of the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        facts, names = file.metadata, file.schema_arrow.names
+        _require_size(path, facts.num_rows, max(1, facts.num_columns))
+        size = sum(facts.row_group(place).total_byte_size for place in range(facts.num_row_groups))
+        if size > MAX_PARQUET_BYTES:
+            limit = f"{MAX_PARQUET_BYTES // 2**20} MiB"
+            raise _refuse(path, f"unpacks to more than {limit}", f"{limit} of parquet")
+        text = [item.name for item in file.schema_arrow if pa.types.is_string(item.type)]
+    columns = pq.read_table(path, read_dictionary=text, use_pandas_metadata=False)
+    _require_distinct(names, path)
+    kept = [name for name in names if not re.fullmatch(r"__index_level_\d+__", name)]  # pandas' number of the row
+    return _typed_table(path, {name: _values(columns[name]) for name in kept})
+
+
+def _values(column: Any) -> list[Any]:
+    values: list[Any] = []
+    for chunk in column.chunks:
+        words = chunk.dictionary.to_pylist() if hasattr(chunk, "dictionary") else None
+        cells = chunk.to_pylist() if words is None else chunk.indices.to_pylist()
+        values += cells if words is None else [None if cell is None else words[cell] for cell in cells]
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+
+
+def _read_xlsx(path: Path) -> Table:
+    """Read the first sheet that has rows; a number that Excel shows with leading zeros keeps them."""
+    import openpyxl
+
+    _require_small_workbook(path)
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
+        for sheet in sheets:
+            rows = [row for row in map(list, sheet.iter_rows()) if any(cell.value is not None for cell in row)]
+            if rows:
+                break
+        else:
+            return Table(path, {})
+    finally:
+        book.close()
+    others = f" of {len(book.sheetnames)}; the others are not read" if len(book.sheetnames) > 1 else ""
+    header = ["" if cell.value is None else str(cell.value).strip() for cell in rows[0]]
+    _require_distinct([name for name in header if name], path)
+    _require_size(path, len(rows), len(header))
+    columns = {
+        name: [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
+        for place, name in enumerate(header)
+        if name
+    }
+    return _typed_table(path, columns, notes=(f"sheet: {sheet.title!r}{others}",))
+
+
+def _require_small_workbook(path: Path) -> None:
+    """Refuse a workbook that unpacks to too much, or that defines entities, before anything is parsed."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        limit = f"{MAX_WORKBOOK_BYTES // 2**20} MiB"
+        if len(parts) > MAX_WORKBOOK_PARTS or sum(part.file_size for part in parts) > MAX_WORKBOOK_BYTES:
+            raise _refuse(path, f"unpacks to more than {limit}; save the table as csv", f"{limit} of workbook")
+        for part in parts:
+            with archive.open(part) as file:
+                if b"<!DOCTYPE" in file.read(4096):
+                    raise TableError(f"{path}: is not a workbook of Excel ({part.filename} defines entities)")
+
+
+def _shown_value(cell: Any) -> Any:
+    zeros = str(getattr(cell, "number_format", ""))
+    if isinstance(cell.value, int) and not isinstance(cell.value, bool) and zeros and not zeros.strip("0"):
+        return f"{cell.value:0{len(zeros)}d}"
+    return cell.value
+
+
+def _typed_table(path: Path, columns: Mapping[str, Sequence[Any]], *, notes: tuple[str, ...] = ()) -> Table:
+    texts: dict[str, tuple[str, ...]] = {}
+    numbers: dict[str, tuple[int, ...]] = {}
+    spoilt: dict[str, str] = {}
+    for name, values in columns.items():
+        texts[name] = tuple(_as_text(value) for value in values)
+        found = tuple(row for row, value in enumerate(values) if _is_number(value))
+        if found:
+            numbers[name] = found
+        fault = next(((row, fault) for row, value in enumerate(values) if (fault := _fault(value))), None)
+        if fault is not None:
+            spoilt[name] = f"row {fault[0] + 2} is {fault[1]}"
+    return Table(path, texts, numbers, spoilt, notes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is an empty cell
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or value != value:  # NaN, the empty cell of pandas
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**EXACT_DIGITS:
+        return str(int(value))
+    return str(value).strip()
+
+
+def _fault(value: Any) -> str:
+    """Return what makes a cell unfit for an id, or nothing."""
+    if isinstance(value, datetime.date | datetime.time):
+        return f"a date ({value})"
+    if not _is_number(value):
+        return ""
+    if isinstance(value, float) and not value.is_integer():
+        return f"a fraction ({value})"
+    if abs(value) >= 10**EXACT_DIGITS:
+        return f"a number of more than {EXACT_DIGITS} digits, which spreadsheets round ({value:.6g})"
+    return ""

@@ -1,0 +1,360 @@
+"""What every foreign file is reduced to, what only the user can add, and how the result is written."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from eosin._files import file_fingerprint
+from eosin.errors import FeatureFileError, UnknownNameError
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._encoders import find_encoder
+from eosin.features._store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, read_spec, write_bag
+from eosin.options import Options
+from eosin.wsi._coordinates import write_grid
+from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide import find_slides, open_slide
+
+Numbers = NDArray[np.generic]
+PATCHES = "_patches"
+
+
+class ImportOptions(Options):
+    """What files of other tools may not say.
+
+    Parameters
+    ----------
+    encoder : str, optional
+        Name of the encoder that made the features; wins over the file's own.
+    slide_mpp : float, optional
+        µm per level-0 pixel of the slide.
+    slide : Path, optional
+        The slide itself, for its mpp, size and fingerprint, or a folder of slides, of which the one of the file's name
+        is taken.
+    coords : Path, optional
+        Coordinates file that belongs to features without places, or a folder of such files.
+    """
+
+    encoder: str | None = None
+    slide_mpp: Annotated[float, Field(gt=0.01, lt=100)] | None = None
+    slide: Path | None = None
+    coords: Path | None = None
+
+    def of(self, path: Path) -> "ImportOptions":
+        """Return the options with the slide and the coordinates of one file in the place of folders of them.
+
+        Raises
+        ------
+        FeatureFileError
+            When a folder has none for this file.
+        """
+        name = path.stem.removesuffix(PATCHES)
+        found: dict[str, Path | None] = {}
+        if self.slide is not None and self.slide.is_dir():
+            found["slide"] = _slides(self.slide).get(name)
+        if self.coords is not None and self.coords.is_dir():
+            files = (self.coords / f"{name}{end}" for end in (SUFFIX, PATCHES + SUFFIX))
+            found["coords"] = next((file for file in files if file.is_file()), None)
+        for option, file in found.items():
+            if file is None:
+                folder = getattr(self, option)
+                raise FeatureFileError(path, f"has no {option} called {name} in {folder}", code="incomplete")
+        return self.model_copy(update=found)
+
+
+@lru_cache(maxsize=4)
+def _slides(folder: Path) -> dict[str, Path]:
+    return {slide.slide_id: slide.path for slide in find_slides([folder])}
+
+
+@dataclass(frozen=True)
+class SlideFacts:
+    """What is known about the slide that a file belongs to.
+
+    Parameters
+    ----------
+    mpp : float or None
+        µm per level-0 pixel.
+    size_px0 : (int, int) or None
+        Width and height.
+    fingerprint : str
+        Of the slide's file; empty when it is not at hand.
+    """
+
+    mpp: float | None = None
+    size_px0: tuple[int, int] | None = None
+    fingerprint: str = ""
+
+    @classmethod
+    def from_options(cls, options: ImportOptions) -> "SlideFacts":
+        """Collect them from the slide, where it is at hand, and the options."""
+        if options.slide is None:
+            return cls(options.slide_mpp)
+        with open_slide(options.slide, mpp=options.slide_mpp) as slide:
+            return cls(slide.mpp, slide.size_px0, file_fingerprint(options.slide))
+
+    def require_mpp(self, path: Path) -> float:
+        """Return the slide's mpp.
+
+        Raises
+        ------
+        FeatureFileError
+            When nobody has said it.
+        """
+        if self.mpp is None:
+            message = "does not say the slide's µm/px; pass --slide-mpp X or --slides FILE"
+            raise FeatureFileError(path, message, code="incomplete")
+        return self.mpp
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where foreign tiles lie.
+
+    Parameters
+    ----------
+    origins_px0 : (n, 2)
+        Top-left corners, level-0 pixels.
+    tile_px0 : int
+        Side in level-0 pixels.
+    patch_size : int
+        Side of the tile that was encoded, in its own pixels.
+    overlap : int
+        Pixels of such a tile that neighbours share.
+    slide_size_px0 : (int, int) or None
+        Width and height of the slide where the file says it.
+    """
+
+    origins_px0: Numbers
+    tile_px0: int
+    patch_size: int
+    overlap: int = 0
+    slide_size_px0: tuple[int, int] | None = None
+
+    def grid(self, slide: SlideFacts, path: Path) -> TileGrid:
+        """Return the places as a grid of ours.
+
+        Raises
+        ------
+        FeatureFileError
+            When sizes make no sense or the slide's mpp is unknown.
+        """
+        origins = np.asarray(np.rint(np.asarray(self.origins_px0, np.float64)), np.int64).reshape(-1, 2)
+        if self.tile_px0 < 1 or self.patch_size < 1 or (origins < 0).any():
+            raise FeatureFileError(path, f"has tiles of {self.tile_px0} px or corners below 0, which cannot be")
+        mpp = slide.require_mpp(path)
+        extent = origins.max(axis=0, initial=0) + self.tile_px0
+        size = slide.size_px0 or self.slide_size_px0 or (int(extent[0]), int(extent[1]))
+        tiling = Tiling.parse(
+            {
+                "mpp": round(mpp * self.tile_px0 / self.patch_size, 6),
+                "patch_size": self.patch_size,
+                "overlap": min(self.overlap, self.patch_size - 1),
+                "min_tissue": 0.0,
+            },
+            source=str(path),
+        )
+        return TileGrid(origins, self.tile_px0, tiling, size, mpp)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One slide's worth of a foreign file.
+
+    Parameters
+    ----------
+    slide_id : str
+        The slide.
+    features : (n, D) or (D,), optional
+        None for files of coordinates.
+    places : Places, optional
+        None for features without places.
+    encoder : str, optional
+        As the file names it.
+    label : str, optional
+        Where the file has one.
+    facts : mapping of str to str
+        For the provenance.
+    """
+
+    slide_id: str
+    features: Numbers | None = None
+    places: Places | None = None
+    encoder: str | None = None
+    label: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def table_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+LABEL_COLUMNS = ("patient_id", "slide_id", "label")
+
+
+def merged_labels(table: Path, labels: Mapping[str, str], path: Path) -> str:
+    """Return the table of labels with those of another file added, each slide its own patient.
+
+    Parameters
+    ----------
+    table : Path
+        ``labels.csv`` of earlier imports, where there is one.
+    labels : mapping of str to str
+        Label by slide.
+    path : Path
+        Where they are from.
+
+    Raises
+    ------
+    FeatureFileError
+        When a slide has another label there already, or the table is not one of ours.
+    """
+    rows = _read_labels(table)
+    for slide_id, label in labels.items():
+        _, known = rows.setdefault(slide_id, (slide_id, label))
+        if known != label:
+            raise FeatureFileError(
+                path,
+                f"labels {slide_id} as {label!r}, but {table} as {known!r}; correct one or choose another --out",
+                code="labels",
+            )
+    return table_text(LABEL_COLUMNS, [(patient, slide_id, label) for slide_id, (patient, label) in rows.items()])
+
+
+def _read_labels(table: Path) -> dict[str, tuple[str, str]]:
+    """Return patient and label by slide."""
+    if not table.is_file():
+        return {}
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = [*csv.reader(file)] or [[]]
+    if tuple(header) != LABEL_COLUMNS or any(len(row) != len(LABEL_COLUMNS) for row in rows):
+        raise FeatureFileError(
+            table, f"already exists with other columns; expected only {', '.join(LABEL_COLUMNS)}; choose another --out"
+        )
+    return {slide_id: (patient, label) for patient, slide_id, label in rows}
+
+
+def safe_id(name: object, path: Path) -> str:
+    """Return a slide id that is a plain file name.
+
+    Raises
+    ------
+    FeatureFileError
+        When the file's name for its slide would lead elsewhere.
+    """
+    text = str(name)
+    if not text or Path(text).name != text or text.startswith(".") or "\\" in text or "\0" in text:
+        raise FeatureFileError(path, f"calls its slide {text!r}, which is not a file name", code="unsafe")
+    return text
+
+
+def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Path:
+    """Write one slide as a file of ours.
+
+    Parameters
+    ----------
+    foreign : Foreign
+        What was read.
+    path : Path
+        Where from, for messages.
+    out : Path
+        Features go to ``OUT/features``, coordinates to ``OUT/<tiling>/patches``.
+    options : ImportOptions
+        What the user added.
+
+    Returns
+    -------
+    Path
+        The new file.
+
+    Raises
+    ------
+    FeatureFileError
+        When something is missing, contradictory or not finite.
+    """
+    slide = SlideFacts.from_options(options)
+    if foreign.features is None:
+        return _store_coordinates(foreign, path, out, slide)
+    grid = foreign.places.grid(slide, path) if foreign.places else None
+    rows = _checked(foreign.features, path, alone=grid is None)
+    if grid is not None and grid.n_tiles != len(rows):
+        raise FeatureFileError(path, f"has {len(rows)} rows of features for {grid.n_tiles} places")
+    spec = FeatureSpec(
+        encoder=_encoder(options.encoder or foreign.encoder, path),
+        dim=rows.shape[1],
+        mpp=grid.tiling.mpp if grid else None,
+        patch_size=grid.tiling.patch_size if grid else None,
+    )
+    facts = {"imported_from": path.name, "mpp_source": "user", **foreign.facts}
+    if slide.fingerprint:
+        facts["input_fingerprint"] = slide.fingerprint
+    target = out / "features" / f"{safe_id(foreign.slide_id, path)}{SUFFIX}"
+    require_same_kind(target, spec)
+    write_bag(target, FeatureBag(rows, spec, foreign.slide_id, grid, facts))
+    return target
+
+
+def require_same_kind(target: Path, spec: FeatureSpec) -> None:
+    """Refuse to put features into a folder of features that were made differently.
+
+    Raises
+    ------
+    FeatureMismatchError
+        Naming the new file and one that is there.
+    """
+    with suppress(FileNotFoundError), os.scandir(target.parent) as entries:  # one entry: listing all for each is n²
+        for entry in entries:
+            if entry.name.endswith(SUFFIX) and not entry.name.startswith(".") and entry.name != target.name:
+                other = target.with_name(entry.name)
+                read_spec(other).require_match(spec, target, expected_by=str(other))
+                return
+
+
+def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFacts) -> Path:
+    assert foreign.places is not None
+    grid = foreign.places.grid(slide, path)
+    target = JobFolder(out).patches(grid.tiling.folder, safe_id(foreign.slide_id, path))
+    write_grid(target, grid, slide_id=foreign.slide_id, mpp_source="user", fingerprint=slide.fingerprint)
+    return target
+
+
+def _checked(features: Numbers, path: Path, *, alone: bool) -> NDArray[np.float16] | NDArray[np.float32]:
+    """Return rows (n, D); one vector without places is a bag of one row."""
+    rows = features[None] if features.ndim == 1 and alone and features.size else features
+    if rows.ndim == 1 and rows.size == 0:
+        raise FeatureFileError(path, "has no tiles and does not say how wide its features are", code="empty")
+    if (
+        rows.ndim != 2
+        or len(rows) > MAX_ROWS
+        or 4 * rows.size > MAX_BYTES
+        or rows.shape[1] > MAX_DIM
+        or rows.dtype.kind not in "fiu"
+    ):
+        raise FeatureFileError(path, f"features are {rows.shape} of {rows.dtype}; expected (n, D) numbers")
+    if not np.isfinite(rows).all():
+        raise FeatureFileError(path, "holds features that are not finite", code="non-finite")
+    return rows.astype(np.float16) if rows.dtype == np.float16 else rows.astype(np.float32)
+
+
+def _encoder(name: str | None, path: Path) -> str:
+    if not name:
+        raise FeatureFileError(path, "does not say which encoder made it; pass --encoder NAME", code="incomplete")
+    try:
+        return find_encoder(name).name
+    except UnknownNameError:
+        return name

@@ -1,0 +1,45 @@
+"""Scores as a table: one row per tile, as CSV for whatever reads text, as parquet for exact numbers and types."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from eosin._files import write_bytes, write_text
+from eosin.heatmaps._heatmap import Heatmap
+
+
+def write_csv(path: Path, heatmaps: Sequence[Heatmap]) -> None:
+    """Write the tiles' places and one column per map.
+
+    Parameters
+    ----------
+    path : Path
+        Columns ``x_px0, y_px0`` (top-left corner), ``size_px0`` (level-0 pixels of the slide file, not of its scanned
+        box), then each map by its kind.
+    heatmaps : sequence of Heatmap
+        On one grid.
+    """
+    write_frame(path, tile_table(heatmaps))
+
+
+def write_parquet(path: Path, heatmaps: Sequence[Heatmap]) -> None:
+    """Write the table of `write_csv` as parquet: the same columns, with every digit and the labels as metadata."""
+    write_frame(path, tile_table(heatmaps))
+
+
+def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
+    """Return one row per tile: ``x_px0, y_px0, size_px0``, then each map by its kind."""
+    grid = heatmaps[0].grid
+    columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
+    frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
+    frame.attrs = {"labels": {heatmap.kind: heatmap.caption for heatmap in heatmaps}}
+    return frame
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table by the suffix of its name: parquet as it is, anything else as CSV with nine digits."""
+    if path.suffix == ".parquet":
+        write_bytes(path, frame.to_parquet(index=False))
+    else:
+        write_text(path, frame.to_csv(index=False, float_format="%.9g"))

@@ -1,0 +1,274 @@
+"""Bags of features with their labels: where instances come from, and examples that join them with targets.
+
+Policies, the same everywhere. A label whose slide has no features is an error unless `missing` is ``drop``; features
+without a label are left out. A patient may have several slides.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eosin._fingerprints import DIGITS
+from eosin._tables import SLIDE_COLUMNS as SLIDE_COLUMNS
+from eosin._tables import Table as Table
+from eosin._tables import detect_column as detect_column
+from eosin._tables import normalised as normalised
+from eosin._tables import read_table as read_table
+from eosin.errors import LabelError
+from eosin.features._bag import FeatureSpec
+from eosin.features._store import read_bag, read_common_spec, read_footer, read_rows_hash
+from eosin.mil._tables import PATIENT_COLUMNS as PATIENT_COLUMNS
+from eosin.mil._tables import LabelTable as LabelTable
+from eosin.mil._tables import read_labels as read_labels
+from eosin.mil._tables import shown as shown
+from eosin.mil._tasks import Task
+
+
+class BagSource(Protocol):
+    """Where the instances of bags come from."""
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """What the features are, the same for all bags."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the bags."""
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances without reading them."""
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances (n, D) in their stored dtype, or some rows of them; the caller must not change them."""
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances: a model of other instances is another model."""
+
+
+class MemoryBags:
+    """Bags that are in memory already.
+
+    Parameters
+    ----------
+    bags : mapping of str to (n, D) tensor or array
+    spec : FeatureSpec
+    """
+
+    def __init__(self, bags: Mapping[str, Tensor | NDArray[np.floating]], spec: FeatureSpec):
+        self._bags = {name: torch.as_tensor(bag) for name, bag in bags.items()}
+        self.spec = spec
+        self.ids: Sequence[str] = tuple(self._bags)
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances."""
+        return len(self._bags[bag_id])
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances, or some rows of them."""
+        bag = self._bags[bag_id]
+        return bag if rows is None else bag[rows]
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances, their shape and type."""
+        bag = self._bags[bag_id].contiguous()
+        digest = hashlib.sha256(f"{bag.dtype} {tuple(bag.shape)}".encode())
+        digest.update(bag.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:DIGITS]
+
+
+class FeatureFolder:
+    """Bags in feature files, memory-mapped, and kept in memory as long as a budget lasts.
+
+    Parameters
+    ----------
+    files : mapping of str to Path
+        As `eosin.features._store.find_bags` returns it; all of one specification.
+    cache_bytes : int
+        Bags are kept from their first use until this many bytes are used.
+
+    Raises
+    ------
+    FeatureMismatchError
+        If two files were made differently.
+    """
+
+    def __init__(self, files: Mapping[str, Path], *, cache_bytes: int = 2 * 2**30) -> None:
+        self.spec = read_common_spec(files)
+        self.ids: Sequence[str] = tuple(files)
+        self._files = dict(files)
+        self._lengths: dict[str, int] = {}
+        self._cache: dict[str, Tensor] = {}
+        self._free_bytes = cache_bytes
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances."""
+        if bag_id not in self._lengths:
+            self._lengths[bag_id] = read_footer(self._files[bag_id]).n_rows
+        return self._lengths[bag_id]
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances, or some rows of them; of a file that is not kept only these rows are read."""
+        if bag_id not in self._cache:
+            features = read_bag(self._files[bag_id]).features
+            if features.nbytes > self._free_bytes:
+                return torch.from_numpy(np.array(features if rows is None else features[rows.numpy()]))
+            self._cache[bag_id] = torch.from_numpy(np.array(features))
+            self._free_bytes -= features.nbytes
+        bag = self._cache[bag_id]
+        return bag if rows is None else bag[rows]
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances, from the checksums of the file and without reading its rows."""
+        return read_rows_hash(self._files[bag_id])
+
+
+class PatientBags:
+    """A patient as one bag: the instances of all slides of the patient, slide after slide.
+
+    Parameters
+    ----------
+    slides : BagSource
+    slides_of : mapping of str to sequence of str
+        The slides of each patient.
+    """
+
+    def __init__(self, slides: BagSource, slides_of: Mapping[str, Sequence[str]]) -> None:
+        self._slides = slides
+        self._slides_of = slides_of
+        self.spec = slides.spec
+        self.ids: Sequence[str] = tuple(slides_of)
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances of all slides."""
+        return sum(self._slides.length(slide) for slide in self._slides_of[bag_id])
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances of all slides, or some rows of them."""
+        bag = torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
+        return bag if rows is None else bag[rows]
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances of all slides, in their order."""
+        hashes = [self._slides.content_hash(slide) for slide in self._slides_of[bag_id]]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:DIGITS]
+
+    def slides_of(self, bag_id: str) -> tuple[str, ...]:
+        """Return the ids of the patient's slides."""
+        return tuple(self._slides_of[bag_id])
+
+    def slide_index(self, bag_id: str) -> Tensor:
+        """Return which of the patient's slides each instance is from, (n,) int64."""
+        lengths = [self._slides.length(slide) for slide in self._slides_of[bag_id]]
+        return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Bags with their targets.
+
+    Attributes
+    ----------
+    bags : BagSource
+    ids, patient_ids : tuple of str
+        One per example.
+    targets : (examples, ...) tensor
+        As the task encodes them, on the host.
+    """
+
+    bags: BagSource = field(repr=False)
+    ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, ids: Iterable[str]) -> Self:
+        """Return the examples with these ids, in the order of the ids; `LabelError` for one that is not there."""
+        place = {name: number for number, name in enumerate(self.ids)}
+        wanted = list(ids)
+        unknown = [name for name in wanted if name not in place]
+        if unknown:
+            raise LabelError(f"slides of a split without a label or features: {shown(unknown)}")
+        at = [place[name] for name in wanted]
+        patients = tuple(self.patient_ids[i] for i in at)
+        return type(self)(self.bags, tuple(wanted), patients, self.targets[at])
+
+    def joined(self, other: Self) -> Self:
+        """Return these examples and others of the same bags."""
+        targets = torch.cat([self.targets, other.targets])
+        return type(self)(self.bags, self.ids + other.ids, self.patient_ids + other.patient_ids, targets)
+
+
+def make_examples(
+    bags: BagSource, table: LabelTable, task: Task, *, missing: Literal["error", "drop"] = "error"
+) -> Examples:
+    """Join features and labels by slide id.
+
+    Parameters
+    ----------
+    bags : BagSource
+    table : LabelTable
+    task : Task
+        Reads its columns of the table.
+    missing : {"error", "drop"}
+        What becomes of a label whose slide has no features.
+
+    Raises
+    ------
+    LabelError
+        If slides have no features and `missing` is ``error``, if none has, or a label is empty or of no meaning.
+    """
+    available = set(bags.ids)
+    absent = [slide for slide in table.slide_ids if slide not in available]
+    if absent and (missing == "error" or len(absent) == len(table)):
+        raise LabelError(
+            f"{len(absent)} of {len(table)} labelled slides have no features: {shown(absent)}"
+            f"{_spelling(absent, bags)}; extract them, delete their rows, or leave them out on purpose "
+            "(--missing drop)"
+        )
+    used = table.select(available)
+    if not task.may_be_incomplete:
+        used.require(task.columns)
+    return Examples(bags, used.slide_ids, used.patient_ids, task.encode(used.rows()))
+
+
+def _spelling(absent: Sequence[str], bags: BagSource) -> str:
+    """Return a hint when features differ from labels by capitals or leading zeros alone."""
+    stripped = {name.lstrip("0"): name for name in bags.ids}
+    small = {name.lower(): name for name in bags.ids}
+    for name in absent:
+        if name.lower() in small:
+            return f" (there is {small[name.lower()]!r}: do only the capitals of {name!r} differ?)"
+        other = stripped.get(name.lstrip("0"))
+        if name.isdigit() and other is not None:
+            return f" (there is {other!r}: did a spreadsheet take the zeros of {name!r}?)"
+    return ""
+
+
+def patient_examples(examples: Examples) -> Examples:
+    """Return one example per patient from examples of slides.
+
+    Raises
+    ------
+    LabelError
+        If the slides of a patient have different labels.
+    """
+    slides_of: dict[str, list[str]] = {}
+    for slide, patient in zip(examples.ids, examples.patient_ids, strict=True):
+        slides_of.setdefault(patient, []).append(slide)
+    firsts = examples.subset(slides[0] for slides in slides_of.values())
+    for number, (patient, slides) in enumerate(slides_of.items()):
+        targets = examples.subset(slides).targets
+        differs = (targets != firsts.targets[number]) & ~(targets.isnan() & firsts.targets[number].isnan())
+        if differs.any():
+            raise LabelError(f"patient {patient} has slides with different labels ({shown(slides)}); train on slides")
+    patients = tuple(slides_of)
+    return Examples(PatientBags(examples.bags, slides_of), patients, patients, firsts.targets)

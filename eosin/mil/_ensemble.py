@@ -1,0 +1,119 @@
+"""One model or several that answer together."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from eosin._devices import choose_device
+from eosin._fingerprints import DIGITS
+from eosin.errors import ConfigError
+from eosin.mil._checkpoint import ModelCard, load_model
+from eosin.mil._data import BagSource
+from eosin.mil._evaluate import predict_outputs
+from eosin.mil._metrics import Floats
+from eosin.mil._prediction_table import Cell, Row
+from eosin.mil._tasks import Task
+from eosin.mil.slots import Aggregator
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """One model or several that answer the same question from the same kind of features.
+
+    Attributes
+    ----------
+    models : tuple of Aggregator
+    cards : tuple of ModelCard
+    tasks : tuple of Task
+        The same question; each with what its own training and validation parts taught.
+    device : torch.device
+    """
+
+    models: tuple[Aggregator, ...]
+    cards: tuple[ModelCard, ...]
+    tasks: tuple[Task, ...]
+    device: torch.device
+
+    @cached_property
+    def task(self) -> Task:
+        """The question with what all models learnt: a threshold is their mean, times of survival are common to all."""
+        nothing = [task.activate(torch.zeros(1, task.n_outputs)) for task in self.tasks]
+        pooled, _ = self.tasks[0].pooled(self.tasks, nothing)
+        return pooled.with_mean_threshold(self.tasks)
+
+    @property
+    def model_id(self) -> str:
+        """Ids of the models, joined by plus signs."""
+        return "+".join(card.model_id for card in self.cards)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of weights and cards: with another threshold or other classes the same weights say something else."""
+        cards = "\n".join(card.to_json() for card in self.cards)
+        return hashlib.sha256(cards.encode()).hexdigest()[:DIGITS]
+
+    @property
+    def reads_patients(self) -> bool:
+        """Whether a bag was all slides of a patient when the models were trained.
+
+        Raises
+        ------
+        ConfigError
+            If it was for some of them only.
+        """
+        levels = {card.training.get("level", "slide") for card in self.cards}
+        if len(levels) > 1:
+            raise ConfigError(
+                "some of the models were trained on slides and some on patients; predict patients with each kind alone"
+            )
+        return levels == {"patient"}
+
+    @property
+    def facts(self) -> dict[str, Cell]:
+        """What every row of a table says of the models."""
+        features = self.cards[0].features
+        return {"model": self.model_id, "encoder": features.encoder, "encoder_hash": features.weights_hash}
+
+    def outputs(self, bags: BagSource, bag_id: str) -> Floats:
+        """Return the activated outputs of each model for one bag in the form of `task`, (models, outputs)."""
+        said = [
+            predict_outputs(model, task, bags, [bag_id], device=self.device)
+            for model, task in zip(self.models, self.tasks, strict=True)
+        ]
+        return self.tasks[0].pooled(self.tasks, said)[1]
+
+    def answer(self, outputs: Floats) -> Row:
+        """Return the columns of the task and the uncertainty from the outputs of each model, (models, outputs)."""
+        columns = self.task.table(outputs.mean(0, keepdims=True))
+        cells: Row = {name: values[0].item() for name, values in columns.items()}
+        return cells | (self.task.spread(outputs) if len(outputs) > 1 else {})
+
+
+def load_ensemble(folders: Sequence[Path], *, device: str = "auto") -> Ensemble:
+    """Load model folders that belong together.
+
+    Raises
+    ------
+    ConfigError
+        If none is given, or their tasks differ.
+    FeatureMismatchError
+        If they were trained on different kinds of features.
+    CheckpointError
+        If one cannot be loaded.
+    """
+    if not folders:
+        raise ConfigError("no model was given; pass at least one model folder")
+    loaded = [load_model(folder) for folder in folders]
+    first = loaded[0][1]
+    tasks = tuple(card.load_task() for _, card in loaded)
+    for folder, task, (_, card) in zip(folders, tasks, loaded, strict=True):
+        if not task.same_question(tasks[0]):
+            raise ConfigError(f"{folder} and {folders[0]} answer different questions; predict with each on its own")
+        first.features.require_match(card.features, folder)
+    place = choose_device(device)
+    models = tuple(model.to(place) for model, _ in loaded)
+    return Ensemble(models, tuple(card for _, card in loaded), tasks, place)

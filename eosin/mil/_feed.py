@@ -1,0 +1,202 @@
+"""From bags in files to packs on a device: which bags are computed together, and in which order."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from eosin.kernels._memory import new_tensor
+from eosin.mil._data import BagSource, Examples
+from eosin.mil.bags import PackedBags
+
+EVALUATION_INSTANCES = 100_000
+KEPT_BYTES = 256 * 2**20
+AHEAD = 2
+
+T = TypeVar("T")
+
+
+def pack_bags(
+    bags: BagSource, ids: Sequence[str], *, most_per_bag: int = 0, generator: torch.Generator | None = None
+) -> PackedBags:
+    """Load bags and pack them, in their stored dtype, on the host.
+
+    Parameters
+    ----------
+    bags : BagSource
+    ids : sequence of str
+    most_per_bag : int
+        A random sample of this many instances stands for a larger bag; 0 takes all.
+    generator : torch.Generator, optional
+        Draws the samples.
+    """
+    return PackedBags.pack([_load(bags, name, most_per_bag, generator) for name in ids], ids=tuple(ids))
+
+
+def _load(bags: BagSource, name: str, most: int, generator: torch.Generator | None) -> Tensor:
+    length = bags.length(name)
+    if not most or length <= most:
+        return bags.load(name)
+    return bags.load(name, torch.randperm(length, generator=generator)[:most].sort().values)
+
+
+def group_by_budget(lengths: Sequence[int], most_instances: int) -> list[list[int]]:
+    """Group consecutive bags; a group exceeds the budget of instances only if its single bag does; 0: one group.
+
+    Returns
+    -------
+    list of lists of int
+        Positions in `lengths`; every position once, in order.
+    """
+    groups: list[list[int]] = []
+    filled = 0
+    for position, length in enumerate(lengths):
+        if not groups or (most_instances and filled + length > most_instances):
+            groups.append([])
+            filled = 0
+        groups[-1].append(position)
+        filled += length
+    return groups
+
+
+class DeviceBags:
+    """Bags that stay on a device from their first use until a budget is spent; the others are copied each time.
+
+    Parameters
+    ----------
+    bags : BagSource
+    device : torch.device
+    budget_bytes : int
+        Of the stored dtype.
+    """
+
+    def __init__(self, bags: BagSource, device: torch.device, budget_bytes: int) -> None:
+        self.spec = bags.spec
+        self.ids: Sequence[str] = bags.ids
+        self._bags = bags
+        self._device = device
+        self._kept: dict[str, Tensor] = {}
+        self._free_bytes = budget_bytes
+
+    def length(self, bag_id: str) -> int:
+        """Return the number of instances."""
+        return self._bags.length(bag_id)
+
+    def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
+        """Return the instances, or some rows of them, on the device."""
+        if bag_id in self._kept:
+            bag = self._kept[bag_id]
+            return bag if rows is None else bag[rows.to(self._device)]
+        if rows is not None:
+            return self._bags.load(bag_id, rows).to(self._device)
+        bag = self._bags.load(bag_id).to(self._device)
+        if bag.nbytes <= self._free_bytes:
+            self._kept[bag_id] = bag
+            self._free_bytes -= bag.nbytes
+        return bag
+
+    def content_hash(self, bag_id: str) -> str:
+        """Return a hash of all instances."""
+        return self._bags.content_hash(bag_id)
+
+
+class EvaluationPacks:
+    """All examples in packs, made again at each pass, or kept on the device when they are small.
+
+    Parameters
+    ----------
+    bags : BagSource
+    ids : sequence of str
+    device : torch.device
+    most_instances : int
+        Per pack.
+    """
+
+    def __init__(
+        self, bags: BagSource, ids: Sequence[str], device: torch.device, *, most_instances: int = EVALUATION_INSTANCES
+    ) -> None:
+        lengths = [bags.length(name) for name in ids]
+        self._bags = bags
+        self._groups = [[ids[place] for place in group] for group in group_by_budget(lengths, most_instances)]
+        self._device = device
+        self._kept: list[PackedBags] = []
+        self._keep = 4 * sum(lengths) * bags.spec.dim <= KEPT_BYTES
+
+    def __iter__(self) -> Iterator[PackedBags]:
+        if self._kept:
+            yield from self._kept
+            return
+        for host in ahead(pack_bags(self._bags, group) for group in self._groups):
+            pack = on_device(host, self._device)
+            if self._keep:
+                self._kept.append(pack)
+            yield pack
+
+
+def on_device(bags: PackedBags, device: torch.device) -> PackedBags:
+    """Return the bags on a device with float32 values (float64 stays), converted after the transfer."""
+    moved = bags.to(device)
+    if moved.values.dtype in (torch.float32, torch.float64):
+        return moved
+    return moved.with_values(new_tensor(moved.values, tuple(moved.values.shape), torch.float32).copy_(moved.values))
+
+
+def draw_order(
+    examples: Examples, weights: Tensor | None, generator: torch.Generator, *, bags_per_step: int
+) -> list[list[int]]:
+    """Return the examples of each step of a pass: all once in random order, or drawn with replacement by weight."""
+    if weights is None:
+        order = torch.randperm(len(examples), generator=generator)
+    else:
+        order = torch.multinomial(weights, len(examples), replacement=True, generator=generator)
+    return [step.tolist() for step in order.split(bags_per_step)]  # type: ignore[no-untyped-call]
+
+
+def ahead(items: Iterable[T], *, most: int = AHEAD) -> Iterator[T]:
+    """Yield the items while a thread already makes the next ones: files are read while the device computes.
+
+    Parameters
+    ----------
+    items : iterable
+        Is advanced in another thread only; what it raises is raised here.
+    most : int
+        Items that may wait.
+    """
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def offer(item: T | None, error: BaseException | None = None) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            if all(offer(item) for item in items):
+                offer(None, _END)
+        except BaseException as error:  # noqa: BLE001 (is raised again where the items are used)
+            offer(None, error)
+
+    thread = threading.Thread(target=work, name="eosin-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is _END:
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+_END = BaseException("no more items")

@@ -1,0 +1,84 @@
+"""What training says of itself, one line per pass: ``log.csv``, and the same for TensorBoard."""
+
+import csv
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eosin._files import write_bytes, write_text
+from eosin.errors import MissingPackageError
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.csv"
+EVENTS = "events.out.tfevents.0.eosin"
+FILE_VERSION = "brain.Event:2"
+
+Line = Mapping[str, float | int | None]
+
+
+def write_log(folder: Path, history: Sequence[Line]) -> None:
+    """Write one line per pass as ``log.csv``; an undefined value is an empty cell."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for epoch in history for name in epoch))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(folder / LOG, text.getvalue())
+
+
+def read_log(folder: Path) -> tuple[dict[str, float | int | None], ...]:
+    """Read ``log.csv`` again; empty when there is none."""
+    path = folder / LOG
+    if not path.exists():
+        return ()
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple({name: _number(text) for name, text in row.items()} for row in csv.DictReader(file))
+
+
+def _number(text: str) -> float | int | None:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def write_events(folder: Path, history: Sequence[Line], times: Sequence[float]) -> None:
+    """Write the history as a TensorBoard file, whole each time, so that a killed run leaves none that is cut.
+
+    Without the package ``tensorboard`` nothing is written; ``log.csv`` holds the same numbers.
+
+    Parameters
+    ----------
+    folder : Path
+        ``tensorboard --logdir`` finds the file in it and below.
+    history : sequence of mappings
+        One per pass; ``train_`` and ``val_`` become groups.
+    times : sequence of float
+        When each pass ended, seconds since 1970.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError as error:
+        logger.info("no TensorBoard log is written: %s", MissingPackageError(error))
+        return
+    buffer = io.BytesIO()
+    records = RecordWriter(buffer)
+    start = times[0] if times else 0.0
+    records.write(Event(wall_time=start, file_version=FILE_VERSION).SerializeToString())
+    for line, moment in zip(history, times, strict=True):
+        step = int(line["epoch"] or 0)
+        values = [
+            Summary.Value(tag=_tag(name), simple_value=value)
+            for name, value in line.items()
+            if name != "epoch" and value is not None
+        ]
+        records.write(Event(wall_time=moment, step=step, summary=Summary(value=values)).SerializeToString())
+    write_bytes(folder / EVENTS, buffer.getvalue())
+
+
+def _tag(name: str) -> str:
+    part, _, rest = name.partition("_")
+    return f"{part}/{rest}" if part in ("train", "val") and rest else name

@@ -1,0 +1,142 @@
+"""Slide-level predictions of one model or an ensemble, one row per slide, whatever becomes of the slide.
+
+A run that was killed continues: what is finished is kept beside the table until the table is whole, and a finished row
+is kept by later runs as long as models and features are the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._files import file_fingerprint
+from eosin.errors import FeatureFileError, FeatureMismatchError
+from eosin.features._store import read_bag
+from eosin.mil._data import MemoryBags
+from eosin.mil._ensemble import Ensemble as Ensemble
+from eosin.mil._ensemble import load_ensemble as load_ensemble
+from eosin.mil._metrics import Floats
+from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
+from eosin.mil._prediction_table import Cell, PredictionTable, Row, require_table_suffix
+
+COLUMNS = ("n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
+
+
+def predict(
+    models: Sequence[Path],
+    files: Mapping[str, Path],
+    out: Path,
+    *,
+    failures: Sequence[Record] = (),
+    patient_of: Mapping[str, str] | None = None,
+    device: str = "auto",
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Predict every slide of a batch and write the table.
+
+    Parameters
+    ----------
+    models : sequence of Path
+        Model folders; the outputs of several are averaged.
+    files : mapping of str to Path
+        Feature files by slide id, see `eosin.features._store.find_bags`.
+    out : Path
+        A csv or parquet file with one row per slide, in the order of the ids: ``slide_id``, ``status`` (ok, empty,
+        failed), ``reason``, the columns of the task with the ``threshold`` that was used, ``uncertainty`` (standard
+        deviation over the models, mean over the outputs; of several targets one each; empty for one model),
+        ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash``, ``message`` and
+        ``fingerprint``. A row of an earlier table of this name stays when it was not a failure, is of the same models
+        and features, and is as it was written.
+    failures : sequence of Record
+        Slides that failed before they had features; each is a row with its reason.
+    patient_of : mapping of str to str, optional
+        Patient of each slide. Writes a second table, see `eosin.mil._patients.patients_file`, with one row per patient:
+        the mean over the slides, or one bag of all slides for models that were trained so; ``n_slides`` it has,
+        ``n_used`` of them, and ``bad_slides`` with why. A slide that is in neither `files` nor `failures` is one that
+        failed.
+    device : str
+        ``auto``, ``cpu``, ``cuda``.
+    progress : callable, optional
+        Is given each slide's record.
+
+    Returns
+    -------
+    Report
+        One record per slide of `files`, and of slides that `patient_of` alone names. A slide without tiles is
+        ``empty``, a row that was kept ``skipped``.
+
+    Raises
+    ------
+    ConfigError
+        If `out` is neither csv nor parquet, or patients are asked of models of slides and of patients together.
+    LabelError
+        If none of the slides has a patient.
+    FeatureMismatchError
+        If no file at all is of the kind that the models were trained on.
+    OutputError
+        If the table cannot be written.
+    """
+    require_table_suffix(out)
+    ensemble = load_ensemble(models, device=device)
+    known = [*files, *(record.slide_id for record in failures)]
+    patient_of = None if patient_of is None else by_known_slides(patient_of, known)
+    lost = [] if patient_of is None else lost_slides(ensemble, patient_of, known)
+    table = PredictionTable(out, "slide_id", ensemble.task, ensemble.facts, COLUMNS, ensemble.content_hash)
+    table.keep(files, lambda slide: file_fingerprint(files[slide]) if files[slide].is_file() else "")
+    outputs: dict[str, Floats] = {}
+
+    def work(slide_id: str) -> Outcome:
+        row, said = predict_slide(ensemble, files[slide_id])
+        if said is not None:
+            outputs[slide_id] = said
+        table.add(slide_id, row)
+        return Outcome() if row["n_tiles"] else Outcome("empty", "no tiles")
+
+    try:
+        report = run_batch(
+            list(files), work, key=str, stage="predict", is_done=table.rows.__contains__, progress=progress
+        )
+    except BaseException:
+        table.save()
+        raise
+    mismatches = [record for record in report.failed if record.reason == FeatureMismatchError.default_code]
+    if report.records and len(mismatches) == len(report.records):
+        predict_slide(ensemble, files[mismatches[0].slide_id])
+    records = {record.slide_id: record for record in (*report.records, *failures, *lost)}
+    table.finish({slide: _end(record) for slide, record in records.items()})
+    if patient_of is not None:
+        patients = Patients(ensemble, files, table.rows, records, outputs, patient_of)
+        patients.write(patients_file(out), ensemble.facts)
+    return Report((*report.records, *lost))
+
+
+def _end(record: Record) -> dict[str, Cell]:
+    """Return what a slide's record says of its row; nothing of a row that was kept."""
+    if record.status == "skipped":
+        return {}
+    return {"status": record.status, "reason": record.reason, "message": record.message}
+
+
+def predict_slide(ensemble: Ensemble, path: Path) -> tuple[Row, Floats | None]:
+    """Return the cells of one slide's row, and the outputs of each model, (models, outputs), unless it is empty.
+
+    Raises
+    ------
+    FeatureFileError
+        If the file cannot be used; `FeatureMismatchError` if its features are of another kind than the models'.
+    """
+    bag = read_bag(path)
+    ensemble.cards[0].features.require_match(bag.spec, path)
+    cells: Row = {"n_tiles": bag.n_instances, "features_hash": file_fingerprint(path)}
+    cells["encoder_hash"] = bag.spec.weights_hash
+    if not bag.n_instances:
+        return cells | {"status": "empty"}, None
+    bags = MemoryBags({bag.slide_id: torch.from_numpy(np.array(bag.features))}, bag.spec)
+    outputs = ensemble.outputs(bags, bag.slide_id)
+    if not np.isfinite(outputs).all():
+        raise FeatureFileError(
+            path, "gives a prediction that is not finite; extract the slide again", code="not-finite"
+        )
+    return cells | ensemble.answer(outputs) | {"status": "ok"}, outputs

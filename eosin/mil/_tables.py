@@ -1,0 +1,280 @@
+"""Tables of labels: read as text, whatever made them, their columns understood by name.
+
+Ids are text: leading zeros and the dots of TCGA names stay. A label that is empty or NaN is an error: delete the row,
+or say what the slide is. What a spreadsheet did to ids is refused where it can be seen and stated where it cannot.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from eosin._names import Ids, is_missing, look_alike, same_patient, slide_id, unify
+from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, normalised, read_table
+from eosin.errors import LabelError
+
+PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
+SURVIVAL_COLUMNS = (
+    ("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"),
+    ("time", "status"), ("OS.time", "OS"), ("OS_time", "OS_event"),
+)  # fmt: skip
+SURVIVAL_KINDS = ("survival", "cox")
+SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
+OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
+MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """A table with one row per slide, every value as text.
+
+    Attributes
+    ----------
+    slide_ids, patient_ids : tuple of str
+        One per row; slide ids are unique and have no file suffix.
+    values : mapping of str to tuple of str
+        The other columns.
+    notes : tuple of str
+        How each column was understood, for a person to read.
+    """
+
+    slide_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    values: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        twice = [slide for slide, count in Counter(self.slide_ids).items() if count > 1]
+        if twice:
+            raise LabelError(f"slides with more than one row: {shown(twice)}; keep one row per slide")
+
+    def __repr__(self) -> str:
+        patients = len(set(self.patient_ids))
+        return f"<LabelTable: {len(self)} slides of {patients} patients, columns {', '.join(self.values)}>"
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def rows(self, slide_ids: Sequence[str] | None = None) -> list[dict[str, str]]:
+        """Return the rows of some slides in their order, or of all; `LabelError` for slides that the table lacks."""
+        place = {slide: number for number, slide in enumerate(self.slide_ids)}
+        wanted = self.slide_ids if slide_ids is None else slide_ids
+        unknown = [slide for slide in wanted if slide not in place]
+        if unknown:
+            raise LabelError(f"slides without a row in the label table: {shown(unknown)}")
+        return [
+            {"slide_id": slide, "patient_id": self.patient_ids[place[slide]]}
+            | {name: column[place[slide]] for name, column in self.values.items()}
+            for slide in wanted
+        ]
+
+    def select(self, slide_ids: Iterable[str]) -> "LabelTable":
+        """Return the rows of these slides alone, in the table's order."""
+        kept = set(slide_ids)
+        places = [number for number, slide in enumerate(self.slide_ids) if slide in kept]
+        return LabelTable(
+            tuple(self.slide_ids[i] for i in places),
+            tuple(self.patient_ids[i] for i in places),
+            {name: tuple(column[i] for i in places) for name, column in self.values.items()},
+            self.notes,
+        )
+
+    def patient_of(self) -> dict[str, str]:
+        """Return the patient of each slide."""
+        return dict(zip(self.slide_ids, self.patient_ids, strict=True))
+
+    def require(self, columns: Iterable[str]) -> None:
+        """Raise `LabelError` unless the columns exist and every row has a value in them."""
+        for name in columns:
+            if name not in self.values:
+                raise LabelError(f"the label table has no column {name!r}; it has {', '.join(self.values) or 'none'}")
+            empty = [
+                slide for slide, value in zip(self.slide_ids, self.values[name], strict=True) if not has_value(value)
+            ]
+            if empty:
+                raise LabelError(
+                    f"no value in column {name!r} for {shown(empty)} (empty, nan, na or null); "
+                    "delete these rows or complete the table"
+                )
+
+    def site_column(self) -> str | None:
+        """Return the column that says where a slide is from, or None."""
+        return detect_column(self.values, SITE_COLUMNS)
+
+    def target_column(self, name: str | None = None, *, kind: str = "") -> str:
+        """Return the column that holds the label: the one that is asked for, ``label``, or the only one there is.
+
+        A pair of survival columns is found as ``time,event`` when the task is one of survival, or when there is no
+        ``label`` and the task is not given.
+
+        Raises
+        ------
+        LabelError
+            If it is not asked for and does not exist, or several could be meant.
+        """
+        if name is not None:
+            return name
+        pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
+        label = detect_column(self.values, ("label",))
+        if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
+            return ",".join(pair)
+        others = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
+        candidates = others if label is None else [label]
+        if len(candidates) != 1:
+            raise LabelError(
+                f"which column is the label? no column is called 'label', the table has "
+                f"{', '.join(candidates) or 'no other column'}; name one (--target)"
+            )
+        return candidates[0]
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first few names and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def has_value(text: str) -> bool:
+    """Return whether a cell says anything."""
+    return text.strip().lower() not in MISSING
+
+
+def read_labels(
+    path: Path,
+    *,
+    slide_column: str | None = None,
+    patient_column: str | None = None,
+    group: Literal["patient", "slide"] = "patient",
+    ids: Ids = "ask",
+) -> LabelTable:
+    """Read a label table of this or another tool; its columns are found by their names.
+
+    Slides: ``slide_id`` (CLAM), ``slide`` (slideflow), ``FILENAME`` (STAMP), ``ID`` (PackMIL) and others; patients:
+    ``case_id``, ``patient_id``, ``patient``, ``PATIENT``, ``Case`` and others. A cell with several slides, separated by
+    semicolons, is that many rows (PackMIL's ``WSI``). `LabelTable.notes` say which column was taken for what.
+
+    Parameters
+    ----------
+    path : Path
+        csv (separated by comma, semicolon or tab), tsv, xlsx (first sheet) or parquet.
+    slide_column, patient_column : str, optional
+        Taken instead of the detected column.
+    group : {"patient", "slide"}
+        ``slide`` makes each slide its own patient, for tables without patients.
+    ids : {"ask", "merge", "exact"}
+        What becomes of ids that look alike, see `eosin._names.unify`.
+
+    Raises
+    ------
+    LabelError
+        If there is no such column, an id is missing or spoilt by a spreadsheet, ids look alike and it is not said what
+        they are, or a slide has two rows.
+    """
+    table = read_table(path)
+    frame: Mapping[str, tuple[str, ...]] = table
+    slides = slide_column or detect_column(frame, SLIDE_COLUMNS)
+    rest = {name: values for name, values in frame.items() if name != slides}
+    patients = slides if group == "slide" else patient_column or detect_column(rest, PATIENT_COLUMNS)
+    found = f"found {', '.join(frame)}"
+    if slides is None or slides not in frame:
+        raise LabelError(f"{path}: no column of slide ids{_named(slides)}; {found}; expected slide_id")
+    if patients is None or patients not in frame:
+        raise LabelError(
+            f"{path}: no column of patients{_named(patients)}; {found}; expected patient_id or case_id, "
+            "or say that each slide is its own patient (--group slide)"
+        )
+    id_columns = dict.fromkeys((slides, patients))
+    notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
+    notes += [*table.notes, *(note for name in id_columns for note in id_notes(table, name))]
+    frame = _one_row_per_slide(frame, slides)
+    others = [name for name in frame if name not in id_columns and not name.startswith(UNNAMED)]
+    slide_ids, patient_ids = identify(path, frame[slides], None if group == "slide" else frame[patients], ids)
+    notes[1] += several_slides(patient_ids)
+    if group == "patient" and patient_ids == slide_ids:
+        notes.append(f"every id in {patients!r} is that of its slide, so each slide counts as a patient of its own")
+    notes.append(f"values: {', '.join(others) or 'none'}")
+    return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
+
+
+def identify(
+    path: Path, slides: Sequence[str], patients: Sequence[str] | None, ids: Ids
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the ids of the slides and patients of a table, cleaned; without patients each slide is its own.
+
+    Raises
+    ------
+    LabelError
+        With all problems: rows without an id, and ids that look alike where `ids` is ``ask``.
+    """
+    faults, found = [], []
+    for names, what, key in (
+        ([slide_id(name) for name in slides], "slide", look_alike),
+        (patients, "patient", same_patient),
+    ):
+        if names is None:
+            continue
+        faults += rows_without_id(path, names, what)
+        try:
+            found.append(unify(names, what=f"{what}s", where=str(path), policy=ids, key=key))
+        except LabelError as error:
+            faults.append(error.message)
+    if faults:
+        raise LabelError("; ".join(faults))
+    return found[0], found[-1]
+
+
+def rows_without_id(path: Path, names: Sequence[str], what: str) -> list[str]:
+    """Return a sentence about the rows that name no slide or patient; none where all do."""
+    absent = [str(row) for row, name in enumerate(names, 2) if is_missing(name)]
+    if not absent:
+        return []
+    rows = f"row {absent[0]} has" if len(absent) == 1 else f"rows {shown(absent)} have"
+    return [f"{path}: {rows} no id of a {what} (empty, nan, unknown ...); complete the table or delete such rows"]
+
+
+def several_slides(patient_ids: Sequence[str]) -> str:
+    """Return how many patients have how many slides; nothing where each has one."""
+    patients = len(set(patient_ids))
+    return (
+        ""
+        if patients == len(patient_ids)
+        else f" ({patients} patient{'s' * (patients > 1)} with {len(patient_ids)} slides)"
+    )
+
+
+def id_notes(table: Table, name: str) -> list[str]:
+    """Refuse ids that a spreadsheet has spoilt, and say where it may have taken leading zeros.
+
+    Raises
+    ------
+    LabelError
+        If one is a date, a fraction or a number that was rounded.
+    """
+    if name in table.spoilt:
+        raise LabelError(
+            f"{table.path}: column {name!r} holds ids, but {table.spoilt[name]}; "
+            "format the column as text and enter them again"
+        )
+    if name not in table.numbers:
+        return []
+    count = len(table.numbers[name])
+    return [f"{count} ids in {name!r} are stored as numbers: leading zeros, had there been any, are lost"]
+
+
+def _one_row_per_slide(frame: Mapping[str, tuple[str, ...]], slides: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the table with the rows repeated that name several slides."""
+    parts = [[part.strip() for part in value.split(";") if part.strip()] or [""] for value in frame[slides]]
+    if all(len(part) == 1 for part in parts):
+        return frame
+    times = [len(part) for part in parts]
+    repeated = {
+        name: tuple(value for value, count in zip(column, times, strict=True) for _ in range(count))
+        for name, column in frame.items()
+    }
+    return repeated | {slides: tuple(slide for part in parts for slide in part)}
+
+
+def _named(column: str | None) -> str:
+    return "" if column is None else f" named {column!r}"

@@ -1,0 +1,248 @@
+"""Which slides a viewer shows: checked against the model when it starts, named to the browser by random keys."""
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from shapely import MultiPolygon
+
+from eosin.errors import ConfigError, EosinError, SlideError
+from eosin.features._bag import FeatureBag
+from eosin.features._store import find_bags, read_bag
+from eosin.heatmaps._subject import Look, class_choices, look, require_grid, require_same_slide
+from eosin.mil._checkpoint import ModelCard, load_model
+from eosin.mil.slots import Aggregator
+from eosin.viewer._lattice import Lattice, make_lattice
+from eosin.viewer._layers import Layers
+from eosin.viewer._tiles import OpenSlides
+from eosin.wsi._grid import TileGrid
+from eosin.wsi._slide import SlideFile
+from eosin.wsi._tissue import find_tissue
+
+MAX_STUDIES = 4
+MAX_HEAVY_STUDIES = 2  # a model that must be run again keeps the features in memory
+CHECKING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One slide of the list.
+
+    Parameters
+    ----------
+    key : str
+        Random; the only name of the slide that a browser can ask for.
+    slide_id : str
+    file : SlideFile
+    features : Path or None
+    refusal : str
+        Why the slide cannot be shown, in one line; empty for slides that can.
+    code : str
+        The refusal's reason code.
+    """
+
+    key: str
+    slide_id: str
+    file: SlideFile
+    features: Path | None
+    refusal: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A slide that is being looked at: its features as the model sees them.
+
+    Parameters
+    ----------
+    listed : Listed
+    bag : FeatureBag
+    seen : Look
+    layers : Layers
+    lattice : Lattice
+    slides : OpenSlides
+    """
+
+    listed: Listed
+    bag: FeatureBag
+    seen: Look
+    layers: Layers
+    lattice: Lattice
+    slides: OpenSlides
+
+    @property
+    def grid(self) -> TileGrid:
+        """Where the tiles lie."""
+        return require_grid(self.bag)
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles n."""
+        return self.bag.n_instances
+
+    @property
+    def is_instant(self) -> bool:
+        """Whether the model answers for any set of tiles without being run again."""
+        return self.seen.subsets.instant
+
+    @cached_property
+    def bounds_px0(self) -> tuple[int, int, int, int] | None:
+        """The scanned box where the file states one; QuPath's origin is its corner."""
+        with self.slides.borrow(self.listed.key) as slide:
+            return slide.bounds_px0
+
+    @cached_property
+    def tissue(self) -> MultiPolygon:
+        """The outline of the tissue, level-0 pixels; empty where none was found."""
+        with self.slides.borrow(self.listed.key) as slide:
+            try:
+                return find_tissue(slide).contours()
+            except SlideError:
+                return MultiPolygon()
+
+
+class Catalogue:
+    """A model and the slides that it is asked about.
+
+    Parameters
+    ----------
+    model : Aggregator
+    card : ModelCard
+    listed : sequence of Listed
+    """
+
+    def __init__(self, model: Aggregator, card: ModelCard, listed: Sequence[Listed]) -> None:
+        self.model, self.card, self.listed = model, card, tuple(listed)
+        self.classes = class_choices(card)
+        self.slides = OpenSlides({one.key: one.file for one in self.shown})
+        self._studies: OrderedDict[str, Study] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def shown(self) -> tuple[Listed, ...]:
+        """The slides that can be looked at."""
+        return tuple(one for one in self.listed if not one.refusal)
+
+    @property
+    def refused(self) -> tuple[Listed, ...]:
+        """The others, each with its reason."""
+        return tuple(one for one in self.listed if one.refusal)
+
+    def by_key(self, key: str) -> Listed:
+        """Return a slide that can be shown by its key, or raise `LookupError`."""
+        for one in self.shown:
+            if one.key == key:
+                return one
+        raise LookupError("no such slide")
+
+    def study(self, key: str) -> Study:
+        """Return a slide as the model sees it; runs the model when it is new or was put away.
+
+        Raises
+        ------
+        LookupError
+            If no slide that can be shown has this key.
+        """
+        listed = self.by_key(key)
+        with self._lock:
+            if key not in self._studies:
+                self._studies[key] = self._open(listed)
+            self._studies.move_to_end(key)
+            study = self._studies[key]
+            while len(self._studies) > (MAX_STUDIES if study.is_instant else MAX_HEAVY_STUDIES):
+                self._studies.popitem(last=False)
+            return study
+
+    def is_ready(self, key: str) -> bool:
+        """Whether `study` answers at once."""
+        return key in self._studies
+
+    def _open(self, listed: Listed) -> Study:
+        if listed.features is None:
+            raise LookupError("a slide without features has no study")
+        bag = read_bag(listed.features)
+        second = self.model.n_outputs < len(self.classes)
+        with torch.no_grad():
+            seen = look(self.model, bag, single_logit_is_second_class=second)
+        layers = Layers(self.model, bag, seen, self.classes)
+        return Study(listed, bag, seen, layers, make_lattice(require_grid(bag)), self.slides)
+
+
+def open_catalogue(
+    model: Path,
+    features: Sequence[Path],
+    slides: Sequence[SlideFile],
+    *,
+    progress: Callable[[object], None] | None = None,
+) -> Catalogue:
+    """Load a model and check every slide against it.
+
+    A slide is refused when it has no features, when these are of another kind than the model's or of another slide
+    (size, fingerprint), and when it has fewer than two tiles.
+
+    Parameters
+    ----------
+    model : Path
+        Model folder.
+    features : sequence of Path
+        Feature files, and folders of them.
+    slides : sequence of SlideFile
+    progress : callable, optional
+        Called with each slide that was checked.
+
+    Raises
+    ------
+    CheckpointError
+        If the model cannot be loaded.
+    ConfigError
+        If a folder has no features or two files are of one slide.
+    """
+    aggregator, card = load_model(model)
+    files = _feature_files(features)
+    check = partial(_check, card, files)
+    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+        listed = [_noted(one, progress) for one in pool.map(check, slides)]
+    return Catalogue(aggregator, card, listed)
+
+
+def _noted(listed: Listed, progress: Callable[[object], None] | None) -> Listed:
+    if progress is not None:
+        progress(listed)
+    return listed
+
+
+def _feature_files(paths: Iterable[Path]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in paths:
+        found = find_bags(path) if path.is_dir() else {path.name.removesuffix(".h5"): path}
+        for slide_id, file in found.items():
+            if files.setdefault(slide_id, file).resolve() != file.resolve():
+                raise ConfigError(f"slide {slide_id} has two feature files, {files[slide_id]} and {file}; pass one")
+    return files
+
+
+def _check(card: ModelCard, files: Mapping[str, Path], slide: SlideFile) -> Listed:
+    key, path = secrets.token_hex(8), files.get(slide.slide_id)
+    try:
+        if path is None:
+            raise ConfigError(f"{slide.slide_id}: has no feature file among --features; extract it first")
+        _require_usable(card, path, slide)
+    except EosinError as error:
+        return Listed(key, slide.slide_id, slide, path, " ".join(error.message.split()), error.code)
+    return Listed(key, slide.slide_id, slide, path)
+
+
+def _require_usable(card: ModelCard, path: Path, file: SlideFile) -> None:
+    bag = read_bag(path)
+    card.features.require_match(bag.spec, path)
+    with file.open() as slide:
+        _ = slide.mpp
+        require_same_slide(slide, bag)
+    if bag.n_instances < 2:
+        raise ConfigError(f"{bag.slide_id}: has one tile; asking what a tile adds needs at least two")

@@ -1,0 +1,503 @@
+"""The live page: one per browser tab. What a reader does becomes an edit, an edit becomes a prediction in words."""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from bokeh.document import Document
+from bokeh.events import ButtonClick, SelectionGeometry, Tap
+from bokeh.layouts import column, row
+from bokeh.models import ColumnDataSource, Div, WMTSTileSource
+from numpy.typing import NDArray
+from tornado.ioloop import IOLoop
+
+from eosin.errors import EosinError
+from eosin.heatmaps._heatmap import Heatmap
+from eosin.viewer._canvas import Canvas, make_canvas, outline_columns
+from eosin.viewer._catalogue import Catalogue, Study
+from eosin.viewer._drawing import add_slide, add_tools, last_stroke, outline_of
+from eosin.viewer._gallery import highest, make_gallery
+from eosin.viewer._lattice import Indices, tiles_in_outline, tiles_under_stroke
+from eosin.viewer._layers import Choice, default_scaling, scalings_of
+from eosin.viewer._panel import (
+    SHOW_GREY,
+    SHOW_MAP,
+    SHOW_TISSUE,
+    Panel,
+    history_html,
+    make_panel,
+    place_in_gallery,
+    result_html,
+    spinner,
+    verdict_html,
+)
+from eosin.viewer._saved import save_session
+from eosin.viewer._session import (
+    ACTIONS,
+    MAX_UNDO,
+    Edited,
+    Verdict,
+    controls,
+    controls_in_words,
+    counted,
+    in_words,
+    judge,
+    state_in_words,
+)
+from eosin.viewer._tiles import TileStore
+
+logger = logging.getLogger(__name__)
+
+LOOK_TILES = 12
+COPY = 3
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, eq=False)
+class Desk:
+    """What all pages of one viewer share.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+    store : TileStore
+    out : Path or None
+        Folder of the sessions; None where nothing may be saved.
+    pool : ThreadPoolExecutor
+        One thread: a model is asked one thing at a time.
+    """
+
+    catalogue: Catalogue
+    store: TileStore
+    out: Path | None
+    pool: ThreadPoolExecutor
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An edit and what the model said to it."""
+
+    edited: Edited
+    after: Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A slide with everything that its first view needs."""
+
+    study: Study
+    choice: Choice
+    heatmap: Heatmap
+    before: Verdict
+
+
+def told(method: Callable[..., None]) -> Callable[..., None]:
+    """Make a callback tell its reader what went wrong, in a sentence, and the terminal the rest."""
+
+    @functools.wraps(method)
+    def safe(page: "Page", *arguments: Any) -> None:
+        try:
+            method(page, *arguments)
+        except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
+            page.tell(_told(error))
+
+    return safe
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, EosinError):
+        return error.message
+    logger.error("the viewer stumbled over %s: %s", type(error).__name__, error, exc_info=error)
+    return "That did not work; the terminal says why."
+
+
+class Page:
+    """The page of one browser tab.
+
+    Parameters
+    ----------
+    desk : Desk
+    document : Document
+    template : str
+        Address of the tiles, see `eosin.viewer._server.start_viewer`.
+    """
+
+    def __init__(self, desk: Desk, document: Document, template: str) -> None:
+        self.desk, self.document, self.template = desk, document, template
+        catalogue = desk.catalogue
+        self.panel: Panel = make_panel(
+            [(one.key, one.slide_id) for one in catalogue.shown],
+            [(one.slide_id, one.refusal) for one in catalogue.refused],
+            catalogue.classes,
+        )
+        self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas")
+        self.steps: dict[str, list[_Step]] = {}
+        self.befores: dict[str, Verdict] = {}
+        self.copied: tuple[Study, Indices] | None = None
+        self.canvas: Canvas | None = None
+        self.slide_tiles: WMTSTileSource | None = None
+        self.study: Study | None = None
+        self.choice = Choice("")
+        self._is_filling = self._is_working = False
+        self._has_chosen_class = False
+        self._connect()
+        if desk.out is None:
+            self.panel.save.label = "Saving needs --out"
+        document.title = "eosin view"
+        whole = {"height": "100vh", "padding": "8px", "box-sizing": "border-box"}
+        document.add_root(row(self.holder, self.panel.layout, sizing_mode="stretch_both", styles=whole))
+        self.open(catalogue.shown[0].key)
+
+    def _connect(self) -> None:
+        panel = self.panel
+        panel.slide.on_change("value", lambda _attribute, _old, new: self.open(new))
+        panel.family.on_change("value", lambda _attribute, _old, _new: self.choose_map())
+        panel.class_name.on_change("value", lambda _attribute, _old, _new: self.choose_class())
+        panel.scaling.on_change("value", lambda _attribute, _old, _new: self.rescale())
+        panel.shown.on_change("active", lambda _attribute, _old, _new: self.show_parts())
+        for button, act in (
+            (panel.undo, self.undo),
+            (panel.start_over, self.start_over),
+            (panel.transplant, self.transplant),
+            (panel.save, self.save),
+        ):
+            button.on_event(ButtonClick, partial(_press, act))
+        panel.gallery_plot.on_event(Tap, self.jump)
+
+    @property
+    def class_name(self) -> str:
+        """The class that the reader asks about; empty for tasks without."""
+        return str(self.panel.class_name.value) if self.desk.catalogue.classes else ""
+
+    @property
+    def edited(self) -> Edited:
+        """The slide as it is edited now."""
+        steps = self._shown_steps()
+        return steps[-1].edited if steps else Edited.untouched(self._shown_study())
+
+    def _shown_steps(self) -> list[_Step]:
+        return self.steps.setdefault(self._shown_study().listed.key, [])
+
+    def _shown_study(self) -> Study:
+        if self.study is None:
+            raise LookupError("no slide is shown yet")
+        return self.study
+
+    def tell(self, words: str) -> None:
+        """Show a line to the reader."""
+        self.panel.status.text = escape(words)
+
+    def later(self, words: str, work: Callable[[], ResultT], then: Callable[[ResultT], None]) -> None:
+        """Show a spinner, do `work` away from the page's loop, then `then` on it; no words, no spinner."""
+        if words:
+            self.panel.status.text = spinner(words)
+            self._is_working = True
+        loop = IOLoop.current()
+
+        def hand_over(done: Future[ResultT]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server may have stopped meanwhile
+                loop.add_callback(self._take_over, words, then, done)
+
+        self.desk.pool.submit(work).add_done_callback(hand_over)
+
+    def _take_over(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
+        with contextlib.suppress(RuntimeError):  # the tab may be closed meanwhile
+            self.document.add_next_tick_callback(partial(self._finish, words, then, done))
+
+    def _finish(self, words: str, then: Callable[[ResultT], None], done: Future[ResultT]) -> None:
+        if words:
+            self._is_working = False
+            self.tell("")
+        try:
+            then(done.result())
+        except Exception as error:  # noqa: BLE001 - a browser must not see a traceback
+            self.tell(_told(error))
+
+    @told
+    def open(self, key: str) -> None:
+        """Show a slide of the list."""
+        listed = self.desk.catalogue.by_key(key)
+        self.later(f"Reading {listed.slide_id} and asking the model ...", lambda: self._prepare(key), self._show)
+
+    def _prepare(self, key: str) -> _Prepared:
+        study = self.desk.catalogue.study(key)
+        before = judge(self.desk.catalogue, study.seen.subsets.logits())
+        name = self.class_name if self._has_chosen_class else before.leading
+        families = study.layers.families()
+        choice = _choose(study, self.choice.family if self.choice.family in families else families[0], name)
+        _ = study.tissue  # found here, away from the page's loop
+        return _Prepared(study, choice, study.layers.get(choice), before)
+
+    def _show(self, prepared: _Prepared) -> None:
+        study = prepared.study
+        key, panel = study.listed.key, self.panel
+        self.study, self.choice = study, prepared.choice
+        self.befores[key] = prepared.before
+        self._fill_choices(prepared)
+        shown = self._shown_map(prepared.heatmap)
+        opacity = float(panel.opacity.value)
+        self.canvas = make_canvas(study.lattice, shown, prepared.heatmap, opacity=opacity)
+        self.slide_tiles = add_slide(self.canvas, study.grid, self._address("colour"))
+        add_tools(self.canvas, self.panel, self.draw, self.paint)
+        self.holder.children = [self.canvas.plot, self.canvas.readout]
+        self.canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
+        self.document.title = f"eosin · {study.listed.slide_id}"
+        self.show_parts()
+        self._refresh(self.edited)
+        self._tell_result()
+
+    def _fill_choices(self, prepared: _Prepared) -> None:
+        panel, layers = self.panel, prepared.study.layers
+        self._is_filling = True
+        panel.family.options = list(layers.families())
+        panel.family.value = prepared.choice.family
+        if not self._has_chosen_class and prepared.before.leading:
+            panel.class_name.value = prepared.before.leading
+        panel.scaling.options = list(scalings_of(prepared.heatmap))
+        if panel.scaling.value not in panel.scaling.options:
+            panel.scaling.value = default_scaling(prepared.heatmap)
+        self._is_filling = False
+
+    def _shown_map(self, heatmap: Heatmap) -> Heatmap:
+        return self._shown_study().layers.get(self.choice, str(self.panel.scaling.value))
+
+    def _address(self, look: str) -> str:
+        return self.template.replace("{key}", self._shown_study().listed.key).replace("{look}", look)
+
+    @told
+    def draw(self, event: SelectionGeometry) -> None:
+        """Act on the tiles inside a lasso or a box."""
+        if event.final:
+            started = time.perf_counter()
+            self._act(tiles_in_outline(self._shown_study().grid, self._to_px0(outline_of(event.geometry))), started)
+
+    @told
+    def paint(self, strokes: ColumnDataSource, data: dict[str, Any]) -> None:
+        """Act on the tiles under a brush stroke."""
+        if not len(data.get("xs", ())):
+            return
+        started = time.perf_counter()
+        stroke = last_stroke(data)
+        strokes.data = {"xs": [], "ys": []}
+        width = float(self.panel.brush.value)
+        self._act(tiles_under_stroke(self._shown_study().grid, self._to_px0(stroke), width_tiles=width), started)
+
+    def _to_px0(self, points_um: NDArray[np.float64]) -> NDArray[np.float64]:
+        return points_um * (1, -1) / self._shown_study().grid.slide_mpp
+
+    def _act(self, tiles: Indices, started: float) -> None:
+        if not len(tiles):
+            self.tell("There is no tile's centre in there.")
+        elif self.panel.action.active == COPY:
+            self._copy(tiles)
+        else:
+            self._do(self.edited.act(ACTIONS[int(self.panel.action.active or 0)], tiles), started)
+
+    def _copy(self, tiles: Indices) -> None:
+        study = self._shown_study()
+        self.copied = study, tiles
+        self._enable()
+        self.tell(f"Copied {counted(len(tiles))}; open another slide of the list and add them there.")
+
+    def _do(self, edited: Edited, started: float) -> None:
+        """Ask the model about an edit: at once where it answers from sums, else with a spinner."""
+        if self._is_working:
+            self.tell("One thing at a time: the last one is not done yet.")
+            return
+        if edited.study.is_instant:
+            self._done(edited, judge(self.desk.catalogue, edited.logits()), started)
+            return
+        self.later(
+            "This model must be run again on the remaining tiles ...",
+            lambda: judge(self.desk.catalogue, edited.logits()),
+            lambda verdict: self._done(edited, verdict, started),
+        )
+
+    def _done(self, edited: Edited, after: Verdict, started: float) -> None:
+        key, step = edited.study.listed.key, _Step(edited, after)
+        self.steps[key] = [*self.steps.get(key, []), step][-MAX_UNDO:]
+        if self._shown_study().listed.key == key:
+            self._refresh(edited)
+            self._tell_result()
+        self.tell(f"Answered in {1000 * (time.perf_counter() - started):.0f} ms.")
+        self._compare_with_chance()
+
+    def _compare_with_chance(self) -> None:
+        """Add to the last answer what as many random tiles do, where that takes no time to speak of."""
+        steps, name = self._shown_steps(), self.class_name
+        if not (steps and name and steps[-1].edited.is_touched and steps[-1].edited.study.is_instant):
+            return
+        step, output = steps[-1], self.desk.catalogue.classes.index(name)
+        before = self.befores[step.edited.study.listed.key].log_odds[name]
+
+        def show(values: NDArray[np.float64]) -> None:
+            now = self._shown_steps()
+            if now and now[-1] is step and self.class_name == name:
+                note = controls_in_words(before, step.after.log_odds[name], values)
+                self.panel.result.text = result_html(self._sentences()[-1], note)
+
+        self.later("", lambda: controls(step.edited, output), show)
+
+    def _sentences(self) -> list[str]:
+        """Return what each step did, for the class that is asked about."""
+        before, name = self.befores[self._shown_study().listed.key], self.class_name
+        return [in_words(self.desk.catalogue, step.edited, before, step.after, name) for step in self._shown_steps()]
+
+    def _refresh(self, edited: Edited) -> None:
+        """Show what is removed and which tiles stand highest among the others."""
+        if self.canvas is not None:
+            self.canvas.show_removed(edited.present)
+        self._enable()
+        study, choice = edited.study, self.choice
+        self.later(
+            "",
+            lambda: make_gallery(self.desk.store, study, study.layers.get(choice), edited.present),
+            self._show_gallery,
+        )
+
+    def _enable(self) -> None:
+        panel, edited = self.panel, self.edited
+        panel.undo.disabled = panel.start_over.disabled = not self._shown_steps()
+        panel.save.disabled = not (edited.is_touched and self.desk.out is not None)
+        source, tiles = self.copied or (None, ())
+        panel.transplant.visible = source is not None and source.listed.key != edited.study.listed.key
+        if source is not None:
+            panel.transplant.label = f"Add {counted(len(tiles))} of {source.listed.slide_id}"
+
+    def _tell_result(self) -> None:
+        study, catalogue = self._shown_study(), self.desk.catalogue
+        before, sentences = self.befores[study.listed.key], self._sentences()
+        how = "answers at once, exactly" if study.is_instant else "must be run again for every question"
+        sentence = state_in_words(before)
+        self.panel.verdict.text = verdict_html(
+            study.listed.slide_id, sentence, before, study.n_tiles, f"{catalogue.card.recipe.aggregator.name} {how}"
+        )
+        self.panel.result.text = result_html(sentences[-1]) if sentences else ""
+        self.panel.history.text = history_html(sentences)
+
+    @told
+    def undo(self) -> None:
+        """Take the last edit back."""
+        self._go_back_to(self._shown_steps()[:-1])
+
+    @told
+    def start_over(self) -> None:
+        """Take all edits of the slide back."""
+        self._go_back_to([])
+
+    def _go_back_to(self, steps: list[_Step]) -> None:
+        self.steps[self._shown_study().listed.key] = steps
+        self._refresh(self.edited)
+        self._tell_result()
+        self._compare_with_chance()
+
+    @told
+    def transplant(self) -> None:
+        """Add the copied tiles to this slide."""
+        started = time.perf_counter()
+        if self.copied is not None:
+            self._do(self.edited.transplant(*self.copied), started)
+
+    @told
+    def save(self) -> None:
+        """Write the slide's edits into the session folder."""
+        out, edited, name = self.desk.out, self.edited, self.class_name
+        if out is None:
+            self.tell("Nothing is saved without --out.")
+            return
+        self.later(
+            "Saving ...",
+            lambda: save_session(self.desk.catalogue, edited, name, out),
+            lambda paths: self.tell(f"Saved {', '.join(path.name for path in paths)} in {out}."),
+        )
+
+    @told
+    def choose_map(self) -> None:
+        """Show another family of maps."""
+        if not self._is_filling:
+            self._change_map(str(self.panel.family.value), self.class_name)
+
+    @told
+    def choose_class(self) -> None:
+        """Ask about another class."""
+        if self._is_filling:
+            return
+        self._has_chosen_class = True
+        self._change_map(self.choice.family, self.class_name)
+        self._tell_result()
+        self._compare_with_chance()
+
+    def _change_map(self, family: str, name: str) -> None:
+        study = self._shown_study()
+        choice = _choose(study, family, name)
+        words = "" if study.layers.is_made(choice) else f"Computing {family} ..."
+        self.later(words, lambda: study.layers.get(choice), lambda heatmap: self._put_map(choice, heatmap))
+
+    def _put_map(self, choice: Choice, heatmap: Heatmap) -> None:
+        is_other = choice.family != self.choice.family
+        self.choice = choice
+        self._is_filling = True
+        self.panel.scaling.options = list(scalings_of(heatmap))
+        if is_other:
+            self.panel.scaling.value = default_scaling(heatmap)
+        self._is_filling = False
+        self._paint_map(heatmap)
+
+    def _paint_map(self, heatmap: Heatmap) -> None:
+        if self.canvas is not None:
+            self.canvas.show_map(self._shown_map(heatmap), heatmap)
+        self._refresh(self.edited)
+
+    @told
+    def rescale(self) -> None:
+        """Show the same map on another scale."""
+        if not self._is_filling:
+            self._paint_map(self._shown_study().layers.get(self.choice))
+
+    @told
+    def show_parts(self) -> None:
+        """Show or hide map and outline, and take the colours out of the slide."""
+        if self.canvas is None:
+            return
+        active = self.panel.shown.active
+        self.canvas.shown.visible = self.canvas.bar.visible = SHOW_MAP in active
+        self.canvas.outline.visible = SHOW_TISSUE in active
+        if self.slide_tiles is not None:
+            self.slide_tiles.url = self._address("grey" if SHOW_GREY in active else "colour")
+
+    @told
+    def jump(self, event: Tap) -> None:
+        """Look at the tile of the gallery that was pressed."""
+        ranked = highest(self._shown_study().layers.get(self.choice), self.edited.present)
+        place = place_in_gallery(float(event.x), float(event.y))
+        if self.canvas is not None and 0 <= place < len(ranked):
+            grid = self._shown_study().grid
+            x, y = (grid.origins_px0[ranked[place]] + grid.tile_px0 / 2) * grid.slide_mpp
+            self.canvas.look_at((float(x), float(y)), LOOK_TILES * grid.tile_px0 * grid.slide_mpp)
+
+    def _show_gallery(self, columns: dict[str, Any]) -> None:
+        self.panel.gallery.data = columns
+        count = len(columns["url"])
+        words = f"The {count} tiles that stand highest in this map; press one to go there."
+        self.panel.gallery_title.text = words if count else ""
+
+
+def _choose(study: Study, family: str, name: str) -> Choice:
+    """Return the map of a family that is about a class, or the last of the family where none is."""
+    names = study.layers.classes_of(family)
+    if not names:
+        raise LookupError("there is no such map")
+    return Choice(family, name if name in names else names[-1])
+
+
+def _press(act: Callable[[], None], _event: ButtonClick) -> None:
+    act()

@@ -1,0 +1,291 @@
+"""Sessions as files: what was taken away and added, what the model said, and regions for QuPath; and the way back."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import shapely
+from pydantic import Field
+from shapely import MultiPolygon, affinity
+
+from eosin import __version__
+from eosin._files import write_json
+from eosin.errors import ConfigError
+from eosin.options import Options
+from eosin.viewer._catalogue import Catalogue, Listed, Study
+from eosin.viewer._lattice import Indices
+from eosin.viewer._session import Added, Edited, Verdict, in_words, judge
+from eosin.wsi._geojson import qupath_origin
+from eosin.wsi._grid import TileGrid
+from eosin.wsi._outline import polygons_of
+
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "eosin:viewer")
+KIND = "eosin-viewer-session"
+MAX_BYTES = 64 * 2**20
+CLOSE = 1e-6
+REMOVED_RGB, ADDED_RGB = [194, 24, 91], [0, 121, 107]
+Ranges = list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]]
+
+
+class SavedTiles(Options):
+    """Some tiles of one slide.
+
+    Parameters
+    ----------
+    slide_id : str
+    slide_fingerprint : str
+        Of the slide file that the features came from; empty when they do not say.
+    n_tiles : int
+        How many tiles the slide has.
+    tiles : list of (start, stop)
+        Half-open ranges of tile numbers.
+    """
+
+    slide_id: str
+    slide_fingerprint: str = ""
+    n_tiles: int
+    tiles: Ranges
+
+
+class SavedVerdict(Options):
+    """A prediction.
+
+    Parameters
+    ----------
+    logits : list of float
+    columns : dict
+        As printed.
+    log_odds : dict
+        By class.
+    """
+
+    logits: list[float]
+    columns: dict[str, str]
+    log_odds: dict[str, float] = Field(default_factory=dict)
+
+
+class SavedSession(Options):
+    """One slide of a session.
+
+    Parameters
+    ----------
+    kind, version
+        Say what the file is.
+    eosin : str
+        Version that wrote it.
+    model_id, aggregator : str
+    class_name : str
+        The class that the words are about; empty for tasks without.
+    method : str
+        How the numbers were made.
+    removed : SavedTiles
+    added : SavedTiles or None
+    before, after : SavedVerdict
+    words : str
+    """
+
+    kind: Literal["eosin-viewer-session"]
+    version: Literal[1]
+    eosin: str
+    model_id: str
+    aggregator: str
+    class_name: str
+    method: str
+    removed: SavedTiles
+    added: SavedTiles | None = None
+    before: SavedVerdict
+    after: SavedVerdict
+    words: str
+
+
+def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: Path) -> list[Path]:
+    """Write a slide's edits: the session as JSON, its regions as GeoJSON that QuPath opens.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+    edited : Edited
+    class_name : str
+    folder : Path
+        Gets ``<slide id>_<number>.json`` and ``.geojson``, and ``_added.geojson`` with the donor's tiles; earlier
+        sessions keep their files.
+
+    Returns
+    -------
+    list of Path
+    """
+    record = describe_session(catalogue, edited, class_name)
+    stem = _free_stem(folder, edited.study.listed.slide_id)
+    paths = [folder / f"{stem}.json", folder / f"{stem}.geojson"]
+    write_json(paths[0], record.model_dump(mode="json"))
+    gone = np.flatnonzero(~edited.present)
+    write_json(paths[1], _regions(edited.study, gone, "Removed", REMOVED_RGB))
+    if edited.added is not None:
+        paths.append(folder / f"{stem}_added.geojson")
+        write_json(paths[2], _regions(edited.added.donor, edited.added.tiles, "Added", ADDED_RGB))
+    return paths
+
+
+def _free_stem(folder: Path, slide_id: str) -> str:
+    number = 1
+    while (folder / f"{slide_id}_{number}.json").exists():
+        number += 1
+    return f"{slide_id}_{number}"
+
+
+def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> SavedSession:
+    """Return what `save_session` writes: the edits with the prediction before and after."""
+    before = judge(catalogue, edited.study.seen.subsets.logits())
+    after = judge(catalogue, edited.logits())
+    added = edited.added
+    return SavedSession(
+        kind="eosin-viewer-session",
+        version=1,
+        eosin=__version__,
+        model_id=catalogue.card.model_id,
+        aggregator=catalogue.card.recipe.aggregator.name,
+        class_name=class_name,
+        method=edited.study.seen.method,
+        removed=_saved_tiles(edited.study, np.flatnonzero(~edited.present)),
+        added=None if added is None else _saved_tiles(added.donor, added.tiles),
+        before=_saved_verdict(before),
+        after=_saved_verdict(after),
+        words=in_words(catalogue, edited, before, after, class_name),
+    )
+
+
+def _saved_tiles(study: Study, tiles: Indices) -> SavedTiles:
+    return SavedTiles(
+        slide_id=study.listed.slide_id,
+        slide_fingerprint=study.bag.provenance.get("input_fingerprint", ""),
+        n_tiles=study.n_tiles,
+        tiles=to_ranges(tiles),
+    )
+
+
+def _saved_verdict(verdict: Verdict) -> SavedVerdict:
+    return SavedVerdict(logits=list(verdict.logits), columns=dict(verdict.columns), log_odds=dict(verdict.log_odds))
+
+
+def to_ranges(tiles: Indices) -> list[tuple[int, int]]:
+    """Return ascending numbers as half-open ranges."""
+    if not len(tiles):
+        return []
+    breaks = np.flatnonzero(np.diff(tiles) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(tiles, breaks)]
+
+
+def from_ranges(ranges: Sequence[tuple[int, int]], n_tiles: int, path: Path) -> Indices:
+    """Return the numbers of half-open ranges.
+
+    Raises
+    ------
+    ConfigError
+        If a range does not lie among the slide's tiles.
+    """
+    for start, stop in ranges:
+        if not 0 <= start < stop <= n_tiles:
+            raise ConfigError(f"{path}: names the tiles {start} to {stop}, the slide has {n_tiles}")
+    chosen = np.zeros(n_tiles, dtype=bool)
+    for start, stop in ranges:
+        chosen[start:stop] = True
+    return np.flatnonzero(chosen)
+
+
+def _regions(study: Study, tiles: Indices, name: str, rgb: list[int]) -> dict[str, Any]:
+    """Return one QuPath annotation per connected region of tiles, relative to the box that QuPath shows."""
+    x, y = qupath_origin(study.bounds_px0)
+    area = affinity.translate(tile_area(study.grid, tiles), -x, -y)
+    label = {"objectType": "annotation", "classification": {"name": name, "color": rgb}, "isLocked": False}
+    features = [
+        {
+            "type": "Feature",
+            "id": str(uuid.uuid5(NAMESPACE, f"{study.listed.slide_id}/{name}/{number}")),
+            "geometry": shapely.geometry.mapping(part),
+            "properties": label,
+        }
+        for number, part in enumerate(area.geoms)
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def tile_area(grid: TileGrid, tiles: Indices) -> MultiPolygon:
+    """Return the area that tiles cover, level-0 pixels, inside the slide."""
+    boxes = shapely.box(*grid.boxes_px0()[tiles].T)
+    covered = shapely.union_all(boxes).intersection(shapely.box(0, 0, *grid.slide_size_px0))
+    return MultiPolygon(polygons_of(covered))
+
+
+def read_session(path: Path) -> SavedSession:
+    """Read a session's JSON.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, larger than 64 MiB, or no session.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than 64 MiB, which no session is")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as a session ({error})") from None
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise ConfigError(f"{path}: is not a session of the viewer; pass the .json file that it saved")
+    return SavedSession.parse(data, source=str(path))
+
+
+def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:
+    """Do a saved session's edits again and return what the model says now.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+        With the session's model and slides.
+    path : Path
+
+    Raises
+    ------
+    ConfigError
+        If the model, a slide or its tiles are not those of the session.
+    """
+    saved = read_session(path)
+    if saved.model_id != catalogue.card.model_id:
+        raise ConfigError(f"{path}: was made with the model {saved.model_id}, not {catalogue.card.model_id}")
+    study, gone = _find(catalogue, saved.removed, path)
+    edited = Edited.untouched(study).act("remove", gone)
+    if saved.added is not None:
+        donor, tiles = _find(catalogue, saved.added, path)
+        edited = Edited(study, edited.present, Added(donor, tiles))
+    if catalogue.classes and saved.class_name not in catalogue.classes:
+        raise ConfigError(f"{path}: is about the class {saved.class_name!r}, which the model does not have")
+    return describe_session(catalogue, edited, saved.class_name)
+
+
+def _find(catalogue: Catalogue, saved: SavedTiles, path: Path) -> tuple[Study, Indices]:
+    listed = _listed(catalogue, saved.slide_id, path)
+    study = catalogue.study(listed.key)
+    fingerprint = study.bag.provenance.get("input_fingerprint", "")
+    if study.n_tiles != saved.n_tiles or (
+        fingerprint and saved.slide_fingerprint and fingerprint != saved.slide_fingerprint
+    ):
+        raise ConfigError(f"{path}: the features of {saved.slide_id} are not those of the session; pass the same ones")
+    return study, from_ranges(saved.tiles, study.n_tiles, path)
+
+
+def _listed(catalogue: Catalogue, slide_id: str, path: Path) -> Listed:
+    for listed in catalogue.listed:
+        if listed.slide_id == slide_id:
+            if listed.refusal:
+                raise ConfigError(listed.refusal)
+            return listed
+    raise ConfigError(f"{path}: is about the slide {slide_id}, which is not among --slides")
+
+
+def is_same(saved: SavedSession, replayed: SavedSession) -> bool:
+    """Whether two runs of a session gave the same predictions, to 1e-6."""
+    pairs = ((saved.before, replayed.before), (saved.after, replayed.after))
+    return all(np.allclose(a.logits, b.logits, rtol=CLOSE, atol=CLOSE) for a, b in pairs)

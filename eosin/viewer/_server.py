@@ -1,0 +1,305 @@
+"""The local server: one page, its tiles, and a guard that everything else runs into.
+
+Bound to 127.0.0.1. The path begins with a random token that every request needs: page, websocket, scripts, tiles.
+Host and Origin must be this machine, so that no page from elsewhere reaches it (DNS rebinding); the few paths that
+exist are listed; every fault is reported in one line.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from bokeh.application import Application
+from bokeh.application.handlers.function import FunctionHandler
+from bokeh.document import Document
+from bokeh.io import doc as current_document
+from bokeh.server.connection import ServerConnection
+from bokeh.server.server import BaseServer
+from bokeh.server.tornado import BokehTornado
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.ioloop import IOLoop
+from tornado.web import OutputTransform, RequestHandler
+
+from eosin._processes import POLL_S, require_running, stop_requested
+from eosin.errors import ConfigError
+from eosin.viewer._tiles import TileStore
+
+ADDRESS = "127.0.0.1"
+MAX_BODY_BYTES = 2**20
+MAX_MESSAGE_BYTES = 8 * 2**20
+TILE_THREADS = 4
+BACKLOG = 128
+PATHS = re.compile(r"/?|/ws|/static/js/[A-Za-z0-9._-]+\.js|/tiles/[0-9a-f]{16}/[a-z]{1,8}(/[0-9]{1,8}){3}\.jpg")
+TILE_ROUTE = r"/tiles/([0-9a-f]{16})/([a-z]{1,8})/([0-9]{1,8})/([0-9]{1,8})/([0-9]{1,8})\.jpg"
+POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline' 'self'; "
+    "img-src 'self' data: blob:; connect-src 'self' ws:; font-src 'self' data:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Server": "eosin",
+}
+BuildPage = Callable[[Document, str], None]
+
+
+class _Headers(OutputTransform):
+    """Adds the protective headers to every answer, also to those of Bokeh's own handlers."""
+
+    def transform_first_chunk(
+        self,
+        status_code: int,
+        headers: HTTPHeaders,
+        chunk: bytes,
+        finishing: bool,  # noqa: FBT001 - tornado's signature
+    ) -> tuple[int, HTTPHeaders, bytes]:
+        for name, value in HEADERS.items():
+            headers[name] = value
+        return status_code, headers, chunk
+
+
+class _Refusal(RequestHandler):
+    """Answers whatever must not be answered, to any method, in one line."""
+
+    def initialize(self, status: int, reason: str) -> None:
+        self._refusal = status, reason
+
+    def prepare(self) -> None:
+        status, reason = self._refusal
+        self.set_status(status)
+        if status != 204:
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
+            self.write(f"{reason}\n")
+        self.finish()
+
+
+class _Tiles(RequestHandler):
+    """Serves one tile of a listed slide."""
+
+    def initialize(self, store: TileStore, pool: ThreadPoolExecutor) -> None:
+        self._store, self._pool = store, pool
+
+    async def get(self, key: str, look: str, zoom: str, column: str, row: str) -> None:
+        place = int(zoom), int(column), int(row)
+        try:
+            data = await IOLoop.current().run_in_executor(self._pool, self._store.tile, key, look, *place)
+        except LookupError:
+            self.set_status(404)
+            self.finish("no such tile\n")
+            return
+        self.set_header("Content-Type", "image/png" if data.startswith(b"\x89PNG") else "image/jpeg")
+        self.set_header("Cache-Control", "private, max-age=3600")
+        self.finish(data)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(f"the tile could not be read ({status_code})\n")
+
+
+class _Connection(ServerConnection):  # type: ignore[misc]
+    """A websocket whose error messages carry no traceback."""
+
+    def error(self, message: Any, text: str) -> Any:
+        # Bokeh keeps the document of what failed as the current one, and no page can be made once that is gone
+        getattr(current_document, "_PATCHED_CURDOCS", []).clear()
+        answer = super().error(message, "the viewer could not do that")
+        answer.content["traceback"] = None
+        return answer
+
+
+class _Guarded(BokehTornado):  # type: ignore[misc]
+    """Bokeh's application behind the guard."""
+
+    def __init__(self, application: Application, *, token: str, port: int, extra_patterns: list[Any]) -> None:
+        self._token = token.encode()
+        self._hosts = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
+        super().__init__(
+            {"/": application},
+            prefix=token,
+            extra_patterns=extra_patterns,
+            extra_websocket_origins=sorted(self._hosts),
+            use_index=False,
+            websocket_max_message_size_bytes=MAX_MESSAGE_BYTES,
+            ico_path="none",
+            include_headers=[],
+            include_cookies=[],
+            transforms=[_Headers],
+        )
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        """Return the handler of a request: the page's, or the refusal."""
+        refusal = self._refuse(request)
+        if refusal is None:
+            return super().find_handler(request, **kwargs)
+        return self.get_handler_delegate(request, _Refusal, {"status": refusal[0], "reason": refusal[1]})
+
+    def _refuse(self, request: HTTPServerRequest) -> tuple[int, str] | None:
+        origin = request.headers.get("Origin")
+        if request.headers.get("Host", "").lower() not in self._hosts:
+            return 403, "this server answers its own machine only"
+        if origin is not None and origin.lower().removeprefix("http://") not in self._hosts:
+            return 403, "this server answers its own page only"
+        if request.method != "GET":
+            return 405, "only GET is answered"
+        if request.path == "/favicon.ico":
+            return 204, ""
+        token, slash, rest = request.path.removeprefix("/").partition("/")
+        if not hmac.compare_digest(token.encode("utf-8", "replace"), self._token):
+            return 403, "the address needs the token that `eosin view` printed"
+        return None if PATHS.fullmatch(slash + rest) else (404, "there is nothing here")
+
+    def new_connection(self, protocol: Any, socket: Any, application_context: Any, session: Any) -> ServerConnection:
+        """Return a connection that tells no tracebacks."""
+        connection = _Connection(protocol, socket, application_context, session)
+        self._clients.add(connection)
+        return connection
+
+
+@dataclass(frozen=True, eq=False)
+class Viewer:
+    """A running server.
+
+    Parameters
+    ----------
+    url : str
+        With the token.
+    server : BaseServer
+    pool : ThreadPoolExecutor
+        Of the tiles.
+    """
+
+    url: str
+    server: BaseServer
+    pool: ThreadPoolExecutor
+
+    def stop(self) -> None:
+        """Stop answering; to be called on the server's loop."""
+        self.server.unlisten()
+        self.server.stop(wait=False)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_viewer(build_page: BuildPage, store: TileStore, *, port: int = 0) -> Viewer:
+    """Start serving on the current event loop.
+
+    Parameters
+    ----------
+    build_page : callable
+        Fills a Bokeh document; gets it and the template of the tiles' addresses with ``{key}`` and ``{look}`` to fill
+        and Bokeh's ``{Z}``, ``{X}``, ``{Y}``.
+    store : TileStore
+    port : int
+        0 takes a free one.
+
+    Raises
+    ------
+    ConfigError
+        If the port is taken or not allowed.
+    """
+    token = secrets.token_urlsafe(24)
+    listener = _listen(port)
+    chosen = listener.getsockname()[1]
+    pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="tiles")
+    template = f"/{token}/tiles/{{key}}/{{look}}/{{Z}}/{{X}}/{{Y}}.jpg"
+    application = Application(FunctionHandler(lambda document: build_page(document, template)))
+    routes = [(TILE_ROUTE, _Tiles, {"store": store, "pool": pool})]
+    guarded = _Guarded(application, token=token, port=chosen, extra_patterns=routes)
+    http = HTTPServer(guarded, max_body_size=MAX_BODY_BYTES, max_header_size=2**14, idle_connection_timeout=600)
+    http.add_socket(listener)
+    server = BaseServer(IOLoop.current(), guarded, http)
+    server.start()
+    return Viewer(f"http://{ADDRESS}:{chosen}/{token}/", server, pool)
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if sys.platform != "win32":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((ADDRESS, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"port {port} cannot be used ({error}); leave --port out to take a free one") from None
+    return listener
+
+
+def run_until_stopped(start: Callable[[], Viewer], ready: Callable[[str], None]) -> None:
+    """Serve until a signal asks for the end; `ready` gets the address once it answers.
+
+    Raises
+    ------
+    Stopped
+        At the end; `KeyboardInterrupt` outside `eosin._processes.stoppable`.
+    """
+    with _quiet_loggers():
+        asyncio.run(_serve(start, ready))
+    require_running()
+
+
+async def _serve(start: Callable[[], Viewer], ready: Callable[[str], None]) -> None:
+    viewer = start()
+    try:
+        ready(viewer.url)
+        while not stop_requested():
+            await asyncio.sleep(POLL_S)
+    finally:
+        viewer.stop()
+
+
+@contextlib.contextmanager
+def serving(build_page: BuildPage, store: TileStore) -> Iterator[str]:
+    """Serve from a thread of its own while the block runs, on a free port; yields the address."""
+    loop = asyncio.new_event_loop()
+    started: list[Viewer] = []
+    is_up = threading.Event()
+
+    async def start() -> None:
+        started.append(start_viewer(build_page, store))
+        is_up.set()
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=work, daemon=True)
+    with _quiet_loggers():
+        thread.start()
+        is_up.wait()
+        try:
+            yield started[0].url
+        finally:
+            loop.call_soon_threadsafe(started[0].stop)
+            loop.call_soon_threadsafe(loop.call_later, 0.2, loop.stop)
+            thread.join()
+            loop.close()
+
+
+@contextlib.contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """Keep the web server's notes on single requests off the terminal; they would be for its developers."""
+    loggers = [logging.getLogger(name) for name in ("bokeh", "tornado")]
+    before = [(logger, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)

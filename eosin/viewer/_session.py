@@ -1,0 +1,232 @@
+"""What a reader has done to a slide: tiles taken away and added, and what the model says now."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from eosin.errors import ConfigError
+from eosin.heatmaps._counterfactual import as_probability
+from eosin.mil.subsets import Floats, Target
+from eosin.viewer._catalogue import Catalogue, Study
+from eosin.viewer._lattice import Indices
+
+Action = Literal["remove", "keep only", "restore"]
+ACTIONS: tuple[Action, ...] = ("remove", "keep only", "restore")
+MAX_UNDO = 100
+N_CONTROLS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """Tiles of another slide.
+
+    Parameters
+    ----------
+    donor : Study
+    tiles : (m,) int64
+        Ascending.
+    """
+
+    donor: Study
+    tiles: Indices
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Whether each of the donor's tiles is added, (n of the donor,)."""
+        chosen = np.zeros(self.donor.n_tiles, dtype=bool)
+        chosen[self.tiles] = True
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """A slide after some edits; every edit makes a new one.
+
+    Parameters
+    ----------
+    study : Study
+    present : (n,) bool
+        Tiles that the model still gets.
+    added : Added or None
+    """
+
+    study: Study
+    present: NDArray[np.bool_]
+    added: Added | None = None
+
+    @classmethod
+    def untouched(cls, study: Study) -> "Edited":
+        """Return the slide as it is."""
+        return cls(study, np.ones(study.n_tiles, dtype=bool))
+
+    @property
+    def n_removed(self) -> int:
+        """Tiles that were taken away."""
+        return int(len(self.present) - np.count_nonzero(self.present))
+
+    @property
+    def n_added(self) -> int:
+        """Tiles of another slide that were added."""
+        return 0 if self.added is None else len(self.added.tiles)
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.n_removed or self.n_added)
+
+    def act(self, action: Action, tiles: Indices) -> "Edited":
+        """Return the slide with these tiles removed, alone, or back again.
+
+        Raises
+        ------
+        ConfigError
+            If no tile would remain.
+        """
+        marked = np.zeros(len(self.present), dtype=bool)
+        marked[tiles] = True
+        changes = {
+            "remove": self.present & ~marked,
+            "keep only": self.present & marked,
+            "restore": self.present | marked,
+        }
+        if not changes[action].any():
+            raise ConfigError("no tile of the slide would remain; leave at least one")
+        return replace(self, present=changes[action])
+
+    def transplant(self, donor: Study, tiles: Indices) -> "Edited":
+        """Return the slide with tiles of a donor added to those of it that were added before.
+
+        Raises
+        ------
+        ConfigError
+            If the donor is the slide itself, or not the one whose tiles were added before.
+        """
+        if donor.listed.key == self.study.listed.key:
+            raise ConfigError("these tiles are of this very slide; copy tiles of another one")
+        before = np.zeros(0, dtype=np.int64)
+        if self.added is not None:
+            if self.added.donor.listed.key != donor.listed.key:
+                raise ConfigError(f"tiles of {self.added.donor.listed.slide_id} are added already; drop them first")
+            before = self.added.tiles
+        return replace(self, added=Added(donor, np.union1d(before, tiles)))
+
+    def logits(self) -> Floats:
+        """Return what the model says now, (K,): exact, from sums or by running it again."""
+        subsets, added = self.study.seen.subsets, self.added
+        if added is None:
+            return subsets.edited(self.present)
+        return subsets.edited(self.present, added.donor.seen.subsets, added.mask)
+
+    def random_like(self, rng: np.random.Generator) -> "Edited":
+        """Return as many tiles removed and added, chosen by chance: what such a change does whatever they show."""
+        present = np.zeros(len(self.present), dtype=bool)
+        present[rng.choice(len(present), size=np.count_nonzero(self.present), replace=False)] = True
+        if self.added is None:
+            return replace(self, present=present)
+        drawn = np.sort(rng.choice(self.added.donor.n_tiles, size=self.n_added, replace=False))
+        return replace(self, present=present, added=replace(self.added, tiles=drawn))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model says of one set of tiles.
+
+    Parameters
+    ----------
+    logits : tuple of float
+    columns : mapping of str to str
+        The columns of the prediction as they are printed.
+    log_odds : mapping of str to float
+        By class; empty for tasks without classes.
+    """
+
+    logits: tuple[float, ...]
+    columns: Mapping[str, str]
+    log_odds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def leading(self) -> str:
+        """The class with the largest log-odds; empty without classes."""
+        return max(self.log_odds, key=self.log_odds.__getitem__) if self.log_odds else ""
+
+    def probability(self, name: str) -> float:
+        """Return the probability of a class."""
+        return float(expit(self.log_odds[name]))
+
+
+def judge(catalogue: Catalogue, logits: Floats) -> Verdict:
+    """Put logits (K,) into the words of the model's task."""
+    classes, task = catalogue.classes, catalogue.card.load_task()
+    own = logits[-catalogue.model.n_outputs :]  # without the zero that stands for the first class
+    columns = task.table(task.activate(torch.from_numpy(own[None])))
+    printed = {
+        name: f"{row[0]:.3f}" if isinstance(row[0], float | np.floating) else str(row[0])
+        for name, row in columns.items()
+    }
+    odds = {name: float(Target(output).of(logits)) for output, name in enumerate(classes)}
+    return Verdict(tuple(logits.tolist()), printed, odds)
+
+
+def in_words(catalogue: Catalogue, edited: Edited, before: Verdict, after: Verdict, class_name: str) -> str:
+    """Return what an edit did as a sentence for a pathologist; about `class_name` where the task has classes."""
+    how = _how(edited)
+    if not catalogue.classes:
+        changes = ", ".join(f"{name} {value} → {after.columns[name]}" for name, value in before.columns.items())
+        return f"{how}: {changes}."
+    was, now = before.log_odds[class_name], after.log_odds[class_name]
+    if (now > 0) == (was > 0):
+        verb = "still says" if was > 0 else "still does not say"
+    else:
+        verb = "no longer says" if was > 0 else "now says"
+    numbers = " → ".join(as_probability(verdict.probability(class_name)) for verdict in (before, after))
+    return f"{how} the model {verb} {class_name}: {numbers} (log-odds {was:.2f} → {now:.2f}, {now - was:+.2f})."
+
+
+def _how(edited: Edited) -> str:
+    n, gone = edited.study.n_tiles, edited.n_removed
+    parts = []
+    if gone > n / 2:
+        parts.append(f"With only {_tiles(n - gone, n)}")
+    elif gone:
+        parts.append(f"Without {_tiles(gone, n)}")
+    if edited.added is not None:
+        start = "and with" if parts else "With"
+        parts.append(f"{start} {counted(edited.n_added)} of {edited.added.donor.listed.slide_id} added")
+    return " ".join(parts) or "With all tiles"
+
+
+def _tiles(count: int, total: int) -> str:
+    return f"{counted(count)} ({100 * count / total:.2g} %)"
+
+
+def counted(count: int) -> str:
+    """Return a number of tiles in words."""
+    return f"{count:,} {'tile' if count == 1 else 'tiles'}"
+
+
+def state_in_words(verdict: Verdict) -> str:
+    """Return a prediction as a sentence."""
+    if not verdict.log_odds:
+        return "The model says " + ", ".join(f"{name} {value}" for name, value in verdict.columns.items()) + "."
+    name = verdict.leading
+    return f"The model says {name}, probability {as_probability(verdict.probability(name))}."
+
+
+def controls(edited: Edited, class_output: int, *, draws: int = N_CONTROLS, seed: int = 0) -> Floats:
+    """Return the log-odds of a class after the same edit with random tiles, (draws,)."""
+    rng = np.random.default_rng(seed)
+    return np.array([float(Target(class_output).of(edited.random_like(rng).logits())) for _ in range(draws)])
+
+
+def controls_in_words(before: float, after: float, values: Floats) -> str:
+    """Return how the edit compares with random ones: mean probability and one-sided randomisation p value."""
+    sign = 1.0 if after >= before else -1.0
+    as_large = int(np.count_nonzero(sign * (values - before) >= sign * (after - before)))
+    p = (1 + as_large) / (1 + len(values))
+    mean = as_probability(float(expit(values.mean())))
+    return f"With as many random tiles instead: {mean} (mean of {len(values)} draws, p = {p:.2g})."

@@ -1,0 +1,100 @@
+"""Tissue and tiles as pictures, to settle the options of a cohort before any coordinates are written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from eosin._batch import Outcome, Record, Report, run_batch
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, TilePlan
+from eosin.wsi._overview import make_thumbnail
+from eosin.wsi._picture import draw_grid, draw_outline, write_jpeg
+from eosin.wsi._quality import QualityLimits
+from eosin.wsi._slide import SlideFile
+from eosin.wsi._tissue import TissueOptions
+
+
+def preview_slides(
+    slides: Sequence[SlideFile],
+    job: JobFolder,
+    tiling: Tiling | None = None,
+    *,
+    tissue: TissueOptions | None = None,
+    overrides: Mapping[str, TissueOptions] | None = None,
+    contours: Path | None = None,
+    quality: QualityLimits | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    timeout_s: float | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Draw what `eosin.wsi._job.tile_slides` would do with the same arguments: ``JOB/previews/<slide>.jpg``.
+
+    Nothing else is written, and every call draws anew.
+
+    Parameters
+    ----------
+    slides, job, tiling, tissue, overrides, contours, quality, workers, shard, timeout_s, progress
+        As of `eosin.wsi._job.tile_slides`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no folder `contours`.
+    OutputError
+        If the pictures cannot be written.
+    """
+    plan = TilePlan.of(
+        slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
+    )
+    return run_batch(
+        slides,
+        partial(_preview, plan),
+        key=_slide_id,
+        stage="preview",
+        workers=workers,
+        shard=shard,
+        timeout_s=timeout_s,
+        progress=progress,
+    )
+
+
+def _slide_id(slide: SlideFile) -> str:
+    return slide.slide_id
+
+
+def _preview(plan: TilePlan, item: SlideFile) -> Outcome:
+    picture, outcome = _draw(plan, item)
+    write_jpeg(plan.job.preview(item.slide_id), picture)
+    return outcome
+
+
+def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
+    with plan.open(item) as slide:
+        tiled = plan.lay_tiles(item, slide)
+        thumbnail = make_thumbnail(slide, tiled.overview.rgb)
+        outlined = draw_outline(thumbnail, tiled.mask.contours(), slide.size_px0)
+        return draw_grid(outlined, tiled.grid), tiled.outcome
+
+
+def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
+    """Return the picture of a slide with the outline of its tissue and its tiles, without writing anything.
+
+    Parameters
+    ----------
+    item : SlideFile
+        The slide.
+    tiling : Tiling, optional
+        The defaults otherwise.
+    tissue : TissueOptions, optional
+        The defaults otherwise.
+
+    Raises
+    ------
+    SlideError
+        If the slide cannot be opened or tiled.
+    """
+    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, {}, QualityLimits())
+    return _draw(plan, item)[0]
