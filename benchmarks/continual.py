@@ -22,16 +22,18 @@ from tables import Row, read_table, with_summaries, write_table
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import load_card, load_model
-from eosin.mil._data import Examples, LabelTable, MemoryBags, make_examples
+from eosin.mil._cohort import Cohort
+from eosin.mil._data import Examples, MemoryBags, make_examples
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._splits import Cohort
 from eosin.mil._study import Study
-from eosin.mil._tasks import Task, make_task
-from eosin.mil._train import Fitted, fit
+from eosin.mil._tables import LabelTable
+from eosin.mil._train import fit
+from eosin.mil._training_run import Fitted
 from eosin.mil.bags import PackedBags
 from eosin.mil.continual import base_recipe, continual_metrics, continued
 from eosin.mil.slots import STRATEGIES, Aggregator, Step, Strategy
+from eosin.mil.task import Task, make_task
 
 DIM, N_TASKS, N_TRAIN = 64, 3, 40
 WAYS = {"fine-tuning": None, "protected all": 1.0, "protected 0.9": 0.9, "protected 0.5": 0.5, "protected 0": 0.0}

@@ -19,11 +19,11 @@ import numpy as np
 from scipy.stats import norm
 from tables import write_table
 
-from eosin.mil._classification import Binary
 from eosin.mil._evaluate import bootstrap
 from eosin.mil._metrics import roc_auc
-from eosin.mil._survival import DiscreteSurvival
 from eosin.mil._survival_metrics import concordance
+from eosin.mil.tasks._classification import Binary
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 PATIENTS = (20, 60, 200)

@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
     from eosin.wsi._coordinates import read_grid
     from eosin.wsi._grid import Tiling
     from eosin.wsi._job import JobFolder, tile_slides
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
     from eosin.wsi._synthetic import make_slide
 
     for number in range(arguments.slides):

@@ -97,8 +97,8 @@ def _one_pass(place: Place, method: str, n_instances: int, *, cached: bool, bags
     from eosin.features._bag import FeatureSpec
     from eosin.mil._data import Examples, MemoryBags
     from eosin.mil._recipe import RECIPES
-    from eosin.mil._tasks import Classification
     from eosin.mil._train import fit
+    from eosin.mil.tasks._classification import Classification
 
     dim, n_bags = (16, 4) if place.rehearse else (1024, max(4, 400_000 // n_instances))
     made = {f"s{i}": torch.randn(n_instances, dim).half() for i in range(n_bags)}

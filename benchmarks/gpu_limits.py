@@ -16,9 +16,9 @@ import eosin.mil.methods  # noqa: F401 (registers)
 from eosin import kernels
 from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Classification
 
 METHODS = ("abmil", "clam_sb", "acmil", "transmil", "mambamil")
 SAMPLES = {"mambamil": (32, 64)}  # a scan by its definition takes a step per instance

@@ -27,11 +27,12 @@ from eosin.mil._data import Examples
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._planted import Planted, false_frequency, multi_concept, planted_signal, single_concept
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
-from eosin.mil._tasks import Binary, Classification, Task
 from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.pooling import MaxPooling
 from eosin.mil.slots import AGGREGATORS, AggregatorOutput
+from eosin.mil.task import Task
+from eosin.mil.tasks._classification import Binary, Classification
 
 # of every recipe, but for DSMIL's query, whose width bounds its scores
 NARROW = {"embed_dims": (64,), "width": 64, "hidden": 32, "tokens": 16, "region_size": 4}

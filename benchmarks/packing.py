@@ -45,9 +45,9 @@ from eosin.mil._data import Examples
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._planted import planted_signal
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import Classification
 from eosin.mil._train import fit
 from eosin.mil.methods.packmil import NETWORKS, PRESETS
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("0", "1"))
 PRODUCTS = (

@@ -22,7 +22,7 @@ from torchvision import transforms as tv
 from eosin.features._inference import Encoder
 from eosin.wsi._coordinates import read_grid
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 
 class Stopwatch:

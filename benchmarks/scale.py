@@ -25,7 +25,7 @@ from eosin.features.interop import ImportOptions, export_bag, find_files, import
 from eosin.wsi._coordinates import write_grid
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 
 TILING = Tiling(mpp=0.5, patch_size=256)
 GRID = TileGrid(np.array([[0, 0], [256, 0], [0, 256], [256, 256]], np.int64), 256, TILING, (2048, 2048), 0.5)

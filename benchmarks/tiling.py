@@ -42,7 +42,8 @@ from PIL import Image
 
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._histology import lay_out
-from eosin.wsi._slide import Slide, open_slide
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import Cohort, make_cohort, make_slide, plan_cohort
 from eosin.wsi._tiles import iterate_tiles
 from eosin.wsi._tissue import find_tissue
@@ -228,7 +229,7 @@ from pathlib import Path
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 path, job, patch, overlap, blur = sys.argv[1:]
 start = time.perf_counter()
 slides = [SlideFile(Path(path), "giant")]

@@ -39,8 +39,8 @@ from eosin.kernels._products import affine
 from eosin.kernels._rates import processor
 from eosin.mil._data import Examples, FeatureFolder
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import Classification
 from eosin.mil._train import fit
+from eosin.mil.tasks._classification import Classification
 
 DIM = 1024
 WIDTH, HIDDEN, DROPOUT = 512, 256, 0.25

@@ -32,9 +32,9 @@ from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.heatmaps._subject import look
 from eosin.mil._checkpoint import ModelCard, build_model
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import make_task
 from eosin.mil.bags import PackedBags
 from eosin.mil.subsets import Target
+from eosin.mil.task import make_task
 from eosin.viewer._canvas import make_canvas
 from eosin.viewer._catalogue import Catalogue, Listed, Study
 from eosin.viewer._lattice import make_lattice, tiles_in_outline
@@ -44,7 +44,8 @@ from eosin.viewer._session import Edited, in_words, judge
 from eosin.viewer._tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._openslide_impl import OpenSlideSlide
-from eosin.wsi._slide import Slide, SlideFile, open_slide
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile, open_slide
 
 DIM = 512
 MODELS = {

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._run import Pipeline, run_pipeline
     from eosin.wsi._grid import TileGrid, Tiling, make_grid
     from eosin.wsi._job import JobFolder, tile_slides
-    from eosin.wsi._slide import find_slides, open_slide
+    from eosin.wsi._slide_file import find_slides, open_slide
     from eosin.wsi._tiles import iterate_tiles
     from eosin.wsi._tissue import find_tissue
 

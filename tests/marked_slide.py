@@ -9,8 +9,8 @@ from eosin._files import file_fingerprint
 from eosin.features._bag import FeatureBag
 from eosin.mil._checkpoint import ModelCard, build_model, save_model
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import make_task
-from eosin.wsi._slide import SlideFile
+from eosin.mil.task import make_task
+from eosin.wsi._slide_file import SlideFile
 
 DIM = 6
 TILE = 5 * 16 + 9

@@ -13,12 +13,13 @@ from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import build_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._evaluate import predict_outputs
+from eosin.mil._objective import Objective
 from eosin.mil._recipe import Recipe
 from eosin.mil._selection import tile_ratio
-from eosin.mil._tasks import Classification
-from eosin.mil._train import Objective, fit
+from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AttentionOutput
+from eosin.mil.tasks._classification import Classification
 from eosin.options import read_yaml
 from eosin.pipeline._two_stage import SecondStage
 from eosin.wsi._grid import Tiling

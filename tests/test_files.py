@@ -32,8 +32,8 @@ from eosin.heatmaps.export._tiff import write_tiff
 from eosin.mil._checkpoint import ModelCard, save_model
 from eosin.mil._recipe import Recipe
 from eosin.mil._resume import State, write_state
-from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
+from eosin.mil.tasks._classification import Classification
 from eosin.wsi._coordinates import write_grid
 from eosin.wsi._picture import write_jpeg, write_picture
 from eosin.wsi._synthetic import SlidePlan, save_pyramid

@@ -24,16 +24,16 @@ from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import STATE
-from eosin.mil._tasks import Classification
 from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Classification
 from eosin.pipeline._run import _Drawing, _is_drawn
 from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions
 
 PLUGIN = """

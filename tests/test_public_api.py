@@ -15,7 +15,7 @@ import eosin
 
 NAMES = Path(__file__).with_name("public_names.txt")
 PUBLIC = ("eosin", "eosin.features", "eosin.features.interop", "eosin.heatmaps", "eosin.kernels", "eosin.mil",
-          "eosin.pipeline", "eosin.report", "eosin.viewer", "eosin.wsi")  # fmt: skip
+          "eosin.mil.tasks", "eosin.pipeline", "eosin.report", "eosin.viewer", "eosin.wsi")  # fmt: skip
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(eosin.__path__, "eosin.") if module.name != "eosin.__main__"
 )
@@ -173,11 +173,35 @@ def test_objects_print_what_they_are(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("old", ["eosin.mil.checkpoint", "eosin.wsi.slide", "eosin.heatmaps.export.png", "eosin.demo"])
+@pytest.mark.parametrize("old", ["eosin.mil.checkpoint", "eosin.wsi.grid", "eosin.heatmaps.export.png", "eosin.demo"])
 def test_a_module_that_is_private_now_keeps_its_path_of_the_first_version(old: str) -> None:
     with pytest.warns(FutureWarning, match=f"{old} is now eosin\\."):
         module = importlib.import_module(old)
     assert module.__name__ != old
+
+
+HANDED_ON = {  # module of the first version -> names that are elsewhere now, or are only handed on
+    "eosin.heatmaps.question": ("Questions",),
+    "eosin.mil.classification": ("Binary", "EVEN"),
+    "eosin.mil.data": ("LabelTable", "PATIENT_COLUMNS", "SLIDE_COLUMNS", "Table", "detect_column", "normalised",
+                       "read_labels", "read_table", "shown", "slide_id"),
+    "eosin.mil.evaluate": ("choose_device",),
+    "eosin.mil.polarity": ("split_target",),
+    "eosin.mil.predict": ("Ensemble", "load_ensemble"),
+    "eosin.mil.splits": ("Cohort",),
+    "eosin.mil.survival": ("DiscreteSurvival", "concordance"),
+    "eosin.mil.tasks": ("Binary", "Classification", "Columns", "Cox", "DiscreteSurvival", "MultiLabel", "MultiTask",
+                        "Ordinal", "Regression", "Row", "Task", "load_task", "make_task", "sorted_labels", "wide"),
+    "eosin.mil.train": ("Fitted", "Objective", "fit"),
+    "eosin.wsi.slide": ("Slide", "SlideFile", "find_slides", "open_slide"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("module", HANDED_ON)
+def test_names_are_still_found_where_the_first_version_had_them(module: str) -> None:
+    there = vars(importlib.import_module(module))
+    assert [name for name in HANDED_ON[module] if name not in there] == []
 
 
 def test_other_packages_with_the_same_habit_are_left_alone() -> None:

@@ -16,7 +16,7 @@ from eosin._tables import TextFile, decimal_point, read_table
 from eosin.errors import ConfigError, LabelError, TableError
 from eosin.options import read_yaml
 from eosin.wsi._job import read_overrides
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 from eosin.wsi._tissue import TissueOptions
 
 WORDS = {"slide": ("größe", "b"), "note": ("a; b, c", "")}

@@ -153,7 +153,7 @@ def tile_mpp(mpp: float | None, magnification: float | None) -> float | None:
 
 
 def scene_number(scene: str | None) -> "int | Literal['all'] | None":
-    """Return --scene as `eosin.wsi._slide.find_slides` takes it.
+    """Return --scene as `eosin.wsi._slide_file.find_slides` takes it.
 
     Raises
     ------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eosin.heatmaps._examination import Questions
     from eosin.pipeline._cohort_questions import Cohort
     from eosin.pipeline._question import DonorFile
-    from eosin.wsi._slide import SlideFile
+    from eosin.wsi._slide_file import SlideFile
 
 
 @command(
@@ -59,7 +59,7 @@ def counterfactual(
     settings: Settings,
 ) -> Done:
     """Ask which tiles a prediction needs, which suffice, what each one adds, and what other slides' tiles would do."""
-    from eosin.pipeline._question import Questions
+    from eosin.heatmaps._examination import Questions
 
     questions = settings.parse("questions", Questions)
     donors = _donors(donor or (), donor_slides or (), donor_regions or (), slide_mpp)
@@ -74,7 +74,7 @@ def counterfactual(
 
 
 def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFile]":
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
 
     return {file.slide_id: file for file in find_slides(paths, slide_mpp=slide_mpp_source(slide_mpp))}
 

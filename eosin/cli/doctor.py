@@ -95,7 +95,7 @@ def _read_golden_slide() -> str:
     import numpy as np
     import tifffile
 
-    from eosin.wsi._slide import open_slide
+    from eosin.wsi._slide_file import open_slide
 
     pixels = np.random.default_rng(0).integers(0, 256, (GOLDEN_SIZE_PX, GOLDEN_SIZE_PX, 3), dtype=np.uint8)
     per_cm = 1e4 / GOLDEN_MPP

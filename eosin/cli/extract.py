@@ -58,7 +58,7 @@ def extract(
     from eosin.features._encoders import find_encoder, folder_name
     from eosin.features._extract import extract as extract_features
     from eosin.wsi._job import JobFolder
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     folder, (index, count) = JobFolder(job), shard_numbers(shard)

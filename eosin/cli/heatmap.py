@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from eosin._batch import Outcome
     from eosin.mil._checkpoint import ModelCard
     from eosin.mil.slots import Aggregator
-    from eosin.wsi._slide import SlideFile
+    from eosin.wsi._slide_file import SlideFile
 
 DEFAULT_FORMATS = ("png", "geojson")
 
@@ -71,7 +71,7 @@ def heatmap(
     from eosin.mil._checkpoint import load_model
     from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
     from eosin.wsi._job import JobFolder
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)

@@ -60,7 +60,7 @@ def _is_slide_folder(path: Path) -> bool:
 
 def _each(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield files, and of folders the slides in them."""
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
 
     for path in paths:
         if not path.exists():
@@ -82,9 +82,8 @@ def _facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | No
 
 
 def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: int | None) -> Mapping[str, object]:
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides, open_file
     from eosin.wsi.inventory import listed
-    from eosin.wsi.reader import open_file
 
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")

@@ -39,7 +39,7 @@ from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
     from eosin.wsi._grid import Tiling
-    from eosin.wsi._slide import SlideFile
+    from eosin.wsi._slide_file import SlideFile
 
 STAGES = "Two stages"
 
@@ -105,7 +105,7 @@ def tile(
     from eosin.wsi._job import JobFolder, read_overrides, tile_slides
     from eosin.wsi._preview import preview_slides
     from eosin.wsi._quality import QualityLimits
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
     from eosin.wsi._tissue import TissueOptions
 
     tiling = settings.parse(

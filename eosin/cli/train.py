@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eosin.mil._recipe import Recipe
     from eosin.mil._splits import Split
     from eosin.mil._study import Study
-    from eosin.mil._train import Fitted
+    from eosin.mil._training_run import Fitted
     from eosin.mil.continual import Source
 
 

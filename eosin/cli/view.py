@@ -48,7 +48,7 @@ def view(
     from eosin.viewer._replay import replay_sessions
     from eosin.viewer._show import show_slides
     from eosin.viewer._static import write_static
-    from eosin.wsi._slide import find_slides
+    from eosin.wsi._slide_file import find_slides
 
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     with progress("check slides", len(files)) as advance:

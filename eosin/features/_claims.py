@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from eosin.errors import OutputError
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 if sys.platform != "win32":
     import fcntl

@@ -21,7 +21,7 @@ from eosin.features._encoding import Encoding, Extraction, Result
 from eosin.features._inference import Encoder, EncoderChoice, allocator
 from eosin.features._reading import ReadRequest, SlideEnd, SlideReaders
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 POLL_S = 0.2
 AHEAD = 2

@@ -27,7 +27,7 @@ from eosin.wsi._coordinates import CoordsFooter, read_grid
 from eosin.wsi._coordinates import read_footer as read_coords_footer
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from eosin.features._reading import ReadRequest, SlideEnd, SlideReaders
 from eosin.wsi._coordinates import read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 Finish = Callable[[SlideFile], Outcome]
 

@@ -20,7 +20,7 @@ from eosin._files import file_fingerprint
 from eosin._processes import Child, require_running
 from eosin.errors import CorruptSlideError, EosinError, SlideError, WorkerError
 from eosin.wsi._coordinates import read_footer, read_grid
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tiles import iterate_tiles
 
 QUEUED_BATCHES = 4

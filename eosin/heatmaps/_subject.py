@@ -14,10 +14,10 @@ from eosin.features._bag import FeatureBag
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._evaluate import compute_logits
 from eosin.mil._reevaluation import BUDGET, ForwardBag
-from eosin.mil._tasks import Binary, Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Subsets, as_array
+from eosin.mil.tasks._classification import Binary, Classification
 from eosin.wsi._grid import TileGrid
 from eosin.wsi._slide import Slide
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
     from eosin.mil._sweep import Sweep, run_sweep
     from eosin.mil._tables import LabelTable, read_labels
-    from eosin.mil._tasks import Task, make_task
     from eosin.mil._training_run import Fitted
     from eosin.mil.bags import PackedBags
     from eosin.mil.slots import (
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         Step,
         Strategy,
     )
+    from eosin.mil.task import Task, make_task
 
 __all__ = [
     "AGGREGATORS",

@@ -14,7 +14,6 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-import eosin.mil.methods  # noqa: F401  (registers the aggregators that model.json names)
 from eosin import __version__
 from eosin._files import write_bytes, write_json
 from eosin._seals import KEY, is_intact, read_json, sealed
@@ -22,8 +21,8 @@ from eosin.errors import CheckpointError, ConfigError
 from eosin.features._bag import FeatureSpec
 from eosin.mil._recipe import Recipe
 from eosin.mil._standardize import Standardized, Standardizer
-from eosin.mil._tasks import Task, load_task
 from eosin.mil.slots import AGGREGATORS, Aggregator
+from eosin.mil.task import Task, load_task
 from eosin.options import Options
 from eosin.plugins import has_plugin, plugin_of
 
@@ -46,7 +45,7 @@ class ModelCard(Options):
     recipe : Recipe
         With every option of the aggregator, defaults included.
     task : dict
-        As `eosin.mil._tasks.load_task` reads it.
+        As `eosin.mil.task.load_task` reads it.
     features : FeatureSpec
         Features of another kind are refused.
     weights_hash : str

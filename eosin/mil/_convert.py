@@ -20,9 +20,10 @@ from eosin.errors import CheckpointError
 from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import ModelCard, build_model, save_model
 from eosin.mil._recipe import Recipe, Training
-from eosin.mil._tasks import Binary, Classification, Task
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.slots import Aggregator
+from eosin.mil.task import Task
+from eosin.mil.tasks._classification import Binary, Classification
 
 WRAPPERS = ("model.", "net.")
 

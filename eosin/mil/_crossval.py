@@ -15,14 +15,16 @@ from eosin._files import write_json, write_text
 from eosin._filesets import begin_set, finish_set
 from eosin.errors import LabelError
 from eosin.mil._checkpoint import CARD
+from eosin.mil._cohort import Cohort
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES, bootstrap, predict_outputs, summarise_folds
 from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._recipe import Recipe
-from eosin.mil._splits import Cohort, Split, check_splits, with_validation
-from eosin.mil._tasks import Task
-from eosin.mil._train import Fitted, fit
+from eosin.mil._splits import Split, check_splits, with_validation
+from eosin.mil._train import fit
+from eosin.mil._training_run import Fitted
+from eosin.mil.task import Task
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"

@@ -16,19 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eosin._fingerprints import DIGITS
-from eosin._tables import SLIDE_COLUMNS as SLIDE_COLUMNS
-from eosin._tables import Table as Table
-from eosin._tables import detect_column as detect_column
-from eosin._tables import normalised as normalised
-from eosin._tables import read_table as read_table
 from eosin.errors import LabelError
 from eosin.features._bag import FeatureSpec
 from eosin.features._store import read_bag, read_common_spec, read_footer, read_rows_hash
-from eosin.mil._tables import PATIENT_COLUMNS as PATIENT_COLUMNS
-from eosin.mil._tables import LabelTable as LabelTable
-from eosin.mil._tables import read_labels as read_labels
-from eosin.mil._tables import shown as shown
-from eosin.mil._tasks import Task
+from eosin.mil._tables import LabelTable, shown
+from eosin.mil.task import Task
 
 
 class BagSource(Protocol):

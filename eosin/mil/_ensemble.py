@@ -16,8 +16,8 @@ from eosin.mil._data import BagSource
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._metrics import Floats
 from eosin.mil._prediction_table import Cell, Row
-from eosin.mil._tasks import Task
 from eosin.mil.slots import Aggregator
+from eosin.mil.task import Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,9 @@ from eosin.mil._data import BagSource
 from eosin.mil._feed import EVALUATION_INSTANCES, EvaluationPacks
 from eosin.mil._intervals import Clusters, Support, score_interval
 from eosin.mil._metrics import Floats, Metrics, value_range
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator
+from eosin.mil.task import Task
 
 RESAMPLES = 1000
 LEVEL = 0.95

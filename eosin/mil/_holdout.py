@@ -8,8 +8,8 @@ from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES
 from eosin.mil._recipe import Recipe
 from eosin.mil._splits import Split
-from eosin.mil._tasks import Task
-from eosin.mil._train import Fitted
+from eosin.mil._training_run import Fitted
+from eosin.mil.task import Task
 
 
 def unseen_part(split: Split, recipe: Recipe) -> tuple[str, tuple[str, ...]]:

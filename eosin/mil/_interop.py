@@ -1,4 +1,4 @@
-"""Label tables and splits as other tools lay them out; the tables of one file per slide are read by `data.read_labels`.
+"""Label tables and splits as other tools lay them out; tables of one row per slide are read by `_tables.py`.
 
 STAMP has a table of patients with their labels and a table of slides with their patients, and splits of patients.
 TransMIL has one table per fold with the slides and labels of each part side by side. PackMIL has a column that says
@@ -12,19 +12,19 @@ from typing import Any
 from eosin._files import write_json
 from eosin._names import Ids, same_patient, slide_id, unify
 from eosin._seals import read_json
+from eosin._tables import SLIDE_COLUMNS, Table, detect_column, normalised, read_table
 from eosin.errors import LabelError
-from eosin.mil._data import (
+from eosin.mil._cohort import Cohort
+from eosin.mil._splits import PARTS, Split, require_unchanged
+from eosin.mil._tables import (
     PATIENT_COLUMNS,
-    SLIDE_COLUMNS,
+    SITE_COLUMNS,
     LabelTable,
-    Table,
-    detect_column,
-    normalised,
-    read_table,
+    identify,
+    rows_without_id,
+    several_slides,
     shown,
 )
-from eosin.mil._splits import PARTS, Cohort, Split, require_unchanged
-from eosin.mil._tables import SITE_COLUMNS, identify, rows_without_id, several_slides
 
 
 def read_two_tables(patients: Path, slides: Path, ids: Ids = "ask") -> LabelTable:

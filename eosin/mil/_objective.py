@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from eosin.mil._recipe import Recipe
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, Aggregator, Step, Strategy
+from eosin.mil.task import Task
 
 
 class Objective(nn.Module):

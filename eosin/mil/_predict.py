@@ -15,8 +15,7 @@ from eosin._files import file_fingerprint
 from eosin.errors import FeatureFileError, FeatureMismatchError
 from eosin.features._store import read_bag
 from eosin.mil._data import MemoryBags
-from eosin.mil._ensemble import Ensemble as Ensemble
-from eosin.mil._ensemble import load_ensemble as load_ensemble
+from eosin.mil._ensemble import Ensemble, load_ensemble
 from eosin.mil._metrics import Floats
 from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
 from eosin.mil._prediction_table import Cell, PredictionTable, Row, require_table_suffix

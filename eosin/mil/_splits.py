@@ -18,10 +18,10 @@ import numpy as np
 from eosin._files import write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set, members_of, require_named
 from eosin._names import slide_id
+from eosin._tables import read_table
 from eosin.errors import ConfigError, LabelError
-from eosin.mil._cohort import Cohort as Cohort
-from eosin.mil._cohort import deal, draw
-from eosin.mil._data import read_table, shown
+from eosin.mil._cohort import Cohort, deal, draw
+from eosin.mil._tables import shown
 
 PARTS = ("train", "val", "test")
 OUTER = "outer_"

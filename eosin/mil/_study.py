@@ -10,6 +10,7 @@ from eosin._names import Ids
 from eosin._tables import SLIDE_COLUMNS, detect_column, read_table
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features._store import find_bags
+from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import Fold, FoldSplits, cohort_of, crossval, inner_splits
 from eosin.mil._data import Examples, FeatureFolder, make_examples, patient_examples
 from eosin.mil._flow import Flow
@@ -22,7 +23,6 @@ from eosin.mil._interop import (
 )
 from eosin.mil._recipe import Recipe, choose_recipe
 from eosin.mil._splits import (
-    Cohort,
     Split,
     check_splits,
     make_splits,
@@ -41,10 +41,9 @@ from eosin.mil._tables import (
     read_labels,
     shown,
 )
-from eosin.mil._tasks import Task, make_task
 from eosin.mil._train import BAGS_TO_COMPARE, fit, require_fitting, require_machine
 from eosin.mil._training_run import Epoch, Fitted
-from eosin.mil.task import TASKS
+from eosin.mil.task import TASKS, Task, make_task
 
 CACHE_BYTES = 2 * 2**30
 SPLIT_COLUMN = ("split",)
@@ -101,7 +100,7 @@ def pose_task(kind: str, table: LabelTable, target: str | None = None) -> Task:
     Parameters
     ----------
     kind : str
-        See `eosin.mil._tasks.make_task`.
+        See `eosin.mil.task.make_task`.
     table : LabelTable
     target : str, optional
         The label column or columns; found when there is only one candidate.
@@ -484,7 +483,7 @@ def open_study(
     labels : Path
         Table of labels, see `open_labels`.
     task : str
-        Kind of the task, see `eosin.mil._tasks.make_task`.
+        Kind of the task, see `eosin.mil.task.make_task`.
     target : str, optional
         Label column; found when there is only one candidate.
     group : {"patient", "slide"}

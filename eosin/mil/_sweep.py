@@ -19,12 +19,12 @@ from pydantic import Field
 from eosin._files import write_json, write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set
 from eosin.errors import ConfigError
+from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, write_folds
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES, summarise_folds
 from eosin.mil._recipe import RECIPES, Recipe
-from eosin.mil._splits import Cohort
-from eosin.mil._tasks import Task
+from eosin.mil.task import Task
 from eosin.options import Options, override
 
 TABLE = "sweep.csv"

@@ -19,15 +19,13 @@ from eosin.kernels._rates import faster_precision, processor
 from eosin.mil._checkpoint import CARD, WEIGHTS, load_model, save_model
 from eosin.mil._data import Examples
 from eosin.mil._log import read_log
-from eosin.mil._objective import Objective as Objective
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._registry import ModuleRegistry
 from eosin.mil._resume import forget_state, read_state, write_state
 from eosin.mil._seen import SEEN, slides_of, write_seen
-from eosin.mil._tasks import Task
-from eosin.mil._training_run import PRECISIONS, Epoch, Place, TrainingRun
-from eosin.mil._training_run import Fitted as Fitted
+from eosin.mil._training_run import PRECISIONS, Epoch, Fitted, Place, TrainingRun
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES
+from eosin.mil.task import Task
 
 STATE_INTERVAL_S = 60.0
 PRECISION = "precision.json"

@@ -21,7 +21,7 @@ from eosin._devices import choose_device
 from eosin._processes import require_running
 from eosin.errors import EosinError
 from eosin.mil._checkpoint import ModelCard, build_model, save_model
-from eosin.mil._data import BagSource, Examples, PatientBags, shown
+from eosin.mil._data import BagSource, Examples, PatientBags
 from eosin.mil._evaluate import compute_logits
 from eosin.mil._feed import (
     EVALUATION_INSTANCES,
@@ -42,9 +42,10 @@ from eosin.mil._recipe import Recipe
 from eosin.mil._resume import State
 from eosin.mil._standardize import Standardized, Standardizer
 from eosin.mil._step_losses import StepLosses
-from eosin.mil._tasks import Task
+from eosin.mil._tables import shown
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator
+from eosin.mil.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

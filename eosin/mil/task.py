@@ -262,7 +262,35 @@ class Task(Options):
         return frozenset()
 
 
-TASKS: Registry[type[Task]] = Registry("task", "eosin.mil._tasks")
+TASKS: Registry[type[Task]] = Registry("task", "eosin.mil.tasks")
+
+
+def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
+    """Make the task that a label table poses.
+
+    Parameters
+    ----------
+    kind : str
+        ``classification``, ``binary``, ``ordinal``, ``multilabel``, ``regression``, ``survival``, ``cox`` or
+        ``multitask``.
+    rows : sequence of mappings
+        Rows of the label table, values as text.
+    target : str
+        The label column; ``label=tumor`` to name the positive of two classes, ``grade=low<medium<high`` for grades
+        whose order is not that of a number, ``a,b,c`` for the columns of ``multilabel``, ``time,event`` or
+        ``time,event=VALUE`` for survival, and for ``multitask`` several of these with their kinds, ``er; ordinal:grade;
+        cox:time,event``.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such task.
+    LabelError
+        If a column does not exist, a value is missing, or the labels do not pose such a task.
+    """
+    task = TASKS[kind]
+    require_values(rows, task.named_columns(target), all_of_them=not task.may_be_incomplete)
+    return task.from_rows(rows, target)
 
 
 def load_task(data: Mapping[str, Any]) -> Task:

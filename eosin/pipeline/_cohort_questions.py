@@ -26,7 +26,7 @@ from eosin.mil._tables import LabelTable
 from eosin.mil.slots import Aggregator
 from eosin.pipeline._question import DonorFile, open_donor, open_optional, read_sets, require_formats, write_findings
 from eosin.report._page import Picture, ReportData, SlideCard, write_report
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 STAGE = "counterfactual"
 FEWEST_SLIDES = 2

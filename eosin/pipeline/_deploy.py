@@ -17,7 +17,7 @@ from eosin.mil._predict import predict
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile, find_slides
+from eosin.wsi._slide_file import SlideFile, find_slides
 from eosin.wsi._tissue import TissueOptions
 
 Advance = Callable[[object], None]
@@ -199,7 +199,7 @@ def predict_slides(
     patient_of : mapping of str to str, optional
         Patient of each slide, for a second table.
     slide_mpp : float or Path, optional
-        As of `eosin.wsi._slide.find_slides`.
+        As of `eosin.wsi._slide_file.find_slides`.
     machine : Machine, optional
     progress : callable, optional
 

@@ -18,7 +18,8 @@ from eosin.heatmaps.export._tiff import write_tiff
 from eosin.mil._checkpoint import ModelCard, load_model
 from eosin.mil.slots import Aggregator
 from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, write_report
-from eosin.wsi._slide import Slide, SlideFile
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueMask, find_tissue
 
 FORMATS = ("png", "geojson", "tiff", "scores.tiff", "csv", "parquet", "html")

@@ -17,8 +17,7 @@ from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._annotations import read_regions, tiles_inside
 from eosin.heatmaps._counterfactual import Effect, as_probability
-from eosin.heatmaps._examination import Donor, examine
-from eosin.heatmaps._examination import Questions as Questions
+from eosin.heatmaps._examination import Donor, Questions, examine
 from eosin.heatmaps._findings import Counterfactuals
 from eosin.heatmaps._heatmap import Heatmap, Window
 from eosin.heatmaps._subject import predict_bag, prediction_in_words, require_grid, require_same_slide
@@ -30,7 +29,8 @@ from eosin.mil.slots import Aggregator
 from eosin.mil.subsets import Indices
 from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.wsi._picture import write_picture
-from eosin.wsi._slide import Slide, SlideFile
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile
 
 FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
 

@@ -16,10 +16,10 @@ from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps._maps import attention_map, map_slide
 from eosin.heatmaps._subject import class_choices
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
-from eosin.mil._data import shown
 from eosin.mil._flow import Flow
-from eosin.mil._tasks import Task
+from eosin.mil._tables import shown
 from eosin.mil.slots import Aggregator, AttentionOutput
+from eosin.mil.task import Task
 from eosin.report._evaluation import (
     SHOWN_PREDICTIONS,
     confusions,
@@ -32,7 +32,7 @@ from eosin.report._evaluation import (
 from eosin.report._measures import Evaluated, fold_table, metric_name, threshold_table
 from eosin.report._page import Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 PICTURE_PX = 560
 MOST_CARDS = 60

@@ -20,7 +20,6 @@ from eosin.features._store import read_bag
 from eosin.heatmaps._subject import map_name
 from eosin.mil._checkpoint import load_card, load_model
 from eosin.mil._crossval import PREDICTIONS
-from eosin.mil._data import shown
 from eosin.mil._flow import Flow
 from eosin.mil._recipe import Recipe, require_methods
 from eosin.mil._splits import make_splits, write_splits
@@ -36,6 +35,7 @@ from eosin.mil._study import (
     read_any_splits,
     without_label,
 )
+from eosin.mil._tables import shown
 from eosin.options import Options
 from eosin.pipeline._deploy import (
     Advance,
@@ -53,7 +53,7 @@ from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile, find_slides
+from eosin.wsi._slide_file import SlideFile, find_slides
 from eosin.wsi._tissue import TissueOptions
 
 VAL_FRACTION = 0.15
@@ -70,7 +70,7 @@ class Pipeline(Options):
         Name, see `eosin.features._encoders`.
     recipe : Recipe
     task : str
-        ``classification`` and others, see `eosin.mil._tasks.make_task`.
+        ``classification`` and others, see `eosin.mil.task.make_task`.
     target : str, optional
         Column of the label; found when it is not given.
     folds : int
@@ -124,7 +124,7 @@ def run_pipeline(
     options : Pipeline, optional
     machine : Machine, optional
     slide_mpp : float or Path, optional
-        As of `eosin.wsi._slide.find_slides`.
+        As of `eosin.wsi._slide_file.find_slides`.
     splits : Path, optional
         Splits to use instead of new ones, in any layout that `eosin.mil._study.Study.splits` reads.
     missing : {"error", "drop"}

@@ -26,9 +26,9 @@ from eosin.features._encoders import folder_name
 from eosin.features._store import find_bags, read_bag, read_footer, read_spec
 from eosin.heatmaps._maps import attention_weights
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
-from eosin.mil._data import shown
 from eosin.mil._seen import Run
 from eosin.mil._selection import child_grid, select_tiles, tile_ratio
+from eosin.mil._tables import shown
 from eosin.mil.slots import Aggregator, AttentionOutput
 from eosin.options import Options
 from eosin.wsi._coordinates import read_footer as read_coords_footer
@@ -36,7 +36,8 @@ from eosin.wsi._coordinates import write_grid
 from eosin.wsi._geojson import qupath_origin, read_outline
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import Slide, SlideFile
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueMask, find_tissue, tissue_from_outline
 
 RULE = "attention per cluster of features"
@@ -91,7 +92,7 @@ def tile_selected(
     Parameters
     ----------
     slides : sequence of SlideFile
-        From `eosin.wsi._slide.find_slides`.
+        From `eosin.wsi._slide_file.find_slides`.
     job : JobFolder
         Receives ``<tiling>_budget<n>/patches/<slide>_patches.h5``.
     run : Path

@@ -19,10 +19,10 @@ from eosin._batch import Report
 from eosin._files import write_json
 from eosin._names import Ids
 from eosin.errors import ConfigError
-from eosin.mil._data import read_labels, shown
 from eosin.mil._recipe import RECIPES, Recipe
 from eosin.mil._selection import tile_ratio
 from eosin.mil._splits import read_splits
+from eosin.mil._tables import read_labels, shown
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.options import Options
 from eosin.pipeline._deploy import Advance, Machine, ProgressBar
@@ -32,7 +32,7 @@ from eosin.pipeline._selection import Selection, tile_selected
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 FIRST = "stage1"
 STAGES = "stages.json"

@@ -16,10 +16,9 @@ from PIL import Image
 from eosin import __version__
 from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats, confusion, expected_calibration_error
-from eosin.mil._multitask import MultiTask
 from eosin.mil._study import Study
-from eosin.mil._tasks import load_task
-from eosin.mil.task import Task
+from eosin.mil.task import Task, load_task
+from eosin.mil.tasks._multitask import MultiTask
 from eosin.report._figures import (
     Curve,
     Panel,

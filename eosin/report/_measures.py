@@ -11,13 +11,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from eosin._tables import read_table
-from eosin.mil._classification import EVEN
 from eosin.mil._compare import compare_predictions
 from eosin.mil._evaluate import bootstrap
-from eosin.mil._metrics import Floats, base_metric
-from eosin.mil._multitask import MultiTask
-from eosin.mil._tasks import Binary, Classification, MultiLabel, load_task
-from eosin.mil.task import Task
+from eosin.mil._metrics import EVEN, Floats, base_metric
+from eosin.mil.task import Task, load_task
+from eosin.mil.tasks._classification import Binary, Classification
+from eosin.mil.tasks._multilabel import MultiLabel
+from eosin.mil.tasks._multitask import MultiTask
 from eosin.report._page import Metric
 
 T = TypeVar("T")

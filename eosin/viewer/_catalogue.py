@@ -22,7 +22,7 @@ from eosin.viewer._lattice import Lattice, make_lattice
 from eosin.viewer._layers import Layers
 from eosin.viewer._tiles import OpenSlides
 from eosin.wsi._grid import TileGrid
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import find_tissue
 
 MAX_STUDIES = 4

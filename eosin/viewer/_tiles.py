@@ -15,7 +15,8 @@ from PIL import Image
 
 from eosin.errors import SlideError
 from eosin.wsi._cache import SegmentCache
-from eosin.wsi._slide import Slide, SlideFile
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile
 
 logger = logging.getLogger(__name__)
 

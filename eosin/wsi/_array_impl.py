@@ -13,7 +13,7 @@ from eosin.wsi._pixels import WHITE, flatten
 from eosin.wsi._resolution import resolve_mpp
 from eosin.wsi._slide import Slide
 from eosin.wsi.inventory import CONVERT, Picture
-from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.reader import Reader
 
 MAX_PICTURE_PX = 80_000_000
 
@@ -64,7 +64,6 @@ class ArraySlide(Slide):
         """Nothing to release."""
 
 
-@READERS.register
 class PictureReader(Reader):
     """PNG and JPEG files, each one picture, read whole."""
 

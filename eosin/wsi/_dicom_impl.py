@@ -21,7 +21,7 @@ from eosin.wsi._resolution import StatedMpp, to_um
 from eosin.wsi._segments import MAX_SEGMENT_PX, Bytes, Level, Segments, without_padding
 from eosin.wsi._tiled import TiledSlide
 from eosin.wsi.inventory import Kind, Picture, size_ratio
-from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.reader import Reader
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 KINDS: Mapping[str, Kind] = {"LABEL": "label", "OVERVIEW": "macro", "LOCALIZER": "macro", "THUMBNAIL": "thumbnail"}
@@ -122,7 +122,6 @@ class Instance:
         return StatedMpp("dicom.ImagedVolume", x, y) if x and y else None
 
 
-@READERS.register
 class DicomReader(Reader):
     """The DICOM files of one series in one folder."""
 

@@ -24,7 +24,8 @@ from eosin.wsi._overview import Overview, make_thumbnail
 from eosin.wsi._picture import draw_outline, write_jpeg
 from eosin.wsi._quality import QualityLimits, TileQuality
 from eosin.wsi._scoring import score_tiles
-from eosin.wsi._slide import Slide, SlideFile
+from eosin.wsi._slide import Slide
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def tile_slides(
     Parameters
     ----------
     slides : sequence of SlideFile
-        From `eosin.wsi._slide.find_slides`.
+        From `eosin.wsi._slide_file.find_slides`.
     job : JobFolder
         Where results go.
     tiling : Tiling, optional

@@ -14,10 +14,9 @@ from eosin.wsi._pixels import WHITE, flatten
 from eosin.wsi._resolution import StatedMpp
 from eosin.wsi._slide import Slide
 from eosin.wsi.inventory import Picture, kind_of
-from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.reader import Reader
 
 
-@READERS.register
 class OpenSlideReader(Reader):
     """Files whose vendor OpenSlide detects; asked after the readers of TIFF and DICOM."""
 

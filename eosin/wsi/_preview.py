@@ -12,7 +12,7 @@ from eosin.wsi._job import JobFolder, TilePlan
 from eosin.wsi._overview import make_thumbnail
 from eosin.wsi._picture import draw_grid, draw_outline, write_jpeg
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions
 
 

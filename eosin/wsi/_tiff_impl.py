@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,17 +32,19 @@ from eosin.wsi._tiff_inventory import (
 )  # fmt: skip
 from eosin.wsi._tiled import TiledSlide
 from eosin.wsi.inventory import Picture
-from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.reader import Reader
+
+if TYPE_CHECKING:
+    import tifffile
 
 MAGIC = (b"II\x2a\0", b"MM\0\x2a", b"II\x2b\0", b"MM\0\x2b")
 OPENSLIDES = ("hamamatsu", "leica", "trestle", "ventana")
 DAMAGE = (  # what decoders raise on damaged files
-    tifffile.TiffFileError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
+    OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
     OverflowError, ZeroDivisionError, SyntaxError, struct.error,
 )  # fmt: skip
 
 
-@READERS.register
 class TiffReader(Reader):
     """TIFF files, save those whose vendors put pictures together from overlapping parts, which OpenSlide knows."""
 
@@ -149,6 +150,8 @@ class Pages:
 
     def page(self, place: int) -> Any:
         """Return the page whose directory lies at a place in the file."""
+        import tifffile  # takes longer to import than all readers together
+
         with self._lock, _silent_tifffile():
             if self._tiff is None:
                 self._tiff = tifffile.TiffFile(self._path)

@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import tifffile
-
 from eosin.wsi._directory import (
     EXTRA_SAMPLES,
     MAKE,
@@ -124,6 +122,8 @@ def _resolution(page: Directory) -> tuple[StatedMpp, ...]:
 
 def describe(channels: Channels) -> str:
     """Return how pixels are stored, for a person."""
+    import tifffile  # here, as in `_tiff_impl.py`: few commands that know slides open a TIFF
+
     page = channels[0]
     try:
         codec = tifffile.COMPRESSION(page.compression).name
@@ -157,6 +157,8 @@ def _with_fault(stack: Stack) -> Stack:
 
 def pixel_fault(channels: Channels) -> tuple[str, str]:
     """Return why the pixels of a level cannot be read, with a reason code; both are empty when they can."""
+    import tifffile
+
     page = channels[0]
     count = page.samplesperpixel * len(channels)
     if page.compression not in tifffile.TIFF.DECOMPRESSORS and page.compression != 1:

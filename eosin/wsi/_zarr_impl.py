@@ -15,7 +15,7 @@ from eosin.wsi._resolution import StatedMpp, to_um
 from eosin.wsi._segments import MAX_SEGMENT_PX, Level, Segments
 from eosin.wsi._tiled import TiledSlide
 from eosin.wsi.inventory import Kind, Picture, kind_of
-from eosin.wsi.reader import READERS, Reader
+from eosin.wsi.reader import Reader
 
 MARKS = (".zgroup", "zarr.json")
 RGB_COLOURS = ("FF0000", "00FF00", "0000FF")
@@ -44,7 +44,6 @@ class Pyramid:
     top: int
 
 
-@READERS.register
 class ZarrReader(Reader):
     """Folders of OME-Zarr; one image, or several as bioformats2raw lays them out."""
 

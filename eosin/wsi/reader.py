@@ -1,4 +1,4 @@
-"""Readers: which one takes a file, and what each must do. New ones register here."""
+"""Readers: what each must do, and where they register. None is known here; `_slide_file.py` adds those of eosin."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -103,7 +103,10 @@ class Readers:
         ------
         SlideOpenError
             Code ``unsupported`` if no reader takes it, ``unreadable`` if the system refuses it.
+        ConfigError
+            If a plug-in cannot be imported.
         """
+        load_plugins()
         head = _head(path)
         for kind in self._known:
             if kind.takes(path, head):
@@ -112,25 +115,6 @@ class Readers:
 
 
 READERS = Readers()
-
-
-def find_reader(path: Path) -> type[Reader]:
-    """Return the reader for what a file is; see `Readers.find`."""
-    from eosin.wsi import _readers as readers  # noqa: F401 - each registers itself, and brings its library
-
-    load_plugins()
-    return READERS.find(path)
-
-
-def open_file(path: Path) -> Reader:
-    """Open a file with the reader for what it is.
-
-    Raises
-    ------
-    SlideOpenError
-        If no reader takes it, or it is damaged.
-    """
-    return find_reader(path)(path)
 
 
 def _head(path: Path) -> bytes:

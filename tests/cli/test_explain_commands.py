@@ -20,7 +20,7 @@ from eosin.features._bag import FeatureBag
 from eosin.features._store import write_bag
 from eosin.mil._checkpoint import ModelCard, build_model, save_model
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 
 from .conftest import Run
 

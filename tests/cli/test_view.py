@@ -14,7 +14,7 @@ import pytest
 from eosin.viewer._catalogue import open_catalogue
 from eosin.viewer._saved import save_session
 from eosin.viewer._session import Edited
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 
 
 @pytest.fixture(scope="module")

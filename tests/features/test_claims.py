@@ -15,7 +15,7 @@ from eosin.features._claims import DONE_ELSEWHERE, Claims, Todo
 from eosin.features._extract import extract
 from eosin.features._store import read_bag
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 from .test_extract import TILING, Stub, add_slide
 

@@ -12,7 +12,7 @@ from eosin.features._devices import DevicePool, DeviceWork
 from eosin.features._extract import extract
 from eosin.features._inference import EncoderChoice
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 from .test_extract import TILING, add_slide
 

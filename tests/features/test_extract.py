@@ -28,7 +28,7 @@ from eosin.features._store import read_bag, read_footer
 from eosin.wsi._coordinates import write_grid
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 TILING = Tiling(mpp=0.5, patch_size=32)
 ENCODER = "timm:test_vit?random"

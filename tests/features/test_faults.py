@@ -28,7 +28,7 @@ from eosin.features.interop import ImportOptions, export_bag, import_file
 from eosin.wsi._coordinates import write_grid
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and signals")
 
@@ -284,7 +284,7 @@ import sys
 from pathlib import Path
 from eosin.features._extract import extract
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 root = Path(sys.argv[1])
 slides = [SlideFile(path, path.stem) for path in sorted(root.glob("*.tiff"))]
 extract(slides, JobFolder(root), "he_texture", batch_size=4, workers=int(sys.argv[2]))

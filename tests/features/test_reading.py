@@ -9,7 +9,7 @@ import pytest
 
 from eosin.errors import CorruptSlideError
 from eosin.features import _reading as reading
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 SHAPE = (4, 256, 256, 3)
 

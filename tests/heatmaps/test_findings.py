@@ -9,7 +9,7 @@ from eosin.heatmaps._counterfactual import Origin
 from eosin.heatmaps._examination import Questions, examine
 from eosin.mil._checkpoint import ModelCard, build_model
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 
 DIM, N = 6, 40
 NAMES = (

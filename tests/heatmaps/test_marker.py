@@ -16,9 +16,9 @@ from eosin.heatmaps.export._png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX, take_
 from eosin.heatmaps.export._tiff import default_mpp
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._recipe import Component, Recipe
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 from eosin.pipeline._explain import FORMATS, Explanation, _write
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 
 LIT = (165, 151, 35)  # the last yellow of the scale over the grey of the mark
 SIZE = (903, 707)

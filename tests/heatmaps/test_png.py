@@ -16,7 +16,7 @@ from eosin.heatmaps.export._png import (
     take_view,
     write_png,
 )
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._tissue import TissueMask
 
 

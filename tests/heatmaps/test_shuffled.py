@@ -8,8 +8,8 @@ from eosin.heatmaps._examination import Questions, examine
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._recipe import Recipe
 from eosin.mil._shuffled import shuffle_weights
-from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
+from eosin.mil.tasks._classification import Classification
 
 ASKED = Questions(fractions=(0.2,), rounds=3, controls=0)
 SLIDES, TILES, WIDTH = 6, 12, 4

@@ -8,7 +8,7 @@ from eosin.errors import ConfigError
 from eosin.heatmaps._colour import scale_of
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps.export._tiff import default_mpp, write_tiff
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 
 
 def lit_boxes(path, colour):

@@ -6,12 +6,12 @@ from pretended_gpu import OnGpu, PretendedGpu, Waits, may_wait
 
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin import kernels
+from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES
-from eosin.mil._survival import DiscreteSurvival
-from eosin.mil._tasks import Classification
-from eosin.mil._train import Objective
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Classification
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 DIM, LENGTHS = 16, (70, 1, 33)
 

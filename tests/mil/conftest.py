@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from eosin.features._bag import FeatureSpec
-from eosin.mil._data import LabelTable, MemoryBags, make_examples
-from eosin.mil._splits import Cohort
-from eosin.mil._tasks import make_task
+from eosin.mil._cohort import Cohort
+from eosin.mil._data import MemoryBags, make_examples
+from eosin.mil._tables import LabelTable
+from eosin.mil.task import make_task
 
 DIM = 12
 

@@ -8,11 +8,14 @@ import torch
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.errors import ConfigError, EosinError, LabelError, UnknownNameError
 from eosin.mil._checkpoint import build_model
+from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term
-from eosin.mil._tasks import Binary, Classification, Cox, Regression, make_task
-from eosin.mil._train import Objective
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator
+from eosin.mil.task import make_task
+from eosin.mil.tasks._classification import Binary, Classification
+from eosin.mil.tasks._cox import Cox
+from eosin.mil.tasks._regression import Regression
 
 DIM = 10
 TASK = Classification(classes=("a", "b", "c"))

@@ -9,8 +9,8 @@ from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import ModelCard, load_card, load_model, save_model
 from eosin.mil._recipe import Recipe
 from eosin.mil._standardize import Standardized, Standardizer
-from eosin.mil._tasks import Classification
 from eosin.mil.methods.abmil import Abmil
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b"))
 

@@ -4,7 +4,7 @@ import pytest
 from eosin.errors import LabelError
 from eosin.mil._compare import delong, paired_bootstrap
 from eosin.mil._metrics import roc_auc
-from eosin.mil._tasks import Binary
+from eosin.mil.tasks._classification import Binary
 
 TASK = Binary(classes=("a", "b"))
 

@@ -6,11 +6,11 @@ import torch
 
 from eosin.errors import CheckpointError, ConfigError, FeatureMismatchError, LabelError
 from eosin.features._bag import FeatureSpec
-from eosin.mil._data import LabelTable, MemoryBags, make_examples
+from eosin.mil._cohort import Cohort
+from eosin.mil._data import MemoryBags, make_examples
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._splits import Cohort
 from eosin.mil._study import Study
-from eosin.mil._tasks import make_task
+from eosin.mil._tables import LabelTable
 from eosin.mil._train import fit
 from eosin.mil.continual import (
     SEQUENCE,
@@ -24,6 +24,7 @@ from eosin.mil.continual import (
     sequence,
     summary,
 )
+from eosin.mil.task import make_task
 
 DIM = 64
 RECIPE = Recipe(

@@ -9,12 +9,13 @@ import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import ModelCard, load_model, save_model
 from eosin.mil._data import Examples, MemoryBags
+from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES, Component, Recipe
-from eosin.mil._survival import DiscreteSurvival
-from eosin.mil._tasks import Classification
-from eosin.mil._train import Objective, fit
+from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
+from eosin.mil.tasks._classification import Classification
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 DIM, CLASSES = 10, ("a", "b", "c")
 TASK = Classification(classes=CLASSES)

@@ -8,12 +8,13 @@ import pytest
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import cohort_of, crossval
-from eosin.mil._data import LabelTable, make_examples
+from eosin.mil._data import make_examples
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._seen import Run
 from eosin.mil._splits import Split, make_splits
-from eosin.mil._tasks import make_task
+from eosin.mil._tables import LabelTable
 from eosin.mil._train import fit
+from eosin.mil.task import make_task
 
 RECIPE = Recipe(
     aggregator=Component(name="abmil", options={"embed_dims": [16], "hidden": 8}),

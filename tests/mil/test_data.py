@@ -5,8 +5,9 @@ import torch
 from eosin.errors import FeatureMismatchError, LabelError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import find_bags, write_bag
-from eosin.mil._data import FeatureFolder, LabelTable, MemoryBags, make_examples, patient_examples
-from eosin.mil._tasks import Classification
+from eosin.mil._data import FeatureFolder, MemoryBags, make_examples, patient_examples
+from eosin.mil._tables import LabelTable
+from eosin.mil.tasks._classification import Classification
 
 SPEC = FeatureSpec(encoder="test", dim=3)
 

@@ -5,8 +5,9 @@ from scipy import stats
 
 from eosin.mil._data import MemoryBags
 from eosin.mil._evaluate import bootstrap, predict_outputs, summarise_folds
-from eosin.mil._tasks import Classification, make_task
 from eosin.mil.methods.abmil import Abmil
+from eosin.mil.task import make_task
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b"))
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from eosin.errors import LabelError
-from eosin.mil._data import LabelTable
+from eosin.mil._cohort import Cohort
 from eosin.mil._interop import (
     read_fold_table,
     read_patient_splits,
@@ -11,8 +11,9 @@ from eosin.mil._interop import (
     split_by_column,
     write_patient_splits,
 )
-from eosin.mil._splits import Cohort, Split, check_splits
-from eosin.mil._tasks import make_task
+from eosin.mil._splits import Split, check_splits
+from eosin.mil._tables import LabelTable
+from eosin.mil.task import make_task
 
 COHORT = Cohort(("a1", "a2", "b", "c"), ("A", "A", "B", "C"), ("0", "0", "1", "1"))
 

@@ -19,7 +19,7 @@ from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import load_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._recipe import Recipe
-from eosin.mil._tasks import Classification
+from eosin.mil.tasks._classification import Classification
 from eosin.mil._train import fit
 
 folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -4,11 +4,12 @@ import torch
 
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._crossval import cohort_of, crossval
-from eosin.mil._data import Examples, LabelTable, make_examples
+from eosin.mil._data import Examples, make_examples
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._splits import make_splits
-from eosin.mil._tasks import load_task, make_task
+from eosin.mil._tables import LabelTable
 from eosin.mil._train import fit
+from eosin.mil.task import load_task, make_task
 
 TARGET = "er; ordinal:grade; cox:months,dead; regression:age"
 TABLE = [

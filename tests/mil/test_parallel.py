@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 from eosin.features._bag import FeatureSpec
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._recipe import Recipe
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 from eosin.mil._train import fit
 
 generator = torch.Generator().manual_seed(0)

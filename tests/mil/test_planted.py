@@ -12,9 +12,9 @@ from eosin.mil._planted import (
     single_concept,
 )
 from eosin.mil._recipe import RECIPES, Component, Training
-from eosin.mil._tasks import Binary, Classification
 from eosin.mil._train import fit
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Binary, Classification
 
 POISON = -9.0
 

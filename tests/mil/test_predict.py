@@ -15,7 +15,8 @@ from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import find_bags, write_bag
 from eosin.mil import _predict as prediction
 from eosin.mil._checkpoint import load_card, load_model, save_model
-from eosin.mil._predict import load_ensemble, predict
+from eosin.mil._ensemble import load_ensemble
+from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._train import fit
 

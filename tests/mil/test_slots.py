@@ -5,16 +5,10 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError, UnknownNameError
-from eosin.mil._tasks import Classification
+from eosin.mil._registry import ModuleRegistry
 from eosin.mil.bags import PackedBags
-from eosin.mil.slots import (
-    Aggregator,
-    AggregatorOutput,
-    AttentionOutput,
-    LossTerm,
-    ModuleRegistry,
-    SupervisedStrategy,
-)
+from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput, LossTerm, SupervisedStrategy
+from eosin.mil.tasks._classification import Classification
 
 
 class Sum(Aggregator):

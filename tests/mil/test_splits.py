@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eosin.errors import ConfigError, LabelError
+from eosin.mil._cohort import Cohort
 from eosin.mil._splits import (
-    Cohort,
     Split,
     check_splits,
     make_nested_splits,
@@ -16,7 +16,7 @@ from eosin.mil._splits import (
     write_nested_splits,
     write_splits,
 )
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 
 
 def a_cohort(n_patients=40, n_classes=2, seed=0, mixed=0.1, n_sites=0):

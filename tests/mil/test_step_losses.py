@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from eosin.errors import ConfigError
-from eosin.mil._cox import Cox
 from eosin.mil._data import Examples
 from eosin.mil._recipe import Component, Recipe, Term, Training
 from eosin.mil._step_losses import StepLosses
-from eosin.mil._tasks import Classification, make_task
 from eosin.mil._train import fit
 from eosin.mil.slots import STRATEGIES, Step, Strategy
+from eosin.mil.task import make_task
+from eosin.mil.tasks._classification import Classification
+from eosin.mil.tasks._cox import Cox
 
 OPTIONS = {"embed_dims": [16], "hidden": 8, "dropout": 0.0}
 

@@ -3,15 +3,16 @@ import pytest
 import torch
 
 from eosin.errors import LabelError
-from eosin.mil._cox import Cox
-from eosin.mil._data import LabelTable, make_examples
+from eosin.mil._data import make_examples
 from eosin.mil._ensemble import Ensemble
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._survival import DiscreteSurvival, concordance, says_event, survival_losses
-from eosin.mil._survival_metrics import kaplan_meier
-from eosin.mil._tasks import load_task, make_task
+from eosin.mil._survival_metrics import concordance, kaplan_meier
+from eosin.mil._tables import LabelTable
 from eosin.mil._train import fit
+from eosin.mil.task import load_task, make_task
+from eosin.mil.tasks._cox import Cox
+from eosin.mil.tasks._survival import DiscreteSurvival, says_event, survival_losses
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from eosin.mil import _survival_metrics as survival_metrics
-from eosin.mil._cox import Cox
-from eosin.mil._survival import DiscreteSurvival
 from eosin.mil._survival_metrics import (
     concordance,
     concordance_ipcw,
@@ -16,6 +14,8 @@ from eosin.mil._survival_metrics import (
     time_auc,
     uncensored,
 )
+from eosin.mil.tasks._cox import Cox
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 sksurv = pytest.importorskip("sksurv.metrics")
 

@@ -6,11 +6,12 @@ import openpyxl
 import pandas as pd
 import pytest
 
+from eosin._names import slide_id
 from eosin._tables import read_table
 from eosin.errors import LabelError
 from eosin.mil._study import open_labels, pose_task
-from eosin.mil._tables import LabelTable, read_labels, slide_id
-from eosin.mil._tasks import make_task
+from eosin.mil._tables import LabelTable, read_labels
+from eosin.mil.task import make_task
 
 
 def a_table(**columns):

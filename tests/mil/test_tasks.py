@@ -5,7 +5,8 @@ from torch.nn import functional
 
 from eosin.errors import ConfigError, LabelError, UnknownNameError
 from eosin.mil._metrics import expected_calibration_error
-from eosin.mil._tasks import Binary, Classification, load_task, make_task, sorted_labels
+from eosin.mil.task import load_task, make_task
+from eosin.mil.tasks._classification import Binary, Classification, sorted_labels
 
 
 def rows(*labels):

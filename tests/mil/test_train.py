@@ -16,9 +16,10 @@ from eosin.mil._log import EVENTS, read_log
 from eosin.mil._optimizer import make_optimizer, move_average, rate_factor
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import STATE
-from eosin.mil._tasks import Classification, make_task
 from eosin.mil._train import fit
 from eosin.mil.slots import LOSS_TERMS, STRATEGIES, LossTerm, Step, Strategy
+from eosin.mil.task import make_task
+from eosin.mil.tasks._classification import Classification
 
 QUICK = Training(epochs=4, lr=1e-3, bags_per_step=8)
 SMALL = Component(name="abmil", options={"embed_dims": [16], "hidden": 8})

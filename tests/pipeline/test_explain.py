@@ -13,9 +13,9 @@ from eosin.heatmaps.export._geojson import check_geojson
 from eosin.heatmaps.export._png import COLOUR_BAR_PX, MARGIN_PX, TITLE_PX
 from eosin.mil._checkpoint import ModelCard, build_model, load_model
 from eosin.mil._recipe import Component, Recipe, Training
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 from eosin.pipeline._explain import FORMATS, explain_slide
-from eosin.wsi._slide import SlideFile, open_slide
+from eosin.wsi._slide_file import SlideFile, open_slide
 
 TILE = 5 * 16 + 9
 

@@ -8,11 +8,11 @@ from shapely import box, geometry
 
 from eosin.errors import ConfigError, FeatureMismatchError, UnknownNameError
 from eosin.features._bag import FeatureBag
-from eosin.heatmaps._examination import examine
+from eosin.heatmaps._examination import Questions, examine
 from eosin.heatmaps.export._geojson import check_geojson
 from eosin.mil._checkpoint import load_model
-from eosin.pipeline._question import FORMATS, Questions, counterfactual_maps, draw_curves, question_slide
-from eosin.wsi._slide import SlideFile
+from eosin.pipeline._question import FORMATS, counterfactual_maps, draw_curves, question_slide
+from eosin.wsi._slide_file import SlideFile
 
 TILE = 5 * 16 + 9
 FAST = Questions(fractions=(0.005, 0.05), rounds=10, controls=20)

@@ -12,12 +12,12 @@ from eosin.heatmaps.export._geojson import check_geojson
 from eosin.mil._checkpoint import load_card
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._splits import read_splits
-from eosin.mil._tasks import Regression
+from eosin.mil.tasks._regression import Regression
 from eosin.pipeline._result import Result, make_report
 from eosin.pipeline._run import Pipeline, run_pipeline
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import Cohort, make_cohort, plan_cohort
 
 COHORT = Cohort(n_slides=8, size_um=(440.0, 500.0), fine_fraction=0, pen_fraction=0, min_tumour=0.1, seed=2)

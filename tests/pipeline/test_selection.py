@@ -22,7 +22,7 @@ from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 
 COARSE, FINE = Tiling(mpp=2.0, patch_size=32), Tiling(mpp=1.0, patch_size=32)
 BUDGET = Selection(budget=6)

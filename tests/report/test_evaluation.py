@@ -12,7 +12,7 @@ from PIL import Image
 
 from eosin.errors import LabelError
 from eosin.mil._evaluate import bootstrap, summarise_folds
-from eosin.mil._tasks import make_task
+from eosin.mil.task import make_task
 from eosin.report._evaluation import Context, confusions, evaluation_report, verdict, worst_cards
 from eosin.report._figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
 from eosin.report._measures import Evaluated, compare_runs, metric_name, site_table, threshold_table

@@ -16,7 +16,7 @@ from eosin.viewer._page import Desk
 from eosin.viewer._server import serving
 from eosin.viewer._show import page_builder
 from eosin.viewer._tiles import TileStore
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 
 CHROMIUM = Path("/usr/bin/chromium")
 TILE = 5 * 16 + 9  # the marked one, as in the scene

@@ -9,7 +9,7 @@ from eosin.features._bag import FeatureBag
 from eosin.features._store import write_bag
 from eosin.viewer._catalogue import open_catalogue
 from eosin.viewer._layers import EFFECT, GRADIENT, PERCENTILE, PLAIN, TIMES, Choice, scalings_of
-from eosin.wsi._slide import find_slides
+from eosin.wsi._slide_file import find_slides
 
 
 def bag_like(bag, name, *, features=None, grid=None, spec=None, provenance=None):

@@ -7,8 +7,8 @@ import torch
 from eosin.errors import ConfigError
 from eosin.mil._checkpoint import ModelCard, build_model
 from eosin.mil._recipe import Component, Recipe
-from eosin.mil._tasks import make_task
 from eosin.mil.bags import PackedBags
+from eosin.mil.task import make_task
 from eosin.viewer._catalogue import Catalogue
 from eosin.viewer._session import (
     Edited,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from eosin.errors import CorruptSlideError
 from eosin.viewer._tiles import TILE_PX, OpenSlides, Pyramid, TileStore, blank_png, to_grey
-from eosin.wsi._slide import SlideFile, open_slide
+from eosin.wsi._slide_file import SlideFile, open_slide
 
 
 def pixels(data: bytes) -> np.ndarray:

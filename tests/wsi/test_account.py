@@ -9,7 +9,7 @@ import pytest
 from eosin.wsi._account import LOSSY, account_for
 from eosin.wsi._grid import Tiling, make_grid
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 from eosin.wsi._tiles import iterate_tiles
 from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue
 

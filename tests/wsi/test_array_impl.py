@@ -5,7 +5,7 @@ from PIL import Image
 from eosin.errors import MissingResolutionError, SlideOpenError
 from eosin.wsi import _array_impl as array_impl
 from eosin.wsi._array_impl import ArraySlide, open_picture
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 
 
 def test_an_array_is_a_slide(tissue_picture):

@@ -10,7 +10,7 @@ from eosin.wsi._colour import ManagedSlide, in_srgb
 from eosin.wsi._coordinates import read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 from eosin.wsi._tiles import iterate_tiles
 
 TCGA = "tcga-cr-7395-01a-01-ts1.svs"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from eosin.wsi._dicom import group_series, read_series_uid
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 
 
 def element(group, number, kind, value, *, undefined=False):

@@ -14,8 +14,7 @@ from pydicom.uid import UID, generate_uid
 
 from eosin.errors import SlideError, SlideOpenError
 from eosin.wsi._pixels import ycbcr_to_rgb
-from eosin.wsi._slide import find_slides, open_slide
-from eosin.wsi.reader import open_file
+from eosin.wsi._slide_file import find_slides, open_file, open_slide
 
 PREFIX = "1.2.840.10008.1.2"
 FRAME_PX = 128

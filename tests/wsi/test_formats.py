@@ -7,8 +7,7 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import SlideError, SlideOpenError
-from eosin.wsi._slide import open_slide
-from eosin.wsi.reader import open_file
+from eosin.wsi._slide_file import open_file, open_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
 LOSSLESS = ["deflate", "lzw", "zstd", "lzma", "packbits", "png", None]

@@ -11,7 +11,7 @@ import pytest
 
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._synthetic import make_slide
 
 HANG_S = 30.0
@@ -122,7 +122,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from eosin.errors import EosinError
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
         with open_slide(path) as slide:

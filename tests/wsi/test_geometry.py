@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from eosin.errors import SlideError
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import make_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}

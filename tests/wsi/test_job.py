@@ -13,7 +13,7 @@ from eosin.wsi._geojson import outline_to_geojson, qupath_origin
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, read_overrides, tile_slides
 from eosin.wsi._outline import trace_outline
-from eosin.wsi._slide import SlideFile, find_slides
+from eosin.wsi._slide_file import SlideFile, find_slides
 from eosin.wsi._tissue import TissueOptions
 
 SMALL = Tiling(patch_size=64)
@@ -219,7 +219,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys.argv[2])))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.records[0].status, report.records[0].message.split()[0], peak.split()[1])
@@ -232,7 +232,7 @@ from pathlib import Path
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 slides = [SlideFile(Path(sys.argv[1]), "giant")]
 tiling = Tiling(patch_size=64, overlap=15)
 report = tile_slides(slides, JobFolder(Path(sys.argv[2])), tiling, quality=QualityLimits(blur=True))
@@ -245,7 +245,7 @@ LIGHT = """
 import sys
 from pathlib import Path
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "a")], JobFolder(Path(sys.argv[2])))
 print(report.records[0].status, *{"scipy", "skimage", "torch", "pandas"} & set(sys.modules))
 """

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._jpeg import RGB_MARKER, YCBCR_MARKER, decode_shrunk, decode_whole, is_ycbcr
-from eosin.wsi._slide import SlideFile, open_slide
+from eosin.wsi._slide_file import SlideFile, open_slide
 
 CM = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
 

@@ -6,7 +6,7 @@ import pytest
 
 from eosin.errors import ConfigError
 from eosin.wsi._overview import make_thumbnail, read_overview
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 
 
 def test_the_whole_slide_at_one_mpp(write_slide, tissue_picture):
@@ -44,7 +44,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from eosin.wsi._overview import read_overview
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 with open_slide(Path(sys.argv[1])) as slide:
     picture = read_overview(slide, float(sys.argv[2]))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss is the parent's too

@@ -9,7 +9,7 @@ from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._picture import OUTLINE_COLOUR, TILE_COLOUR
 from eosin.wsi._preview import preview_slide, preview_slides
-from eosin.wsi._slide import SlideFile
+from eosin.wsi._slide_file import SlideFile
 
 SMALL = Tiling(patch_size=64)
 

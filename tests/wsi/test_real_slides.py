@@ -8,7 +8,7 @@ import pytest
 from eosin._batch import Record
 from eosin.errors import SlideError
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 from eosin.wsi._tissue import find_tissue
 
 DOCS = Path(__file__).parents[2] / "docs" / "slides.md"

@@ -12,7 +12,7 @@ from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits, TileQuality
 from eosin.wsi._scoring import blur_of
-from eosin.wsi._slide import SlideFile, find_slides, open_slide
+from eosin.wsi._slide_file import SlideFile, find_slides, open_slide
 from eosin.wsi._synthetic import make_slide
 
 TILING = Tiling(patch_size=128)

@@ -8,7 +8,7 @@ from eosin.heatmaps.export._tiff import write_tiff
 from eosin.wsi._array_impl import ArraySlide
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._picture import write_jpeg, write_picture
-from eosin.wsi._slide import SlideFile, find_slides, open_slide
+from eosin.wsi._slide_file import SlideFile, find_slides, open_slide
 from eosin.wsi.inventory import Picture
 from eosin.wsi.reader import READERS, Reader
 

@@ -14,7 +14,7 @@ from eosin.wsi._grid import Tiling, make_grid
 from eosin.wsi._jpeg import DecodeError, decode_reduced
 from eosin.wsi._openslide_impl import OpenSlideSlide
 from eosin.wsi._segments import Level
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._tiff_impl import TiffSegments
 from eosin.wsi._tiled import TiledSlide
 from eosin.wsi._tiles import iterate_tiles

@@ -5,7 +5,7 @@ import pytest
 
 from eosin.errors import CorruptSlideError
 from eosin.wsi._grid import Tiling, make_grid
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._tiles import iterate_tiles
 from eosin.wsi._tissue import find_tissue
 

@@ -6,7 +6,7 @@ from eosin.errors import SlideError
 from eosin.wsi._histology import lay_out
 from eosin.wsi._morphology import grow
 from eosin.wsi._overview import Overview, read_overview
-from eosin.wsi._slide import open_slide
+from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import SlidePlan, make_slide
 from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from eosin.errors import MissingResolutionError, SlideError, SlideOpenError
 from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 
 zarr = pytest.importorskip("zarr", reason="needs the extra zarr")
 

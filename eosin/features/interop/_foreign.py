@@ -23,7 +23,7 @@ from eosin.options import Options
 from eosin.wsi._coordinates import write_grid
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide import find_slides, open_slide
+from eosin.wsi._slide_file import find_slides, open_slide
 
 Numbers = NDArray[np.generic]
 PATCHES = "_patches"

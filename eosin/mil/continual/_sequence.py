@@ -24,13 +24,15 @@ from eosin._devices import choose_device
 from eosin._files import write_json, write_text
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
-from eosin.mil._data import Examples, shown
+from eosin.mil._data import Examples
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._recipe import Component, Recipe
 from eosin.mil._study import Study, open_study
-from eosin.mil._tasks import Classification, Task
+from eosin.mil._tables import shown
 from eosin.mil.continual._metrics import continual_metrics
 from eosin.mil.slots import AGGREGATORS, Aggregator
+from eosin.mil.task import Task
+from eosin.mil.tasks._classification import Classification
 from eosin.options import Options
 
 SEQUENCE = "sequence.json"

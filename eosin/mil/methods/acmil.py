@@ -39,7 +39,6 @@ from eosin.kernels import attention_pool, segment_pool, segment_softmax, segment
 from eosin.mil._closed_forms import PooledBag, ReadoutBag, linear_terms
 from eosin.mil._layers import Attention, as_dtype, embedding
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout, Share, Whole
@@ -52,6 +51,7 @@ from eosin.mil.slots import (
     LossTerm,
 )
 from eosin.mil.subsets import as_array
+from eosin.mil.task import Task
 
 NORM_EPS = 1e-6
 

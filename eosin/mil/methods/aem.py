@@ -23,9 +23,9 @@ from torch import Tensor
 
 from eosin.kernels import segment_attention_entropy
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import LOSS_TERMS, Aggregator, AggregatorOutput, AttentionOutput, LossTerm
+from eosin.mil.task import Task
 
 
 @LOSS_TERMS.register("attention_entropy")

@@ -40,7 +40,6 @@ from eosin.mil._closed_forms import PooledBag, linear_terms
 from eosin.mil._layers import Activation, as_dtype, embedding, initialise
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil._reevaluation import ForwardBag
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout
@@ -54,6 +53,7 @@ from eosin.mil.slots import (
     class_names,
 )
 from eosin.mil.subsets import Floats, Indices, Subsets, as_array
+from eosin.mil.task import Task
 
 
 @dataclass(frozen=True, eq=False)

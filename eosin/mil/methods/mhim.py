@@ -60,8 +60,8 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import bag_offsets, segment_max, segment_softmax, segment_topk_mask
 from eosin.mil._attention import bag_attention
+from eosin.mil._checkpoint import load_model
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, Dropout, NotNegative, Positive, Share
 from eosin.mil.slots import (
@@ -75,6 +75,7 @@ from eosin.mil.slots import (
     Wrapper,
     instance_width,
 )
+from eosin.mil.task import Task
 
 MomentumSchedule = Literal["constant", "cosine"]
 
@@ -308,8 +309,6 @@ def started(teacher: Teacher, student: Aggregator, folder: Path | None) -> Teach
     """Give the teacher, and the student's embedding, the weights of a plainly trained model."""
     if folder is None:
         return teacher
-    from eosin.mil._checkpoint import load_model  # which imports the methods
-
     plain, _ = load_model(folder)
     model = plain.inner if isinstance(plain, Wrapper) else plain
     state = model.state_dict()

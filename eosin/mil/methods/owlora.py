@@ -40,9 +40,9 @@ from typing_extensions import override
 
 from eosin.errors import CheckpointError, ConfigError
 from eosin.mil._attention import by_rows
+from eosin.mil._checkpoint import load_model
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._standardize import Standardized, Standardizer
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, NotNegative, Share
 from eosin.mil.slots import (
@@ -55,6 +55,7 @@ from eosin.mil.slots import (
     Strategy,
     Wrapper,
 )
+from eosin.mil.task import Task
 
 ENERGY = 0.99
 UNUSED = 1e-6  # an update's singular values below this share of the largest are not a direction that was learnt
@@ -317,8 +318,6 @@ class TrainNewestUpdate(Strategy):
 
 
 def _saved(folder: Path, model_id: str) -> Aggregator:
-    from eosin.mil._checkpoint import load_model  # it imports the methods
-
     model, card = load_model(folder)
     if model_id and card.model_id != model_id:
         raise CheckpointError(folder, f"holds model {card.model_id}, not {model_id} from which this training continued")

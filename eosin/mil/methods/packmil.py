@@ -52,11 +52,12 @@ from eosin.mil import _attention as attention
 from eosin.mil._attention import recomputed
 from eosin.mil._layers import Attention
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
-from eosin.mil._survival import DiscreteSurvival
-from eosin.mil._tasks import Ordinal, Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, NotNegative, Part, Whole
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy, Wrapper
+from eosin.mil.task import Task
+from eosin.mil.tasks._classification import Ordinal
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 OVERFLOW = 4  # the authors' downsampling factor, which counts for the pack length where nothing is downsampled, too
 Labels = Literal["auto", "classes", "shares", "grades", "survival"]

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
-from eosin.mil._tasks import Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Dropout
 from eosin.mil.slots import STRATEGIES, Aggregator, Step, Strategy
+from eosin.mil.task import Task
 
 
 @STRATEGIES.register("instance_dropout")

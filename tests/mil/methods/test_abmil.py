@@ -5,10 +5,10 @@ from torch.nn import functional
 
 from eosin.errors import ConfigError
 from eosin.mil._recipe import RECIPES
-from eosin.mil._tasks import Binary
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import PRESETS, Abmil
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Binary
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -4,7 +4,6 @@ from torch import nn
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.acmil import (
     Acmil,
@@ -14,6 +13,7 @@ from eosin.mil.methods.acmil import (
     TopMasking,
     default_width,
 )
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 LENGTHS = (40, 3, 0, 1, 12)

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
 from eosin.mil.methods.aem import AttentionEntropy
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.slots import AttentionOutput
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 MODEL = Abmil(4, 3)

@@ -3,10 +3,11 @@ import torch
 from torch.nn import functional
 
 from eosin.errors import ConfigError
-from eosin.mil._tasks import Classification, Task
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.clam import ClamInstance, ClamMultiBranch, ClamSingleBranch
 from eosin.mil.slots import AttentionOutput
+from eosin.mil.task import Task
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 

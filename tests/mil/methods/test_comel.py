@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from eosin.errors import ConfigError
-from eosin.mil._tasks import Binary, Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.continual import continual_metrics
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.comel import ComelPseudoLabels, pseudo_label_losses, pseudo_labels
 from eosin.mil.methods.owlora import OrthogonalLora, truncated_basis
 from eosin.mil.slots import AttentionOutput
+from eosin.mil.tasks._classification import Binary, Classification
 
 TASK = Classification(classes=("normal", "tumour", "other"))
 

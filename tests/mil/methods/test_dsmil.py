@@ -5,12 +5,12 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.kernels import segment_topk_mask
 from eosin.mil._recipe import RECIPES
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods import mhim, packmil
 from eosin.mil.methods.clam import ClamSingleBranch
 from eosin.mil.methods.dsmil import Dsmil, DsmilMax
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 

@@ -7,7 +7,6 @@ from eosin.features._bag import FeatureSpec
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._recipe import RECIPES
-from eosin.mil._tasks import Binary, Classification
 from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
@@ -20,6 +19,7 @@ from eosin.mil.methods.ins import (
     soft_cross_entropy,
     supervised_contrast,
 )
+from eosin.mil.tasks._classification import Binary, Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 

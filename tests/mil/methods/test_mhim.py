@@ -8,9 +8,8 @@ from torch.nn import functional
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import ModelCard, save_model
+from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES, Recipe
-from eosin.mil._tasks import Classification
-from eosin.mil._train import Objective
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.acmil import Acmil
@@ -31,6 +30,7 @@ from eosin.mil.methods.mhim import (
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
+from eosin.mil.tasks._classification import Classification
 
 TASK = Classification(classes=("a", "b", "c"))
 LENGTHS = (30, 1, 0, 2, 17)

@@ -7,7 +7,6 @@ from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import ModelCard, save_model
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._standardize import Standardized, Standardizer
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.gdat import Gdat
@@ -18,6 +17,7 @@ from eosin.mil.methods.owlora import (
     UpdatedInSequence,
 )
 from eosin.mil.slots import AGGREGATORS
+from eosin.mil.tasks._classification import Classification
 
 GDAT = {"width": 16, "hidden": 8, "layers": 1, "heads": 2, "region_size": 2, "dropout": 0.0, "block_dropout": 0.0}
 TASK = Classification(classes=("a", "b", "c", "d", "e"))

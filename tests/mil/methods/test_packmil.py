@@ -5,9 +5,6 @@ from torch.nn import functional
 
 from eosin.errors import ConfigError
 from eosin.mil import _attention as attention
-from eosin.mil._cox import Cox
-from eosin.mil._survival import DiscreteSurvival
-from eosin.mil._tasks import Binary, Classification, MultiLabel, Ordinal, Regression
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.methods.packmil import (
@@ -34,6 +31,11 @@ from eosin.mil.methods.packmil import (
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.transmil import TransMil
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
+from eosin.mil.tasks._classification import Binary, Classification, Ordinal
+from eosin.mil.tasks._cox import Cox
+from eosin.mil.tasks._multilabel import MultiLabel
+from eosin.mil.tasks._regression import Regression
+from eosin.mil.tasks._survival import DiscreteSurvival
 
 TASK = Classification(classes=("a", "b", "c"))
 GRADES = Classification(classes=tuple("012345"))

@@ -4,10 +4,10 @@ import torch
 
 from eosin.errors import ConfigError
 from eosin.mil._selection import child_grid, select_tiles
-from eosin.mil._tasks import Classification
 from eosin.mil.bags import PackedBags
 from eosin.mil.methods.pooling import MeanPooling
 from eosin.mil.methods.two_stage import InstanceDropout
+from eosin.mil.tasks._classification import Classification
 from eosin.wsi._grid import TileGrid, Tiling
 
 TASK = Classification(classes=("a", "b"))

@@ -1,4 +1,4 @@
-"""Survival: what a time and an event mean, and the loss of hazards in bins of time; `eosin.mil._cox` has the other.
+"""Survival: what a time and an event mean, and the loss of hazards in bins of time (the other is in `_cox.py`).
 
 Orientation. Internally 1 is an event that was seen and 0 is censored. The values decide where they are words (dead,
 alive, censored), and ``time,status=2`` names the value that is the event. Of a column of 0 and 1 the name decides:
@@ -21,8 +21,7 @@ from typing_extensions import override
 from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
-from eosin.mil._survival_metrics import concordance as concordance
-from eosin.mil._survival_metrics import concordance_ipcw, discordance, integrated_brier, time_auc
+from eosin.mil._survival_metrics import concordance, concordance_ipcw, discordance, integrated_brier, time_auc
 from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7

@@ -12,9 +12,9 @@ from torch.nn import functional
 from typing_extensions import override
 
 from eosin.errors import LabelError
-from eosin.mil._classification import EVEN, sorted_labels
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import (
+    EVEN,
     Floats,
     Metrics,
     average_precision,
@@ -26,8 +26,9 @@ from eosin.mil._metrics import (
     mean_if_defined,
     roc_auc,
 )
-from eosin.mil._polarity import positive_last, split_target
 from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
+from eosin.mil.tasks._classification import sorted_labels
+from eosin.mil.tasks._polarity import positive_last, split_target
 
 NONE = "none"
 
@@ -42,7 +43,7 @@ class MultiLabel(Task):
         The label columns.
     positives : tuple of str
         The value of each column that is positive: the one that is named, else see
-        `eosin.mil._polarity.positive_last`.
+        `eosin.mil.tasks._polarity.positive_last`.
     negatives : tuple of str
         The other values.
     thresholds : tuple of float

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from eosin.mil._metrics import Floats
 from eosin.mil._step_losses import StepLosses
-from eosin.mil._survival import SurvivalTask
 from eosin.mil.task import TASKS, Columns, Task, to_numpy, wide
+from eosin.mil.tasks._survival import SurvivalTask
 
 
 @TASKS.register("cox")

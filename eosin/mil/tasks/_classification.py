@@ -16,10 +16,9 @@ from torch.nn import functional
 
 from eosin.errors import LabelError
 from eosin.mil._intervals import Support
-from eosin.mil._metrics import EVEN as EVEN
-from eosin.mil._metrics import Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
-from eosin.mil._polarity import positive_last, split_target
+from eosin.mil._metrics import EVEN, Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
 from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
+from eosin.mil.tasks._polarity import positive_last, split_target
 
 
 class _ClassTask(Task):
@@ -37,7 +36,7 @@ class _ClassTask(Task):
         """Make the task whose classes are the values of a column, in order of number or text.
 
         Of two classes the second is the positive one: the value that ``label=tumor`` names, else see
-        `eosin.mil._polarity.positive_last`.
+        `eosin.mil.tasks._polarity.positive_last`.
         """
         column, positive = split_target(target)
         classes = sorted_labels({row[column] for row in rows})
