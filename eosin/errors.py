@@ -28,6 +28,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorruptSlideError",
+    "EosinError",
+    "FeatureFileError",
+    "FeatureMismatchError",
+    "KernelUnavailableError",
+    "LabelError",
+    "MissingPackageError",
+    "MissingResolutionError",
+    "OutputError",
+    "SlideError",
+    "SlideOpenError",
+    "TableError",
+    "UnknownNameError",
+    "WorkerError",
+]
+
 EXTRAS = {  # a package that not every user needs -> the extra of eosin that installs it
     "bokeh": "viewer",
     "huggingface_hub": "encoders",

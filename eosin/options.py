@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eosin.errors import ConfigError, UnknownNameError
 
+__all__ = ["Options"]
+
 MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 20_000
 MAX_YAML_DEPTH = 50

@@ -19,6 +19,8 @@ from types import ModuleType
 
 from eosin.errors import ConfigError
 
+__all__ = ["add_plugin", "load_plugins"]
+
 GROUP = "eosin.plugins"
 VARIABLE = "EOSIN_PLUGINS"
 

@@ -71,6 +71,8 @@ ONLY_THESE = {  # (importer, imported package) -> the modules and names of it th
     ("mil", "features"): {"bag", "store"},
     ("mil", "wsi"): {"grid"},
 }
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
+ORDERED = ("wsi", "mil", "heatmaps")  # packages whose inner order that page states
 CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.devices", "eosin.processes", "eosin.cli"}
 
 
@@ -168,6 +170,45 @@ def foreign_faults(item: Import) -> Iterator[str]:
         yield f"{item.foreign} is imported with the command line instead of inside a function"
     if item.foreign == "timm" and item.top:
         yield "timm is imported at the top instead of where a network is built"
+
+
+def floors(package: str) -> dict[str, int]:
+    """Return the line of the architecture's table on which each module of a package stands."""
+    text = (
+        ARCHITECTURE.read_text(encoding="utf-8").partition(f"| in `{package}`, a line that |")[2].partition("\n\n")[0]
+    )
+    places = [row.split("|")[2] for row in text.splitlines()[2:]]
+    return {bare(name, "."): floor for floor, place in enumerate(places) for name in re.findall("`([^`]+)`", place)}
+
+
+def inner_faults(root: Path, package: str, known: dict[str, int]) -> list[str]:
+    found = []
+    for item in imports(root):
+        inside = item.module.removeprefix(f"eosin.{package}.")
+        target = next((name for name in (inside, inside.rpartition(".")[0]) if name in known), None)
+        own = item.file.removeprefix(f"{package}/").removesuffix(".py").replace("/", ".")
+        if item.layer == package and own in known and target and known[target] > known[own]:
+            found.append(f"{item.file}:{item.line}: {own} imports {target}, which comes after it")
+    return found
+
+
+@pytest.mark.parametrize("package", ORDERED)
+def test_every_module_of_a_package_has_one_place_in_it(package: str) -> None:
+    files = {path.relative_to(PACKAGE / package).with_suffix("") for path in (PACKAGE / package).rglob("*.py")}
+    modules = {bare(".".join(path.parts), ".") for path in files if path.name != "__init__"}
+    assert sorted(modules) == sorted(floors(package))
+
+
+@pytest.mark.parametrize("package", ORDERED)
+def test_a_module_imports_nothing_that_comes_after_it_in_its_package(package: str) -> None:
+    assert inner_faults(PACKAGE, package, floors(package)) == []
+
+
+@pytest.mark.parametrize("source", ["from eosin.wsi._job import tile", "def f():\n    import eosin.wsi._job"])
+def test_the_check_sees_an_import_of_what_comes_after(tmp_path: Path, source: str) -> None:
+    (tmp_path / "wsi").mkdir()
+    (tmp_path / "wsi" / "_slide.py").write_text(source)
+    assert len(inner_faults(tmp_path, "wsi", floors("wsi"))) == 1
 
 
 def test_every_package_keeps_to_the_order_and_its_imports() -> None:

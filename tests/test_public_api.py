@@ -16,6 +16,11 @@ import eosin
 NAMES = Path(__file__).with_name("public_names.txt")
 PUBLIC = ("eosin", "eosin.features", "eosin.features.interop", "eosin.heatmaps", "eosin.kernels", "eosin.mil",
           "eosin.mil.tasks", "eosin.pipeline", "eosin.report", "eosin.viewer", "eosin.wsi")  # fmt: skip
+BY_PATH = ("eosin.errors", "eosin.mil.bags", "eosin.mil.layouts", "eosin.mil.options", "eosin.mil.slots",
+           "eosin.mil.subsets", "eosin.mil.task", "eosin.options", "eosin.plugins", "eosin.wsi.inventory",
+           "eosin.wsi.reader")  # fmt: skip
+"""Modules whose path is public: what plug-ins derive from and register with, and the errors."""
+
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(eosin.__path__, "eosin.") if module.name != "eosin.__main__"
 )
@@ -110,8 +115,22 @@ assert not torch.cuda.is_initialized()
 
 def test_the_public_names_are_those_of_the_list() -> None:
     """What is in the list is a promise: a name may be added to it, and goes only with a release that says so."""
-    names = [f"{package}.{name}" for package in PUBLIC for name in sorted(importlib.import_module(package).__all__)]
+    names = [
+        f"{package}.{name}"
+        for package in (*PUBLIC, *BY_PATH)
+        for name in sorted(importlib.import_module(package).__all__)
+    ]
     assert names == NAMES.read_text(encoding="utf-8").split()
+
+
+def test_a_module_is_private_by_name_unless_its_path_is_public() -> None:
+    commands = {name for name in MODULES if name.startswith(("eosin.cli.", "eosin.mil.methods."))}
+    kernels = {name for name in MODULES if name.startswith("eosin.kernels.")}  # named after their operation
+    public = {name for name in MODULES if not any(part.startswith("_") for part in name.split("."))}
+    assert sorted(public - commands - kernels) == sorted(
+        {*PUBLIC, *BY_PATH, "eosin.cli", "eosin.heatmaps.export", "eosin.mil.continual", "eosin.mil.methods"}
+        - {"eosin"}
+    )
 
 
 @pytest.mark.parametrize("package", PUBLIC)

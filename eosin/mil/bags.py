@@ -10,6 +10,8 @@ from torch import Tensor
 from eosin.kernels import bag_offsets
 from eosin.kernels._memory import new_tensor
 
+__all__ = ["PackedBags"]
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBags:

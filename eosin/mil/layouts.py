@@ -16,6 +16,8 @@ from eosin.errors import CheckpointError
 from eosin.mil._recipe import Component
 from eosin.mil._registry import METHODS, Registry
 
+__all__ = ["LAYOUTS", "Found", "Layout", "Taker"]
+
 Tensors = dict[str, Tensor]
 
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+__all__ = ["Count", "Dropout", "NotNegative", "Part", "Positive", "Share", "Whole"]
+
 Count = Annotated[int, Field(ge=1)]
 """How many there are of something that must exist: heads, layers, channels."""
 

@@ -21,6 +21,21 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
 
+__all__ = [
+    "AGGREGATORS",
+    "LOSS_TERMS",
+    "STRATEGIES",
+    "Aggregator",
+    "AggregatorOutput",
+    "AttentionOutput",
+    "EmbeddingAggregator",
+    "HasInstanceLogits",
+    "LossTerm",
+    "Step",
+    "Strategy",
+    "Wrapper",
+]
+
 
 @dataclass(frozen=True, eq=False)
 class AggregatorOutput:

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
 from torch import Tensor
 
+__all__ = ["Search", "Subsets"]
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Direction = Literal["min", "max", "least"]

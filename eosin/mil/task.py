@@ -16,6 +16,8 @@ from eosin.mil._step_losses import StepLosses
 from eosin.mil._tables import has_value, shown
 from eosin.options import Options
 
+__all__ = ["TASKS", "Columns", "Row", "Task", "load_task", "make_task"]
+
 Row = Mapping[str, str]
 Columns = dict[str, NDArray[Any]]
 UNCERTAINTY = "uncertainty"

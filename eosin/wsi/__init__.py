@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from eosin._lazy import lazy
 
 if TYPE_CHECKING:
+    from eosin.wsi._array_impl import ArraySlide
     from eosin.wsi._grid import TileGrid, Tiling, make_grid
     from eosin.wsi._job import JobFolder, tile_slides
     from eosin.wsi._preview import preview_slides
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from eosin.wsi._tissue import TissueMask, TissueOptions, find_tissue
 
 __all__ = [
+    "ArraySlide",
     "JobFolder",
     "QualityLimits",
     "Slide",

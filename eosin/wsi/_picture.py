@@ -11,12 +11,9 @@ from shapely import MultiPolygon
 
 from eosin._files import write_bytes
 from eosin.errors import OutputError
-from eosin.wsi._grid import TileGrid
 
 OUTLINE_COLOUR = (0, 200, 0)
 HOLE_COLOUR = (0, 80, 255)
-TILE_COLOUR = (70, 70, 70)
-MIN_TILE_SIDE = 4.0
 JPEG_QUALITY = 85
 FORMATS = {".jpg": "JPEG", ".png": "PNG"}
 MARK = "written by eosin"
@@ -47,18 +44,6 @@ def draw_outline(thumbnail: Image.Image, outline: MultiPolygon, slide_size_px0: 
         for ring, colour in rings:
             points = np.asarray(ring.coords)[:, :2] * scale
             draw.line([(x, y) for x, y in points.tolist()], fill=colour, width=width)
-    return picture
-
-
-def draw_grid(thumbnail: Image.Image, grid: TileGrid) -> Image.Image:
-    """Return the thumbnail with the outline of every tile; as it is when tiles would be smaller than 4 px."""
-    picture = thumbnail.copy()
-    scale = picture.width / grid.slide_size_px0[0]
-    if grid.tile_px0 * scale < MIN_TILE_SIDE:
-        return picture
-    draw = ImageDraw.Draw(picture)
-    for box in (grid.boxes_px0() * scale).tolist():
-        draw.rectangle(box, outline=TILE_COLOUR)
     return picture
 
 

@@ -4,16 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from eosin._batch import Outcome, Record, Report, run_batch
-from eosin.wsi._grid import Tiling
+from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder, TilePlan
 from eosin.wsi._overview import make_thumbnail
-from eosin.wsi._picture import draw_grid, draw_outline, write_jpeg
+from eosin.wsi._picture import draw_outline, write_jpeg
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions
+
+TILE_COLOUR = (70, 70, 70)
+MIN_TILE_SIDE = 4.0
 
 
 def preview_slides(
@@ -77,6 +80,18 @@ def _draw(plan: TilePlan, item: SlideFile) -> tuple[Image.Image, Outcome]:
         thumbnail = make_thumbnail(slide, tiled.overview.rgb)
         outlined = draw_outline(thumbnail, tiled.mask.contours(), slide.size_px0)
         return draw_grid(outlined, tiled.grid), tiled.outcome
+
+
+def draw_grid(thumbnail: Image.Image, grid: TileGrid) -> Image.Image:
+    """Return the thumbnail with the outline of every tile; as it is when tiles would be smaller than 4 px."""
+    picture = thumbnail.copy()
+    scale = picture.width / grid.slide_size_px0[0]
+    if grid.tile_px0 * scale < MIN_TILE_SIDE:
+        return picture
+    draw = ImageDraw.Draw(picture)
+    for box in (grid.boxes_px0() * scale).tolist():
+        draw.rectangle(box, outline=TILE_COLOUR)
+    return picture
 
 
 def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:

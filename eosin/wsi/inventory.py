@@ -9,6 +9,8 @@ from typing import Literal
 from eosin.errors import SlideError, SlideOpenError
 from eosin.wsi._resolution import StatedMpp
 
+__all__ = ["Kind", "Picture"]
+
 Kind = Literal["slide", "label", "macro", "thumbnail", "other"]
 MACRO_WORDS = ("macro", "overview")
 ROUNDING_PX = 1.0

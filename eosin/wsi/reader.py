@@ -11,6 +11,8 @@ from eosin.plugins import load_plugins
 from eosin.wsi._slide import Slide
 from eosin.wsi.inventory import Picture, choices, choose_picture, choose_plane
 
+__all__ = ["READERS", "Reader"]
+
 HEAD_BYTES = 4096
 
 

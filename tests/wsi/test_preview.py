@@ -7,8 +7,8 @@ from PIL import Image
 from eosin.errors import ConfigError
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._picture import OUTLINE_COLOUR, TILE_COLOUR
-from eosin.wsi._preview import preview_slide, preview_slides
+from eosin.wsi._picture import OUTLINE_COLOUR
+from eosin.wsi._preview import TILE_COLOUR, preview_slide, preview_slides
 from eosin.wsi._slide_file import SlideFile
 
 SMALL = Tiling(patch_size=64)

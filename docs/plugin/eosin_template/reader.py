@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eosin.wsi import Slide
-from eosin.wsi._array_impl import ArraySlide
+from eosin.wsi import ArraySlide, Slide
 from eosin.wsi.inventory import Picture
 from eosin.wsi.reader import READERS, Reader
 
