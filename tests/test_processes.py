@@ -198,7 +198,7 @@ def test_a_run_that_does_not_ask_is_ended_hard() -> None:
     stubborn.send_signal(signal.SIGTERM)
     _, err = stubborn.communicate(timeout=20)
     assert stubborn.returncode == 128 + signal.SIGTERM
-    assert err == "error: stopped by SIGTERM; what was finished is kept\n"
+    assert err == "error: stopped by SIGTERM; finished results are kept\n"
 
 
 def test_a_second_signal_ends_at_once() -> None:

@@ -7,45 +7,53 @@ import typer
 
 from eosin.errors import ConfigError
 
-Slides = Annotated[list[Path], typer.Option(help="Slide, or folder that is searched; repeatable.")]
-Job = Annotated[Path, typer.Option(help="Job folder; holds the results of every slide.")]
+Slides = Annotated[list[Path], typer.Option(help="Slide file, or folder that is searched for slides; repeatable.")]
+Job = Annotated[Path, typer.Option(help="Job folder: tiles, features and run.json of all slides.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one per slide.")]
-Labels = Annotated[Path, typer.Option(help="Table of slides, patients and labels (csv, tsv, xlsx, parquet).")]
+Labels = Annotated[
+    Path, typer.Option(help="Table with one row per slide: slide, patient, label (csv, tsv, xlsx, parquet).")
+]
 SlideMpp = Annotated[
     str | None,
-    typer.Option(metavar="X|TABLE", help="µm/px of all slides, or a CSV table with the columns slide and mpp."),
+    typer.Option(
+        metavar="X|TABLE",
+        help="True µm/px at level 0: one number for all slides, or a table with the columns slide and mpp.",
+    ),
 ]
 Scene = Annotated[
     str | None,
     typer.Option(
-        metavar="N|all", help="Which slide of files that hold several (eosin info lists them); all makes each a slide."
+        metavar="N|all",
+        help="Slide to take from a file with several (eosin info lists them). all: each becomes a slide of its own.",
     ),
 ]
 Plane = Annotated[
-    int | None, typer.Option(metavar="N", help="Which focal plane of slides that have several; default the middle one.")
+    int | None,
+    typer.Option(metavar="N", help="Focal plane to read when the slide has several.", show_default="the middle one"),
 ]
 Mpp = Annotated[
     float | None, typer.Option(help="µm per pixel of the tiles.", show_default="0.5", rich_help_panel="Tiling")
 ]
 Magnification = Annotated[
-    float | None, typer.Option(help="Instead of --mpp; 20 is taken as 0.5 µm/px.", rich_help_panel="Tiling")
+    float | None, typer.Option(help="Replaces --mpp: 20 means 0.5 µm/px (10 / 20).", rich_help_panel="Tiling")
 ]
 PatchSize = Annotated[
-    int | None, typer.Option(help="Side of a tile in pixels.", show_default="256", rich_help_panel="Tiling")
+    int | None, typer.Option(help="Side of a tile, in pixels at --mpp.", show_default="256", rich_help_panel="Tiling")
 ]
 Overlap = Annotated[
-    int | None, typer.Option(help="Pixels that neighbours share.", show_default="0", rich_help_panel="Tiling")
+    int | None,
+    typer.Option(help="Overlap of neighbouring tiles in pixels.", show_default="0", rich_help_panel="Tiling"),
 ]
 MinTissue = Annotated[
     float | None,
-    typer.Option(help="Smallest share of a tile that is tissue.", show_default="0.25", rich_help_panel="Tiling"),
+    typer.Option(help="Smallest share of tissue in a tile, 0 to 1.", show_default="0.25", rich_help_panel="Tiling"),
 ]
 Edges = Annotated[
     str | None,
     typer.Option(
         metavar="drop|pad",
-        help="Tiles that stick out of the slide: leave them out, or fill them up with background.",
+        help="Tiles that cross the slide's edge: drop them, or pad them with background.",
         show_default="drop",
         rich_help_panel="Tiling",
     ),
@@ -54,7 +62,7 @@ Contours = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Outlines <slide>.geojson drawn or edited in QuPath; they replace the tissue that would be found.",
+        help="Folder of tissue outlines from QuPath, <slide>.geojson; they replace automatic tissue detection.",
         rich_help_panel="Tissue",
     ),
 ]
@@ -62,20 +70,23 @@ Overrides = Annotated[
     Path | None,
     typer.Option(
         metavar="CSV",
-        help="Tissue options of single slides: the column slide, and one per option (min_stain, remove_pen ...).",
+        help="Tissue options per slide: a table with the column slide and one column per option (min_stain ...).",
         rich_help_panel="Tissue",
     ),
 ]
 MaxBlur = Annotated[
     float | None,
-    typer.Option(help="Leave out tiles of more blur, 0 to 1; 0.9 is a blur of 1.5 µm.", rich_help_panel="Quality"),
+    typer.Option(
+        help="Leave out tiles with more blur than this, 0 to 1; 0.9 is a blur of 1.5 µm.", rich_help_panel="Quality"
+    ),
 ]
 MaxPen = Annotated[
-    float | None, typer.Option(help="Leave out tiles with a larger share of ink.", rich_help_panel="Quality")
+    float | None,
+    typer.Option(help="Leave out tiles with a larger share of pen ink, 0 to 1.", rich_help_panel="Quality"),
 ]
 MaxFold = Annotated[
     float | None,
-    typer.Option(help="Leave out tiles with a larger share of folds and dark dirt.", rich_help_panel="Quality"),
+    typer.Option(help="Leave out tiles with a larger share of folds and dark dirt, 0 to 1.", rich_help_panel="Quality"),
 ]
 Icc = Annotated[
     bool,
@@ -83,52 +94,67 @@ Icc = Annotated[
 ]
 Preview = Annotated[
     bool,
-    typer.Option("--preview", help="Only draw tissue and tiles, to JOB/previews; no coordinates are written."),
+    typer.Option("--preview", help="Only draw tissue and tiles as pictures in JOB/previews; write no coordinates."),
 ]
 Timeout = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="Give a slide up after this time; needs --workers.")
+    float | None, typer.Option(metavar="SECONDS", help="Stop work on a slide after this time; needs --workers.")
 ]
-EncoderName = Annotated[str, typer.Option(help="Encoder by name; `eosin encoders` lists them.")]
-Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights, for work offline.")]
-BatchSize = Annotated[int, typer.Option(help="Tiles that are encoded at once.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
-Workers = Annotated[int, typer.Option(help="Child processes; a crash in one costs one slide. 0: none.")]
+EncoderName = Annotated[str, typer.Option(help="Tile encoder; `eosin encoders` lists the names.")]
+Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights; no download.")]
+BatchSize = Annotated[int, typer.Option(help="Number of tiles per batch.")]
+Precision = Annotated[str, typer.Option(help="Number format: fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses a GPU if there is one.")]
+Workers = Annotated[int, typer.Option(help="Number of child processes; a crash in one loses one slide. 0: none.")]
 Shard = Annotated[
-    str, typer.Option(metavar="I/N", help="Take every N-th slide, starting with number I (from 0): one job of many.")
+    str,
+    typer.Option(
+        metavar="I/N", help="Process part I (from 0) of N: slides I, I+N, I+2N ... Start one command per part."
+    ),
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option(help="Recipe by name (`eosin methods` lists them) or a YAML file.", show_default="abmil"),
+    typer.Option(help="Training recipe: a name from `eosin methods`, or a YAML file.", show_default="abmil"),
 ]
 TaskKind = Annotated[
     str | None,
-    typer.Option("--task", help="What the labels mean: classification, survival ...", show_default="classification"),
+    typer.Option(
+        "--task",
+        help="Kind of label: classification, survival, regression, ordinal, multilabel or multitask.",
+        show_default="classification",
+    ),
 ]
 Target = Annotated[
     str | None,
     typer.Option(
-        help="Column of the label, if not label; label=VALUE says which of two classes is the positive one; time,event "
-        "for survival; 'er; ordinal:grade' for multitask."
+        help="Label column, if it is not `label`. COLUMN=VALUE names the positive class; time,event is for survival; "
+        "'er; ordinal:grade' is for multitask."
     ),
 ]
-Group = Annotated[str, typer.Option(help="What is never split: patient, slide (each on its own) or site.")]
-Level = Annotated[str, typer.Option(help="What a bag is: a slide, or all slides of a patient.")]
+Group = Annotated[str, typer.Option(help="Unit that stays on one side of a split: patient, slide or site.")]
+Level = Annotated[
+    str, typer.Option(help="One bag per slide, or one per patient (all slides together): slide or patient.")
+]
 IdsPolicy = Annotated[
-    str, typer.Option(help="Ids that look alike, such as P01 and p01: ask (stop and list them), merge or exact.")
+    str, typer.Option(help="Ids that differ in spelling only (P01, p01): ask stops and lists them, merge, exact.")
 ]
 Missing = Annotated[
-    str, typer.Option(help="Labels of slides without features, and slides without a label: error or drop.")
+    str, typer.Option(help="Slides without features or without a label: error stops, drop leaves them out.")
 ]
 Splits = Annotated[
     Path | None,
-    typer.Option(help="Of `eosin split` or CLAM (folder or file), of STAMP (splits.json), or a table's column Split."),
+    typer.Option(
+        help="Splits from `eosin split`, CLAM (folder or file), STAMP (splits.json), or a table with a column Split."
+    ),
 ]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
-TrainPrecision = Annotated[str, typer.Option(help="auto (the faster here), fp32 or bf16.")]
-Features = Annotated[Path | None, typer.Option(help="Folder of feature files, or one file.")]
-Model = Annotated[Path, typer.Option(help="Model folder.")]
-SlidesIfAny = Annotated[list[Path] | None, typer.Option(help="Slide, or folder that is searched; repeatable.")]
+TrainPrecision = Annotated[
+    str, typer.Option(help="Number format: fp32, bf16, or auto (the faster of both on this machine).")
+]
+Features = Annotated[Path | None, typer.Option(help="Folder of feature files, or one feature file.")]
+Model = Annotated[Path, typer.Option(help="Model folder, from train, crossval or convert.")]
+SlidesIfAny = Annotated[
+    list[Path] | None, typer.Option(help="Slide file, or folder that is searched for slides; repeatable.")
+]
 
 MPP_AT_1X = 10.0
 
@@ -144,11 +170,11 @@ def tile_mpp(mpp: float | None, magnification: float | None) -> float | None:
     if magnification is None:
         return mpp
     if mpp is not None:
-        raise ConfigError(f"--mpp {mpp:g} and --magnification {magnification:g} were both given; give one")
+        raise ConfigError(f"--mpp {mpp:g} and --magnification {magnification:g} exclude each other; pass one of them")
     if magnification <= 0:
-        raise ConfigError(f"--magnification {magnification:g}: must be more than 0")
+        raise ConfigError(f"--magnification {magnification:g}: the value must be greater than 0")
     mpp = MPP_AT_1X / magnification
-    typer.echo(f"--magnification {magnification:g} is taken as {mpp:g} µm/px (10 / magnification)", err=True)
+    typer.echo(f"--magnification {magnification:g} means {mpp:g} µm/px (10 / magnification)", err=True)
     return mpp
 
 
@@ -163,7 +189,7 @@ def scene_number(scene: str | None) -> "int | Literal['all'] | None":
     if scene is None or scene == "all":
         return None if scene is None else "all"
     if not scene.isdigit() or int(scene) < 1:
-        raise ConfigError(f"--scene {scene}: give a number from 1, as eosin info lists them, or all")
+        raise ConfigError(f"--scene {scene}: expected all or a number from 1; `eosin info SLIDE` lists the scenes")
     return int(scene)
 
 
@@ -186,9 +212,9 @@ def slide_timeout(seconds: float | None, workers: int) -> float | None:
         If it is not positive, or there are no child processes that could be stopped.
     """
     if seconds is not None and seconds <= 0:
-        raise ConfigError(f"--timeout {seconds:g}: must be more than 0")
+        raise ConfigError(f"--timeout {seconds:g}: the value must be greater than 0")
     if seconds is not None and workers < 1:
-        raise ConfigError("--timeout works on child processes; add --workers 1 or more")
+        raise ConfigError("--timeout needs child processes; add --workers 1 or more")
     return seconds
 
 

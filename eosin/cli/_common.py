@@ -43,18 +43,23 @@ STUDY_SUFFIXES = (".yaml", ".yml")
 StudyFile = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[STUDY.yaml]", help="File of options and paths that all commands share.", show_default=False
+        metavar="[STUDY.yaml]",
+        help="YAML file with the paths and options of a study; every command reads its part.",
+        show_default=False,
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="The same as STUDY.yaml.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Study file; the same as the argument STUDY.yaml.")
+]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option (tiling.mpp=1.0); repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one option, for example tiling.mpp=1.0; repeatable."),
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", metavar="MODULE", help="Module or .py file with methods of your own; repeatable."),
+    typer.Option("--plugin", metavar="MODULE", help="Python module or .py file with your own methods; repeatable."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Log more, and show the traceback of an error.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print more log lines, and the traceback of an error.")]
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def _study_file(config: Path | None, study: Sequence[Path]) -> tuple[Path | None
     files = [path for path in study if path.suffix in STUDY_SUFFIXES]
     others = [path for path in study if path.suffix not in STUDY_SUFFIXES]
     if len(files) + (config is not None) > 1:
-        raise ConfigError(f"{', '.join(map(str, [*files, *([config] if config else [])]))}: one study file at a time")
+        raise ConfigError(f"{', '.join(map(str, [*files, *([config] if config else [])]))}: pass one study file only")
     return (files[0] if files else config), others
 
 
@@ -153,9 +158,9 @@ def _bare(name: str, paths: list[Path], options: Sequence[Option]) -> dict[str, 
     """Return the argument that takes the paths which stand without an option."""
     option = next((option for option in options if option.parameter == name), None)
     if option is None:
-        raise ConfigError(f"{paths[0]}: a study file ends with .yaml, and everything else needs the name of its option")
+        raise ConfigError(f"{paths[0]}: not a study file (.yaml); put the option's name before this path")
     if not option.is_list and len(paths) > 1:
-        raise ConfigError(f"{' '.join(map(str, paths))}: {option.flag} takes one path")
+        raise ConfigError(f"{' '.join(map(str, paths))}: {option.flag} takes one path, {len(paths)} were given")
     return {name: paths if option.is_list else paths[0]}
 
 
@@ -189,8 +194,12 @@ def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
 def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str]) -> str:
     """Return what the help says of options that it does not list one by one."""
     flags = [option.flag for option in options if option.parameter in rare]
-    lines = [f"Less often needed, as a flag or in the study file: {', '.join(flags)}."] if flags else []
-    lines += [f"Groups of options for --set and the study file: {', '.join(groups)}."] if groups else []
+    lines = (
+        [f"More options, not listed below: {', '.join(flags)}. Pass them as flags or in the study file."]
+        if flags
+        else []
+    )
+    lines += [f"Option groups for --set and the study file: {', '.join(groups)}."] if groups else []
     return "\n\n".join(lines)
 
 
@@ -245,10 +254,10 @@ def _ending(error: BaseException) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}", ENVIRONMENT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
-        return "out of memory; take a smaller batch, fewer workers or another device", ENVIRONMENT
+        return "out of memory; use a smaller --batch-size, fewer --workers or another --device", ENVIRONMENT
     if isinstance(error, KeyboardInterrupt | Stopped):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        return f"stopped by {number.name}; what was finished is kept", 128 + number
+        return f"stopped by {number.name}; finished results are kept", 128 + number
     return f"unexpected {type(error).__name__}: {error}; run with --verbose for the traceback", ENVIRONMENT
 
 

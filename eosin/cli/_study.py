@@ -20,19 +20,19 @@ LEVELS = ("slide", "patient")
 
 SlideTable = Annotated[
     Path | None,
-    typer.Option(help="Table of slides and their patients, when the labels are one row per patient (STAMP)."),
+    typer.Option(help="Table with the columns slide and patient, for labels with one row per patient (STAMP)."),
 ]
 MaxInstancesPerStep = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Tiles computed at once; a step of more is accumulated over several packs (recipe.training).",
+        help="Most tiles in memory at once; a larger step accumulates gradients over several packs.",
         show_default="no limit",
     ),
 ]
-CacheGb = Annotated[float, typer.Option(help="GB of features kept in memory; what is beyond is read at each pass.")]
+CacheGb = Annotated[float, typer.Option(help="GB of features kept in memory; the rest is read again in every epoch.")]
 DeviceCacheGb = Annotated[
-    float, typer.Option(help="GB of features kept on the device, so that a pass copies nothing to it.")
+    float, typer.Option(help="GB of features kept in GPU memory, to save copying them in every epoch.")
 ]
 BYTES_PER_GB = 2**30
 

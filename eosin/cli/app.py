@@ -60,7 +60,11 @@ def eosin(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Computational pathology from slide pixels to explained predictions."""
+    """Find tissue on slides, encode tiles, train slide-level models, predict, and draw heat maps.
+
+    `eosin COMMAND --help` explains one command. Exit codes: 0 all done, 1 some slides failed, 2 wrong usage or options,
+    3 a problem of the machine (disk, device, package), 128+n stopped by signal n.
+    """
 
 
 COMMANDS = {

@@ -11,19 +11,29 @@ from eosin.cli._common import Done, command
 
 @command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="State dictionary of CLAM, ACMIL, DSMIL, TransMIL, MIL-Lab ...")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint file with a state dict of CLAM, ACMIL, DSMIL, TransMIL, MIL-Lab ...")
+    ],
     *,
     out: Run,
-    encoder: Annotated[str, typer.Option(help="Encoder of the features that it was trained on.")],
-    mpp: Annotated[float, typer.Option(help="µm per pixel of their tiles.")],
-    patch_size: Annotated[int, typer.Option(help="Side of their tiles in pixels.")],
-    classes: Annotated[str, typer.Option(help="Names of the classes in the order of the outputs: normal,tumour.")],
-    dim: Annotated[int | None, typer.Option(help="Width of the features, for an encoder that eosin lacks.")] = None,
+    encoder: Annotated[str, typer.Option(help="Tile encoder of the features that the model was trained on.")],
+    mpp: Annotated[float, typer.Option(help="µm per pixel of the tiles it was trained on.")],
+    patch_size: Annotated[int, typer.Option(help="Side of those tiles in pixels.")],
+    classes: Annotated[
+        str, typer.Option(help="Class names in the order of the model's outputs, for example normal,tumour.")
+    ],
+    dim: Annotated[
+        int | None,
+        typer.Option(help="Number of features per tile, for an encoder that `eosin encoders` does not list."),
+    ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Fill layers that the file lacks with fresh, untrained ones.")
+        bool, typer.Option("--partial", help="Accept a file with missing layers; they get random, untrained weights.")
     ] = False,
 ) -> Done:
-    """Turn a checkpoint into a model that `eosin predict` and `eosin heatmap` take; pickled code never runs."""
+    """Convert another tool's checkpoint to a model folder for `eosin predict` and `eosin heatmap`.
+
+    Code inside the checkpoint is never executed.
+    """
     from eosin.features._bag import FeatureSpec
     from eosin.features._encoders import find_encoder
     from eosin.mil._convert import convert_checkpoint

@@ -27,38 +27,48 @@ if TYPE_CHECKING:
 def counterfactual(
     *,
     model: Model,
-    features: Annotated[Path, typer.Option(help="The slide's feature file; a folder asks a whole cohort.")],
+    features: Annotated[Path, typer.Option(help="Feature file of one slide, or a folder of them for a whole cohort.")],
     slides: Annotated[
-        list[Path] | None, typer.Option(help="The slides themselves, or their folder, for pictures; repeatable.")
+        list[Path] | None, typer.Option(help="Slide file or folder of slides, to draw the pictures; repeatable.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Of a cohort: table of slides, patients and labels, for sensitivity and tests.")
+        Path | None,
+        typer.Option(help="For a cohort: table of slides, patients and labels, to compute sensitivity and tests."),
     ] = None,
     out: Out,
     class_name: Annotated[
-        str | None, typer.Option("--class", help="Class to ask about; the predicted one unless given.")
+        str | None, typer.Option("--class", help="Class to examine.", show_default="the predicted class")
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="GeoJSON of QuPath: its areas are removed and kept alone. Of a cohort, a folder of them."),
+        typer.Option(help="GeoJSON with areas to remove, and to keep alone. For a cohort: folder of <slide>.geojson."),
     ] = None,
     region_class: Annotated[
-        list[str] | None, typer.Option(help="Ask about areas of this class alone; repeatable.")
+        list[str] | None, typer.Option(help="Use only areas of this QuPath class; repeatable.")
     ] = None,
     donor: Annotated[
-        list[Path] | None, typer.Option(help="Feature file of a slide whose most attended tiles are added; repeatable.")
+        list[Path] | None,
+        typer.Option(help="Feature file of another slide; its most attended tiles are added. Repeatable."),
     ] = None,
-    donor_slides: Annotated[list[Path] | None, typer.Option(help="The donors' slides, in their order.")] = None,
+    donor_slides: Annotated[
+        list[Path] | None, typer.Option(help="Slide files of the donors, in the same order.")
+    ] = None,
     donor_regions: Annotated[
-        list[Path] | None, typer.Option(help="GeoJSON of the donors, in their order: tiles in its areas are added.")
+        list[Path] | None,
+        typer.Option(help="GeoJSON per donor, in the same order; only tiles in these areas are added."),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="csv, parquet, geojson, png, figure.png, html.")
+        str,
+        typer.Option("--format", help="Output formats, comma-separated: csv, parquet, geojson, png, figure.png, html."),
     ] = "csv,geojson,html",
     slide_mpp: SlideMpp = None,
     settings: Settings,
 ) -> Done:
-    """Ask which tiles a prediction needs, which suffice, what each one adds, and what other slides' tiles would do."""
+    """Remove, keep or add tiles of a slide, and compute how the prediction changes.
+
+    The result names the tiles that the prediction needs, the tiles that suffice for it, the effect of every tile, and
+    the effect of tiles from other slides.
+    """
     from eosin.heatmaps._examination import Questions
 
     questions = settings.parse("questions", Questions)
@@ -69,7 +79,7 @@ def counterfactual(
         cohort = _cohort(features, labels, found or {}, regions)
         return _ask_cohort(model, cohort, out, class_name, classes, donors, questions, formats)
     if labels is not None:
-        raise ConfigError("--labels belongs to a cohort; pass the folder of feature files as --features")
+        raise ConfigError("--labels needs a cohort; pass a folder of feature files as --features, or remove --labels")
     return _ask_slide(model, features, out, found, class_name, regions, classes, donors, questions, formats)
 
 
@@ -86,7 +96,9 @@ def _donors(
 
     for name, given in (("--donor-slides", slides), ("--donor-regions", regions)):
         if given and len(given) != len(features):
-            raise ConfigError(f"{len(given)} {name} for {len(features)} --donor; give one for each, in their order")
+            raise ConfigError(
+                f"{len(given)} {name} for {len(features)} --donor; pass one for each donor, in the same order"
+            )
     opened = [next(iter(_slides([path], slide_mpp).values())) for path in slides]
     matched = itertools.zip_longest(features, opened, regions)
     return [DonorFile(path, slide, annotation) for path, slide, annotation in matched]
@@ -154,7 +166,7 @@ def _ask_cohort(
     from eosin.pipeline._cohort_questions import question_cohort
 
     if class_name is None:
-        raise ConfigError("a cohort is asked about one class; pass it as --class")
+        raise ConfigError("a cohort needs one class for all slides; pass --class")
     with progress("counterfactuals", len(cohort.features)) as advance:
         paths, report = question_cohort(
             model,

@@ -46,10 +46,10 @@ def crossval(
     slide_table: SlideTable = None,
     task: TaskKind = None,
     recipe: RecipeName = None,
-    out: Annotated[Path, typer.Option(help="Folder for models, predictions, metrics and the report.")],
+    out: Annotated[Path, typer.Option(help="Folder for the models, predictions, metrics and report.")],
     splits: Splits = None,
     folds: Annotated[
-        int | None, typer.Option(help="Number of folds when no splits are given.", show_default="5")
+        int | None, typer.Option(help="Number of folds, if there is no --splits.", show_default="5")
     ] = None,
     target: Target = None,
     group: Group = "patient",
@@ -57,10 +57,15 @@ def crossval(
     missing: Missing = "error",
     ids: IdsPolicy = "ask",
     sweep: Annotated[
-        Path | None, typer.Option(help="YAML file of recipes, a grid of options and seeds to choose from.")
+        Path | None,
+        typer.Option(help="YAML file with recipes, an option grid and seeds; the best is chosen on validation slides."),
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Another cross-validation of the same slides, to compare with.")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Folder of another `eosin crossval` on the same slides; its models are compared with these.",
+        ),
     ] = None,
     max_instances_per_step: MaxInstancesPerStep = None,
     cache_gb: CacheGb = 2.0,
@@ -68,7 +73,7 @@ def crossval(
     precision: TrainPrecision = "auto",
     settings: Settings,
 ) -> Done:
-    """Train and test every fold; selection happens on a validation part, never on the test part."""
+    """Train and test one model per fold, and write out-of-fold metrics. Test slides are never used to choose."""
     from eosin._devices import choose_device
     from eosin._files import file_fingerprint
     from eosin._tables import read_table

@@ -13,12 +13,12 @@ from eosin.cli._settings import Settings
 @command("cohort", "pipeline")
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for slides and results.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the slides and results.")] = Path("demo"),
     device: Device = "auto",
     workers: Workers = 0,
     settings: Settings,
 ) -> Done:
-    """Paint synthetic slides with tumour nests, then tile, encode, train, predict, explain; no download."""
+    """Paint synthetic slides with tumour nests, and run every step on them. Nothing is downloaded."""
     from eosin.options import merge
     from eosin.pipeline._demo import Demo, run_demo
     from eosin.pipeline._deploy import Machine

@@ -26,10 +26,13 @@ GOLDEN_MPP = 0.5
 @command()
 def doctor(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Folders that must be writable besides this one and the temporary one.")
+        list[Path] | None,
+        typer.Argument(
+            help="More folders to test for writing; the current and the temporary folder are always tested."
+        ),
     ] = None,
 ) -> Done:
-    """Check versions, devices, the slide reader and folders; exit code 3 when something is broken."""
+    """Check packages, devices, the slide reader and folders of this machine. Exit code 3: something is broken."""
     from rich.table import Table
 
     table = Table("check", "result", "detail")
@@ -42,7 +45,9 @@ def doctor(
             table.add_row(name, "[red]broken[/red]", f"{type(error).__name__}: {error}")
     console().print(table)
     if broken:
-        raise OutputError("this machine", f"not fit to run eosin: {', '.join(broken)}; the table says why")
+        raise OutputError(
+            "this machine", f"cannot run eosin: {', '.join(broken)} broken; the table above gives the cause"
+        )
     return Done()
 
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 @command()
 def encoders(
     name: Annotated[
-        str | None, typer.Argument(help="Show all that is known of this one, e.g. timm:resnet18, which has no row.")
+        str | None, typer.Argument(help="Show all facts of this encoder; also timm:MODEL, for example timm:resnet18.")
     ] = None,
 ) -> Done:
-    """List the encoders that `eosin extract --encoder` knows; any timm model is timm:NAME."""
+    """List the tile encoders for `eosin extract --encoder`. Every model of timm also works, as timm:NAME."""
     from eosin.features._encoders import ENCODERS, find_encoder
     from eosin.plugins import load_plugins
 

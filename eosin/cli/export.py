@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def export(
     *,
     features: FeaturesFolder,
-    to: Annotated[str, typer.Option(help="Whose layout: trident or clam.")],
+    to: Annotated[str, typer.Option(help="File layout of this tool: trident or clam.")],
     out: Out,
 ) -> Done:
-    """Write features so that the readers of TRIDENT or CLAM open them."""
+    """Write feature files in the layout that TRIDENT or CLAM reads."""
     from eosin.features._store import find_bags
 
     files = list(find_bags(features).values()) if features.is_dir() else [features]

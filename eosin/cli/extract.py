@@ -39,13 +39,19 @@ def extract(
     device: Device = "auto",
     devices: Annotated[
         str | None,
-        typer.Option(metavar="LIST|N|all", help="Several at once, a process each: cuda:0,cuda:1, or a number of GPUs."),
+        typer.Option(
+            metavar="LIST|N|all", help="Several devices, one process each: cuda:0,cuda:1, a number of GPUs, or all."
+        ),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Let torch.compile make the network faster; takes a minute at first.")
+        bool,
+        typer.Option(
+            "--compile", help="Speed up the network with torch.compile; the first batch takes about a minute."
+        ),
     ] = False,
     tiling: Annotated[
-        str | None, typer.Option(help="Which tiling, when the job has several: 0.5mpp_256px_0px_overlap.")
+        str | None,
+        typer.Option(help="Tiling folder to use, if the job has several, for example 0.5mpp_256px_0px_overlap."),
     ] = None,
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
@@ -53,7 +59,7 @@ def extract(
     workers: Workers = 1,
     shard: Shard = "0/1",
 ) -> Done:
-    """Encode the tiles of slides that `eosin tile` has cut."""
+    """Compute the features of the tiles that `eosin tile` has cut."""
     from eosin._devices import parse_devices
     from eosin.features._encoders import find_encoder, folder_name
     from eosin.features._extract import extract as extract_features

@@ -46,7 +46,9 @@ def heatmap(
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", help="png, geojson, tiff, scores.tiff, csv, parquet, html.", show_default="png,geojson"
+            "--format",
+            help="Output formats, comma-separated: png, geojson, tiff, scores.tiff, csv, parquet, html.",
+            show_default="png,geojson",
         ),
     ] = None,
     maps: Annotated[
@@ -56,7 +58,10 @@ def heatmap(
             show_default="all that the model can give",
         ),
     ] = None,
-    job: Annotated[Path | None, typer.Option(help="Job folder for features that are made now; OUT/job.")] = None,
+    job: Annotated[
+        Path | None,
+        typer.Option(help="Job folder for features, if they must be extracted first.", show_default="OUT/job"),
+    ] = None,
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
     plane: Plane = None,
@@ -65,7 +70,7 @@ def heatmap(
     device: Device = "auto",
     settings: Settings,
 ) -> Done:
-    """Draw which tiles a model weighed, for people and for QuPath."""
+    """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
     from eosin._batch import Report
     from eosin.heatmaps._subject import map_name
     from eosin.mil._checkpoint import load_model

@@ -16,17 +16,23 @@ if TYPE_CHECKING:
 
 @command()
 def import_(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Files, and folders that are searched.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", help="Files, or folders that are searched for files.")
+    ],
     *,
     out: Out,
-    encoder: Annotated[str | None, typer.Option(help="Encoder that made the features, if the file is silent.")] = None,
-    slides: Annotated[Path | None, typer.Option(help="The slide, or a folder of slides, for mpp and size.")] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="µm per level-0 pixel of the slides.")] = None,
-    coords: Annotated[Path | None, typer.Option(help="Coordinates of features without places; or a folder.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder of the features, if the file does not state it.")] = None,
+    slides: Annotated[
+        Path | None, typer.Option(help="Slide file, or folder of slides, to read mpp and size from.")
+    ] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="True µm/px of the slides at level 0.")] = None,
+    coords: Annotated[
+        Path | None, typer.Option(help="File or folder with tile coordinates, for features without them.")
+    ] = None,
 ) -> Done:
-    """Turn files of CLAM, TRIDENT, STAMP and others into features, coordinates, labels and splits of ours.
+    """Convert features, coordinates, labels and splits of CLAM, TRIDENT, STAMP and other tools to eosin's files.
 
-    What each file is follows from its content.
+    The kind of each file is recognised from its content.
     """
     from eosin.features.interop import ImportOptions, find_files
 

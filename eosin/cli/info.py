@@ -15,14 +15,17 @@ from eosin.errors import ConfigError, EosinError, SlideError
 def info(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Slides, folders of slides, .h5 files and model folders."),
+        typer.Argument(metavar="FILE...", help="Slides, folders of slides, .h5 files or model folders."),
     ],
     *,
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
     plane: Plane = None,
 ) -> Done:
-    """Print what files hold; of slides every picture in them, and only what identifies nobody."""
+    """Print the contents of slides, feature files, coordinates files and model folders.
+
+    Of a slide, every image in the file is listed; names, dates and label images are never shown.
+    """
     if len(paths) == 1 and not _is_slide_folder(paths[0]):
         _show(_facts(paths[0], slide_mpp, scene, plane))
         return Done()
@@ -64,7 +67,7 @@ def _each(paths: Sequence[Path]) -> Iterator[Path]:
 
     for path in paths:
         if not path.exists():
-            raise ConfigError(f"{path}: there is no such file or folder")
+            raise ConfigError(f"{path}: no such file or folder; check the path")
         if _is_slide_folder(path):
             yield from (slide.path for slide in find_slides([path]))
         else:
@@ -86,7 +89,7 @@ def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: in
     from eosin.wsi.inventory import listed
 
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such file or folder")
+        raise ConfigError(f"{path}: no such file or folder; check the path")
     with open_file(path) as reader:
         pictures = listed(reader.pictures)
     (file, *_) = find_slides([path], slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)

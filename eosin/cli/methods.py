@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Explain this one: what it computes, its source, options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Method to explain: equations, source and options.")] = None,
 ) -> Done:
-    """List the methods that can be trained, or explain one."""
+    """List recipes, aggregators, loss terms and strategies for training, or explain one of them."""
     if name is None:
         _list()
     else:

@@ -12,25 +12,28 @@ from eosin.cli._common import Done, command, progress
 @command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"})
 def predict(
     *,
-    model: Annotated[list[Path], typer.Option(help="Model folder; several are averaged. Repeatable.")],
+    model: Annotated[list[Path], typer.Option(help="Model folder; repeatable, several models are averaged.")],
     features: Features = None,
     slides: SlidesIfAny = None,
-    out: Annotated[Path, typer.Option(help="Table of predictions (.csv or .parquet); a killed run continues.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet.")],
     patients: Annotated[
         Path | None,
         typer.Option(
             metavar="TABLE",
-            help="Any table with slides and their patients; writes OUT_patients, too, with one row per patient.",
+            help="Table with the columns slide and patient; adds the output OUT_patients with one row per patient.",
         ),
     ] = None,
-    job: Annotated[Path | None, typer.Option(help="Job folder for what is made from --slides.")] = None,
+    job: Annotated[Path | None, typer.Option(help="Job folder for tiles and features made from --slides.")] = None,
     ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> Done:
-    """Predict slides, and patients, with a trained model or an ensemble; a bad slide is a row with its reason."""
+    """Predict slides, and patients, with one trained model or the mean of several.
+
+    A slide that fails is a row of the table with its reason. Start a killed run again: it continues.
+    """
     from eosin.cli._study import ids_policy
     from eosin.errors import ConfigError
     from eosin.features._store import find_bags

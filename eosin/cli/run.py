@@ -42,13 +42,17 @@ def run(
     *,
     slides: Slides,
     labels: Labels,
-    encoder: Annotated[str | None, typer.Option(help="Encoder by name.", show_default="he_texture")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Tile encoder; `eosin encoders` lists the names.", show_default="he_texture")
+    ] = None,
     recipe: RecipeName = None,
     job: Job,
     task: TaskKind = None,
     target: Target = None,
     splits: Splits = None,
-    folds: Annotated[int | None, typer.Option(help="Folds when no splits are given.", show_default="5")] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Number of folds, if there is no --splits.", show_default="5")
+    ] = None,
     missing: Missing = "error",
     ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
@@ -62,10 +66,11 @@ def run(
     workers: Workers = 0,
     settings: Settings,
 ) -> Done:
-    """Go the whole way: tiles, features, splits, cross-validation, model, heat maps, report; or `eosin run STUDY.yaml`.
+    """Run every step from slides to report: tiles, features, splits, cross-validation, final model, heat maps.
 
-    The recipe two_stage, or options of the group second, go it twice: the attention of a first stage at 2 µm/px
-    (tiling.mpp) chooses the tiles of a second at 1 µm/px (second.tiling.mpp, second.selection.budget).
+    With the recipe two_stage, or options of the group `second`, the steps run at two resolutions: the attention of a
+    first model at 2 µm/px (tiling.mpp) chooses the tiles of a second model at 1 µm/px (second.tiling.mpp,
+    second.selection.budget).
     """
     from eosin.cli._study import ids_policy, missing_policy, recipe_of, require_one_source
     from eosin.pipeline._deploy import Machine

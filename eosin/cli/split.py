@@ -12,8 +12,8 @@ from eosin.cli._study import SlideTable, ids_policy
 NESTED = "nested"
 KINDS = ("kfold", "monte-carlo", "holdout", NESTED)
 KIND_HELP = (
-    "kfold tests every slide once; monte-carlo draws independently; holdout has one test part and rotates validation; "
-    "nested rotates validation within each of the folds."
+    "kfold: every slide is tested once. monte-carlo: independent random draws. holdout: one test part, rotating "
+    "validation parts. nested: rotating validation parts inside each fold."
 )
 
 
@@ -33,13 +33,18 @@ def split(
     task: TaskKind = None,
     target: Target = None,
     kind: Annotated[str, typer.Option(help=KIND_HELP)] = "kfold",
-    inner_folds: Annotated[int, typer.Option(help="Folds within each fold of nested splits.")] = 5,
-    val_fraction: Annotated[float, typer.Option(help="Share of the patients that selects the model.")] = 0.15,
-    test_fraction: Annotated[float, typer.Option(help="Share that tests in monte-carlo and holdout.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    inner_folds: Annotated[int, typer.Option(help="Number of inner folds, for nested.")] = 5,
+    val_fraction: Annotated[float, typer.Option(help="Share of patients for validation, 0 to 1.")] = 0.15,
+    test_fraction: Annotated[
+        float, typer.Option(help="Share of patients for testing, 0 to 1; for monte-carlo and holdout.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     settings: Settings,
 ) -> Done:
-    """Deal slides out to training, validation and test, stratified by label; a patient is never on two sides."""
+    """Split slides into training, validation and test parts, stratified by label.
+
+    All slides of a patient are in the same part.
+    """
     from eosin.errors import UnknownNameError
     from eosin.mil._splits import SplitKind, make_nested_splits, make_splits
     from eosin.mil._study import SITE, label_cohort, note_on_sites, open_labels, owner, pose_task, write_all_splits

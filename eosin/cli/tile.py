@@ -75,24 +75,29 @@ def tile(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="Choose tiles by the attention of this run's models (eosin crossval), made at a coarser mpp.",
+            help="Choose tiles by the attention of models trained at a coarser mpp: folder of `eosin crossval`.",
             rich_help_panel=STAGES,
         ),
     ] = None,
     budget: Annotated[
         int | None,
         typer.Option(
-            help="With --from: most tiles per slide that RUN chooses.", show_default="64", rich_help_panel=STAGES
+            help="With --from: largest number of tiles per slide that the models choose.",
+            show_default="64",
+            rich_help_panel=STAGES,
         ),
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="With --from: RUN's features of these slides, if not in the job.", rich_help_panel=STAGES),
+        typer.Option(
+            help="With --from: features of these slides for the models, if they are not in the job.",
+            rich_help_panel=STAGES,
+        ),
     ] = None,
     allow_seen: Annotated[
         bool,
         typer.Option(
-            "--allow-seen", help="With --from: also choose by models that saw the slide.", rich_help_panel=STAGES
+            "--allow-seen", help="With --from: allow models that were trained on the slide.", rich_help_panel=STAGES
         ),
     ] = False,
     workers: Workers = 0,
@@ -100,7 +105,7 @@ def tile(
     shard: Shard = "0/1",
     settings: Settings,
 ) -> Done:
-    """Find the tissue of slides and lay the grid of tiles over it, or over what a first model attends to."""
+    """Find the tissue on slides and cut it into tiles. With --from, keep the tiles that a first model attends to."""
     from eosin.wsi._grid import Tiling
     from eosin.wsi._job import JobFolder, read_overrides, tile_slides
     from eosin.wsi._preview import preview_slides
@@ -145,7 +150,9 @@ def tile(
             timeout_s=slide_timeout(timeout, workers),
         )
     if budget is not None or features is not None or allow_seen or settings.group("selection"):
-        raise ConfigError("--budget, --features, --allow-seen and selection belong to --from RUN; add it")
+        raise ConfigError(
+            "--budget, --features, --allow-seen and selection need --from RUN; add --from RUN or remove them"
+        )
     treat = preview_slides if preview else tile_slides
     with progress("tile", len(files[index::count])) as advance:
         report = treat(
@@ -168,7 +175,9 @@ def _refuse_together(**given: object) -> None:
     """Refuse options that say where tissue is: a second stage takes the outlines of the first."""
     wrong = [f"--{name}" for name, value in given.items() if value]
     if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: with --from RUN the tissue is that of the first stage; leave it out")
+        raise ConfigError(
+            f"{', '.join(wrong)}: not possible with --from RUN, which reuses the first stage's tissue; remove it"
+        )
 
 
 def _tile_selected(

@@ -50,7 +50,9 @@ def train(
     recipe: RecipeName = None,
     out: Run,
     splits: Splits = None,
-    fold: Annotated[int | None, typer.Option(help="Which of the splits; without --splits all slides train.")] = None,
+    fold: Annotated[
+        int | None, typer.Option(help="Number of the split to use (from 0). Without --splits, all slides train.")
+    ] = None,
     target: Target = None,
     group: Group = "patient",
     level: Level = "slide",
@@ -58,7 +60,9 @@ def train(
     ids: IdsPolicy = "ask",
     continue_from: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Learn these classes after those of this model; reports what is forgotten."),
+        typer.Option(
+            metavar="RUN", help="Continue this model with the new classes of --labels, and report how much it forgets."
+        ),
     ] = None,
     max_instances_per_step: MaxInstancesPerStep = None,
     cache_gb: CacheGb = 2.0,
@@ -67,7 +71,7 @@ def train(
     precision: TrainPrecision = "auto",
     settings: Settings,
 ) -> Done:
-    """Train one model and test it on the fold's test part; a run that was killed continues where it was."""
+    """Train one model, and test it on the test slides of the fold. Start a killed run again: it continues."""
     from eosin.cli._study import begin, cache_bytes, read_study, settle
     from eosin.mil._study import fit_study, owner
     from eosin.mil.continual import Source, continued

@@ -10,7 +10,7 @@ from eosin.cli._common import Done, command, progress
 
 @command()
 def verify(job: Annotated[Path, typer.Argument(help="Job folder.")]) -> Done:
-    """Read every file of a job and compare it with its checksums; damaged files are named."""
+    """Read every file of a job and compare it with its checksum. Damaged files are listed."""
     from eosin.features._verify import verify_job
     from eosin.wsi._job import JobFolder
 

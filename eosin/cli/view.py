@@ -28,22 +28,24 @@ if TYPE_CHECKING:
 def view(
     *,
     model: Model,
-    features: Annotated[list[Path], typer.Option(help="Feature file, or folder of them; repeatable.")],
+    features: Annotated[list[Path], typer.Option(help="Feature file, or folder of feature files; repeatable.")],
     slides: Slides,
-    out: Annotated[Path | None, typer.Option(help="Folder for saved sessions; nothing is saved without it.")] = None,
-    port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 0,
-    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for saved sessions. Without --out, sessions cannot be saved.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0: any free port.", min=0, max=65535)] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     html: Annotated[
-        Path | None, typer.Option(help="Write one offline page, without edits, instead of showing it live.")
+        Path | None, typer.Option(help="Write one offline page, without edits, instead of starting the viewer.")
     ] = None,
     replay: Annotated[
-        list[Path] | None, typer.Option(help="Do a saved session (.json) again and print its numbers; repeatable.")
+        list[Path] | None, typer.Option(help="Repeat a saved session (.json) and print its numbers; repeatable.")
     ] = None,
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
     plane: Plane = None,
 ) -> Done:
-    """Look at slides with a model's maps, take tiles away and see at once what the model says then."""
+    """Show slides with heat maps in the browser; remove or add tiles and see the new prediction at once."""
     from eosin.viewer._catalogue import open_catalogue
     from eosin.viewer._replay import replay_sessions
     from eosin.viewer._show import show_slides

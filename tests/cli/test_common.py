@@ -49,9 +49,9 @@ def raising(error: BaseException) -> Callable[[], Done]:
         (OutputError("out", "disk full"), 3, "error: out: disk full"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a.h5"), 3, "error: out/a.h5: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied"), 3, "error: Permission denied"),
-        (MemoryError(), 3, "error: out of memory; take a smaller batch, fewer workers or another device"),
-        (OutOfMemoryError(), 3, "error: out of memory; take a smaller batch, fewer workers or another device"),
-        (KeyboardInterrupt(), 130, "error: stopped by SIGINT; what was finished is kept"),
+        (MemoryError(), 3, "error: out of memory; use a smaller --batch-size, fewer --workers or another --device"),
+        (OutOfMemoryError(), 3, "error: out of memory; use a smaller --batch-size, fewer --workers or another --device"),
+        (KeyboardInterrupt(), 130, "error: stopped by SIGINT; finished results are kept"),
         (
             ZeroDivisionError("division by zero"),
             3,
@@ -258,7 +258,7 @@ def test_a_signal_cleans_up_and_ends_with_128_plus_n(number: signal.Signals) -> 
         out, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert out == "cleaned up\n"
-    assert err == f"error: stopped by {number.name}; what was finished is kept\n"
+    assert err == f"error: stopped by {number.name}; finished results are kept\n"
 
 
 def test_a_closed_pipe_ends_silently() -> None:

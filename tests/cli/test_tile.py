@@ -108,7 +108,7 @@ def test_contours_of_a_real_slide_are_written_edited_and_read_back(run: Run, sha
 
 def test_a_magnification_says_what_it_is_taken_for(run: Run, slide: Path, tmp_path: Path) -> None:
     done = run("tile", slide, "--job", tmp_path / "job", "--magnification", 10, "--patch-size", 64)
-    assert done.stderr.splitlines()[0] == "--magnification 10 is taken as 1 µm/px (10 / magnification)"
+    assert done.stderr.splitlines()[0] == "--magnification 10 means 1 µm/px (10 / magnification)"
     assert (tmp_path / "job/1mpp_64px_0px_overlap").is_dir()
 
 
