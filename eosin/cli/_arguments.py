@@ -119,7 +119,7 @@ TaskKind = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="Kind of label: classification, survival, regression, ordinal, multilabel or multitask.",
+        help="Kind of label: classification, binary, ordinal, multilabel, regression, survival, cox, multitask.",
         show_default="classification",
     ),
 ]

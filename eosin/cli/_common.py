@@ -126,7 +126,7 @@ def command(
                 _finish(function(**arguments))
 
         run.__signature__ = _with_shared_options(signature, options, rare)  # type: ignore[attr-defined]
-        run.__doc__ = f"{inspect.getdoc(function)}\n\n{_more(options, groups, rare)}"
+        run.__doc__ = f"{_unwrapped(inspect.getdoc(function) or '')}\n\n{_more(options, groups, rare)}"
         return run
 
     return decorate
@@ -189,6 +189,11 @@ def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
     declared = copy.copy(declaration(parameter))
     declared.hidden = True
     return parameter.replace(annotation=Annotated[get_args(parameter.annotation)[0], declared])
+
+
+def _unwrapped(text: str) -> str:
+    """Join the lines of each paragraph; typer wraps them to the terminal and would keep the source's line breaks."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str]) -> str:

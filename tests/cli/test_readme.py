@@ -19,8 +19,8 @@ SHOWN = [
 ]
 
 
-def test_the_readme_shows_six_commands_in_a_row() -> None:
-    assert [line[1] for line in SHOWN] == ["tile", "extract", "split", "train", "predict", "heatmap"]
+def test_the_readme_shows_one_command_for_all_and_one_per_step() -> None:
+    assert [line[1] for line in SHOWN] == ["run", "tile", "extract", "split", "train", "predict", "heatmap"]
 
 
 @pytest.mark.parametrize("line", SHOWN, ids=lambda line: line[1])

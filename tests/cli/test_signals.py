@@ -92,7 +92,7 @@ def strike_often(name: str, rounds: int, run: Run, arguments: Callable[[Path], l
         assert seconds < MOST_S
         if result.exit_code:
             stopped += 1
-            assert result.stderr.splitlines()[-1] == f"error: stopped by {number.name}; what was finished is kept"
+            assert result.stderr.splitlines()[-1] == f"error: stopped by {number.name}; finished results are kept"
     assert run(*arguments(folder / "again")).exit_code == 0
     assert stopped or rounds < MANY
 

@@ -146,7 +146,7 @@ def test_a_preview_writes_pictures_and_no_coordinates(run: Run, slide: Path, tmp
         (["--contours", "none"], "no such folder of contours"),
         (["--overrides", "none.csv"], "cannot be read as a table"),
         (["--timeout", 10], "add --workers"),
-        (["--timeout", 0, "--workers", 1], "must be more than 0"),
+        (["--timeout", 0, "--workers", 1], "must be greater than 0"),
     ],
 )
 def test_options_that_cannot_be_followed(
