@@ -40,6 +40,9 @@ def raising(error: BaseException) -> Callable[[], Done]:
     return fail
 
 
+NO_MEMORY = "error: out of memory; use a smaller --batch-size, fewer --workers or another --device"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -49,8 +52,8 @@ def raising(error: BaseException) -> Callable[[], Done]:
         (OutputError("out", "disk full"), 3, "error: out: disk full"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a.h5"), 3, "error: out/a.h5: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied"), 3, "error: Permission denied"),
-        (MemoryError(), 3, "error: out of memory; use a smaller --batch-size, fewer --workers or another --device"),
-        (OutOfMemoryError(), 3, "error: out of memory; use a smaller --batch-size, fewer --workers or another --device"),
+        (MemoryError(), 3, NO_MEMORY),
+        (OutOfMemoryError(), 3, NO_MEMORY),
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT; finished results are kept"),
         (
             ZeroDivisionError("division by zero"),

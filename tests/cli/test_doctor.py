@@ -29,7 +29,8 @@ def test_wrong_pixels_are_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     result = run("doctor")
     assert result.exit_code == 3
     assert "wrong pixels" in result.stdout
-    assert result.stderr.strip() == "error: this machine: cannot run eosin: slide reader broken; the table above gives the cause"
+    said = "error: this machine: cannot run eosin: slide reader broken; the table above gives the cause"
+    assert result.stderr.strip() == said
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(run: Run, tmp_path: Path) -> None:
