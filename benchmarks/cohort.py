@@ -24,7 +24,6 @@ from tables import Row, read_table, write_table
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._maps import attention_map
-from eosin.heatmaps._subject import require_grid
 from eosin.mil._checkpoint import load_model
 from eosin.mil._crossval import crossval
 from eosin.mil._metrics import roc_auc
@@ -32,12 +31,11 @@ from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._splits import Split, read_splits
 from eosin.mil._study import Study, open_study
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
-from eosin.pipeline._demo import TUMOUR_TILE
+from eosin.pipeline._demo import tumour_tiles
 from eosin.pipeline._run import Pipeline, run_pipeline
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._synthetic import Cohort, make_cohort, read_truth
-from eosin.wsi._tissue import TissueMask
+from eosin.wsi._synthetic import Cohort, make_cohort
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +55,7 @@ def encoded(folder: Path, arguments: argparse.Namespace) -> Encoded:
         size_um=(900.0, 1100.0),
         min_tumour=arguments.least_tumour,
         max_tumour=arguments.most_tumour,
+        striking=arguments.striking,
         seed=1,
     )
     make_cohort(folder / "cohort", options)
@@ -71,15 +70,6 @@ def encoded(folder: Path, arguments: argparse.Namespace) -> Encoded:
         if is_tumour.any() and not is_tumour.all():
             tumours[slide_id] = bag, is_tumour
     return Encoded(open_study(result.features, labels), read_splits(result.splits), tumours)
-
-
-def tumour_tiles(bag: FeatureBag, truth: Path) -> NDArray[np.bool_]:
-    """Return which tiles of a slide are tumour, (n,), from its painted mask."""
-    grid = require_grid(bag)
-    mask, mpp = read_truth(truth)
-    side_px0 = mpp / grid.slide_mpp
-    known = TissueMask(mask, (side_px0, side_px0), grid.slide_size_px0, grid.slide_mpp)
-    return known.fraction(grid.boxes_px0()) >= TUMOUR_TILE
 
 
 def judged(name: str, seed: int, data: Encoded, out: Path, arguments: argparse.Namespace) -> Row:
@@ -136,6 +126,7 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=40)
     parser.add_argument("--least-tumour", type=float, default=0.03, help="share of the tissue of a tumour slide")
     parser.add_argument("--most-tumour", type=float, default=0.15)
+    parser.add_argument("--striking", action="store_true", help="paint blood, necrosis and harmless sheets, too")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -92,7 +92,7 @@ STAGES: Mapping[str, Stage] = {
         },
     ),
     "map": Stage(
-        2,
+        3,
         {
             "model": "hash of weights and card",
             "features": "size, first and last MiB of the feature file: all its checksums",

@@ -237,14 +237,15 @@ class Map:
         for name, data in (("s.h5", self.features), ("s.tiff", self.slide)):
             (folder / name).write_bytes(data)
         slide = SlideFile(folder / "s.tiff", "s", self.slide_mpp)
-        item = _Drawing(slide, folder / "s.h5", folder / "model", folder / "s_attention", self.formats)
+        item = _Drawing(slide, folder / "s.h5", folder / "model", folder, self.formats)
         if self.cut:
-            (folder / "s_attention.png").write_bytes(b"half")
+            (folder / "s_alone.png").write_bytes(b"half")
         if _is_drawn(item):
             return False
-        for name in self.formats:
-            (folder / f"s_attention.{name}").write_bytes(b"picture")
-        write_json(item.note, item.origin())
+        files = [folder / f"s_alone.{name}" for name in self.formats]
+        for path in files:
+            path.write_bytes(b"picture")
+        write_json(item.note, item.origin(files))
         self.cut = False
         return True
 

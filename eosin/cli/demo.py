@@ -28,6 +28,10 @@ def demo(
     summary = run_demo(out, options, machine=Machine(workers=workers, device=device), progress=progress)
     typer.echo(f"slides: {summary.n_slides}")
     typer.echo(f"slide AUC: {summary.slide_auc:.3f}")
-    typer.echo(f"localisation AUC: {summary.localisation_auc:.3f}")
+    random = summary.random_localisation
+    typer.echo(
+        f"localisation AUC: {summary.localisation_auc:.3f} (shuffled weights: {random.mean:.3f} on average, "
+        f"{random.highest:.3f} at most)"
+    )
     typer.echo(f"seconds: {summary.seconds:.0f}")
     return Done([out / "summary.json", out / "report.html"], summary.report)

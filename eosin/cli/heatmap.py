@@ -54,8 +54,9 @@ def heatmap(
     maps: Annotated[
         str | None,
         typer.Option(
-            help="attention, instance_logit, effect, log_weight_gradient, gradient, rollout; pictures show the first.",
-            show_default="all that the model can give",
+            help="alone, attention, instance_logit, effect, log_weight_gradient, gradient, rollout; pictures show the "
+            "first.",
+            show_default="all that the model can give, what it says of each tile alone first",
         ),
     ] = None,
     job: Annotated[
@@ -72,7 +73,6 @@ def heatmap(
 ) -> Done:
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
     from eosin._batch import Report
-    from eosin.heatmaps._subject import map_name
     from eosin.mil._checkpoint import load_model
     from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
     from eosin.wsi._job import JobFolder
@@ -80,7 +80,6 @@ def heatmap(
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
     loaded = load_model(model)
-    stem = map_name(loaded[0])
     found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
     if features is None:
@@ -94,17 +93,10 @@ def heatmap(
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in found}
     broken = {record.slide_id for record in before.failed}
     usable = [file for file in found if file.slide_id not in broken]
-    work = partial(_explain, loaded, files, out, formats, _chosen(maps))
+    written: dict[str, list[Path]] = {}
+    work = partial(_explain, loaded, files, out, formats, _chosen(maps), written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
-    return Done(
-        [
-            out / f"{record.slide_id}_{stem}.{name}"
-            for record in drawn.records
-            if record.status == "ok"
-            for name in formats
-        ],
-        before.then(drawn),
-    )
+    return Done([path for paths in written.values() for path in paths], before.then(drawn))
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -130,6 +122,7 @@ def _explain(
     out: Path,
     formats: Sequence[str],
     maps: Sequence[str] | None,
+    written: dict[str, list[Path]],
     slide: "SlideFile",
 ) -> "Outcome":
     from eosin._batch import Outcome
@@ -137,7 +130,8 @@ def _explain(
     from eosin.pipeline._explain import explain_slide
 
     try:
-        explain_slide(loaded, slide, read_bag(features[slide.slide_id]), out, formats=formats, maps=maps)
+        bag = read_bag(features[slide.slide_id])
+        written[slide.slide_id] = explain_slide(loaded, slide, bag, out, formats=formats, maps=maps)
     except SlideError as error:
         if error.code == "empty":
             return Outcome("empty", error.detail)

@@ -1,7 +1,8 @@
 """The colour scale that every export shares.
 
 Weights and percentiles use viridis: equal steps in the value look equal, light means much, and readers with any
-colour vision see the same order. Signed effects use a purple-white-orange scale whose middle is zero.
+colour vision see the same order. Signed numbers use a purple-white-orange scale whose middle is zero. Laid over a
+slide, they show more of it the nearer they are to zero: white would hide the tissue that the model is neutral about.
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from eosin.heatmaps._heatmap import Heatmap
 
 SEQUENTIAL = "viridis"
 DIVERGING = "PuOr_r"
+PART_SHOWN = {SEQUENTIAL: (0.0, 1.0), DIVERGING: (0.12, 0.88)}  # the dark ends of purple and orange look like nuclei
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class ColourScale:
 
     def rgb(self, values: NDArray[np.floating]) -> NDArray[np.uint8]:
         """Return colours of the same shape plus a last axis of 3; NaN becomes white."""
-        table = (np.asarray(colormaps[self.colormap](np.linspace(0, 1, 256)))[:, :3] * 255 + 0.5).astype(np.uint8)
+        part = np.linspace(*PART_SHOWN.get(self.colormap, (0.0, 1.0)), 256)
+        table = (np.asarray(colormaps[self.colormap](part))[:, :3] * 255 + 0.5).astype(np.uint8)
         table = np.vstack([table, np.full((1, 3), 255, dtype=np.uint8)])
         return np.asarray(table[self._index(values)])
 
@@ -51,9 +56,18 @@ class ColourScale:
         blank = np.isnan(position)
         return np.where(blank, 256, np.minimum(np.where(blank, 0, position) * 256, 255)).astype(np.intp)
 
+    def over(self, ground: Floats, values: NDArray[np.floating], *, opacity: float) -> Floats:
+        """Return the colours as they look over a grey ground, 0 to 255, of the shape of `values` and an axis of 3."""
+        strength = np.full(np.shape(values), opacity)
+        if self.colormap == DIVERGING:
+            middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2 or 1.0
+            strength = opacity * np.clip(np.abs(np.asarray(values) - middle) / half, 0, 1) ** 0.5
+        colours: Floats = self.rgb(values).astype(np.float64)
+        return (1 - strength)[..., None] * ground + strength[..., None] * colours
+
     def stops(self, n: int = 9, *, opacity: float = 1.0, ground: float = 0.85) -> list[str]:
         """Return `n` colours from low to high as ``#rrggbb``, as they look at `opacity` over a grey of `ground`."""
-        colours = opacity * self.rgb(np.linspace(self.low, self.high, n)) + (1 - opacity) * ground * 255
+        colours = self.over(np.full(1, ground * 255), np.linspace(self.low, self.high, n), opacity=opacity)
         return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours.round().astype(int).tolist()]
 
 
@@ -67,6 +81,10 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
         is_mean = heatmap.shows == "attention" and not heatmap.of
         low, high = ("least attended", "most attended") if is_mean else ("lowest", "highest")
         return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.caption)
+    if heatmap.reach is not None:
+        reach = heatmap.reach
+        words = f"against it ({expit(-reach):.0%})", f"for it ({expit(reach):.0%})"
+        return ColourScale(-reach, reach, DIVERGING, *words, heatmap.caption)
     if heatmap.signed:
         reach = float(np.quantile(np.abs(heatmap.values), 0.99)) if heatmap.values.size else 0.0
         # most effects may be exactly 0, as those of a maximum are

@@ -37,6 +37,8 @@ CURVE_DRAWS = 10
 FEWEST_CONTROLS = 9
 ATTENTION_STRATA = 5
 POSITION_STRATA = 4
+TISSUE_STRATA = (0.5, 0.75, 0.9, 0.999)  # shares of a tile that is tissue, between which tiles count as alike
+SHUFFLES = 19  # the fewest whose rank can be 1 in 20
 
 
 class Questions(Options):
@@ -57,11 +59,12 @@ class Questions(Options):
         least.
     on : {"log_odds", "probability"}
         What the search looks at. Probabilities saturate at 1, where all effects look like none.
-    matched : {"number", "attention", "position"}
+    matched : {"number", "attention", "position", "tissue"}
         What the random sets share with the set beside its number of tiles: how many are in each fifth of the tiles by
-        attention, or in each of 16 parts of the slide.
-    shuffles : int
+        attention, in each of 16 parts of the slide, or of each share of tissue (which needs the slide).
+    shuffles : int, optional
         For a cohort: models with shuffled weights that are asked the same, for p values of sets that the model chose.
+        19 unless given, none where the model must be run again.
     budget : int
         For models without a closed form: tiles that the model may be run on for the search, and again for the sets
         with their controls. Larger slides get fewer controls and larger steps.
@@ -73,8 +76,8 @@ class Questions(Options):
     seed: int = 0
     direction: Direction = "min"
     on: Literal["log_odds", "probability"] = "log_odds"
-    matched: Literal["number", "attention", "position"] = "number"
-    shuffles: Annotated[int, Field(ge=0)] = 0
+    matched: Literal["number", "attention", "position", "tissue"] = "number"
+    shuffles: Annotated[int, Field(ge=0)] | None = None
     budget: Annotated[int, Field(ge=1)] = BUDGET
 
 
@@ -111,6 +114,7 @@ def examine(
     regions: Mapping[str, Indices] | None = None,
     donors: Sequence[Donor] = (),
     questions: Questions = Questions(),  # noqa: B008 - frozen
+    tissue: Floats | None = None,
 ) -> Counterfactuals:
     """Ask everything about one slide.
 
@@ -127,11 +131,14 @@ def examine(
     donors : sequence of Donor
         Slides whose tiles are added to this one.
     questions : Questions
+    tissue : (n,) float64, optional
+        Share of each tile that is tissue, for random sets that are matched by it.
 
     Raises
     ------
     ConfigError
-        If the task has no classes, the class is unknown or the bag has fewer than two tiles.
+        If the task has no classes, the class is unknown, the bag has fewer than two tiles, or what random sets are to
+        be matched by is not known.
     """
     classes = class_choices(card)
     if not classes:
@@ -143,13 +150,13 @@ def examine(
     chosen = classes[int(np.argmax(seen.subsets.logits()))] if class_name is None else class_name
     if chosen not in classes:
         raise UnknownNameError("class of the model", chosen, classes)
-    strata = _strata(bag, seen, questions.matched)
+    strata = _strata(bag, seen, questions.matched, tissue)
     exam = _Exam(seen, Target(classes.index(chosen)), _affordable(seen.subsets, questions), strata)
     added = [effect for donor in donors for effect in exam.transplants(see_donor(model, card, donor))]
     return exam.ask(bag.slide_id, chosen, regions or {}, added)
 
 
-def _strata(bag: FeatureBag, seen: Look, matched: str) -> Indices | None:
+def _strata(bag: FeatureBag, seen: Look, matched: str, tissue: Floats | None) -> Indices | None:
     """Return the stratum of each tile in which random sets take its place; None when the number alone is matched."""
     if matched == "attention":
         if seen.attention is None:
@@ -158,6 +165,10 @@ def _strata(bag: FeatureBag, seen: Look, matched: str) -> Indices | None:
         return ranks * ATTENTION_STRATA // len(ranks)
     if matched == "number":
         return None
+    if matched == "tissue":
+        if tissue is None:
+            raise ConfigError("the share of tissue is found on the slide; pass it, or set questions.matched to number")
+        return np.digitize(tissue, TISSUE_STRATA)
     if bag.grid is None:
         raise ConfigError(f"{bag.slide_id}: the features have no positions to match; set questions.matched to number")
     place = bag.grid.origins_px0 - bag.grid.origins_px0.min(0)

@@ -16,8 +16,8 @@ WEIGHTS = frozenset({"attention", "rollout"})
 RELATIVE_TO = {
     "attention": "relative to the slide's other tiles; knows no class",
     "rollout": "relative to the slide's other tiles; knows no class",
-    "alone": "relative to even odds, whatever the rest of the slide shows",
-    "instance_logit": "relative to even odds, whatever the rest of the slide shows",
+    "alone": "relative to zero, whatever the rest of the slide shows",
+    "instance_logit": "relative to zero, whatever the rest of the slide shows",
     "effect": "relative to the same slide without the tile",
     "log_weight_gradient": "relative to the slide's average tile",
     "gradient": "relative to features of zero",
@@ -47,6 +47,9 @@ class Heatmap:
         Whether it stands for a number that would be too costly to compute.
     signed : bool
         Whether zero is the middle of the scale: effects have a direction, weights have not.
+    reach : float, optional
+        Log-odds at which the colours end, so that maps of several slides can be compared; of other numbers, whose
+        colours end where the map's own do, None.
 
     Raises
     ------
@@ -63,6 +66,7 @@ class Heatmap:
     scaling: Literal["plain", "percentile", "relative"] = "plain"
     is_estimate: bool = False
     signed: bool = False
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values, dtype=np.float64)
@@ -103,7 +107,7 @@ class Heatmap:
         n = self.grid.n_tiles
         values = rankdata(self.values) / max(n, 1) * 100
         label = f"{self.label} (percentile of tiles)"
-        return replace(self, values=values, scaling="percentile", label=label, signed=False)
+        return replace(self, values=values, scaling="percentile", label=label, signed=False, reach=None)
 
     def relative(self) -> "Heatmap":
         """Return weight × n: 1 is the share of an average tile. For weights that sum to 1 over the slide."""

@@ -1,6 +1,7 @@
 """Every map that a model can give of a slide, one number per tile, and one sentence for each that it cannot give."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,10 +17,10 @@ from eosin.mil._reevaluation import BUDGET
 from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput, HasInstanceLogits, class_names
 from eosin.mil.subsets import Subsets, Target, as_array
 
-Attribution = Literal["attention", "alone", "instance_logit", "effect", "log_weight_gradient", "gradient", "rollout"]
+Attribution = Literal["alone", "attention", "instance_logit", "effect", "log_weight_gradient", "gradient", "rollout"]
 ATTRIBUTIONS: tuple[Attribution, ...] = (
-    "attention",
     "alone",
+    "attention",
     "instance_logit",
     "effect",
     "log_weight_gradient",
@@ -27,6 +28,7 @@ ATTRIBUTIONS: tuple[Attribution, ...] = (
     "rollout",
 )
 MANY_TILES = 20_000  # that a model which must be run again is run on one by one without being asked to
+LOG_ODDS_REACH = 4.0  # where the colours of evidence end: 2 % and 98 %, on every slide of every cohort
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +38,8 @@ class MapSet:
     Parameters
     ----------
     maps : list of Heatmap
-        The first is the one that pictures show: the percentile of the attention, or the evidence of each tile alone for
-        a model without attention.
+        The first is the one that pictures show: the evidence of each tile alone, because it is what is lost when the
+        model is taken apart (`docs/heatmaps.md`); attention where that would take too long.
     absent : dict of str to str
         For each of `ATTRIBUTIONS` that is not there, one sentence that says why.
     """
@@ -80,9 +82,9 @@ def map_slide(
     bag : FeatureBag
         With a tile grid and at least one tile.
     classes : sequence of str
-        Names of classes that exclude each other, as for `Classification` and `Binary`. Maps are of the log-odds of the
-        predicted class and, where there are more than two, of every other one; of two classes the other's map is the
-        same with the sign turned.
+        Names of classes that exclude each other, as for `Classification` and `Binary`. Of two classes maps are of the
+        log-odds of the second on every slide, so that a colour means the same everywhere; of more, of those of the
+        predicted class and then of every other one.
     outputs : sequence of str
         Names of the model's outputs for tasks without such classes; maps are of each output itself.
     wanted : sequence of str, optional
@@ -101,14 +103,10 @@ def map_slide(
     for name in wanted or ():
         if name not in _MAKERS:
             raise UnknownNameError("map", name, _MAKERS)
-    require_grid(bag)
-    wide = 0 < model.n_outputs < len(classes)
     maps: list[Heatmap] = []
     absent: dict[str, str] = {}
     with in_eval_mode(model):
-        seen = look(model, bag, single_logit_is_second_class=wide, budget=budget)
-        targets = _targets(seen, classes, outputs)
-        subject = _Subject(model, bag, classes or outputs, targets, seen.subsets, wide, forced=wanted is not None)
+        subject = _subject(model, bag, classes, outputs, budget=budget, forced=wanted is not None)
         for name in dict.fromkeys(wanted or ATTRIBUTIONS):
             try:
                 maps += _MAKERS[name](subject)
@@ -119,15 +117,42 @@ def map_slide(
     return MapSet(maps, absent)
 
 
+def first_map(
+    model: Aggregator, bag: FeatureBag, *, classes: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> Heatmap:
+    """Return the map that pictures show, the first of `map_slide`, without making the others.
+
+    Parameters
+    ----------
+    model, bag, classes, outputs
+        As for `map_slide`.
+    """
+    with in_eval_mode(model):
+        subject = _subject(model, bag, classes, outputs, budget=BUDGET, forced=False)
+        for name in ATTRIBUTIONS:
+            with suppress(_Absent):
+                return _MAKERS[name](subject)[0]
+    raise AssertionError("every model has a gradient")
+
+
+def _subject(
+    model: Aggregator, bag: FeatureBag, classes: Sequence[str], outputs: Sequence[str], *, budget: int, forced: bool
+) -> _Subject:
+    require_grid(bag)
+    wide = 0 < model.n_outputs < len(classes)
+    seen = look(model, bag, single_logit_is_second_class=wide, budget=budget)
+    return _Subject(model, bag, classes or outputs, _targets(seen, classes, outputs), seen.subsets, wide, forced)
+
+
 def _targets(seen: Look, classes: Sequence[str], outputs: Sequence[str]) -> dict[str, Target]:
-    """Return what class-specific maps are about, the predicted class first."""
+    """Return what class-specific maps are about: the second of two classes, of more the predicted one first."""
     logits = seen.subsets.logits()
     if not classes:
         return {name: Target(k, "logit") for k, name in enumerate(class_names(len(logits), outputs))}
+    if len(classes) == 2:
+        return {classes[1]: Target(1)}
     predicted = int(np.argmax(logits))
-    # of two classes the other's map is the same with the sign turned
-    others = [k for k in range(len(classes)) if k != predicted and len(classes) > 2]
-    return {classes[k]: Target(k) for k in (predicted, *others)}
+    return {classes[k]: Target(k) for k in (predicted, *(k for k in range(len(classes)) if k != predicted))}
 
 
 def _attention(subject: _Subject) -> list[Heatmap]:
@@ -347,10 +372,11 @@ def alone_map(logits: NDArray[np.float64], bag: FeatureBag, target: Target, *, o
     of : str
         Name of the class or output.
     first : bool
-        Whether this is the map of the predicted class, whose column carries no name.
+        Whether this is the map of the first class, whose column carries no name.
     """
-    label = f"{_quantity(target, of)} of the tile alone"
-    return Heatmap(target.of(logits), require_grid(bag), "alone", label, of="" if first else of, signed=True)
+    label, name = f"{_quantity(target, of)} of the tile alone", "" if first else of
+    reach = None if target.on == "logit" else LOG_ODDS_REACH
+    return Heatmap(target.of(logits), require_grid(bag), "alone", label, of=name, signed=True, reach=reach)
 
 
 def effect_map(subsets: Subsets, bag: FeatureBag, target: Target, *, of: str, first: bool = True) -> Heatmap:
@@ -366,7 +392,7 @@ def effect_map(subsets: Subsets, bag: FeatureBag, target: Target, *, of: str, fi
     of : str
         Name of the class or output.
     first : bool
-        Whether this is the map of the predicted class, whose column carries no name.
+        Whether this is the map of the first class, whose column carries no name.
     """
     effects, agreement = subsets.effects(target)
     label = f"what a tile adds to {_quantity(target, of)}"

@@ -170,8 +170,3 @@ def class_choices(card: ModelCard) -> tuple[str, ...]:
     """Return the classes of a model that chooses one of them, or nothing for other tasks."""
     task = card.load_task()
     return task.classes if isinstance(task, Classification | Binary) else ()
-
-
-def map_name(model: Aggregator) -> str:
-    """Return what files of heat maps are called after: ``attention``, or ``alone`` for a model without attention."""
-    return "attention" if issubclass(model.output_type, AttentionOutput) else "alone"

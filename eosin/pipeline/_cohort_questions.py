@@ -12,19 +12,28 @@ from matplotlib.figure import Figure
 from eosin import __version__
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin.errors import ConfigError
+from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._cohort import CohortEffect, Interval, holm, mean_change, summarise_cohort
 from eosin.heatmaps._counterfactual import Effect, Origin
-from eosin.heatmaps._examination import Donor, Questions, examine, see_donor
+from eosin.heatmaps._examination import SHUFFLES, Donor, Questions, examine, see_donor
 from eosin.heatmaps._findings import Counterfactuals
-from eosin.heatmaps._subject import class_choices, predict_bag, require_same_slide
+from eosin.heatmaps._subject import class_choices, look, predict_bag, require_same_slide
 from eosin.heatmaps.export._png import DPI, render
 from eosin.heatmaps.export._table import write_frame
 from eosin.mil._checkpoint import ModelCard, load_model
 from eosin.mil._shuffled import shuffle_weights
 from eosin.mil._tables import LabelTable
 from eosin.mil.slots import Aggregator
-from eosin.pipeline._question import DonorFile, open_donor, open_optional, read_sets, require_formats, write_findings
+from eosin.pipeline._question import (
+    DonorFile,
+    open_donor,
+    open_optional,
+    read_sets,
+    require_formats,
+    tissue_shares,
+    write_findings,
+)
 from eosin.report._page import Picture, ReportData, SlideCard, write_report
 from eosin.wsi._slide_file import SlideFile
 
@@ -165,21 +174,26 @@ class _Work:
                 regions=regions,
                 donors=[donor for donor in self.donors if donor.bag.slide_id != slide_id],
                 questions=self.questions,
+                tissue=tissue_shares(slide, bag, self.questions),
             )
             formats = [name for name in self.formats if name != "png" or slide is not None]
             write_findings(found, bag, slide, self.loaded, self.folder, formats=formats)
             quick = self.questions.model_copy(update={"controls": 0, "matched": "number"})
             others = [
                 examine(model, card, bag, class_name=self.class_name, regions=regions, donors=given, questions=quick)
-                for model, given in self._shuffled(slide_id)
+                for model, given in self._shuffled(slide_id, bag)
             ]
         self.asked[slide_id] = _remembered(found, predict_bag(aggregator, card, bag), others)
         return Outcome()
 
-    def _shuffled(self, slide_id: str) -> Iterator[tuple[Aggregator, list[Donor]]]:
+    def _shuffled(self, slide_id: str, bag: FeatureBag) -> Iterator[tuple[Aggregator, list[Donor]]]:
         """Yield models with shuffled weights, and the donors that they have not seen."""
         donors = [replace(donor, seen=None) for donor in self.donors if donor.bag.slide_id != slide_id]
-        for seed in range(self.questions.shuffles):
+        wanted = self.questions.shuffles
+        if wanted is None:
+            # every copy that must be run again costs as much as the model itself
+            wanted = 0 if look(self.loaded[0], bag).subsets.price else SHUFFLES
+        for seed in range(wanted):
             yield shuffle_weights(self.loaded[0], seed), donors
 
 
@@ -349,7 +363,7 @@ def _cohort_report(
             "95 % over patients, those of sensitivity and specificity of their change. p values in the table are "
             "adjusted for the number of interventions (Holm); those in the sentences are not. Tiles that the model "
             "chose itself have no p value against no change, because removing them changes any model, also one with "
-            "random weights; with `questions.shuffles` they are compared with models whose weights are shuffled. The "
+            "random weights; they are compared with models whose weights are shuffled (`questions.shuffles`). The "
             "last column tests the predictions that turn, by patient (McNemar).",
             *(f"Left out, {record.slide_id}: {record.message}." for record in left_out),
         ),

@@ -6,25 +6,31 @@ prediction and every heat map that is judged comes from a model that has not see
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 from shapely.ops import unary_union
 
 from eosin._batch import Report
 from eosin._files import write_json
+from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
-from eosin.heatmaps._maps import attention_map
-from eosin.heatmaps._subject import require_grid
+from eosin.heatmaps._maps import first_map
+from eosin.heatmaps._subject import class_choices, require_grid
 from eosin.mil._checkpoint import load_model
 from eosin.mil._metrics import roc_auc
 from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._shuffled import shuffle_weights
+from eosin.mil.slots import Aggregator
 from eosin.options import Options
 from eosin.pipeline._deploy import Machine, ProgressBar, no_progress
 from eosin.pipeline._result import Result, make_report
@@ -36,9 +42,11 @@ from eosin.wsi._synthetic import Cohort, make_cohort, read_truth
 from eosin.wsi._tissue import TissueMask
 
 TUMOUR_TILE = 0.1
-"""A tile counts as tumour when at least this part of it lies in the truth mask."""
+"""A tile is tumour when at least this part of it lies in the truth mask."""
 
 RESAMPLES = 2000
+RANDOM_MODELS = 20
+"""Copies with shuffled weights whose maps the localisation is held against."""
 
 
 class Demo(Options):
@@ -47,13 +55,14 @@ class Demo(Options):
     Attributes
     ----------
     cohort : Cohort
-        The slides that are made.
+        The slides that are made. Blood, necrosis and sheets of harmless cells lie on all of them, so that tumour is not
+        what a model with random weights finds.
     pipeline : Pipeline
         What is done with them. The recipe stops after a fixed number of passes: with two dozen slides no part can be
         spared to select a model.
     """
 
-    cohort: Cohort = Cohort()
+    cohort: Cohort = Cohort(striking=True)
     pipeline: Pipeline = Pipeline(
         tiling=Tiling(mpp=0.5, patch_size=128, min_tissue=0.5),
         recipe=Recipe(
@@ -72,7 +81,9 @@ class DemoSummary:
     slide_auc : float
         Area under the ROC curve over all slides, each predicted by a model that has not seen its patient.
     localisation_auc : float
-        Area under the ROC curve of the attention against the truth of the tiles, mean over the tumour slides.
+        Area under the ROC curve of the map against the truth of the tiles, mean over the tumour slides.
+    random_localisation : Random
+        The same of models whose weights are shuffled: what there is to reach without having learnt anything.
     n_slides : int
     n_located : int
         Tumour slides with tiles of both kinds, over which `localisation_auc` is the mean.
@@ -84,11 +95,29 @@ class DemoSummary:
 
     slide_auc: float
     localisation_auc: float
+    random_localisation: "Random"
     n_slides: int
     n_located: int
     seconds: float
     out: Path
     report: Report
+
+
+@dataclass(frozen=True)
+class Random:
+    """What models with shuffled weights reach.
+
+    Attributes
+    ----------
+    mean, highest : float
+        Over the models.
+    p : float
+        Share of models, the trained one counted among them, that reach what the trained one does.
+    """
+
+    mean: float
+    highest: float
+    p: float
 
 
 def run_demo(
@@ -123,10 +152,11 @@ def run_demo(
     started = time.monotonic()
     options, machine = options or Demo(), machine or Machine()
     with _one_thread():
-        located, result = _run(out, options, machine, progress or no_progress)
+        located, random, result = _run(out, options, machine, progress or no_progress)
     summary = DemoSummary(
         slide_auc=float(result.metrics["out_of_fold"]["auc"]["value"]),
         localisation_auc=float(np.mean(list(located.values()))),
+        random_localisation=random,
         n_slides=len(result.predictions),
         n_located=len(located),
         seconds=round(time.monotonic() - started, 1),
@@ -148,7 +178,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(out: Path, options: Demo, machine: Machine, progress: ProgressBar) -> tuple[dict[str, float], Result]:
+def _run(out: Path, options: Demo, machine: Machine, progress: ProgressBar) -> tuple[dict[str, float], Random, Result]:
     cohort = out / "cohort"
     with progress("paint slides", options.cohort.n_slides) as advance:
         make_cohort(cohort, options.cohort, workers=machine.workers, progress=advance)
@@ -161,49 +191,95 @@ def _run(out: Path, options: Demo, machine: Machine, progress: ProgressBar) -> t
         report=False,
         progress=progress,
     )
-    located = locate_tumour(result, cohort / "truth")
-    write_report(out / "report.html", _report(result, cohort / "truth", located))
-    return located, result
+    slides = tumour_slides(result, cohort / "truth")
+    located = locate_tumour(slides)
+    random = locate_at_random(slides, float(np.mean(list(located.values()))))
+    write_report(out / "report.html", _report(result, cohort / "truth", located, random))
+    return located, random, result
 
 
 def _as_json(summary: DemoSummary) -> dict[str, float | int]:
+    random = summary.random_localisation
     return {
         "slide_auc": summary.slide_auc,
         "localisation_auc": summary.localisation_auc,
+        "random_localisation_auc": random.mean,
+        "random_localisation_auc_highest": random.highest,
+        "random_localisation_p": random.p,
         "n_slides": summary.n_slides,
         "n_located": summary.n_located,
         "seconds": summary.seconds,
     }
 
 
-def locate_tumour(result: Result, truth: Path) -> dict[str, float]:
-    """Compare the attention of held-out models with the truth, tile by tile.
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """A slide with tumour, which of its tiles are tumour, and the model that has not seen its patient."""
+
+    slide_id: str
+    bag: FeatureBag
+    is_tumour: NDArray[np.bool_]
+    model: Aggregator
+    classes: tuple[str, ...]
+
+
+def tumour_slides(result: Result, truth: Path) -> list[HeldOut]:
+    """Return the slides that have tiles with and without tumour.
 
     Parameters
     ----------
     result : Result
     truth : Path
         Folder of truth masks, see `eosin.wsi._synthetic.make_cohort`.
+    """
+    found = []
+    for slide_id in result.predictions["slide_id"]:
+        bag = read_bag(result.feature_file(slide_id))
+        is_tumour = tumour_tiles(bag, truth / f"{slide_id}.png")
+        if is_tumour.any() and not is_tumour.all():
+            model, card = load_model(result.fold_model(slide_id))
+            found.append(HeldOut(slide_id, bag, is_tumour, model, class_choices(card)))
+    return found
+
+
+def locate_tumour(
+    slides: Sequence[HeldOut], *, change: Callable[[Aggregator], Aggregator] = lambda model: model
+) -> dict[str, float]:
+    """Compare maps with the truth, tile by tile.
+
+    Parameters
+    ----------
+    slides : sequence of HeldOut
+    change : callable, optional
+        Makes the model that is judged from the one that was trained.
 
     Returns
     -------
     dict
-        Area under the ROC curve by slide id, for the slides that have tiles with and without tumour. A tile has tumour
-        when `TUMOUR_TILE` of its area lies in the mask.
+        Area under the ROC curve by slide id.
     """
     areas = {}
-    for slide_id in result.predictions["slide_id"]:
-        bag = read_bag(result.feature_file(slide_id))
-        grid = require_grid(bag)
-        mask, mpp = read_truth(truth / f"{slide_id}.png")
-        side_px0 = mpp / grid.slide_mpp
-        known = TissueMask(mask, (side_px0, side_px0), grid.slide_size_px0, grid.slide_mpp)
-        is_tumour = known.fraction(grid.boxes_px0()) >= TUMOUR_TILE
-        model, _ = load_model(result.fold_model(slide_id))
-        area = roc_auc(attention_map(model, bag).values, is_tumour)
-        if area is not None:
-            areas[slide_id] = area
+    for slide in slides:
+        heatmap = first_map(change(slide.model), slide.bag, classes=slide.classes)
+        areas[slide.slide_id] = cast("float", roc_auc(heatmap.values, slide.is_tumour))
     return areas
+
+
+def tumour_tiles(bag: FeatureBag, truth: Path) -> NDArray[np.bool_]:
+    """Return which tiles of a slide have tumour, (n,), from the mask that was painted."""
+    grid = require_grid(bag)
+    mask, mpp = read_truth(truth)
+    side_px0 = mpp / grid.slide_mpp
+    known = TissueMask(mask, (side_px0, side_px0), grid.slide_size_px0, grid.slide_mpp)
+    return np.asarray(known.fraction(grid.boxes_px0()) >= TUMOUR_TILE)
+
+
+def locate_at_random(slides: Sequence[HeldOut], reached: float) -> Random:
+    """Return what `RANDOM_MODELS` copies with shuffled weights reach on average over the slides."""
+    areas = [locate_tumour(slides, change=partial(shuffle_weights, seed=seed)) for seed in range(RANDOM_MODELS)]
+    means = [float(np.mean(list(one.values()))) for one in areas]
+    as_good = sum(mean >= reached for mean in means)
+    return Random(float(np.mean(means)), max(means), (1 + as_good) / (1 + RANDOM_MODELS))
 
 
 def read_outline(path: Path) -> BaseGeometry:
@@ -212,7 +288,7 @@ def read_outline(path: Path) -> BaseGeometry:
     return unary_union([shape(feature["geometry"]) for feature in features])
 
 
-def _report(result: Result, truth: Path, located: Mapping[str, float]) -> ReportData:
+def _report(result: Result, truth: Path, located: Mapping[str, float], random: Random) -> ReportData:
     outlines = {slide: read_outline(truth / f"{slide}.geojson") for slide in result.predictions["slide_id"]}
     data = make_report(result, truth=outlines)
     return replace(
@@ -220,16 +296,16 @@ def _report(result: Result, truth: Path, located: Mapping[str, float]) -> Report
         title="Finding planted tumour on synthetic slides",
         summary=(
             f"{data.summary} The slides are painted, not scanned; some hold tumour nests whose exact outline is known. "
-            "The models have learnt from the labels of slides alone; the outlines only judge their attention."
+            "The models have learnt from the labels of slides alone; the outlines only judge their maps."
         ),
-        metrics=(*data.metrics[:1], _localisation(result, located), *data.metrics[1:]),
+        metrics=(*data.metrics[:1], _localisation(result, located, random), *data.metrics[1:]),
         slides=tuple(
             _with_area(card, located) for card in sorted(data.slides, key=lambda c: c.slide_id not in located)
         ),
     )
 
 
-def _localisation(result: Result, located: Mapping[str, float]) -> Metric:
+def _localisation(result: Result, located: Mapping[str, float], random: Random) -> Metric:
     """Return the mean over slides with the interval of a bootstrap that draws patients."""
     patient = dict(zip(result.predictions["slide_id"], result.predictions["patient_id"], strict=True))
     by_patient: dict[str, list[float]] = {}
@@ -240,8 +316,9 @@ def _localisation(result: Result, located: Mapping[str, float]) -> Metric:
     total, count = sums[drawn].sum(axis=1).T
     low, high = np.quantile(total / count, [0.025, 0.975])
     note = (
-        f"attention against truth by tile, mean of {len(located)} tumour slides; a tile is tumour from "
-        f"{TUMOUR_TILE:.0%} overlap; 95 % bootstrap over {len(sums)} patients"
+        f"what a tile says alone, against truth, mean of {len(located)} tumour slides; a tile is tumour from "
+        f"{TUMOUR_TILE:.0%} overlap; 95 % bootstrap over {len(sums)} patients; {RANDOM_MODELS} models with shuffled "
+        f"weights reach {random.mean:.3f} on average, {random.highest:.3f} at most"
     )
     name = "Localisation: area under the ROC curve of tiles"
     return Metric(name, float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high), note)

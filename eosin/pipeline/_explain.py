@@ -10,7 +10,7 @@ from eosin.features._bag import FeatureBag
 from eosin.heatmaps._colour import scale_of
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps._maps import MapSet, map_slide
-from eosin.heatmaps._subject import class_choices, map_name, predict_bag, prediction_in_words, require_same_slide
+from eosin.heatmaps._subject import class_choices, predict_bag, prediction_in_words, require_same_slide
 from eosin.heatmaps.export._geojson import write_geojson
 from eosin.heatmaps.export._png import View, blend, draw, take_view, write_png
 from eosin.heatmaps.export._table import tile_table, write_frame
@@ -79,7 +79,8 @@ def explain_slide(
     bag : FeatureBag
         The slide's features, of the kind that the model was trained on.
     out_dir : Path
-        Gets ``<slide id>_attention.<format>``, or ``<slide id>_alone.<format>`` for a model without attention.
+        Gets ``<slide id>_<map>.<format>``, named after the map that pictures show: ``alone`` unless `maps` says
+        otherwise.
     formats : sequence of str
         Among `FORMATS`.
     tissue : TissueMask, optional
@@ -117,7 +118,7 @@ def explain_slide(
             card=card,
             prediction=predict_bag(aggregator, card, bag),
         )
-        stem = f"{slide_file.slide_id}_{map_name(aggregator)}"
+        stem = f"{slide_file.slide_id}_{found.maps[0].shows}"
         return [_write(name, explanation, out_dir / f"{stem}.{name}") for name in formats]
 
 

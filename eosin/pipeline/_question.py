@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from eosin import __version__
@@ -31,6 +32,7 @@ from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, w
 from eosin.wsi._picture import write_picture
 from eosin.wsi._slide import Slide
 from eosin.wsi._slide_file import SlideFile
+from eosin.wsi._tissue import find_tissue
 
 FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
 
@@ -142,9 +144,23 @@ def question_slide(
         regions = {} if annotation is None else read_sets(annotation, bag, bounds, region_classes)
         given = [open_donor(donor, card, region_classes) for donor in donors]
         found = examine(
-            aggregator, card, bag, class_name=class_name, regions=regions, donors=given, questions=questions
+            aggregator,
+            card,
+            bag,
+            class_name=class_name,
+            regions=regions,
+            donors=given,
+            questions=questions,
+            tissue=tissue_shares(slide, bag, questions),
         )
         return write_findings(found, bag, slide, loaded, out_dir, formats=formats)
+
+
+def tissue_shares(slide: Slide | None, bag: FeatureBag, questions: Questions) -> NDArray[np.float64] | None:
+    """Return the share of each tile that is tissue, (n,), where random sets are to be matched by it."""
+    if slide is None or questions.matched != "tissue":
+        return None
+    return find_tissue(slide).fraction(require_grid(bag).boxes_px0())
 
 
 def require_formats(formats: Sequence[str], *, has_slide: bool) -> None:

@@ -13,12 +13,12 @@ from eosin._batch import Report
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._heatmap import Heatmap
-from eosin.heatmaps._maps import attention_map, map_slide
+from eosin.heatmaps._maps import first_map
 from eosin.heatmaps._subject import class_choices
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
 from eosin.mil._flow import Flow
 from eosin.mil._tables import shown
-from eosin.mil.slots import Aggregator, AttentionOutput
+from eosin.mil.slots import Aggregator
 from eosin.mil.task import Task
 from eosin.report._evaluation import (
     SHOWN_PREDICTIONS,
@@ -166,16 +166,12 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
 
 
 def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:
-    """Return the map that the files of `explain_slide` show: the attention, or the evidence of each tile alone."""
-    if issubclass(model.output_type, AttentionOutput):
-        return attention_map(model, bag).percentile()
-    return map_slide(model, bag, classes=class_choices(card), outputs=card.load_task().columns).maps[0]
+    """Return the map that the files of `explain_slide` show."""
+    return first_map(model, bag, classes=class_choices(card), outputs=card.load_task().columns)
 
 
 def _notes(result: Result) -> tuple[str, ...]:
-    notes = ["Attention shows what the model weighed, not which way it counted."]
-    if not issubclass(load_model(result.model)[0].output_type, AttentionOutput):
-        notes = ["The model weighs no tiles; its maps show what it says of each tile alone."]
+    notes = ["Maps show what the model says of each tile as if it were the whole slide: its evidence."]
     if result.left_out:
         notes.append(f"{len(result.left_out)} labelled slides have no features: {shown(result.left_out)}.")
     if result.report.failed:

@@ -4,7 +4,7 @@ Every stage is the function that its own command calls, writes into the job fold
 there already. A slide that fails somewhere is left out of what follows and named at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,7 @@ from eosin._seals import read_json
 from eosin.errors import EosinError, LabelError
 from eosin.features._encoders import find_encoder
 from eosin.features._store import read_bag
-from eosin.heatmaps._subject import map_name
-from eosin.mil._checkpoint import load_card, load_model
+from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._flow import Flow
 from eosin.mil._recipe import Recipe, require_methods
@@ -242,13 +241,12 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
     advance : callable, optional
         Called with the record of each slide.
     """
-    name = map_name(load_model(result.model)[0])
     items = [
         _Drawing(
             result.slides[slide],
             result.feature_file(slide),
             result.fold_model(slide),
-            result.heatmaps / f"{slide}_{name}",
+            result.heatmaps,
             tuple(formats),
         )
         for slide in result.predictions["slide_id"]
@@ -266,20 +264,20 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The heat map of one slide: what it is made from, and its files without their formats."""
+    """The heat map of one slide: what it is made from, and the folder of its files."""
 
     slide: SlideFile
     features: Path
     model: Path
-    stem: Path
+    folder: Path
     formats: tuple[str, ...]
 
     @property
     def note(self) -> Path:
         """The file that says what the others were made from."""
-        return self.stem.with_name(f"{self.slide.slide_id}.json")
+        return self.folder / f"{self.slide.slide_id}.json"
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self, files: Iterable[Path]) -> dict[str, Any]:
         """Return what the map is made from, and hashes of its files."""
         made_from = fingerprint(
             "map",
@@ -289,18 +287,18 @@ class _Drawing:
             slide_mpp=self.slide.mpp,
             formats=list(self.formats),
         )
-        files = [self.stem.with_name(f"{self.stem.name}.{name}") for name in self.formats]
         return {"fingerprint": made_from, "files": {path.name: content_hash(path) for path in files}}
 
 
 def _is_drawn(item: _Drawing) -> bool:
     try:
-        return bool(read_json(item.note) == item.origin())
-    except (OSError, ValueError, EosinError):
+        note = read_json(item.note)
+        return bool(note == item.origin(item.folder / name for name in note["files"]))
+    except (OSError, ValueError, LookupError, TypeError, EosinError):
         return False
 
 
 def _draw(item: _Drawing) -> Outcome:
-    explain_slide(item.model, item.slide, read_bag(item.features), item.stem.parent, formats=item.formats)
-    write_json(item.note, item.origin())
+    files = explain_slide(item.model, item.slide, read_bag(item.features), item.folder, formats=item.formats)
+    write_json(item.note, item.origin(files))
     return Outcome()

@@ -23,6 +23,7 @@ from eosin.report._figures import (
     Curve,
     Panel,
     calibration_panel,
+    decision_panel,
     precision_recall_panel,
     roc_panel,
     scatter_panel,
@@ -283,11 +284,15 @@ def _class_panels(part: Evaluated, classes: Sequence[str], name: str) -> list[Pa
         top = part.outputs.argmax(1)
         calibrated = Curve("Probability of the most probable class", top == part.targets, part.outputs.max(1))
         error_of = ""
-    return [
+    found = [
         roc_panel(curves, title=f"{name}ROC"),
         precision_recall_panel(curves, title=f"{name}Precision and recall"),
         calibration_panel(calibrated, error=error, error_of=error_of, title=f"{name}Calibration"),
     ]
+    if len(classes) == 2:
+        patients = part.frame["patient_id"].astype(str).tolist()
+        found.append(decision_panel(calibrated, patients, title=f"{name}Decision curve"))
+    return found
 
 
 def confusions(found: Evaluated) -> tuple[Confusion, ...]:

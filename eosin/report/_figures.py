@@ -26,6 +26,8 @@ SIZE_IN = (4.0, 4.0)
 COLOURS = ("#7a2453", "#1f6f8b", "#c7822b", "#4c7a34", "#5b4b8a", "#8a8a8a", "#b5474b", "#2b8a7a")
 FAINT = "0.75"
 WILSON_Z = 1.96
+DECISION_THRESHOLDS = np.linspace(0.02, 0.98, 49)
+DECISION_DRAWS = 200
 LOW_SHARE = 0.08  # a count below such a point would lie on the axis
 CURVES_BESIDE_LEGEND, LEGEND_COLUMNS, LEGEND_LINE_IN = 2, 2, 0.17
 
@@ -128,6 +130,39 @@ def calibration_panel(
     said = "" if error is None else f" Expected calibration error{error_of} {error:.3f}."
     caption = f"{curve.name}; bars: 95 % Wilson interval, numbers: slides in the bin.{said}"
     return Panel(_svg(figure), title, caption)
+
+
+def net_benefit(truth: Flags, score: Floats, thresholds: Floats = DECISION_THRESHOLDS) -> Floats:
+    """Return the net benefit of acting where the score reaches each threshold (Vickers and Elkin, 2006), (m,).
+
+    True positives minus false positives, the latter weighed by the odds of the threshold, per case: whoever acts at a
+    probability of 20 % takes four needless actions to be as bad as one that was missed.
+    """
+    acted = score[:, None] >= thresholds
+    odds = thresholds / (1 - thresholds)
+    return np.asarray((acted & truth[:, None]).mean(0) - odds * (acted & ~truth[:, None]).mean(0))
+
+
+def decision_panel(curve: Curve, patients: Sequence[str], *, title: str = "Decision curve") -> Panel | None:
+    """Draw the net benefit over the threshold, with a band over patients, beside acting on all and on none."""
+    if not curve.is_defined:
+        return None
+    at = DECISION_THRESHOLDS
+    owner = np.unique(np.asarray(patients), return_inverse=True)[1]
+    rows = [np.flatnonzero(owner == number) for number in range(owner.max() + 1)]
+    drawn = np.random.default_rng(0).integers(len(rows), size=(DECISION_DRAWS, len(rows)))
+    chosen = [np.concatenate([rows[number] for number in draw]) for draw in drawn]
+    low, high = np.quantile([net_benefit(curve.truth[one], curve.score[one]) for one in chosen], [0.025, 0.975], axis=0)
+    figure, axes = _square("Probability from which one acts", "Net benefit")
+    everyone = net_benefit(curve.truth, np.ones(len(curve.truth)))
+    axes.plot(at, everyone, color=FAINT, linewidth=1.0, label="act on all")
+    axes.axhline(0, color="0.4", linewidth=0.8, linestyle=(0, (4, 3)), label="act on none")
+    axes.fill_between(at, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(at, net_benefit(curve.truth, curve.score), color=COLOURS[0], linewidth=1.6, label="act by the model")
+    share = float(curve.truth.mean())
+    axes.set(aspect="auto", ylim=(-0.1 * share - 0.02, 1.05 * max(share, float(high.max()))))
+    axes.legend(frameon=False, fontsize=8)
+    return Panel(_svg(figure), title, f"{curve.name}; band: 95 % bootstrap over {len(rows)} patients.")
 
 
 def survival_panel(

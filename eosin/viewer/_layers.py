@@ -8,7 +8,15 @@ from typing import Literal
 
 from eosin.features._bag import FeatureBag
 from eosin.heatmaps._heatmap import Heatmap
-from eosin.heatmaps._maps import attribution_maps, effect_map, gradient_map, rollout_map, slope_map
+from eosin.heatmaps._maps import (
+    MANY_TILES,
+    alone_map,
+    attribution_maps,
+    effect_map,
+    gradient_map,
+    rollout_map,
+    slope_map,
+)
 from eosin.heatmaps._subject import Look
 from eosin.mil.slots import Aggregator, AttentionOutput, class_names
 from eosin.mil.subsets import Target
@@ -16,6 +24,7 @@ from eosin.mil.subsets import Target
 PERCENTILE, TIMES, PLAIN = "rank among tiles (percentile)", "times the average tile", "as it is"
 SCALINGS = (PERCENTILE, TIMES, PLAIN)
 EFFECT, GRADIENT, OWN_LOGIT = "effect of each tile", "gradient × input", "tile's own logit"
+ALONE = "what each tile says alone"
 SLOPE, ROLLOUT = "slope by the tile's weight", "attention through all layers"
 EVERY_CLASS = ""
 On = Literal["log_odds", "logit"]
@@ -55,6 +64,10 @@ class Layers:
         self._lock = threading.Lock()
         self._made: dict[Choice, Heatmap] = {}
         self._makers: dict[Choice, Callable[[], Heatmap]] = {}
+        # first, because it is the map that a model loses with what it has learnt; but not where it takes long to make
+        self._is_dear = seen.subsets.price > MANY_TILES
+        for output, name in reversed(list(enumerate(classes))):  # of two classes the second is what is looked for
+            self._makers[Choice(ALONE, name)] = partial(_alone, seen, bag, Target(output), name)
         if issubclass(model.output_type, AttentionOutput):
             self._add_attributions(model, bag, classes)
         for output, name in enumerate(classes):
@@ -77,12 +90,10 @@ class Layers:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """Every map that there is, the mean attention first where the model attends."""
-        return (*self._made_first, *(choice for choice in self._makers if choice not in self._made_first))
-
-    @property
-    def _made_first(self) -> tuple[Choice, ...]:
-        return tuple(choice for choice in self._made if choice not in self._makers)
+        """Every map that there is: what each tile says alone, the attention, then the others."""
+        ready = [choice for choice in self._made if choice not in self._makers]
+        alone = 2 if self._is_dear else 0
+        return tuple(sorted([*ready, *self._makers], key=lambda choice: alone if choice.family == ALONE else 1))
 
     def families(self) -> tuple[str, ...]:
         """Return what kinds of maps there are, in order."""
@@ -137,6 +148,10 @@ def _choice_of(heatmap: Heatmap, classes: tuple[str, ...]) -> Choice:
     if heatmap.of in classes and heatmap.shows in families:
         return Choice(families[heatmap.shows], heatmap.of)
     return Choice(heatmap.label)
+
+
+def _alone(seen: Look, bag: FeatureBag, target: Target, name: str) -> Heatmap:
+    return alone_map(seen.subsets.only_one(), bag, target, of=name)
 
 
 def _require_slope(seen: Look, bag: FeatureBag, target: Target, name: str) -> Heatmap:

@@ -5,6 +5,7 @@
 nucleus as a small sprite at the resolution that is asked for. All lengths are µm unless a name says otherwise.
 
 Tumour differs from normal tissue by form alone: larger, irregular, crowded nuclei of uneven chromatin, and less stroma.
+Where a layout has striking tissue, tumour is not what stands out most: blood, necrosis and sheets of harmless cells do.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Layout:
         Fields at `LAYOUT_MPP`, positive inside. `tissue` is roughly the depth below the surface in µm.
     rings : tuple of Ring
         Glands and vessels.
+    blood, necrosis, sheets : (h, w) float32, optional
+        Like the other fields: lakes of red cells, dead tissue with debris of nuclei, and crowded even cells.
     """
 
     size_um: tuple[float, float]
@@ -68,6 +71,9 @@ class Layout:
     lymphoid: Floats
     tumour: Floats
     rings: tuple[Ring, ...]
+    blood: Floats | None = None
+    necrosis: Floats | None = None
+    sheets: Floats | None = None
 
     def resized(self, field: Floats, mpp: float) -> Floats:
         """Return a field at another resolution."""
@@ -75,7 +81,9 @@ class Layout:
         return _resize(field, (height, width))
 
 
-def lay_out(size_um: tuple[float, float], *, tumour_fraction: float, rng: np.random.Generator) -> Layout:
+def lay_out(
+    size_um: tuple[float, float], *, tumour_fraction: float, rng: np.random.Generator, striking: bool = False
+) -> Layout:
     """Place the compartments of one slide.
 
     Parameters
@@ -86,6 +94,8 @@ def lay_out(size_um: tuple[float, float], *, tumour_fraction: float, rng: np.ran
         Part of the tissue area that tumour covers, fat included; exact to one cell of the layout.
     rng : Generator
         The same generator gives the same tissue with and without tumour; tumour only displaces fat and glands.
+    striking : bool
+        Whether there are also blood, necrosis and sheets of even cells, with and without tumour alike.
     """
     width, height = (round(side / LAYOUT_MPP) for side in size_um)
     tissue = _pieces(rng, (height, width))
@@ -94,9 +104,21 @@ def lay_out(size_um: tuple[float, float], *, tumour_fraction: float, rng: np.ran
     lymphoid = _spots(rng, tissue, count=int(rng.integers(1, 4)), radius=(45, 110))
     tumour = _nests(rng.spawn(1)[0], tissue, tumour_fraction)
     blocked = np.maximum(tumour, lymphoid)
+    others = _striking(rng.spawn(1)[0], tissue, blocked) if striking else ()
+    blocked = np.maximum.reduce([blocked, *others])
     fat = np.minimum(np.minimum(fat, deep - 0.3), -blocked).astype(np.float32)
     rings = _rings(rng, tissue, np.maximum(blocked, fat))
-    return Layout(size_um, tissue, fat, lymphoid, tumour, rings)
+    return Layout(size_um, tissue, fat, lymphoid, tumour, rings, *others)
+
+
+def _striking(rng: np.random.Generator, tissue: Floats, blocked: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return fields of blood, necrosis and sheets, clear of each other and of what is blocked."""
+    fields: list[Floats] = []
+    for _ in range(3):
+        spots = _spots(rng, tissue, count=int(rng.integers(2, 4)), radius=(70, 150))
+        fields.append(np.minimum(spots, -np.maximum.reduce([blocked, *fields])))
+    sheets, necrosis, blood = fields  # the first has the most room
+    return blood, necrosis, sheets
 
 
 def _resize(field: Floats, shape: tuple[int, int]) -> Floats:
@@ -258,6 +280,13 @@ class _Ground:
         grain = _noise(rng, self.shape, 3.0)
         self._paint_lymphoid(grain)
         self.cords = self._paint_tumour(rng, grain)
+        nowhere = np.full(self.shape, -1, dtype=np.float32)
+        self.blood, self.necrosis, self.sheets = (
+            nowhere if field is None else layout.resized(field, PAINT_MPP)
+            for field in (layout.blood, layout.necrosis, layout.sheets)
+        )
+        if layout.blood is not None:
+            self._paint_striking(rng, grain)
         self._paint_fat(rng)
         for ring in layout.rings:
             self._paint_ring(ring, rng)
@@ -281,6 +310,12 @@ class _Ground:
         clefts = np.exp(-(((septa - 0.11) / 0.025) ** 2)) * _ramp(_noise(rng, self.shape, 40), 0.5, 0.9)
         self._blend(0.85 * clefts * (self.tumour > 0), 0.04, 0.02)
         return cords - np.float32(0.5)
+
+    def _paint_striking(self, rng: np.random.Generator, grain: Floats) -> None:
+        red_cells = np.abs(_noise(rng, self.shape, 7))
+        self._blend(_ramp(self.blood, 0.0, 0.05), 0.55 + 0.3 * _ramp(red_cells, 0.1, 0.6), 0.02)
+        self._blend(0.9 * _ramp(self.necrosis, 0.0, 0.15), 0.5 + 0.12 * grain, 0.12 + 0.05 * grain)
+        self._blend(_ramp(self.sheets, 0.0, 0.05), 0.3 + 0.04 * grain, 0.15 + 0.02 * grain)
 
     def _paint_fat(self, rng: np.random.Generator) -> None:
         """Paint fat cells: the walls of a Voronoi diagram around shaken lattice points, at half resolution."""
@@ -344,7 +379,8 @@ class _Ground:
         """Return kind, centres (n, 2) x, y in µm and long-axis angles (n,) of all nuclei."""
         solid = (self.tissue > 4) & ~self.taken
         in_cords, in_lymphoid, in_fat = self.cords > 0, self.lymphoid > 0.06, self.fat > 0
-        stroma = solid & ~in_fat & ~in_cords & ~in_lymphoid & (self.eosin > 0.22)
+        striking = np.maximum.reduce([self.blood, self.necrosis, self.sheets]) > 0
+        stroma = solid & ~in_fat & ~in_cords & ~in_lymphoid & ~striking & (self.eosin > 0.22)
         cells = [
             self._scatter(rng, FIBROBLAST, stroma, spacing=30, keep=0.8),
             self._scatter(rng, LYMPHOCYTE, stroma, spacing=46, keep=0.5),
@@ -352,6 +388,11 @@ class _Ground:
             self._scatter(rng, LYMPHOCYTE, solid & in_lymphoid & ~in_cords, spacing=7.7, keep=0.9),
             self._scatter(rng, TUMOUR, solid & in_cords, spacing=12.5, keep=0.96),
         ]
+        if striking.any():
+            cells += [
+                self._scatter(rng, DEBRIS, solid & (self.necrosis > 0), spacing=8.5, keep=0.55),
+                self._scatter(rng, EPITHELIAL, solid & (self.sheets > 0), spacing=9.0, keep=0.95),
+            ]
         return [*cells, *self._gland_nuclei_by_kind()]
 
     def _scatter(
@@ -465,6 +506,7 @@ FIBROBLAST = NucleusKind(15.0, 0.24, 0.20, 0.06, 0.05, 0.78, 0.12)
 ENDOTHELIAL = NucleusKind(11.0, 0.33, 0.15, 0.06, 0.04, 0.78, 0.12)
 LYMPHOCYTE = NucleusKind(6.6, 0.92, 0.09, 0.05, 0.03, 0.92, 0.20)
 EPITHELIAL = NucleusKind(9.6, 0.60, 0.10, 0.06, 0.04, 0.66, 0.22)
+DEBRIS = NucleusKind(3.4, 0.85, 0.40, 0.10, 0.14, 0.95, 0.10)
 TUMOUR = NucleusKind(13.5, 0.76, 0.24, 0.12, 0.14, 0.72, 0.34, 0.5)
 
 

@@ -49,7 +49,11 @@ JPEG_QUALITY = 85
 
 
 class Cohort(Options):
-    """Size, content and seed of a synthetic cohort; half of the patients have tumour."""
+    """Size, content and seed of a synthetic cohort; half of the patients have tumour.
+
+    With `striking`, every slide holds blood, necrosis and sheets of harmless cells, too, so that tumour is not what
+    stands out most, and a model with random weights does not find it.
+    """
 
     n_slides: int = Field(default=40, ge=2)
     slides_per_patient: int = Field(default=2, ge=1)
@@ -58,6 +62,7 @@ class Cohort(Options):
     max_tumour: float = Field(default=0.20, gt=0, lt=0.5)
     pen_fraction: float = Field(default=0.35, ge=0, le=1)
     fine_fraction: float = Field(default=0.25, ge=0, le=1)
+    striking: bool = False
     seed: int = Field(default=0, ge=0)
 
 
@@ -89,6 +94,8 @@ class SlidePlan:
     staining : Staining
     seed : tuple of int
         Entropy of the slide's random numbers.
+    striking : bool
+        Whether there are blood, necrosis and sheets of harmless cells.
     """
 
     slide_id: str
@@ -99,6 +106,7 @@ class SlidePlan:
     pen: bool = False
     staining: Staining = Staining()
     seed: tuple[int, ...] = (0,)
+    striking: bool = False
 
     @property
     def label(self) -> str:
@@ -144,7 +152,7 @@ def plan_cohort(options: Cohort) -> list[SlidePlan]:
             size_um, mpp, pen, staining = looks[look]
             seed = (options.seed, 2, i)
             patient = f"P{labels[i][0]:03d}"
-            plan = SlidePlan(f"S{i:03d}", patient, size_um, mpp, float(fraction), pen, staining, seed)
+            plan = SlidePlan(f"S{i:03d}", patient, size_um, mpp, float(fraction), pen, staining, seed, options.striking)
             plans.append(plan)
     return sorted(plans, key=lambda plan: plan.slide_id)
 
@@ -336,7 +344,8 @@ def _colour_table(staining: Staining) -> NDArray[np.uint32]:
 
 
 def _layout(plan: SlidePlan) -> Layout:
-    return lay_out(plan.size_um, tumour_fraction=plan.tumour_fraction, rng=plan.rng("layout"))
+    rng = plan.rng("layout")
+    return lay_out(plan.size_um, tumour_fraction=plan.tumour_fraction, rng=rng, striking=plan.striking)
 
 
 def _uneven_light(rng: np.random.Generator, shape: tuple[int, int]) -> Bytes:

@@ -85,9 +85,9 @@ def test_every_format_of_a_heat_map_is_named_and_written(
     result = run("heatmap", "--model", models["abmil"], *slide, "--format", formats)
     assert result.exit_code == 0, result.output
     assert [Path(line).name for line in result.stdout.splitlines()] == [
-        f"s0_attention.{name}" for name in formats.split(",")
+        f"s0_alone.{name}" for name in formats.split(",")
     ]
-    assert pd.read_parquet(tmp_path / "s0_attention.parquet").effect.idxmax() == TILE
+    assert pd.read_parquet(tmp_path / "s0_alone.parquet").effect.idxmax() == TILE
 
 
 def test_model_without_attention_is_drawn_by_the_evidence_of_its_tiles(
@@ -103,7 +103,7 @@ def test_maps_can_be_chosen(study: Path, models: dict[str, Path], run: Run, refu
     base = ("--slide", study / "slides/s0.tiff", "--features", study / "features", "--out", tmp_path)
     result = run("heatmap", "--model", models["gdat"], *base, "--format", "csv", "--maps", "rollout,gradient")
     assert result.exit_code == 0, result.output
-    columns = pd.read_csv(tmp_path / "s0_attention.csv").columns
+    columns = pd.read_csv(tmp_path / "s0_rollout.csv").columns
     assert {column.split("_")[0] for column in columns[3:]} == {"rollout", "gradient"}
     assert "no map named 'saliency'" in refused("heatmap", "--model", models["gdat"], *base, "--maps", "saliency")
     assert "does not weigh tiles" in refused("heatmap", "--model", models["mean"], *base, "--maps", "attention")
@@ -278,7 +278,7 @@ def test_a_slide_without_tiles_is_no_failure_and_one_tile_is_a_map(
     assert "1 empty" in empty.stderr
     one = run("heatmap", *base, "--features", changed(study, tmp_path / "one.h5", tiles=1), "--format", "csv,png,html")
     assert one.exit_code == 0, one.output
-    assert pd.read_csv(tmp_path / "out/s0_attention.csv").attention.tolist() == [1.0]
+    assert pd.read_csv(tmp_path / "out/s0_alone.csv").attention.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_heatmap_makes_the_features_that_it_lacks(model: Path, cohort: Path, run
     slide = cohort / "slides/S003.tiff"
     result = run("heatmap", "--model", model, "--slide", slide, "--out", tmp_path, "--format", "csv")
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path}/S003_attention.csv\n"
+    assert result.stdout == f"{tmp_path}/S003_alone.csv\n"
     assert len(find_bags(tmp_path / "job/0.5mpp_128px_0px_overlap/features_he_texture")) == 1
 
 

@@ -8,7 +8,7 @@ from scenes import feature_bag, lattice
 import eosin.mil.methods  # noqa: F401  (registers the methods)
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.heatmaps._colour import scale_of
-from eosin.heatmaps._maps import ATTRIBUTIONS, map_slide
+from eosin.heatmaps._maps import ATTRIBUTIONS, LOG_ODDS_REACH, first_map, map_slide
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.mil.subsets import Target
@@ -65,7 +65,8 @@ def test_every_aggregator_gives_every_map_or_says_why_not(bag, name):
     assert all(len(sentence.split()) > 4 for sentence in found.absent.values())
     kinds = [heatmap.kind for heatmap in found.maps]
     assert len(set(kinds)) == len(kinds)
-    assert kinds[0] == ("alone" if name in WITHOUT_ATTENTION else "attention_percentile")
+    assert kinds[0] == "alone"
+    assert first_map(model, bag, classes=CLASSES).kind == "alone"
     for attribution in set(ATTRIBUTIONS) - set(found.absent):
         assert any(kind.startswith(attribution) for kind in kinds)
     for family in {"gradient", "log_weight_gradient", "instance_logit"} - set(found.absent):
@@ -166,3 +167,27 @@ def test_what_is_expected_covers_the_registry():
     assert set(SMALL) >= set(AGGREGATORS) - {"owlora"}  # which wraps any of them
     without = {name for name in AGGREGATORS if not issubclass(build(name).output_type, AttentionOutput)}
     assert without == WITHOUT_ATTENTION
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_of_two_classes_every_slide_shows_the_second(bag, sign):
+    model = build("abmil", n_outputs=2)
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([-10.0, 10.0]) * sign)  # predicts the one class or the other
+    maps = map_slide(model, bag, classes=("normal", "tumour"))
+    assert maps.maps[0].label == "the log-odds of tumour of the tile alone"
+    assert (np.sign(maps.maps[0].values) == sign).all()
+
+
+def test_evidence_has_one_scale_over_all_slides(bag):
+    heatmap = first_map(build("abmil"), bag, classes=CLASSES)
+    scale = scale_of(heatmap)
+    assert (scale.low, scale.high) == (-LOG_ODDS_REACH, LOG_ODDS_REACH)
+    assert scale_of(heatmap.percentile()).high == 100
+
+
+def test_a_model_that_must_be_run_on_every_tile_shows_attention_on_large_slides(bag, monkeypatch):
+    monkeypatch.setattr("eosin.heatmaps._maps.MANY_TILES", bag.n_instances - 1)
+    model = build("transmil")
+    assert first_map(model, bag, classes=CLASSES).kind == "attention_percentile"
+    assert "by itself" in map_slide(model, bag, classes=CLASSES).absent["alone"]

@@ -106,7 +106,7 @@ def test_marked_tile_lights_up_in_every_format(tmp_path, card, mpp, kind):
         explanation = Explanation("s", slide, None, [heatmap.percentile(), heatmap], card, {"predicted": "tumour"})
         expected = grid.boxes_px0()[tile].reshape(2, 2).mean(0)
         for name in FORMATS:
-            path = _write(name, explanation, tmp_path / f"s_attention.{name}")
+            path = _write(name, explanation, tmp_path / f"s_alone.{name}")
             found = place_in(path, slide)
             assert np.abs(found - expected).max() <= 0.2 * grid.tile_px0, name
 

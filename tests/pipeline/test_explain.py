@@ -23,20 +23,20 @@ TILE = 5 * 16 + 9
 def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path):
     _, slide, bag = scene
     paths = explain_slide(model_folder, slide, bag, tmp_path, formats=FORMATS)
-    assert [path.name for path in paths] == [f"slide-1_attention.{name}" for name in FORMATS]
+    assert [path.name for path in paths] == [f"slide-1_alone.{name}" for name in FORMATS]
     by_format = dict(zip(FORMATS, paths, strict=True))
     box = bag.grid.boxes_px0()[TILE].tolist()
 
     table = pd.read_csv(by_format["csv"])
     assert len(table) == bag.n_instances
-    assert table.attention.idxmax() == TILE
+    assert table.alone.idxmax() == table.attention.idxmax() == TILE
     assert table.attention.sum() == pytest.approx(1)
     assert table.effect.idxmax() == TILE
     assert table.effect[TILE] == pytest.approx(2.3, abs=0.1)
     assert table.loc[TILE, ["x_px0", "y_px0"]].tolist() == box[:2]
 
     features = check_geojson(by_format["geojson"], size_px=(640, 480))
-    lit = max(features, key=lambda feature: feature["properties"]["measurements"]["attention"])
+    lit = max(features, key=lambda feature: feature["properties"]["measurements"]["alone"])
     assert lit["geometry"]["coordinates"][0][0] == box[:2]
     assert lit["geometry"]["coordinates"][0][2] == box[2:]
 
@@ -45,21 +45,22 @@ def test_every_format_lights_up_at_the_marked_tile(scene, model_folder, tmp_path
     left, top = image.shape[1] - COLOUR_BAR_PX - 640, MARGIN_PX + TITLE_PX
     overlay = image[top : top + 480, left : left + 640].reshape(12, 40, 16, 40, 3)
     middle = overlay[:, 12:28, :, 12:28].mean((1, 3))  # (12, 16, 3), away from outlines
-    red, green, blue = np.moveaxis(middle, -1, 0)
-    assert np.where(red - blue > 100, red - green, -255).argmax() == TILE  # the last, reddest yellow of the scale
+    red, _, blue = np.moveaxis(middle, -1, 0)
+    assert (red - blue).argmax() == TILE
+    assert (red - blue > 60).sum() == 1  # orange speaks for the class, and all others speak against it
 
     with open_slide(by_format["tiff"]) as drawn:
         cell = drawn.mpp / 0.5
         colours = drawn.read((0, 0), drawn.size_px0, drawn.mpp).astype(int)
     x, y = ((box[0] + 20) / cell, (box[1] + 20) / cell)
-    assert np.abs(colours[int(y), int(x)] - [253, 231, 37]).max() <= 3
+    assert np.abs(colours[int(y), int(x)] - [187, 95, 8]).max() <= 3
 
     exact = pd.read_parquet(by_format["parquet"])
     assert list(exact.columns) == list(table.columns)
     np.testing.assert_allclose(exact, table, rtol=1e-8, atol=1e-12)
     scores = tifffile.imread(by_format["scores.tiff"])
-    assert scores[int(y), int(x)] == np.nanmax(scores) == 100
-    assert (scores >= 100).sum() <= (40 / cell + 1) ** 2
+    assert scores[int(y), int(x)] == np.nanmax(scores) == pytest.approx(table.alone[TILE])
+    assert (scores == np.nanmax(scores)).sum() <= (40 / cell + 1) ** 2
 
     page = by_format["html"].read_text(encoding="utf-8")
     assert "prob_tumour" in page

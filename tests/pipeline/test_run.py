@@ -53,9 +53,7 @@ def test_every_stage_leaves_its_result(result: Result) -> None:
     assert (root / "crossval/predictions.csv").is_file()
     assert (root / "crossval/metrics.json").is_file()
     assert load_card(root / "model").features.encoder == "he_texture"
-    assert all(
-        (root / "heatmaps" / f"{slide}_attention.{kind}").is_file() for slide in ids for kind in ("png", "geojson")
-    )
+    assert all((root / "heatmaps" / f"{slide}_alone.{kind}").is_file() for slide in ids for kind in ("png", "geojson"))
     assert (root / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert result.report.exit_code == 0
 
@@ -74,7 +72,7 @@ def test_every_slide_is_predicted_once_by_a_model_of_other_patients(result: Resu
 def test_geojson_of_a_heat_map_is_what_qupath_reads(result: Result) -> None:
     slide_id = result.predictions["slide_id"][0]
     with open_slide(result.slides[slide_id].path) as slide:
-        check_geojson(result.heatmaps / f"{slide_id}_attention.geojson", size_px=slide.size_px0)
+        check_geojson(result.heatmaps / f"{slide_id}_alone.geojson", size_px=slide.size_px0)
 
 
 def test_second_call_does_nothing_again(cohort: Path, result: Result) -> None:
@@ -108,7 +106,7 @@ def test_a_model_without_attention_shows_the_evidence_of_each_tile(
     data = make_report(made)
     assert all(len(card.pictures) == 2 for card in data.slides)
     assert "of the tile alone" in data.slides[0].pictures[1].caption
-    assert data.notes[0].startswith("The model weighs no tiles")
+    assert data.notes[0].startswith("Maps show what the model says of each tile as if it were the whole slide")
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
 
 

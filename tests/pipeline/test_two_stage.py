@@ -62,7 +62,7 @@ def test_both_stages_leave_their_results(result: TwoStageResult) -> None:
     for folder in (root, root / "stage1"):
         assert (folder / "report.html").is_file()
         assert (folder / "model/model.json").is_file()
-        assert len(list((folder / "heatmaps").glob("*_attention.geojson"))) == 16
+        assert len(list((folder / "heatmaps").glob("*_alone.geojson"))) == 16
     assert "cut into finer ones" in (root / "report.html").read_text(encoding="utf-8")
     coarse, fine = find_bags(result.first.features), find_bags(result.second.features)
     assert coarse.keys() == fine.keys()

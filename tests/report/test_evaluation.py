@@ -14,7 +14,15 @@ from eosin.errors import LabelError
 from eosin.mil._evaluate import bootstrap, summarise_folds
 from eosin.mil.task import make_task
 from eosin.report._evaluation import Context, confusions, evaluation_report, verdict, worst_cards
-from eosin.report._figures import Curve, calibration_panel, precision_recall_panel, roc_panel, survival_panel
+from eosin.report._figures import (
+    Curve,
+    calibration_panel,
+    decision_panel,
+    net_benefit,
+    precision_recall_panel,
+    roc_panel,
+    survival_panel,
+)
 from eosin.report._measures import Evaluated, compare_runs, metric_name, site_table, threshold_table
 from eosin.report._page import write_report
 
@@ -85,7 +93,9 @@ def test_every_task_has_a_report(tmp_path, kind):
     if kind in ("survival", "cox"):
         assert titles == ["Survival by predicted risk"]
     if kind == "multitask":
-        assert {"er: ROC", "grade: Calibration", "months: Survival by predicted risk"} <= set(titles)
+        assert {"er: ROC", "er: Decision curve", "grade: Calibration", "months: Survival by predicted risk"} <= set(
+            titles
+        )
         assert [confusion.name for confusion in data.confusions] == ["er", "grade"]
     for confusion in data.confusions:
         assert confusion.counts.sum() == 60
@@ -269,6 +279,24 @@ def test_curves_state_their_areas_and_leave_out_what_is_not_defined():
     assert roc_panel([one_class]) is precision_recall_panel([one_class]) is None
     assert "calibration error 0.150" in calibration_panel(perfect, error=0.15).caption
     assert svg(roc_panel([perfect])) == svg(roc_panel([perfect]))
+
+
+def test_net_benefit_weighs_needless_actions_by_the_odds_of_the_threshold():
+    truth = np.array([True, True, False, False, False])
+    score = np.array([0.9, 0.3, 0.4, 0.2, 0.1])
+    at = np.array([0.25, 0.5])
+    # at 0.25 two of the positive and one of the negative are acted on, at 0.5 one of the positive
+    np.testing.assert_allclose(net_benefit(truth, score, at), [2 / 5 - 1 / 5 / 3, 1 / 5])
+    everyone = net_benefit(truth, np.ones(5), at)
+    np.testing.assert_allclose(everyone, [2 / 5 - 3 / 5 / 3, 2 / 5 - 3 / 5])
+
+
+def test_a_decision_curve_counts_patients_and_needs_both_kinds():
+    truth = np.array([False, False, True, True])
+    curve = Curve("tumour", truth, np.array([0.1, 0.2, 0.8, 0.9]))
+    assert "3 patients" in decision_panel(curve, ["a", "a", "b", "c"]).caption
+    assert "act on all" in svg(decision_panel(curve, ["a", "a", "b", "c"]))
+    assert decision_panel(Curve("x", truth[2:], np.ones(2)), ["b", "c"]) is None
 
 
 def test_survival_curves_name_the_test_and_the_numbers_at_risk():

@@ -8,7 +8,17 @@ from eosin.errors import ConfigError
 from eosin.features._bag import FeatureBag
 from eosin.features._store import write_bag
 from eosin.viewer._catalogue import open_catalogue
-from eosin.viewer._layers import EFFECT, GRADIENT, PERCENTILE, PLAIN, TIMES, Choice, scalings_of
+from eosin.viewer._layers import (
+    ALONE,
+    EFFECT,
+    GRADIENT,
+    PERCENTILE,
+    PLAIN,
+    TIMES,
+    Choice,
+    default_scaling,
+    scalings_of,
+)
 from eosin.wsi._slide_file import find_slides
 
 
@@ -91,7 +101,11 @@ def test_few_studies_are_kept(catalogue, monkeypatch):
 
 def test_layers_are_those_of_the_other_exports(studies):
     layers = studies[0].layers
-    assert layers.families()[0] == "attention"
+    assert layers.families()[:2] == (ALONE, "attention")
+    assert layers.classes_of(ALONE) == ("tumour", "normal")  # of two classes the second is what is looked for
+    alone = layers.get(layers.choices[0])
+    assert default_scaling(alone) == PLAIN
+    assert alone.values.argmax() == 5 * 16 + 9
     assert {EFFECT, GRADIENT} <= set(layers.families())
     assert layers.classes_of(EFFECT) == ("normal", "tumour")
     plain = layers.get(Choice("attention"))

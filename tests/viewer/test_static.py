@@ -3,6 +3,8 @@ import re
 import pytest
 
 from eosin.errors import ConfigError
+from eosin.heatmaps._maps import LOG_ODDS_REACH
+from eosin.viewer._layers import ALONE, PERCENTILE
 from eosin.viewer._static import write_static
 
 
@@ -30,7 +32,8 @@ def test_maps_change_and_fade_in_a_browser_without_a_server(chromium, page):
     tab.wait_for_function("Bokeh.documents.length && Bokeh.documents[0].is_idle", timeout=15_000)
     select = tab.locator("select").first
     names = select.locator("option").all_inner_texts()
-    assert names[:3] == [
+    assert names[:4:2] == [f"{ALONE} for tumour, {PERCENTILE}", f"{ALONE} for normal, {PERCENTILE}"]
+    assert names[4:7] == [
         "attention, rank among tiles (percentile)", "attention, times the average tile", "attention",
     ]  # fmt: skip
     models = "[...Bokeh.documents[0]._all_models.values()]"
@@ -38,7 +41,9 @@ def test_maps_change_and_fade_in_a_browser_without_a_server(chromium, page):
     spans = tab.evaluate(shape + "(r) => r.end - r.start).concat([p.inner_width, p.inner_height]) })()")
     assert spans[0] / spans[2] == pytest.approx(spans[1] / spans[3], rel=0.02)  # a circle is a circle
     low = f"{models}.find((m) => m.type == 'LinearColorMapper').low"
-    assert tab.evaluate(low) == 0
+    assert tab.evaluate(low) == -LOG_ODDS_REACH
+    select.select_option(label="attention, rank among tiles (percentile)")
+    tab.wait_for_function(f"{low} == 0")
     select.select_option(label="effect of each tile for tumour")
     tab.wait_for_function(f"{low} < 0")
     glyph = f"{models}.find((m) => m.type == 'Image')"

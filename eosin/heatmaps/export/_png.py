@@ -31,6 +31,7 @@ MARGIN_PX = 12
 TITLE_PX = 30
 COLOUR_BAR_PX = 190
 LEGEND_PX = 24
+LINE_PX = 17  # of words in 10 points
 BRIGHT_TISSUE = 0.85  # colour bars show the colours as they look over tissue of this brightness
 
 
@@ -111,8 +112,8 @@ def blend(
     plane = heatmap.raster(view.mpp, window_px0=view.window_px0)
     if tissue is not None:
         plane = np.where(view.show_mask(tissue), plane, np.nan)
-    grey = (view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32))[..., None]
-    mixed = (1 - opacity) * grey + opacity * scale.rgb(plane)
+    grey = (view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float64))[..., None]
+    mixed = scale.over(grey, plane, opacity=opacity)
     return np.where(np.isnan(plane)[..., None], grey, mixed).round().astype(np.uint8)
 
 
@@ -238,20 +239,22 @@ def _draw_scale_bar(axes: Axes, view: View) -> None:
 
 def _draw_colour_bar(figure: Figure, scale: ColourScale, opacity: float) -> None:
     width, height = figure.get_size_inches() * DPI
-    tall = min(300.0, height - 90)
-    axes = figure.add_axes((1 - 170 / width, 1 - (60 + tall) / height, 16 / width, tall / height))
+    title = _wrapped(scale.title)
+    above = MARGIN_PX + LINE_PX * (1 + title.count("\n")) + MARGIN_PX
+    tall = min(300.0, height - above - MARGIN_PX)
+    axes = figure.add_axes((1 - 170 / width, 1 - (above + tall) / height, 16 / width, tall / height))
     levels = np.linspace(scale.low, scale.high, 256)
-    shown = opacity * scale.rgb(levels) / 255 + (1 - opacity) * BRIGHT_TISSUE
+    shown = scale.over(np.full(1, 255 * BRIGHT_TISSUE), levels, opacity=opacity) / 255
     axes.imshow(levels[::-1, None], aspect="auto", cmap=ListedColormap(shown), norm=Normalize(scale.low, scale.high))
     axes.set_xticks([])
     axes.set_yticks([])
     for height_in_bar, words in ((1.0, scale.high_words), (0.0, scale.low_words)):
         va = "top" if height_in_bar else "bottom"
         axes.text(1.5, height_in_bar, words, transform=axes.transAxes, fontsize=10, va=va)
-    figure.text(1 - 170 / width, 1 - 50 / height, _wrapped(scale.title), fontsize=10, va="bottom")
+    figure.text(1 - 170 / width, 1 - MARGIN_PX / height, title, fontsize=10, va="top")
 
 
-def _wrapped(words: str, width: int = 26) -> str:
+def _wrapped(words: str, width: int = 23) -> str:
     lines = [""]
     for word in words.split():
         joined = f"{lines[-1]} {word}".strip()
