@@ -112,7 +112,7 @@ def blend(
     plane = heatmap.raster(view.mpp, window_px0=view.window_px0)
     if tissue is not None:
         plane = np.where(view.show_mask(tissue), plane, np.nan)
-    grey = (view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float64))[..., None]
+    grey = np.asarray(view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32), np.float64)[..., None]
     mixed = scale.over(grey, plane, opacity=opacity)
     return np.where(np.isnan(plane)[..., None], grey, mixed).round().astype(np.uint8)
 
