@@ -221,7 +221,7 @@ class _Worker:
     """A child process that works on one item at a time and can be replaced when it dies."""
 
     def __init__(self, work: Callable[[Any], Outcome], stage: str) -> None:
-        self.child = Child(_serve, work, stage)
+        self.child = Child(_serve, work, stage, has_children=True)  # a reader may put what can hang into a process
         self.stage = stage
         self.slide_id = ""
         self.started = 0.0

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, TypeVar
 
-from eosin.errors import EosinError, WorkerError
+from eosin.errors import EosinError, MissingPackageError, WorkerError
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -301,6 +301,8 @@ def serve_calls(connection: "Connection[Any, Any]", most_bytes: int | None = Non
             answer = function(*args)
         except EosinError as error:
             answer = error
+        except ImportError as error:
+            answer = MissingPackageError(error)
         except MemoryError:
             answer = WorkerError("needs more memory than it may use", code="out-of-memory")
         except Exception as error:  # noqa: BLE001 - whatever it is must reach the parent

@@ -7,18 +7,23 @@ named. Text may be separated by comma, semicolon or tab, and be in UTF-8, UTF-16
 import codecs
 import csv
 import datetime
+import io
 import logging
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eosin._names import match_slides
-from eosin.errors import TableError
+from eosin._processes import call_apart
+from eosin.errors import EosinError, TableError, WorkerError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +51,15 @@ MAX_TEXT_BYTES = 256 * 2**20
 MAX_PARQUET_BYTES = 256 * 2**20
 MAX_WORKBOOK_BYTES = 64 * 2**20
 MAX_WORKBOOK_PARTS = 10_000
+MAX_WORKBOOK_CELLS = 2_000_000
+APART_S = 120.0
+APART_BYTES = 4 * 2**30
 CHUNK_BYTES = 2**20
 
 EXACT_DIGITS = 15
 UNNAMED = "Unnamed: "
+FORMULA = re.compile(r"'*[=+\-@\x00-\x1f＝＋－＠]")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf")
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
 
 
@@ -166,6 +176,36 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV in which no spreadsheet finds a formula; `read_table` gives every text back as it was.
+
+    The one way in which eosin writes a table as text: a slide may be called ``=cmd|...`` by whoever made the file.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(shielded, row) for row in rows)
+    return text.getvalue()
+
+
+def frame_text(frame: "pd.DataFrame", *, float_format: str | None = None) -> str:
+    """Return a data frame as `csv_text` would write it, without its index."""
+    safe = frame.rename(columns=shielded)
+    for name, kind in zip(safe, safe.dtypes, strict=True):
+        if kind.kind == "O":
+            safe[name] = safe[name].map(shielded)
+    return safe.to_csv(index=False, lineterminator="\n", float_format=float_format)
+
+
+def shielded(cell: object) -> object:
+    """Return a cell with an apostrophe before text that a spreadsheet would run; numbers stay numbers."""
+    is_run = isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_run else cell
+
+
+def unshielded(text: str) -> str:
+    """Return the text that `shielded` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
 def read_table(path: Path) -> Table:
     """Read a csv, tsv, xlsx or parquet file.
 
@@ -177,18 +217,27 @@ def read_table(path: Path) -> Table:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise TableError(f"{path}: tables are {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}")
-    read = {".xlsx": _read_xlsx, ".parquet": _read_parquet}.get(suffix, _read_text)
     try:
-        table = read(path)
+        table = _read_apart(APART[suffix], path) if suffix in APART else _read_text(path)
     except FileNotFoundError:
         raise TableError(f"{path}: cannot be read as a table (no such file)") from None
-    except (TableError, ImportError):
-        raise
-    except Exception as error:  # noqa: BLE001 - openpyxl and pyarrow have no common parent for what a damaged file makes them raise
-        raise TableError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        if isinstance(error, EosinError):
+            raise
+        raise TableError(f"{path}: cannot be read as a table ({error.strerror or error})") from None
     if not any(table.values()):
         raise TableError(f"{path}: the table has no rows")
     return table
+
+
+def _read_apart(read: Callable[[Path], Table], path: Path) -> Table:
+    """Read a table in another process: its library may hang, crash or raise anything on a damaged or hostile file."""
+    path.stat()
+    try:
+        return call_apart(read, path, timeout_s=APART_S, most_bytes=APART_BYTES)
+    except WorkerError as error:
+        found = f"the process that tried {error.message}" if error.code != "internal" else error.message
+        raise TableError(f"{path}: cannot be read as a table ({' '.join(found.split())})") from None
 
 
 def _refuse(path: Path, found: str, limit: str) -> TableError:
@@ -271,7 +320,7 @@ class TextFile:
             try:
                 for row in lines:
                     if not _stated_separator(self.separator.join(row)):
-                        yield lines.line_num, [cell.strip() for cell in row]
+                        yield lines.line_num, [unshielded(cell.strip()) for cell in row]
             except csv.Error as error:
                 raise TableError(f"{self.path}: line {lines.line_num}: {error}; check its quotation marks") from None
 
@@ -397,7 +446,7 @@ def _read_xlsx(path: Path) -> Table:
     try:
         sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
         for sheet in sheets:
-            rows = [row for row in map(list, sheet.iter_rows()) if any(cell.value is not None for cell in row)]
+            rows = _filled_rows(sheet, path)
             if rows:
                 break
         else:
@@ -409,11 +458,21 @@ def _read_xlsx(path: Path) -> Table:
     _require_distinct([name for name in header if name], path)
     _require_size(path, len(rows), len(header))
     columns = {
-        name: [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
+        unshielded(name): [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
         for place, name in enumerate(header)
         if name
     }
     return _typed_table(path, columns, notes=(f"sheet: {sheet.title!r}{others}",))
+
+
+def _filled_rows(sheet: Any, path: Path) -> list[list[Any]]:
+    """Return the rows that are not blank; one cell far to the right makes every row as long as the sheet is wide."""
+    rows: list[list[Any]] = []
+    for row in sheet.iter_rows():
+        if any(cell.value is not None for cell in row):
+            rows.append(list(row))
+            _require_size(path, len(rows), len(row))
+    return rows
 
 
 def _require_small_workbook(path: Path) -> None:
@@ -425,15 +484,22 @@ def _require_small_workbook(path: Path) -> None:
             raise _refuse(path, f"unpacks to more than {limit}; save the table as csv", f"{limit} of workbook")
         for part in parts:
             with archive.open(part) as file:
-                if b"<!DOCTYPE" in file.read(4096):
+                chunk, n_cells = file.read(CHUNK_BYTES), 0
+                if b"<!DOCTYPE" in chunk[:4096]:
                     raise TableError(f"{path}: is not a workbook of Excel ({part.filename} defines entities)")
+                while chunk and part.filename.startswith("xl/worksheets/"):
+                    n_cells += chunk.count(b"<c ") + chunk.count(b"<c>") + chunk.count(b"<c/")
+                    if n_cells > MAX_WORKBOOK_CELLS:
+                        limit = f"{MAX_WORKBOOK_CELLS:,} cells of workbook"
+                        raise _refuse(path, f"holds more than {MAX_WORKBOOK_CELLS:,} cells; save it as csv", limit)
+                    chunk = file.read(CHUNK_BYTES)
 
 
 def _shown_value(cell: Any) -> Any:
     zeros = str(getattr(cell, "number_format", ""))
     if isinstance(cell.value, int) and not isinstance(cell.value, bool) and zeros and not zeros.strip("0"):
         return f"{cell.value:0{len(zeros)}d}"
-    return cell.value
+    return unshielded(cell.value) if isinstance(cell.value, str) else cell.value
 
 
 def _typed_table(path: Path, columns: Mapping[str, Sequence[Any]], *, notes: tuple[str, ...] = ()) -> Table:
@@ -476,3 +542,6 @@ def _fault(value: Any) -> str:
     if abs(value) >= 10**EXACT_DIGITS:
         return f"a number of more than {EXACT_DIGITS} digits, which spreadsheets round ({value:.6g})"
     return ""
+
+
+APART = {".xlsx": _read_xlsx, ".parquet": _read_parquet}

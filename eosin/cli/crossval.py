@@ -76,10 +76,9 @@ def crossval(
     """Train and test one model per fold, and write out-of-fold metrics. Test slides are never used to choose."""
     from eosin._devices import choose_device
     from eosin._files import file_fingerprint
-    from eosin._tables import read_table
     from eosin.cli._study import begin, read_study, recipe_of, require_one_source, settle
     from eosin.mil._compare import require_comparable
-    from eosin.mil._crossval import METRICS, PREDICTIONS, tested_slides
+    from eosin.mil._crossval import METRICS, PREDICTIONS, read_predictions, tested_slides
     from eosin.report._evaluation import Context, report_crossval
     from eosin.report._measures import compare_runs, sweep_table
 
@@ -102,7 +101,7 @@ def crossval(
     number, seed = settings.choose("folds", folds, 5), chosen.training.seed
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
     if compare is not None:
-        require_comparable(study.task, tested_slides(parts), read_table(compare / PREDICTIONS))
+        require_comparable(study.task, tested_slides(parts), read_predictions(compare / PREDICTIONS))
     precision = settle(precision, device, out)
     begin(study, out, candidates.values() or [chosen], device=device, precision=precision)
     results = out

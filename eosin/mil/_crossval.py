@@ -1,7 +1,5 @@
 """Cross-validation: a model per fold, out-of-fold predictions, and metrics over folds and over patients."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,8 @@ from numpy.typing import NDArray
 
 from eosin._devices import choose_device
 from eosin._files import write_json, write_text
-from eosin._filesets import begin_set, finish_set
+from eosin._filesets import begin_set, finish_set, require_named
+from eosin._tables import Table, csv_text, read_table
 from eosin.errors import LabelError
 from eosin.mil._checkpoint import CARD
 from eosin.mil._cohort import Cohort
@@ -159,8 +158,13 @@ def crossval(
         if progress is not None:
             progress(fold)
     summary = write_folds(recipe, task, folds, out, resamples=resamples, flow=flow)
-    finish_set(out, [*models, PREDICTIONS, METRICS])
+    finish_set(out, [*models, *result_files(summary)])
     return summary
+
+
+def result_files(summary: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that `write_folds` wrote with these metrics."""
+    return [PREDICTIONS, METRICS, *([PATIENTS] if "patients" in summary else [])]
 
 
 def write_folds(
@@ -181,6 +185,18 @@ def write_folds(
         summary["cohort"] = flow.as_json()
     write_json(out / METRICS, summary)
     return summary
+
+
+def read_predictions(path: Path) -> Table:
+    """Read predictions that a command has written.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, not a table, or not the one that the manifest beside it names.
+    """
+    require_named(path)
+    return read_table(path)
 
 
 def inner_splits(fold: FoldSplits) -> Sequence[Split]:
@@ -264,15 +280,13 @@ class _Plan:
 
 
 def _predictions(folds: Sequence[Fold]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     first = folds[0]
-    writer.writerow(["fold", "slide_id", "patient_id", *first.task.columns, *first.task.table(first.outputs)])
+    rows = [["fold", "slide_id", "patient_id", *first.task.columns, *first.task.table(first.outputs)]]
     for fold in folds:
         columns = [*fold.task.decode(fold.targets), *fold.task.table(fold.outputs).values()]
         for row, (slide, patient) in enumerate(zip(fold.ids, fold.patient_ids, strict=True)):
-            writer.writerow([fold.number, slide, patient, *(column[row] for column in columns)])
-    return text.getvalue()
+            rows.append([fold.number, slide, patient, *(column[row] for column in columns)])
+    return csv_text(rows)
 
 
 def by_patient(folds: Sequence[Fold]) -> list[Fold]:

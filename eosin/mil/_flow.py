@@ -4,8 +4,6 @@ Every slide that anybody named has exactly one end: it is used, or it is lost at
 numbers add up, and nothing is left out that is not written down. The steps are those of a STARD or CONSORT diagram.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from typing import Any, Self
 
 from eosin._files import write_text
 from eosin._names import is_missing
+from eosin._tables import csv_text
 
 COHORT = "cohort.csv"
 COLUMNS = ("slide_id", "patient_id", "used", "lost_at", "reason")
@@ -140,14 +139,12 @@ class Flow:
         OutputError
             If it cannot be written.
         """
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(COLUMNS)
+        rows: list[tuple[object, ...]] = [COLUMNS]
         for slide in self.slide_ids:
             loss = self.losses.get(slide, Loss("", ""))
-            rows.writerow((slide, self.patient_of.get(slide, ""), int(not loss.step), loss.step, loss.reason))
+            rows.append((slide, self.patient_of.get(slide, ""), int(not loss.step), loss.step, loss.reason))
         path = folder / COHORT
-        write_text(path, text.getvalue())
+        write_text(path, csv_text(rows))
         return path
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from eosin.mil._crossval import judge_models, write_folds
+from eosin._filesets import finish_set
+from eosin.mil._crossval import judge_models, result_files, write_folds
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES
 from eosin.mil._recipe import Recipe
@@ -46,4 +47,6 @@ def judge(
         As `eosin.mil._crossval.crossval` returns it, of one fold.
     """
     fold = judge_models([fitted], task, examples, device=device)
-    return write_folds(fitted.card.recipe, task, [fold], out, resamples=resamples)
+    summary = write_folds(fitted.card.recipe, task, [fold], out, resamples=resamples)
+    finish_set(out, result_files(summary))
+    return summary

@@ -1,12 +1,14 @@
 """What training says of itself, one line per pass: ``log.csv``, and the same for TensorBoard."""
 
 import csv
+import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eosin._files import write_bytes, write_text
+from eosin._tables import csv_text
 from eosin.errors import MissingPackageError
 
 logger = logging.getLogger(__name__)
@@ -18,23 +20,29 @@ FILE_VERSION = "brain.Event:2"
 Line = Mapping[str, float | int | None]
 
 
-def write_log(folder: Path, history: Sequence[Line]) -> None:
-    """Write one line per pass as ``log.csv``; an undefined value is an empty cell."""
-    text = io.StringIO()
+def write_log(folder: Path, history: Sequence[Line]) -> str:
+    """Write one line per pass as ``log.csv``; an undefined value is an empty cell.
+
+    Returns
+    -------
+    str
+        Its SHA-256, for the model's card.
+    """
     names = list(dict.fromkeys(name for epoch in history for name in epoch))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(folder / LOG, text.getvalue())
+    text = csv_text([names, *([epoch.get(name) for name in names] for epoch in history)])
+    write_text(folder / LOG, text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_log(folder: Path) -> tuple[dict[str, float | int | None], ...]:
-    """Read ``log.csv`` again; empty when there is none."""
+def read_log(folder: Path, stated: str) -> tuple[dict[str, float | int | None], ...]:
+    """Read ``log.csv`` again; empty when there is none, and with a warning where it is not the one of this hash."""
     path = folder / LOG
-    if not path.exists():
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data).hexdigest() != stated:
+        logger.warning("%s is not the file that the model's card names; the course of the training is not shown", path)
         return ()
-    with path.open(newline="", encoding="utf-8") as file:
-        return tuple({name: _number(text) for name, text in row.items()} for row in csv.DictReader(file))
+    rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
+    return tuple({name: _number(text) for name, text in row.items()} for row in rows)
 
 
 def _number(text: str) -> float | int | None:

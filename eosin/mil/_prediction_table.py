@@ -11,7 +11,8 @@ import torch
 
 from eosin._files import write_bytes, write_text
 from eosin._fingerprints import fingerprint
-from eosin.errors import ConfigError
+from eosin._tables import frame_text, read_table
+from eosin.errors import ConfigError, TableError
 from eosin.mil.task import Task
 
 Cell = str | int | float | None
@@ -120,7 +121,7 @@ class PredictionTable:
         """Write what is finished beside the table, for a run that continues."""
         if self.rows:
             frame = self._frame([self._whole(name, row) for name, row in self.rows.items()])
-            write_text(self.partial, frame.to_csv(index=False, lineterminator="\n"))
+            write_text(self.partial, frame_text(frame))
         self.saved_at = time.monotonic()
 
     def finish(self, ends: Mapping[str, Mapping[str, Cell]]) -> None:
@@ -135,7 +136,7 @@ class PredictionTable:
         if self.out.suffix.lower() == ".parquet":
             write_bytes(self.out, frame.to_parquet(index=False))
         else:
-            write_text(self.out, frame.to_csv(index=False, lineterminator="\n"))
+            write_text(self.out, frame_text(frame))
         self.partial.unlink(missing_ok=True)
 
     def _whole(self, name: str, row: Row) -> Row:
@@ -159,14 +160,10 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path).astype("string").fillna("")
-        else:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        logger.warning("%s cannot be read (%s); every slide is predicted anew", path, error)
+        table = read_table(path)
+    except (OSError, TableError) as error:
+        logger.warning("%s; every slide is predicted anew", error)
         return []
-    if list(frame) != list(columns):
+    if list(table) != list(columns):
         return []
-    rows: list[Row] = frame.to_dict("records")  # type: ignore[assignment]
-    return rows
+    return [dict(row) for row in table.rows()]

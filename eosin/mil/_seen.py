@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eosin._files import write_text
 from eosin._filesets import members_of
+from eosin._tables import csv_text, unshielded
 from eosin.errors import CheckpointError
 from eosin.mil._checkpoint import CARD, load_card
 from eosin.mil._data import Examples, PatientBags
@@ -50,14 +51,11 @@ def write_seen(folder: Path, train: Examples, val: Examples | None) -> str:
     str
         Its SHA-256, for the model's card.
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for part, examples in (("train", train), ("val", val)):
-        if examples is not None:
-            rows.writerows((slide, patient, part) for slide, patient in slides_of(examples))
-    write_text(folder / SEEN, text.getvalue())
-    return hashlib.sha256(text.getvalue().encode()).hexdigest()
+    parts = {part: examples for part, examples in (("train", train), ("val", val)) if examples is not None}
+    rows = [(slide, patient, part) for part, examples in parts.items() for slide, patient in slides_of(examples)]
+    text = csv_text([COLUMNS, *rows])
+    write_text(folder / SEEN, text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def slides_of(examples: Examples) -> Iterator[tuple[str, str]]:
@@ -84,7 +82,7 @@ def read_seen(folder: Path) -> Seen | None:
         if stated is not None and stated != hashlib.sha256(data).hexdigest():
             raise ValueError(f"it is not the file that {CARD} names")
         rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
-        return Seen({row["slide_id"]: row["patient_id"] for row in rows})
+        return Seen({unshielded(row["slide_id"]): unshielded(row["patient_id"]) for row in rows})
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise CheckpointError(path, f"cannot be read ({error}); train the model again") from None
 

@@ -4,8 +4,6 @@ A patient is never on two sides. Strata, the labels of a class task, are dealt o
 gets its share; a class that a training part would lack is an error, not a surprise.
 """
 
-import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +16,7 @@ import numpy as np
 from eosin._files import write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set, members_of, require_named
 from eosin._names import slide_id
-from eosin._tables import read_table
+from eosin._tables import csv_text, read_table
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._cohort import Cohort, deal, draw
 from eosin.mil._tables import shown
@@ -278,20 +276,14 @@ def _as_csv(split: Split) -> str:
     length = max(len(part) for part in split.parts().values())
     columns = [[*part, *[""] * (length - len(part))] for part in split.parts().values()]
     rows = [["", *PARTS], *([number, *row] for number, row in enumerate(zip(*columns, strict=True)))]
-    return _csv_text(rows)
+    return csv_text(rows)
 
 
 def _descriptor(split: Split, cohort: Cohort) -> str:
     stratum = dict(zip(cohort.slide_ids, cohort.strata, strict=True))
     counts = [Counter(stratum[slide] for slide in part) for part in split.parts().values()]
     names = sorted(set(cohort.strata))
-    return _csv_text([["", *PARTS], *([name, *(count[name] for count in counts)] for name in names)])
-
-
-def _csv_text(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return csv_text([["", *PARTS], *([name, *(count[name] for count in counts)] for name in names)])
 
 
 def read_splits(path: Path) -> list[Split]:

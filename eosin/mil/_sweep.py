@@ -5,8 +5,6 @@ validation part, or the best mean over the validation parts of nested splits, an
 figure of the choice, not of the luckiest candidate.
 """
 
-import csv
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +16,10 @@ from pydantic import Field
 
 from eosin._files import write_json, write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set
+from eosin._tables import csv_text
 from eosin.errors import ConfigError
 from eosin.mil._cohort import Cohort
-from eosin.mil._crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, write_folds
+from eosin.mil._crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, result_files, write_folds
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES, summarise_folds
 from eosin.mil._recipe import RECIPES, Recipe
@@ -145,6 +144,7 @@ def run_sweep(
     chosen = {name: recipe.model_dump(mode="json") for name, recipe in candidates.items() if name in choices}
     summary = summary | {"choices": choices, "recipe": chosen}
     write_json(out / CHOSEN / METRICS, summary)
+    finish_set(out / CHOSEN, result_files(summary))
     write_text(out / TABLE, _as_csv([*lines, *_over_seeds(folds), _line("chosen by validation", summary)]))
     finish_set(out, [*members, TABLE])
     return summary
@@ -193,8 +193,5 @@ def _line(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    names = list(lines[0])
+    return csv_text([names, *([line.get(name) for name in names] for line in lines)])

@@ -1,6 +1,5 @@
 """Training a model: checks before, the loop of `eosin.mil._training_run`, the refit, and the folder that remains."""
 
-import json
 import logging
 import os
 import time
@@ -14,11 +13,12 @@ import torch
 from eosin._devices import choose_device
 from eosin._files import write_json
 from eosin._fingerprints import content_hash, fingerprint, source_hash
+from eosin._seals import is_intact, read_json, sealed
 from eosin.errors import CheckpointError, ConfigError, LabelError
 from eosin.kernels._rates import faster_precision, processor
 from eosin.mil._checkpoint import CARD, WEIGHTS, load_model, save_model
 from eosin.mil._data import Examples
-from eosin.mil._log import read_log
+from eosin.mil._log import LOG, read_log
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._registry import ModuleRegistry
 from eosin.mil._resume import forget_state, read_state, write_state
@@ -108,8 +108,8 @@ def fit(
         if recipe.training.refit:
             fitted = _refit(fitted, recipe, task, train, val, place)
     if folder is not None and not run.rank:
-        run.write_logs(folder)
-        card = fitted.card.model_copy(update={"files": {SEEN: write_seen(folder, train, val)}})
+        files = {LOG: run.write_logs(folder), SEEN: write_seen(folder, train, val)}
+        card = fitted.card.model_copy(update={"files": files})
         fitted = Fitted(fitted.model, save_model(folder, fitted.model, card), fitted.history)
         forget_state(folder)
     return fitted
@@ -149,11 +149,23 @@ def settled_precision(name: str, device: str, folder: Path) -> str:
     if os.environ.get("EOSIN_PRECISION"):
         return os.environ["EOSIN_PRECISION"]
     kept = folder / PRECISION
-    if kept.exists():
-        return str(json.loads(kept.read_text("utf-8"))["precision"])
+    if kept.exists() and (known := _kept_precision(kept)):
+        return known
     found = faster_precision(choose_device(device))
-    write_json(kept, {"precision": found, "device": choose_device(device).type, "processor": processor()})
+    write_json(kept, sealed({"precision": found, "device": choose_device(device).type, "processor": processor()}))
     return found
+
+
+def _kept_precision(path: Path) -> str | None:
+    """Return what an earlier run measured; None where the file is not as that run wrote it."""
+    try:
+        data = read_json(path)
+        if not is_intact(data):
+            raise ValueError("it is damaged or was changed by hand")
+        return str(data["precision"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s); the precision is measured again", path, error)
+        return None
 
 
 def require_machine(device: str, precision: str) -> None:
@@ -187,7 +199,9 @@ def _finished(folder: Path, made_from: str) -> Fitted | None:
     except CheckpointError as error:
         logger.warning("%s; training starts anew", error)
         return None
-    return Fitted(model, card, read_log(folder)) if card.training.get("fingerprint") == made_from else None
+    if card.training.get("fingerprint") != made_from:
+        return None
+    return Fitted(model, card, read_log(folder, card.files[LOG]) if LOG in card.files else ())
 
 
 def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | None, machine: str) -> str:

@@ -161,10 +161,10 @@ class TrainingRun:
         self._keep_best(epoch)
         return epoch
 
-    def write_logs(self, folder: Path) -> None:
-        """Write what is known of the passes so far, as CSV and for TensorBoard."""
-        write_log(folder, self.history)
+    def write_logs(self, folder: Path) -> str:
+        """Write what is known of the passes so far, as CSV and for TensorBoard; return the hash of the former."""
         write_events(folder, self.history, self.times)
+        return write_log(folder, self.history)
 
     def finished(self) -> bool:
         """Return whether the last pass is done or the model has not become better for long enough."""

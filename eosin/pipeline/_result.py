@@ -16,6 +16,7 @@ from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps._maps import first_map
 from eosin.heatmaps._subject import class_choices
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
+from eosin.mil._crossval import read_predictions
 from eosin.mil._flow import Flow
 from eosin.mil._tables import shown
 from eosin.mil.slots import Aggregator
@@ -93,9 +94,9 @@ class Result:
         return self.features / f"{slide_id}.h5"
 
 
-def read_predictions(path: Path) -> pd.DataFrame:
+def out_of_fold(path: Path) -> pd.DataFrame:
     """Read the out-of-fold predictions of `eosin.mil._crossval.crossval`; ids, labels and classes stay text."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame = pd.DataFrame(read_predictions(path).columns)
     numbers = [name for name in map(str, frame) if name.startswith("prob_")]
     return frame.astype(dict.fromkeys(numbers, float))
 

@@ -47,7 +47,7 @@ from eosin.pipeline._deploy import (
     no_progress,
 )
 from eosin.pipeline._explain import explain_slide, require_formats
-from eosin.pipeline._result import Result, make_report, read_predictions
+from eosin.pipeline._result import Result, make_report, out_of_fold
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
@@ -172,7 +172,7 @@ def run_pipeline(
         crossval=job.root / "crossval",
         model=job.root / "model",
         heatmaps=job.root / "heatmaps",
-        predictions=read_predictions(job.root / "crossval" / PREDICTIONS),
+        predictions=out_of_fold(job.root / "crossval" / PREDICTIONS),
         metrics=metrics,
         task=study.task,
         slides={file.slide_id: file for file in files},

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin import __version__
+from eosin.mil._crossval import read_predictions
 from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats, confusion, expected_calibration_error
 from eosin.mil._study import Study
@@ -104,7 +105,7 @@ def report_crossval(
         If the file cannot be written.
     """
     given = context or Context()
-    frame = pd.read_csv(predictions, dtype=str, keep_default_na=False)
+    frame = pd.DataFrame(read_predictions(predictions).columns)
     column = study.table.site_column()
     ids = study.table.slide_ids + study.table.patient_ids  # bags are slides or patients
     sites = {} if column is None else dict(zip(ids, study.table.values[column] * 2, strict=True))

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from eosin._tables import read_table
 from eosin.mil._compare import compare_predictions
+from eosin.mil._crossval import read_predictions
 from eosin.mil._evaluate import bootstrap
 from eosin.mil._metrics import EVEN, Floats, base_metric
 from eosin.mil.task import Task, load_task
@@ -269,8 +269,10 @@ def compare_runs(task: Mapping[str, Any], first: Path, second: Path) -> dict[str
     ------
     LabelError
         If the second is missing, of another task, or of other slides or labels.
+    ConfigError
+        If one of them is not the file that was written.
     """
-    differences = compare_predictions(load_task(task), read_table(first), read_table(second))
+    differences = compare_predictions(load_task(task), read_predictions(first), read_predictions(second))
     rows = [
         {
             "Measure": metric_name(name),

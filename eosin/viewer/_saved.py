@@ -1,6 +1,5 @@
 """Sessions as files: what was taken away and added, what the model said, and regions for QuPath; and the way back."""
 
-import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from shapely import MultiPolygon, affinity
 
 from eosin import __version__
 from eosin._files import write_json
+from eosin._seals import KEY, is_intact, read_json, sealed
 from eosin.errors import ConfigError
 from eosin.options import Options
 from eosin.viewer._catalogue import Catalogue, Listed, Study
@@ -88,7 +88,7 @@ class SavedSession(Options):
     """
 
     kind: Literal["eosin-viewer-session"]
-    version: Literal[1]
+    version: Literal[1, 2]
     eosin: str
     model_id: str
     aggregator: str
@@ -120,7 +120,7 @@ def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: 
     record = describe_session(catalogue, edited, class_name)
     stem = _free_stem(folder, edited.study.listed.slide_id)
     paths = [folder / f"{stem}.json", folder / f"{stem}.geojson"]
-    write_json(paths[0], record.model_dump(mode="json"))
+    write_json(paths[0], sealed(record.model_dump(mode="json")))
     gone = np.flatnonzero(~edited.present)
     write_json(paths[1], _regions(edited.study, gone, "Removed", REMOVED_RGB))
     if edited.added is not None:
@@ -143,7 +143,7 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
     added = edited.added
     return SavedSession(
         kind="eosin-viewer-session",
-        version=1,
+        version=2,
         eosin=__version__,
         model_id=catalogue.card.model_id,
         aggregator=catalogue.card.recipe.aggregator.name,
@@ -225,17 +225,17 @@ def read_session(path: Path) -> SavedSession:
     Raises
     ------
     ConfigError
-        If it is missing, larger than 64 MiB, or no session.
+        If it is missing, damaged, larger than 64 MiB, or not a session.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than 64 MiB, which no session is")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(path, most_bytes=MAX_BYTES)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a session ({error})") from None
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise ConfigError(f"{path}: is not a session of the viewer; pass the .json file that it saved")
-    return SavedSession.parse(data, source=str(path))
+    if not is_intact(data) and (KEY in data or data.get("version") != 1):  # version 1 had no checksum
+        raise ConfigError(f"{path}: is damaged or was changed by hand; save the session again")
+    return SavedSession.parse({name: value for name, value in data.items() if name != KEY}, source=str(path))
 
 
 def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:

@@ -5,8 +5,6 @@ whose period is 2 µm on slides of one class and 1 µm on those of the other, ar
 have averaged out to the last bit; at 1 µm per pixel the wider stripes are there and the others are not.
 """
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from scipy import ndimage
 
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin._files import write_file, write_text
+from eosin._tables import csv_text
 from eosin.options import Options
 from eosin.wsi._synthetic import SlidePlan, save_pyramid
 
@@ -91,11 +90,8 @@ def _label(number: int) -> str:
 
 
 def _labels_csv(numbers: Sequence[int]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("patient_id", "slide_id", "label"))
-    rows.writerows((f"P{number:03d}", _slide_id(number), _label(number)) for number in numbers)
-    return text.getvalue()
+    rows = [(f"P{number:03d}", _slide_id(number), _label(number)) for number in numbers]
+    return csv_text([("patient_id", "slide_id", "label"), *rows])
 
 
 def _paint_into(folder: Path, options: FineCohort, number: int) -> Outcome:

@@ -6,8 +6,9 @@ relative to that box's corner.
 
 import json
 import math
+import multiprocessing
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from shapely import LinearRing, MultiPolygon, Polygon, affinity, get_coordinates
 from shapely.errors import ShapelyError
 from shapely.geometry import shape
 
-from eosin.errors import SlideError
+from eosin._processes import call_apart
+from eosin._seals import read_json
+from eosin.errors import SlideError, WorkerError
 from eosin.wsi._outline import polygons_of
 
-MAX_BYTES = 256 * 2**20
+FEW_POINTS = 1000
+UNITE_S = 60.0
+UNITE_BYTES = 2 * 2**30
 TISSUE_COLOUR = (0, 160, 70)
 _IDS = uuid.UUID("8f8e9c1e-6f0b-5d7d-9a51-3f2f6f1f7a10")
 
@@ -92,22 +97,42 @@ def read_outline(path: Path, *, qupath_origin_px0: tuple[int, int] = (0, 0)) -> 
         Code ``bad-contours`` if the file is not valid GeoJSON, or holds objects but none with an area.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
-        data = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
-        parts = [(_area_of(geometry), ignored) for geometry, ignored in _annotations(data)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ShapelyError) as error:
+        parts = list(_annotations(read_json(path)))
+        n_points = sum(_count_points(geometry) for geometry, _ in parts)
+        if n_points > FEW_POINTS and not multiprocessing.current_process().daemon:
+            outline = call_apart(_unite, parts, timeout_s=UNITE_S, most_bytes=UNITE_BYTES)
+        else:
+            outline = _unite(parts)
+    except WorkerError as error:
+        message = f"uniting its {n_points:,} points failed: the process {error.message}; simplify the outline"
+        raise SlideError(path, message, code="bad-contours") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ShapelyError) as error:
         raise SlideError(path, f"the outline cannot be read: {error}", code="bad-contours") from error
-    if parts and not any(polygons for polygons, _ in parts):
+    if parts and outline is None:
         raise SlideError(path, "the outline has no annotation with an area", code="bad-contours")
-    wanted = union_all([polygon for polygons, ignored in parts if not ignored for polygon in polygons])
-    cut = union_all([polygon for polygons, ignored in parts if ignored for polygon in polygons])
-    outline = MultiPolygon(polygons_of(wanted.difference(cut)))
-    return affinity.translate(outline, *qupath_origin_px0)
+    return affinity.translate(outline or MultiPolygon(), *qupath_origin_px0)
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not valid JSON")
+def _unite(parts: Sequence[tuple[dict[str, Any], bool]]) -> MultiPolygon | None:
+    """Return what is wanted without what is cut out; None where nothing has an area.
+
+    Edges may cross each other as often as the square of their number: of many, in a process with limits.
+    """
+    areas = [(_area_of(geometry), ignored) for geometry, ignored in parts]
+    if not any(polygons for polygons, _ in areas):
+        return None
+    wanted = union_all([polygon for polygons, ignored in areas if not ignored for polygon in polygons])
+    cut = union_all([polygon for polygons, ignored in areas if ignored for polygon in polygons])
+    return MultiPolygon(polygons_of(wanted.difference(cut)))
+
+
+def _count_points(part: Any) -> int:
+    """Return how many points a geometry, or a list in it, has."""
+    if isinstance(part, dict):
+        return sum(map(_count_points, part.values()))
+    if not isinstance(part, list) or not part:
+        return 0
+    return sum(map(_count_points, part)) if isinstance(part[0], list | dict) else 1
 
 
 def _annotations(data: Any) -> Iterator[tuple[dict[str, Any], bool]]:

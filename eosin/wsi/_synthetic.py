@@ -7,9 +7,7 @@ Colours, sizes, resolutions and pen marks are drawn once for each pair of a tumo
 tell the label.
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from shapely.geometry import mapping
 
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin._files import write_file, write_json, write_text
+from eosin._tables import csv_text
 from eosin.options import Options
 from eosin.wsi._histology import FULL_DENSITY, LAYOUT_MPP, Layout, lay_out, paint
 from eosin.wsi._outline import trace_outline
@@ -297,11 +296,8 @@ def _is_painted(folder: Path, plan: SlidePlan) -> bool:
 
 
 def _labels_csv(plans: Sequence[SlidePlan]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("patient_id", "slide_id", "label"))
-    rows.writerows((plan.patient_id, plan.slide_id, plan.label) for plan in plans)
-    return text.getvalue()
+    rows = [(plan.patient_id, plan.slide_id, plan.label) for plan in plans]
+    return csv_text([("patient_id", "slide_id", "label"), *rows])
 
 
 def _paint(plan: SlidePlan, layout: Layout) -> Bytes:

@@ -1,7 +1,6 @@
 """What every foreign file is reduced to, what only the user can add, and how the result is written."""
 
 import csv
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from eosin._files import file_fingerprint
+from eosin._tables import csv_text, unshielded
 from eosin.errors import FeatureFileError, UnknownNameError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoders import find_encoder
@@ -197,11 +197,7 @@ class Foreign:
 
 def table_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([header, *rows])
 
 
 LABEL_COLUMNS = ("patient_id", "slide_id", "label")
@@ -241,7 +237,7 @@ def _read_labels(table: Path) -> dict[str, tuple[str, str]]:
     if not table.is_file():
         return {}
     with table.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = [*csv.reader(file)] or [[]]
+        header, *rows = [[unshielded(cell) for cell in row] for row in csv.reader(file)] or [[]]
     if tuple(header) != LABEL_COLUMNS or any(len(row) != len(LABEL_COLUMNS) for row in rows):
         raise FeatureFileError(
             table, f"already exists with other columns; expected only {', '.join(LABEL_COLUMNS)}; choose another --out"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin._files import write_file
+from eosin._seals import read_json
 from eosin.heatmaps._colour import ColourScale, scale_of
 from eosin.heatmaps._heatmap import Heatmap
 
@@ -139,7 +140,7 @@ def check_geojson(path: Path, *, size_px: tuple[int, int]) -> list[dict[str, Any
     ValueError
         With the first rule that is broken and the feature that breaks it.
     """
-    data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    data = read_json(path)
     _rule(data.get("type") == "FeatureCollection" and isinstance(data.get("features"), list), "not a FeatureCollection")
     _rule("crs" not in data, "a crs is not allowed")
     features: list[dict[str, Any]] = data["features"]
@@ -150,10 +151,6 @@ def check_geojson(path: Path, *, size_px: tuple[int, int]) -> list[dict[str, Any
         names = {tuple(f["properties"]["measurements"]) for f in features if f["properties"]["objectType"] == kind}
         _rule(len(names) <= 1, f"{kind} objects have different measurement names")
     return features
-
-
-def _refuse_constant(token: str) -> None:
-    raise ValueError(f"{token} is not JSON; QuPath refuses the file")
 
 
 def _rule(holds: object, fault: str) -> None:

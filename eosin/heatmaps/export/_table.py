@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from eosin._files import write_bytes, write_text
+from eosin._tables import frame_text
 from eosin.heatmaps._heatmap import Heatmap
 
 
@@ -42,4 +43,4 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
     if path.suffix == ".parquet":
         write_bytes(path, frame.to_parquet(index=False))
     else:
-        write_text(path, frame.to_csv(index=False, float_format="%.9g"))
+        write_text(path, frame_text(frame, float_format="%.9g"))

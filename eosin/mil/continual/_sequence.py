@@ -6,9 +6,6 @@ choose from. A run that continues another one adds a task and a row, and writes 
 themselves are in `eosin/mil/methods/owlora.py`.
 """
 
-import csv
-import io
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +19,8 @@ from torch import Tensor
 
 from eosin._devices import choose_device
 from eosin._files import write_json, write_text
+from eosin._seals import KEY, is_intact, read_json, sealed
+from eosin._tables import csv_text
 from eosin.errors import CheckpointError, ConfigError, EosinError, LabelError
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
 from eosin.mil._data import Examples
@@ -36,6 +35,7 @@ from eosin.mil.tasks._classification import Classification
 from eosin.options import Options
 
 SEQUENCE = "sequence.json"
+MAX_BYTES = 64 * 2**20
 TABLE = "continual.csv"
 METHOD = "owlora"
 ORIGIN = ("continue_from", "model_id")
@@ -245,7 +245,10 @@ def read_sequence(run: Path) -> TaskSequence:
     """
     path = run / SEQUENCE
     try:
-        return TaskSequence.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+        data = read_json(path, most_bytes=MAX_BYTES)
+        if KEY in data and not is_intact(data):
+            raise ValueError("it is damaged or was changed by hand")
+        return TaskSequence.parse({name: value for name, value in data.items() if name != KEY}, source=str(path))
     except FileNotFoundError:
         raise CheckpointError(run, f"has no {SEQUENCE}; train the earlier task again with `eosin train`") from None
     except (OSError, ValueError) as error:
@@ -301,7 +304,7 @@ def record_task(
         rows = rows or (_row(run, before.tasks, device),)  # a first task is not judged before there is a second
         rows = (*rows, _row(folder, (*before.tasks, record), device))
     sequence = TaskSequence(tasks=(*before.tasks, record), accuracy=rows)
-    write_json(folder / SEQUENCE, sequence.model_dump(mode="json"))
+    write_json(folder / SEQUENCE, sealed(sequence.model_dump(mode="json")))
     if run is not None:
         write_text(folder / TABLE, _table(sequence))
     return sequence
@@ -359,14 +362,12 @@ def measures(sequence: TaskSequence, n_tasks: int) -> dict[str, float | None]:
 
 def _table(sequence: TaskSequence) -> str:
     """Return a row per task that was trained: R, then the measures of the sequence so far; empty where unknown."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     names = [f"accuracy_{'_'.join(task.classes)}" for task in sequence.tasks]
-    rows.writerow(["after_task", *names, *measures(sequence, 1)])
+    rows = [["after_task", *names, *measures(sequence, 1)]]
     for number, row in enumerate(sequence.accuracy, start=1):
         cells = [*row, *([None] * (len(names) - number)), *measures(sequence, number).values()]
-        rows.writerow([number, *("" if cell is None else f"{cell:.6g}" for cell in cells)])
-    return text.getvalue()
+        rows.append([str(number), *("" if cell is None else f"{cell:.6g}" for cell in cells)])
+    return csv_text(rows)
 
 
 def summary(sequence: TaskSequence) -> list[str]:
