@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from glob import escape
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ORPHAN_AGE_S = 3600.0
 FINGERPRINT_BYTES = 2**20
+TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.tmp")
+LOCK = re.compile(r"\..+\.(h5|json|csv)\.lock")
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -182,3 +184,28 @@ def locked(path: Path) -> Iterator[None]:
             except OSError:
                 logger.warning("%s cannot be locked on this file system", path)
         yield
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove temporary files and locks that runs which were killed have left in a folder of results, and below it.
+
+    A file whose process lives, or whose lock is held, is kept; so is whatever eosin did not name.
+    """
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder) / name
+            with suppress(OSError):  # another run removes it, or it is of another user
+                if (TEMPORARY.search(name) and _is_orphan(path)) or (LOCK.fullmatch(name) and _is_free(path)):
+                    path.unlink()
+
+
+def _is_free(lock: Path) -> bool:
+    """Return whether nobody holds a lock; where that cannot be known, somebody does."""
+    if sys.platform == "win32" or lock.stat().st_size:
+        return False
+    with lock.open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True

@@ -21,7 +21,7 @@ from PIL import Image
 from scenes import lattice, marked_map
 
 import eosin
-from eosin._files import write_bytes, write_file, write_json, write_text
+from eosin._files import clear_leftovers, locked, write_bytes, write_file, write_json, write_text
 from eosin.errors import OutputError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import write_bag
@@ -79,6 +79,21 @@ def test_leftovers_of_dead_processes_and_old_ones_are_swept_and_those_of_the_liv
     write_json(tmp_path / "x.json", {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert set(tmp_path.iterdir()) == {tmp_path / "x.json", fresh, living}
+
+
+def test_what_dead_runs_left_anywhere_in_a_job_goes_and_what_lives_stays(tmp_path: Path) -> None:
+    script = (
+        "from eosin._files import locked, write_file; import os, sys; from pathlib import Path; p = Path(sys.argv[1])\n"
+    )
+    script += "with locked(p / 'a' / '.s.h5.lock'): write_file(p / 'a/b/x.json', lambda file: os.kill(os.getpid(), 9))"
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=False)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    kept = [tmp_path / "a" / name for name in (".notes.lock", ".x.tmp", ".s.h5.lock.txt", "x.json")]
+    for path in kept:
+        path.write_text("")
+    with locked(tmp_path / "a" / ".held.h5.lock"):
+        clear_leftovers(tmp_path)
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*kept, tmp_path / "a" / ".held.h5.lock"}
 
 
 class Disk:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 
 from eosin._devices import choose_device, limit_threads, parse_devices
+from eosin._files import clear_leftovers
 from eosin._processes import Stopped, stoppable
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
 from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
@@ -121,6 +122,9 @@ def command(
                     add_plugin(name)
                 arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
                 _require_devices(arguments)
+                for folder in (arguments.get("job"), arguments.get("out")):
+                    if isinstance(folder, Path) and folder.is_dir():
+                        clear_leftovers(folder)
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
                 _finish(function(**arguments))

@@ -65,7 +65,7 @@ def view(
         for one in catalogue.refused:
             say(f"not shown: {one.refusal}")
         try:
-            show_slides(catalogue, out=out, port=port, ready=lambda url: _announce(url, browser=browser))
+            show_slides(catalogue, out=out, port=port, ready=_announce, browser=browser)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT:  # Ctrl+C is the way to end it
                 raise
@@ -88,10 +88,6 @@ def _require_shown(catalogue: "Catalogue") -> "Report":
     )
 
 
-def _announce(url: str, *, browser: bool) -> None:
+def _announce(url: str) -> None:
     typer.echo(url)
     say("the address holds the key to this viewer; Ctrl+C ends it")
-    if browser:
-        import webbrowser
-
-        webbrowser.open(url)

@@ -6,15 +6,21 @@ exist are listed; every fault is reported in one line.
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import hmac
 import logging
+import math
+import os
 import re
 import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +35,7 @@ from bokeh.server.tornado import BokehTornado
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop
+from tornado.iostream import IOStream
 from tornado.web import OutputTransform, RequestHandler
 
 from eosin._processes import POLL_S, require_running, stop_requested
@@ -40,25 +47,38 @@ MAX_BODY_BYTES = 2**20
 MAX_MESSAGE_BYTES = 8 * 2**20
 TILE_THREADS = 4
 BACKLOG = 128
+MOST_STRANGERS = 32
+MOST_GUESTS = 96
+REST_S = 0.1
+SAID_EVERY_S = 1.0
 PATHS = re.compile(r"/?|/ws|/static/js/[A-Za-z0-9._-]+\.js|/tiles/[0-9a-f]{16}/[a-z]{1,8}(/[0-9]{1,8}){3}\.jpg")
 TILE_ROUTE = r"/tiles/([0-9a-f]{16})/([a-z]{1,8})/([0-9]{1,8})/([0-9]{1,8})/([0-9]{1,8})\.jpg"
-POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline' 'self'; "
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 43\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\n\r\nthe viewer is busy; try again in a moment.\n"
+)
+SCRIPT = re.compile(rb"<script\b[^>]*>(.*?)</script>", re.DOTALL)
+POLICY = (  # BokehJS compiles what this page does by itself (fading, reading scores) with `new Function`
+    "default-src 'none'; script-src 'self' 'unsafe-eval'{scripts}; style-src 'unsafe-inline' 'self'; "
     "img-src 'self' data: blob:; connect-src 'self' ws:; font-src 'self' data:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'"
 )
 HEADERS = {
-    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Server": "eosin",
 }
+logger = logging.getLogger(__name__)
+
 BuildPage = Callable[[Document, str], None]
 
 
 class _Headers(OutputTransform):
-    """Adds the protective headers to every answer, also to those of Bokeh's own handlers."""
+    """Adds the protective headers to every answer, also to those of Bokeh's own handlers.
+
+    Of scripts inside the page the browser runs those that were in it when it was sent, which their hashes tell.
+    """
 
     def transform_first_chunk(
         self,
@@ -69,6 +89,8 @@ class _Headers(OutputTransform):
     ) -> tuple[int, HTTPHeaders, bytes]:
         for name, value in HEADERS.items():
             headers[name] = value
+        digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in SCRIPT.findall(chunk)]
+        headers["Content-Security-Policy"] = POLICY.format(scripts="".join(f" 'sha256-{one}'" for one in digests))
         return status_code, headers, chunk
 
 
@@ -126,6 +148,7 @@ class _Guarded(BokehTornado):  # type: ignore[misc]
 
     def __init__(self, application: Application, *, token: str, port: int, extra_patterns: list[Any]) -> None:
         self._token = token.encode()
+        self.guests: weakref.WeakSet[IOStream] = weakref.WeakSet()
         self._hosts = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
         super().__init__(
             {"/": application},
@@ -144,6 +167,7 @@ class _Guarded(BokehTornado):  # type: ignore[misc]
         """Return the handler of a request: the page's, or the refusal."""
         refusal = self._refuse(request)
         if refusal is None:
+            self.guests.add(request.connection.stream)
             return super().find_handler(request, **kwargs)
         return self.get_handler_delegate(request, _Refusal, {"status": refusal[0], "reason": refusal[1]})
 
@@ -169,6 +193,101 @@ class _Guarded(BokehTornado):  # type: ignore[misc]
         return connection
 
 
+class _Complaints:
+    """Says what is wrong, one line per second at most, however often it happens."""
+
+    def __init__(self) -> None:
+        self._said_at, self._kept_back = -math.inf, 0
+
+    def __call__(self, message: str) -> None:
+        if time.monotonic() - self._said_at < SAID_EVERY_S:
+            self._kept_back += 1
+            return
+        more = f" (and {self._kept_back} times before)" if self._kept_back else ""
+        logger.warning("%s%s", message, more)
+        self._said_at, self._kept_back = time.monotonic(), 0
+
+
+class _Door:
+    """Lets connections in while there is room: few that have not shown the token, more that have.
+
+    A stranger who says nothing makes way for the next one, so that nobody can keep the reader out. When the process
+    has no descriptor left, one that was kept for it takes the connection, says so and closes it.
+    """
+
+    def __init__(self, listener: socket.socket, http: HTTPServer, guests: "weakref.WeakSet[IOStream]") -> None:
+        self._listener, self._http, self._guests = listener, http, guests
+        self._inside: list[IOStream] = []
+        self._most_strangers, self._most_guests = _room()
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self.complain = _Complaints()
+        IOLoop.current().add_handler(listener, self._answer, IOLoop.READ)
+
+    def _answer(self, *_event: object) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+            return
+        except OSError as error:
+            self._turn_away(error)
+            return
+        self._inside = [stream for stream in self._inside if not stream.closed()]
+        strangers = [stream for stream in self._inside if stream not in self._guests]
+        if len(self._inside) - len(strangers) >= self._most_guests:
+            self.complain("the viewer has as many connections as it takes; others are refused")
+            _say_busy(connection)
+            return
+        if len(strangers) >= self._most_strangers:
+            self.complain("many connections come without the token; the oldest are closed")
+            strangers[0].close()
+        connection.setblocking(False)
+        stream = IOStream(connection, max_buffer_size=MAX_BODY_BYTES)
+        self._inside.append(stream)
+        self._http.handle_stream(stream, address)
+
+    def _turn_away(self, error: OSError) -> None:
+        self.complain(f"a connection was refused: {error.strerror or error}")
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            _say_busy(self._listener.accept()[0])
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:  # another thread took it: without rest this would be called again and again
+            self._spare = -1
+        loop = IOLoop.current()
+        loop.remove_handler(self._listener)
+        loop.call_later(REST_S, self._open_again)
+
+    def _open_again(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY) if self._spare < 0 else self._spare
+        if self._listener.fileno() >= 0:
+            IOLoop.current().add_handler(self._listener, self._answer, IOLoop.READ)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        IOLoop.current().remove_handler(self._listener)
+        self._listener.close()
+        if self._spare >= 0:
+            os.close(self._spare)
+
+
+def _room() -> tuple[int, int]:
+    """Return how many connections without and with the token leave enough descriptors for slides."""
+    try:
+        import resource
+    except ImportError:
+        return MOST_STRANGERS, MOST_GUESTS
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return min(MOST_STRANGERS, max(2, allowed // 16)), min(MOST_GUESTS, max(6, allowed // 8))
+
+
+def _say_busy(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.send(BUSY)
+
+
 @dataclass(frozen=True, eq=False)
 class Viewer:
     """A running server.
@@ -180,14 +299,18 @@ class Viewer:
     server : BaseServer
     pool : ThreadPoolExecutor
         Of the tiles.
+    door : _Door
+        Where connections come in.
     """
 
     url: str
     server: BaseServer
     pool: ThreadPoolExecutor
+    door: _Door
 
     def stop(self) -> None:
         """Stop answering; to be called on the server's loop."""
+        self.door.close()
         self.server.unlisten()
         self.server.stop(wait=False)
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -219,10 +342,15 @@ def start_viewer(build_page: BuildPage, store: TileStore, *, port: int = 0) -> V
     routes = [(TILE_ROUTE, _Tiles, {"store": store, "pool": pool})]
     guarded = _Guarded(application, token=token, port=chosen, extra_patterns=routes)
     http = HTTPServer(guarded, max_body_size=MAX_BODY_BYTES, max_header_size=2**14, idle_connection_timeout=600)
-    http.add_socket(listener)
     server = BaseServer(IOLoop.current(), guarded, http)
     server.start()
-    return Viewer(f"http://{ADDRESS}:{chosen}/{token}/", server, pool)
+    door = _Door(listener, http, guarded.guests)
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, fault: door.complain(f"web server: {_short(fault)}"))
+    return Viewer(f"http://{ADDRESS}:{chosen}/{token}/", server, pool, door)
+
+
+def _short(fault: Mapping[str, Any]) -> str:
+    return " ".join(str(fault.get("exception") or fault["message"]).split())
 
 
 def _listen(port: int) -> socket.socket:

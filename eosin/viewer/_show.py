@@ -1,6 +1,8 @@
 """What `eosin view` does: show slides in the browser until it is stopped."""
 
 import logging
+import tempfile
+import webbrowser
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 from bokeh.document import Document
 from bokeh.models import Div
 
+from eosin._files import write_text
 from eosin.viewer._catalogue import Catalogue
 from eosin.viewer._page import Desk, Page
 from eosin.viewer._server import BuildPage, run_until_stopped, start_viewer
@@ -16,7 +19,19 @@ from eosin.viewer._tiles import TileStore
 logger = logging.getLogger(__name__)
 
 
-def show_slides(catalogue: Catalogue, *, out: Path | None = None, port: int = 0, ready: Callable[[str], None]) -> None:
+REDIRECT = (
+    '<!DOCTYPE html><meta name="referrer" content="no-referrer"><meta http-equiv="refresh" content="0; url={url}">\n'
+)
+
+
+def show_slides(
+    catalogue: Catalogue,
+    *,
+    out: Path | None = None,
+    port: int = 0,
+    ready: Callable[[str], None],
+    browser: bool = False,
+) -> None:
     """Serve the viewer from this process until it is interrupted.
 
     Parameters
@@ -29,6 +44,8 @@ def show_slides(catalogue: Catalogue, *, out: Path | None = None, port: int = 0,
         0 takes a free one.
     ready : callable
         Gets the address, token included, when the server answers.
+    browser : bool
+        Whether to open the page in the user's browser.
 
     Raises
     ------
@@ -36,12 +53,28 @@ def show_slides(catalogue: Catalogue, *, out: Path | None = None, port: int = 0,
         If the port cannot be used.
     """
     store = TileStore(catalogue.slides)
-    with ThreadPoolExecutor(1, thread_name_prefix="model") as pool:
+
+    def announce(url: str) -> None:
+        ready(url)
+        if browser:
+            open_browser(url, Path(private))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="model") as pool, tempfile.TemporaryDirectory() as private:
         desk = Desk(catalogue, store, out, pool)
         try:
-            run_until_stopped(lambda: start_viewer(page_builder(desk), store, port=port), ready)
+            run_until_stopped(lambda: start_viewer(page_builder(desk), store, port=port), announce)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def open_browser(url: str, private: Path) -> None:
+    """Open a page of the viewer by way of a file that the user alone can read.
+
+    All users of a machine see the command lines of each other's programs, and the address holds the token.
+    """
+    page = private / "eosin-view.html"
+    write_text(page, REDIRECT.format(url=url))
+    webbrowser.open(page.as_uri())
 
 
 def page_builder(desk: Desk) -> BuildPage:

@@ -6,9 +6,12 @@ import json
 import random
 import socket
 import string
+import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 from bokeh.io import doc as current_document
@@ -17,8 +20,8 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketError, websocket_connect
 
 from eosin.errors import ConfigError
-from eosin.viewer._server import ADDRESS, serving, start_viewer
-from eosin.viewer._show import page_builder
+from eosin.viewer._server import ADDRESS, MOST_GUESTS, MOST_STRANGERS, serving, start_viewer
+from eosin.viewer._show import open_browser, page_builder
 from eosin.viewer._tiles import blank_png
 
 FINE = {200}
@@ -299,3 +302,116 @@ def test_no_other_address_of_this_machine_answers(place):
         pass
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def strangers(place, number):
+    """Open connections that say nothing."""
+    return [socket.create_connection((place[0], place[1]), timeout=5) for _ in range(number)]
+
+
+def test_connections_without_the_token_keep_nobody_out(place, caplog):
+    _, _, token, _ = place
+    held = []
+    try:
+        for _ in range(4):
+            held += strangers(place, 80)
+            assert ask(place, f"/{token}/static/js/bokeh.min.js")[0] == 200
+        alive = [one for one in held if not is_closed(one)]
+        assert 0 < len(alive) <= MOST_STRANGERS
+        assert 1 <= sum("without the token" in record.message for record in caplog.records) <= 5
+    finally:
+        for one in held:
+            one.close()
+
+
+def is_closed(connection):
+    """Return whether the other side has hung up."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_guests_are_limited_and_others_are_told(place):
+    _, _, token, _ = place
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_GUESTS):
+            one = stack.enter_context(contextlib.closing(http.client.HTTPConnection(place[0], place[1], timeout=20)))
+            one.request("GET", f"/{token}/static/js/nothing.js")
+            one.getresponse().read()
+        assert ask(place, f"/{token}/")[0] == 503
+    assert ask(place, f"/{token}/static/js/bokeh.min.js")[0] == 200
+
+
+NARROW = """
+import contextlib, http.client, resource, socket, sys, time, urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from bokeh.models import Div
+import eosin.viewer._server as server
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+server.MOST_STRANGERS = server.MOST_GUESTS = 1000
+server._room = lambda: (1000, 1000)  # nothing but the limit of descriptors is left to help
+import logging
+logging.basicConfig(format="%(message)s")
+store = SimpleNamespace(tile=lambda *place: b"")
+with server.serving(lambda document, template: document.add_root(Div(text="")), store) as url:
+    print(url, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of descriptors as on Linux")
+def test_without_descriptors_it_refuses_says_so_and_recovers():
+    with subprocess.Popen(
+        [sys.executable, "-c", NARROW], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as viewer:
+        parts = urllib.parse.urlsplit(viewer.stdout.readline().strip())
+        there = parts.hostname, parts.port
+        held, told = [], []
+        started = time.monotonic()
+        while time.monotonic() - started < 3:
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection(there, timeout=5))
+                held[-1].setblocking(False)
+            time.sleep(0.01)
+        for one in held:
+            with contextlib.suppress(OSError):
+                told.append(one.recv(15))
+            one.close()
+        assert b"HTTP/1.1 503 Se" in told
+        path = f"{parts.path}static/js/bokeh.min.js"
+        assert eventually(lambda: ask(there, path)[0] == 200)
+        _, errors = viewer.communicate("\n", timeout=60)
+    assert 1 <= len(errors.splitlines()) <= 8, errors[:2000]
+    assert all("refused: Too many open files" in line for line in errors.splitlines())
+
+
+def eventually(condition, seconds=10):
+    """Return whether something becomes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if condition():
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def test_scripts_run_by_their_hash_alone(place):
+    _, page, headers = ask(place, f"/{place[2]}/")
+    scripts = headers["Content-Security-Policy"].partition("script-src")[2].partition(";")[0]
+    assert "unsafe-inline" not in scripts
+    assert b"<script" in page
+    assert "'sha256-" in scripts
+
+
+def test_the_token_is_on_no_command_line(monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    open_browser("http://127.0.0.1:1/secret/", tmp_path)
+    assert "secret" not in opened[0]
+    assert "http://127.0.0.1:1/secret/" in Path(urllib.parse.urlsplit(opened[0]).path).read_text()
