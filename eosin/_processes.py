@@ -26,6 +26,7 @@ POLL_S = 0.2
 GRACE_S = 10.0
 IMPATIENT_S = 1.0
 JOIN_S = 10.0
+START_S = 300.0
 STOPPING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 T = TypeVar("T")
@@ -271,7 +272,7 @@ def call_apart(function: Callable[..., T], *args: Any, timeout_s: float, most_by
         Of a module, as it is pickled; so are `args` and what it returns.
     *args
     timeout_s : float
-        Wall-clock seconds, those that the process needs to start included.
+        Wall-clock seconds from the moment at which the process is ready, however long a busy machine needs for that.
     most_bytes : int, optional
         Address space that the function may take beyond what its process has when it begins.
 
@@ -284,6 +285,8 @@ def call_apart(function: Callable[..., T], *args: Any, timeout_s: float, most_by
     """
     child = Child(serve_calls, most_bytes)
     try:
+        child.send((int, ()))
+        child.receive(START_S)
         child.send((function, args))
         result: T = child.receive(timeout_s)
         return result

@@ -237,7 +237,8 @@ def _read_apart(read: Callable[[Path], Table], path: Path) -> Table:
         return call_apart(read, path, timeout_s=APART_S, most_bytes=APART_BYTES)
     except WorkerError as error:
         found = f"the process that tried {error.message}" if error.code != "internal" else error.message
-        raise TableError(f"{path}: cannot be read as a table ({' '.join(found.split())})") from None
+        words = "".join(letter if letter.isprintable() else " " for letter in found).split()
+        raise TableError(f"{path}: cannot be read as a table ({' '.join(words)})") from None
 
 
 def _refuse(path: Path, found: str, limit: str) -> TableError:

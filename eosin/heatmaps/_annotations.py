@@ -15,10 +15,11 @@ import shapely
 from numpy.typing import NDArray
 from shapely import MultiPolygon, affinity
 from shapely.errors import GEOSException
+from shapely.geometry.base import BaseGeometry
 
 from eosin.errors import ConfigError
+from eosin.wsi._geojson import unite
 from eosin.wsi._grid import TileGrid
-from eosin.wsi._outline import polygons_of
 
 MAX_BYTES = 2 * 2**30
 MAX_AREAS = 100_000
@@ -26,6 +27,7 @@ MAX_POINTS = 5_000_000
 MAX_NAMES = 20
 CHUNK = 2**20
 MAX_VALUE = 64 * 2**20
+MAX_VALUES = 3_000_000
 BLANK = " \t\r\n"
 
 
@@ -64,14 +66,17 @@ def read_regions(
     if missing:
         known = ", ".join(sorted(name for name in names if name)[:MAX_NAMES]) or "no names"
         raise ConfigError(f"{path}: no region is called {', '.join(missing)}; the file has {known}")
-    union = shapely.union_all(chosen)
+    try:
+        union = unite(chosen) or MultiPolygon()
+    except (ValueError, GEOSException) as error:
+        raise ConfigError(f"{path}: cannot be read as GeoJSON ({error})") from None
     x, y = (0, 0) if bounds_px0 is None else bounds_px0[:2]
-    return MultiPolygon(polygons_of(affinity.translate(union, x, y)))
+    return affinity.translate(union, x, y)
 
 
-def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[shapely.Polygon], set[str]]:
-    """Return the polygons of the classes, and the names of all features."""
-    chosen: list[shapely.Polygon] = []
+def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[BaseGeometry], set[str]]:
+    """Return the areas of the classes, and the names of all features."""
+    chosen: list[BaseGeometry] = []
     names: set[str] = set()
     points = 0
     try:
@@ -81,7 +86,7 @@ def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[shapely.Poly
             name = _name(feature)
             names.add(name)
             if not classes or name in classes:
-                areas = _polygons(feature, path)
+                areas = _areas(feature, path)
                 chosen += areas
                 points += sum(shapely.get_num_coordinates(area) for area in areas)
             if len(chosen) > MAX_AREAS or points > MAX_POINTS:
@@ -104,15 +109,15 @@ def _name(feature: Mapping[str, Any]) -> str:
     return str(classification or properties.get("name") or "")
 
 
-def _polygons(feature: Mapping[str, Any], path: Path) -> list[shapely.Polygon]:
+def _areas(feature: Mapping[str, Any], path: Path) -> list[BaseGeometry]:
     geometry = feature.get("geometry") or {}
     if geometry.get("type") not in ("Polygon", "MultiPolygon"):
         return []
     try:
-        shape = shapely.make_valid(shapely.geometry.shape(geometry))
+        drawn = shapely.geometry.shape(geometry)
     except (GEOSException, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path}: region {_name(feature) or feature.get('id', '')!r} is damaged ({error})") from None
-    return polygons_of(shape)
+    return list(drawn.geoms) if isinstance(drawn, MultiPolygon) else [drawn]
 
 
 def tiles_inside(grid: TileGrid, region: MultiPolygon, *, share: float = 0.5) -> NDArray[np.int64]:
@@ -189,6 +194,8 @@ class _Text:
         self.peek()
         wanted = CHUNK
         while True:
+            if sum(map(self._buffer.count, ",[{")) > MAX_VALUES:
+                raise ValueError(f"has a feature that may hold more than {MAX_VALUES:,} values, the limit")
             try:
                 value, end = self._decode(self._buffer, self._place)
             except ValueError:

@@ -91,7 +91,7 @@ class PredictionTable:
                 name = str(row[self.key])
                 if name in ids and row["status"] in KEPT and row["features_hash"] == features_hash(name):
                     typed = self._typed(row)
-                    if typed is not None and typed[FINGERPRINT] == self._fingerprint(typed):
+                    if typed is not None and typed.get(FINGERPRINT) == self._fingerprint(typed):
                         self.rows[name] = typed
 
     def _typed(self, row: Row) -> Row | None:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eosin._files import write_json
 from eosin.viewer._catalogue import Catalogue
-from eosin.viewer._saved import is_same, read_session, replay_session
+from eosin.viewer._saved import is_same, read_session, replay_session, write_session
 
 
 def replay_sessions(
@@ -38,5 +37,5 @@ def replay_sessions(
         verdict = "as saved" if is_same(saved, again) else "NOT as saved"
         tell(f"{again.removed.slide_id}: {again.words} [{verdict}]")
         paths.append(out / f"{session.stem}_replayed.json")
-        write_json(paths[-1], again.model_dump(mode="json"))
+        write_session(paths[-1], again)
     return paths

@@ -120,13 +120,18 @@ def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: 
     record = describe_session(catalogue, edited, class_name)
     stem = _free_stem(folder, edited.study.listed.slide_id)
     paths = [folder / f"{stem}.json", folder / f"{stem}.geojson"]
-    write_json(paths[0], sealed(record.model_dump(mode="json")))
+    write_session(paths[0], record)
     gone = np.flatnonzero(~edited.present)
     write_json(paths[1], _regions(edited.study, gone, "Removed", REMOVED_RGB))
     if edited.added is not None:
         paths.append(folder / f"{stem}_added.geojson")
         write_json(paths[2], _regions(edited.added.donor, edited.added.tiles, "Added", ADDED_RGB))
     return paths
+
+
+def write_session(path: Path, session: SavedSession) -> None:
+    """Write a session's JSON with its checksum."""
+    write_json(path, sealed(session.model_dump(mode="json")))
 
 
 def _free_stem(folder: Path, slide_id: str) -> str:

@@ -34,7 +34,7 @@ QUALITY_TYPE = "eosin.quality"
 QUALITY_VERSION = "3"
 READABLE_QUALITY = ("1", "2", QUALITY_VERSION)  # 1 saw folds and ink at 8 µm/px on large slides, too; 2 missed pale ink
 MAX_ROWS = 10_000_000
-PROBE_S = 30.0
+PROBE_S = 5.0
 PROBE_BYTES = 2**31
 HDF5 = b"\x89HDF\r\n\x1a\n"
 LIBVER = ("v110", "v110")  # checksums the file's own structures
@@ -145,7 +145,8 @@ def _open(path: Path) -> h5py.File:
         raise FeatureFileError(path, "coordinates cannot be read: it is damaged or not an HDF5 file") from error
 
 
-_proven: set[tuple[int, int, int]] = set()  # files of 0.1 that were read in another process without a hang
+_probed: dict[tuple[int, int, int], str] = {}
+"""Files of 0.1 that another process has read, with what became of it: nothing to say where it went well."""
 
 
 def _probe_apart(path: Path) -> None:
@@ -155,14 +156,15 @@ def _probe_apart(path: Path) -> None:
     """
     facts = path.stat()
     identity = facts.st_ino, facts.st_mtime_ns, facts.st_size
-    if identity in _proven or multiprocessing.current_process().daemon:
-        return
-    try:
-        call_apart(_probe, path, timeout_s=PROBE_S, most_bytes=PROBE_BYTES)
-    except WorkerError as error:
-        message = f"coordinates cannot be read: the process that tried {error.message}; tile the slide again"
-        raise FeatureFileError(path, message, code="damaged") from None
-    _proven.add(identity)
+    if identity not in _probed and not multiprocessing.current_process().daemon:
+        try:
+            call_apart(_probe, path, timeout_s=PROBE_S, most_bytes=PROBE_BYTES)
+            _probed[identity] = ""
+        except WorkerError as error:
+            _probed[identity] = error.message
+    if _probed.get(identity):
+        message = f"coordinates cannot be read: the process that tried {_probed[identity]}; tile the slide again"
+        raise FeatureFileError(path, message, code="damaged")
 
 
 def _probe(path: Path) -> None:

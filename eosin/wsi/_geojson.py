@@ -5,7 +5,6 @@ relative to that box's corner.
 """
 
 import json
-import math
 import multiprocessing
 import uuid
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from shapely import LinearRing, MultiPolygon, Polygon, affinity, get_coordinates, make_valid, union_all
+from shapely import (
+    LinearRing,
+    MultiPolygon,
+    Polygon,
+    affinity,
+    get_coordinates,
+    get_num_coordinates,
+    make_valid,
+    union_all,
+)
 from shapely.errors import ShapelyError
 from shapely.geometry import shape
+from shapely.geometry.base import BaseGeometry
 
 from eosin._processes import call_apart
 from eosin._seals import read_json
@@ -97,42 +106,44 @@ def read_outline(path: Path, *, qupath_origin_px0: tuple[int, int] = (0, 0)) -> 
         Code ``bad-contours`` if the file is not valid GeoJSON, or holds objects but none with an area.
     """
     try:
-        parts = list(_annotations(read_json(path)))
-        n_points = sum(_count_points(geometry) for geometry, _ in parts)
-        if n_points > FEW_POINTS and not multiprocessing.current_process().daemon:
-            outline = call_apart(_unite, parts, timeout_s=UNITE_S, most_bytes=UNITE_BYTES)
-        else:
-            outline = _unite(parts)
-    except WorkerError as error:
-        message = f"uniting its {n_points:,} points failed: the process {error.message}; simplify the outline"
-        raise SlideError(path, message, code="bad-contours") from None
+        drawn = [(shape(geometry), ignored) for geometry, ignored in _annotations(read_json(path))]
+        wanted, cut = ([one for one, ignored in drawn if ignored is side] for side in (False, True))
+        outline = unite(wanted, cut)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ShapelyError) as error:
         raise SlideError(path, f"the outline cannot be read: {error}", code="bad-contours") from error
-    if parts and outline is None:
+    if drawn and outline is None:
         raise SlideError(path, "the outline has no annotation with an area", code="bad-contours")
     return affinity.translate(outline or MultiPolygon(), *qupath_origin_px0)
 
 
-def _unite(parts: Sequence[tuple[dict[str, Any], bool]]) -> MultiPolygon | None:
-    """Return what is wanted without what is cut out; None where nothing has an area.
+def unite(wanted: Sequence[BaseGeometry], cut: Sequence[BaseGeometry] = ()) -> MultiPolygon | None:
+    """Return the area of what is wanted without what is cut out; None where nothing has an area.
 
-    Edges may cross each other as often as the square of their number: of many, in a process with limits.
+    Edges may cross each other as often as the square of their number: many are united in a process with limits.
+
+    Raises
+    ------
+    ValueError
+        If a coordinate is not finite, or the crossings take too much time or memory.
     """
-    areas = [(_area_of(geometry), ignored) for geometry, ignored in parts]
-    if not any(polygons for polygons, _ in areas):
+    everything = [*wanted, *cut]
+    if not np.isfinite(get_coordinates(everything)).all():
+        raise ValueError("a coordinate is not finite")
+    n_points = int(get_num_coordinates(everything).sum())
+    if n_points <= FEW_POINTS or multiprocessing.current_process().daemon:
+        return _unite(wanted, cut)
+    try:
+        return call_apart(_unite, wanted, cut, timeout_s=UNITE_S, most_bytes=UNITE_BYTES)
+    except WorkerError as error:
+        message = f"uniting its {n_points:,} points failed: the process {error.message}; simplify the outline"
+        raise ValueError(message) from None
+
+
+def _unite(wanted: Sequence[BaseGeometry], cut: Sequence[BaseGeometry]) -> MultiPolygon | None:
+    areas, holes = ([one for drawn in side for one in polygons_of(make_valid(drawn))] for side in (wanted, cut))
+    if not areas and not holes:
         return None
-    wanted = union_all([polygon for polygons, ignored in areas if not ignored for polygon in polygons])
-    cut = union_all([polygon for polygons, ignored in areas if ignored for polygon in polygons])
-    return MultiPolygon(polygons_of(wanted.difference(cut)))
-
-
-def _count_points(part: Any) -> int:
-    """Return how many points a geometry, or a list in it, has."""
-    if isinstance(part, dict):
-        return sum(map(_count_points, part.values()))
-    if not isinstance(part, list) or not part:
-        return 0
-    return sum(map(_count_points, part)) if isinstance(part[0], list | dict) else 1
+    return MultiPolygon(polygons_of(union_all(areas).difference(union_all(holes))))
 
 
 def _annotations(data: Any) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -155,10 +166,3 @@ def _class_name(properties: dict[str, Any]) -> str:
     if isinstance(kind, dict):
         return str(kind.get("name") or ": ".join(kind.get("names") or []))
     return str(kind or "")
-
-
-def _area_of(geometry: dict[str, Any]) -> list[Polygon]:
-    drawn = shape(geometry)
-    if not all(math.isfinite(value) for value in drawn.bounds) and not drawn.is_empty:
-        raise ValueError("a coordinate is not finite")
-    return polygons_of(make_valid(drawn))

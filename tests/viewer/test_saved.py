@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eosin._seals import sealed
 from eosin.errors import ConfigError
 from eosin.heatmaps._annotations import read_regions, tiles_inside
 from eosin.heatmaps.export._geojson import check_geojson
@@ -48,6 +49,9 @@ def test_a_replay_says_when_numbers_differ(catalogue, saved):
     data = json.loads(path.read_text())
     data["after"]["logits"][0] += 0.1
     path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="damaged or was changed by hand"):
+        read_session(path)
+    path.write_text(json.dumps(sealed({name: value for name, value in data.items() if name != "checksum"})))
     told = []
     replay_sessions(catalogue, [path], path.parent, tell=told.append)
     assert told[0].endswith("[NOT as saved]")
@@ -74,7 +78,7 @@ def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
     [
         ({"model_id": "0" * 16}, "was made with the model"),
         ({"kind": "other"}, "is not a session of the viewer"),
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"class_name": "zebra"}, "zebra"),
         ({"removed": {"slide_id": "slide-9", "n_tiles": 192, "tiles": []}}, "not among --slides"),
         ({"removed": {"slide_id": "slide-1", "n_tiles": 191, "tiles": []}}, "not those of the session"),
@@ -85,7 +89,8 @@ def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
 )
 def test_a_session_of_something_else_is_refused(catalogue, saved, change, words):
     _, (path, *_) = saved
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    data = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(sealed({name: value for name, value in data.items() if name != "checksum"})))
     with pytest.raises(ConfigError, match=words):
         replay_session(catalogue, path)
 

@@ -246,7 +246,7 @@ def read_sequence(run: Path) -> TaskSequence:
     path = run / SEQUENCE
     try:
         data = read_json(path, most_bytes=MAX_BYTES)
-        if KEY in data and not is_intact(data):
+        if not isinstance(data, dict) or (KEY in data and not is_intact(data)):
             raise ValueError("it is damaged or was changed by hand")
         return TaskSequence.parse({name: value for name, value in data.items() if name != KEY}, source=str(path))
     except FileNotFoundError:
