@@ -114,7 +114,7 @@ class _SlideReader:
 
     def __init__(self, allocate: Allocate) -> None:
         self.allocate = allocate
-        self.child = Child(_serve)
+        self.child = Child(_serve, has_children=True)
 
     def read(self, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
         path = request.slide.path

@@ -9,7 +9,6 @@ dataset ``quality`` has a row of scores per tile. `eosin._seals` puts every byte
 import hashlib
 import io
 import json
-import multiprocessing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,13 +149,10 @@ _probed: dict[tuple[int, int, int], str] = {}
 
 
 def _probe_apart(path: Path) -> None:
-    """Read a file without a checksum in another process first: HDF5 can hang or crash on a damaged one.
-
-    A worker process is not given one of its own: whoever started it ends it when it hangs.
-    """
+    """Read a file without a checksum in another process first: HDF5 can hang or crash on a damaged one."""
     facts = path.stat()
     identity = facts.st_ino, facts.st_mtime_ns, facts.st_size
-    if identity not in _probed and not multiprocessing.current_process().daemon:
+    if identity not in _probed:
         try:
             call_apart(_probe, path, timeout_s=PROBE_S, most_bytes=PROBE_BYTES)
             _probed[identity] = ""

@@ -5,7 +5,6 @@ relative to that box's corner.
 """
 
 import json
-import multiprocessing
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,7 +129,7 @@ def unite(wanted: Sequence[BaseGeometry], cut: Sequence[BaseGeometry] = ()) -> M
     if not np.isfinite(get_coordinates(everything)).all():
         raise ValueError("a coordinate is not finite")
     n_points = int(get_num_coordinates(everything).sum())
-    if n_points <= FEW_POINTS or multiprocessing.current_process().daemon:
+    if n_points <= FEW_POINTS:
         return _unite(wanted, cut)
     try:
         return call_apart(_unite, wanted, cut, timeout_s=UNITE_S, most_bytes=UNITE_BYTES)
