@@ -40,9 +40,9 @@ from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import State, read_state, write_state
 from eosin.mil._seen import SEEN, read_seen, write_seen
 from eosin.mil._splits import Cohort, Split, read_splits, write_splits
-from eosin.mil._tasks import Classification
 from eosin.mil._train import PRECISION, _kept_precision
 from eosin.mil.continual import read_sequence
+from eosin.mil.tasks._classification import Classification
 from eosin.options import read_yaml
 from eosin.viewer._saved import read_session
 from eosin.wsi._coordinates import read_footer, read_grid, read_quality, write_grid
