@@ -281,7 +281,9 @@ class _Plan:
 
 def _predictions(folds: Sequence[Fold]) -> str:
     first = folds[0]
-    rows = [["fold", "slide_id", "patient_id", *first.task.columns, *first.task.table(first.outputs)]]
+    rows: list[list[object]] = [
+        ["fold", "slide_id", "patient_id", *first.task.columns, *first.task.table(first.outputs)]
+    ]
     for fold in folds:
         columns = [*fold.task.decode(fold.targets), *fold.task.table(fold.outputs).values()]
         for row, (slide, patient) in enumerate(zip(fold.ids, fold.patient_ids, strict=True)):

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from bokeh.application import Application
 from bokeh.application.handlers.function import FunctionHandler
@@ -32,6 +32,7 @@ from bokeh.io import doc as current_document
 from bokeh.server.connection import ServerConnection
 from bokeh.server.server import BaseServer
 from bokeh.server.tornado import BokehTornado
+from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop
@@ -167,7 +168,7 @@ class _Guarded(BokehTornado):  # type: ignore[misc]
         """Return the handler of a request: the page's, or the refusal."""
         refusal = self._refuse(request)
         if refusal is None:
-            self.guests.add(request.connection.stream)
+            self.guests.add(cast(HTTP1Connection, request.connection).stream)
             return super().find_handler(request, **kwargs)
         return self.get_handler_delegate(request, _Refusal, {"status": refusal[0], "reason": refusal[1]})
 
