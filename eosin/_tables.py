@@ -16,14 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from eosin._names import match_slides
 from eosin._processes import call_apart
 from eosin.errors import EosinError, TableError, WorkerError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +183,13 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return text.getvalue()
 
 
-def frame_text(frame: "pd.DataFrame", *, float_format: str | None = None) -> str:
-    """Return a data frame as `csv_text` would write it, without its index."""
+def frame_text(frame: Any, *, float_format: str | None = None) -> str:
+    """Return a pandas data frame as `csv_text` would write it, without its index."""
     safe = frame.rename(columns=shielded)
     for name, kind in zip(safe, safe.dtypes, strict=True):
         if kind.kind == "O":
             safe[name] = safe[name].map(shielded)
-    return safe.to_csv(index=False, lineterminator="\n", float_format=float_format)
+    return str(safe.to_csv(index=False, lineterminator="\n", float_format=float_format))
 
 
 def shielded(cell: object) -> object:

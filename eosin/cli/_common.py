@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 
 from eosin._devices import choose_device, limit_threads, parse_devices
-from eosin._files import clear_leftovers
 from eosin._processes import Stopped, stoppable
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
 from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
@@ -109,6 +108,7 @@ def command(
             study: list[Path] | None = None,
             **arguments: Any,
         ) -> None:
+            from eosin._files import clear_leftovers
             from eosin.plugins import add_plugin
 
             with _reported(verbose=verbose):
