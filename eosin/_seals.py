@@ -79,7 +79,7 @@ def parse_json(data: str | bytes) -> Any:
     """Parse JSON; `ValueError`, too, for NaN, infinity, half a surrogate pair and more levels than `MAX_JSON_DEPTH`."""
     data = data.encode() if isinstance(data, str) else data
     too_deep = ValueError(f"it has more than {MAX_JSON_DEPTH} levels, the limit")
-    if _is_deep(data) and _is_deep(JSON_TEXT.sub(b"", data)):  # brackets in texts are no levels
+    if _is_deep(data) and _is_deep(JSON_TEXT.sub(b"", data)):  # brackets inside texts do not count
         raise too_deep
     try:
         parsed = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
