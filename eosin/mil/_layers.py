@@ -4,18 +4,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eosin import kernels
-from eosin.kernels import AttentionPool
+from eosin.kernels import AttentionPool, attention_pool
+from eosin.mil._attention import by_rows
 from eosin.mil.bags import PackedBags
 from eosin.mil.subsets import Floats, as_array
 
-Activation = Literal["relu", "gelu"]
+Activation = Literal["relu", "gelu", "none"]
+AttentionActivation = Literal["tanh", "relu", "gelu"]
 Init = Literal["default", "xavier"]
 DropoutAfter = Literal["each", "last"]
 
 _ONE_KERNEL = {nn.Linear, nn.ReLU, nn.Dropout}
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}
 
 
 def embedding(
@@ -35,7 +38,7 @@ def embedding(
         Feature width D.
     widths : tuple of int
         Width after each layer, the last is E; none leaves the features as they are.
-    activation : {"relu", "gelu"}
+    activation : {"relu", "gelu", "none"}
         GELU is the exact one.
     bias : bool
         Whether the linear layers have one.
@@ -86,8 +89,8 @@ class Attention(nn.Module):
         Columns H of scores that share V and U.
     gated : bool
         Whether there is a gate.
-    activation : {"tanh", "relu"}
-        Activation of V.
+    activation : {"tanh", "relu", "gelu"}
+        Activation of V. The kernels know the first two; GELU, which few public models have, is computed by plain torch.
     bias : bool
         Whether the linear maps have one.
     gate_dropout : float
@@ -101,7 +104,7 @@ class Attention(nn.Module):
         hidden: int,
         heads: int = 1,
         gated: bool = True,
-        activation: Literal["tanh", "relu"] = "tanh",
+        activation: AttentionActivation = "tanh",
         bias: bool = True,
         gate_dropout: float = 0.0,
     ) -> None:
@@ -114,6 +117,8 @@ class Attention(nn.Module):
 
     def forward(self, instances: Tensor) -> Tensor:
         """Return scores (N, H) of instances (N, E)."""
+        if self.activation == "gelu":
+            return by_rows(self._with_gelu, instances)
         scores: Tensor = kernels.gated_attention_scores(
             instances, *self._weights(), gate_dropout=self._dropout(), activation=self.activation
         )
@@ -130,6 +135,10 @@ class Attention(nn.Module):
         keep : (N,) or (N, H) bool, optional
             False keeps an instance out of a head's softmax.
         """
+        if self.activation == "gelu":
+            scores = self(instances)
+            kept = scores if keep is None else scores.masked_fill(~keep.view(len(scores), -1), float("-inf"))
+            return AttentionPool(kept, *attention_pool(kept, instances, bags.cu_seqlens))
         return kernels.gated_attention_pool(
             instances,
             *self._weights(),
@@ -138,6 +147,13 @@ class Attention(nn.Module):
             gate_dropout=self._dropout(),
             activation=self.activation,
         )
+
+    def _with_gelu(self, instances: Tensor) -> Tensor:
+        hidden = functional.dropout(functional.gelu(self.V(instances)), self._dropout())
+        if self.U is not None:
+            hidden = hidden * functional.dropout(torch.sigmoid(self.U(instances)), self._dropout())
+        scores: Tensor = self.w(hidden)
+        return scores
 
     def _dropout(self) -> float:
         return self.gate_dropout if self.training else 0.0

@@ -1,13 +1,14 @@
 """Which networks of other tools are known: by the names of their tensors, each in the file of its own method.
 
 A method adds a `Layout` to `LAYOUTS`; `eosin.mil._convert` reads the file, finds the layout and writes the model
-folder.
+folder. A reader takes every tensor with a `Taker`, which checks shapes, and asks it for what tensors cannot say.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from eosin.mil._registry import METHODS, Registry
 __all__ = ["LAYOUTS", "Found", "Layout", "Taker"]
 
 Tensors = dict[str, Tensor]
+Meaning = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +36,21 @@ class Found:
         Under our names.
     reads_features : str
         The tensor whose columns are the features.
+    outputs : {"softmax", "sigmoid"} or None
+        What the authors' own class makes of several outputs; None where that is left to whoever trains it.
     """
 
     tool: str
     aggregator: Component
     tensors: Tensors
     reads_features: str = "embed.0.weight"
+    outputs: Meaning | None = None
 
     @property
     def n_outputs(self) -> int | None:
         """Number of logits; None for a network without its last layer."""
-        bias = self.tensors.get("classifier.bias")
-        return None if bias is None else len(bias)
+        found = [len(bias) for name, bias in self.tensors.items() if re.fullmatch(r"(.*\.)?classifier\.bias", name)]
+        return found[0] if found else None
 
     @property
     def dim(self) -> int:
@@ -61,27 +66,94 @@ class Taker:
     rest : dict of str to Tensor
     path : Path
         For messages.
+    stated : mapping of str to str
+        What the user says of options that tensors do not show.
     """
 
-    def __init__(self, rest: Tensors, path: Path) -> None:
+    def __init__(self, rest: Tensors, path: Path, stated: Mapping[str, str] | None = None) -> None:
         self.rest = rest
         self.path = path
+        self.stated = dict(stated or {})
+        self.questions: dict[str, Sequence[str]] = {}
 
-    def take(self, name: str) -> Tensor:
-        """Return a tensor that must be there."""
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """Return a tensor that must be there, of this shape; None stands for any size."""
         if name not in self.rest:
             raise CheckpointError(self.path, f"lacks the tensor {name}; it is only a part of a model")
-        return self.rest.pop(name)
+        tensor = self.rest.pop(name)
+        if len(tensor.shape) != len(shape) or any(
+            size == 0 or size != (size if wanted is None else wanted)
+            for size, wanted in zip(tensor.shape, shape, strict=True)
+        ):
+            wanted = " x ".join("any" if size is None else str(size) for size in shape)
+            raise CheckpointError(self.path, f"holds {name} of shape {_by(tensor.shape)}, where {wanted} belongs")
+        return tensor
 
-    def linear(self, old: str, new: str) -> Tensors:
-        """Return weight and bias of a linear layer under its new name; nothing when the file has neither."""
-        parts = [part for part in ("weight", "bias") if f"{old}.{part}" in self.rest]
-        return {f"{new}.{part}": self.take(f"{old}.{part}") for part in (("weight", "bias") if parts else ())}
+    def has(self, pattern: str) -> bool:
+        """Return whether a name matches."""
+        return any(re.fullmatch(pattern, name) for name in self.rest)
 
-    def stack(self, old: str, new: str, count: int) -> Tensors:
+    def linear(
+        self, old: str, new: str, outputs: int | None = None, inputs: int | None = None, *, bias: bool = True
+    ) -> Tensors:
+        """Return weight and bias of a linear layer, of these sizes where they are known, under its new name."""
+        weight = self.take(f"{old}.weight", outputs, inputs)
+        tensors = {f"{new}.weight": weight}
+        return tensors | ({f"{new}.bias": self.take(f"{old}.bias", len(weight))} if bias else {})
+
+    def embedding(self, old: str, *, bias: bool = True, dropout: str = "dropout") -> tuple[Tensors, list[int]]:
+        """Return the linear layers of a sequence as our `embed`, and the width of each.
+
+        Our own layers are counted with those of dropout, which are there when the user states the option.
+        """
+        step = 2 if self.stated.get(dropout, "0") in ("0", "0.0") else 3
+        tensors: Tensors = {}
+        widths: list[int] = []
+        for place, number in enumerate(self.numbers(re.escape(old) + r"\.(\d+)\.weight")):
+            layer = self.linear(
+                f"{old}.{number}", f"embed.{step * place}", None, widths[-1] if widths else None, bias=bias
+            )
+            tensors |= layer
+            widths.append(len(layer[f"embed.{step * place}.weight"]))
+        if not widths:
+            raise CheckpointError(self.path, f"lacks the layers {old}; it is only a part of a model")
+        return tensors, widths
+
+    def attention(self, v: str, u: str | None, w: str, width: int, *, heads: int = 1, bias: bool = True) -> Tensors:
+        """Return the layers of `eosin.mil._layers.Attention` on instances of this width."""
+        tensors = self.linear(v, "attention.V", None, width, bias=bias)
+        hidden = len(tensors["attention.V.weight"])
+        tensors |= {} if u is None else self.linear(u, "attention.U", hidden, width, bias=bias)
+        return tensors | self.linear(w, "attention.w", heads, hidden, bias=bias)
+
+    def gate(self, before: str) -> tuple[str, str | None, str]:
+        """Return the names of V, U and w as CLAM has them, below this prefix; U is None where there is no gate.
+
+        Without a gate they are the first and last layer of a sequence, whose places depend on dropout between them.
+        """
+        if self.has(re.escape(before) + r"attention_a\.0\.weight"):
+            return f"{before}attention_a.0", f"{before}attention_b.0", f"{before}attention_c"
+        places = self.numbers(re.escape(before) + r"(\d+)\.weight")
+        if len(places) != 2:
+            raise CheckpointError(self.path, f"lacks the layers of the attention {before.rstrip('.')}")
+        return f"{before}{places[0]}", None, f"{before}{places[1]}"
+
+    def head(self, old: str, new: str, inputs: int, outputs: int | None = None) -> Tensors:
+        """Return a last layer, which published networks may lack; nothing when the file has none of it."""
+        return self.linear(old, new, outputs, inputs) if self.has(re.escape(old) + r"\.(weight|bias)") else {}
+
+    def norm(self, old: str, new: str, width: int) -> Tensors:
+        """Return scale and shift of a layer norm."""
+        return {f"{new}.{part}": self.take(f"{old}.{part}", width) for part in ("weight", "bias")}
+
+    def stack(self, old: str, new: str, count: int, outputs: int | None = None, inputs: int | None = None) -> Tensors:
         """Return `count` linear layers, one per branch and with its number for ``*`` in the name, as one."""
-        layers = [self.linear(old.replace("*", str(branch)), "") for branch in range(count)]
-        return {f"{new}{part}": torch.stack([layer[part] for layer in layers]) for part in layers[0]}
+        layers = []
+        for branch in range(count):
+            layer = self.linear(old.replace("*", str(branch)), "", outputs, inputs)
+            outputs, inputs = layer[".weight"].shape
+            layers.append(layer)
+        return {f"{new}{part}": torch.stack([layer[part] for layer in layers]) for part in (".weight", ".bias")}
 
     def count(self, pattern: str) -> int:
         """Return how many names match."""
@@ -89,7 +161,33 @@ class Taker:
 
     def index(self, pattern: str) -> str:
         """Return the group of the first name that matches."""
-        return next(match[1] for name in self.rest if (match := re.fullmatch(pattern, name)))
+        found = next((match[1] for name in self.rest if (match := re.fullmatch(pattern, name))), None)
+        if found is None:
+            raise CheckpointError(self.path, f"lacks a tensor {pattern.replace(chr(92), '')}; it is a part of a model")
+        return found
+
+    def numbers(self, pattern: str) -> list[int]:
+        """Return the numbers that the first groups of matching names hold, in their order."""
+        return sorted({int(match[1]) for name in self.rest if (match := re.fullmatch(pattern, name))})
+
+    def ask(self, option: str, *choices: str) -> str:
+        """Return what the user says of an option that tensors do not show; without a word of it a question is left.
+
+        Parameters
+        ----------
+        option : str
+            Of the aggregator, as `eosin methods` names it.
+        *choices : str
+            Without any, a whole number.
+        """
+        said = self.stated.pop(option, None)
+        if said is None:
+            self.questions[option] = choices or ("N",)
+            return choices[0] if choices else "1"
+        if (choices and said not in choices) or not (choices or (said.isdecimal() and int(said) > 0)):
+            fitting = " or ".join(choices) if choices else "a whole number"
+            raise CheckpointError(self.path, f"--option {option}={said} does not fit; {option} is {fitting}")
+        return said
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +212,10 @@ class Layout:
         """Return the tensors of the network itself, or None when these are of another one."""
         kept = {name: value for name, value in tensors.items() if not name.startswith(self.unused)}
         return kept if all(any(re.fullmatch(mark, name) for name in kept) for mark in self.marks) else None
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
 
 
 LAYOUTS: Registry[Layout] = Registry("checkpoint layout", METHODS)

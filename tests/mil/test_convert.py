@@ -8,14 +8,6 @@ from eosin.mil._checkpoint import load_model
 from eosin.mil._convert import convert_checkpoint, read_tensors, recognise
 from eosin.mil.bags import PackedBags
 
-OURS = ("embed.0", "attention.V", "attention.U", "attention.w", "classifier")
-THEIRS = {
-    "MIL-Lab": ("patch_embed.0", "global_attn.attention_a.0", "global_attn.attention_b.0", "global_attn.attention_c"),
-    "HIPPO": ("encoder.0", *(f"attention_weights.attention_{part}" for part in ("V.0", "U.0", "weights")), "head"),
-    "PackMIL": ("feature.0", "attention_a.0", "attention_b.0", "attention_c", "classifier.0"),
-}
-THEIRS["MIL-Lab"] = tuple(f"model.{name}" for name in (*THEIRS["MIL-Lab"], "classifier"))
-
 
 def spec(dim):
     return FeatureSpec(encoder="theirs", dim=dim)
@@ -57,31 +49,6 @@ def test_a_real_dsmil_says_what_its_tensors_say(shared, tmp_path):
     torch.testing.assert_close(model(PackedBags.pack([bag])).logits[0], logit, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tool", THEIRS)
-def test_gated_attention_of_other_tools(tool, tmp_path):
-    names = dict(zip(THEIRS[tool], OURS, strict=True))
-    shapes = {
-        "embed.0": (6, 5),
-        "attention.V": (4, 6),
-        "attention.U": (4, 6),
-        "attention.w": (1, 4),
-        "classifier": (3, 6),
-    }
-    old = {}
-    for name, new in names.items():
-        old |= {f"{name}.weight": torch.randn(shapes[new]), f"{name}.bias": torch.randn(shapes[new][0])}
-    torch.save({"model": {f"module.{name}": tensor for name, tensor in old.items()}}, tmp_path / "their.pt")
-    convert_checkpoint(tmp_path / "their.pt", tmp_path / "out", features=spec(5), classes=["a", "b", "c"])
-    model, _ = load_model(tmp_path / "out")
-    bag = torch.randn(7, 5)
-    by_new = {new: name for name, new in names.items()}
-    activation = torch.nn.functional.gelu if tool == "PackMIL" else torch.relu
-    h = activation(linear(bag, old, by_new["embed.0"]))
-    scores = gated(h, old, *(by_new[f"attention.{x}"] for x in "VUw"))
-    logits = linear(scores.softmax(0).T @ h, old, by_new["classifier"])
-    torch.testing.assert_close(model(PackedBags.pack([bag])).logits, logits, rtol=1e-4, atol=1e-5)
-
-
 def test_clam_with_a_branch_per_class(tmp_path):
     old = {}
     shapes = {
@@ -103,9 +70,11 @@ def test_clam_with_a_branch_per_class(tmp_path):
     torch.testing.assert_close(model(PackedBags.pack([bag])).logits[0], logits, rtol=1e-4, atol=1e-5)
 
 
-def convert(old, folder, *, dim, classes="abc", wrap=True, **options):
+def convert(old, folder, *, dim, classes="abc", wrap=True, outputs="softmax", **options):
     torch.save({"model": old, "epoch": 3} if wrap else old, folder / "their.pt")
-    card = convert_checkpoint(folder / "their.pt", folder / "out", features=spec(dim), classes=list(classes), **options)
+    card = convert_checkpoint(
+        folder / "their.pt", folder / "out", features=spec(dim), classes=list(classes), outputs=outputs, **options
+    )
     return card, load_model(folder / "out")[0]
 
 
@@ -200,22 +169,6 @@ def test_transmil_says_what_the_authors_code_says(shared, tmp_path, prefix):
     assert card.recipe.aggregator.options.items() >= {"width": 16, "heads": 8}.items()
     output = model(PackedBags.pack([golden["x"]]))
     torch.testing.assert_close(output.logits, golden["logits"], rtol=1e-3, atol=1e-4)
-
-
-def test_feather_has_no_last_layer(tmp_path):
-    shapes = {"embed.0": (6, 5), "attention.V": (4, 6), "attention.U": (4, 6), "attention.w": (1, 4)}
-    old = linears({name: shapes[new] for name, new in zip(THEIRS["MIL-Lab"], OURS, strict=True) if new in shapes})
-    with pytest.raises(CheckpointError, match="lacks the layers classifier; pass --partial"):
-        convert(old, tmp_path, dim=5)
-    card, model = convert(old, tmp_path, dim=5, partial=True)
-    assert card.training["untrained"] == "classifier"
-    bag = torch.randn(7, 5)
-    h = torch.relu(linear(bag, old, "model.patch_embed.0"))
-    parts = (f"model.global_attn.attention_{part}" for part in ("a.0", "b.0", "c"))
-    output = model(PackedBags.pack([bag]))
-    torch.testing.assert_close(output.embedding, gated(h, old, *parts).softmax(0).T @ h, rtol=1e-4, atol=1e-5)
-    again = convert(old, tmp_path, dim=5, partial=True)[1]
-    assert torch.equal(again.classifier.weight, model.classifier.weight)
 
 
 def test_a_real_start_for_training_loads_and_predicts(shared, tmp_path):

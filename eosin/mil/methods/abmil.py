@@ -13,18 +13,25 @@ loss reads logits.
 that stand here (ACMIL, MHIM-MIL, PackMIL) are in the files of these.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
+import re
 
 from torch import nn
 from typing_extensions import override
 
 from eosin.mil._closed_forms import PooledBag, linear_terms
-from eosin.mil._layers import Activation, Attention, DropoutAfter, Init, as_dtype, embedding, initialise
+from eosin.mil._layers import (
+    Activation,
+    Attention,
+    AttentionActivation,
+    DropoutAfter,
+    Init,
+    as_dtype,
+    embedding,
+    initialise,
+)
 from eosin.mil._recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import as_array
@@ -64,7 +71,7 @@ class Abmil(Aggregator):
         dropout_after: DropoutAfter = "each",
         gated: bool = True,
         hidden: Count = 128,
-        attention_activation: Literal["tanh", "relu"] = "tanh",
+        attention_activation: AttentionActivation = "tanh",
         attention_bias: bool = True,
         gate_dropout: Dropout = 0.0,
         heads: Count = 1,
@@ -111,48 +118,35 @@ class Abmil(Aggregator):
         return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
 
 
-def _read(taker: Taker, *, tool: str, names: dict[str, str], activation: Activation) -> Found:
-    """Read gated attention pooling whose layers have these names."""
-    tensors = {name: tensor for old, new in names.items() for name, tensor in taker.linear(old, new).items()}
-    options = {
-        "embed_dims": (len(tensors["embed.0.bias"]),),
-        "hidden": len(tensors["attention.V.bias"]),
-        "embed_activation": activation,
+def _found(tool: str, tensors: Tensors, **options: object) -> Found:
+    """Return attention pooling with these tensors, of which the sizes are read."""
+    widths = tuple(len(tensors[name]) for name in sorted(tensors) if re.fullmatch(r"embed\.\d+\.weight", name))
+    sizes = {
+        "embed_dims": widths,
+        "hidden": len(tensors["attention.V.weight"]),
+        "gated": "attention.U.weight" in tensors,
     }
-    return Found(tool, Component(name="abmil", options=options), tensors)
+    first = "embed.0.weight" if widths else "attention.V.weight"
+    return Found(tool, Component(name="abmil", options=sizes | options), tensors, reads_features=first)
 
 
-def _reader(tool: str, activation: Activation, *names: str) -> Callable[[Taker], Found]:
-    ours = ("embed.0", "attention.V", "attention.U", "attention.w", "classifier")
-    return partial(_read, tool=tool, names=dict(zip(names, ours, strict=True)), activation=activation)
+def _read_millab(taker: Taker) -> Found:
+    tensors, widths = taker.embedding("patch_embed")
+    tensors |= taker.attention(*taker.gate("global_attn."), widths[-1])
+    return _found("MIL-Lab's ABMIL", tensors | taker.head("classifier", "classifier", widths[-1]))
 
 
-_MILLAB = (
-    "patch_embed.0",
-    "global_attn.attention_a.0",
-    "global_attn.attention_b.0",
-    "global_attn.attention_c",
-    "classifier",
-)
-_HIPPO = ("attention_weights.attention_V.0", "attention_weights.attention_U.0", "attention_weights.attention_weights")
-LAYOUTS.add(
-    "MIL-Lab ABMIL",
-    Layout(
-        (r"model\.global_attn\.attention_a\.0\.weight",),
-        _reader("MIL-Lab", "relu", *(f"model.{name}" for name in _MILLAB)),
-    ),
-)
-LAYOUTS.add(
-    "HIPPO",
-    Layout((r"attention_weights\.attention_V\.0\.weight",), _reader("HIPPO", "relu", "encoder.0", *_HIPPO, "head")),
-)
-LAYOUTS.add(
-    "PackMIL ABMIL",
-    Layout(
-        (r"attention_a\.0\.weight", r"feature\.0\.weight"),
-        _reader("PackMIL", "gelu", "feature.0", "attention_a.0", "attention_b.0", "attention_c", "classifier.0"),
-    ),
-)
+def _read_hippo(taker: Taker) -> Found:
+    tensors, widths = taker.embedding("encoder")
+    gated = taker.has(r"attention_weights\.attention_V\.0\.weight")
+    v, u, w = (f"attention_weights.attention_{part}" for part in ("V.0", "U.0", "weights"))
+    # with several heads it gives a row of logits per head, and says nothing of what the slide is
+    tensors |= taker.attention(*((v, u, w) if gated else taker.gate("attention_weights.")), widths[-1])
+    return _found("HIPPO", tensors | taker.head("head", "classifier", widths[-1]))
+
+
+LAYOUTS.add("MIL-Lab ABMIL", Layout((r"patch_embed\.0\.weight", r"global_attn\..*"), _read_millab))
+LAYOUTS.add("HIPPO", Layout((r"encoder\.0\.weight", r"attention_weights\..*"), _read_hippo))
 
 _CLAM: dict[str, object] = {"hidden": 256, "dropout": 0.25, "gate_dropout": 0.25}
 PRESETS: dict[str, dict[str, object]] = {

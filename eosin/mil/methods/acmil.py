@@ -360,48 +360,61 @@ def _recipe(aggregator: str) -> Recipe:
 
 
 def _read_common(taker: Taker, branches: int) -> Tensors:
-    return (
-        {"embed.0.weight": taker.take("dimreduction.fc1.weight")}
-        | taker.linear("Slide_classifier.fc", "classifier")
-        | taker.stack("classifier.*.fc", "branch_classifier", branches)
-    )
+    embed = {"embed.0.weight": taker.take("dimreduction.fc1.weight", None, None)}
+    width = len(embed["embed.0.weight"])
+    slide = taker.linear("Slide_classifier.fc", "classifier", None, width)
+    outputs = len(slide["classifier.weight"])
+    return embed | slide | taker.stack("classifier.*.fc", "branch_classifier", branches, outputs, width)
 
 
 def _read_gated(taker: Taker) -> Found:
     branches = taker.count(r"classifier\.\d+\.fc\.weight")
     tensors = _read_common(taker, branches)
-    for old, new in (("attention_V.0", "V"), ("attention_U.0", "U"), ("attention_weights", "w")):
-        tensors |= taker.linear(f"attention.{old}", f"attention.{new}")
-    options = {
-        "width": len(tensors["embed.0.weight"]), "hidden": len(tensors["attention.V.bias"]), "branches": branches,
-    }  # fmt: skip
+    width = len(tensors["embed.0.weight"])
+    tensors |= taker.attention(*_GATE, width, heads=branches)
+    options = {"width": width, "hidden": len(tensors["attention.V.weight"]), "branches": branches}
     return Found("ACMIL", Component(name="acmil", options=options), tensors)
 
 
 def _read_heads(taker: Taker) -> Found:
-    queries = taker.take("q")[0]
-    branches = len(queries)
+    queries = taker.take("q", 1, None, None)[0]
+    branches, width = queries.shape
     tensors = _read_common(taker, branches) | {"queries": queries}
     parts = {"q_proj": "query", "k_proj": "key", "v_proj": "read.value", "out_proj": "read.out"}
     for old, new in parts.items():
-        tensors |= taker.stack(f"sub_attention.*.{old}", new, branches)
-    norm = taker.stack("sub_attention.*.layer_norm", "", branches)
-    tensors |= {"read.scale": norm[".weight"], "read.shift": norm[".bias"]}
-    for old, new in (("v_proj", "value"), ("out_proj", "out")):
-        tensors |= {
-            name: value[None] for name, value in taker.linear(f"bag_attention.{old}", f"read_bag.{new}").items()
-        }
+        tensors |= taker.stack(f"sub_attention.*.{old}", new, branches, width, width)
     for part, new in (("weight", "scale"), ("bias", "shift")):
-        tensors[f"read_bag.{new}"] = taker.take(f"bag_attention.layer_norm.{part}")[None]
+        norms = [taker.take(f"sub_attention.{branch}.layer_norm.{part}", width) for branch in range(branches)]
+        tensors |= {f"read.{new}": torch.stack(norms)} | _own(taker, "bag_attention.layer_norm", part, new, width)
+    for old, new in (("v_proj", "value"), ("out_proj", "out")):
+        layer = taker.linear(f"bag_attention.{old}", f"read_bag.{new}", width, width)
+        tensors |= {name: value[None] for name, value in layer.items()}
     for unused in [name for name in taker.rest if re.match(r"bag_attention\.[qk]_proj\.", name)]:
-        taker.take(unused)  # the bag takes its weights from the branches
-    options = {"width": queries.shape[1], "branches": branches}
-    return Found("ACMIL", Component(name="acmil_mha", options=options), tensors)
+        del taker.rest[unused]  # the bag takes its weights from the branches
+    return Found("ACMIL", Component(name="acmil_mha", options={"width": width, "branches": branches}), tensors)
 
 
+def _own(taker: Taker, old: str, part: str, new: str, width: int) -> Tensors:
+    return {f"read_bag.{new}": taker.take(f"{old}.{part}", width)[None]}
+
+
+def _read_plain(taker: Taker) -> Found:
+    """Read the ABMIL of ACMIL and AEM, which is another network than their own with one branch."""
+    embed = taker.take("dimreduction.fc1.weight", None, None)
+    tensors = {"embed.0.weight": embed} | taker.attention(*_GATE, len(embed))
+    tensors |= taker.head("classifier.fc", "classifier", len(embed))
+    options = {"embed_dims": (len(embed),), "embed_bias": False, "hidden": len(tensors["attention.V.weight"])}
+    return Found("ABMIL of ACMIL", Component(name="abmil", options=options), tensors)
+
+
+_GATE = ("attention.attention_V.0", "attention.attention_U.0", "attention.attention_weights")
 _MARK = r"dimreduction\.fc1\.weight"
 LAYOUTS.add("ACMIL", Layout((_MARK, r"attention\.attention_V\.0\.weight"), _read_gated))
-LAYOUTS.add("ACMIL with heads", Layout((_MARK, r"sub_attention\.0\.q_proj\.weight"), _read_heads))
+LAYOUTS.add(
+    "ABMIL of ACMIL",
+    Layout((_MARK, r"attention\.attention_V\.0\.weight", r"classifier\.fc\.(weight|bias)"), _read_plain),
+)
+LAYOUTS.add("ACMIL with heads", Layout((_MARK, r"sub_attention\..*"), _read_heads))
 
 # ACMIL's own ABMIL; it halves the width of the features, and 512 is that of 1,024.
 RECIPES.add(

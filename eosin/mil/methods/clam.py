@@ -32,7 +32,7 @@ from eosin.mil._closed_forms import PooledBag, linear_terms
 from eosin.mil._layers import Attention, Init, as_dtype, embedding, initialise
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Meaning, Taker, Tensors
 from eosin.mil.options import Count, Dropout, NotNegative, Positive
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -306,31 +306,25 @@ def _recipe(aggregator: str) -> Recipe:
 
 
 def _read(taker: Taker) -> Found:
-    tensors = taker.linear("attention_net.0", "embed.0")
-    gated = taker.count(r"attention_net\.\d\.attention_a\.0\.weight") == 1
-    place = taker.index(r"attention_net\.(\d)\.(?:attention_a\.)?0\.weight")
-    tensors |= _gated(taker, f"attention_net.{place}") if gated else _ungated(taker, f"attention_net.{place}")
-    single = taker.count(r"classifiers\.\d+\.weight") == 0
-    if single:
-        tensors |= taker.linear("classifiers", "classifier")
-    else:
-        heads = taker.stack("classifiers.*", "", len(tensors["attention.w.bias"]))
+    tensors, widths = taker.embedding("attention_net")
+    place = taker.index(r"attention_net\.(\d+)\.(?:attention_a\.)?0\.weight")
+    branches = taker.count(r"classifiers\.\d+\.weight")
+    tensors |= taker.attention(*taker.gate(f"attention_net.{place}."), widths[-1], heads=branches or 1)
+    if branches:
+        heads = taker.stack("classifiers.*", "", branches, 1, widths[-1])
         tensors |= {f"classifier{part}": torch.cat(list(heads[part])) for part in (".weight", ".bias")}
-    options = {"width": len(tensors["embed.0.bias"]), "hidden": len(tensors["attention.V.bias"]), "gated": gated}
-    return Found("CLAM", Component(name="clam_sb" if single else "clam_mb", options=options), tensors)
+    else:
+        tensors |= taker.head("classifiers", "classifier", widths[-1])
+    return _found("CLAM", "clam_mb" if branches else "clam_sb", tensors, widths)
 
 
-def _gated(taker: Taker, prefix: str) -> Tensors:
-    return (
-        taker.linear(f"{prefix}.attention_a.0", "attention.V")
-        | taker.linear(f"{prefix}.attention_b.0", "attention.U")
-        | taker.linear(f"{prefix}.attention_c", "attention.w")
-    )
-
-
-def _ungated(taker: Taker, prefix: str) -> Tensors:
-    last = 3 if f"{prefix}.3.weight" in taker.rest else 2  # with and without dropout between
-    return taker.linear(f"{prefix}.0", "attention.V") | taker.linear(f"{prefix}.{last}", "attention.w")
+def _found(tool: str, name: str, tensors: Tensors, widths: list[int], outputs: Meaning | None = "softmax") -> Found:
+    options = {
+        "width": widths[-1],
+        "hidden": len(tensors["attention.V.weight"]),
+        "gated": "attention.U.weight" in tensors,
+    }
+    return Found(tool, Component(name=name, options=options), tensors, outputs=outputs)
 
 
 # heads of the instance term live in the file, and serve training only

@@ -24,6 +24,7 @@ instance per bag and class, so that which instance is critical at the start can 
 (docs/methods.md).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -41,7 +42,7 @@ from eosin.mil._layers import Activation, as_dtype, embedding, initialise
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil._reevaluation import ForwardBag
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -290,22 +291,24 @@ def _orthogonal(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def read_streams(taker: Taker, instance: str, stream: str, *, bias: bool = True) -> tuple[Tensors, dict[str, object]]:
+    """Return the tensors of both streams below these names, and the options of their sizes."""
+    nonlinear = taker.has(re.escape(stream) + r"\.q\.0\.weight")
+    tensors = taker.linear(f"{stream}.q.0" if nonlinear else f"{stream}.q", "query.0", bias=bias)
+    hidden, width = tensors["query.0.weight"].shape
+    tensors |= taker.linear(f"{stream}.q.2", "query.2", hidden, hidden) if nonlinear else {}
+    tensors |= taker.head(instance, "instance_classifier", width)
+    passing = taker.has(re.escape(stream) + r"\.v\.1\.weight")
+    tensors |= taker.linear(f"{stream}.v.1", "value.1", width, width, bias=bias) if passing else {}
+    if taker.has(re.escape(stream) + r"\.fcc\..*"):  # a convolution over the rows of all classes
+        bag = taker.take(f"{stream}.fcc.weight", None, None, width)
+        tensors |= {"classifier.weight": bag.flatten(1), "classifier.bias": taker.take(f"{stream}.fcc.bias", len(bag))}
+    return tensors, {"hidden": hidden, "nonlinear": nonlinear, "passing_v": passing}
+
+
 def _read(taker: Taker) -> Found:
-    instance = "i_classifier.fc.0" if "i_classifier.fc.0.weight" in taker.rest else "i_classifier.fc"
-    tensors = taker.linear(instance, "instance_classifier")
-    nonlinear = "b_classifier.q.0.weight" in taker.rest
-    if nonlinear:
-        tensors |= taker.linear("b_classifier.q.0", "query.0") | taker.linear("b_classifier.q.2", "query.2")
-    else:
-        tensors |= taker.linear("b_classifier.q", "query.0")
-    passing = "b_classifier.v.1.weight" in taker.rest
-    if passing:
-        tensors |= taker.linear("b_classifier.v.1", "value.1")
-    tensors |= {  # a convolution (K, K, D)
-        name: value.flatten(1) if value.ndim == 3 else value
-        for name, value in taker.linear("b_classifier.fcc", "classifier").items()
-    }
-    options = {"hidden": len(tensors["query.0.bias"]), "nonlinear": nonlinear, "passing_v": passing}
+    instance = "i_classifier.fc.0" if taker.has(r"i_classifier\.fc\.0\..*") else "i_classifier.fc"
+    tensors, options = read_streams(taker, instance, "b_classifier")
     return Found("DSMIL", Component(name="dsmil", options=options), tensors, reads_features="query.0.weight")
 
 

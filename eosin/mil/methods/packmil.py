@@ -53,6 +53,7 @@ from eosin.mil._attention import recomputed
 from eosin.mil._layers import Attention
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, NotNegative, Part, Whole
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy, Wrapper
 from eosin.mil.task import Task
@@ -606,6 +607,56 @@ def _recipe(
         ),
     )
 
+
+def _read_gabmil(taker: Taker) -> Found:
+    """Read the gated ABMIL that MHIM-MIL and PackMIL compare with; a release without biases has none but the last."""
+    activation = taker.ask("embed_activation", "relu", "gelu", "none")
+    bias = taker.has(r"attention_a\.0\.bias")
+    tensors, widths = taker.embedding("feature", bias=bias)
+    tensors |= taker.attention(*taker.gate(""), widths[-1], bias=bias)
+    tensors |= taker.head("classifier.0", "classifier", widths[-1])
+    return Found("gated ABMIL of MHIM-MIL or PackMIL", _abmil(tensors, widths, activation, bias=bias), tensors)
+
+
+def _abmil(tensors: Tensors, widths: list[int], activation: str, *, bias: bool) -> Component:
+    options = {
+        "embed_dims": tuple(widths),
+        "embed_activation": activation,
+        "embed_bias": bias,
+        "gated": "attention.U.weight" in tensors,
+        "hidden": len(tensors["attention.V.weight"]),
+        "attention_bias": bias,
+    }
+    return Component(name="abmil", options=options)
+
+
+def _read_packed(taker: Taker) -> Found:
+    """Read PackMIL itself around ABMIL, with its downsampler or without; the residual branch serves training alone."""
+    activation = taker.ask("embed_activation", "relu", "gelu")
+    bias = taker.has(r"mil\.embed\.0\.bias")
+    tensors, widths = taker.embedding("mil.embed", bias=bias)
+    gated = taker.has(r"mil\.aggregate\.attention_a\.0\.weight")
+    gate = taker.gate("mil.aggregate." if gated else "mil.aggregate.attention.")
+    tensors |= taker.attention(*gate, widths[-1], bias=bias)
+    tensors |= taker.head("predictor", "classifier", widths[-1])
+    host = _abmil(tensors, widths, activation, bias=bias)
+    if not taker.has(r"downsampler\..*"):
+        return Found("PackMIL", host, tensors)
+    dim = tensors["embed.0.weight"].shape[1]
+    below = taker.attention("downsampler.attention.0", None, "downsampler.attention.2", dim)
+    below |= taker.linear("downsampler.embed.0", "first", dim, dim)
+    below |= taker.linear("downsampler.downsample", "second", dim, dim)
+    options = {
+        "host": host.name,
+        "host_options": host.options | {"dropout": 0.0},
+        "hidden": len(below["attention.V.weight"]),
+    }
+    tensors = {f"host.{name}": tensor for name, tensor in tensors.items()} | below
+    return Found("PackMIL", Component(name="downsampled", options=options), tensors, reads_features="first.weight")
+
+
+LAYOUTS.add("gated ABMIL of PackMIL", Layout((r"attention_a\.0\.weight", r"feature\.0\.weight"), _read_gabmil))
+LAYOUTS.add("PackMIL", Layout((r"mil\.embed\.0\.weight",), _read_packed, unused=("predictor_res.",)))
 
 RECIPE = _recipe("brca", factor=4, lr=5e-4, epochs=75, min_epochs=30, bags_per_step=32)
 RECIPES.add("packmil", RECIPE)

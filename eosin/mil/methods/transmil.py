@@ -46,7 +46,7 @@ from eosin.mil._nystrom import NystromFactors, NystromLayer, TokenBags, starts, 
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._rollout import Trace, inputs_of
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
@@ -347,20 +347,35 @@ def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Tok
 
 
 def _read(taker: Taker) -> Found:
-    tensors = taker.linear("_fc1.0", "embed.0") | taker.linear("norm", "norm") | taker.linear("_fc2", "classifier")
-    tensors["cls_token"] = taker.take("cls_token")[0]
+    tensors, widths = taker.embedding("_fc1", dropout="embed_dropout")
+    width = widths[-1]
+    tensors |= taker.norm("norm", "norm", width) | taker.head("_fc2", "classifier", width)
+    tensors["cls_token"] = taker.take("cls_token", 1, 1, width)[0]
     for layer in ("layer1", "layer2"):
-        tensors |= taker.linear(f"{layer}.norm", f"{layer}.norm")
-        tensors |= taker.linear(f"{layer}.attn.to_out.0", f"{layer}.to_out")
-        for part in ("to_qkv", "res_conv"):
-            tensors[f"{layer}.{part}.weight"] = taker.take(f"{layer}.attn.{part}.weight")
-    for old, new in (("proj", "conv7"), ("proj1", "conv5"), ("proj2", "conv3")):
-        tensors |= taker.linear(f"pos_layer.{old}", f"ppeg.{new}")
-    options = {"width": len(tensors["embed.0.bias"]), "heads": len(tensors["layer1.res_conv.weight"])}
-    return Found("TransMIL", Component(name="transmil", options=options), tensors)
+        tensors |= read_layer(taker, f"{layer}.norm", f"{layer}.attn", layer, width)
+    tensors |= read_ppeg(taker, "pos_layer", width)
+    options = {"width": width, "heads": len(tensors["layer1.res_conv.weight"])}
+    return Found("TransMIL", Component(name="transmil", options=options), tensors, outputs="softmax")
 
 
-LAYOUTS.add("TransMIL", Layout((r"_fc1\.0\.weight", r"layer1\.attn\.to_qkv\.weight"), _read))
+def read_layer(taker: Taker, norm: str, attention: str, new: str, width: int) -> Tensors:
+    """Return the tensors of a Nyström layer."""
+    tensors = taker.norm(norm, f"{new}.norm", width) | taker.linear(f"{attention}.to_out.0", f"{new}.to_out", width)
+    tensors[f"{new}.to_qkv.weight"] = taker.take(f"{attention}.to_qkv.weight", None, width)
+    tensors[f"{new}.res_conv.weight"] = taker.take(f"{attention}.res_conv.weight", None, 1, None, 1)
+    return tensors
+
+
+def read_ppeg(taker: Taker, old: str, width: int) -> Tensors:
+    """Return the three convolutions of the position encoding."""
+    tensors = {}
+    for name, new, size in (("proj", "conv7", 7), ("proj1", "conv5", 5), ("proj2", "conv3", 3)):
+        tensors[f"ppeg.{new}.weight"] = taker.take(f"{old}.{name}.weight", width, 1, size, size)
+        tensors[f"ppeg.{new}.bias"] = taker.take(f"{old}.{name}.bias", width)
+    return tensors
+
+
+LAYOUTS.add("TransMIL", Layout((r"_fc1\..*", r"layer1\..*"), _read))
 
 RECIPE = Recipe(
     aggregator=Component(name="transmil"),
