@@ -143,7 +143,8 @@ def convert_checkpoint_of_abmil(path: Path) -> Callable[[], None]:
     path.parent.mkdir(exist_ok=True)
     torch.save(old, path.parent / "their.pt")
     spec = FeatureSpec(encoder="e", dim=900)
-    return lambda: void(convert_checkpoint(path.parent / "their.pt", path, features=spec, classes=["a", "b"]))
+    said = {"classes": ["a", "b"], "outputs": "softmax", "options": {"embed_activation": "relu"}}
+    return lambda: void(convert_checkpoint(path.parent / "their.pt", path, features=spec, **said))
 
 
 def void(_: object) -> None:
