@@ -269,7 +269,7 @@ def recognise(
 
 
 def _numbers(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """Return a tensor in float32, the type of all models; refuse what are no weights."""
+    """Return a tensor in float32, the type of all models; refuse anything that cannot be a weight."""
     if tensor.layout != torch.strided or not tensor.is_floating_point():
         raise CheckpointError(path, f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}, not as weights")
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():

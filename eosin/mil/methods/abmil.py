@@ -140,7 +140,7 @@ def _read_hippo(taker: Taker) -> Found:
     tensors, widths = taker.embedding("encoder")
     gated = taker.has(r"attention_weights\.attention_V\.0\.weight")
     v, u, w = (f"attention_weights.attention_{part}" for part in ("V.0", "U.0", "weights"))
-    # with several heads it gives a row of logits per head, and says nothing of what the slide is
+    # with several heads HIPPO returns one row of logits per head, and no rule for the slide
     tensors |= taker.attention(*((v, u, w) if gated else taker.gate("attention_weights.")), widths[-1])
     return _found("HIPPO", tensors | taker.head("head", "classifier", widths[-1]))
 
