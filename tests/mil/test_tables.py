@@ -106,7 +106,7 @@ def test_a_file_under_another_name_says_what_it_is(tmp_path):
 def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
     with pytest.raises(LabelError, match="no such file"):
         read_labels(tmp_path / "labels.csv")
-    with pytest.raises(LabelError, match=r"expected .csv, .tsv"):
+    with pytest.raises(LabelError, match=r"tables are .csv, .tsv"):
         read_labels(tmp_path / "labels.docx")
 
 
