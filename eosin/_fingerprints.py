@@ -101,6 +101,16 @@ STAGES: Mapping[str, Stage] = {
             "formats": "which files are written",
         },
     ),
+    "study": Stage(
+        1,
+        {
+            "options": "all options of the run but the formats of its maps",
+            "labels": "slide, patient and targets of every labelled slide that is there",
+            "splits": "all bytes of given splits",
+            "slide_mpp": "the mpp that the user gives, or all bytes of the table of them",
+            "encoder": "the file of weights and the precision",
+        },
+    ),
 }
 
 

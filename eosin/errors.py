@@ -16,7 +16,8 @@ EosinError                      code        what it is
 ├── WorkerError                 crashed     a child process died or gave no answer in time; also RuntimeError
 ├── MissingPackageError         package     a package that not every user needs is not installed; also ImportError
 ├── KernelUnavailableError      kernel      a forced kernel backend cannot run here; also RuntimeError
-└── OutputError                 output      disk, permission or device stopped the run; also OSError
+├── OutputError                 output      disk, permission or device stopped the run; also OSError
+└── SeveralErrors               several     all that stands in the way of a command, found before any work
 ```
 
 A message says what was asked, what was found and what to do. ``code`` is the short, stable reason that
@@ -220,3 +221,20 @@ class OutputError(_FileBoundError, OSError):
     """The environment stopped the run: disk full, no permission, device lost."""
 
     default_code = "output"
+
+
+class SeveralErrors(EosinError):
+    """Several things stand in the way of a command; all were found before any work.
+
+    Parameters
+    ----------
+    errors : sequence of EosinError
+        Each says what to do about it.
+    """
+
+    default_code = "several"
+
+    def __init__(self, errors: Sequence[EosinError]) -> None:
+        found = "; ".join(f"({number}) {error.message}" for number, error in enumerate(errors, 1))
+        super().__init__(f"{len(errors)} problems, nothing was done: {found}")
+        self.errors = tuple(errors)

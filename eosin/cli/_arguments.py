@@ -138,13 +138,20 @@ IdsPolicy = Annotated[
     str, typer.Option(help="Ids that differ in spelling only (P01, p01): ask stops and lists them, merge, exact.")
 ]
 Missing = Annotated[
-    str, typer.Option(help="Slides without features or without a label: error stops, drop leaves them out.")
+    str,
+    typer.Option(
+        help="Rows without a slide or a label: few leaves out up to one row in ten by name, error stops, drop leaves "
+        "out all."
+    ),
 ]
 Splits = Annotated[
     Path | None,
     typer.Option(
         help="Splits from `eosin split`, CLAM (folder or file), STAMP (splits.json), or a table with a column Split."
     ),
+]
+StudyName = Annotated[
+    str | None, typer.Option("--study", metavar="NAME", help="Name of the study in JOB/studies; see eosin studies.")
 ]
 Run = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 TrainPrecision = Annotated[

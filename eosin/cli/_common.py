@@ -26,7 +26,7 @@ import typer
 from eosin._devices import choose_device, limit_threads, parse_devices
 from eosin._processes import Stopped, stoppable
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
-from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError
+from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, SeveralErrors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +76,7 @@ def command(
     rare: Sequence[str] = (),
     of_job: Mapping[str, str] | None = None,
     bare: str = "",
+    checks_device: bool = True,
 ) -> Callable[[Callable[..., Done]], Callable[..., None]]:
     """Make a command of a function: add the options that all share, print the results, end with the right exit code.
 
@@ -89,13 +90,16 @@ def command(
         Options that a study file need not state, because they are paths below its job: {"out": "model"}.
     bare : str
         Parameter that takes the paths which stand without an option, as some commands of 0.1 had them.
+    checks_device : bool
+        Whether a device that is not there is refused before the function is called; one that gathers all problems says
+        no.
     """
 
     def decorate(function: Callable[..., Done]) -> Callable[..., None]:
         signature = inspect.signature(function)
         options = options_of(signature)
         option_names.update(option.key for option in options)
-        known = {*groups, *(option.key for option in options)}
+        known = {*groups, *(option.key for option in options), *(["study"] if of_job else [])}
 
         @functools.wraps(function)
         def run(
@@ -121,7 +125,8 @@ def command(
                 for name in [*settings.plugins, *(plugins or [])]:
                     add_plugin(name)
                 arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
-                _require_devices(arguments)
+                if checks_device:
+                    _require_devices(arguments)
                 for folder in (arguments.get("job"), arguments.get("out")):
                     if isinstance(folder, Path) and folder.is_dir():
                         clear_leftovers(folder)
@@ -242,13 +247,23 @@ def _reported(*, verbose: bool) -> Iterator[None]:
         except (Exception, KeyboardInterrupt, Stopped) as error:  # noqa: BLE001 - a person must not see a traceback
             if verbose:
                 traceback.print_exc(file=sys.stderr)
-            line, code = _ending(error)
-            if line:
-                say(f"error: {line}")
+            lines, code = _ending(error)
+            for number, line in enumerate(lines):
+                say(line if number else f"error: {line}")
             raise typer.Exit(code) from None
 
 
-def _ending(error: BaseException) -> tuple[str, int]:
+def _ending(error: BaseException) -> tuple[list[str], int]:
+    """Return the lines and the exit code of an error: one of each, but for several problems one line each."""
+    if isinstance(error, SeveralErrors):
+        ends = [_one_ending(one) for one in error.errors]
+        lines = [f"{number}. {line}" for number, (line, _) in enumerate(ends, 1)]
+        return [f"{len(ends)} problems; nothing was done", *lines], min(code for _, code in ends)
+    line, code = _one_ending(error)
+    return [line] if line else [], code
+
+
+def _one_ending(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit code of an error: the one place where this is decided."""
     if isinstance(error, ImportError) and not isinstance(error, EosinError):
         error = MissingPackageError(error)

@@ -229,8 +229,7 @@ def fill(
         if option.key in settings.data:
             filled[option.parameter] = settings.value(option.key, option.annotation)
         elif option.key in of_job and "job" in settings.data:
-            job = settings.value("job", Path)
-            filled[option.parameter] = _as_asked(job / of_job[option.key], option.annotation)
+            filled[option.parameter] = _as_asked(_study_folder(settings) / of_job[option.key], option.annotation)
         elif option.key == "features" and option.required and "job" in settings.data:
             filled[option.parameter] = _as_asked(_features(settings), option.annotation)
     missing = [option.flag for option in options if option.required and filled[option.parameter] in (None, [])]
@@ -246,8 +245,25 @@ def _as_asked(path: Path, annotation: Any) -> Any:
 def _features(settings: Settings) -> Path:
     """Return the folder of features that `eosin run` and `eosin extract` make from the same study file."""
     from eosin.features._encoders import find_encoder, folder_name
+    from eosin.pipeline._studies import find_study
     from eosin.wsi._grid import Tiling
     from eosin.wsi._job import JobFolder
 
     encoder = folder_name(find_encoder(str(settings.data.get("encoder", "he_texture"))).name)
-    return JobFolder(settings.value("job", Path)).features_dir(settings.parse("tiling", Tiling).folder, encoder)
+    job = JobFolder(settings.value("job", Path))
+    tiles = find_study(job, settings.data.get("study")).tiles if _has_studies(job.root) else job
+    return tiles.features_dir(settings.parse("tiling", Tiling).folder, encoder)
+
+
+def _study_folder(settings: Settings) -> Path:
+    """Return where results of the job are: of the study that is named, else of the newest."""
+    from eosin.pipeline._studies import find_study
+    from eosin.wsi._job import JobFolder
+
+    job = settings.value("job", Path)
+    return find_study(JobFolder(job), settings.data.get("study")).path if _has_studies(job) else job
+
+
+def _has_studies(job: Path) -> bool:
+    """Return whether the job has more than results of eosin 0.1, so that there is a choice."""
+    return (job / "study.json").is_file() or (job / "studies").is_dir()

@@ -1,8 +1,8 @@
 """What `split`, `train`, `crossval` and `run` have in common: groups, policies, and a recipe with its changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from eosin._names import Ids
     from eosin.mil._recipe import Recipe
     from eosin.mil._study import Study
+    from eosin.mil._tables import Missing
+    from eosin.pipeline._preflight import Problems
 
-MISSING = ("error", "drop")
 LEVELS = ("slide", "patient")
 
 SlideTable = Annotated[
@@ -48,27 +49,74 @@ def read_study(
     level: str,
     missing: str,
     ids: str,
+    problems: "Problems",
+    out: Path,
+    device: str,
+    splits: Path | None,
+    folds: int = 0,
+    recipes: "Sequence[Recipe]" = (),
     slide_table: Path | None = None,
     cache_gb: float = 2.0,
 ) -> "Study":
-    """Join features and labels as the options of a command say."""
-    from eosin.mil._study import SITE, open_study, owner
+    """Join features and labels as the options of a command say, once nothing stands in the way.
 
-    if level not in LEVELS:
-        raise UnknownNameError("level", level, LEVELS)
+    Raises
+    ------
+    EosinError
+        What `problems` holds already, and all that is wrong with table, features, splits, device and folder.
+    """
+    from eosin.mil._study import SITE, open_study, owner
+    from eosin.pipeline._preflight import Question, check_training
+
+    question = Question(
+        labels,
+        settings.choose("task", task, "classification"),
+        settings.choose("target", target, None),
+        slide_table=slide_table,
+        group=group,
+        missing=problems.attempt(missing_policy, missing) or "few",
+        ids=problems.attempt(ids_policy, ids) or "ask",
+        splits=None if level == "patient" else splits,  # they may name patients, which `Study.checked` understands
+        folds=folds,
+        seed=recipes[0].training.seed if recipes else 0,
+    )
+    problems.attempt(require_level, level)
+    problems.attempt(require_no_study, out)
+    cache = problems.attempt(cache_bytes, cache_gb)
+    check_training(problems, features, question, out, device=device, recipes=recipes)
+    problems.require()
     return open_study(
         features,
         labels,
-        task=settings.choose("task", task, "classification"),
-        target=settings.choose("target", target, None),
+        task=question.task,
+        target=question.target,
         group=owner(group),
         level=cast("Literal['slide', 'patient']", level),
         keep_sites=group == SITE,
-        missing=missing_policy(missing),
+        missing=question.missing,
         slide_table=slide_table,
-        ids=ids_policy(ids),
-        cache_bytes=cache_bytes(cache_gb),
+        ids=question.ids,
+        cache_bytes=cache or 0,
     )
+
+
+def require_no_study(out: Path) -> None:
+    """Refuse to overwrite the results of `eosin run`.
+
+    Raises
+    ------
+    ConfigError
+    """
+    from eosin.pipeline._studies import STUDY
+
+    if (out.parent / STUDY).is_file():
+        raise ConfigError(f"{out}: belongs to a study of eosin run, which is never overwritten; pass another --out")
+
+
+def require_level(level: str) -> None:
+    """Refuse what a bag cannot be."""
+    if level not in LEVELS:
+        raise UnknownNameError("level", level, LEVELS)
 
 
 def settle(precision: str, device: str, out: Path) -> str:
@@ -98,11 +146,13 @@ def ids_policy(name: str) -> "Ids":
     return cast("Ids", name)
 
 
-def missing_policy(name: str) -> "Literal['error', 'drop']":
+def missing_policy(name: str) -> "Missing":
     """Return what becomes of labels without slides, by name."""
-    if name not in MISSING:
-        raise UnknownNameError("policy for --missing", name, MISSING)
-    return cast("Literal['error', 'drop']", name)
+    from eosin.mil._tables import Missing
+
+    if name not in get_args(Missing):
+        raise UnknownNameError("policy for --missing", name, get_args(Missing))
+    return cast("Missing", name)
 
 
 def require_one_source(splits: Path | None, folds: int | None) -> None:

@@ -6,6 +6,7 @@ import typer
 
 from eosin import __version__
 from eosin.cli import (
+    check,
     convert,
     counterfactual,
     crossval,
@@ -21,6 +22,7 @@ from eosin.cli import (
     predict,
     run,
     split,
+    studies,
     tile,
     train,
     verify,
@@ -71,7 +73,9 @@ COMMANDS = {
     "demo": demo.demo,
     "doctor": doctor.doctor,
     "info": info.info,
+    "check": check.check,
     "run": run.run,
+    "studies": studies.studies,
     "tile": tile.tile,
     "extract": extract.extract,
     "split": split.split,

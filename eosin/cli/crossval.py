@@ -37,7 +37,7 @@ CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
     "recipe", "task", "target", "folds",
     rare=("slide_table", "task", "group", "level", "missing", "ids", "sweep", "compare", "max_instances_per_step",
           "cache_gb", "precision"),
-    of_job={"out": "crossval"},
+    of_job={"out": "crossval"}, checks_device=False,
 )  # fmt: skip
 def crossval(
     *,
@@ -54,7 +54,7 @@ def crossval(
     target: Target = None,
     group: Group = "patient",
     level: Level = "slide",
-    missing: Missing = "error",
+    missing: Missing = "few",
     ids: IdsPolicy = "ask",
     sweep: Annotated[
         Path | None,
@@ -79,12 +79,17 @@ def crossval(
     from eosin.cli._study import begin, read_study, recipe_of, require_one_source, settle
     from eosin.mil._compare import require_comparable
     from eosin.mil._crossval import METRICS, PREDICTIONS, read_predictions, tested_slides
+    from eosin.mil._recipe import Recipe
+    from eosin.pipeline._preflight import Problems
     from eosin.report._evaluation import Context, report_crossval
     from eosin.report._measures import compare_runs, sweep_table
 
-    require_one_source(splits, folds)
-    chosen = recipe_of(recipe, settings, max_instances_per_step=max_instances_per_step)
-    candidates = _candidates(sweep, recipe, settings)
+    problems = Problems()
+    problems.attempt(require_one_source, splits, folds)
+    chosen = problems.attempt(recipe_of, recipe, settings, max_instances_per_step=max_instances_per_step) or Recipe()
+    candidates = problems.attempt(_candidates, sweep, recipe, settings) or {}
+    recipes = list(candidates.values()) or [chosen]
+    number, seed = settings.choose("folds", folds, 5), chosen.training.seed
     study = read_study(
         features,
         labels,
@@ -95,15 +100,20 @@ def crossval(
         level=level,
         missing=missing,
         ids=ids,
+        problems=problems,
+        out=out,
+        device=device,
+        splits=splits,
+        folds=number,
+        recipes=recipes,
         slide_table=slide_table,
         cache_gb=cache_gb,
     )
-    number, seed = settings.choose("folds", folds, 5), chosen.training.seed
     parts: Sequence[FoldSplits] = study.nested(splits) or study.splits(splits, folds=number, seed=seed)
     if compare is not None:
         require_comparable(study.task, tested_slides(parts), read_predictions(compare / PREDICTIONS))
     precision = settle(precision, device, out)
-    begin(study, out, candidates.values() or [chosen], device=device, precision=precision)
+    begin(study, out, recipes, device=device, precision=precision)
     results = out
     if sweep is None:
         metrics = _train(chosen, study, parts, out, device=device, precision=precision)

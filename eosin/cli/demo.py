@@ -10,7 +10,7 @@ from eosin.cli._common import Done, command, progress
 from eosin.cli._settings import Settings
 
 
-@command("cohort", "pipeline")
+@command("cohort", "pipeline", checks_device=False)
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for the slides and results.")] = Path("demo"),
@@ -34,4 +34,4 @@ def demo(
         f"{random.highest:.3f} at most)"
     )
     typer.echo(f"seconds: {summary.seconds:.0f}")
-    return Done([out / "summary.json", out / "report.html"], summary.report)
+    return Done([summary.out / "summary.json", summary.out / "report.html"], summary.report)

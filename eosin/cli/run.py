@@ -1,5 +1,9 @@
 """`eosin run`: slides + labels → everything, in one job folder."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -20,6 +24,7 @@ from eosin.cli._arguments import (
     SlideMpp,
     Slides,
     Splits,
+    StudyName,
     Target,
     TaskKind,
     Weights,
@@ -31,14 +36,47 @@ from eosin.cli._settings import Settings
 
 if TYPE_CHECKING:
     from eosin.features._encoders import Precision as PrecisionName
+    from eosin.pipeline._preflight import Problems
+    from eosin.pipeline._run import Checked, Pipeline
+    from eosin.pipeline._two_stage import SecondStage
 
-
-@command(
-    "tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second",
-    rare=("task", "splits", "folds", "missing", "ids", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights",
-          "batch_size", "precision"),
+GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
+RARE = (
+    "task", "splits", "folds", "missing", "ids", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights",
+    "batch_size", "precision", "study_name",
 )  # fmt: skip
-def run(
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run is asked to do, as far as the options can be understood, and what is wrong with them.
+
+    Attributes
+    ----------
+    inputs : mapping
+        Slides, labels, job and the other arguments that one stage and two take alike.
+    pipeline : Pipeline
+    second : SecondStage, optional
+        Of a run in two stages.
+    problems : Problems
+    """
+
+    inputs: dict[str, Any]
+    pipeline: "Pipeline"
+    second: "SecondStage | None"
+    problems: "Problems"
+
+    def check(self) -> "Checked":
+        """Find what stands in the way; nothing is written."""
+        from eosin.pipeline._run import check_run
+        from eosin.pipeline._two_stage import check_two_stage
+
+        if self.second is None:
+            return check_run(self.problems, options=self.pipeline, **self.inputs)
+        return check_two_stage(self.problems, options=self.pipeline, second=self.second, **self.inputs)
+
+
+def plan(
     *,
     slides: Slides,
     labels: Labels,
@@ -53,7 +91,7 @@ def run(
     folds: Annotated[
         int | None, typer.Option(help="Number of folds, if there is no --splits.", show_default="5")
     ] = None,
-    missing: Missing = "error",
+    missing: Missing = "few",
     ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
     max_blur: MaxBlur = None,
@@ -64,31 +102,36 @@ def run(
     precision: Precision = "fp32",
     device: Device = "auto",
     workers: Workers = 0,
+    study_name: StudyName = None,
     settings: Settings,
-) -> Done:
-    """Run every step from slides to report: tiles, features, splits, cross-validation, final model, heat maps.
-
-    With the recipe two_stage, or options of the group `second`, the steps run at two resolutions: the attention of a
-    first model at 2 µm/px (tiling.mpp) chooses the tiles of a second model at 1 µm/px (second.tiling.mpp,
-    second.selection.budget).
-    """
+) -> Plan:
+    """Understand the options of `eosin run`; those that make no sense are problems, and the others are kept."""
     from eosin.cli._study import ids_policy, missing_policy, recipe_of, require_one_source
     from eosin.pipeline._deploy import Machine
-    from eosin.pipeline._run import Pipeline, run_pipeline
-    from eosin.pipeline._two_stage import FIRST_TILING, STAGES, SecondStage, run_two_stage
+    from eosin.pipeline._preflight import Problems
+    from eosin.pipeline._run import Pipeline
+    from eosin.pipeline._two_stage import FIRST_TILING, SecondStage
     from eosin.wsi._job import JobFolder
 
-    require_one_source(splits, folds)
+    problems = Problems()
+    problems.attempt(require_one_source, splits, folds)
     flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}
-    given = {key: settings.choose(key, flag, None) for key, flag in flags.items()}
-    options = {key: value for key, value in given.items() if value is not None}
-    groups = {name: settings.data[name] for name in ("tiling", "tissue", "formats") if name in settings.data}
-    chosen = recipe_of(recipe, settings).model_dump(mode="json")
-    groups["quality"] = settings.group("quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold)
-    two_stage = "two_stage" in (recipe, settings.named("recipe")[0]) or "second" in settings.data
-    if two_stage:
-        groups["tiling"] = {"mpp": FIRST_TILING.mpp, **settings.group("tiling")}
-    pipeline = Pipeline.parse({**groups, **options, "recipe": chosen}, source="run")
+    groups = {name: settings.choose(name, flag, None) for name, flag in flags.items()}
+    groups |= {name: settings.data.get(name) for name in ("tiling", "tissue", "formats")}
+    groups["quality"] = problems.attempt(
+        settings.group, "quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold
+    )
+    chosen = problems.attempt(recipe_of, recipe, settings)
+    groups["recipe"] = None if chosen is None else chosen.model_dump(mode="json")
+    second = None
+    named = problems.attempt(settings.named, "recipe") if chosen is not None else None
+    if "two_stage" in (recipe, (named or (None,))[0]) or "second" in settings.data:
+        second = problems.attempt(settings.parse, "second", SecondStage) or SecondStage()
+        groups["tiling"] = {"mpp": FIRST_TILING.mpp, **(groups["tiling"] or {})}
+    pipeline = Pipeline()
+    for name, value in groups.items():
+        one = None if value is None else problems.attempt(Pipeline.parse, {name: value}, source="run")
+        pipeline = pipeline if one is None else pipeline.model_copy(update={name: getattr(one, name)})
     machine = Machine(
         workers=workers,
         device=device,
@@ -96,22 +139,53 @@ def run(
         precision=cast("PrecisionName", precision),
         weights=weights,
     )
-    common: dict[str, Any] = {
+    inputs = {
+        "slides": slides,
+        "labels": labels,
+        "job": JobFolder(job),
         "machine": machine,
         "slide_mpp": slide_mpp_source(slide_mpp),
         "splits": splits,
-        "missing": missing_policy(missing),
-        "ids": ids_policy(ids),
-        "progress": progress,
+        "missing": problems.attempt(missing_policy, missing) or "few",
+        "ids": problems.attempt(ids_policy, ids) or "ask",
+        "study": study_name,
     }
+    return Plan(inputs, pipeline, second, problems)
+
+
+def planned(function: Callable[[Plan], Done]) -> Callable[..., Done]:
+    """Give a function of a plan the options of `plan`, so that `run` and `check` take the same."""
+
+    @functools.wraps(function)
+    def on_plan(**options: Any) -> Done:
+        return function(plan(**options))
+
+    on_plan.__signature__ = inspect.signature(plan)  # type: ignore[attr-defined]
+    return on_plan
+
+
+@command(*GROUPS, rare=RARE, checks_device=False)
+@planned
+def run(asked: Plan) -> Done:
+    """Run every step from slides to report: tiles, features, splits, cross-validation, final model, heat maps.
+
+    With the recipe two_stage, or options of the group `second`, the steps run at two resolutions: the attention of a
+    first model at 2 µm/px (tiling.mpp) chooses the tiles of a second model at 1 µm/px (second.tiling.mpp,
+    second.selection.budget).
+
+    A run with other options in the same job is a study of its own, in JOB/studies. Nothing is overwritten.
+    """
+    from eosin.pipeline._run import run_pipeline
+    from eosin.pipeline._two_stage import STAGES, run_two_stage
+
+    common: dict[str, Any] = {**asked.inputs, "problems": asked.problems, "progress": progress}
     paths: list[Path] = []
-    if two_stage:
-        second = settings.parse("second", SecondStage)
-        staged = run_two_stage(slides, labels, JobFolder(job), pipeline, second, **common)
+    if asked.second is not None:
+        staged = run_two_stage(options=asked.pipeline, second=asked.second, **common)
         result, report = staged.second, staged.report
-        paths = [staged.first.job.root / "report.html", job / STAGES]
+        paths = [staged.first.out / "report.html", result.out / STAGES]
     else:
-        result = run_pipeline(slides, labels, JobFolder(job), pipeline, **common)
+        result = run_pipeline(options=asked.pipeline, **common)
         report = result.report
-    paths += [result.crossval / "metrics.json", result.model, result.heatmaps, job / "report.html"]
+    paths += [result.crossval / "metrics.json", result.model, result.heatmaps, result.out / "report.html"]
     return Done(paths, report, lines=tuple(result.flow.lines()))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "recipe", "task", "target",
     rare=("slide_table", "task", "group", "level", "missing", "ids", "continue_from", "max_instances_per_step",
           "cache_gb", "device_cache_gb", "precision"),
-    of_job={"out": "model"},
+    of_job={"out": "model"}, checks_device=False,
 )  # fmt: skip
 def train(
     *,
@@ -56,7 +56,7 @@ def train(
     target: Target = None,
     group: Group = "patient",
     level: Level = "slide",
-    missing: Missing = "error",
+    missing: Missing = "few",
     ids: IdsPolicy = "ask",
     continue_from: Annotated[
         Path | None,
@@ -73,11 +73,14 @@ def train(
 ) -> Done:
     """Train one model, and test it on the test slides of the fold. Start a killed run again: it continues."""
     from eosin.cli._study import begin, cache_bytes, read_study, settle
+    from eosin.mil._recipe import Recipe
     from eosin.mil._study import fit_study, owner
     from eosin.mil.continual import Source, continued
+    from eosin.pipeline._preflight import Problems
 
-    chosen = _recipe(recipe, continue_from, settings, max_instances_per_step)
-    device_bytes = cache_bytes(device_cache_gb)
+    problems = Problems()
+    chosen = problems.attempt(_recipe, recipe, continue_from, settings, max_instances_per_step) or Recipe()
+    device_bytes = problems.attempt(cache_bytes, device_cache_gb) or 0
     study = read_study(
         features,
         labels,
@@ -88,6 +91,11 @@ def train(
         level=level,
         missing=missing,
         ids=ids,
+        problems=problems,
+        out=out,
+        device=device,
+        splits=splits,
+        recipes=[chosen] if continue_from is None else [],
         slide_table=slide_table,
         cache_gb=cache_gb,
     )

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from eosin._devices import choose_device
-from eosin.errors import CheckpointError, ConfigError, OutputError
+from eosin.errors import CheckpointError, ConfigError, MissingPackageError, OutputError
 from eosin.features import _he_texture as he_texture
 from eosin.features._encoders import OWN_WEIGHTS, PACKAGED, RANDOM, EncoderSpec, Precision, find_encoder
-from eosin.features._hub import download_weights
+from eosin.features._hub import download_weights, require_download
 from eosin.features._networks import EncoderNetwork
+from eosin.features._packages import require_package
 from eosin.features._reading import Allocate, pageable
 from eosin.features._weights import find_weights, hash_state, load_strictly, read_state, revision_of
 
@@ -323,11 +324,7 @@ def load_encoder(
     CheckpointError
         When a file of weights is damaged, unsafe or of another network.
     """
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision {precision!r}: choose one of {', '.join(get_args(Precision))}")
-    spec = find_encoder(name)
-    if weights is not None and (spec.build is None or name.endswith(RANDOM)):
-        raise ConfigError(f"encoder {spec.name} uses no weights from files; leave out --weights")
+    spec = _asked_for(name, weights, precision)
     if spec.build is None:
         descriptor = Encoder(spec, _descriptor_hash(), None)
         return descriptor.compile() if compiled else descriptor
@@ -344,6 +341,40 @@ def load_encoder(
         device=device,
     )
     return encoder.compile() if compiled else encoder
+
+
+def require_encoder(name: str, *, weights: Path | None = None, precision: Precision = "fp32") -> EncoderSpec:
+    """Return the row of an encoder that could be loaded now; nothing is loaded, and nothing downloaded.
+
+    Raises
+    ------
+    UnknownNameError, ConfigError, CheckpointError
+        As `load_encoder`, as far as it can be known: packages that are not installed, a file that is not there, weights
+        on no hub, gated weights without access, no connection to the hub.
+    """
+    spec = _asked_for(name, weights, precision)
+    if spec.build is None:
+        return spec
+    require_package(getattr(spec.build, "func", spec.build))
+    if find_module("timm") is None:
+        raise MissingPackageError(ModuleNotFoundError("timm", name="timm"))
+    if weights is not None:
+        find_weights(weights, spec.file, source=spec.source)
+    elif spec.source.startswith((OWN_WEIGHTS, PACKAGED)):
+        find_weights(_fetch_weights(spec), spec.file)
+    elif not name.endswith(RANDOM):
+        require_download(spec.source, revision=spec.revision, file=spec.file, gated=spec.gated)
+    return spec
+
+
+def _asked_for(name: str, weights: Path | None, precision: str) -> EncoderSpec:
+    """Return the row of an encoder; refuse options that contradict it."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision {precision!r}: choose one of {', '.join(get_args(Precision))}")
+    spec = find_encoder(name)
+    if weights is not None and (spec.build is None or name.endswith(RANDOM)):
+        raise ConfigError(f"encoder {spec.name} uses no weights from files; leave out --weights")
+    return spec
 
 
 def _fetch_weights(spec: EncoderSpec) -> Path:

@@ -5,6 +5,7 @@ The package builds the network; weights are read here, as for every other encode
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 
 from eosin.errors import ConfigError
 from eosin.features._networks import EncoderNetwork
+
+CONCH = ("conch.open_clip_custom", "conch_v1", "https://github.com/mahmoodlab/CONCH")
+CONCH_TOWER = (
+    "trident.patch_encoder_models.model_zoo.conchv1_5.conchv1_5", "conch_v15", "https://github.com/mahmoodlab/TRIDENT",
+)  # fmt: skip
+MUSK = ("musk.modeling", "musk", "https://github.com/lilab-stanford/MUSK")
 
 
 def _require(module: str, encoder: str, package: str) -> ModuleType:
@@ -89,7 +96,7 @@ def build_conch(*, contrast: bool) -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    package = _require("conch.open_clip_custom", "conch_v1", "https://github.com/mahmoodlab/CONCH")
+    package = _require(*CONCH)
     folder = Path(str(package.__file__)).parent / "model_configs"
     settings = json.loads((folder / "conch_ViT-B-16.json").read_text(encoding="utf-8"))
     settings.pop("custom_text", None)
@@ -104,8 +111,7 @@ def build_conch_tower() -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    name = "trident.patch_encoder_models.model_zoo.conchv1_5.conchv1_5"
-    package = _require(name, "conch_v15", "https://github.com/mahmoodlab/TRIDENT")
+    package = _require(*CONCH_TOWER)
     return ConchTower(package.CONCHVisionTower(), package)
 
 
@@ -117,5 +123,18 @@ def build_musk(*, multi_scale: bool) -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    package = _require("musk.modeling", "musk", "https://github.com/lilab-stanford/MUSK")
+    package = _require(*MUSK)
     return MuskNetwork(package.musk_large_patch16_384(), multi_scale=multi_scale)
+
+
+def require_package(build: Callable[..., EncoderNetwork]) -> None:
+    """Refuse a builder of this module whose package is not installed; others need none.
+
+    Raises
+    ------
+    ConfigError
+        As the builder.
+    """
+    needed = {build_conch: CONCH, build_conch_tower: CONCH_TOWER, build_musk: MUSK}.get(build)
+    if needed is not None:
+        _require(*needed)

@@ -222,27 +222,13 @@ def make_examples(
     absent = [slide for slide in table.slide_ids if slide not in available]
     if absent and (missing == "error" or len(absent) == len(table)):
         raise LabelError(
-            f"{len(absent)} of {len(table)} labelled slides have no features: {shown(absent)}"
-            f"{_spelling(absent, bags)}; extract them, delete their rows, or leave them out on purpose "
-            "(--missing drop)"
+            f"{len(absent)} of {len(table)} labelled slides have no features: {shown(absent)}; extract them, delete "
+            "their rows, or leave them out on purpose (--missing drop)"
         )
     used = table.select(available)
     if not task.may_be_incomplete:
         used.require(task.columns)
     return Examples(bags, used.slide_ids, used.patient_ids, task.encode(used.rows()))
-
-
-def _spelling(absent: Sequence[str], bags: BagSource) -> str:
-    """Return a hint when features differ from labels by capitals or leading zeros alone."""
-    stripped = {name.lstrip("0"): name for name in bags.ids}
-    small = {name.lower(): name for name in bags.ids}
-    for name in absent:
-        if name.lower() in small:
-            return f" (there is {small[name.lower()]!r}: do only the capitals of {name!r} differ?)"
-        other = stripped.get(name.lstrip("0"))
-        if name.isdigit() and other is not None:
-            return f" (there is {other!r}: did a spreadsheet take the zeros of {name!r}?)"
-    return ""
 
 
 def patient_examples(examples: Examples) -> Examples:

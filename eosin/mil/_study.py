@@ -36,8 +36,10 @@ from eosin.mil._tables import (
     PATIENT_COLUMNS,
     SITE_COLUMNS,
     LabelTable,
+    Missing,
     has_value,
     id_notes,
+    may_drop,
     read_labels,
     shown,
 )
@@ -468,7 +470,7 @@ def open_study(
     group: Literal["patient", "slide"] = "patient",
     level: Literal["slide", "patient"] = "slide",
     keep_sites: bool = False,
-    missing: Literal["error", "drop"] = "error",
+    missing: Missing = "error",
     slide_table: Path | None = None,
     ids: Ids = "ask",
     flow: Flow | None = None,
@@ -492,12 +494,14 @@ def open_study(
         Whether a bag is a slide or all slides of a patient.
     keep_sites : bool
         Whether splits must keep sites together; they are a column called site, centre, institution or hospital.
-    missing : {"error", "drop"}
-        What becomes of labels whose slide has no features.
+    missing : {"error", "few", "drop"}
+        What becomes of labels whose slide has no features, and of slides without a label; ``few`` leaves them out as
+        long as they are at most one row in ten.
     slide_table : Path, optional
         STAMP's second table, see `open_labels`.
     ids : {"ask", "merge", "exact"}
-        What becomes of ids that look alike, see `eosin._names.unify`.
+        What becomes of ids that look alike, see `eosin._names.unify`, and of slides that the table writes in another
+        way than their files, see `LabelTable.named_as`.
     flow : Flow, optional
         What became of the slides before they had features, to be continued.
     cache_bytes : int
@@ -511,11 +515,15 @@ def open_study(
         If the features were not all made alike.
     """
     full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
-    blank = without_label(full, task, target) if missing == "drop" else {}
+    files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
+    full = full.named_as({*files, *(flow or Flow()).slide_ids}, ids)
+    blank = without_label(full, task, target) if missing != "error" and task in TASKS else {}
+    lost_rows = {*blank, *(slide for slide in full.slide_ids if slide not in files)}
+    missing = "drop" if may_drop(missing, len(lost_rows), len(full)) else "error"
+    blank = blank if missing == "drop" else {}
     table = full.select(set(full.slide_ids) - set(blank))
     made = pose_task(task, table, target)
     site = require_sites(table) if keep_sites else None
-    files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
     bags = FeatureFolder(_labelled(files, table), cache_bytes=cache_bytes)
     filled, notes_on_tiles = _with_tiles(table, bags)
     examples = make_examples(bags, filled, made, missing=missing)

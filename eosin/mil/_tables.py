@@ -5,12 +5,12 @@ or say what the slide is. What a spreadsheet did to ids is refused where it can 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eosin._names import Ids, is_missing, look_alike, same_patient, slide_id, unify
+from eosin._names import Ids, is_missing, listed, look_alike, match_slides, same_patient, slide_id, unify
 from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, normalised, read_table
 from eosin.errors import LabelError
 
@@ -24,6 +24,9 @@ SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
 OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
 MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
 SHOWN = 5
+
+Missing = Literal["error", "few", "drop"]
+"""What becomes of rows without a slide or a label: stop, stop if they are more than a few, or leave them out."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,36 @@ class LabelTable:
             self.notes,
         )
 
+    def named_as(self, slide_ids: Collection[str], ids: Ids = "ask") -> "LabelTable":
+        """Return the table with its slides named as their files are, see `eosin._names.match_slides`.
+
+        Parameters
+        ----------
+        slide_ids : collection of str
+            The slides, or feature files, that the table is about; rows of no such slide stay as they are.
+        ids : {"ask", "merge", "exact"}
+            Whether names that only look like that of a file stop, mean that file or do not.
+
+        Raises
+        ------
+        LabelError
+            With all of them, if names look like those of files and it is not said what they are.
+        """
+        known, named = set(slide_ids), set(self.slide_ids)
+        rest = [one for one in self.slide_ids if one not in known]
+        free = [one for one in slide_ids if one not in named]
+        plain = match_slides([(one, one) for one in rest], free, where="the label table", policy="exact").values
+        rest, free = [one for one in rest if one not in plain.values()], [one for one in free if one not in plain]
+        alike = match_slides([(one, one) for one in rest], free, where="the label table", policy=ids).values
+        if alike and ids == "ask":
+            pairs = listed([(row, file) for file, row in alike.items()])
+            raise LabelError(
+                f"{len(alike)} slides are written in another way in the label table than their files: {pairs}; correct "
+                "the table, or say whether they are the same (--ids merge) or different (--ids exact)"
+            )
+        file_of = {row: file for file, row in {**plain, **alike}.items()}
+        return replace(self, slide_ids=tuple(file_of.get(one, one) for one in self.slide_ids))
+
     def patient_of(self) -> dict[str, str]:
         """Return the patient of each slide."""
         return dict(zip(self.slide_ids, self.patient_ids, strict=True))
@@ -134,6 +167,23 @@ def shown(names: Sequence[str]) -> str:
     """Return the first few names and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+FEW = 0.1
+"""Share of the rows of a table that may lack a slide or a label before somebody must say that they may."""
+
+
+def may_drop(missing: Missing, lost: int, total: int) -> bool:
+    """Return whether rows without a slide or a label are left out, and named, or stop the command.
+
+    Parameters
+    ----------
+    missing : {"error", "few", "drop"}
+        ``few`` leaves out at most `FEW` of them.
+    lost, total : int
+        Rows.
+    """
+    return missing == "drop" or (missing == "few" and lost <= FEW * total)
 
 
 def has_value(text: str) -> bool:

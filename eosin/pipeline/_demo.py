@@ -33,8 +33,9 @@ from eosin.mil._shuffled import shuffle_weights
 from eosin.mil.slots import Aggregator
 from eosin.options import Options
 from eosin.pipeline._deploy import Machine, ProgressBar, no_progress
+from eosin.pipeline._preflight import Problems
 from eosin.pipeline._result import Result, make_report
-from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.pipeline._run import Pipeline, check_options, run_pipeline
 from eosin.report._page import Metric, ReportData, SlideCard, write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
@@ -146,11 +147,15 @@ def run_demo(
 
     Raises
     ------
+    EosinError
+        Before anything is painted: what stands in the way of `run_pipeline`.
     OutputError
         If the folder cannot be written.
     """
     started = time.monotonic()
-    options, machine = options or Demo(), machine or Machine()
+    options, machine, problems = options or Demo(), machine or Machine(), Problems()
+    check_options(problems, options.pipeline, out, machine)
+    problems.require()
     with _one_thread():
         located, random, result = _run(out, options, machine, progress or no_progress)
     summary = DemoSummary(
@@ -160,10 +165,10 @@ def run_demo(
         n_slides=len(result.predictions),
         n_located=len(located),
         seconds=round(time.monotonic() - started, 1),
-        out=out,
+        out=result.out,
         report=result.report,
     )
-    write_json(out / "summary.json", _as_json(summary))
+    write_json(summary.out / "summary.json", _as_json(summary))
     return summary
 
 
@@ -194,7 +199,7 @@ def _run(out: Path, options: Demo, machine: Machine, progress: ProgressBar) -> t
     slides = tumour_slides(result, cohort / "truth")
     located = locate_tumour(slides)
     random = locate_at_random(slides, float(np.mean(list(located.values()))))
-    write_report(out / "report.html", _report(result, cohort / "truth", located, random))
+    write_report(result.out / "report.html", _report(result, cohort / "truth", located, random))
     return located, random, result
 
 

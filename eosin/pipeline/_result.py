@@ -31,13 +31,31 @@ from eosin.report._evaluation import (
     worst_rows,
 )
 from eosin.report._measures import Evaluated, fold_table, metric_name, threshold_table
-from eosin.report._page import Metric, Picture, ReportData, SlideCard, slide_pictures
+from eosin.report._page import Link, Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
 
 PICTURE_PX = 560
 MOST_CARDS = 60
 """Slides that a report shows with pictures, about 0.3 MB each."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A study of the same job that was made before.
+
+    Attributes
+    ----------
+    name : str
+    report : str
+        Its page, as a path from that of the study that names it.
+    note : str
+        What it has different, and what it found.
+    """
+
+    name: str
+    report: str
+    note: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +65,9 @@ class Result:
     Attributes
     ----------
     job : JobFolder
+        Of tiles and features.
+    out : Path
+        Of the results.
     features, splits, crossval, model, heatmaps : Path
         Folders in the job.
     predictions : DataFrame
@@ -63,9 +84,12 @@ class Result:
         Labelled slides without features.
     flow : Flow
         What became of every slide that was given.
+    earlier : tuple of Earlier
+        Studies of the job that were made before.
     """
 
     job: JobFolder
+    out: Path
     features: Path
     splits: Path
     crossval: Path
@@ -78,11 +102,12 @@ class Result:
     report: Report
     left_out: tuple[str, ...] = ()
     flow: Flow = field(default_factory=Flow)
+    earlier: tuple[Earlier, ...] = ()
 
     def __repr__(self) -> str:
         chosen = self.metrics["out_of_fold"].get(self.task.selection_metric)
         shown_metric = "" if chosen is None else f", {self.task.selection_metric} {chosen['value']:.3f}"
-        return f"<Result in {self.job.root}: {len(self.predictions)} slides predicted{shown_metric}>"
+        return f"<Result in {self.out}: {len(self.predictions)} slides predicted{shown_metric}>"
 
     def fold_model(self, slide_id: str) -> Path:
         """Return the folder of the model that has not seen the slide's patient."""
@@ -138,6 +163,7 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
         flow=result.flow,
+        links=tuple(Link(one.name, one.report, one.note) for one in result.earlier),
     )
 
 

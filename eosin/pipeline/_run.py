@@ -4,37 +4,31 @@ Every stage is the function that its own command calls, writes into the job fold
 there already. A slide that fails somewhere is left out of what follows and named at the end.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eosin._batch import Outcome, Report, run_batch
+from eosin._devices import choose_device
 from eosin._files import file_fingerprint, write_json
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import Ids
 from eosin._seals import read_json
 from eosin.errors import EosinError, LabelError
-from eosin.features._encoders import find_encoder
+from eosin.features._encoders import EncoderSpec, find_encoder, folder_name
+from eosin.features._inference import require_encoder
 from eosin.features._store import read_bag
+from eosin.features._weights import find_weights
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._flow import Flow
 from eosin.mil._recipe import Recipe, require_methods
-from eosin.mil._splits import make_splits, write_splits
-from eosin.mil._study import (
-    Study,
-    checked_splits,
-    crossval_study,
-    fit_study,
-    label_cohort,
-    open_labels,
-    open_study,
-    pose_task,
-    read_any_splits,
-    without_label,
-)
-from eosin.mil._tables import shown
+from eosin.mil._splits import write_splits
+from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
+from eosin.mil._tables import Missing
+from eosin.mil._train import require_fitting
 from eosin.options import Options
 from eosin.pipeline._deploy import (
     Advance,
@@ -47,13 +41,28 @@ from eosin.pipeline._deploy import (
     no_progress,
 )
 from eosin.pipeline._explain import explain_slide, require_formats
-from eosin.pipeline._result import Result, make_report, out_of_fold
+from eosin.pipeline._preflight import (
+    Headers,
+    Labelled,
+    Need,
+    Problems,
+    Question,
+    check_folder,
+    check_headers,
+    check_labels,
+    check_space,
+    collect_slides,
+)
+from eosin.pipeline._result import Earlier, Result, make_report, out_of_fold
+from eosin.pipeline._studies import DIGITS, Asked, StudyFolder, earlier_studies, flat, place_study, plain_hash
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide_file import SlideFile, find_slides
+from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions
+
+logger = logging.getLogger(__name__)
 
 VAL_FRACTION = 0.15
 
@@ -103,10 +112,11 @@ def run_pipeline(
     machine: Machine | None = None,
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
-    missing: Literal["error", "drop"] = "error",
+    missing: Missing = "error",
     ids: Ids = "ask",
-    tiles: Tiler | None = None,
+    study: str | None = None,
     report: bool = True,
+    problems: Problems | None = None,
     progress: ProgressBar | None = None,
 ) -> Result:
     """Go the whole way and write the report.
@@ -119,21 +129,25 @@ def run_pipeline(
         Table of slides, patients and labels.
     job : JobFolder
         Receives, besides tiles and features: ``splits/``, ``crossval/`` (a model per fold, ``predictions.csv``,
-        ``metrics.json``), ``model/`` (trained on all labelled slides, for others), ``heatmaps/`` and ``report.html``.
+        ``metrics.json``), ``model/`` (trained on all labelled slides, for others), ``heatmaps/`` and ``report.html``;
+        of every further study, with other options or labels, below ``studies/<name>``.
     options : Pipeline, optional
     machine : Machine, optional
     slide_mpp : float or Path, optional
         As of `eosin.wsi._slide_file.find_slides`.
     splits : Path, optional
         Splits to use instead of new ones, in any layout that `eosin.mil._study.Study.splits` reads.
-    missing : {"error", "drop"}
-        What becomes of a label whose slide is not among the slides.
+    missing : {"error", "few", "drop"}
+        What becomes of a label whose slide is not among the slides, and of a slide without a label, see
+        `eosin.mil._study.open_study`.
     ids : {"ask", "merge", "exact"}
         What becomes of ids that look alike, see `eosin._names.unify`.
-    tiles : Tiler, optional
-        Takes the place of the tiles with tissue.
+    study : str, optional
+        Name of the study, see `eosin.pipeline._studies.place_study`.
     report : bool
         Whether ``report.html`` is written; a caller that writes another one from the result says no.
+    problems : Problems, optional
+        What the caller has found already; it is raised together with what is found here.
     progress : callable, optional
 
     Returns
@@ -142,86 +156,238 @@ def run_pipeline(
 
     Raises
     ------
+    SeveralErrors
+        If several of the following hold, all of them.
     ConfigError
-        If slides, encoder or recipe do not exist.
+        If slides, encoder, its weights, device or recipe do not exist, or most slides cannot be opened.
     LabelError
         If the table cannot be used, names slides that are not there, or too few slides remain.
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    options, machine, progress = options or Pipeline(), machine or Machine(), progress or no_progress
-    files = find_slides(slides, slide_mpp=slide_mpp)
-    require_possible(options, files, labels, splits=splits, missing=missing, ids=ids)
+    options, machine, problems = options or Pipeline(), machine or Machine(), problems or Problems()
+    checked = check_run(
+        problems, slides, labels, job, options,
+        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
+    )  # fmt: skip
+    chosen = checked.begin(problems)
+    return run_checked(
+        checked.files, labels, chosen.tiles, chosen.path, options,
+        machine=machine, splits=splits, ids=ids, report=report, earlier=earlier_studies(chosen), progress=progress,
+    )  # fmt: skip
+
+
+def run_checked(
+    files: Sequence[SlideFile],
+    labels: Path,
+    job: JobFolder,
+    out: Path,
+    options: Pipeline,
+    *,
+    machine: Machine,
+    splits: Path | None = None,
+    ids: Ids = "ask",
+    tiles: Tiler | None = None,
+    report: bool = True,
+    earlier: Sequence[Earlier] = (),
+    progress: ProgressBar | None = None,
+) -> Result:
+    """Do what `run_pipeline` does once nothing stands in the way.
+
+    Parameters
+    ----------
+    files, labels, options, machine, splits, ids, report, progress
+        As of `run_pipeline`.
+    job : JobFolder
+        Receives tiles and features.
+    out : Path
+        Receives the results.
+    tiles : Tiler, optional
+        Takes the place of the tiles with tissue.
+    earlier : sequence of Earlier
+        Studies that the report names.
+    """
+    progress = progress or no_progress
     tiles = tiles or TissueTiles(options.tiling, options.tissue, options.quality)
     encoded = encode_slides(files, job, tiles, options.encoder, machine=machine, progress=progress)
     study = _open_study(files, encoded, labels, options, ids)
     parts = study.splits(
         splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
     )
-    write_splits(job.root / "splits", parts, study.cohort)
+    write_splits(out / "splits", parts, study.cohort)
     with progress("cross-validate", len(parts)) as advance:
         metrics = crossval_study(
-            study, options.recipe, job.root / "crossval", splits=parts, device=machine.device, progress=advance
+            study, options.recipe, out / "crossval", splits=parts, device=machine.device, progress=advance
         )
     with progress("train", options.recipe.training.epochs) as advance:
-        fit_study(study, options.recipe, job.root / "model", device=machine.device, progress=advance)
+        fit_study(study, options.recipe, out / "model", device=machine.device, progress=advance)
     result = Result(
         job=job,
+        out=out,
         features=encoded.folder,
-        splits=job.root / "splits",
-        crossval=job.root / "crossval",
-        model=job.root / "model",
-        heatmaps=job.root / "heatmaps",
-        predictions=out_of_fold(job.root / "crossval" / PREDICTIONS),
+        splits=out / "splits",
+        crossval=out / "crossval",
+        model=out / "model",
+        heatmaps=out / "heatmaps",
+        predictions=out_of_fold(out / "crossval" / PREDICTIONS),
         metrics=metrics,
         task=study.task,
         slides={file.slide_id: file for file in files},
         report=encoded.report,
         left_out=tuple(slide for slide in study.table.slide_ids if slide in study.left_out),
         flow=study.account(parts),
+        earlier=tuple(earlier),
     )
     with progress("heat maps", len(result.predictions)) as advance:
         drawn = draw_maps(result, options.formats, advance)
     result = replace(result, report=encoded.report.then(drawn))
     if report:
-        write_report(job.root / "report.html", make_report(result))
+        write_report(out / "report.html", make_report(result))
     return result
 
 
-def require_possible(
-    options: Pipeline,
-    files: Sequence[SlideFile],
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What is known of a run before any work.
+
+    Attributes
+    ----------
+    files : list of SlideFile
+    headers : Headers
+    labelled : Labelled, optional
+        None where something is wrong with the labels.
+    space : str
+        How much will be written, and how much is free.
+    study : StudyFolder, optional
+        Where results go; None where something is wrong.
+    """
+
+    files: list[SlideFile]
+    headers: Headers
+    labelled: Labelled | None
+    space: str
+    study: StudyFolder | None = None
+
+    def lines(self) -> Iterator[str]:
+        """Return a short summary for a person."""
+        yield f"slides: {self.headers.in_words()}"
+        if self.labelled is not None:
+            yield f"labels: {self.labelled.in_words()}"
+            yield f"splits: {self.labelled.n_splits}"
+        yield f"disk: {self.space}"
+        if self.study is not None:
+            resumed = ", which has begun" if self.study.begun else ""
+            yield f"study: {self.study.name}{resumed}, in {self.study.path}"
+
+    def begin(self, problems: Problems) -> StudyFolder:
+        """Raise the problems; without any, say the warnings and write what the study is asked."""
+        problems.require()
+        assert self.study is not None  # whatever leaves it out is a problem
+        for warning in problems.warnings:
+            logger.warning("%s", warning)
+        self.study.begin()
+        return self.study
+
+
+def check_run(
+    problems: Problems,
+    slides: Sequence[Path],
     labels: Path,
+    job: JobFolder,
+    options: Pipeline,
     *,
-    splits: Path | None,
-    missing: Literal["error", "drop"],
+    machine: Machine,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    missing: Missing = "error",
     ids: Ids = "ask",
-) -> None:
-    """Refuse what cannot work before the hours of work that lead up to it; errors as of `run_pipeline`."""
-    find_encoder(options.encoder)
-    require_methods(options.recipe)
-    require_formats(options.formats)
-    table = open_labels(labels, ids=ids)
-    there = {file.slide_id for file in files}
-    absent = [slide for slide in table.slide_ids if slide not in there]
-    if absent and (missing == "error" or len(absent) == len(table)):
-        raise LabelError(
-            f"{len(absent)} of {len(table)} labelled slides are not among the {len(files)} slides: {shown(absent)}; "
-            "correct the table, or leave them out on purpose (--missing drop)"
-        )
-    blank = without_label(table, options.task, options.target) if missing == "drop" else {}
-    known = table.select(there - set(blank))
-    cohort = label_cohort(known, pose_task(options.task, known, options.target))
-    if splits is None:
-        make_splits(cohort, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed)
-    else:
-        checked_splits(read_any_splits(splits, table), cohort, left_out=[*absent, *blank])
+    study: str | None = None,
+    second: Mapping[str, Any] | None = None,
+) -> Checked:
+    """Find what stands in the way of a run, in seconds and without writing anything; arguments as of `run_pipeline`.
+
+    Every problem is added to `problems`, whose `require` raises them. `second` are the options of a second stage, which
+    are a part of what the study is asked.
+    """
+    files = collect_slides(problems, slides, slide_mpp)
+    headers = check_headers(problems, files, machine.workers)
+    question = Question(
+        labels,
+        options.task,
+        options.target,
+        missing=missing,
+        ids=ids,
+        splits=splits,
+        folds=options.folds,
+        val_fraction=options.val_fraction,
+        seed=options.recipe.training.seed,
+    )
+    labelled = check_labels(problems, question, {file.slide_id for file in files}, bad=headers.bad)
+    encoder = check_options(problems, options, job.root, machine)
+    if labelled is not None:
+        problems.attempt(require_fitting, options.recipe.training, labelled.task)
+    place = None
+    if labelled is not None:
+        asked = problems.attempt(ask, options, labelled, machine, slide_mpp=slide_mpp, splits=splits, second=second)
+        place = None if asked is None else problems.attempt(place_study, job, asked, study)
+    tiles, space = job if place is None else place.tiles, ""
+    if encoder is not None:
+        width = 4 if machine.precision == "fp32" else 2
+        need = Need(tiles, options.tiling, options.tiling.folder, folder_name(encoder.name), encoder.dim, width)
+        space = problems.attempt(check_space, job.root, need.bytes(files, headers)) or ""
+    return Checked(files, headers, labelled, space, place)
+
+
+def ask(
+    options: Pipeline,
+    labelled: Labelled,
+    machine: Machine,
+    *,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    second: Mapping[str, Any] | None = None,
+) -> Asked:
+    """Return what a study of these options, labels and splits is asked."""
+    plain = options.model_dump(mode="json", exclude={"formats"})
+    chosen = plain if second is None else {**plain, "second": dict(second)}
+    rows, given = labelled.hash_rows(), None if splits is None else _hash_splits(splits)
+    mpp = content_hash(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
+    weights = None if machine.weights is None else file_fingerprint(find_weights(machine.weights))
+    encoder = [weights, machine.precision]
+    whole = fingerprint("study", options=chosen, labels=rows, splits=given, slide_mpp=mpp, encoder=encoder)
+    cut = [plain["tiling"], plain["tissue"], plain["quality"], mpp, whole if second is not None else None]
+    shown = {
+        **flat(chosen),
+        "labels": f"{len(labelled.table)} slides ({rows[:DIGITS]})",
+        "splits": given,
+        "slide_mpp": mpp,
+        "weights": weights,
+        "precision": machine.precision,
+    }
+    return Asked(whole, shown, plain_hash(cut), plain_hash(encoder), find_encoder(options.encoder).name)
+
+
+def _hash_splits(path: Path) -> str:
+    """Return a hash of the file of splits, or of all files in their folder."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    return plain_hash([[one.relative_to(path).as_posix(), content_hash(one)] for one in files])
+
+
+def check_options(problems: Problems, options: Pipeline, folder: Path, machine: Machine) -> EncoderSpec | None:
+    """Find what stands in the way whatever the slides are; return the encoder if there is such a one."""
+    encoder = problems.attempt(require_encoder, options.encoder, weights=machine.weights, precision=machine.precision)
+    problems.attempt(require_methods, options.recipe)
+    problems.attempt(require_formats, options.formats)
+    problems.attempt(choose_device, machine.device)
+    problems.attempt(check_folder, folder)
+    return encoder or Problems().attempt(find_encoder, options.encoder)
 
 
 def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline, ids: Ids) -> Study:
     """Join the labels with the features of the slides that did not fail."""
-    flow = Flow.of(file.slide_id for file in files).joined(open_labels(labels, ids=ids).slide_ids)
-    flow = flow.keep("found", (file.slide_id for file in files), "has no slide file")
+    found = [file.slide_id for file in files]
+    flow = Flow.of(found).joined(open_labels(labels, ids=ids).named_as(found, ids).slide_ids)
+    flow = flow.keep("found", found, "has no slide file")
     flow = encoded.account(flow)
     if not encoded.files:
         raise LabelError("no slide has features; run.json in the job folder says why for each slide")
@@ -257,7 +423,7 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
         key=lambda item: item.slide.slide_id,
         stage="heatmap",
         is_done=_is_drawn,
-        run_json=result.job.run_json,
+        run_json=JobFolder(result.out).run_json,
         progress=advance,
     )
 

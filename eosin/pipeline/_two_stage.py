@@ -7,11 +7,12 @@ tiles have seen the labels of slides that test the second stage, as in every sta
 cross-validation.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,20 +20,24 @@ from eosin._batch import Report
 from eosin._files import write_json
 from eosin._names import Ids
 from eosin.errors import ConfigError
-from eosin.mil._recipe import RECIPES, Recipe
+from eosin.mil._recipe import RECIPES, Recipe, require_methods
 from eosin.mil._selection import tile_ratio
 from eosin.mil._splits import read_splits
-from eosin.mil._tables import read_labels, shown
+from eosin.mil._tables import LabelTable, Missing, shown
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.options import Options
 from eosin.pipeline._deploy import Advance, Machine, ProgressBar
+from eosin.pipeline._preflight import Problems, Question, check_labels
 from eosin.pipeline._result import Result, make_report
-from eosin.pipeline._run import Pipeline, run_pipeline
+from eosin.pipeline._run import Checked, Pipeline, check_run, run_checked
 from eosin.pipeline._selection import Selection, tile_selected
+from eosin.pipeline._studies import earlier_studies
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
+
+logger = logging.getLogger(__name__)
 
 FIRST = "stage1"
 STAGES = "stages.json"
@@ -96,19 +101,21 @@ def run_two_stage(
     machine: Machine | None = None,
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
-    missing: Literal["error", "drop"] = "error",
+    missing: Missing = "error",
     ids: Ids = "ask",
+    study: str | None = None,
+    problems: Problems | None = None,
     progress: ProgressBar | None = None,
 ) -> TwoStageResult:
     """Go the whole way twice.
 
     Parameters
     ----------
-    slides, labels, machine, slide_mpp, splits, missing, ids, progress
+    slides, labels, machine, slide_mpp, splits, missing, ids, study, problems, progress
         As of `eosin.pipeline._run.run_pipeline`; given splits must test every slide once.
     job : JobFolder
         Receives the second stage as `eosin.pipeline._run.run_pipeline` writes it, the first below ``stage1/``, and
-        ``stages.json``.
+        ``stages.json``; of every further study below ``studies/<name>``.
     options : Pipeline, optional
         Of both stages; tiling, recipe and target are the first's. The recipe `two_stage` at 2 µm/px unless given.
     second : SecondStage, optional
@@ -126,21 +133,24 @@ def run_two_stage(
         As `eosin.pipeline._run.run_pipeline`.
     """
     options, second = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"]), second or SecondStage()
-    tile_ratio(options.tiling, second.tiling)
-    _require_attention(options.recipe)
-    if splits is not None:
-        _require_every_slide_tested(splits, labels, ids)
-    run = partial(
-        run_pipeline, slides, labels, machine=machine, slide_mpp=slide_mpp, missing=missing, ids=ids, progress=progress
-    )
-    first = run(job=JobFolder(job.root / FIRST), options=options, splits=splits)
+    machine, problems = machine or Machine(), problems or Problems()
+    checked = check_two_stage(
+        problems, slides, labels, job, options, second,
+        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
+    )  # fmt: skip
+    chosen = checked.begin(problems)
+    run = partial(run_checked, checked.files, labels, machine=machine, ids=ids, progress=progress)
+    tiles, out = chosen.tiles.root, chosen.path
+    first = run(job=JobFolder(tiles / FIRST), out=out / FIRST, options=options, splits=splits)
     same = second.target in (None, options.target)
     last = run(
-        job=job,
+        job=chosen.tiles,
+        out=out,
         options=second.after(options),
         splits=first.splits if same and splits is None else splits,
         tiles=ChosenTiles(first, second),
         report=False,
+        earlier=earlier_studies(chosen),
     )
     summary = _summary(options, second, first, last)
     note = (
@@ -148,9 +158,45 @@ def run_two_stage(
         "model that has not seen the slide, cut into finer ones."
     )
     page = make_report(last)
-    write_report(job.root / "report.html", replace(page, notes=(note, *page.notes)))
-    write_json(job.root / STAGES, summary)
+    write_report(out / "report.html", replace(page, notes=(note, *page.notes)))
+    write_json(out / STAGES, summary)
     return TwoStageResult(first, last, first.report.then(last.report), summary)
+
+
+def check_two_stage(
+    problems: Problems,
+    slides: Sequence[Path],
+    labels: Path,
+    job: JobFolder,
+    options: Pipeline,
+    second: SecondStage,
+    *,
+    machine: Machine,
+    slide_mpp: float | Path | None = None,
+    splits: Path | None = None,
+    missing: Missing = "error",
+    ids: Ids = "ask",
+    study: str | None = None,
+) -> Checked:
+    """Find what stands in the way of both stages; arguments and errors as of `run_two_stage`."""
+    checked = check_run(
+        problems, slides, labels, job, options,
+        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
+        second=second.model_dump(mode="json"),
+    )  # fmt: skip
+    problems.attempt(tile_ratio, options.tiling, second.tiling)
+    problems.attempt(_require_attention, options.recipe)
+    if second.recipe is not None:
+        problems.attempt(require_methods, second.recipe)
+    if splits is not None and checked.labelled is not None:
+        problems.attempt(_require_every_slide_tested, splits, checked.labelled.table)
+    if second.target not in (None, options.target):
+        question = Question(
+            labels, options.task, second.target, missing=missing, ids=ids, folds=options.folds,
+            val_fraction=options.val_fraction, seed=options.recipe.training.seed,
+        )  # fmt: skip
+        check_labels(problems, question, {file.slide_id for file in checked.files}, bad=checked.headers.bad)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -190,10 +236,10 @@ def _require_attention(recipe: Recipe) -> None:
         )
 
 
-def _require_every_slide_tested(splits: Path, labels: Path, ids: Ids) -> None:
+def _require_every_slide_tested(splits: Path, table: LabelTable) -> None:
     """Refuse splits that leave slides without a first-stage model that has not seen them."""
     tested = {slide for split in read_splits(splits) for slide in split.test}
-    others = [slide for slide in read_labels(labels, ids=ids).slide_ids if slide not in tested]
+    others = [slide for slide in table.slide_ids if slide not in tested]
     if others:
         raise ConfigError(
             f"{splits}: no fold tests {shown(others)}, so no first stage could choose their tiles without having seen "

@@ -145,6 +145,24 @@ class SlideCard:
     correct: bool | None = None
 
 
+@dataclass(frozen=True)
+class Link:
+    """Another page that belongs to this one.
+
+    Parameters
+    ----------
+    name : str
+    path : str
+        Of the page, from the folder of this one.
+    note : str
+        What it shows.
+    """
+
+    name: str
+    path: str
+    note: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything that `write_report` shows; an empty field leaves its section out.
@@ -174,6 +192,8 @@ class ReportData:
         Versions, options, seeds, fingerprints.
     flow : Flow, optional
         From the slides that were given to those that were used; drawn as a diagram.
+    links : tuple of Link
+        Earlier studies of the same slides.
     """
 
     title: str
@@ -190,6 +210,7 @@ class ReportData:
     confusions: tuple[Confusion, ...] = ()
     slides_heading: str = "Slides"
     flow: Flow | None = None
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -297,6 +318,7 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
     sections += [(f"table-{index}", heading) for index, heading in enumerate(data.tables, start=1)]
     sections += [("slides", data.slides_heading)] if data.slides else []
     sections += [("predictions", "Predictions")] if data.predictions is not None else []
+    sections += [("earlier", "Earlier studies")] if data.links else []
     return sections + ([("provenance", "Provenance")] if data.provenance else [])
 
 

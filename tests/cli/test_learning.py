@@ -610,7 +610,7 @@ def test_a_label_for_an_unknown_slide(refused: Run, features: Path, labels: Path
     lines = [*labels.read_text().splitlines()[1:], "P99,S999,tumour"]
     path = table(tmp_path / "l.csv", lines)
     arguments = ("--features", features, "--labels", path, "--out", tmp_path / "out")
-    line = refused("train", *arguments)
+    line = refused("train", *arguments, "--missing", "error")
     assert "S999" in line
     assert "--missing drop" in line
     assert not (tmp_path / "out").exists()

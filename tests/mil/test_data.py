@@ -38,20 +38,6 @@ def test_examples_follow_the_table_and_need_features():
         make_examples(some_bags(), a_table(label=("x", "y", "z")), task)
 
 
-def test_zeros_that_a_spreadsheet_took_are_suspected():
-    task = Classification(classes=("x", "y"))
-    table = a_table(slide_ids=("7", "12"), patient_ids=("1", "2"), label=("x", "y"))
-    with pytest.raises(LabelError, match="there is '0007': did a spreadsheet take the zeros of '7'"):
-        make_examples(some_bags(("0007", "0012")), table, task)
-
-
-def test_capitals_that_differ_are_suspected():
-    task = Classification(classes=("x", "y"))
-    table = a_table(slide_ids=("TCGA-1", "TCGA-2"), patient_ids=("1", "2"), label=("x", "y"))
-    with pytest.raises(LabelError, match=r"there is 'tcga-1': do only the capitals of 'TCGA-1' differ\?"):
-        make_examples(some_bags(("tcga-1", "tcga-2")), table, task)
-
-
 def test_a_patient_is_the_bag_of_all_slides():
     task = Classification(classes=("x", "y"))
     bags = some_bags()

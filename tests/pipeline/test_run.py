@@ -88,9 +88,9 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     job = tmp_path / "job"
     shutil.copytree(result.job.root, job)
     seeded = OPTIONS.recipe.model_copy(update={"training": TRAINING.model_copy(update={"seed": 5})})
-    run(cohort, job, OPTIONS.model_copy(update={"recipe": seeded}))
+    made = run(cohort, job, OPTIONS.model_copy(update={"recipe": seeded}))
     slide = result.predictions["slide_id"][0]
-    notes = [json.loads((root / f"heatmaps/{slide}.json").read_text()) for root in (result.job.root, job)]
+    notes = [json.loads((one.heatmaps / f"{slide}.json").read_text()) for one in (result, made)]
     assert notes[0]["fingerprint"] != notes[1]["fingerprint"]
 
 
