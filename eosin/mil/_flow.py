@@ -5,11 +5,12 @@ numbers add up, and nothing is left out that is not written down. The steps are 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from eosin._batch import Record
 from eosin._files import write_text
 from eosin._names import is_missing
 from eosin._tables import csv_text
@@ -21,10 +22,15 @@ STEPS = {
     "readable": "readable",
     "tissue": "with tissue",
     "features": "with features",
+    "predicted": "predicted",
     "labelled": "with a label",
     "in splits": "in the splits",
 }
 """The steps in their order, each with what is said of slides that pass it."""
+
+
+_LOST_AT = {"tile": "readable", "select": "readable", "extract": "features"}
+"""The step at which a slide is lost that fails in a stage of the work on slides."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,33 @@ class Flow:
             for one in self.counts()
         ]
 
-    def write(self, folder: Path) -> Path:
+    @classmethod
+    def of_predictions(
+        cls, records: Mapping[str, Record], empty: Container[str], patient_of: Mapping[str, str] | None
+    ) -> Self:
+        """Return the account of predictions.
+
+        Parameters
+        ----------
+        records : mapping of str to Record
+            How each slide ended, in the stage that it came to.
+        empty : container of str
+            Slides without tiles, those whose row was kept included.
+        patient_of : mapping of str to str, optional
+            A slide without a patient is lost where patients are asked for.
+        """
+        flow = cls.of(records, patient_of=patient_of)
+        flow = flow.lose("tissue", {slide: "has no tissue" for slide in records if slide in empty})
+        for slide, record in records.items():
+            if record.status == "failed":
+                named_alone = record.reason == "missing"
+                flow = flow.lose(
+                    "found" if named_alone else _LOST_AT.get(record.stage.split()[0], "predicted"),
+                    {slide: "has no slide or feature file" if named_alone else record.reason},
+                )
+        return flow if patient_of is None else flow.keep("labelled", patient_of, "has no row in the table of patients")
+
+    def write(self, folder: Path, name: str = COHORT) -> Path:
         """Write ``cohort.csv``, one row per slide; return its path.
 
         Raises
@@ -143,7 +175,7 @@ class Flow:
         for slide in self.slide_ids:
             loss = self.losses.get(slide, Loss("", ""))
             rows.append((slide, self.patient_of.get(slide, ""), int(not loss.step), loss.step, loss.reason))
-        path = folder / COHORT
+        path = folder / name
         write_text(path, csv_text(rows))
         return path
 

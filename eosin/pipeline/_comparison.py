@@ -1,4 +1,4 @@
-"""The studies of a job side by side: what they were asked differently, what they found, and whether that is chance."""
+"""The studies of a job side by side: which options differ, what they found, and whether that is chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -54,7 +54,7 @@ from eosin.pipeline._preflight import (
     collect_slides,
 )
 from eosin.pipeline._result import Earlier, Result, make_report, out_of_fold
-from eosin.pipeline._studies import DIGITS, Asked, StudyFolder, earlier_studies, flat, place_study, plain_hash
+from eosin.pipeline._studies import DIGITS, StudyFolder, StudyKey, earlier_studies, flat, place_study, plain_hash
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
@@ -280,7 +280,7 @@ class Checked:
             yield f"study: {self.study.name}{resumed}, in {self.study.path}"
 
     def begin(self, problems: Problems) -> StudyFolder:
-        """Raise the problems; without any, say the warnings and write what the study is asked."""
+        """Raise the problems; without any, say the warnings and write the key of the study."""
         problems.require()
         assert self.study is not None  # whatever leaves it out is a problem
         for warning in problems.warnings:
@@ -307,7 +307,7 @@ def check_run(
     """Find what stands in the way of a run, in seconds and without writing anything; arguments as of `run_pipeline`.
 
     Every problem is added to `problems`, whose `require` raises them. `second` are the options of a second stage, which
-    are a part of what the study is asked.
+    are a part of the study's key.
     """
     files = collect_slides(problems, slides, slide_mpp)
     headers = check_headers(problems, files, machine.workers)
@@ -328,8 +328,8 @@ def check_run(
         problems.attempt(require_fitting, options.recipe.training, labelled.task)
     place = None
     if labelled is not None:
-        asked = problems.attempt(ask, options, labelled, machine, slide_mpp=slide_mpp, splits=splits, second=second)
-        place = None if asked is None else problems.attempt(place_study, job, asked, study)
+        key = problems.attempt(study_key, options, labelled, machine, slide_mpp=slide_mpp, splits=splits, second=second)
+        place = None if key is None else problems.attempt(place_study, job, key, study)
     tiles, space = job if place is None else place.tiles, ""
     if encoder is not None:
         width = 4 if machine.precision == "fp32" else 2
@@ -338,7 +338,7 @@ def check_run(
     return Checked(files, headers, labelled, space, place)
 
 
-def ask(
+def study_key(
     options: Pipeline,
     labelled: Labelled,
     machine: Machine,
@@ -346,8 +346,8 @@ def ask(
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
     second: Mapping[str, Any] | None = None,
-) -> Asked:
-    """Return what a study of these options, labels and splits is asked."""
+) -> StudyKey:
+    """Return what decides the results of a study."""
     plain = options.model_dump(mode="json", exclude={"formats"})
     chosen = plain if second is None else {**plain, "second": dict(second)}
     rows, given = labelled.hash_rows(), None if splits is None else _hash_splits(splits)
@@ -364,7 +364,7 @@ def ask(
         "weights": weights,
         "precision": machine.precision,
     }
-    return Asked(whole, shown, plain_hash(cut), plain_hash(encoder), find_encoder(options.encoder).name)
+    return StudyKey(whole, shown, plain_hash(cut), plain_hash(encoder), find_encoder(options.encoder).name)
 
 
 def _hash_splits(path: Path) -> str:

@@ -1,8 +1,8 @@
 """The studies of a job: every set of options has results of its own, on tiles and features that studies share.
 
 The first study of a job lies in the job folder itself, where a job with one study has everything; each further one in
-``studies/<name>``. ``study.json`` says what a study was asked, so that the same question finds its results again and
-another question never touches them. A job of eosin 0.1 has results and no ``study.json``: it is a first study that can
+``studies/<name>``. ``study.json`` says what decides its results, so that the same options find them again and
+others never touch them. A job of eosin 0.1 has results and no ``study.json``: it is a first study that can
 be read and that nothing continues.
 """
 
@@ -35,8 +35,8 @@ DIGITS = 8
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a study is asked: two studies that ask the same are one.
+class StudyKey:
+    """What decides the results of a study: two studies with the same are one.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class StudyFolder:
     ----------
     job : JobFolder
     name : str
-    asked : Asked, optional
+    key : StudyKey, optional
         None of a job of eosin 0.1.
     tiles : JobFolder
         Where its tiles and features are.
@@ -74,7 +74,7 @@ class StudyFolder:
 
     job: JobFolder
     name: str
-    asked: Asked | None
+    key: StudyKey | None
     tiles: JobFolder
     begun: str = ""
 
@@ -103,8 +103,8 @@ class StudyFolder:
         return found
 
     def begin(self) -> None:
-        """Write what it is asked; nothing where it has begun before."""
-        if self.asked is None or (self.path / STUDY).is_file():
+        """Write its key; nothing where it has begun before."""
+        if self.key is None or (self.path / STUDY).is_file():
             return
         tiles = self.tiles.root.relative_to(self.job.root).as_posix()
         facts = {
@@ -113,7 +113,7 @@ class StudyFolder:
             "eosin": __version__,
             "begun": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "tiles_in": tiles,
-            "asked": {name: getattr(self.asked, name) for name in Asked.__dataclass_fields__},
+            "key": {name: getattr(self.key, name) for name in StudyKey.__dataclass_fields__},
         }
         write_json(self.path / STUDY, sealed(facts))
 
@@ -146,22 +146,22 @@ def _read(job: JobFolder, name: str) -> StudyFolder:
         data = read_json(path)
         if data["schema"] != SCHEMA or not is_intact(data):
             raise ValueError("its checksum does not fit")
-        return StudyFolder(job, name, Asked(**data["asked"]), JobFolder(job.root / data["tiles_in"]), data["begun"])
+        return StudyFolder(job, name, StudyKey(**data["key"]), JobFolder(job.root / data["tiles_in"]), data["begun"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: is damaged ({error}); delete it to keep the results of this study as they are"
         ) from None
 
 
-def place_study(job: JobFolder, asked: Asked, name: str | None = None) -> StudyFolder:
-    """Return the study of a question: the one that has asked it before, or a new one beside the others.
+def place_study(job: JobFolder, key: StudyKey, name: str | None = None) -> StudyFolder:
+    """Return the study of a key: the one that has begun with it, or a new one beside the others.
 
     Nothing is written.
 
     Parameters
     ----------
     job : JobFolder
-    asked : Asked
+    key : StudyKey
     name : str, optional
         Of a new study; the first eight digits of its fingerprint otherwise, and the job itself for the first.
 
@@ -171,47 +171,47 @@ def place_study(job: JobFolder, asked: Asked, name: str | None = None) -> StudyF
         If the name is not one of a folder, or that of a study which asks something else.
     """
     known = {study.name: study for study in studies_of(job)}
-    same = [study for study in known.values() if study.asked and study.asked.fingerprint == asked.fingerprint]
+    same = [study for study in known.values() if study.key and study.key.fingerprint == key.fingerprint]
     if name is None:
         if same:
             return same[0]
-        name = FIRST if FIRST not in known else asked.fingerprint[:DIGITS]
+        name = FIRST if FIRST not in known else key.fingerprint[:DIGITS]
     elif not NAME.fullmatch(name):
         raise ConfigError(f"--study {name!r} cannot be the name of a folder; use letters, digits, dots and dashes")
     taken = known.get(name)
     if taken is None:
         path = path_of(job, name)
-        return StudyFolder(job, name, asked, _tiles_for(asked, known.values(), job, path))
+        return StudyFolder(job, name, key, _tiles_for(key, known.values(), job, path))
     if taken in same:
         return taken
-    others = ", ".join(f"{key} {_shown(old)} instead of {_shown(new)}" for key, (old, new) in changes(taken, asked))
+    others = ", ".join(f"{name} {_shown(old)} instead of {_shown(new)}" for name, (old, new) in changes(taken, key))
     raise ConfigError(
         f"--study {name}: holds a study that asks something else ({others or 'of another version of eosin'}); "
         "choose another name, or leave --study out for a new one"
     )
 
 
-def _tiles_for(asked: Asked, known: Iterable[StudyFolder], job: JobFolder, path: Path) -> JobFolder:
+def _tiles_for(key: StudyKey, known: Iterable[StudyFolder], job: JobFolder, path: Path) -> JobFolder:
     """Return where tiles and features go: to those of another study that are made alike, else to a place of their own.
 
     Tiles, pictures and features of one job folder are named after slides alone, so that other options need another.
     """
-    others = [study for study in known if study.asked is not None]
+    others = [study for study in known if study.key is not None]
     for root in dict.fromkeys((job.root, *(study.tiles.root for study in others))):
-        if all(_share(asked, study.asked) for study in others if study.tiles.root == root and study.asked):
+        if all(_share(key, study.key) for study in others if study.tiles.root == root and study.key):
             return JobFolder(root)
     return JobFolder(path)
 
 
-def _share(one: Asked, other: Asked) -> bool:
+def _share(one: StudyKey, other: StudyKey) -> bool:
     return one.tiles == other.tiles and (one.encoder != other.encoder or one.features == other.features)
 
 
-def changes(study: StudyFolder, asked: Asked | None) -> list[tuple[str, tuple[Any, Any]]]:
+def changes(study: StudyFolder, key: StudyKey | None) -> list[tuple[str, tuple[Any, Any]]]:
     """Return the options that a study and a question have different, each with both values."""
-    if study.asked is None or asked is None:
+    if study.key is None or key is None:
         return []
-    old, new = study.asked.options, asked.options
+    old, new = study.key.options, key.options
     return [(name, (old.get(name), new.get(name))) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
@@ -255,7 +255,7 @@ def earlier_studies(study: StudyFolder) -> list[Earlier]:
         if other.is_finished and other.report.is_file():
             name, measured = main_metric(other)
             value = "undefined" if measured["value"] is None else f"{measured['value']:.3f}"
-            told = [f"{key} {_shown(old)}" for key, (old, _) in changes(other, study.asked)]
+            told = [f"{option} {_shown(old)}" for option, (old, _) in changes(other, study.key)]
             page = os.path.relpath(other.report, study.path)
             found.append(Earlier(other.name, Path(page).as_posix(), f"{name} {value}; {', '.join(told) or 'of 0.1'}"))
     return found
@@ -279,11 +279,11 @@ def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def differing(studies: Sequence[StudyFolder]) -> dict[str, list[Any]]:
     """Return the options that are not the same in all studies, with their values; None where it is not known."""
-    values = [{} if study.asked is None else study.asked.options for study in studies]
+    values = [{} if study.key is None else study.key.options for study in studies]
     names = dict.fromkeys(name for known in values for name in known)
     columns = {name: [known.get(name) for known in values] for name in names}
     known_of = {
-        name: [value for value, study in zip(column, studies, strict=True) if study.asked is not None]
+        name: [value for value, study in zip(column, studies, strict=True) if study.key is not None]
         for name, column in columns.items()
     }
     return {name: column for name, column in columns.items() if any(v != known_of[name][0] for v in known_of[name])}

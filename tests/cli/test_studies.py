@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from eosin.cli._arguments import Model
 from eosin.cli._common import Done, command
 from eosin.mil.tasks._classification import Classification
-from eosin.pipeline._studies import Asked, place_study
+from eosin.pipeline._studies import StudyKey, place_study
 from eosin.wsi._job import JobFolder
 
 from .conftest import Run
@@ -23,7 +23,9 @@ TASK = Classification(classes=("normal", "tumour"))
 
 def a_study(job: Path, name: str, *, signal: float, lr: float, n: int = 40, finished: bool = True) -> Path:
     """Write what a study of `n` patients leaves behind, without training."""
-    study = place_study(JobFolder(job), Asked(name * 16, {"recipe.training.lr": lr, "folds": 5}, "t", "f", "he"), name)
+    study = place_study(
+        JobFolder(job), StudyKey(name * 16, {"recipe.training.lr": lr, "folds": 5}, "t", "f", "he"), name
+    )
     study.begin()
     if not finished:
         return study.path

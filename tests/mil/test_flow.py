@@ -4,6 +4,7 @@ import csv
 import itertools
 import random
 
+from eosin._batch import Record
 from eosin.mil._flow import COHORT, STEPS, Flow
 from eosin.report._flow import flow_svg
 
@@ -44,6 +45,31 @@ def test_a_slide_keeps_its_first_reason_and_one_that_nobody_named_comes_in():
     assert flow.losses["a"].reason == "truncated"
     assert flow.slide_ids == ("a", "b", "c")
     assert flow.used == ("b",)
+
+
+def test_a_thousand_predictions_add_up():
+    rng = random.Random(1)
+    ends = [
+        ("predict", "ok", ""),
+        ("predict", "skipped", "done"),
+        ("predict", "empty", ""),
+        ("predict", "failed", "nan"),
+    ]
+    ends += [("tile", "failed", "no-mpp"), ("extract 1mpp/uni", "failed", "corrupt"), ("predict", "failed", "missing")]
+    for _ in range(1000):
+        names = [f"S{number}" for number in range(rng.randint(0, 30))]
+        records = {name: Record(name, *rng.choice(ends)) for name in names}
+        empty = {name for name, record in records.items() if record.status == "empty"}
+        empty |= {name for name, record in records.items() if record.status == "skipped" and rng.random() < 0.2}
+        patient_of = None if rng.random() < 0.3 else {name: f"P{name[-1]}" for name in names if rng.random() < 0.8}
+        flow = Flow.of_predictions(records, empty, patient_of)
+        counts = flow.counts()
+        assert counts[0].slides == len(names)
+        assert counts[0].slides - sum(sum(count.lost.values()) for count in counts) == len(flow.used)
+        done = [name for name in names if records[name].status in ("ok", "skipped") and name not in empty]
+        assert list(flow.used) == [name for name in done if patient_of is None or name in patient_of]
+        assert {flow.losses[name].step for name in names if records[name].stage == "tile"} <= {"readable"}
+        assert {flow.losses[name].step for name in names if records[name].reason == "missing"} <= {"found"}
 
 
 def test_patients_that_are_not_known_are_not_counted():

@@ -17,8 +17,8 @@ from eosin.pipeline._comparison import compare_studies
 from eosin.pipeline._deploy import Machine
 from eosin.pipeline._preflight import Labelled
 from eosin.pipeline._result import Result
-from eosin.pipeline._run import Pipeline, ask, run_pipeline
-from eosin.pipeline._studies import Asked, StudyFolder, differing, find_study, place_study, studies_of
+from eosin.pipeline._run import Pipeline, run_pipeline, study_key
+from eosin.pipeline._studies import StudyFolder, StudyKey, differing, find_study, place_study, studies_of
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._synthetic import Cohort, make_cohort
@@ -64,11 +64,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 def a_question(
     fingerprint: str, *, lr: float = 1e-4, tiles: str = "t", features: str = "w", encoder: str = "he"
-) -> Asked:
-    return Asked(fingerprint, {"folds": 5, "recipe.training.lr": lr}, tiles, features, encoder)
+) -> StudyKey:
+    return StudyKey(fingerprint, {"folds": 5, "recipe.training.lr": lr}, tiles, features, encoder)
 
 
-def begun(job: JobFolder, question: Asked, name: str | None = None) -> StudyFolder:
+def begun(job: JobFolder, question: StudyKey, name: str | None = None) -> StudyFolder:
     study = place_study(job, question, name)
     study.begin()
     return study
@@ -191,14 +191,14 @@ def test_every_input_of_a_study_makes_another_one(labelled: Labelled, tmp_path: 
         path.write_text("1")
     base: dict[str, object] = {"splits": splits, "slide_mpp": table}
     machine = Machine(weights=weights)
-    plain = ask(OPTIONS, labelled, machine, **base).fingerprint
+    plain = study_key(OPTIONS, labelled, machine, **base).fingerprint
     other = Labelled(LabelTable(("s", "t"), ("p", "q"), {"label": ("y", "y")}), labelled.task, "error", 2)
     changes: dict[str, Callable[[], str]] = {
-        "options": lambda: ask(OPTIONS.model_copy(update={"folds": 3}), labelled, machine, **base).fingerprint,
-        "labels": lambda: ask(OPTIONS, other, machine, **base).fingerprint,
-        "encoder": lambda: ask(OPTIONS, labelled, Machine(weights=weights, precision="bf16"), **base).fingerprint,
-        "splits": lambda: (splits.write_text("2"), ask(OPTIONS, labelled, machine, **base).fingerprint)[1],
-        "slide_mpp": lambda: ask(OPTIONS, labelled, machine, splits=splits, slide_mpp=0.25).fingerprint,
+        "options": lambda: study_key(OPTIONS.model_copy(update={"folds": 3}), labelled, machine, **base).fingerprint,
+        "labels": lambda: study_key(OPTIONS, other, machine, **base).fingerprint,
+        "encoder": lambda: study_key(OPTIONS, labelled, Machine(weights=weights, precision="bf16"), **base).fingerprint,
+        "splits": lambda: (splits.write_text("2"), study_key(OPTIONS, labelled, machine, **base).fingerprint)[1],
+        "slide_mpp": lambda: study_key(OPTIONS, labelled, machine, splits=splits, slide_mpp=0.25).fingerprint,
     }
     assert set(changes) == set(STAGES["study"].inputs)
     assert len({plain, *(change() for change in changes.values())}) == len(changes) + 1
@@ -206,13 +206,16 @@ def test_every_input_of_a_study_makes_another_one(labelled: Labelled, tmp_path: 
     comments = LabelTable(("t", "s"), ("q", "p"), {"label": ("y", "x"), "age": ("3", "4")})
     same = Labelled(comments, labelled.task, "error", 2)
     formats = OPTIONS.model_copy(update={"formats": ("png",)})
-    assert ask(formats, same, machine, **base).fingerprint == plain
+    assert study_key(formats, same, machine, **base).fingerprint == plain
     tissue = OPTIONS.model_copy(update={"tissue": TissueOptions(min_area_um2=1)})
-    assert ask(tissue, labelled, machine).tiles != ask(OPTIONS, labelled, machine).tiles
-    assert ask(OPTIONS, labelled, machine).tiles == ask(OPTIONS.model_copy(update=OTHER_SEED), labelled, machine).tiles
-    assert ask(OPTIONS, labelled, machine).features != ask(OPTIONS, labelled, Machine()).features
-    two = ask(OPTIONS, labelled, machine, second={"tiling": {"mpp": 1.0}})
+    assert study_key(tissue, labelled, machine).tiles != study_key(OPTIONS, labelled, machine).tiles
+    assert (
+        study_key(OPTIONS, labelled, machine).tiles
+        == study_key(OPTIONS.model_copy(update=OTHER_SEED), labelled, machine).tiles
+    )
+    assert study_key(OPTIONS, labelled, machine).features != study_key(OPTIONS, labelled, Machine()).features
+    two = study_key(OPTIONS, labelled, machine, second={"tiling": {"mpp": 1.0}})
     assert two.options["second.tiling.mpp"] == 1.0
-    assert two.tiles != ask(OPTIONS, labelled, machine).tiles
+    assert two.tiles != study_key(OPTIONS, labelled, machine).tiles
     assert json.dumps(two.options)
     assert file_fingerprint(weights) in two.options.values()
