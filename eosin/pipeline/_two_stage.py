@@ -135,8 +135,8 @@ def run_two_stage(
     options, second = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"]), second or SecondStage()
     machine, problems = machine or Machine(), problems or Problems()
     checked = check_two_stage(
-        problems, slides, labels, job, options, second,
-        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
+        problems, slides, labels, job, options,
+        second=second, machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
     )  # fmt: skip
     chosen = checked.begin(problems)
     run = partial(run_checked, checked.files, labels, machine=machine, ids=ids, progress=progress)
@@ -169,8 +169,8 @@ def check_two_stage(
     labels: Path,
     job: JobFolder,
     options: Pipeline,
-    second: SecondStage,
     *,
+    second: SecondStage,
     machine: Machine,
     slide_mpp: float | Path | None = None,
     splits: Path | None = None,
