@@ -3,7 +3,7 @@
     python benchmarks/mil_assumption.py --out benchmarks/results/mil_assumption.csv
     python benchmarks/mil_assumption.py --tests planted distracted --out benchmarks/results/planted.csv
 
-Every recipe trains through eosin's own loop on the bags of `eosin.mil._planted`, with narrow layers, the same number of
+Every recipe trains through eosin's own loop on the bags of `planted.py`, with narrow layers, the same number of
 passes and the same learning rate for all. A row holds means over the seeds, and the seeds one by one; rows that are in
 the file already, with the same settings, are not computed again. Two references respect the assumption by construction:
 ``max_instance``, the maximum of one logit per instance, and ``monotone``, the maximum of each embedded feature with
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from planted import Planted, false_frequency, multi_concept, planted_signal, single_concept
 from tables import read_table, write_table
 from torch import Tensor
 from torch.nn import functional
@@ -25,7 +26,6 @@ import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.kernels import segment_max
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import predict_outputs
-from eosin.mil._planted import Planted, false_frequency, multi_concept, planted_signal, single_concept
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from planted import planted_signal
 from tables import read_table, write_table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import predict_outputs
-from eosin.mil._planted import planted_signal
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._train import fit
 from eosin.mil.methods.packmil import NETWORKS, PRESETS
@@ -69,7 +69,7 @@ class Size:
     epochs, per_step : int
         Passes, and bags that are packed into a step.
     shift : float
-        Strength of the signal, see `eosin.mil._planted.planted_signal`.
+        Strength of the signal, see `benchmarks/planted.py`.
     rate : float
         Learning rate of one bag per step.
     """

@@ -2,7 +2,7 @@
 
     python benchmarks/two_stage.py --out benchmarks/results/two_stage.csv
 
-Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`eosin.wsi._fine_texture`). For each seed,
+Slides are painted whose label is in stripes of 1 and 2 µm inside lesions (`benchmarks/fine_texture.py`). For each seed,
 one after the other on the same slides and folds: one stage at 2 µm/px, one stage at 1 µm/px that sees every tile, and
 two stages with a budget. A row holds the out-of-fold AUC and accuracy, the tiles that had to be encoded at 1 µm/px,
 and the seconds from slides to predictions and reports; the last rows are mean and standard deviation over the seeds.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fine_texture import FineCohort, make_fine_cohort
 from tables import Row, read_table, with_summaries, write_table
 
 from eosin.features._store import find_bags, read_footer
@@ -26,7 +27,6 @@ from eosin.pipeline._result import Result
 from eosin.pipeline._run import Pipeline, run_pipeline
 from eosin.pipeline._selection import Selection
 from eosin.pipeline._two_stage import SecondStage, run_two_stage
-from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 

@@ -36,12 +36,12 @@ from eosin.mil.bags import PackedBags
 from eosin.mil.subsets import Target
 from eosin.mil.task import make_task
 from eosin.viewer._canvas import make_canvas
-from eosin.viewer._catalogue import Catalogue, Listed, Study
+from eosin.viewer._catalogue import Catalogue, Listed, SlideStudy
 from eosin.viewer._lattice import make_lattice, tiles_in_outline
 from eosin.viewer._layers import Layers
 from eosin.viewer._server import serving
 from eosin.viewer._session import Edited, in_words, judge
-from eosin.viewer._tiles import OpenSlides, Pyramid, TileStore, encode_jpeg
+from eosin.viewer._tiles import OpenSlides, TilePyramid, TileStore, encode_jpeg
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._openslide_impl import OpenSlideSlide
 from eosin.wsi._slide import Slide
@@ -66,7 +66,7 @@ def make_grid(n_tiles: int) -> TileGrid:
     return TileGrid(origins[np.sort(nearest)], 256, Tiling(mpp=0.25, patch_size=256), (side * 256, side * 256), 0.25)
 
 
-def make_study(name: str, n_tiles: int) -> tuple[Catalogue, Study]:
+def make_study(name: str, n_tiles: int) -> tuple[Catalogue, SlideStudy]:
     """Return a slide of random features as a fresh model sees it."""
     grid = make_grid(n_tiles)
     spec = FeatureSpec(encoder="random", dim=DIM, mpp=0.25, patch_size=256)
@@ -80,7 +80,9 @@ def make_study(name: str, n_tiles: int) -> tuple[Catalogue, Study]:
     catalogue = Catalogue(model, card, [])
     seen = look(model, bag, single_logit_is_second_class=model.n_outputs < 2)
     listed = Listed("0" * 16, "slide", SlideFile(Path("slide"), "slide"), None)
-    study = Study(listed, bag, seen, Layers(model, bag, seen, catalogue.classes), make_lattice(grid), OpenSlides({}))
+    study = SlideStudy(
+        listed, bag, seen, Layers(model, bag, seen, catalogue.classes), make_lattice(grid), OpenSlides({})
+    )
     return catalogue, study
 
 
@@ -160,7 +162,7 @@ def medians(ways: list[Callable[[], object]], repetitions: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def all_tiles(pyramid: Pyramid) -> list[tuple[int, int, int]]:
+def all_tiles(pyramid: TilePyramid) -> list[tuple[int, int, int]]:
     """Return every tile that shows some of the slide, the finest zoom most of them."""
     return [
         (zoom, column, row)
@@ -173,7 +175,7 @@ def all_tiles(pyramid: Pyramid) -> list[tuple[int, int, int]]:
 
 def serve_all(slide: Slide) -> tuple[int, float]:
     """Return tiles and megapixels of one pass over a slide through our tiles."""
-    pyramid = Pyramid(slide.size_px0, slide.mpp)
+    pyramid = TilePyramid(slide.size_px0, slide.mpp)
     places = all_tiles(pyramid)
     for place in places:
         encode_jpeg(pyramid.read(slide, *place))
@@ -210,7 +212,7 @@ def over_http(path: Path) -> tuple[int, float]:
     """Tiles of the viewer as a browser gets them from its server; the time of the client counts, too."""
     store = TileStore(OpenSlides({"0" * 16: SlideFile(path, path.stem)}))
     with store.slides.borrow("0" * 16) as slide:
-        places = all_tiles(Pyramid(slide.size_px0, slide.mpp))
+        places = all_tiles(TilePyramid(slide.size_px0, slide.mpp))
     with serving(lambda document, template: None, store) as url:
         address = urllib.parse.urlsplit(url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port)

@@ -60,6 +60,8 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "eosin.result": "eosin.pipeline._result",
     "eosin.selection": "eosin.pipeline._selection",
     "eosin.stages": "eosin.pipeline._two_stage",
+    "eosin.viewer.gallery": "eosin.viewer._panel",
+    "eosin.viewer.replay": "eosin.viewer._saved",
     "eosin.wsi.names": "eosin._names",
     "eosin.wsi.slide": ("eosin.wsi._slide", "eosin.wsi._slide_file"),
     "eosin.wsi.stain": ("eosin.wsi._stain", "eosin.wsi._ink"),

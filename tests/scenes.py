@@ -11,6 +11,8 @@ from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.mil._closed_forms import PooledBag
 from eosin.wsi._grid import TileGrid, Tiling
+from eosin.wsi._overview import Overview
+from eosin.wsi._tissue import TissueOptions, examine
 
 PINK = (226, 170, 200)
 MARK = (60, 20, 90)
@@ -116,3 +118,9 @@ def random_bag(n: int, *, branches: int = 1, outputs: int = 2, spread: float = 1
         rng.normal(size=(n, branches, outputs)),
         rng.normal(size=outputs),
     )
+
+
+def detect_tissue(rgb, mpp: float, options: TissueOptions):
+    """Return the tissue of a picture, (h, w) bool, and what a person should know about it."""
+    findings = examine(Overview(rgb, mpp), options)
+    return findings.mask, findings.notes

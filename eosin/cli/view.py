@@ -47,7 +47,7 @@ def view(
 ) -> Done:
     """Show slides with heat maps in the browser; remove or add tiles and see the new prediction at once."""
     from eosin.viewer._catalogue import open_catalogue
-    from eosin.viewer._replay import replay_sessions
+    from eosin.viewer._saved import replay_sessions
     from eosin.viewer._show import show_slides
     from eosin.viewer._static import write_static
     from eosin.wsi._slide_file import find_slides

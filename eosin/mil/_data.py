@@ -155,11 +155,6 @@ class PatientBags:
         """Return the ids of the patient's slides."""
         return tuple(self._slides_of[bag_id])
 
-    def slide_index(self, bag_id: str) -> Tensor:
-        """Return which of the patient's slides each instance is from, (n,) int64."""
-        lengths = [self._slides.length(slide) for slide in self._slides_of[bag_id]]
-        return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-
 
 @dataclass(frozen=True, eq=False)
 class Examples:

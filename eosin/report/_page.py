@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
-from sklearn.metrics import auc, roc_curve
 
 from eosin import __version__
 from eosin._files import write_text
@@ -57,24 +53,6 @@ class Metric:
     low: float | None = None
     high: float | None = None
     note: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class RocInput:
-    """What a ROC curve is drawn from.
-
-    Parameters
-    ----------
-    name : str
-        Legend entry: "held-out slides", "fold 3".
-    truth : (n,) bool
-    score : (n,) float
-        Larger means more likely positive.
-    """
-
-    name: str
-    truth: NDArray[np.bool_]
-    score: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +97,13 @@ class Picture:
     image: NDArray[np.uint8]
     caption: str
     scale: ColourScale | None = None
+
+    @property
+    def uri(self) -> str:
+        """The picture as a ``data:`` address."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.image).save(buffer, "jpeg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +163,6 @@ class ReportData:
     panels : tuple of Panel
         Figures, see `eosin.report._figures`.
     confusions : tuple of Confusion
-    roc : tuple of RocInput
-        One curve each; those whose truth has a single class have no curve and are left out.
     slides : tuple of SlideCard
     slides_heading : str
     predictions : DataFrame or None
@@ -199,7 +182,6 @@ class ReportData:
     title: str
     summary: str = ""
     metrics: tuple[Metric, ...] = ()
-    roc: tuple[RocInput, ...] = ()
     slides: tuple[SlideCard, ...] = ()
     predictions: pd.DataFrame | None = None
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
@@ -224,22 +206,6 @@ class _Grid:
         numeric = [bool(pd.api.types.is_numeric_dtype(kind)) for kind in frame.dtypes]
         rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
         return cls([str(column) for column in frame.columns], rows, numeric)
-
-
-@dataclass(frozen=True)
-class _Figure:
-    uri: str
-    caption: str
-    scale: ColourScale | None
-
-
-@dataclass(frozen=True)
-class _Card:
-    slide_id: str
-    facts: Mapping[str, str]
-    sentences: tuple[str, ...]
-    correct: bool | None
-    pictures: list[_Figure]
 
 
 def slide_pictures(
@@ -290,10 +256,8 @@ def write_report(path: Path, data: ReportData) -> None:
         data=data,
         version=__version__,
         sections=_sections(data),
-        roc=_roc_svg([curve for curve in data.roc if len(np.unique(curve.truth)) == 2]),
         tables=[(heading, _Grid.of(frame)) for heading, frame in data.tables.items()],
         predictions=None if data.predictions is None else _Grid.of(data.predictions),
-        cards=[_card(card) for card in data.slides],
         flow=None if data.flow is None else flow_svg(data.flow),
         number=_cell,
         interval=_interval,
@@ -312,7 +276,7 @@ def _template() -> Template:
 
 
 def _sections(data: ReportData) -> list[tuple[str, str]]:
-    sections = [("performance", "Performance")] if data.metrics or data.roc else []
+    sections = [("performance", "Performance")] if data.metrics else []
     sections += [("figures", "Figures")] if data.panels or data.confusions else []
     sections += [("cohort", "Cohort")] if data.flow is not None else []
     sections += [(f"table-{index}", heading) for index, heading in enumerate(data.tables, start=1)]
@@ -334,38 +298,3 @@ def _interval(metric: Metric) -> str:
     if metric.low is None or metric.high is None:
         return "–"
     return f"{metric.low:.3f} to {metric.high:.3f}"
-
-
-def _card(card: SlideCard) -> _Card:
-    pictures = [_Figure(_jpeg(picture.image), picture.caption, picture.scale) for picture in card.pictures]
-    return _Card(card.slide_id, card.facts, card.sentences, card.correct, pictures)
-
-
-def _jpeg(image: NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "jpeg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
-    return _data_uri("image/jpeg", buffer.getvalue())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _roc_svg(inputs: Sequence[RocInput]) -> str:
-    if not inputs:
-        return ""
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="0.75", linewidth=0.8, linestyle=(0, (4, 3)))
-    for curve in inputs:
-        false_positive, true_positive, _ = roc_curve(curve.truth, curve.score)
-        name = f"{curve.name} (AUC {auc(false_positive, true_positive):.3f})"
-        axes.plot(false_positive, true_positive, linewidth=1.6 if len(inputs) == 1 else 1.0, label=name)
-    axes.set(xlabel="1 − specificity", ylabel="Sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "eosin", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _data_uri("image/svg+xml", buffer.getvalue())

@@ -6,7 +6,7 @@ from eosin._lazy import lazy
 
 if TYPE_CHECKING:
     from eosin.viewer._catalogue import Catalogue, open_catalogue
-    from eosin.viewer._replay import replay_sessions
+    from eosin.viewer._saved import replay_sessions
     from eosin.viewer._show import show_slides
     from eosin.viewer._static import write_static
 

@@ -56,7 +56,7 @@ class Listed:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class SlideStudy:
     """A slide that is being looked at: its features as the model sees them.
 
     Parameters
@@ -121,7 +121,7 @@ class Catalogue:
         self.model, self.card, self.listed = model, card, tuple(listed)
         self.classes = class_choices(card)
         self.slides = OpenSlides({one.key: one.file for one in self.shown})
-        self._studies: OrderedDict[str, Study] = OrderedDict()
+        self._studies: OrderedDict[str, SlideStudy] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -141,7 +141,7 @@ class Catalogue:
                 return one
         raise LookupError("no such slide")
 
-    def study(self, key: str) -> Study:
+    def study(self, key: str) -> SlideStudy:
         """Return a slide as the model sees it; runs the model when it is new or was put away.
 
         Raises
@@ -159,11 +159,7 @@ class Catalogue:
                 self._studies.popitem(last=False)
             return study
 
-    def is_ready(self, key: str) -> bool:
-        """Whether `study` answers at once."""
-        return key in self._studies
-
-    def _open(self, listed: Listed) -> Study:
+    def _open(self, listed: Listed) -> SlideStudy:
         if listed.features is None:
             raise LookupError("a slide without features has no study")
         bag = read_bag(listed.features)
@@ -171,7 +167,7 @@ class Catalogue:
         with torch.no_grad():
             seen = look(self.model, bag, single_logit_is_second_class=second)
         layers = Layers(self.model, bag, seen, self.classes)
-        return Study(listed, bag, seen, layers, make_lattice(require_grid(bag)), self.slides)
+        return SlideStudy(listed, bag, seen, layers, make_lattice(require_grid(bag)), self.slides)
 
 
 def open_catalogue(

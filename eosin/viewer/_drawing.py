@@ -19,8 +19,8 @@ from bokeh.models import (
 from numpy.typing import NDArray
 
 from eosin.viewer._canvas import REMOVED_COLOUR, Canvas
-from eosin.viewer._panel import Panel, switch_tools
-from eosin.viewer._tiles import Pyramid
+from eosin.viewer._panel import SidePanel, switch_tools
+from eosin.viewer._tiles import TilePyramid
 from eosin.wsi._grid import TileGrid
 
 SCREEN_TILE_PX = 256  # of a tile: the server sends twice as many, so that pixels are sharp at every zoom
@@ -30,7 +30,7 @@ Points = NDArray[np.float64]
 
 def add_slide(canvas: Canvas, grid: TileGrid, address: str) -> WMTSTileSource:
     """Put the slide's tiles below everything else; the source's address can be changed later."""
-    pyramid = Pyramid(grid.slide_size_px0, grid.slide_mpp)
+    pyramid = TilePyramid(grid.slide_size_px0, grid.slide_mpp)
     source = WMTSTileSource(
         url=address,
         tile_size=SCREEN_TILE_PX,
@@ -46,7 +46,7 @@ def add_slide(canvas: Canvas, grid: TileGrid, address: str) -> WMTSTileSource:
 
 def add_tools(
     canvas: Canvas,
-    panel: Panel,
+    panel: SidePanel,
     draw: Callable[[SelectionGeometry], None],
     paint: Callable[[ColumnDataSource, dict[str, Any]], None],
 ) -> None:
@@ -55,7 +55,7 @@ def add_tools(
     Parameters
     ----------
     canvas : Canvas
-    panel : Panel
+    panel : SidePanel
     draw : callable
         Gets what lasso and box drew.
     paint : callable

@@ -23,17 +23,18 @@ from tornado.ioloop import IOLoop
 from eosin.errors import EosinError
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.viewer._canvas import Canvas, make_canvas, outline_columns
-from eosin.viewer._catalogue import Catalogue, Study
+from eosin.viewer._catalogue import Catalogue, SlideStudy
 from eosin.viewer._drawing import add_slide, add_tools, last_stroke, outline_of
-from eosin.viewer._gallery import highest, make_gallery
 from eosin.viewer._lattice import Indices, tiles_in_outline, tiles_under_stroke
 from eosin.viewer._layers import Choice, default_scaling, scalings_of
 from eosin.viewer._panel import (
     SHOW_GREY,
     SHOW_MAP,
     SHOW_TISSUE,
-    Panel,
+    SidePanel,
+    highest,
     history_html,
+    make_gallery,
     make_panel,
     place_in_gallery,
     result_html,
@@ -94,7 +95,7 @@ class _Step:
 class _Prepared:
     """A slide with everything that its first view needs."""
 
-    study: Study
+    study: SlideStudy
     choice: Choice
     heatmap: Heatmap
     before: Verdict
@@ -134,7 +135,7 @@ class Page:
     def __init__(self, desk: Desk, document: Document, template: str) -> None:
         self.desk, self.document, self.template = desk, document, template
         catalogue = desk.catalogue
-        self.panel: Panel = make_panel(
+        self.panel: SidePanel = make_panel(
             [(one.key, one.slide_id) for one in catalogue.shown],
             [(one.slide_id, one.refusal) for one in catalogue.refused],
             catalogue.classes,
@@ -142,10 +143,10 @@ class Page:
         self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas")
         self.steps: dict[str, list[_Step]] = {}
         self.befores: dict[str, Verdict] = {}
-        self.copied: tuple[Study, Indices] | None = None
+        self.copied: tuple[SlideStudy, Indices] | None = None
         self.canvas: Canvas | None = None
         self.slide_tiles: WMTSTileSource | None = None
-        self.study: Study | None = None
+        self.study: SlideStudy | None = None
         self.choice = Choice("")
         self._is_filling = self._is_working = False
         self._has_chosen_class = False
@@ -187,7 +188,7 @@ class Page:
     def _shown_steps(self) -> list[_Step]:
         return self.steps.setdefault(self._shown_study().listed.key, [])
 
-    def _shown_study(self) -> Study:
+    def _shown_study(self) -> SlideStudy:
         if self.study is None:
             raise LookupError("no slide is shown yet")
         return self.study
@@ -491,7 +492,7 @@ class Page:
         self.panel.gallery_title.text = words if count else ""
 
 
-def _choose(study: Study, family: str, name: str) -> Choice:
+def _choose(study: SlideStudy, family: str, name: str) -> Choice:
     """Return the map of a family that is about a class, or the last of the family where none is."""
     names = study.layers.classes_of(family)
     if not names:

@@ -1,5 +1,6 @@
 """The controls beside the slide: what there is to press, without what it does."""
 
+import base64
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -21,12 +22,18 @@ from bokeh.models import (
     Text,
 )
 from bokeh.plotting import figure
+from numpy.typing import NDArray
 
+from eosin.heatmaps._heatmap import Heatmap
 from eosin.viewer._canvas import OPACITY
+from eosin.viewer._catalogue import SlideStudy
+from eosin.viewer._lattice import Indices
 from eosin.viewer._session import Verdict
+from eosin.viewer._tiles import TileStore
 
 WIDTH = 390
 GALLERY_COLUMNS, GALLERY_ROWS = 4, 3
+GALLERY_PX = 192
 GALLERY_SIZE = GALLERY_COLUMNS * GALLERY_ROWS
 TOOLS = ("Move", "Lasso", "Box", "Brush")
 ACTIONS = ("Remove", "Keep only", "Restore", "Copy")
@@ -42,7 +49,7 @@ MAX_HISTORY = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Panel:
+class SidePanel:
     """The widgets by what they are for."""
 
     verdict: Div
@@ -68,7 +75,7 @@ class Panel:
     layout: Column
 
 
-def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], classes: tuple[str, ...]) -> Panel:
+def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], classes: tuple[str, ...]) -> SidePanel:
     """Return the controls.
 
     Parameters
@@ -105,7 +112,7 @@ def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], cl
         "gallery_plot": gallery_plot,
         "gallery_title": Div(text="", name="gallery_title", styles=SMALL, width=WIDTH),
     }
-    return Panel(**parts, layout=_arrange(parts, refused))
+    return SidePanel(**parts, layout=_arrange(parts, refused))
 
 
 def _arrange(parts: dict[str, Any], refused: list[tuple[str, str]]) -> Column:
@@ -155,6 +162,25 @@ def gallery_columns(urls: list[str], labels: list[str]) -> dict[str, Any]:
     index = np.arange(len(urls))
     x, y = index % GALLERY_COLUMNS, -(index // GALLERY_COLUMNS) * 1.18
     return {"url": urls, "label": labels, "x": x + 0.02, "y": y - 0.01, "under": y - 0.98}
+
+
+def highest(heatmap: Heatmap, present: NDArray[np.bool_]) -> Indices:
+    """Return the tiles with the highest values among those that are present, (n,); highest first."""
+    values = np.where(present, heatmap.values, -np.inf)
+    count = min(GALLERY_SIZE, int(np.count_nonzero(present)))
+    return np.asarray(np.argsort(-values, kind="stable")[:count], dtype=np.int64)
+
+
+def make_gallery(store: TileStore, study: SlideStudy, heatmap: Heatmap, present: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return the columns of the gallery: pictures of `highest`, each with its score."""
+    boxes = study.grid.boxes_px0()
+    urls, labels = [], []
+    for tile in highest(heatmap, present).tolist():
+        x0, y0, x1, y1 = boxes[tile].tolist()
+        jpeg = store.cutout(study.listed.key, (x0, y0, x1, y1), GALLERY_PX)
+        urls.append(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}")
+        labels.append(f"{heatmap.values[tile]:.3g}")
+    return gallery_columns(urls, labels)
 
 
 def place_in_gallery(x: float, y: float) -> int:

@@ -1,7 +1,7 @@
 """Sessions as files: what was taken away and added, what the model said, and regions for QuPath; and the way back."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from eosin._files import write_json
 from eosin._seals import KEY, is_intact, read_json, sealed
 from eosin.errors import ConfigError
 from eosin.options import Options
-from eosin.viewer._catalogue import Catalogue, Listed, Study
+from eosin.viewer._catalogue import Catalogue, Listed, SlideStudy
 from eosin.viewer._lattice import Indices
 from eosin.viewer._session import Added, Edited, Verdict, in_words, judge
 from eosin.wsi._geojson import qupath_origin
@@ -162,7 +162,7 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
     )
 
 
-def _saved_tiles(study: Study, tiles: Indices) -> SavedTiles:
+def _saved_tiles(study: SlideStudy, tiles: Indices) -> SavedTiles:
     return SavedTiles(
         slide_id=study.listed.slide_id,
         slide_fingerprint=study.bag.provenance.get("input_fingerprint", ""),
@@ -200,7 +200,7 @@ def from_ranges(ranges: Sequence[tuple[int, int]], n_tiles: int, path: Path) -> 
     return np.flatnonzero(chosen)
 
 
-def _regions(study: Study, tiles: Indices, name: str, rgb: list[int]) -> dict[str, Any]:
+def _regions(study: SlideStudy, tiles: Indices, name: str, rgb: list[int]) -> dict[str, Any]:
     """Return one QuPath annotation per connected region of tiles, relative to the box that QuPath shows."""
     x, y = qupath_origin(study.bounds_px0)
     area = affinity.translate(tile_area(study.grid, tiles), -x, -y)
@@ -270,7 +270,7 @@ def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:
     return describe_session(catalogue, edited, saved.class_name)
 
 
-def _find(catalogue: Catalogue, saved: SavedTiles, path: Path) -> tuple[Study, Indices]:
+def _find(catalogue: Catalogue, saved: SavedTiles, path: Path) -> tuple[SlideStudy, Indices]:
     listed = _listed(catalogue, saved.slide_id, path)
     study = catalogue.study(listed.key)
     fingerprint = study.bag.provenance.get("input_fingerprint", "")
@@ -294,3 +294,37 @@ def is_same(saved: SavedSession, replayed: SavedSession) -> bool:
     """Whether two runs of a session gave the same predictions, to 1e-6."""
     pairs = ((saved.before, replayed.before), (saved.after, replayed.after))
     return all(np.allclose(a.logits, b.logits, rtol=CLOSE, atol=CLOSE) for a, b in pairs)
+
+
+def replay_sessions(
+    catalogue: Catalogue, sessions: Sequence[Path], out: Path, *, tell: Callable[[str], object]
+) -> list[Path]:
+    """Do saved sessions again, tell what comes out and write it.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+    sessions : sequence of Path
+        JSON files of `eosin.viewer._saved.save_session`.
+    out : Path
+        Gets ``<session>_replayed.json``, of the same form.
+    tell : callable
+        Gets one sentence per session, and whether the numbers are those that were saved.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    ConfigError
+        If a session does not belong to the model and the slides.
+    """
+    paths = []
+    for session in sessions:
+        saved, again = read_session(session), replay_session(catalogue, session)
+        verdict = "as saved" if is_same(saved, again) else "NOT as saved"
+        tell(f"{again.removed.slide_id}: {again.words} [{verdict}]")
+        paths.append(out / f"{session.stem}_replayed.json")
+        write_session(paths[-1], again)
+    return paths

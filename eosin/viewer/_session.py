@@ -12,7 +12,7 @@ from scipy.special import expit
 from eosin.errors import ConfigError
 from eosin.heatmaps._counterfactual import as_probability
 from eosin.mil.subsets import Floats, Target
-from eosin.viewer._catalogue import Catalogue, Study
+from eosin.viewer._catalogue import Catalogue, SlideStudy
 from eosin.viewer._lattice import Indices
 
 Action = Literal["remove", "keep only", "restore"]
@@ -27,12 +27,12 @@ class Added:
 
     Parameters
     ----------
-    donor : Study
+    donor : SlideStudy
     tiles : (m,) int64
         Ascending.
     """
 
-    donor: Study
+    donor: SlideStudy
     tiles: Indices
 
     @property
@@ -49,18 +49,18 @@ class Edited:
 
     Parameters
     ----------
-    study : Study
+    study : SlideStudy
     present : (n,) bool
         Tiles that the model still gets.
     added : Added or None
     """
 
-    study: Study
+    study: SlideStudy
     present: NDArray[np.bool_]
     added: Added | None = None
 
     @classmethod
-    def untouched(cls, study: Study) -> "Edited":
+    def untouched(cls, study: SlideStudy) -> "Edited":
         """Return the slide as it is."""
         return cls(study, np.ones(study.n_tiles, dtype=bool))
 
@@ -98,7 +98,7 @@ class Edited:
             raise ConfigError("no tile of the slide would remain; leave at least one")
         return replace(self, present=changes[action])
 
-    def transplant(self, donor: Study, tiles: Indices) -> "Edited":
+    def transplant(self, donor: SlideStudy, tiles: Indices) -> "Edited":
         """Return the slide with tiles of a donor added to those of it that were added before.
 
         Raises

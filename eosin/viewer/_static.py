@@ -28,7 +28,7 @@ from eosin.heatmaps._colour import scale_of
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps.export._png import View, take_view
 from eosin.viewer._canvas import OPACITY, Canvas, make_canvas, outline_columns, palette, picture
-from eosin.viewer._catalogue import Catalogue, Study
+from eosin.viewer._catalogue import Catalogue, SlideStudy
 from eosin.viewer._drawing import add_slide
 from eosin.viewer._layers import PERCENTILE, PLAIN, TIMES, Choice, default_scaling, scalings_of
 from eosin.viewer._panel import TEXT, verdict_html
@@ -93,7 +93,7 @@ def write_static(path: Path, catalogue: Catalogue) -> None:
     write_text(path, file_html(Tabs(tabs=tabs, sizing_mode="stretch_both", styles=whole), INLINE, title="eosin view"))
 
 
-def _slide_page(catalogue: Catalogue, study: Study) -> Row:
+def _slide_page(catalogue: Catalogue, study: SlideStudy) -> Row:
     with study.slides.borrow(study.listed.key) as slide:
         view = take_view(slide, longest_px=PICTURE_PX)
     choice = study.layers.choices[0]
@@ -124,7 +124,7 @@ def _add_picture(canvas: Canvas, view: View) -> None:
     canvas.plot.add_glyph(ColumnDataSource(place), glyph, level="image", name="pixels")
 
 
-def _all_maps(study: Study) -> tuple[ColumnDataSource, dict[str, Any]]:
+def _all_maps(study: SlideStudy) -> tuple[ColumnDataSource, dict[str, Any]]:
     """Return every map as pictures, once as it is and once as ranks, and what each scale makes of them."""
     columns: dict[str, Any] = {}
     entries: dict[str, Any] = {}

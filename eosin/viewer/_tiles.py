@@ -30,7 +30,7 @@ NO_PIXELS = (214, 214, 214)
 
 
 @dataclass(frozen=True)
-class Pyramid:
+class TilePyramid:
     """The square of tiles that a slide lies in, its corner at the square's upper left.
 
     At zoom 0 one tile holds the whole slide; each further zoom halves µm per pixel, and the last has the slide's own.
@@ -198,7 +198,7 @@ class TileStore:
         if look not in LOOKS or key not in self.slides:
             raise LookupError("no such slide")
         with self.slides.borrow(key) as slide:
-            pyramid = Pyramid(slide.size_px0, slide.mpp)
+            pyramid = TilePyramid(slide.size_px0, slide.mpp)
             if zoom == pyramid.max_zoom + 1 and 0 <= column < 2**zoom and 0 <= row < 2**zoom:
                 return blank_png()
             if not pyramid.is_tile(zoom, column, row):
@@ -219,7 +219,7 @@ class TileStore:
         return made.tobytes()
 
 
-def _encoded(pyramid: Pyramid, slide: Slide, look: str, place: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _encoded(pyramid: TilePyramid, slide: Slide, look: str, place: tuple[int, int, int]) -> NDArray[np.uint8]:
     try:
         rgb = pyramid.read(slide, *place)
     except SlideError as error:

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from eosin.wsi._pieces import find_pieces
 
 Mask = NDArray[np.bool_]
-Counts = NDArray[np.unsignedinteger[Any]]
 SMALL_RADIUS = 3.0
 LARGE_RADIUS = 12.0
 MANY_PIECES = 200

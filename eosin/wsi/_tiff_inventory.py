@@ -23,8 +23,8 @@ from eosin.wsi._resolution import StatedMpp, to_um
 from eosin.wsi._segments import MAX_SEGMENT_PX
 from eosin.wsi.inventory import CONVERT, Kind, Picture, kind_of, size_ratio
 
-RGB, YCBCR, GREY = 2, 6, (0, 1)
-JPEG, OLD_JPEG, JPEG2000, APERIO_YCBCR = 7, 6, (33003, 33004, 33005, 34712), 33003
+RGB, YCBCR = 2, 6
+JPEG, JPEG2000, APERIO_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
 DECODES_TO_RGB = (JPEG, *JPEG2000, 50001, 34927, 50002, 52546, 22610, 34934)
 _UNITS = {2: "in", 3: "cm"}
 _QUOTE = r'\s*(?:&quot;|")?'

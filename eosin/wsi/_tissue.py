@@ -329,30 +329,6 @@ def find_tissue(
     return TissueMask(mask, cell, slide.size_px0, slide.mpp, found.notes, pen, found.small_um2, found.ink_um2)
 
 
-def detect_tissue(
-    rgb: NDArray[np.uint8], mpp: float, options: TissueOptions
-) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Tell tissue from glass on a picture.
-
-    Parameters
-    ----------
-    rgb : (h, w, 3) uint8
-        The slide.
-    mpp : float
-        µm per pixel of the picture.
-    options : TissueOptions
-        Thresholds.
-
-    Returns
-    -------
-    mask : (h, w) bool
-    notes : tuple of str
-        What a person should know.
-    """
-    findings = examine(Overview(rgb, mpp), options)
-    return findings.mask, findings.notes
-
-
 @dataclass(frozen=True)
 class Findings:
     """What was made out on an overview.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fine_texture import FineCohort, make_fine_cohort
 
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import write_bag
 from eosin.wsi._coordinates import read_footer, read_grid
-from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 
 from .conftest import Run
 

@@ -46,7 +46,6 @@ def test_a_patient_is_the_bag_of_all_slides():
     assert examples.targets.tolist() == [0, 1]
     assert torch.equal(examples.bags.load("1"), torch.cat([bags.load("a"), bags.load("b")]))
     assert examples.bags.length("1") == 3
-    assert examples.bags.slide_index("1").tolist() == [0, 1, 1]
     with pytest.raises(LabelError, match="patient 1 has slides with different labels"):
         patient_examples(make_examples(bags, a_table(label=("x", "y", "y")), task))
 

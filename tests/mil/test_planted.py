@@ -1,9 +1,6 @@
 import pytest
 import torch
-
-from eosin.errors import ConfigError
-from eosin.mil._evaluate import predict_outputs
-from eosin.mil._planted import (
+from planted import (
     DATASETS,
     Planted,
     false_frequency,
@@ -11,6 +8,9 @@ from eosin.mil._planted import (
     planted_signal,
     single_concept,
 )
+
+from eosin.errors import ConfigError
+from eosin.mil._evaluate import predict_outputs
 from eosin.mil._recipe import RECIPES, Component, Training
 from eosin.mil._train import fit
 from eosin.mil.slots import AGGREGATORS

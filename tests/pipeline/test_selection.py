@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fine_texture import FineCohort, make_fine_cohort
 
 from eosin._files import write_text
 from eosin.errors import CheckpointError, ConfigError, FeatureMismatchError
@@ -19,7 +20,6 @@ from eosin.mil._study import Study, open_study
 from eosin.mil._train import fit
 from eosin.pipeline._selection import Selection, tile_selected
 from eosin.wsi._coordinates import read_footer, read_grid
-from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._slide_file import find_slides

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fine_texture import FineCohort, make_fine_cohort
 
 from eosin.errors import ConfigError
 from eosin.features._store import find_bags
@@ -13,7 +14,6 @@ from eosin.pipeline._run import Pipeline
 from eosin.pipeline._selection import Selection
 from eosin.pipeline._two_stage import SecondStage, TwoStageResult, run_two_stage
 from eosin.wsi._coordinates import read_footer
-from eosin.wsi._fine_texture import FineCohort, make_fine_cohort
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 

@@ -11,7 +11,8 @@ from scenes import PixelSlide, lattice, marked_map, marked_pixels
 from shapely import MultiPolygon, box
 
 from eosin.errors import EosinError
-from eosin.report._page import Metric, Picture, ReportData, RocInput, SlideCard, slide_pictures, write_report
+from eosin.report._figures import Curve, roc_panel
+from eosin.report._page import Metric, Picture, ReportData, SlideCard, slide_pictures, write_report
 
 
 class Outside(HTMLParser):
@@ -44,7 +45,7 @@ def full_report():
         title="A title",
         summary="One paragraph.",
         metrics=(Metric("AUC", 0.912, 0.8, 0.99, "95 % bootstrap"), Metric("Accuracy", 0.75)),
-        roc=(RocInput("held-out", truth, truth + rng.random(20)),),
+        panels=(roc_panel([Curve("held-out", truth, truth + rng.random(20))]),),
         slides=(SlideCard("slide-1", {"truth": "tumour"}, (picture,), ("A sentence.",), correct=False),),
         predictions=pd.DataFrame({"slide": ["slide-1"], "prob_tumour": [0.123456], "n": [7]}),
         tables={"Folds": pd.DataFrame({"fold": [1, 2], "auc": [0.9, float("nan")], "ci": [(0.5, 0.75), None]})},
@@ -89,9 +90,7 @@ def test_texts_are_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     card = SlideCard(evil, {evil: evil}, (Picture(np.zeros((4, 4, 3), np.uint8), '" onload="x'),), (evil,))
     frame = pd.DataFrame({evil: [evil]})
-    data = ReportData(
-        evil, evil, (Metric(evil, 1.0, note=evil),), (), (card,), frame, {evil: frame}, (evil,), {evil: evil}
-    )
+    data = ReportData(evil, evil, (Metric(evil, 1.0, note=evil),), (card,), frame, {evil: frame}, (evil,), {evil: evil})
     write_report(tmp_path / "report.html", data)
     page = parse(tmp_path / "report.html")
     assert "script" not in page.tags
@@ -106,8 +105,8 @@ def test_same_results_give_the_same_file(tmp_path, full_report):
 
 def test_roc_curve_states_its_area(tmp_path):
     truth = np.array([False, False, True, True])
-    perfect = ReportData("t", roc=(RocInput("x", truth, np.array([0.1, 0.2, 0.8, 0.9])),))
-    other = ReportData("t", roc=(RocInput("x", truth, np.array([0.9, 0.2, 0.8, 0.1])),))
+    perfect = ReportData("t", panels=(roc_panel([Curve("x", truth, np.array([0.1, 0.2, 0.8, 0.9]))]),))
+    other = ReportData("t", panels=(roc_panel([Curve("x", truth, np.array([0.9, 0.2, 0.8, 0.1]))]),))
     for name, data in (("a", perfect), ("b", other)):
         write_report(tmp_path / f"{name}.html", data)
     figures = [
@@ -116,12 +115,6 @@ def test_roc_curve_states_its_area(tmp_path):
     ]
     assert b"AUC 1.000" in figures[0]
     assert b"AUC 0.250" in figures[1]
-
-
-def test_roc_of_one_class_is_left_out(tmp_path):
-    one = RocInput("fold 1", np.array([True, True]), np.array([0.1, 0.2]))
-    write_report(tmp_path / "a.html", ReportData("t", roc=(one,)))
-    assert "img" not in parse(tmp_path / "a.html").tags
 
 
 def test_card_pictures_line_up_and_show_the_truth():

@@ -95,7 +95,6 @@ def test_few_studies_are_kept(catalogue, monkeypatch):
     study = catalogue.study(first)
     assert catalogue.study(first) is study
     catalogue.study(second)
-    assert not catalogue.is_ready(first)
     assert catalogue.study(first) is not study
 
 

@@ -10,8 +10,15 @@ from eosin._seals import sealed
 from eosin.errors import ConfigError
 from eosin.heatmaps._annotations import read_regions, tiles_inside
 from eosin.heatmaps.export._geojson import check_geojson
-from eosin.viewer._replay import replay_sessions
-from eosin.viewer._saved import from_ranges, is_same, read_session, replay_session, save_session, to_ranges
+from eosin.viewer._saved import (
+    from_ranges,
+    is_same,
+    read_session,
+    replay_session,
+    replay_sessions,
+    save_session,
+    to_ranges,
+)
 from eosin.viewer._session import Edited
 
 GONE = np.array([5, 6, 7, 22, 23, 89, 191])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eosin.errors import CorruptSlideError
-from eosin.viewer._tiles import TILE_PX, OpenSlides, Pyramid, TileStore, blank_png, to_grey
+from eosin.viewer._tiles import TILE_PX, OpenSlides, TilePyramid, TileStore, blank_png, to_grey
 from eosin.wsi._slide_file import SlideFile, open_slide
 
 
@@ -18,7 +18,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_the_pyramid_just_holds_the_slide(width, height):
-    pyramid = Pyramid((width, height), 0.25)
+    pyramid = TilePyramid((width, height), 0.25)
     side = TILE_PX << pyramid.max_zoom
     assert side >= max(width, height)
     assert pyramid.max_zoom == 0 or side // 2 < max(width, height)
@@ -29,7 +29,7 @@ def test_tiles_of_every_zoom_are_the_pixels_that_the_slide_gives(scene, catalogu
     key = catalogue.shown[0].key
     store = TileStore(catalogue.slides)
     with open_slide(scene[1].path) as slide:
-        pyramid = Pyramid(slide.size_px0, slide.mpp)
+        pyramid = TilePyramid(slide.size_px0, slide.mpp)
         assert pyramid.max_zoom == 1
         for zoom, column, row in ((0, 0, 0), (1, 0, 0), (1, 1, 0)):
             shrink = 2 ** (1 - zoom)
@@ -56,8 +56,8 @@ def test_places_beside_the_slide_are_transparent_and_others_do_not_exist(catalog
 
 def test_a_tile_is_made_once_also_when_many_ask(catalogue, monkeypatch):
     store, made = TileStore(catalogue.slides), []
-    real = Pyramid.read
-    monkeypatch.setattr(Pyramid, "read", lambda *arguments: made.append(1) or real(*arguments))
+    real = TilePyramid.read
+    monkeypatch.setattr(TilePyramid, "read", lambda *arguments: made.append(1) or real(*arguments))
     with ThreadPoolExecutor(8) as pool:
         tiles = set(pool.map(lambda _: store.tile(catalogue.shown[0].key, "colour", 1, 0, 0), range(32)))
     assert len(tiles) == len(made) == 1
@@ -67,7 +67,7 @@ def test_pixels_that_cannot_be_decoded_are_grey_and_no_error(catalogue, monkeypa
     def broken(*_):
         raise CorruptSlideError("slide", "level 0 is damaged")
 
-    monkeypatch.setattr(Pyramid, "read", broken)
+    monkeypatch.setattr(TilePyramid, "read", broken)
     tile = pixels(TileStore(catalogue.slides).tile(catalogue.shown[0].key, "colour", 0, 0, 0))
     assert np.abs(tile - 214).max() <= 2
     assert "level 0 is damaged" in caplog.text

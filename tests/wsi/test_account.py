@@ -5,13 +5,14 @@ import logging
 
 import numpy as np
 import pytest
+from scenes import detect_tissue
 
 from eosin.wsi._account import LOSSY, account_for
 from eosin.wsi._grid import Tiling, make_grid
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._slide_file import find_slides, open_slide
 from eosin.wsi._tiles import iterate_tiles
-from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue
+from eosin.wsi._tissue import TissueMask, TissueOptions
 
 TILING = Tiling(patch_size=100, mpp=1.0)
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scenes import detect_tissue
 
 from eosin.errors import SlideError
 from eosin.wsi._array_impl import ArraySlide
 from eosin.wsi._grid import Tiling, make_grid
 from eosin.wsi._morphology import grow
 from eosin.wsi._refine import enlarge
-from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue, examine, find_tissue, look_over
+from eosin.wsi._tissue import TissueMask, TissueOptions, examine, find_tissue, look_over
 
 MPP = 8.0
 SHAPE = (1000, 1280)

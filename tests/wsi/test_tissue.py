@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from scenes import detect_tissue
 
 from eosin.errors import SlideError
 from eosin.wsi._histology import lay_out
@@ -8,7 +9,7 @@ from eosin.wsi._morphology import grow
 from eosin.wsi._overview import Overview, read_overview
 from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import SlidePlan, make_slide
-from eosin.wsi._tissue import TissueMask, TissueOptions, detect_tissue, find_tissue
+from eosin.wsi._tissue import TissueMask, TissueOptions, find_tissue
 
 MPP = 8.0
 OPTIONS = TissueOptions()

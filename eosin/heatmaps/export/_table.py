@@ -10,27 +10,12 @@ from eosin._tables import frame_text
 from eosin.heatmaps._heatmap import Heatmap
 
 
-def write_csv(path: Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write the tiles' places and one column per map.
-
-    Parameters
-    ----------
-    path : Path
-        Columns ``x_px0, y_px0`` (top-left corner), ``size_px0`` (level-0 pixels of the slide file, not of its scanned
-        box), then each map by its kind.
-    heatmaps : sequence of Heatmap
-        On one grid.
-    """
-    write_frame(path, tile_table(heatmaps))
-
-
-def write_parquet(path: Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write the table of `write_csv` as parquet: the same columns, with every digit and the labels as metadata."""
-    write_frame(path, tile_table(heatmaps))
-
-
 def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
-    """Return one row per tile: ``x_px0, y_px0, size_px0``, then each map by its kind."""
+    """Return one row per tile and one column per map, which lie on one grid.
+
+    Columns ``x_px0, y_px0`` (top-left corner), ``size_px0`` (level-0 pixels of the slide file, not of its scanned box),
+    then each map by its kind; the maps' labels are metadata.
+    """
     grid = heatmaps[0].grid
     columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
     frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
