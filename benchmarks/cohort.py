@@ -88,7 +88,9 @@ def judged(name: str, seed: int, data: Encoded, out: Path, arguments: argparse.N
     recipe, _ = recipe_of(name, training)
     started = time.perf_counter()
     study = data.study
-    found = crossval(recipe, study.task, study.examples, data.splits, study.cohort, out, device="cpu", resamples=10)
+    found = crossval(
+        recipe, study.task, study.examples, data.splits, cohort=study.cohort, out=out, device="cpu", resamples=10
+    )
     seconds = time.perf_counter() - started
     located = localisation(data, out) if issubclass(output_type(recipe), AttentionOutput) else None
     return {

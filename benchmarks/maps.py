@@ -127,7 +127,7 @@ def train(name: str, data: Encoded, examples: Examples, folder: Path, epochs: in
     )
     recipe, _ = recipe_of(name, training)
     study = data.study
-    crossval(recipe, study.task, examples, data.splits, study.cohort, folder, device="cpu", resamples=10)
+    crossval(recipe, study.task, examples, data.splits, cohort=study.cohort, out=folder, device="cpu", resamples=10)
     return [load_model(folder / f"fold_{number}")[0] for number in range(len(data.splits))]
 
 

@@ -80,7 +80,16 @@ def trained(study: Study, parts: list[Rows], recipe: str, seed: int) -> np.ndarr
     seeded = chosen.model_copy(update={"training": chosen.training.model_copy(update={"seed": 1000 * seed})})
     with tempfile.TemporaryDirectory() as out:
         made = []
-        crossval(seeded, study.task, study.examples, splits, study.cohort, Path(out), resamples=2, progress=made.append)
+        crossval(
+            seeded,
+            study.task,
+            study.examples,
+            splits,
+            cohort=study.cohort,
+            out=Path(out),
+            resamples=2,
+            progress=made.append,
+        )
         for fold in made:
             found |= dict(zip(fold.ids, fold.outputs[:, 1], strict=True))
     return np.array([found[name] for name in ids])

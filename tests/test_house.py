@@ -14,22 +14,6 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 FACES = {module for module, path in SOURCES.items() if path.name == "__init__.py"} | {"eosin.__main__", "eosin._moved"}
 
 KNOWN_LONG = {
-    "eosin.cli.counterfactual._ask_cohort",
-    "eosin.cli.counterfactual._ask_slide",
-    "eosin.cli.heatmap._explain",
-    "eosin.cli.train._judge",
-    "eosin.cli.train._report",
-    "eosin.heatmaps._examination._curves",
-    "eosin.mil._attention._attended",
-    "eosin.mil._attention.forward",
-    "eosin.mil._crossval.crossval",
-    "eosin.mil.methods.gdat._moved",
-    "eosin.mil.methods.packmil.residual_loss",
-    "eosin.mil._reevaluation._best",
-    "eosin.mil._survival_metrics._area_at",
-    "eosin.mil._survival_metrics._share_of_pairs",
-    "eosin.mil._sweep.run_sweep",
-    "eosin.mil._train._refit",
     "eosin.pipeline._cohort_questions._write_cohort",
     "eosin.pipeline._question._write",
 }
@@ -110,6 +94,7 @@ def test_no_function_takes_more_than_five_positional_arguments() -> None:
         if not module.startswith("eosin.kernels")
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not (node.args.args and node.args.args[0].arg == "ctx")  # autograd calls these, with positions only
         and sum(one.arg not in ("self", "cls") for one in node.args.posonlyargs + node.args.args) > MOST_POSITIONAL
     }
     assert sorted(found - KNOWN_LONG) == []

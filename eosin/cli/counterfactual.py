@@ -77,10 +77,30 @@ def counterfactual(
     found = _slides(slides, slide_mpp) if slides else None
     if features.is_dir():
         cohort = _cohort(features, labels, found or {}, regions)
-        return _ask_cohort(model, cohort, out, class_name, classes, donors, questions, formats)
+        return _ask_cohort(
+            model,
+            cohort,
+            out,
+            class_name=class_name,
+            region_classes=classes,
+            donors=donors,
+            questions=questions,
+            formats=formats,
+        )
     if labels is not None:
         raise ConfigError("--labels needs a cohort; pass a folder of feature files as --features, or remove --labels")
-    return _ask_slide(model, features, out, found, class_name, regions, classes, donors, questions, formats)
+    return _ask_slide(
+        model,
+        features,
+        out,
+        found=found,
+        class_name=class_name,
+        regions=regions,
+        region_classes=classes,
+        donors=donors,
+        questions=questions,
+        formats=formats,
+    )
 
 
 def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFile]":
@@ -108,6 +128,7 @@ def _ask_slide(
     model: Path,
     features: Path,
     out: Path,
+    *,
     found: "dict[str, SlideFile] | None",
     class_name: str | None,
     regions: Path | None,
@@ -157,6 +178,7 @@ def _ask_cohort(
     model: Path,
     cohort: "Cohort",
     out: Path,
+    *,
     class_name: str | None,
     region_classes: Sequence[str],
     donors: "Sequence[DonorFile]",

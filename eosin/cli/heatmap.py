@@ -94,7 +94,7 @@ def heatmap(
     broken = {record.slide_id for record in before.failed}
     usable = [file for file in found if file.slide_id not in broken]
     written: dict[str, list[Path]] = {}
-    work = partial(_explain, loaded, files, out, formats, _chosen(maps), written)
+    work = partial(_explain, loaded, files, out, formats=formats, maps=_chosen(maps), written=written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
     return Done([path for paths in written.values() for path in paths], before.then(drawn))
 
@@ -120,10 +120,11 @@ def _explain(
     loaded: "tuple[Aggregator, ModelCard]",
     features: Mapping[str, Path],
     out: Path,
+    slide: "SlideFile",
+    *,
     formats: Sequence[str],
     maps: Sequence[str] | None,
     written: dict[str, list[Path]],
-    slide: "SlideFile",
 ) -> "Outcome":
     from eosin._batch import Outcome
     from eosin.features._store import read_bag

@@ -115,10 +115,14 @@ def train(
             device_cache_bytes=device_bytes,
             progress=advance,
         )
-    told = [] if continue_from is not None else _report(fitted, study, split, out, features, labels, device)
+    told = (
+        []
+        if continue_from is not None
+        else _report(fitted, study, split, out, features=features, labels=labels, device=device)
+    )
     source = Source.of(features, labels, study, group=owner(group), level=level, slide_table=slide_table)
     account = study.account([split])
-    made = [out, *told, *_judge(out, study, source, split, continue_from, device)]
+    made = [out, *told, *_judge(out, study, source, split, continue_from=continue_from, device=device)]
     return Done([*made, account.write(out)], lines=tuple(account.lines()))
 
 
@@ -138,7 +142,7 @@ def _recipe(
 
 
 def _report(
-    fitted: "Fitted", study: "Study", split: "Split", out: Path, features: Path, labels: Path, device: str
+    fitted: "Fitted", study: "Study", split: "Split", out: Path, *, features: Path, labels: Path, device: str
 ) -> list[Path]:
     """Test the model on slides that have not trained it, when there are some."""
     from eosin._files import file_fingerprint
@@ -165,7 +169,7 @@ def _report(
 
 
 def _judge(
-    out: Path, study: "Study", source: "Source", split: "Split", continue_from: Path | None, device: str
+    out: Path, study: "Study", source: "Source", split: "Split", *, continue_from: Path | None, device: str
 ) -> list[Path]:
     """Note the task in the run, and say how a sequence of tasks stands."""
     from eosin.mil.continual import TABLE, record_task, summary

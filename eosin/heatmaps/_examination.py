@@ -230,7 +230,7 @@ class _Exam:
             smallest=smallest,
             enough_alone=_enough_alone(subsets, target),
             certificate=_certificate(subsets, target, search, questions.direction),
-            curves=_curves(subsets, target, ranking, name, search, questions),
+            curves=_curves(subsets, target, ranking=ranking, name=name, search=search, questions=questions),
             ranking=ranking,
             ranking_name=name,
             sufficient=sufficient,
@@ -309,7 +309,7 @@ def _ranking(seen: Look, contribution: Floats) -> tuple[Floats, str]:
 
 
 def _curves(
-    subsets: Subsets, target: Target, ranking: Floats, name: str, search: Search, questions: Questions
+    subsets: Subsets, target: Target, *, ranking: Floats, name: str, search: Search, questions: Questions
 ) -> pd.DataFrame:
     n = subsets.n_instances
     rows = []

@@ -288,7 +288,7 @@ class _BagAttention(torch.autograd.Function):
         scale: float,
         zeros: Tensor | None,
     ) -> Tensor:
-        out, lse = _attended(query, key, value, lengths, scale, zeros)
+        out, lse = _attended(query, key, value, lengths=lengths, scale=scale, zeros=zeros)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.lengths, ctx.scale = lengths, scale
         return out.transpose(1, 2).to(query.dtype)
@@ -326,7 +326,7 @@ class _MixedWeights(torch.autograd.Function):
         scale: float,
         zeros: Tensor | None,
     ) -> Tensor:
-        _, lse = _attended(query, key, key[..., :0], lengths, scale, zeros)
+        _, lse = _attended(query, key, key[..., :0], lengths=lengths, scale=scale, zeros=zeros)
         out = key.new_empty(key.shape[:2])
         shares = mix.to(lse.dtype).transpose(1, 2)  # (B, H, m)
         scaled = query.to(lse.dtype) * scale
@@ -343,7 +343,9 @@ class _MixedWeights(torch.autograd.Function):
         query, key, mix, lse = ctx.saved_tensors
         wide = lse.dtype
         shares = mix.to(wide).transpose(1, 2)
-        dmix, _ = _attended(query, key, grad[..., None].to(wide), ctx.lengths, ctx.scale, ctx.zeros)  # (B, H, m, 1)
+        dmix, _ = _attended(
+            query, key, grad[..., None].to(wide), lengths=ctx.lengths, scale=ctx.scale, zeros=ctx.zeros
+        )  # (B, H, m, 1)
         scaled = query.to(wide) * ctx.scale
         dquery, dkey = torch.zeros_like(scaled), torch.empty_like(key)
         for blocks in _blocks(ctx.lengths, query.shape[1] * query.shape[2], query.device):
@@ -358,7 +360,7 @@ class _MixedWeights(torch.autograd.Function):
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, zeros: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: tuple[int, ...], scale: float, zeros: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values (B, H, m, e) and the logarithm of each softmax's sum (B, H, m), 0 for an empty bag."""
     n_bags, m, heads, _ = query.shape

@@ -198,7 +198,9 @@ class ForwardBag(Subsets):
         sizes, logits, evaluations = [0], [self.logits()], 0
         while len(order) < rounds:
             count = min(plan.block, rounds - len(order))
-            leaving, after, judged = self._best(target, direction, alive, count, plan.shortlist, logits[-1])
+            leaving, after, judged = self._best(
+                target, direction, alive, count=count, shortlist=plan.shortlist, now=logits[-1]
+            )
             order += leaving
             alive[leaving] = False
             sizes.append(len(order))
@@ -210,7 +212,7 @@ class ForwardBag(Subsets):
         )
 
     def _best(
-        self, target: Target, direction: Direction, alive: NDArray[np.bool_], count: int, shortlist: int, now: Floats
+        self, target: Target, direction: Direction, alive: NDArray[np.bool_], *, count: int, shortlist: int, now: Floats
     ) -> tuple[list[int], Floats | None, int]:
         """Return the instances that leave, the logits without them if known, and how many candidates were judged."""
         candidates = _shortlist(self.guesses(target, alive), direction, alive, shortlist)

@@ -5,6 +5,7 @@ each is weighted by one over the probability G of not being censored until then 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,8 @@ def time_auc(risk: Floats, time: Floats, event: Flags, times: Floats, *, groups:
     """
     weights = _weights(time, event)
     members = _members(groups, len(risk))
-    areas = [area for moment in times if (area := _area_at(risk, time, event, weights, moment, members)) is not None]
+    at = partial(_area_at, risk, time, event, weights=weights, members=members)
+    areas = [area for moment in times if (area := at(moment=moment)) is not None]
     if not areas or len(areas) < len(times):
         return None
     survival = _step(*kaplan_meier(time, event), times)
@@ -96,7 +98,7 @@ def _members(groups: Groups | None, n: int) -> list[Rows]:
 
 
 def _area_at(
-    risk: Floats, time: Floats, event: Flags, weights: Floats, moment: float, members: Sequence[Rows]
+    risk: Floats, time: Floats, event: Flags, *, weights: Floats, moment: float, members: Sequence[Rows]
 ) -> float | None:
     right = pairs = 0.0
     for rows in members:
@@ -162,7 +164,7 @@ def concordance(
     by at most `tied` count one half (scikit-survival's ``concordance_index_censored``). With `groups` (n,) only pairs
     within a group are compared: all such pairs of all groups together, as a stratified C-index does.
     """
-    return _share_of_pairs(risk, time, event, np.ones(len(risk)), tied, groups)
+    return _share_of_pairs(risk, time, event, weights=np.ones(len(risk)), tied=tied, groups=groups)
 
 
 def concordance_ipcw(
@@ -174,11 +176,11 @@ def concordance_ipcw(
     the risk (Uno et al., Stat. Med. 2011; scikit-survival's ``concordance_index_ipcw`` with the same patients for G).
     Events after the last time at which anybody is still observed have no weight.
     """
-    return _share_of_pairs(risk, time, event, _weights(time, event) ** 2, tied, groups)
+    return _share_of_pairs(risk, time, event, weights=_weights(time, event) ** 2, tied=tied, groups=groups)
 
 
 def _share_of_pairs(
-    risk: Floats, time: Floats, event: Flags, weights: Floats, tied: float, groups: Groups | None
+    risk: Floats, time: Floats, event: Flags, *, weights: Floats, tied: float, groups: Groups | None
 ) -> float | None:
     right = ties = pairs = 0.0
     for rows in _members(groups, len(risk)):

@@ -106,7 +106,7 @@ def fit(
                 saved = time.monotonic()
         fitted = run.result()
         if recipe.training.refit:
-            fitted = _refit(fitted, recipe, task, train, val, place)
+            fitted = _refit(fitted, recipe, task, train, val, place=place)
     if folder is not None and not run.rank:
         files = {LOG: run.write_logs(folder), SEEN: write_seen(folder, train, val)}
         card = fitted.card.model_copy(update={"files": files})
@@ -175,7 +175,9 @@ def require_machine(device: str, precision: str) -> None:
         raise ConfigError(f"precision {precision!r} is not known; use {' or '.join(PRECISIONS)}")
 
 
-def _refit(fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: Place) -> Fitted:
+def _refit(
+    fitted: Fitted, recipe: Recipe, task: Task, train: Examples, val: Examples | None, *, place: Place
+) -> Fitted:
     """Train from the start on training and validation bags for as many passes as the validation chose.
 
     The learning rate follows the same course as before, so that the chosen number of passes means the same.

@@ -25,7 +25,9 @@ RECIPE = Recipe(
 def test_every_slide_is_tested_once_and_figures_come_from_test_folds_alone(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3, val_fraction=0)
     seen = []
-    summary = crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=50, progress=seen.append)
+    summary = crossval(
+        RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=50, progress=seen.append
+    )
     with (tmp_path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["slide_id"] for row in rows) == sorted(toy.examples.ids)
@@ -52,7 +54,7 @@ def test_test_slides_never_reach_training(toy, tmp_path, monkeypatch):
         return fit(recipe, task, train, val, **options)
 
     monkeypatch.setattr("eosin.mil._crossval.fit", spy)
-    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     for (train, val), split in zip(used, splits, strict=True):
         assert val
         assert not train & val
@@ -61,18 +63,18 @@ def test_test_slides_never_reach_training(toy, tmp_path, monkeypatch):
 
 def test_finished_folds_are_not_trained_again(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3)
-    first = crossval(RECIPE, toy.task, toy.examples, splits[:2], toy.cohort, tmp_path, resamples=2)
+    first = crossval(RECIPE, toy.task, toy.examples, splits[:2], cohort=toy.cohort, out=tmp_path, resamples=2)
     stamp = (tmp_path / "fold_0" / "model.safetensors").stat().st_mtime_ns
-    again = crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    again = crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     assert (tmp_path / "fold_0" / "model.safetensors").stat().st_mtime_ns == stamp
     assert again["folds"][:2] == first["folds"]
 
 
 def test_fewer_folds_leave_no_model_of_the_old_ones(toy, tmp_path):
     more, fewer = make_splits(toy.cohort, folds=3), make_splits(toy.cohort, folds=2, seed=1)
-    crossval(RECIPE, toy.task, toy.examples, more, toy.cohort, tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, more, cohort=toy.cohort, out=tmp_path, resamples=2)
     (tmp_path / "notes.txt").write_text("of the user")
-    crossval(RECIPE, toy.task, toy.examples, fewer, toy.cohort, tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, fewer, cohort=toy.cohort, out=tmp_path, resamples=2)
     assert {path.name for path in tmp_path.glob("fold_*")} == {"fold_0", "fold_1"}
     assert (tmp_path / "notes.txt").exists()
     assert len(Run.open(tmp_path).models) == 2
@@ -80,12 +82,12 @@ def test_fewer_folds_leave_no_model_of_the_old_ones(toy, tmp_path):
 
 def test_folds_of_nobody_known_are_not_mixed_with_new_ones(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3)
-    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     (tmp_path / "manifest.json").unlink()
     assert len(Run.open(tmp_path).models) == 3
     with pytest.raises(ConfigError, match="fold_2 would be taken for a part"):
-        crossval(RECIPE, toy.task, toy.examples, splits[:2], toy.cohort, tmp_path, resamples=2)
-    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2)
+        crossval(RECIPE, toy.task, toy.examples, splits[:2], cohort=toy.cohort, out=tmp_path, resamples=2)
+    crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     (tmp_path / "fold_1" / "model.json").write_text((tmp_path / "fold_0" / "model.json").read_text())
     with pytest.raises(ConfigError, match=r"fold_1/model\.json: is not the file"):
         Run.open(tmp_path)
@@ -96,7 +98,7 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
     cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
     assert cohort == toy.cohort
     with pytest.raises(LabelError, match="patients in both train and test"):
-        crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort, tmp_path)
+        crossval(RECIPE, toy.task, toy.examples, [Split(ids[:40], (), ids[39:])], cohort=cohort, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -104,14 +106,14 @@ def test_a_fold_without_a_test_part_is_refused(toy, tmp_path):
     ids = toy.examples.ids
     cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
     with pytest.raises(LabelError, match="nobody to test in fold 0"):
-        crossval(RECIPE, toy.task, toy.examples, [Split(ids, (), ())], cohort, tmp_path)
+        crossval(RECIPE, toy.task, toy.examples, [Split(ids, (), ())], cohort=cohort, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_patients_with_several_slides_are_judged_too(make_toy, tmp_path):
     toy = make_toy(n_bags=60, per_patient=3)
     summary = crossval(
-        RECIPE, toy.task, toy.examples, make_splits(toy.cohort, folds=2), toy.cohort, tmp_path, resamples=20
+        RECIPE, toy.task, toy.examples, make_splits(toy.cohort, folds=2), cohort=toy.cohort, out=tmp_path, resamples=20
     )
     with (tmp_path / "predictions.csv").open(newline="") as file:
         slides = list(csv.DictReader(file))
@@ -131,7 +133,9 @@ def test_patients_whose_slides_differ_have_no_row(make_toy, tmp_path):
     patients = tuple(f"p{number // 2}" for number in range(40))
     examples = replace(toy.examples, patient_ids=patients)
     cohort = replace(toy.cohort, patient_ids=patients)
-    summary = crossval(RECIPE, toy.task, examples, make_splits(cohort, folds=2), cohort, tmp_path, resamples=20)
+    summary = crossval(
+        RECIPE, toy.task, examples, make_splits(cohort, folds=2), cohort=cohort, out=tmp_path, resamples=20
+    )
     assert "patients" not in summary
     assert not (tmp_path / "predictions_patients.csv").exists()
 
@@ -140,7 +144,7 @@ def test_pooled_figures_follow_the_threshold_of_each_fold(toy, tmp_path):
     """The accuracy of all test predictions is that of the column ``predicted``, whatever each fold's threshold."""
     tuned = RECIPE.model_copy(update={"training": RECIPE.training.model_copy(update={"threshold": True, "epochs": 2})})
     splits = make_splits(toy.cohort, folds=3)
-    summary = crossval(tuned, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=5)
+    summary = crossval(tuned, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=5)
     with (tmp_path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     thresholds = {row["fold"]: float(row["threshold"]) for row in rows}
@@ -168,7 +172,7 @@ def test_survival_is_judged_over_time_and_bins_come_from_the_training_fold(make_
     longer = RECIPE.training.model_copy(update={"bags_per_step": 16, "epochs": 40, "select": "last"})
     recipe = RECIPE.model_copy(update={"training": longer})
     splits = make_splits(cohort, folds=2)
-    summary = crossval(recipe, task, examples, splits, cohort, tmp_path, resamples=20)
+    summary = crossval(recipe, task, examples, splits, cohort=cohort, out=tmp_path, resamples=20)
     pooled = summary["out_of_fold"]
     names = ["cindex", "cindex_ipcw", "time_auc", *(["integrated_brier"] if kind == "survival" else [])]
     assert list(pooled) == names

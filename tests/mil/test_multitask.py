@@ -175,7 +175,7 @@ def test_two_targets_are_learnt_by_one_model_and_judged_out_of_fold(make_toy, tm
         aggregator=Component(name="abmil", options={"embed_dims": [16], "hidden": 8}),
         training=Training(epochs=15, lr=1e-2, bags_per_step=8, select="metric", refit=False),
     )
-    summary = crossval(recipe, task, examples, make_splits(cohort, folds=2), cohort, tmp_path, resamples=20)
+    summary = crossval(recipe, task, examples, make_splits(cohort, folds=2), cohort=cohort, out=tmp_path, resamples=20)
     assert summary["out_of_fold"]["first_auc"]["value"] > 0.75
     assert summary["out_of_fold"]["second_auc"]["value"] > 0.75
     without = examples.subset(name for name, value in zip(table.slide_ids, first, strict=True) if not value)

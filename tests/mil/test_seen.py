@@ -40,7 +40,7 @@ def test_a_patient_stands_for_all_slides(make_toy, tmp_path):
 def test_a_fold_judges_its_test_slides_and_strangers_are_judged_by_all(make_toy, tmp_path):
     toy = make_toy(per_patient=2)
     splits = make_splits(toy.cohort, folds=3, val_fraction=0.0)
-    crossval(RECIPE, toy.task, toy.examples, splits, toy.cohort, tmp_path)
+    crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path)
     run = Run.open(tmp_path)
     for number, split in enumerate(splits):
         assert all(run.unbiased(slide) == (tmp_path / f"fold_{number}",) for slide in split.test)

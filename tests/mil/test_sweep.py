@@ -47,7 +47,7 @@ def recipe(**changes):
 def test_the_choice_is_made_by_validation_in_each_fold(toy, tmp_path):
     candidates = {"good": recipe(), "bad": recipe(lr=1e-9, epochs=1)}
     splits = make_splits(toy.cohort, folds=3)
-    summary = run_sweep(candidates, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=5)
+    summary = run_sweep(candidates, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=5)
     values = {
         name: [
             load_card(tmp_path / f"candidate_{number}" / f"fold_{fold}").training["validation"]["auc"]
@@ -71,7 +71,7 @@ def test_all_seeds_of_a_candidate_are_a_line_of_their_own(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=2)
     aucs = []
     run_sweep(
-        candidates, toy.task, toy.examples, splits, toy.cohort, tmp_path, resamples=2,
+        candidates, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2,
         progress=lambda _, fold: aucs.append(fold.metrics["auc"]),
     )  # fmt: skip
     with (tmp_path / "sweep.csv").open(newline="") as file:
@@ -84,7 +84,7 @@ def test_all_seeds_of_a_candidate_are_a_line_of_their_own(toy, tmp_path):
 def test_a_candidate_that_cannot_be_judged_is_refused(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3)
     with pytest.raises(ConfigError, match="nothing to choose by"):
-        run_sweep({"x": recipe(select="last")}, toy.task, toy.examples, splits, toy.cohort, tmp_path)
+        run_sweep({"x": recipe(select="last")}, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path)
 
 
 def test_nested_splits_choose_by_the_mean_over_inner_folds_and_test_once(toy, tmp_path):
@@ -92,7 +92,7 @@ def test_nested_splits_choose_by_the_mean_over_inner_folds_and_test_once(toy, tm
     nested = make_nested_splits(toy.cohort, folds=2, inner_folds=2)
     seen = []
     summary = run_sweep(
-        candidates, toy.task, toy.examples, nested, toy.cohort, tmp_path, resamples=5,
+        candidates, toy.task, toy.examples, nested, cohort=toy.cohort, out=tmp_path, resamples=5,
         progress=lambda name, fold: seen.append((name, fold)),
     )  # fmt: skip
     means = {(name, fold.number): sum(part["auc"] for part in fold.validation) / 2 for name, fold in seen}
@@ -111,7 +111,7 @@ def test_nested_splits_choose_by_the_mean_over_inner_folds_and_test_once(toy, tm
 
 def test_models_of_nested_splits_answer_together(toy, tmp_path):
     (splits, *_) = make_nested_splits(toy.cohort, folds=2, inner_folds=2)
-    crossval(recipe(), toy.task, toy.examples, [splits], toy.cohort, tmp_path, resamples=2)
+    crossval(recipe(), toy.task, toy.examples, [splits], cohort=toy.cohort, out=tmp_path, resamples=2)
     ids = list(splits[0].test)
     alone = []
     for place in range(2):

@@ -61,7 +61,7 @@ def made(tmp_path_factory):
     extract(files, job, "he_texture", workers=0)
     study = open_study(job.features_dir(COARSE.folder, "he_texture"), root / "cohort/labels.csv")
     splits = study.splits(folds=3, val_fraction=0.0)
-    crossval(RECIPE, study.task, study.examples, splits, study.cohort, root / "run")
+    crossval(RECIPE, study.task, study.examples, splits, cohort=study.cohort, out=root / "run")
     return Stage(root / "cohort", job, root / "run", study)
 
 

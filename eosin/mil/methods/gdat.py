@@ -228,7 +228,7 @@ class Groups:
         total = count * size
         padded = (total.cumsum(0) - total)[bag] + group * size[bag] + member
         sizes = torch.repeat_interleave(size, count)
-        return cls._moved(device, padded, tuple(total.tolist()), sizes, token, present)
+        return cls._moved(device, padded, tuple(total.tolist()), sizes=sizes, token=token, present=present)
 
     @classmethod
     def _without_padding(cls, lengths: tuple[int, ...], group: Tensor, count: Tensor, device: torch.device) -> "Groups":
@@ -242,7 +242,7 @@ class Groups:
         numbers = torch.arange(max(1, int(filled.max())))
         present = numbers < filled[:, None]
         token = torch.where(present, (filled.cumsum(0) - filled)[:, None] + numbers, 0)
-        return cls._moved(device, padded, lengths, sizes[sizes > 0], token, present)
+        return cls._moved(device, padded, lengths, sizes=sizes[sizes > 0], token=token, present=present)
 
     @classmethod
     def _moved(
@@ -250,6 +250,7 @@ class Groups:
         device: torch.device,
         padded: Tensor,
         lengths: tuple[int, ...],
+        *,
         sizes: Tensor,
         token: Tensor,
         present: Tensor,

@@ -146,7 +146,7 @@ class PackMil(Strategy):
         hyper: AggregatorOutput = self._host()(merged(rest, pack_of))
         logits = hyper.logits if self.classifier is None else self.classifier(hyper.embedding)
         weights = rest.lengths if self.label_weights == "instances" else (1,) * rest.n_bags
-        loss = residual_loss(self.task, self.labels, logits, target, pack_of, weights)
+        loss = residual_loss(self.task, self.labels, logits, target, pack_of=pack_of, weights=weights)
         return Step(output, read, {"residual": self.residual_weight * loss})
 
     def _longest(self, lengths: Sequence[int]) -> int:
@@ -403,7 +403,7 @@ def choose_labels(task: Task, labels: Labels) -> Labels:
 
 
 def residual_loss(
-    task: Task, labels: Labels, logits: Tensor, target: Tensor, pack_of: Sequence[int], weights: Sequence[int]
+    task: Task, labels: Labels, logits: Tensor, target: Tensor, *, pack_of: Sequence[int], weights: Sequence[int]
 ) -> Tensor:
     """Return the loss of hyperslides; mean over hyperslides, for ``classes`` also over the classes.
 

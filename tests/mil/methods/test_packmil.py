@@ -216,7 +216,7 @@ def test_other_ordered_classes_are_averaged():
 
 def test_shares_are_soft_targets():
     logits = torch.randn(1, 3)
-    found = residual_loss(TASK, "shares", logits, torch.tensor([0, 2, 2]), [0, 0, 0], [1, 1, 2])
+    found = residual_loss(TASK, "shares", logits, torch.tensor([0, 2, 2]), pack_of=[0, 0, 0], weights=[1, 1, 2])
     wanted = functional.cross_entropy(logits, torch.tensor([[0.25, 0.0, 0.75]]))
     torch.testing.assert_close(found, wanted)
 
