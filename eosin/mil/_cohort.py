@@ -61,6 +61,7 @@ class Cohort:
 def deal(cohort: Cohort, parts: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
     """Deal the groups into parts: each goes where its strata are most wanted, large and rare ones first."""
     groups, shares = cohort.groups(), _shares(cohort)
+    # sorted first, so that the order of the table does not change what a seed draws
     order = rng.permutation(sorted(groups)).tolist()
     order.sort(key=lambda key: -shares[key].max())
     filled = np.zeros((parts, len(set(cohort.strata))))
@@ -68,6 +69,7 @@ def deal(cohort: Cohort, parts: int, rng: np.random.Generator) -> list[tuple[str
     for key in order:
         share = shares[key]
         crowding = ((filled + share) ** 2).sum(1) - (filled**2).sum(1)
+        # sums of shares differ in their last digits, and an exact minimum would prefer some parts
         emptiest = np.flatnonzero(np.isclose(crowding, crowding.min()))
         part = min(rng.permutation(emptiest).tolist(), key=lambda p: len(members[p]))
         filled[part] += share
@@ -103,6 +105,7 @@ def _draw_sites(cohort: Cohort, fraction: float, rng: np.random.Generator) -> tu
         allowed = (changed < 1 - ROUNDING)[shares[key] > 0].all()
         return float(((changed - fraction) ** 2).sum()) if allowed else np.inf
 
+    # a site that was refused may fit when others have left
     for key in order * SITE_ROUNDS:
         if distance(key) < ((filled - fraction) ** 2).sum() - ROUNDING:
             filled += -shares[key] if key in drawn else shares[key]
@@ -124,6 +127,7 @@ def draw(cohort: Cohort, fraction: float, rng: np.random.Generator) -> tuple[str
     of_stratum: dict[str, list[str]] = {}
     for key, rows in groups.items():
         kinds = Counter(cohort.strata[row] for row in rows)
+        # patients with slides of several strata are a stratum of their own
         of_stratum.setdefault("\0".join(sorted(kinds)), []).append(key)
     drawn: list[str] = []
     for _, keys in sorted(of_stratum.items()):

@@ -213,6 +213,7 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     if len(getattr(task, "classes", ())) == 2 and len(set(patients)) == len(patients):
         exact = delong(first_outputs[:, 1], second_outputs[:, 1], targets == 1)
         if exact.p_value is not None:
+            # the interval stays that of bounded measures, which has a width at 0 and 1
             found["auc"] = replace(exact, lower=found["auc"].lower, upper=found["auc"].upper)
     return found
 

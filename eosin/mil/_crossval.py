@@ -149,6 +149,7 @@ def crossval(
         for number, fold in enumerate(splits)
         for folder in plan.folders(number, fold)
     ]
+    # from here on nothing of an earlier run in the folder counts as a result
     begin_set(out, [*models, PREDICTIONS, METRICS], pattern=r"fold_\d+")
     folds = []
     for number, fold_splits in enumerate(splits):
@@ -210,6 +211,7 @@ def tested_slides(folds: Sequence[FoldSplits]) -> list[str]:
 
 
 def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
+    # nothing is selected, so no slide is kept from training
     if recipe.training.select == "last":
         return split
     return with_validation(split, cohort, val_fraction=val_fraction, seed=recipe.training.seed + number)
@@ -263,10 +265,12 @@ class _Plan:
         made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
         test = self.examples.subset(splits[0].test)
         fold = judge_models(made, self.task, test, number=number, device=self.device)
+        # validation slides have chosen the model, so they are part of what it saw
         return replace(fold, n_train=len(set(splits[0].train) | set(splits[0].val)))
 
     def _train(self, number: int, split: Split, folder: Path) -> Fitted:
         training = self.recipe.training
+        # with one seed all folds would start from the same weights, and their spread would not show that chance
         seeded = training.model_copy(update={"seed": training.seed + number})
         return fit(
             self.recipe.model_copy(update={"training": seeded}),
@@ -299,6 +303,7 @@ def by_patient(folds: Sequence[Fold]) -> list[Fold]:
     made = []
     for fold in folds:
         names, first, number = np.unique(fold.patient_ids, return_index=True, return_inverse=True)
+        # nan is a target that is not known, equal to itself here
         if not np.array_equal(fold.targets, fold.targets[first][number], equal_nan=fold.targets.dtype.kind == "f"):
             return []
         outputs = np.stack([fold.outputs[number == place].mean(0) for place in range(len(names))])
@@ -318,6 +323,7 @@ def _pooled(task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]
         outputs,
         np.concatenate([fold.targets for fold in folds]),
         [patient for fold in folds for patient in fold.patient_ids],
+        # each fold decides by its own threshold
         decided=np.concatenate([fold.task.decide(fold.outputs) for fold in folds]),
         folds=np.repeat([fold.number for fold in folds], [len(fold.ids) for fold in folds]),
         resamples=resamples,

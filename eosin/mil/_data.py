@@ -110,6 +110,7 @@ class FeatureFolder:
         if bag_id not in self._cache:
             features = read_bag(self._files[bag_id]).features
             if features.nbytes > self._free_bytes:
+                # a copy: torch warns of memory that cannot be written
                 return torch.from_numpy(np.array(features if rows is None else features[rows.numpy()]))
             self._cache[bag_id] = torch.from_numpy(np.array(features))
             self._free_bytes -= features.nbytes
@@ -240,6 +241,7 @@ def patient_examples(examples: Examples) -> Examples:
     firsts = examples.subset(slides[0] for slides in slides_of.values())
     for number, (patient, slides) in enumerate(slides_of.items()):
         targets = examples.subset(slides).targets
+        # a value that both lack is not a difference
         differs = (targets != firsts.targets[number]) & ~(targets.isnan() & firsts.targets[number].isnan())
         if differs.any():
             raise LabelError(f"patient {patient} has slides with different labels ({shown(slides)}); train on slides")

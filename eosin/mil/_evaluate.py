@@ -176,6 +176,7 @@ def _percentiles(name: str, value: float | None, draws: Floats, resamples: int, 
         return Estimate(value, None, None, len(draws))
     tail = (1 - level) / 2
     lower, upper = np.quantile(draws, [tail, 1 - tail])
+    # that of each target, too
     if f"_{name}".endswith("_ece"):
         bias = np.mean(draws) - value
         lower, upper = max(lower - bias, 0.0), upper - bias

@@ -40,6 +40,7 @@ def _load(bags: BagSource, name: str, most: int, generator: torch.Generator | No
     length = bags.length(name)
     if not most or length <= most:
         return bags.load(name)
+    # in the order of the file: read in one sweep, and neighbours stay beside each other
     return bags.load(name, torch.randperm(length, generator=generator)[:most].sort().values)
 
 
@@ -90,6 +91,7 @@ class DeviceBags:
         if bag_id in self._kept:
             bag = self._kept[bag_id]
             return bag if rows is None else bag[rows.to(self._device)]
+        # a random sample is another one in the next pass
         if rows is not None:
             return self._bags.load(bag_id, rows).to(self._device)
         bag = self._bags.load(bag_id).to(self._device)
@@ -171,6 +173,7 @@ def ahead(items: Iterable[T], *, most: int = AHEAD) -> Iterator[T]:
     def offer(item: T | None, error: BaseException | None = None) -> bool:
         while not stopped.is_set():
             try:
+                # wakes up now and then, to notice that nobody waits any more
                 waiting.put((item, error), timeout=0.1)
             except queue.Full:
                 continue
@@ -195,6 +198,7 @@ def ahead(items: Iterable[T], *, most: int = AHEAD) -> Iterator[T]:
                 raise error
             yield item  # type: ignore[misc]
     finally:
+        # no thread may read files that the caller closes next
         stopped.set()
         thread.join()
 

@@ -137,6 +137,7 @@ def score_interval(value: float, draws: Floats, support: Support, clusters: Clus
     share = float(np.clip((value - support.low) / span, 0, 1))
     cases, freedom = clusters.effective(support)
     patients = len(np.unique(clusters.numbers))
+    # p patients drawn from p vary (p - 1) / p as much as p patients drawn from all
     variance = float(draws.var()) / span**2 * patients / max(patients - 1, 1) if len(draws) else 0.0
     if variance > 0:  # draws that are all alike say nothing of their variance
         cases = (share * (1 - share) + 1 / cases) / (variance + 1 / cases**2)

@@ -60,6 +60,7 @@ class Embedding(nn.Sequential):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return instances (N, E) of features (N, D)."""
+        # the one kernel is written for ReLU on a CPU
         if values.device.type != "cpu" or not {type(layer) for layer in self} <= _ONE_KERNEL:
             embedded: Tensor = super().forward(values)  # type: ignore[no-untyped-call]
             return embedded
@@ -176,6 +177,7 @@ def initialise(module: nn.Module, how: Init) -> None:
 
 def as_dtype(values: Tensor, like: Tensor) -> Tensor:
     """Return pooled values, which are float32 at least, in the dtype of the layer that reads them."""
+    # autocast converts by itself
     return values if torch.is_autocast_enabled(values.device.type) else values.to(like.dtype)
 
 

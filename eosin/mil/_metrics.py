@@ -32,6 +32,7 @@ def base_metric(name: str) -> str | None:
     """Return the metric of a name without the class or target that it is of; None for one that is not known."""
     if name in RANGES:
         return name
+    # `balanced_accuracy` ends with the name of another metric
     longest_first = sorted(RANGES, key=len, reverse=True)
     return next((metric for metric in longest_first if f"_{metric}_" in f"_{name}_"), None)
 
@@ -64,6 +65,7 @@ def average_precision(scores: Floats, positive: NDArray[np.bool_]) -> float | No
     if not positive.any() or positive.all():
         return None
     order = np.argsort(-scores, kind="stable")
+    # no threshold lies between equal scores
     last_of_tie = np.append(np.diff(scores[order]) != 0, True)
     hits = np.cumsum(positive[order])[last_of_tie]
     seen = (np.arange(len(scores)) + 1)[last_of_tie]
@@ -106,6 +108,7 @@ def kappa(matrix: Ints, *, quadratic: bool = False) -> float | None:
 
 def expected_calibration_error(confidence: Floats, correct: NDArray[np.bool_], *, bins: int = ECE_BINS) -> float:
     """Return the mean gap between confidence and accuracy over equal-width bins, weighted by their counts."""
+    # a confidence of 1 belongs to the last bin
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
@@ -165,6 +168,7 @@ def classification_metrics(probabilities: Floats, truth: Ints, predicted: Ints, 
     scored = range(1, 2) if len(classes) == 2 else range(len(classes))
     areas = [roc_auc(probabilities[:, k], one_hot[:, k]) for k in scored]
     precisions = [average_precision(probabilities[:, k], one_hot[:, k]) for k in scored]
+    # one slide at probability 0 would make the loss of a cohort infinite
     likelihood = np.clip(probabilities[np.arange(len(truth)), truth], 1e-12, None)
     top = probabilities.argmax(1)
     metrics: Metrics = {

@@ -67,6 +67,7 @@ class PredictionTable:
     saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        # the task alone knows its columns, and which of them are numbers
         nothing = self.task.table(self.task.activate(torch.zeros(1, self.task.n_outputs)))
         self.numbers = {name for name, values in nothing.items() if values.dtype.kind == "f"}
         self.numbers |= set(self.task.spread_columns)

@@ -79,11 +79,13 @@ def make_splits(
     rng = np.random.default_rng(seed)
     if kind == "holdout":
         return _holdout(cohort, folds, test_fraction, rng)
+    # before anything is drawn: afterwards one could only say that a part lacks a class
     _require_groups(cohort, max(folds if kind == "kfold" else 2, 2 + (val_fraction > 0)))
     draws = (draw(cohort, test_fraction, rng) for _ in range(folds))
     splits = []
     for test in deal(cohort, folds, rng) if kind == "kfold" else draws:
         rest = cohort.select(set(cohort.slide_ids) - set(test))
+        # a share of all patients, drawn from those that are left
         val = draw(rest, val_fraction / (1 - len(test) / len(cohort.slide_ids)), rng) if val_fraction else ()
         splits.append(_ordered(cohort, val=val, test=test))
     return _finished(splits, cohort, parts=("val", "test") if val_fraction else ("test",))
@@ -151,6 +153,7 @@ def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15,
     train = cohort.select(split.train)
     _require_groups(train, 2, "train without a validation part (training.select: last)")
     val = draw(train, val_fraction, np.random.default_rng(seed))
+    # slides that the split leaves out would else be trained on
     return _ordered(cohort.select((*split.train, *split.test)), val=val, test=split.test)
 
 
@@ -336,6 +339,7 @@ def _read_csv(path: Path) -> Split:
     if not {"train", "test"} <= set(table):
         raise LabelError(f"{path}: is not a split; expected the columns train, val, test, found {', '.join(table)}")
     columns = [table.get(part, ()) for part in PARTS]
+    # one row per slide and a flag per part
     if all(value in ("True", "False", "") for column in columns for value in column):
         names = [slide_id(name) for name in next(iter(table.values()))]
         columns = [

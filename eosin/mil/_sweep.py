@@ -181,6 +181,7 @@ def choose(folds: Mapping[str, Sequence[Fold]], number: int, task: Task) -> str:
         metrics = [part[task.selection_metric] for part in parts]
         known = [metric for metric in metrics if metric is not None]
         losses = [loss for part in parts if (loss := part["loss"]) is not None]
+        # undefined on one part: a mean over the other parts would be about other slides
         values[name] = (np.mean(known) if len(known) == len(parts) else -np.inf, -np.mean(losses))
     return max(values, key=values.__getitem__)
 

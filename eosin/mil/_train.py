@@ -100,6 +100,7 @@ def fit(
         for epoch in run.passes():
             if progress is not None:
                 progress(epoch)
+            # one process writes for all, whose weights are equal
             if folder is not None and not run.rank and time.monotonic() - saved > state_interval_s:
                 write_state(folder, run.state())
                 run.write_logs(folder)
@@ -184,6 +185,7 @@ def _refit(
     """
     if val is None:
         return fitted
+    # the first weights are those of the run whose passes were counted
     torch.manual_seed(recipe.training.seed)
     whole = recipe.model_copy(update={"training": recipe.training.model_copy(update={"select": "last"})})
     run = TrainingRun(whole, task, train.joined(val), None, place)

@@ -132,6 +132,7 @@ class TrainingRun:
         self.draw_weights = balance if self.options.balance == "sampling" else None
         self.loss_weights = balance.to(self.device) if balance is not None and self.draw_weights is None else None
         self.targets = train.targets.to(self.device)
+        # on a CPU the source of the bags has a cache of its own
         self.bags: BagSource = train.bags
         if place.cache_bytes and self.device.type != "cpu":
             self.bags = DeviceBags(train.bags, self.device, place.cache_bytes)
@@ -180,7 +181,9 @@ class TrainingRun:
         return model if self.standardizer is None else Standardized(self.standardizer, model)
 
     def _train_pass(self, number: int) -> Epoch:
+        # a sum would give pass 1 of seed 0 the draws of pass 0 of seed 1
         seed = int.from_bytes(hashlib.sha256(f"{self.options.seed} {number}".encode()).digest()[:7], "big")
+        # dropout differs between processes; the order of the bags, which all must know, does not
         torch.manual_seed(seed + self.rank)
         generator = torch.Generator().manual_seed(seed)
         self.objective.train()

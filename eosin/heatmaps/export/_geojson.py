@@ -69,6 +69,7 @@ def _require_one_grid(heatmaps: Sequence[Heatmap]) -> None:
 
 def _write_collection(file: BinaryIO, features: Iterable[str]) -> None:
     file.write(b'{"type":"FeatureCollection","features":[')
+    # one feature at a time: a slide of 200,000 tiles would else be held as text as a whole
     separator = "\n"
     for feature in features:
         file.write((separator + feature).encode())
@@ -87,15 +88,18 @@ def _tile_features(
     origins = first.grid.origins_px0
     boxes = _boxes_in_image(first, bounds_px0)
     classes = _classifications(scale, heatmaps[0].label)
+    # a map of one value has one class
     step = (scale.high - scale.low or 1.0) / CLASSES
     bins = np.clip((first.values - scale.low) / step, 0, CLASSES - 1).astype(int)
     names = [json.dumps(heatmap.kind) for heatmap in heatmaps]
     columns = [heatmap.values for heatmap in heatmaps]
     shown = np.ones(len(boxes), bool) if top is None else _highest(first.values, top)
+    # a tile outside the scanned box is clipped to nothing, which is not a polygon
     has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     for index in np.flatnonzero(shown & has_area).tolist():
         x0, y0, x1, y1 = boxes[index].tolist()
         measurements = ",".join(f"{name}:{column[index]:.6g}" for name, column in zip(names, columns, strict=True))
+        # not random: equal results give equal files
         place = f"{slide_id}/{origins[index, 0]},{origins[index, 1]},{first.grid.tile_px0}"
         yield (
             f'{{"type":"Feature","id":"{uuid.uuid5(NAMESPACE, place)}","geometry":{{"type":"Polygon","coordinates":'

@@ -92,6 +92,7 @@ def take_view(slide: Slide, *, longest_px: int = 1200) -> View:
     """
     x, y, width, height = slide.bounds_px0 or (0, 0, *slide.size_px0)
     mpp = slide.mpp * max(1.0, max(width, height) / longest_px)
+    # rounding of the division must not add a column of background
     size_px = [max(1, math.ceil(side * slide.mpp / mpp - 1e-6)) for side in (width, height)]
     image = slide.read((x, y), (size_px[0], size_px[1]), mpp)
     return View(image=image, mpp=mpp, slide_mpp=slide.mpp, window_px0=(x, y, width, height))
@@ -112,6 +113,7 @@ def blend(
     plane = heatmap.raster(view.mpp, window_px0=view.window_px0)
     if tissue is not None:
         plane = np.where(view.show_mask(tissue), plane, np.nan)
+    # weights of Rec. 709
     grey = np.asarray(view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32), np.float64)[..., None]
     mixed = scale.over(grey, plane, opacity=opacity)
     return np.where(np.isnan(plane)[..., None], grey, mixed).round().astype(np.uint8)
@@ -178,6 +180,7 @@ def _canvas(
     """Return a figure with images of one size side by side, each pixel of an image one pixel of the figure."""
     height, width = images[0].shape[:2]
     full_width = left + len(images) * width + (len(images) - 1) * MARGIN_PX + right
+    # a flat picture still needs the height of the colour bar beside it
     full_height = max(top + height + bottom, 240 if right else 1)
     figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -197,6 +200,7 @@ def _canvas(
 def render(figure: Figure) -> NDArray[np.uint8]:
     """Return the pixels of a figure that has an Agg canvas, (h, w, 3)."""
     figure.canvas.draw()
+    # a copy: the canvas draws into this memory again
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
 
@@ -270,4 +274,5 @@ def _draw_words(figure: Figure, title: str, contours: Sequence[Contour]) -> None
     for contour in contours:
         figure.text(left / width, 8 / height, "▬ ", color=contour.colour, fontsize=10, va="bottom")
         text = figure.text((left + 18) / width, 8 / height, contour.name, fontsize=10, va="bottom")
+        # the width of a text is known only when it is drawn
         left += 36 + text.get_window_extent().width

@@ -78,6 +78,7 @@ def _write_pyramid(
     file: BinaryIO, heatmap: Heatmap, finest: float, window_px0: Window | None, pixels: "_Pixels"
 ) -> None:
     height, width = raster_shape(heatmap.grid, finest, window_px0)
+    # a classic file must have room for the directories, and for tiles that deflate does not shrink
     with tifffile.TiffWriter(file, bigtiff=height * width * 4 > CLASSIC_BYTES) as tiff:
         for level, mpp in enumerate(_level_mpps(heatmap, finest, window_px0)):
             tiff.write(
@@ -92,6 +93,7 @@ def _write_pyramid(
                 subfiletype=int(level > 0),
                 description=None if level else heatmap.caption,
                 software=MARK,
+                # else tifffile writes a second description, its own
                 metadata=None,
             )
 

@@ -100,6 +100,7 @@ class _ClassTask(Task):
         """Return weights proportional to one over the count of the example's class."""
         counts = target.bincount(minlength=len(self.classes))
         weights = 1 / counts[target].double()
+        # with a mean of 1 a learning rate means what it does without weights
         return (weights / weights.mean()).float()
 
     @property
@@ -142,6 +143,7 @@ class _ClassTask(Task):
             scaled = self.bag_losses(logits.double() / math.exp(log_temperature), target)
             return float(scaled.sum()) + log_temperature**2 / 2
 
+        # T from 0.05 to 20
         return math.exp(float(optimize.minimize_scalar(unlikeliness, bounds=(-3.0, 3.0), method="bounded").x))
 
     def decide(self, outputs: Floats) -> NDArray[np.int64]:

@@ -208,6 +208,7 @@ class MultiLabel(Task):
     def supports(self, target: NDArray[Any]) -> dict[str, Support]:
         """Return the positive and the negative rows of a label; means over the labels rest on the rarest."""
         of_label = [(target[:, k] == 1, target[:, k] != 1) for k in range(self.n_outputs)]
+        # a label that all rows have, or none, has no area that a mean could rest on
         rarest = min(of_label, key=lambda pair: min(int(rows.sum()) for rows in pair) or len(target))
         both, positive = Support(rarest), Support(rarest[:1])
         found = {"auc": both, "balanced_accuracy": both, "kappa": Support(rarest, -1.0)}

@@ -101,6 +101,7 @@ class MultiTask(Task):
     def _encode_part(self, part: Task, rows: Sequence[Row]) -> Tensor:
         there = [number for number, row in enumerate(rows) if _complete(row, part.columns)]
         known = part.encode([rows[number] for number in there])
+        # float64 holds the class numbers of one part and the times of another exactly
         filled = torch.full((len(rows), _width(part)), float("nan"), dtype=torch.float64)
         filled[there] = known.reshape(len(there), -1).double()
         return filled

@@ -265,6 +265,7 @@ class DiscreteSurvival(SurvivalTask):
         bins = torch.arange(self.bins)
         events = ((place == bins) & seen).sum(0)
         survived = torch.where(seen, place > bins, (place >= bins) * (1 - self.alpha)).sum(0)
+        # a bin without an event has no logarithm of its hazard
         return tuple(((events + 0.5) / (survived + 0.5)).double().log().tolist())
 
     def _place(self, target: Tensor) -> Tensor:
@@ -306,6 +307,7 @@ class DiscreteSurvival(SurvivalTask):
         if not ends or any(name not in columns for name in ends):
             return survival
         edges = _numbers(columns, ends)
+        # each fold has the quantiles of its own training part
         for own in np.unique(edges, axis=0):
             rows = (edges == own).all(1)
             survival[rows] = _moved(survival[rows], own, np.asarray(self.edges))
