@@ -192,6 +192,35 @@ def test_objects_print_what_they_are(tmp_path: Path) -> None:
     ]
 
 
+def test_objects_that_hold_much_print_one_line_about_it(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from eosin.features._bag import FeatureSpec
+    from eosin.heatmaps import MapSet
+    from eosin.mil import Examples, MemoryBags, Split
+    from eosin.wsi import ArraySlide, TissueMask
+
+    bags = MemoryBags({"a": torch.ones(2, 3), "b": torch.ones(1, 3)}, FeatureSpec(encoder="toy", dim=3))
+    grid = eosin.TileGrid(np.array([[0, 0]]), 256, eosin.Tiling(), (1000, 800), 0.5)
+    printed = [
+        ArraySlide(np.zeros((6, 8, 3), np.uint8), mpp=0.5, path=tmp_path / "a.png"),
+        ArraySlide(np.zeros((6, 8, 3), np.uint8), mpp=None),
+        TissueMask(np.ones((100, 200), bool), (16, 16), (3200, 1600), 0.5),
+        Split(("a", "b"), (), ("c",)),
+        Examples(bags, ("a", "b"), ("1", "1"), torch.arange(2)),
+        MapSet([eosin.Heatmap(np.ones(1), grid, "attention", "attention")], {"effect": "it would take too long"}),
+    ]
+    assert [repr(one) for one in printed] == [
+        "<Slide a.png: 8 x 6 px, 0.5 µm/px, memory>",
+        "<Slide array: 8 x 6 px, no µm/px, memory>",
+        "<TissueMask: 1.28 mm² on 200 x 100 cells>",
+        "<Split: 2 train, 0 val, 1 test>",
+        "<Examples: 2 bags of 1 patients, toy>",
+        "<MapSet: attention; 1 absent>",
+    ]
+
+
 @pytest.mark.parametrize("old", ["eosin.mil.checkpoint", "eosin.wsi.grid", "eosin.heatmaps.export.png", "eosin.demo"])
 def test_a_module_that_is_private_now_keeps_its_path_of_the_first_version(old: str) -> None:
     with pytest.warns(FutureWarning, match=f"{old} is now eosin\\."):

@@ -75,6 +75,9 @@ class Counterfactuals:
     sufficient: SmallestSet | None = None
     direction: Direction = "min"
 
+    def __repr__(self) -> str:
+        return f"<Counterfactuals of {self.slide_id} for {self.class_name}: {len(self.effects)} effects>"
+
     @property
     def n_tiles(self) -> int:
         """Number of tiles of the slide."""

@@ -47,6 +47,9 @@ class MapSet:
     maps: list[Heatmap]
     absent: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<MapSet: {', '.join(heatmap.kind for heatmap in self.maps)}; {len(self.absent)} absent>"
+
 
 @dataclass(frozen=True, eq=False)
 class _Subject:

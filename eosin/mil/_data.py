@@ -6,7 +6,7 @@ without a label are left out. A patient may have several slides.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
@@ -170,10 +170,13 @@ class Examples:
         As the task encodes them, on the host.
     """
 
-    bags: BagSource = field(repr=False)
+    bags: BagSource
     ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     targets: Tensor
+
+    def __repr__(self) -> str:
+        return f"<Examples: {len(self)} bags of {len(set(self.patient_ids))} patients, {self.bags.spec.encoder}>"
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -36,6 +36,9 @@ class Split:
     val: tuple[str, ...]
     test: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"<Split: {', '.join(f'{len(slides)} {part}' for part, slides in self.parts().items())}>"
+
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the parts by name."""
         return {"train": self.train, "val": self.val, "test": self.test}

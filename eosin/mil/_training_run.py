@@ -69,6 +69,10 @@ class Fitted:
     card: ModelCard
     history: tuple[Epoch, ...]
 
+    def __repr__(self) -> str:
+        recipe = self.card.recipe.aggregator.name
+        return f"<Fitted {recipe}: {len(self.history)} passes, {self.card.load_task()!r}>"
+
     def save(self, folder: Path) -> ModelCard:
         """Write the model folder; see `eosin.mil._checkpoint.save_model`."""
         return save_model(folder, self.model, self.card)

@@ -124,6 +124,9 @@ class Catalogue:
         self._studies: OrderedDict[str, SlideStudy] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<Catalogue: {len(self.shown)} slides shown, {len(self.refused)} refused, {self.card!r}>"
+
     @property
     def shown(self) -> tuple[Listed, ...]:
         """The slides that can be looked at."""

@@ -68,6 +68,11 @@ class Slide(ABC):
         self.resolution: Resolution = resolve_mpp(picture.stated, power=picture.power, user_mpp=mpp)
         self.notes: list[str] = [note for note in (self.resolution.note,) if note]
 
+    def __repr__(self) -> str:
+        width, height = self.size_px0
+        resolution = "no" if self.resolution.mpp is None else f"{self.resolution.mpp:.4g}"
+        return f"<Slide {self.path.name}: {width} x {height} px, {resolution} µm/px, {self.reader}>"
+
     @property
     def mpp(self) -> float:
         """µm per level-0 pixel.

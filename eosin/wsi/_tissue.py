@@ -130,6 +130,10 @@ class TissueMask:
     small_um2: float = 0.0
     ink_um2: float = 0.0
 
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"<TissueMask: {self.area_um2 / 1e6:.3g} mm² on {width} x {height} cells>"
+
     def like(self, mask: NDArray[np.bool_]) -> "TissueMask":
         """Return another mask on the same lattice."""
         return TissueMask(mask, self.px0_per_cell, self.slide_size_px0, self.slide_mpp)
