@@ -50,23 +50,6 @@ class SavedTiles(Options):
     tiles: Ranges
 
 
-class SavedVerdict(Options):
-    """A prediction.
-
-    Parameters
-    ----------
-    logits : list of float
-    columns : dict
-        As printed.
-    log_odds : dict
-        By class.
-    """
-
-    logits: list[float]
-    columns: dict[str, str]
-    log_odds: dict[str, float] = Field(default_factory=dict)
-
-
 class SavedSession(Options):
     """One slide of a session.
 
@@ -83,7 +66,7 @@ class SavedSession(Options):
         How the numbers were made.
     removed : SavedTiles
     added : SavedTiles or None
-    before, after : SavedVerdict
+    before, after : Verdict
     words : str
     """
 
@@ -96,8 +79,8 @@ class SavedSession(Options):
     method: str
     removed: SavedTiles
     added: SavedTiles | None = None
-    before: SavedVerdict
-    after: SavedVerdict
+    before: Verdict
+    after: Verdict
     words: str
 
 
@@ -156,8 +139,8 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
         method=edited.study.seen.method,
         removed=_saved_tiles(edited.study, np.flatnonzero(~edited.present)),
         added=None if added is None else _saved_tiles(added.donor, added.tiles),
-        before=_saved_verdict(before),
-        after=_saved_verdict(after),
+        before=before,
+        after=after,
         words=in_words(catalogue, edited, before, after, class_name),
     )
 
@@ -169,10 +152,6 @@ def _saved_tiles(study: SlideStudy, tiles: Indices) -> SavedTiles:
         n_tiles=study.n_tiles,
         tiles=to_ranges(tiles),
     )
-
-
-def _saved_verdict(verdict: Verdict) -> SavedVerdict:
-    return SavedVerdict(logits=list(verdict.logits), columns=dict(verdict.columns), log_odds=dict(verdict.log_odds))
 
 
 def to_ranges(tiles: Indices) -> list[tuple[int, int]]:

@@ -1,17 +1,18 @@
 """What a reader has done to a slide: tiles taken away and added, and what the model says now."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy.special import expit
 
 from eosin.errors import ConfigError
 from eosin.heatmaps._counterfactual import as_probability
 from eosin.mil.subsets import Floats, Target
+from eosin.options import Options
 from eosin.viewer._catalogue import Catalogue, SlideStudy
 from eosin.viewer._lattice import Indices
 
@@ -132,22 +133,21 @@ class Edited:
         return replace(self, present=present, added=replace(self.added, tiles=drawn))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the model says of one set of tiles.
+class Verdict(Options):
+    """What the model says of one set of tiles, as sessions keep it, too.
 
     Parameters
     ----------
     logits : tuple of float
-    columns : mapping of str to str
+    columns : dict of str to str
         The columns of the prediction as they are printed.
-    log_odds : mapping of str to float
+    log_odds : dict of str to float
         By class; empty for tasks without classes.
     """
 
     logits: tuple[float, ...]
-    columns: Mapping[str, str]
-    log_odds: Mapping[str, float] = field(default_factory=dict)
+    columns: dict[str, str]
+    log_odds: dict[str, float] = Field(default_factory=dict)
 
     @property
     def leading(self) -> str:
@@ -169,7 +169,7 @@ def judge(catalogue: Catalogue, logits: Floats) -> Verdict:
         for name, row in columns.items()
     }
     odds = {name: float(Target(output).of(logits)) for output, name in enumerate(classes)}
-    return Verdict(tuple(logits.tolist()), printed, odds)
+    return Verdict(logits=tuple(logits.tolist()), columns=printed, log_odds=odds)
 
 
 def in_words(catalogue: Catalogue, edited: Edited, before: Verdict, after: Verdict, class_name: str) -> str:
