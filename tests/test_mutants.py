@@ -32,14 +32,16 @@ from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import read_bag, write_bag
 from eosin.heatmaps._annotations import read_regions
 from eosin.mil._checkpoint import ModelCard, build_model, load_model, save_model
+from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import read_predictions
-from eosin.mil._data import LabelTable, MemoryBags, make_examples
+from eosin.mil._data import MemoryBags, make_examples
 from eosin.mil._log import LOG, read_log, write_log
 from eosin.mil._prediction_table import PredictionTable
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import State, read_state, write_state
 from eosin.mil._seen import SEEN, read_seen, write_seen
-from eosin.mil._splits import Cohort, Split, read_splits, write_splits
+from eosin.mil._splits import Split, read_splits, write_splits
+from eosin.mil._tables import LabelTable
 from eosin.mil._train import PRECISION, _kept_precision
 from eosin.mil.continual import read_sequence
 from eosin.mil.tasks._classification import Classification
