@@ -12,8 +12,9 @@ from eosin._files import file_fingerprint
 from eosin.features._bag import FeatureBag
 from eosin.features._store import write_bag
 from eosin.viewer._catalogue import open_catalogue
-from eosin.viewer._page import Desk, page_builder
+from eosin.viewer._page import Desk
 from eosin.viewer._server import serving
+from eosin.viewer._show import page_builder
 from eosin.viewer._tiles import TileStore
 from eosin.wsi._slide_file import find_slides
 
