@@ -1,35 +1,38 @@
 """One function over many slides.
 
-`run_batch` skips what is done, isolates failures (in child processes, also a decoder that kills its process), reports
-one record per slide in `run.json` and stops only when the environment fails.
+`run_batch` skips what is done, isolates failures (in child processes, also a decoder that kills its process), appends
+one record per slide when it is finished and stops only when the environment fails. `run_stage` does the same for a
+`Stage`, an object that the workers of a cluster can rebuild; where it runs is said by `elsewhere`. `collect` is what
+they share, for stages that bring results in an order of their own.
 """
 
 import errno
 import logging
+import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from eosin import __version__
-from eosin._files import locked, write_json
+from eosin._claims import DONE_ELSEWHERE, POLL_S, Todo
 from eosin._processes import Child, require_running, wait_for
-from eosin._seals import is_intact, read_json, sealed
-from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, WorkerError
+from eosin._records import Log, Record, Report, Status, read_run_json
+from eosin.errors import ConfigError, EosinError, MissingPackageError, MoreToDo, OutputError, WorkerError
+
+__all__ = ["Outcome", "Record", "Report", "Stage", "Status", "read_run_json", "run_batch", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Status = Literal["ok", "empty", "failed", "skipped"]
+ItemT = TypeVar("ItemT", contravariant=True)
 
 ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
-LOG_INTERVAL_S = 2.0
-SCHEMA = 2
-"""Of `run.json`; 1, of eosin 0.1, has no checksum."""
+END_TIME = "SLURM_JOB_END_TIME"
+"""Where SLURM says when it will end the job, in seconds since 1970; another batch system's script may set it, too."""
 
 
 @dataclass(frozen=True)
@@ -41,55 +44,99 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What became of one slide in one stage: a line of `run.json`."""
+Result = Outcome | EosinError | Record
+"""What became of an item; a `Record` was made and appended by the process that did the work."""
 
-    slide_id: str
-    stage: str
-    status: Status
-    reason: str = ""
-    message: str = ""
-    seconds: float = 0.0
+Results = Generator[tuple[str, Result], None, None]
+"""Slide ids with results, as items become complete."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The records of one `run_batch` call, in the order of its items."""
+class Stage(Protocol[ItemT]):
+    """What is done to every item of a stage, as a frozen dataclass that pydantic can write as JSON.
 
-    records: tuple[Record, ...]
-
-    def __repr__(self) -> str:
-        return f"<Report: {self.summary()}>"
-
-    def count(self, status: Status) -> int:
-        """Return how many slides ended with this status."""
-        return Counter(record.status for record in self.records)[status]
+    A worker of a cluster rebuilds it once and keeps it, with whatever it has loaded.
+    """
 
     @property
-    def failed(self) -> list[Record]:
-        """The records of the slides that failed."""
-        return [record for record in self.records if record.status == "failed"]
+    def name(self) -> str:
+        """Name of the stage in the records."""
 
-    @property
-    def exit_code(self) -> int:
-        """0 when no slide failed, else 1."""
-        return 1 if self.failed else 0
+    def key(self, item: ItemT) -> str:
+        """Return the slide id of an item."""
 
-    def summary(self) -> str:
-        """Return one line: how many slides ended how."""
-        counts = Counter(record.status for record in self.records)
-        parts = [f"{counts[status]} {status}" for status in ("ok", "empty", "skipped", "failed") if counts[status]]
-        number = len(self.records)
-        return f"{number} slide{'s' if number != 1 else ''}: {', '.join(parts) or 'nothing to do'}"
+    def output(self, item: ItemT) -> Path:
+        """Return the path that is claimed while an item is worked on."""
 
-    def then(self, later: "Report") -> "Report":
-        """Return one report of two stages: for each slide its first failure, else its last record."""
-        records = {record.slide_id: record for record in self.records}
-        for record in later.records:
-            if record.slide_id not in records or records[record.slide_id].status != "failed":
-                records[record.slide_id] = record
-        return Report(tuple(records.values()))
+    def is_done(self, item: ItemT) -> bool:
+        """Tell whether the output is there and matches inputs and options."""
+
+    def do(self, item: ItemT) -> Outcome:
+        """Make the output, or raise."""
+
+
+class Place(Protocol):
+    """Where stages run instead of in this process."""
+
+    def run(self, stage: Stage[T], todo: Todo[T], run_json: Path | None) -> Results:
+        """Yield the results of all items; those that are not yielded are left for the next run."""
+
+
+_places: list[Place] = []
+
+
+@contextmanager
+def elsewhere(place: Place) -> Iterator[None]:
+    """Let every `run_stage` in the block run in a place."""
+    _places.append(place)
+    try:
+        yield
+    finally:
+        _places.pop()
+
+
+def is_elsewhere() -> bool:
+    """Return whether stages run in another place than this process."""
+    return bool(_places)
+
+
+def run_stage(
+    stage: Stage[T],
+    items: Sequence[T],
+    *,
+    run_json: Path | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    timeout_s: float | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> Report:
+    """Run a stage over items: here, in child processes, or where `elsewhere` says; arguments as of `run_batch`.
+
+    Several runs at once share the items.
+    """
+    if _places:  # its workers look what is done, and claim
+        return collect(
+            items,
+            lambda todo: _places[-1].run(stage, todo, run_json),
+            key=stage.key,
+            stage=stage.name,
+            run_json=run_json,
+            shard=shard,
+            progress=progress,
+            is_here=False,
+        )
+    return run_batch(
+        items,
+        stage.do,
+        key=stage.key,
+        stage=stage.name,
+        is_done=stage.is_done,
+        output=stage.output,
+        run_json=run_json,
+        workers=workers,
+        shard=shard,
+        timeout_s=timeout_s,
+        progress=progress,
+    )
 
 
 def run_batch(
@@ -99,6 +146,7 @@ def run_batch(
     key: Callable[[T], str],
     stage: str,
     is_done: Callable[[T], bool] | None = None,
+    output: Callable[[T], Path] | None = None,
     run_json: Path | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -120,8 +168,10 @@ def run_batch(
         Name of the stage in the records.
     is_done : callable, optional
         True when the item's output is present and matches inputs and options; such items are recorded as skipped.
+    output : callable, optional
+        Path that an item makes. It is claimed meanwhile, so that several runs share the items.
     run_json : Path, optional
-        File that keeps the last record per stage and slide, merged with what other processes write there.
+        File that keeps the last record per stage and slide, see `eosin._records`.
     workers : int
         0 runs in this process; n >= 1 in n spawned processes, where a crash or a time-out costs one slide only.
     shard : (int, int)
@@ -139,33 +189,125 @@ def run_batch(
         When the work needs a package that is not installed.
     ConfigError
         When two items share a slide id or the shard is impossible.
+    MoreToDo
+        When the batch system's time limit leaves no time for another slide.
+    """
+
+    def make(todo: Todo[T]) -> Results:
+        return _run_here(work, todo) if workers == 0 else _run_in_processes(work, todo, key, workers, timeout_s)
+
+    return collect(
+        items,
+        make,
+        key=key,
+        stage=stage,
+        is_done=is_done,
+        output=output,
+        run_json=run_json,
+        shard=shard,
+        progress=progress,
+    )
+
+
+def collect(
+    items: Sequence[T],
+    make: Callable[[Todo[T]], Results],
+    *,
+    key: Callable[[T], str],
+    stage: str,
+    is_done: Callable[[T], bool] | None = None,
+    output: Callable[[T], Path] | None = None,
+    run_json: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: Callable[[Record], None] | None = None,
+    is_here: bool = True,
+) -> Report:
+    """Record the results of items as they come; arguments and errors as of `run_batch`.
+
+    Parameters
+    ----------
+    make : callable
+        Takes items from a `Todo` and yields their slide ids with an `Outcome` or an `EosinError`.
+    is_here : bool
+        Whether what is taken is worked on at once by this process, which is then noted.
     """
     mine = list(_shard(items, shard))
     _refuse_duplicates([key(item) for item in items])
-    log = _RunLog(run_json)
-    records: dict[str, Record] = {}
+    log, records, deadline = Log(run_json), dict[str, Record](), _Deadline()
 
-    def note(record: Record) -> None:
+    def note(record: Record, *, is_new: bool = True) -> None:
         records[record.slide_id] = record
-        log.add(record)
+        if is_new:
+            log.add(record)
         if progress is not None:
             progress(record)
 
+    def begin(slide_id: str) -> None:
+        deadline.begin(slide_id)
+        if is_here:
+            log.begin(slide_id, stage)
+
+    left = []
+    for item in mine:
+        if is_done is not None and is_done(item):
+            note(Record(key(item), stage, "skipped", "done"), is_new=not log.knows(key(item), stage))
+        else:
+            left.append(item)
+    todo = Todo(left, key=key, output=output, is_done=is_done, begin=begin, fits=deadline.allows)
     try:
-        todo: list[tuple[str, T]] = []
-        for item in mine:
-            if is_done is not None and is_done(item):
-                note(Record(key(item), stage, "skipped", "done"))
-            else:
-                todo.append((key(item), item))
-        made = (
-            _run_here(work, todo, stage) if workers == 0 else _run_in_processes(work, todo, stage, workers, timeout_s)
-        )
-        for record in made:
-            note(record)
+        with closing(make(todo)) as results:
+            for slide_id, result in results:
+                seconds = deadline.end(slide_id)
+                note(record_of(slide_id, stage, result, seconds), is_new=not _is_recorded(result))
+                todo.release(slide_id)
     finally:
-        log.flush()
-    return Report(tuple(records[key(item)] for item in mine))
+        todo.close()
+        log.merge()
+    report = Report(tuple(records[key(item)] for item in mine if key(item) in records))
+    if len(report.records) < len(mine):
+        raise MoreToDo(
+            f"{stage}: {len(mine) - len(report.records)} of {len(mine)} slides are left for want of time "
+            f"({report.summary()}); run the same command again"
+        )
+    return report
+
+
+def _is_recorded(result: Result) -> bool:
+    """Tell whether the process that did the work has appended its record."""
+    return isinstance(result, Record) or (isinstance(result, Outcome) and result.message == DONE_ELSEWHERE)
+
+
+def record_of(slide_id: str, stage: str, result: Result, seconds: float) -> Record:
+    """Return the record of a result."""
+    if isinstance(result, Record):
+        return result
+    if isinstance(result, EosinError):
+        return Record(slide_id, stage, "failed", result.code, " ".join(result.message.split()), seconds)
+    return Record(slide_id, stage, result.status, result.reason, result.message, seconds)
+
+
+class _Deadline:
+    """When the batch system will end this job, and whether another slide fits before that."""
+
+    def __init__(self) -> None:
+        stated = os.environ.get(END_TIME, "")
+        self.ends_at = float(stated) if stated.isdecimal() else None
+        self.begun: dict[str, float] = {}
+        self.longest = 0.0
+
+    def begin(self, slide_id: str) -> None:
+        self.begun[slide_id] = time.monotonic()
+
+    def end(self, slide_id: str) -> float:
+        """Return the seconds since a slide was begun; 0 for one that never was."""
+        now = time.monotonic()
+        seconds = now - self.begun.pop(slide_id, now)
+        self.longest = max(self.longest, seconds)
+        return round(seconds, 3)
+
+    def allows(self) -> bool:
+        """Return whether a slide as long as the longest so far would be finished in time."""
+        return self.ends_at is None or time.time() + self.longest < self.ends_at
 
 
 def _shard(items: Sequence[T], shard: tuple[int, int]) -> Sequence[T]:
@@ -181,48 +323,54 @@ def _refuse_duplicates(slide_ids: Sequence[str]) -> None:
         raise ConfigError(f"slide ids must be unique; more than one slide is called {', '.join(sorted(twice)[:5])}")
 
 
-def _attempt(work: Callable[[T], Outcome], slide_id: str, item: T, stage: str) -> Record:
-    started = time.monotonic()
+def attempt(work: Callable[[T], Outcome], slide_id: str, item: T) -> Outcome | EosinError:
+    """Return what work says of one item, or what is wrong with the item.
 
-    def failed(reason: str, message: str) -> Record:
-        return Record(slide_id, stage, "failed", reason, " ".join(message.split()), _since(started))
-
+    Raises
+    ------
+    OutputError, MissingPackageError
+        What would fail every item alike.
+    """
     try:
-        outcome = work(item)
+        return work(item)
     except (OutputError, MissingPackageError):
         raise
     except ImportError as error:  # it would fail every slide alike
         raise MissingPackageError(error) from error
     except EosinError as error:
-        return failed(error.code, error.message)
+        return error
     except MemoryError:
-        return failed("out-of-memory", "this slide needs more memory than the process may use")
+        return WorkerError("this slide needs more memory than the process may use", code="out-of-memory")
     except OSError as error:
         if error.errno in ENVIRONMENT_ERRNOS:
             raise OutputError(error.filename or slide_id, error.strerror or str(error)) from error
-        return failed("io-error", str(error))
+        return WorkerError(str(error), code="io-error")
     except Exception as error:  # whatever one slide provokes must not stop the cohort
         logger.debug("slide %s failed unexpectedly", slide_id, exc_info=True)
-        return failed("internal", f"{type(error).__name__}: {error}")
-    return Record(slide_id, stage, outcome.status, outcome.reason, outcome.message, _since(started))
+        return WorkerError(f"{type(error).__name__}: {error}", code="internal")
 
 
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 3)
-
-
-def _run_here(work: Callable[[T], Outcome], todo: Sequence[tuple[str, T]], stage: str) -> Iterator[Record]:
-    for slide_id, item in todo:
+def _taken(todo: Todo[T]) -> Iterator[tuple[str, T, bool]]:
+    """Yield what is to be done next, waiting for other runs at the end."""
+    while len(todo):
         require_running()
-        yield _attempt(work, slide_id, item, stage)
+        taken = todo.take()
+        if taken is None:
+            time.sleep(POLL_S)
+        else:
+            yield (todo.key(taken[0]), *taken)
+
+
+def _run_here(work: Callable[[T], Outcome], todo: Todo[T]) -> Results:
+    for slide_id, item, is_made in _taken(todo):
+        yield slide_id, Outcome(message=DONE_ELSEWHERE) if is_made else attempt(work, slide_id, item)
 
 
 class _Worker:
     """A child process that works on one item at a time and can be replaced when it dies."""
 
-    def __init__(self, work: Callable[[Any], Outcome], stage: str) -> None:
-        self.child = Child(_serve, work, stage, has_children=True)  # a reader may put what can hang into a process
-        self.stage = stage
+    def __init__(self, work: Callable[[Any], Outcome]) -> None:
+        self.child = Child(_serve, work, has_children=True)  # a reader may put what can hang into a process
         self.slide_id = ""
         self.started = 0.0
         self.is_lost = False
@@ -231,103 +379,73 @@ class _Worker:
         self.slide_id, self.started = slide_id, time.monotonic()
         self.child.send((slide_id, item))
 
-    def take(self) -> Record:
-        """Return the record of the item given last; raise what stopped the run."""
+    def take(self) -> Outcome | EosinError:
+        """Return what became of the item given last; raise what stopped the run."""
         try:
-            record: Record = self.child.receive()
+            result: Outcome | _Failed = self.child.receive()
         except WorkerError as error:
-            return self._given_up(error.code, f"the process that read it {error.message}")
-        return record
+            self.is_lost = True
+            return WorkerError(f"the process that read it {error.message}", code=error.code)
+        return result.error if isinstance(result, _Failed) else result
 
-    def time_out(self, timeout_s: float) -> Record:
+    def time_out(self, timeout_s: float) -> EosinError:
         self.child.stop()
-        return self._given_up("timeout", f"not finished after {timeout_s:g} s")
-
-    def _given_up(self, reason: str, message: str) -> Record:
         self.is_lost = True
-        return Record(self.slide_id, self.stage, "failed", reason, message, _since(self.started))
+        return WorkerError(f"not finished after {timeout_s:g} s", code="timeout")
 
 
-def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], Outcome], stage: str) -> None:
+@dataclass(frozen=True)
+class _Failed:
+    """An error that is the result of one item: a `Child` raises errors that are sent bare."""
+
+    error: EosinError
+
+
+def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], Outcome]) -> None:
     while True:
         slide_id, item = connection.recv()
         try:
-            connection.send(_attempt(work, slide_id, item, stage))
+            result = attempt(work, slide_id, item)
+            connection.send(_Failed(result) if isinstance(result, EosinError) else result)
         except (OutputError, MissingPackageError) as error:
             connection.send(error)
 
 
 def _run_in_processes(
-    work: Callable[[T], Outcome], todo: Sequence[tuple[str, T]], stage: str, workers: int, timeout_s: float | None
-) -> Iterator[Record]:
-    waiting = deque(todo)
+    work: Callable[[T], Outcome], todo: Todo[T], key: Callable[[T], str], workers: int, timeout_s: float | None
+) -> Results:
+    idle: list[_Worker] = []
     busy: list[_Worker] = []
     try:
-        while waiting and len(busy) < workers:
-            busy.append(_Worker(work, stage))
-            busy[-1].give(*waiting.popleft())
-        while busy:
-            for worker, record in _next_records(busy, timeout_s):
-                yield record
+        while len(todo) or busy:
+            while len(busy) < workers and (taken := todo.take()) is not None:
+                item, is_made = taken
+                if is_made:
+                    yield key(item), Outcome(message=DONE_ELSEWHERE)
+                    continue
+                busy.append(idle.pop() if idle else _Worker(work))
+                busy[-1].give(key(item), item)
+            if not busy:  # other runs work on all that are left
+                require_running()
+                time.sleep(POLL_S)
+            for worker, result in _next_results(busy, timeout_s):
+                yield worker.slide_id, result
                 busy.remove(worker)
-                if worker.is_lost or not waiting:
+                if worker.is_lost:
                     worker.child.stop()
-                if waiting:
-                    busy.append(_Worker(work, stage) if worker.is_lost else worker)
-                    busy[-1].give(*waiting.popleft())
+                else:
+                    idle.append(worker)
     finally:
-        for worker in busy:
+        for worker in [*busy, *idle]:
             worker.child.stop()
 
 
-def _next_records(busy: Sequence[_Worker], timeout_s: float | None) -> list[tuple[_Worker, Record]]:
+def _next_results(busy: Sequence[_Worker], timeout_s: float | None) -> list[tuple[_Worker, Outcome | EosinError]]:
+    if not busy:
+        return []
     patience = None if timeout_s is None else max(0.0, min(w.started for w in busy) + timeout_s - time.monotonic())
     ready = wait_for([worker.child for worker in busy], patience)
     if ready or timeout_s is None:
         return [(worker, worker.take()) for worker in busy if worker.child in ready]
     late = [worker for worker in busy if time.monotonic() - worker.started >= timeout_s]
     return [(worker, worker.time_out(timeout_s)) for worker in late]
-
-
-class _RunLog:
-    """`run.json`: the last record per stage and slide; merged under a lock, so that shards may share the file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.new: list[Record] = []
-        self.flushed = time.monotonic()
-
-    def add(self, record: Record) -> None:
-        self.new.append(record)
-        if time.monotonic() - self.flushed >= LOG_INTERVAL_S:
-            self.flush()
-
-    def flush(self) -> None:
-        self.flushed = time.monotonic()
-        if self.path is None or not self.new:
-            return
-        with locked(self.path.with_name(f".{self.path.name}.lock")):
-            records = {(record.stage, record.slide_id): record for record in read_run_json(self.path)}
-            records |= {(record.stage, record.slide_id): record for record in self.new}
-            ordered = [asdict(records[name]) for name in sorted(records)]
-            write_json(self.path, sealed({"schema": SCHEMA, "eosin": __version__, "records": ordered}))
-        self.new.clear()
-
-
-def read_run_json(path: Path) -> list[Record]:
-    """Read the records of a `run.json`; a missing file has none.
-
-    Raises
-    ------
-    ConfigError
-        If the file is not one of ours; it is never overwritten then.
-    """
-    if not path.exists():
-        return []
-    try:
-        data = read_json(path)
-        if data["schema"] not in (1, SCHEMA) or (data["schema"] == SCHEMA and not is_intact(data)):
-            raise ValueError("it is damaged or was changed by hand")
-        return [Record(**record) for record in data["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None

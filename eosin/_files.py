@@ -111,15 +111,25 @@ def _sweep_orphans(path: Path) -> None:
 def _is_orphan(temporary: Path) -> bool:
     """Return whether the writer of a temporary file is gone: its process on this host, its time on another."""
     found = re.search(rf"\.{_HOST}-(\d+)-[0-9a-f]+\.tmp", temporary.name)
+    if found is not None and sys.platform != "win32":
+        return not is_running(int(found[1]))
     try:
-        if found is None or sys.platform == "win32":
-            return time.time() - temporary.stat().st_mtime > ORPHAN_AGE_S
-        os.kill(int(found[1]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it is gone already, or of another user
+        return time.time() - temporary.stat().st_mtime > ORPHAN_AGE_S
+    except OSError:  # it is gone already
         return False
-    return False
+
+
+def is_running(number: int) -> bool:
+    """Return whether there is a process of this number on this machine; where that cannot be asked, there is."""
+    if sys.platform == "win32":  # where os.kill ends the process
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
 
 
 @lru_cache(maxsize=256)
@@ -139,6 +149,29 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: object) -> None:
     """Write indented JSON with `write_file`; NaN and infinity are refused because JSON has none."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line of text in one step; the file and its folder are made when they are missing.
+
+    The file is opened and closed each time: on a network file system others see a line only after that, and a file
+    that was taken away in the meantime is made anew. A disk that fills up can tear the last line, so readers leave out
+    a line that they do not understand. It is not synced: what a power failure takes is found again in the outputs.
+
+    Raises
+    ------
+    OutputError
+        When it cannot be written.
+    """
+    data = f"{line}\n".encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            written = file.write(data)
+    except OSError as error:
+        raise OutputError(path, f"could not be appended to ({error.strerror or error})") from error
+    if written != len(data):
+        raise OutputError(path, "could not be appended to (the disk is full)")
 
 
 def file_fingerprint(path: Path) -> str:

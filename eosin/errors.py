@@ -17,6 +17,7 @@ EosinError                      code        what it is
 ├── MissingPackageError         package     a package that not every user needs is not installed; also ImportError
 ├── KernelUnavailableError      kernel      a forced kernel backend cannot run here; also RuntimeError
 ├── OutputError                 output      disk, permission or device stopped the run; also OSError
+├── MoreToDo                    more        a time limit ended the run with work left; run it again
 └── SeveralErrors               several     all that stands in the way of a command, found before any work
 ```
 
@@ -54,6 +55,7 @@ EXTRAS = {  # a package that not every user needs -> the extra of eosin that ins
     "jinja2": "report",
     "matplotlib": "report",
     "openpyxl": "tables",
+    "parsl": "cluster",
     "pyarrow": "tables",
     "tensorboard": "tensorboard",
     "timm": "encoders",
@@ -192,6 +194,12 @@ class WorkerError(EosinError, RuntimeError):
     """A child process died (code ``crashed``), or gave no answer in time (code ``timeout``)."""
 
     default_code = "crashed"
+
+
+class MoreToDo(EosinError):
+    """A time limit ended the run before all was done; the same command, started again, goes on."""
+
+    default_code = "more"
 
 
 class MissingPackageError(EosinError, ImportError):

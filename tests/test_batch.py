@@ -3,14 +3,16 @@
 import errno
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from eosin import _batch as batch
 from eosin._batch import Outcome, Record, Report, read_run_json, run_batch
 from eosin._files import file_fingerprint
-from eosin.errors import ConfigError, OutputError, SlideOpenError
+from eosin.errors import ConfigError, MoreToDo, OutputError, SlideOpenError
 
 
 def work(kind: str) -> Outcome:
@@ -147,3 +149,68 @@ def test_a_run_json_that_was_changed_is_refused_and_never_overwritten(tmp_path: 
     with pytest.raises(ConfigError, match=r"is not a run\.json"):
         run_batch(["S1"], lambda _: Outcome(), key=str, stage="t", run_json=path)
     assert path.read_text() == damaged
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_slide_is_begun_after_the_time_of_the_job(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 5))
+    with pytest.raises(MoreToDo, match=r"2 of 3 slides are left .*run the same command again"):
+        run_batch(
+            ["a", "b", "done"],
+            work,
+            key=str,
+            stage="t",
+            workers=workers,
+            is_done=lambda item: item == "done",
+            run_json=tmp_path / "run.json",
+        )
+    assert [record.slide_id for record in read_run_json(tmp_path / "run.json")] == ["done"]
+
+
+def test_a_slide_fits_when_the_longest_so_far_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(batch.time, "time", lambda: clock[0])
+    monkeypatch.setattr(batch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
+    deadline = batch._Deadline()
+    assert deadline.allows()
+    deadline.begin("a")
+    clock[0] = 1045
+    assert deadline.end("a") == 45
+    assert deadline.allows()
+    clock[0] = 1056
+    assert not deadline.allows()
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert batch._Deadline().allows()
+
+
+def test_two_runs_share_the_items(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(item: str) -> Outcome:
+        made.append(item)
+        time.sleep(0.02)
+        (tmp_path / item).touch()
+        return Outcome()
+
+    def run() -> None:
+        run_batch(
+            [f"S{number}" for number in range(20)],
+            make,
+            key=str,
+            stage="t",
+            is_done=lambda item: (tmp_path / item).exists(),
+            output=lambda item: tmp_path / item,
+            run_json=tmp_path / "run.json",
+        )
+
+    runs = [threading.Thread(target=run) for _ in range(3)]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    assert sorted(made) == sorted(f"S{number}" for number in range(20))
+    assert {record.status for record in read_run_json(tmp_path / "run.json")} <= {"ok", "skipped"}
+    assert not any(record.message for record in read_run_json(tmp_path / "run.json"))

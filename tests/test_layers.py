@@ -23,7 +23,10 @@ ORDER = (
     "processes",
     "tables",
     "plugins",
+    "records",
+    "claims",
     "batch",
+    "cluster",
     "kernels",
     "wsi",
     "features",
@@ -51,7 +54,10 @@ MAY = {  # third-party packages, beside the standard library
     "tables": {"openpyxl", "pyarrow"},
     "devices": {"torch"},
     "processes": set(),
+    "records": set(),
+    "claims": set(),
     "batch": set(),
+    "cluster": {"pydantic", "parsl"},
     "kernels": {"torch", "triton"},
 }
 MUST_NOT = {
@@ -65,6 +71,7 @@ ONLY_IN = {  # third-party package -> the files that may import it
     "timm": {"features/encoders.py", "features/networks.py"},
     "h5py": {"wsi/coordinates.py", "features/store.py", "features/interop/*.py"},
     "typer": {"cli/*.py"},
+    "parsl": {"cluster/*.py"},
 }
 ONLY_THESE = {  # (importer, imported package) -> the modules and names of it that may be imported
     ("kernels", "eosin"): {"errors", "kernels"},
@@ -73,7 +80,7 @@ ONLY_THESE = {  # (importer, imported package) -> the modules and names of it th
 }
 ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 ORDERED = ("wsi", "mil", "heatmaps")  # packages whose inner order that page states
-CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.devices", "eosin.processes", "eosin.cli"}
+CLI_TOP = {"typer", "eosin", "eosin.errors", "eosin.claims", "eosin.devices", "eosin.processes", "eosin.cli"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What every command shares: --config, --set, --verbose, progress bars, result paths and exit codes.
 
 Exit codes: 0 all done; 1 finished, but some slides failed; 2 usage or configuration; 3 the environment, or a fault of
-eosin's own, stopped the run; 128 + n stopped by signal n. `_ending` is the only place that decides.
+eosin's own, stopped the run; 4 a time limit ended the run, start it again; 128 + n stopped by signal n. `_ending` is
+the only place that decides.
 
 Where the value of an option comes from is decided by `eosin.cli._settings`.
 """
@@ -13,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ import typer
 from eosin._devices import choose_device, limit_threads, parse_devices
 from eosin._processes import Stopped, stoppable
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
-from eosin.errors import ConfigError, EosinError, MissingPackageError, OutputError, SeveralErrors
+from eosin.errors import ConfigError, EosinError, MissingPackageError, MoreToDo, OutputError, SeveralErrors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
 
 ItemT = TypeVar("ItemT")
 
-USAGE, ENVIRONMENT = 2, 3
+USAGE, ENVIRONMENT, MORE_TO_DO = 2, 3, 4
+MINUTE_S = 60.0
 PIPE_WIDTH = 200
 
 STUDY_SUFFIXES = (".yaml", ".yml")
+option_names.add("cluster")  # every command may meet it in a study file
 
 StudyFile = Annotated[
     list[Path] | None,
@@ -59,6 +63,13 @@ Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="MODULE", help="Python module or .py file with your own methods; repeatable."),
 ]
+ClusterFile = Annotated[
+    Path | None,
+    typer.Option("--cluster", metavar="FILE", help="Let the machines of this site do the work (docs/cluster.md)."),
+]
+DryRunFlag = Annotated[
+    bool, typer.Option("--dry-run", hidden=True, help="With --cluster: say what would be submitted.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print more log lines, and the traceback of an error.")]
 
 
@@ -77,6 +88,7 @@ def command(
     of_job: Mapping[str, str] | None = None,
     bare: str = "",
     checks_device: bool = True,
+    cluster: str = "",
 ) -> Callable[[Callable[..., Done]], Callable[..., None]]:
     """Make a command of a function: add the options that all share, print the results, end with the right exit code.
 
@@ -93,6 +105,8 @@ def command(
     checks_device : bool
         Whether a device that is not there is refused before the function is called; one that gathers all problems says
         no.
+    cluster : str
+        Parameter with the folder that receives the logs of a cluster; the command has ``--cluster`` then.
     """
 
     def decorate(function: Callable[..., Done]) -> Callable[..., None]:
@@ -100,6 +114,7 @@ def command(
         options = options_of(signature)
         option_names.update(option.key for option in options)
         known = {*groups, *(option.key for option in options), *(["study"] if of_job else [])}
+        known |= {"cluster"} if cluster else set()
 
         @functools.wraps(function)
         def run(
@@ -110,9 +125,10 @@ def command(
             plugins: list[str] | None,
             verbose: bool,
             study: list[Path] | None = None,
+            site: Path | None = None,
+            dry_run: bool = False,
             **arguments: Any,
         ) -> None:
-            from eosin._files import clear_leftovers
             from eosin.plugins import add_plugin
 
             with _reported(verbose=verbose):
@@ -127,18 +143,31 @@ def command(
                 arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
                 if checks_device:
                     _require_devices(arguments)
-                for folder in (arguments.get("job"), arguments.get("out")):
-                    if isinstance(folder, Path) and folder.is_dir():
-                        clear_leftovers(folder)
+                _clear_leftovers(arguments)
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
-                _finish(function(**arguments))
+                with on_cluster(site or _stated_site(settings), arguments.get(cluster), dry_run=dry_run):
+                    _finish(function(**arguments))
 
-        run.__signature__ = _with_shared_options(signature, options, rare)  # type: ignore[attr-defined]
+        run.__signature__ = _with_shared_options(signature, options, rare, has_cluster=bool(cluster))  # type: ignore[attr-defined]
         run.__doc__ = f"{_unwrapped(inspect.getdoc(function) or '')}\n\n{_more(options, groups, rare)}"
         return run
 
     return decorate
+
+
+def _clear_leftovers(arguments: Mapping[str, Any]) -> None:
+    """Remove what killed runs left in the folders of a command."""
+    from eosin._files import clear_leftovers
+
+    for folder in (arguments.get("job"), arguments.get("out")):
+        if isinstance(folder, Path) and folder.is_dir():
+            clear_leftovers(folder)
+
+
+def _stated_site(settings: Settings) -> Path | None:
+    """Return the site that a study file names."""
+    return settings.value("cluster", Path) if "cluster" in settings.data else None
 
 
 def _require_devices(arguments: Mapping[str, Any]) -> None:
@@ -174,7 +203,7 @@ def _bare(name: str, paths: list[Path], options: Sequence[Option]) -> dict[str, 
 
 
 def _with_shared_options(
-    signature: inspect.Signature, options: Sequence[Option], rare: Sequence[str]
+    signature: inspect.Signature, options: Sequence[Option], rare: Sequence[str], *, has_cluster: bool
 ) -> inspect.Signature:
     """Return the signature that typer reads: an option that must be there may be said by the study file, too."""
     own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
@@ -186,6 +215,8 @@ def _with_shared_options(
     shared = [
         inspect.Parameter("context", keyword, annotation=typer.Context),
         *([] if has_arguments else [inspect.Parameter("study", keyword, default=None, annotation=StudyFile)]),
+        *([inspect.Parameter("site", keyword, default=None, annotation=ClusterFile)] if has_cluster else []),
+        *([inspect.Parameter("dry_run", keyword, default=False, annotation=DryRunFlag)] if has_cluster else []),
         inspect.Parameter("config", keyword, default=None, annotation=ConfigFile),
         inspect.Parameter("assignments", keyword, default=None, annotation=Assignments),
         inspect.Parameter("plugins", keyword, default=None, annotation=Plugins),
@@ -215,6 +246,27 @@ def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str])
     )
     lines += [f"Option groups for --set and the study file: {', '.join(groups)}."] if groups else []
     return "\n\n".join(lines)
+
+
+@contextmanager
+def on_cluster(site: Path | None, folder: Path | None, *, dry_run: bool) -> Iterator[None]:
+    """Let the stages in the block run on the machines that a file describes; without a file nothing changes."""
+    if site is None:
+        if dry_run:
+            raise ConfigError("--dry-run says what --cluster FILE would submit; pass that, too")
+        yield
+        return
+    if folder is None:
+        raise ConfigError("--cluster needs a job folder for its logs; pass --job")
+    from eosin._batch import elsewhere
+    from eosin.cluster._place import Cluster, DryRun
+    from eosin.cluster._site import Site
+
+    with elsewhere(Cluster(Site.read(site), folder, say, dry_run)):
+        try:
+            yield
+        except DryRun:
+            raise typer.Exit from None
 
 
 def _finish(done: Done) -> None:
@@ -269,6 +321,8 @@ def _one_ending(error: BaseException) -> tuple[str, int]:
         error = MissingPackageError(error)
     if isinstance(error, OutputError | MissingPackageError):
         return error.message, ENVIRONMENT
+    if isinstance(error, MoreToDo):
+        return error.message, MORE_TO_DO
     if isinstance(error, EosinError):
         return error.message, USAGE
     if isinstance(error, BrokenPipeError):
@@ -313,15 +367,15 @@ def _listening(*, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] | None]:
-    """Show a bar on stderr while the block runs, when a person is watching.
+    """Show a bar on stderr while the block runs, or a line a minute where there is no terminal.
 
     Yields
     ------
     callable or None
-        To be called once per finished item; None when stderr is not a terminal.
+        To be called once per finished item.
     """
     if not sys.stderr.isatty():
-        yield None
+        yield Pace(what, total).note
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -330,6 +384,51 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] 
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(what, total=total)
         yield lambda _item: bars.advance(task)
+
+
+class Pace:
+    """How fast items are finished, said once a minute, for the logs of batch systems.
+
+    Parameters
+    ----------
+    what : str
+        Name of the stage.
+    total : int or None
+        Number of items.
+    """
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self.what, self.total = what, total
+        self.begun = self.said = time.monotonic()
+        self.done = self.made = self.failed = 0
+
+    def note(self, item: object) -> None:
+        """Count an item; what was done before does not count for the pace."""
+        self.done += 1
+        status = getattr(item, "status", "ok")
+        self.made += status != "skipped"
+        self.failed += status == "failed"
+        now = time.monotonic()
+        if now - self.said >= MINUTE_S:
+            self.said = now
+            say(self.line(now))
+
+    def line(self, now: float) -> str:
+        """Return what to say at a time of `time.monotonic`."""
+        of = f" of {self.total}" if self.total else ""
+        per_hour = 3600 * self.made / max(now - self.begun, 1e-9)
+        line = f"{self.what}: {self.done}{of} done, {per_hour:.0f} per hour"
+        if self.total and self.made:
+            line += f", {duration((self.total - self.done) / per_hour * 3600)} left"
+        return f"{line}, {self.failed} failed" if self.failed else line
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def apply_to_each(

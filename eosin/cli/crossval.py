@@ -37,7 +37,7 @@ CHOSEN, SWEEP_TABLE, REPORT = "chosen", "sweep.csv", "report.html"
     "recipe", "task", "target", "folds",
     rare=("slide_table", "task", "group", "level", "missing", "ids", "sweep", "compare", "max_instances_per_step",
           "cache_gb", "precision"),
-    of_job={"out": "crossval"}, checks_device=False,
+    of_job={"out": "crossval"}, checks_device=False, cluster="out",
 )  # fmt: skip
 def crossval(
     *,
@@ -174,7 +174,11 @@ def _sweep(
     device: str,
     precision: str,
 ) -> Mapping[str, Any]:
+    from eosin.mil._study import train_elsewhere
     from eosin.mil._sweep import run_sweep
+
+    folders = {f"candidate_{number}": recipe for number, recipe in enumerate(candidates.values())}
+    train_elsewhere(study, folders, parts, out, device=device, precision=precision)
 
     with progress("sweep", len(candidates) * len(parts)) as advance:
         return run_sweep(

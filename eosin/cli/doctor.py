@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from eosin._claims import check_claims
 from eosin._devices import count_cores
 from eosin.cli._common import Done, command, console
 from eosin.errors import EXTRAS, OutputError
@@ -31,13 +32,18 @@ def doctor(
             help="More folders to test for writing; the current and the temporary folder are always tested."
         ),
     ] = None,
+    *,
+    job: Annotated[
+        Path | None,
+        typer.Option(help="Job folder: try in two processes whether runs can share its work (docs/cluster.md)."),
+    ] = None,
 ) -> Done:
     """Check packages, devices, the slide reader and folders of this machine. Exit code 3: something is broken."""
     from rich.table import Table
 
     table = Table("check", "result", "detail")
     broken = []
-    for name, check in _checks(folders or []):
+    for name, check in _checks(folders or [], job):
         try:
             table.add_row(name, "ok", check())
         except Exception as error:  # noqa: BLE001 - the doctor reports what is broken, whatever it is
@@ -51,7 +57,7 @@ def doctor(
     return Done()
 
 
-def _checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], str]]]:
+def _checks(folders: list[Path], job: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", platform.python_version
     for package in PACKAGES:
         yield package, partial(version, package)
@@ -62,6 +68,8 @@ def _checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "slide reader", _read_golden_slide
     for folder in [Path.cwd(), Path(tempfile.gettempdir()), *folders]:
         yield f"write to {folder}", partial(_write_to, folder)
+    if job is not None:
+        yield f"claims in {job}", partial(check_claims, job)
 
 
 def _version_if_there(package: str) -> str:

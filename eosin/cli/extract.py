@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from eosin.features._encoders import Precision as PrecisionName
 
 
-@command(rare=("precision", "compiled", "tiling", "slide_mpp", "scene", "plane", "shard"), bare="slides")
+@command(rare=("precision", "compiled", "tiling", "slide_mpp", "scene", "plane", "shard"), bare="slides", cluster="job")
 def extract(
     *,
     slides: Slides,

@@ -35,7 +35,10 @@ DEFAULT_FORMATS = ("png", "geojson")
 
 
 @command(
-    "formats", rare=("slide_mpp", "scene", "plane", "weights", "workers"), of_job={"model": "model", "out": "heatmaps"}
+    "formats",
+    rare=("slide_mpp", "scene", "plane", "weights", "workers"),
+    of_job={"model": "model", "out": "heatmaps"},
+    cluster="out",
 )
 def heatmap(
     *,
@@ -72,9 +75,10 @@ def heatmap(
     settings: Settings,
 ) -> Done:
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
-    from eosin._batch import Report
+    from eosin._batch import Report, is_elsewhere, run_stage
     from eosin.mil._checkpoint import load_model
     from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
+    from eosin.pipeline._run import Drawing, DrawStage
     from eosin.wsi._job import JobFolder
     from eosin.wsi._slide_file import find_slides
 
@@ -93,6 +97,15 @@ def heatmap(
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in found}
     broken = {record.slide_id for record in before.failed}
     usable = [file for file in found if file.slide_id not in broken]
+    if is_elsewhere():
+        stage, chosen = DrawStage(), _chosen(maps)
+        items = [
+            Drawing(file, files[file.slide_id], model, out, formats, None if chosen is None else tuple(chosen))
+            for file in usable
+        ]
+        with progress("heat maps", len(items)) as advance:
+            drawn = run_stage(stage, items, run_json=JobFolder(out).run_json, progress=advance)
+        return Done([path for item in items for path in stage.files(item)], before.then(drawn))
     written: dict[str, list[Path]] = {}
     work = partial(_explain, loaded, files, out, formats=formats, maps=_chosen(maps), written=written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")

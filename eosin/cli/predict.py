@@ -9,7 +9,7 @@ from eosin.cli._arguments import Device, Features, IdsPolicy, SlideMpp, SlidesIf
 from eosin.cli._common import Done, command, progress
 
 
-@command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"})
+@command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"}, cluster="job")
 def predict(
     *,
     model: Annotated[list[Path], typer.Option(help="Model folder; repeatable, several models are averaged.")],

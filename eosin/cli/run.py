@@ -164,7 +164,7 @@ def planned(function: Callable[[Plan], Done]) -> Callable[..., Done]:
     return on_plan
 
 
-@command(*GROUPS, rare=RARE, checks_device=False)
+@command(*GROUPS, rare=RARE, checks_device=False, cluster="job")
 @planned
 def run(asked: Plan) -> Done:
     """Run every step from slides to report: tiles, features, splits, cross-validation, final model, heat maps.

@@ -48,7 +48,7 @@ STAGES = "Two stages"
     "tiling", "tissue", "quality", "selection",
     rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen",
           "max_fold", "edges", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
-    bare="slides",
+    bare="slides", cluster="job",
 )  # fmt: skip
 def tile(
     *,

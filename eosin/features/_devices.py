@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from eosin._batch import Outcome
+from eosin._batch import Outcome, Results
+from eosin._claims import DONE_ELSEWHERE, Todo
 from eosin._devices import count_cores
 from eosin._processes import Child, wait_for
 from eosin.errors import EosinError, OutputError, SlideError, WorkerError
-from eosin.features._claims import DONE_ELSEWHERE, Todo
 from eosin.features._encoders import find_encoder
 from eosin.features._encoding import Encoding, Extraction, Result
 from eosin.features._inference import Encoder, EncoderChoice, allocator
@@ -115,7 +115,6 @@ class DevicePool:
         self.threads = max(1, count_cores() // max(1, on_cpu))
         self.devices = tuple(devices)
         self.processes: list[_DeviceProcess] = []
-        self.results: dict[str, Result] = {}
 
     def __enter__(self) -> "DevicePool":
         try:
@@ -144,55 +143,50 @@ class DevicePool:
             raise OutputError(process.device, f"the process that loaded the encoder {error.message}") from None
         return ready
 
-    def finish(self, slide: SlideFile, run: Extraction, todo: Todo) -> Outcome:
-        """Let all devices work until this slide is complete."""
-        run.require_tiles(slide)
-        while slide.slide_id not in self.results:
-            self._feed(todo)
-            ready = wait_for([process.child for process in self.processes], POLL_S)
-            for process in [process for process in self.processes if process.child in ready]:
-                self._hear(process, todo)
-        result = self.results.pop(slide.slide_id)
-        if isinstance(result, EosinError):
-            raise result
-        return result
+    def encode(self, run: Extraction, todo: Todo[SlideFile]) -> Results:
+        """Let all devices work until nothing is left; yield slides with their results as they become complete."""
+        while len(todo) or any(process.slides for process in self.processes):
+            yield from self._feed(run, todo)
+            for process in wait_for([process.child for process in self.processes], POLL_S):
+                owner = next(one for one in self.processes if one.child is process)
+                yield from self._hear(owner, todo)
 
-    def _feed(self, todo: Todo) -> None:
+    def _feed(self, run: Extraction, todo: Todo[SlideFile]) -> Results:
         room = max(1, self.work.workers) + AHEAD
         idlest = min(self.processes, key=lambda process: len(process.slides))
         while len(idlest.slides) < room and (taken := todo.take()) is not None:
-            slide, done = taken
-            if done:
-                self.results[slide.slide_id] = Outcome(message=DONE_ELSEWHERE)
+            slide, is_made = taken
+            request = run.request(slide, self.work.batch_size)
+            if is_made:
+                yield slide.slide_id, Outcome(message=DONE_ELSEWHERE)
+            elif isinstance(request, SlideEnd) and request.error is not None:
+                yield slide.slide_id, request.error
             else:
                 idlest.give(slide)
             idlest = min(self.processes, key=lambda process: len(process.slides))
 
-    def _hear(self, process: _DeviceProcess, todo: Todo) -> None:
+    def _hear(self, process: _DeviceProcess, todo: Todo[SlideFile]) -> Results:
         try:
             message = process.child.receive()
         except WorkerError as error:
-            self._bury(process, error, todo)
+            yield from self._bury(process, error, todo)
             return
         match message:
             case _Begun(slide_id):
                 process.at_work_on = slide_id
             case _Ended(slide_id, result):
-                self._end(process.slides.pop(slide_id), result, todo)
+                process.slides.pop(slide_id)
+                yield slide_id, result
 
-    def _end(self, slide: SlideFile, result: Result, todo: Todo) -> None:
-        self.results[slide.slide_id] = result
-        todo.release(slide.slide_id)
-
-    def _bury(self, process: _DeviceProcess, error: WorkerError, todo: Todo) -> None:
+    def _bury(self, process: _DeviceProcess, error: WorkerError, todo: Todo[SlideFile]) -> Results:
         victim = process.victim()
         process.child.stop()
-        if victim is not None:
-            message = f"the process that encoded it on {process.device} {error.message}"
-            self._end(victim, SlideError(victim.path, message, code="crashed"), todo)
         todo.put_back(process.slides.values())
         fresh = self._start(process.device)
         self.processes[self.processes.index(process)] = fresh
+        if victim is not None:
+            message = f"the process that encoded it on {process.device} {error.message}"
+            yield victim.slide_id, SlideError(victim.path, message, code="crashed")
         self._await(fresh)
 
 

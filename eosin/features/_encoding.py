@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from eosin._batch import Outcome
 from eosin._files import file_fingerprint
 from eosin._fingerprints import fingerprint
+from eosin._processes import Stopped
 from eosin.errors import ConfigError, EosinError, FeatureFileError, OutputError, SlideError
 from eosin.features import _he_texture as he_texture
 from eosin.features._bag import FeatureBag, FeatureSpec
@@ -60,20 +61,12 @@ class Extraction:
         """Tell whether the slide has a coordinates file."""
         return self.patches(slide).is_file()
 
-    def require_tiles(self, slide: SlideFile) -> None:
-        """Refuse a slide without a coordinates file.
-
-        Raises
-        ------
-        SlideError
-            With the code ``not-tiled``.
-        """
-        if not self.is_tiled(slide):
-            raise SlideError(slide.path, "has no tiles in this job; run `eosin tile` on it first", code="not-tiled")
-
-    def request(self, slide: SlideFile, batch_size: int) -> ReadRequest:
-        """Return what a reader needs."""
-        return ReadRequest(slide, self.patches(slide), batch_size)
+    def request(self, slide: SlideFile, batch_size: int) -> ReadRequest | SlideEnd:
+        """Return what a reader needs; for a slide without a coordinates file, the end with the code ``not-tiled``."""
+        if self.is_tiled(slide):
+            return ReadRequest(slide, self.patches(slide), batch_size)
+        message = "has no tiles in this job; run `eosin tile` on it first"
+        return SlideEnd(slide.slide_id, SlideError(slide.path, message, code="not-tiled"))
 
     def is_done(self, slide: SlideFile) -> bool:
         """Tell whether the feature file is there and was made from this slide, these tiles and these options."""
@@ -158,8 +151,6 @@ class Encoding:
         Tiles per step.
     begin : callable, optional
         Told the id of the slide whose tiles are encoded next.
-    end : callable, optional
-        Told the id of each slide that has a result.
     """
 
     def __init__(
@@ -170,12 +161,11 @@ class Encoding:
         *,
         batch_size: int,
         begin: Callable[[str], None] = lambda _: None,
-        end: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.run = run
         self.events = iter(readers)
         self.slides = slides
-        self.begin, self.end = begin, end
+        self.begin = begin
         self.encode = TolerantEncoder(run.encoder, batch_size)
         self.partial: dict[str, _Partial] = {}
         self.results: dict[str, Result] = {}
@@ -190,22 +180,24 @@ class Encoding:
     def __exit__(self, *_: object) -> None:
         self.writer.shutdown()
 
-    def finish(self, slide: SlideFile) -> Outcome:
-        """Encode until this slide is complete; batches of other slides that come in between are encoded, too."""
-        self.run.require_tiles(slide)
-        while slide.slide_id not in self.results:
-            if not self._advance():
-                raise RuntimeError("the readers ended before all slides were read")
-        result = self.results.pop(slide.slide_id)
-        if isinstance(result, EosinError):
-            raise result
-        return result
-
     def __iter__(self) -> Iterator[tuple[str, Result]]:
-        """Yield every slide with its result, as they become complete."""
-        while self._advance():
-            while self.results:
-                yield self.results.popitem()
+        """Yield every slide with its result, as they become complete; a run that is stopped names what was written."""
+        try:
+            while self._advance():
+                yield from self._finished()
+        except Stopped:
+            self._collect(0)
+            yield from self._finished()
+            raise
+
+    def _finished(self) -> Iterator[tuple[str, Result]]:
+        while self.results:
+            name = next(iter(self.results))
+            yield name, self.results.pop(name)
+
+    def forget(self, slide: SlideFile) -> None:
+        """Let a slide that has a result be encoded again."""
+        self.closed.discard(slide.slide_id)
 
     def _advance(self) -> bool:
         """Do the next piece of work; return False when there is none left."""
@@ -266,7 +258,6 @@ class Encoding:
         self.results[slide.slide_id] = result
         self.closed.add(slide.slide_id)
         self.partial.pop(slide.slide_id, None)
-        self.end(slide.slide_id)
 
     def _begun(self, slide: SlideFile) -> _Partial:
         if slide.slide_id not in self.partial:

@@ -1,15 +1,18 @@
 """Tiles to features for many slides: the device encodes while readers decode, every file is whole or absent."""
 
+import queue
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, Results, collect, is_elsewhere, run_stage
+from eosin._claims import DONE_ELSEWHERE, Todo
+from eosin._records import Record, Report
 from eosin.errors import ConfigError, EosinError
-from eosin.features._claims import DONE_ELSEWHERE, Todo
 from eosin.features._devices import DevicePool, DeviceWork
-from eosin.features._encoders import Precision
+from eosin.features._encoders import Precision, find_encoder
 from eosin.features._encoding import Encoding, Extraction
 from eosin.features._inference import EncoderChoice, allocator
 from eosin.features._reading import ReadRequest, SlideEnd, SlideReaders
@@ -17,8 +20,6 @@ from eosin.wsi._coordinates import read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
-
-Finish = Callable[[SlideFile], Outcome]
 
 
 def extract(
@@ -91,11 +92,14 @@ def extract(
     work = DeviceWork(
         job, _choose_tiling(job, tiling), EncoderChoice(encoder, weights, precision, compiled), batch_size, workers
     )
+    if is_elsewhere():
+        stage = ExtractStage(work, device)
+        return run_stage(stage, slides, run_json=job.run_json, shard=shard, progress=progress)
     rest = partial(_extract, slides, work, shard=shard, progress=progress)
     if devices:
         with DevicePool(work, devices) as pool:
-            return rest(Extraction(job, work.tiling, pool.encoder), partial(_elsewhere, pool))
-    return rest(Extraction(job, work.tiling, work.choice.load(device)), _here)
+            return rest(Extraction(job, work.tiling, pool.encoder), lambda run, _, todo: pool.encode(run, todo))
+    return rest(Extraction(job, work.tiling, work.choice.load(device)), _encode_here)
 
 
 def _stated_tiling(run: Extraction, slides: Sequence[SlideFile]) -> Tiling | None:
@@ -110,7 +114,7 @@ def _extract(
     slides: Sequence[SlideFile],
     work: DeviceWork,
     run: Extraction,
-    place: "Place",
+    encode: Callable[[Extraction, DeviceWork, Todo[SlideFile]], Results],
     *,
     shard: tuple[int, int],
     progress: Callable[[Record], None] | None,
@@ -118,52 +122,104 @@ def _extract(
     tiling = _stated_tiling(run, slides)
     if tiling is not None:
         run.check_tiles(tiling)
-    left = [slide for slide in slides[shard[0] :: shard[1]] if not run.is_done(slide)]
-    todo = Todo([slide for slide in left if run.is_tiled(slide)], run.output, run.is_done)
-    waiting = {slide.slide_id for slide in left}
-    try:
-        with place(run, todo, work) as finish:
-            return run_batch(
-                slides,
-                finish,
-                key=lambda slide: slide.slide_id,
-                stage=f"extract {work.tiling}/{run.encoder.spec.name}",
-                is_done=lambda slide: slide.slide_id not in waiting,
-                run_json=work.job.run_json,
-                shard=shard,
-                progress=progress,
-            )
-    finally:
-        todo.close()
+    return collect(
+        slides,
+        partial(encode, run, work),
+        key=lambda slide: slide.slide_id,
+        stage=f"extract {work.tiling}/{run.encoder.spec.name}",
+        is_done=run.is_done,
+        output=run.output,
+        run_json=work.job.run_json,
+        shard=shard,
+        progress=progress,
+    )
 
 
-Place = Callable[[Extraction, Todo, DeviceWork], AbstractContextManager[Finish]]
-
-
-@contextmanager
-def _here(run: Extraction, todo: Todo, work: DeviceWork) -> Iterator[Finish]:
+def _encode_here(run: Extraction, work: DeviceWork, todo: Todo[SlideFile]) -> Results:
     """Encode in this process."""
     with (
         SlideReaders(_requests(run, todo, work), workers=work.workers, allocate=allocator(run.encoder)) as readers,
-        Encoding(run, readers, todo.slides, batch_size=work.batch_size, end=todo.release) as encoding,
+        Encoding(run, readers, todo.items, batch_size=work.batch_size) as encoding,
     ):
-        yield encoding.finish
+        yield from encoding
 
 
-def _requests(run: Extraction, todo: Todo, work: DeviceWork) -> Iterator[ReadRequest | SlideEnd | None]:
+def _requests(run: Extraction, todo: Todo[SlideFile], work: DeviceWork) -> Iterator[ReadRequest | SlideEnd | None]:
     while len(todo):
         taken = todo.take()
         if taken is None:
             yield None
             continue
-        slide, done = taken
-        yield SlideEnd(slide.slide_id, message=DONE_ELSEWHERE) if done else run.request(slide, work.batch_size)
+        slide, is_made = taken
+        yield SlideEnd(slide.slide_id, message=DONE_ELSEWHERE) if is_made else run.request(slide, work.batch_size)
 
 
-@contextmanager
-def _elsewhere(pool: DevicePool, run: Extraction, todo: Todo, _: DeviceWork) -> Iterator[Finish]:
-    """Encode in the processes of a pool."""
-    yield lambda slide: pool.finish(slide, run, todo)
+@dataclass(frozen=True)
+class ExtractStage:
+    """The extraction as a `eosin._batch.Stage`: a worker process keeps the encoder and its readers.
+
+    Attributes
+    ----------
+    work : DeviceWork
+    device : str
+        Of each worker.
+    """
+
+    work: DeviceWork
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Name of the stage in the records."""
+        return f"extract {self.work.tiling}/{find_encoder(self.work.choice.name).name}"
+
+    @cached_property
+    def _session(self) -> "_Session":
+        return _Session(self.work, self.device)
+
+    def key(self, item: SlideFile) -> str:
+        """Return the id of a slide."""
+        return item.slide_id
+
+    def output(self, item: SlideFile) -> Path:
+        """Return the feature file of a slide."""
+        return self._session.run.output(item)
+
+    def is_done(self, item: SlideFile) -> bool:
+        """Tell whether the feature file was made from the same slide, tiles and options."""
+        return self._session.run.is_done(item)
+
+    def do(self, item: SlideFile) -> Outcome:
+        """Encode one slide."""
+        return self._session.encode(item)
+
+
+class _Session:
+    """An encoder and its readers, open for one slide after another."""
+
+    def __init__(self, work: DeviceWork, device: str) -> None:
+        self.work = work
+        self.run = Extraction(work.job, work.tiling, work.choice.load(device))
+        self.waiting: queue.SimpleQueue[ReadRequest | SlideEnd] = queue.SimpleQueue()
+        self.slides: dict[str, SlideFile] = {}
+        readers = SlideReaders(self._requests(), workers=work.workers, allocate=allocator(self.run.encoder))
+        self.encoding = Encoding(self.run, readers.__enter__(), self.slides, batch_size=work.batch_size)
+
+    def _requests(self) -> Iterator[ReadRequest | SlideEnd | None]:
+        while True:
+            try:
+                yield self.waiting.get_nowait()
+            except queue.Empty:
+                yield None
+
+    def encode(self, slide: SlideFile) -> Outcome:
+        self.slides[slide.slide_id] = slide
+        self.waiting.put(self.run.request(slide, self.work.batch_size))
+        _, result = next(iter(self.encoding))
+        self.encoding.forget(slide)
+        if isinstance(result, EosinError):
+            raise result
+        return result
 
 
 def _choose_tiling(job: JobFolder, tiling: str | None) -> str:

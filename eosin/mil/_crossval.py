@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin._claims import claimed
 from eosin._devices import choose_device
 from eosin._files import write_json, write_text
 from eosin._filesets import begin_set, finish_set, require_named
@@ -143,7 +144,7 @@ def crossval(
     untested = [str(number) for number, fold in enumerate(splits) if not inner_splits(fold)[0].test]
     if untested:
         raise LabelError(f"nobody to test in fold {', '.join(untested)}; give splits with a test part, or use `train`")
-    plan = _Plan(recipe, task, examples, out, device, precision)
+    plan = FoldPlan(recipe, task, examples, out, device, precision)
     models = [
         f"{folder.relative_to(out)}/{CARD}"
         for number, fold in enumerate(splits)
@@ -153,8 +154,9 @@ def crossval(
     begin_set(out, [*models, PREDICTIONS, METRICS], pattern=r"fold_\d+")
     folds = []
     for number, fold_splits in enumerate(splits):
-        complete = [_complete(split, recipe, cohort, val_fraction, number) for split in inner_splits(fold_splits)]
-        fold = plan.run(number, complete, plan.folders(number, fold_splits))
+        complete = [complete_split(split, recipe, cohort, val_fraction, number) for split in inner_splits(fold_splits)]
+        with claimed(out / f"fold_{number}"):  # another run with the same folder trains another fold meanwhile
+            fold = plan.run(number, complete, plan.folders(number, fold_splits))
         folds.append(fold)
         if progress is not None:
             progress(fold)
@@ -210,7 +212,8 @@ def tested_slides(folds: Sequence[FoldSplits]) -> list[str]:
     return list(dict.fromkeys(slide for fold in folds for slide in inner_splits(fold)[0].test))
 
 
-def _complete(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
+def complete_split(split: Split, recipe: Recipe, cohort: Cohort, val_fraction: float, number: int) -> Split:
+    """Return a split with the validation part that its recipe needs."""
     # nothing is selected, so no slide is kept from training
     if recipe.training.select == "last":
         return split
@@ -245,7 +248,7 @@ def judge_models(made: Sequence[Fitted], task: Task, test: Examples, *, number: 
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class FoldPlan:
     """What all folds have in common."""
 
     recipe: Recipe
@@ -262,11 +265,15 @@ class _Plan:
 
     def run(self, number: int, splits: Sequence[Split], folders: Sequence[Path]) -> Fold:
         """Train the models of a fold and test them together."""
-        made = [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
+        made = self.train(number, splits, folders)
         test = self.examples.subset(splits[0].test)
         fold = judge_models(made, self.task, test, number=number, device=self.device)
         # validation slides have chosen the model, so they are part of what it saw
         return replace(fold, n_train=len(set(splits[0].train) | set(splits[0].val)))
+
+    def train(self, number: int, splits: Sequence[Split], folders: Sequence[Path]) -> list[Fitted]:
+        """Train the models of a fold; those that are there already are only read."""
+        return [self._train(number, split, place) for split, place in zip(splits, folders, strict=True)]
 
     def _train(self, number: int, split: Split, folder: Path) -> Fitted:
         training = self.recipe.training

@@ -2,16 +2,27 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from eosin._batch import Outcome, is_elsewhere, run_stage
 from eosin._filesets import finish_set, members_of
 from eosin._names import Ids
 from eosin._tables import SLIDE_COLUMNS, detect_column, read_table
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features._store import find_bags
 from eosin.mil._cohort import Cohort
-from eosin.mil._crossval import Fold, FoldSplits, cohort_of, crossval, inner_splits
+from eosin.mil._crossval import (
+    VAL_FRACTION,
+    Fold,
+    FoldPlan,
+    FoldSplits,
+    cohort_of,
+    complete_split,
+    crossval,
+    inner_splits,
+)
 from eosin.mil._data import Examples, FeatureFolder, make_examples, patient_examples
 from eosin.mil._flow import Flow
 from eosin.mil._interop import (
@@ -137,6 +148,27 @@ def without_label(table: LabelTable, kind: str, target: str | None = None) -> di
     }
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a study was opened from; attributes as of `open_study`."""
+
+    features: Path | dict[str, Path]
+    labels: Path
+    task: str
+    target: str | None
+    group: Literal["patient", "slide"]
+    level: Literal["slide", "patient"]
+    keep_sites: bool
+    missing: Literal["error", "few", "drop"]
+    slide_table: Path | None
+    ids: Ids
+    cache_bytes: int
+
+    def open(self) -> "Study":
+        """Open it again, on another machine."""
+        return open_study(**vars(self))
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """Labelled bags, the task they pose, and what splits must know of them.
@@ -154,6 +186,8 @@ class Study:
         Slides of the table that are not part of it: splits may name them.
     flow : Flow
         What became of every slide that a file or a row of the table names.
+    source : Source, optional
+        What it was opened from.
     """
 
     task: Task
@@ -163,6 +197,7 @@ class Study:
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
     flow: Flow = field(default_factory=Flow)
+    source: Source | None = None
 
     def __repr__(self) -> str:
         patients = len(set(self.examples.patient_ids))
@@ -403,6 +438,7 @@ def crossval_study(
     """
     chosen = choose_recipe(recipe) if isinstance(recipe, str) else recipe
     parts = splits or study.splits(seed=chosen.training.seed)
+    train_elsewhere(study, {"": chosen}, parts, Path(out), device=device, precision=precision)
     return crossval(
         chosen,
         study.task,
@@ -415,6 +451,100 @@ def crossval_study(
         precision=precision,
         progress=progress,
     )
+
+
+def train_elsewhere(
+    study: Study,
+    recipes: Mapping[str, Recipe],
+    splits: Sequence[FoldSplits],
+    out: Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> None:
+    """Train the folds of a cross-validation, or of the candidates of a sweep, on a cluster; without one do nothing.
+
+    What comes after finds the models and reads them.
+
+    Parameters
+    ----------
+    study : Study
+    recipes : mapping of str to Recipe
+        By the folder of the candidate in `out`; an empty text is `out` itself.
+    splits, out, device, precision
+        As of `eosin.mil._crossval.crossval`.
+
+    Raises
+    ------
+    LabelError
+        If a fold cannot be trained; the first reason is given.
+    """
+    if not is_elsewhere() or study.source is None:
+        return
+    for fold in splits:
+        check_splits(inner_splits(fold), study.cohort)
+    parts = tuple(fold if isinstance(fold, Split) else tuple(fold) for fold in splits)
+    stage = FoldStage(study.source, dict(recipes), parts, out.absolute(), device, precision)
+    items = [FoldItem(folder, number) for folder in recipes for number in range(len(parts))]
+    report = run_stage(stage, items, run_json=out / "run.json")
+    if report.failed:
+        first = report.failed[0]
+        raise LabelError(f"{len(report.failed)} of {len(items)} folds failed; {first.slide_id}: {first.message}")
+
+
+@dataclass(frozen=True)
+class FoldItem:
+    """One fold of one candidate.
+
+    Attributes
+    ----------
+    folder : str
+        Of the candidate in the cross-validation's folder; empty when there is one recipe.
+    number : int
+        Of the fold.
+    """
+
+    folder: str
+    number: int
+
+
+@dataclass(frozen=True)
+class FoldStage:
+    """The training of folds as a `eosin._batch.Stage`; attributes as of `train_elsewhere`."""
+
+    source: Source
+    recipes: dict[str, Recipe]
+    splits: tuple[Split | tuple[Split, ...], ...]
+    out: Path
+    device: str
+    precision: str
+    name: ClassVar[str] = "train"
+
+    @cached_property
+    def _study(self) -> Study:
+        return self.source.open()
+
+    def key(self, item: FoldItem) -> str:
+        """Return the name of a fold."""
+        return f"{item.folder} fold {item.number}".strip()
+
+    def output(self, item: FoldItem) -> Path:
+        """Return the folder of a fold's models."""
+        return self.out / item.folder / f"fold_{item.number}"
+
+    def is_done(self, _item: FoldItem) -> bool:
+        """Leave it to the training, which reads a model that is there already."""
+        return False
+
+    def do(self, item: FoldItem) -> Outcome:
+        """Train the models of a fold."""
+        study, recipe, fold = self._study, self.recipes[item.folder], self.splits[item.number]
+        plan = FoldPlan(recipe, study.task, study.examples, self.out / item.folder, self.device, self.precision)
+        complete = [
+            complete_split(split, recipe, study.cohort, VAL_FRACTION, item.number) for split in inner_splits(fold)
+        ]
+        plan.train(item.number, complete, plan.folders(item.number, fold))
+        return Outcome()
 
 
 def owner(group: str) -> Literal["patient", "slide"]:
@@ -514,6 +644,21 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
+    source = Source(
+        {name: path.absolute() for name, path in features.items()}
+        if isinstance(features, Mapping)
+        else Path(features).absolute(),
+        Path(labels).absolute(),
+        task,
+        target,
+        group,
+        level,
+        keep_sites,
+        missing,
+        None if slide_table is None else slide_table.absolute(),
+        ids,
+        cache_bytes,
+    )
     full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
     full = full.named_as({*files, *(flow or Flow()).slide_ids}, ids)
@@ -546,6 +691,7 @@ def open_study(
         notes,
         gone,
         _account((flow or Flow()).lose("labelled", blank), files, full, filled),
+        source,
     )
 
 

@@ -8,15 +8,15 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from eosin._batch import Outcome, Report, run_batch
+from eosin._batch import Outcome, Report, run_stage
 from eosin._devices import choose_device
 from eosin._files import file_fingerprint, write_json
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import Ids
 from eosin._seals import read_json
-from eosin.errors import EosinError, LabelError
+from eosin.errors import EosinError, LabelError, SlideError
 from eosin.features._encoders import EncoderSpec, find_encoder, folder_name
 from eosin.features._inference import require_encoder
 from eosin.features._store import read_bag
@@ -408,7 +408,7 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
         Called with the record of each slide.
     """
     items = [
-        _Drawing(
+        Drawing(
             result.slides[slide],
             result.feature_file(slide),
             result.fold_model(slide),
@@ -417,26 +417,19 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
         )
         for slide in result.predictions["slide_id"]
     ]
-    return run_batch(
-        items,
-        _draw,
-        key=lambda item: item.slide.slide_id,
-        stage="heatmap",
-        is_done=_is_drawn,
-        run_json=JobFolder(result.out).run_json,
-        progress=advance,
-    )
+    return run_stage(DrawStage(), items, run_json=JobFolder(result.out).run_json, progress=advance)
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """The heat map of one slide: what it is made from, and the folder of its files."""
+class Drawing:
+    """The heat map of one slide: what it is made from, and the folder of its files; `maps` as of `explain_slide`."""
 
     slide: SlideFile
     features: Path
     model: Path
     folder: Path
     formats: tuple[str, ...]
+    maps: tuple[str, ...] | None = None
 
     @property
     def note(self) -> Path:
@@ -451,20 +444,48 @@ class _Drawing:
             features=file_fingerprint(self.features),
             slide=file_fingerprint(self.slide.path),
             slide_mpp=self.slide.mpp,
-            formats=list(self.formats),
+            formats=[*self.formats, *(self.maps or ())],
         )
         return {"fingerprint": made_from, "files": {path.name: content_hash(path) for path in files}}
 
 
-def _is_drawn(item: _Drawing) -> bool:
-    try:
-        note = read_json(item.note)
-        return bool(note == item.origin(item.folder / name for name in note["files"]))
-    except (OSError, ValueError, LookupError, TypeError, EosinError):
-        return False
+@dataclass(frozen=True)
+class DrawStage:
+    """Heat maps as a `eosin._batch.Stage`."""
 
+    name: ClassVar[str] = "heatmap"
 
-def _draw(item: _Drawing) -> Outcome:
-    files = explain_slide(item.model, item.slide, read_bag(item.features), item.folder, formats=item.formats)
-    write_json(item.note, item.origin(files))
-    return Outcome()
+    def key(self, item: Drawing) -> str:
+        """Return the id of a slide."""
+        return item.slide.slide_id
+
+    def output(self, item: Drawing) -> Path:
+        """Return the file that is written last."""
+        return item.note
+
+    def is_done(self, item: Drawing) -> bool:
+        """Tell whether the map was drawn from the same model, features and slide."""
+        try:
+            note = read_json(item.note)
+            return bool(note == item.origin(item.folder / name for name in note["files"]))
+        except (OSError, ValueError, LookupError, TypeError, EosinError):
+            return False
+
+    def do(self, item: Drawing) -> Outcome:
+        """Draw one map."""
+        bag = read_bag(item.features)
+        try:
+            files = explain_slide(item.model, item.slide, bag, item.folder, formats=item.formats, maps=item.maps)
+        except SlideError as error:
+            if error.code == "empty":
+                return Outcome("empty", error.detail)
+            raise
+        write_json(item.note, item.origin(files))
+        return Outcome()
+
+    def files(self, item: Drawing) -> list[Path]:
+        """Return the files of a map; none where it was not drawn."""
+        try:
+            return [item.folder / name for name in read_json(item.note)["files"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            return []

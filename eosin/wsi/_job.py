@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image
 from shapely import box
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, Record, Report, run_stage
 from eosin._files import file_fingerprint, write_text
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import match_slides
@@ -145,12 +145,9 @@ def tile_slides(
     plan = TilePlan.of(
         slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
     )
-    report = run_batch(
+    report = run_stage(
+        plan,
         slides,
-        partial(_tile, plan),
-        key=_slide_id,
-        stage="tile",
-        is_done=partial(_is_tiled, plan),
         run_json=job.run_json,
         workers=workers,
         shard=shard,
@@ -166,7 +163,7 @@ def tile_slides(
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What is done to every slide: picklable, sent to workers.
+    """What is done to every slide: a `eosin._batch.Stage`, sent to workers.
 
     Parameters
     ----------
@@ -190,6 +187,7 @@ class TilePlan:
     overrides: Mapping[str, TissueOptions]
     contours: Mapping[str, Path]
     quality: QualityLimits
+    name: ClassVar[str] = "tile"
 
     @classmethod
     def of(
@@ -225,6 +223,44 @@ class TilePlan:
     def patches(self, slide_id: str) -> Path:
         """Coordinates file of a slide."""
         return self.job.patches(self.tiling.folder, slide_id)
+
+    def key(self, item: SlideFile) -> str:
+        """Return the id of a slide."""
+        return item.slide_id
+
+    def output(self, item: SlideFile) -> Path:
+        """Return the coordinates file of a slide, which is written last."""
+        return self.patches(item.slide_id)
+
+    def is_done(self, slide: SlideFile) -> bool:
+        """Tell whether the slide was tiled from the same file with the same options."""
+        if not self.job.contours_geojson(slide.slide_id).is_file():  # people edit it: whatever is in it is kept
+            return False
+        try:
+            footer = read_footer(self.patches(slide.slide_id))
+            pictures = [content_hash(path) for path in _pictures(self.job, slide.slide_id)]
+            return footer.options_hash == self.options_hash(slide) and footer.pictures == " ".join(pictures)
+        except (EosinError, OSError):
+            return False
+
+    def do(self, item: SlideFile) -> Outcome:
+        """Tile one slide and write what the job keeps of it."""
+        if item.unread:
+            return Outcome("skipped", f"no reader takes {item.path.suffix} files; convert it to OME-TIFF", UNSUPPORTED)
+        with self.open(item) as slide:
+            tiled = self.lay_tiles(item, slide)
+            _write_pictures(self.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))
+            write_grid(
+                self.patches(item.slide_id),
+                tiled.grid,
+                slide_id=item.slide_id,
+                mpp_source=slide.mpp_source,
+                fingerprint=file_fingerprint(item.path),
+                options_hash=self.options_hash(item),
+                quality=tiled.quality,
+                pictures=" ".join(content_hash(path) for path in _pictures(self.job, item.slide_id)),
+            )
+            return tiled.outcome
 
     def open(self, item: SlideFile) -> Slide:
         """Open a slide, with the colours that the tiling asks for."""
@@ -307,10 +343,6 @@ class Tiled:
     outcome: Outcome
 
 
-def _slide_id(slide: SlideFile) -> str:
-    return slide.slide_id
-
-
 def _outlines(folder: Path) -> list[tuple[str, Path]]:
     """Return the outlines in a folder under the names of their files; QuPath appends its suffix to the slide's name."""
     if not folder.is_dir():
@@ -318,38 +350,8 @@ def _outlines(folder: Path) -> list[tuple[str, Path]]:
     return [(path.name, path) for path in sorted(folder.iterdir()) if path.suffix.lower() in OUTLINE_SUFFIXES]
 
 
-def _is_tiled(plan: TilePlan, slide: SlideFile) -> bool:
-    if not plan.job.contours_geojson(slide.slide_id).is_file():  # people edit it: whatever is in it is kept
-        return False
-    try:
-        footer = read_footer(plan.patches(slide.slide_id))
-        pictures = [content_hash(path) for path in _pictures(plan.job, slide.slide_id)]
-        return footer.options_hash == plan.options_hash(slide) and footer.pictures == " ".join(pictures)
-    except (EosinError, OSError):
-        return False
-
-
 def _pictures(job: JobFolder, slide_id: str) -> list[Path]:
     return [job.thumbnail(slide_id), job.contours(slide_id)]
-
-
-def _tile(plan: TilePlan, item: SlideFile) -> Outcome:
-    if item.unread:
-        return Outcome("skipped", f"no reader takes {item.path.suffix} files; convert it to OME-TIFF", UNSUPPORTED)
-    with plan.open(item) as slide:
-        tiled = plan.lay_tiles(item, slide)
-        _write_pictures(plan.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))
-        write_grid(
-            plan.patches(item.slide_id),
-            tiled.grid,
-            slide_id=item.slide_id,
-            mpp_source=slide.mpp_source,
-            fingerprint=file_fingerprint(item.path),
-            options_hash=plan.options_hash(item),
-            quality=tiled.quality,
-            pictures=" ".join(content_hash(path) for path in _pictures(plan.job, item.slide_id)),
-        )
-        return tiled.outcome
 
 
 def _write_pictures(job: JobFolder, slide_id: str, slide: Slide, mask: TissueMask, thumbnail: Image.Image) -> None:

@@ -180,9 +180,11 @@ def test_log_records_and_warnings_become_single_lines_and_leave_nothing_behind()
     assert logging.getLogger("eosin").handlers == before
 
 
-def test_no_bar_without_a_terminal() -> None:
+def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("tile", 3) as advance:
-        assert advance is None
+        assert advance is not None
+        advance("a")
+    assert capsys.readouterr().err == ""
 
 
 class Terminal(io.StringIO):

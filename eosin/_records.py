@@ -1,0 +1,288 @@
+"""What became of every slide: a line that is appended when the slide is finished, and `run.json`, the view of them all.
+
+Each process appends to a file of its own in the folder ``records`` beside `run.json`, so that nobody waits for a lock
+and a process that is killed loses nothing that it finished. `merge` brings the lines into `run.json`, once, when a run
+ends; readers take both, so that a run can be watched while it goes on.
+"""
+
+import json
+import os
+import platform
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from eosin import __version__
+from eosin._files import append_line, is_running, locked, write_json
+from eosin._seals import is_intact, parse_json, read_json, sealed
+from eosin.errors import ConfigError
+
+Status = Literal["ok", "empty", "failed", "skipped"]
+
+SCHEMA = 2
+"""Of `run.json`; 1, of eosin 0.1, has no checksum."""
+
+PARTS = "records"
+SUFFIX = ".jsonl"
+IDLE_S = 3600.0
+"""A part of another machine that nobody has appended to for so long is merged for good."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one slide in one stage: a line of `run.json`.
+
+    Attributes
+    ----------
+    slide_id, stage : str
+    status : "ok", "empty", "failed" or "skipped"
+    reason : str
+        Code of a failure.
+    message : str
+        One sentence for a person.
+    seconds : float
+        Spent on the slide.
+    at : float
+        When it was finished, in seconds since 1970; 0 in files of eosin 0.1.
+    by : str
+        The process that did it: machine-number.
+    """
+
+    slide_id: str
+    stage: str
+    status: Status
+    reason: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    at: float = 0.0
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A slide that a process has begun and not finished.
+
+    Attributes
+    ----------
+    slide_id, stage : str
+    at : float
+        Since when, in seconds since 1970.
+    by : str
+        The process: machine-number.
+    """
+
+    slide_id: str
+    stage: str
+    at: float
+    by: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The records of one `run_batch` call, in the order of its items."""
+
+    records: tuple[Record, ...]
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
+    def count(self, status: Status) -> int:
+        """Return how many slides ended with this status."""
+        return Counter(record.status for record in self.records)[status]
+
+    @property
+    def failed(self) -> list[Record]:
+        """The records of the slides that failed."""
+        return [record for record in self.records if record.status == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when no slide failed, else 1."""
+        return 1 if self.failed else 0
+
+    def summary(self) -> str:
+        """Return one line: how many slides ended how."""
+        counts = Counter(record.status for record in self.records)
+        parts = [f"{counts[status]} {status}" for status in ("ok", "empty", "skipped", "failed") if counts[status]]
+        number = len(self.records)
+        return f"{number} slide{'s' if number != 1 else ''}: {', '.join(parts) or 'nothing to do'}"
+
+    def then(self, later: "Report") -> "Report":
+        """Return one report of two stages: for each slide its first failure, else its last record."""
+        records = {record.slide_id: record for record in self.records}
+        for record in later.records:
+            if record.slide_id not in records or records[record.slide_id].status != "failed":
+                records[record.slide_id] = record
+        return Report(tuple(records.values()))
+
+
+class Log:
+    """Where this process appends the records of a job; None appends nowhere.
+
+    Parameters
+    ----------
+    run_json : Path or None
+        The merged view; the parts lie in the folder ``records`` beside it.
+
+    Raises
+    ------
+    ConfigError
+        If the file is there and is not one of eosin's; it is never overwritten.
+    """
+
+    def __init__(self, run_json: Path | None) -> None:
+        self.run_json = run_json
+        before = [] if run_json is None else read_run_json(run_json)
+        self._fine = {(record.stage, record.slide_id) for record in before if record.status != "failed"}
+
+    def knows(self, slide_id: str, stage: str) -> bool:
+        """Return whether there was a record of a slide that did not fail: a skip must not take its place."""
+        return (stage, slide_id) in self._fine
+
+    def begin(self, slide_id: str, stage: str) -> None:
+        """Note that this process works on a slide from now on."""
+        self._append({"slide_id": slide_id, "stage": stage, "begun": round(time.time(), 3), "by": process_name()})
+
+    def add(self, record: Record) -> Record:
+        """Append a record; return it with the time and this process in it."""
+        stamped = replace(record, at=round(time.time(), 3), by=record.by or process_name())
+        self._append(asdict(stamped))
+        return stamped
+
+    def merge(self) -> None:
+        """Bring all lines into `run.json`."""
+        if self.run_json is not None:
+            merge(self.run_json)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.run_json is not None:
+            append_line(self.run_json.with_name(PARTS) / f"{_part_name(os.getpid())}{SUFFIX}", json.dumps(line))
+
+
+def process_name() -> str:
+    """Return the machine and the number of this process, as records name it."""
+    return f"{_host()}-{os.getpid()}"
+
+
+@cache
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", platform.node()) or "unknown"
+
+
+@cache  # of the process, so that the child of a fork has a name of its own
+def _part_name(number: int) -> str:
+    return f"{_host()}-{number}-{secrets.token_hex(4)}"
+
+
+def merge(run_json: Path) -> None:
+    """Write `run.json` anew from itself and all parts, and remove the parts that nobody appends to any more.
+
+    Raises
+    ------
+    ConfigError
+        If `run.json` is not one of eosin's.
+    OutputError
+        If it cannot be written.
+    """
+    folder = run_json.with_name(PARTS)
+    with locked(run_json.with_name(f".{run_json.name}.lock")):
+        parts = {part: part.stat() for part in _parts(folder)}
+        if not parts:
+            return
+        ordered = sorted(read_run_json(run_json), key=lambda record: (record.stage, record.slide_id))
+        records = [asdict(record) for record in ordered]
+        write_json(run_json, sealed({"schema": SCHEMA, "eosin": __version__, "records": records}))
+        for part, seen in parts.items():
+            if _is_closed(part, seen) and part.stat().st_size == seen.st_size:
+                part.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody still appends
+            folder.rmdir()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def _is_closed(part: Path, seen: os.stat_result) -> bool:
+    """Return whether nobody appends to a part any more; a line that comes all the same makes the file anew."""
+    host, number, _ = part.stem.rsplit("-", 2)
+    if host != _host() or not number.isdecimal():
+        return time.time() - seen.st_mtime > IDLE_S
+    return int(number) == os.getpid() or not is_running(int(number))
+
+
+def read_run_json(path: Path) -> list[Record]:
+    """Read the records of a job, the last of each stage and slide: `run.json` and what was appended since.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not one of ours; it is never overwritten then.
+    """
+    records = {(record.stage, record.slide_id): record for record in _read_merged(path)}
+    for line in _lines(path.with_name(PARTS)):
+        record = _record(line)
+        if record is not None and not _is_older(record, records.get((record.stage, record.slide_id))):
+            records[record.stage, record.slide_id] = record
+    return list(records.values())
+
+
+def _is_older(record: Record, other: Record | None) -> bool:
+    return other is not None and record.at < other.at
+
+
+def read_begun(path: Path) -> list[Begun]:
+    """Read which slides were begun and have no record since: processes are at work on them, or died of them."""
+    begun: dict[tuple[str, str, str], Begun] = {}
+    for line in _lines(path.with_name(PARTS)):
+        with suppress(KeyError, TypeError, ValueError):
+            name = str(line["stage"]), str(line["slide_id"]), str(line["by"])
+            if "begun" in line:
+                begun[name] = Begun(name[1], name[0], float(line["begun"]), name[2])
+            else:
+                begun.pop(name, None)
+    return list(begun.values())
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of all parts; one that a full disk or a power failure tore is left out."""
+    for part in _parts(folder):
+        try:
+            text = part.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:  # merged in the meantime
+            continue
+        yield from _parsed(text.split("\n"))
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError):
+            data = parse_json(line)
+            if isinstance(data, dict):
+                yield data
+
+
+def _record(line: Mapping[str, Any]) -> Record | None:
+    try:
+        return Record(**line)
+    except TypeError:  # begun, or a line of a later version
+        return None
+
+
+def _read_merged(path: Path) -> list[Record]:
+    if not path.exists():
+        return []
+    try:
+        data = read_json(path)
+        if data["schema"] not in (1, SCHEMA) or (data["schema"] == SCHEMA and not is_intact(data)):
+            raise ValueError("it is damaged or was changed by hand")
+        return [Record(**record) for record in data["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None

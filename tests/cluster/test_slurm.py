@@ -1,0 +1,109 @@
+"""The whole way on a real SLURM of one node: workers are cancelled, the driver is killed, and everything ends right.
+
+Needs Debian's slurm-wlm and munge, root, and the script that starts the three daemons beside the checkout.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_runs import RECIPE, arrays_of, eosin, start
+
+from eosin._records import read_run_json
+
+SCRIPT = Path(__file__).parents[3] / "shared/slurm/slurm.sh"
+SITE = """
+provider: slurm
+partition: main
+walltime: "00:20:00"
+jobs: 2
+cores: 1
+memory_gb: 1
+address: 127.0.0.1
+"""
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(shutil.which("slurmctld") is None, reason="slurmctld is not installed"),
+    pytest.mark.skipif(not SCRIPT.is_file(), reason="no script beside the checkout that starts SLURM"),
+    pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="SLURM's daemons need root"),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run(["bash", SCRIPT, "start", folder], check=True, capture_output=True)
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run(["bash", SCRIPT, "stop", folder], check=True, capture_output=True)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "site.yaml").write_text(SITE)
+    return tmp_path / "site.yaml"
+
+
+def jobs_of(slurm: dict[str, str]) -> list[str]:
+    out = subprocess.run(
+        ["squeue", "-h", "-o", "%i"], env=os.environ | slurm, capture_output=True, text=True, check=True
+    )
+    return out.stdout.split()
+
+
+def test_pixels_to_folds_are_bit_equal_to_a_run_here(
+    tmp_path: Path, cohort: Path, slurm: dict[str, str], site: Path
+) -> None:
+    settings = [word for option in RECIPE for word in ("--set", option)]
+    common = (
+        "--slides",
+        cohort / "slides",
+        "--labels",
+        cohort / "labels.csv",
+        "--folds",
+        2,
+        "--set",
+        "tiling.patch_size=128",
+    )
+    eosin("run", *common, *settings, "--job", tmp_path / "near")
+    eosin("run", *common, *settings, "--job", tmp_path / "far", "--cluster", site, **slurm)
+    assert arrays_of(tmp_path / "far") == arrays_of(tmp_path / "near") != {}
+    for name in ("crossval/predictions.csv", "crossval/fold_0/model.safetensors", "crossval/fold_1/model.safetensors"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+    assert {record.status for record in read_run_json(tmp_path / "far/crossval/run.json")} == {"ok"}
+    assert jobs_of(slurm) == []
+
+
+def test_a_driver_that_is_killed_and_a_job_that_is_cancelled_lose_nothing(
+    tmp_path: Path, cohort: Path, slurm: dict[str, str], site: Path
+) -> None:
+    job = tmp_path / "job"
+    arguments = ("tile", "--slides", cohort / "slides", "--patch-size", 128, "--job", job, "--cluster", site)
+    first = start(*arguments, **slurm)
+    wait_until(lambda: len(read_run_json(job / "run.json")) >= 1, first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = {record.slide_id: record.at for record in read_run_json(job / "run.json")}
+    assert "its jobs were cancelled" in eosin("jobs", job, "--stop", **slurm)
+    second = start(*arguments, **slurm)
+    wait_until(lambda: bool(jobs_of(slurm)), second)
+    subprocess.run(["scancel", jobs_of(slurm)[0]], env=os.environ | slurm, check=True)
+    _, err = second.communicate(timeout=400)
+    assert second.returncode == 0, err
+    after = {record.slide_id: (record.status, record.at) for record in read_run_json(job / "run.json")}
+    assert len(after) == 8
+    assert {status for status, _ in after.values()} == {"ok"}
+    assert all(after[name][1] == at for name, at in before.items())
+
+
+def wait_until(condition: "object", process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 200
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.2)
