@@ -48,7 +48,8 @@ class CohortEffect:
         Before and after, class predicted where the log-odds are positive; NaN without slides of that truth.
     p_turned : float or None
         That predictions turn from right to wrong as often as from wrong to right: exact, turning the signs of whole
-        patients, which is McNemar's test with one slide per patient; None for tiles that were searched for.
+        patients, which is McNemar's test with one slide per patient; None for tiles that the model chose: where one
+        class is more frequent, a model that calls all slides by it loses more than it wins whatever it knows.
     sensitivity_change, specificity_change : (float, float)
         95 % intervals of after minus before.
     effect_size : float
@@ -135,7 +136,7 @@ def summarise_cohort(
         interval_over_random=None if over_random is None else _student(over_random),
         sensitivity=sensitivity,
         specificity=specificity,
-        p_turned=None if first.origin.is_found else _turned(right, patients[: len(right)]),
+        p_turned=_turned(right, patients[: len(right)]) if is_given else None,
         sensitivity_change=sensitivity_change,
         specificity_change=specificity_change,
         effect_size=change / float(means.std(ddof=1)) if len(means) > 1 and np.ptp(means) else float("nan"),

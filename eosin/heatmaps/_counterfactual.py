@@ -60,8 +60,8 @@ class Effect:
         Mean and 2.5 and 97.5 percentiles of the log-odds after the same intervention with random tiles.
     control_rank : float or None
         Share of the random sets that change the log-odds at least as much in the same direction, the set itself
-        counted among them: a one-sided randomisation p value. None for a set that was searched for, which beats random
-        sets by construction.
+        counted among them: a one-sided randomisation p value of tiles that were chosen outside the model, a description
+        of those that it weighs most. None for a set that was searched for, which beats random sets by construction.
     n_controls : int
     control_sd : float or None
         Standard deviation of the log-odds with random tiles.

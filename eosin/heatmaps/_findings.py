@@ -182,7 +182,9 @@ def in_words(effect: Effect, class_name: str) -> str:
     if effect.control_mean is None:
         return f"{sentence}."
     random = as_probability(float(expit(effect.control_mean)))
-    chance = "" if effect.control_rank is None else f" (p = {effect.control_rank:.2g})"
+    # of tiles that the model weighs most the rank says how attention works, and no more
+    is_test = effect.origin.is_given and effect.control_rank is not None
+    chance = f" (p = {effect.control_rank:.2g})" if is_test else ""
     return f"{sentence}; with as many random tiles {random}{chance}."
 
 
