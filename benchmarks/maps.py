@@ -174,7 +174,7 @@ def main() -> None:
     """Read the arguments, measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--slides", type=int, default=40)
+    parser.add_argument("--slides", type=int, default=24)
     parser.add_argument("--least-tumour", type=float, default=0.03, help="share of the tissue of a tumour slide")
     parser.add_argument("--most-tumour", type=float, default=0.15)
     parser.add_argument("--plain", dest="striking", action="store_false", help="no blood, necrosis, harmless sheets")
