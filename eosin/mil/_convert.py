@@ -157,6 +157,8 @@ def _meaning(
     n_outputs = found.n_outputs
     if not meaning and classes:
         meaning = "softmax" if n_outputs is None else "sigmoid" if n_outputs == 1 else found.outputs or ""
+    if meaning == "softmax" and n_outputs == 1 == len(classes) - 1 and found.outputs == "softmax":
+        meaning = "sigmoid"  # one logit that is the difference of the two
     if meaning == "risk" and n_outputs is not None and n_outputs > 1:
         if not colon or int(number) >= n_outputs:
             known = ", ".join(f"risk:{place}" for place in range(n_outputs))
@@ -258,6 +260,8 @@ def recognise(
     CheckpointError
         If no known network has such tensors, there are others besides, or one of them holds no usable numbers.
     """
+    for name, tensor in tensors.items():
+        _require_finite(name, tensor, path)
     fitting = [
         (layout, kept) for layout in map(LAYOUTS.__getitem__, LAYOUTS) if (kept := layout.of(dict(tensors))) is not None
     ]
@@ -272,12 +276,17 @@ def _numbers(name: str, tensor: Tensor, path: Path) -> Tensor:
     """Return a tensor in float32, the type of all models; refuse anything that cannot be a weight."""
     if tensor.layout != torch.strided or not tensor.is_floating_point():
         raise CheckpointError(path, f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}, not as weights")
+    return tensor.to(torch.float32)
+
+
+def _require_finite(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuse a tensor that a training has spoilt, or that is larger than the file that it stands in."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        return
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise CheckpointError(path, f"is damaged: {name} says it has more numbers than the file holds")
-    values = tensor.to(torch.float32)
-    if not torch.isfinite(values).all():
+        raise CheckpointError(path, f"is damaged: {name} has more numbers than the file holds")
+    if not torch.isfinite(tensor.to(torch.float32)).all():
         raise CheckpointError(path, f"holds NaN or infinite numbers in {name}; take another checkpoint of the training")
-    return values
 
 
 def _explained(layout: Layout, tensors: Tensors, path: Path, stated: Mapping[str, str]) -> tuple[Found, list[str]]:

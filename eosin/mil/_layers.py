@@ -21,6 +21,11 @@ _ONE_KERNEL = {nn.Linear, nn.ReLU, nn.Dropout}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}
 
 
+def activation(name: Activation) -> nn.Module:
+    """Return the module of an activation."""
+    return _ACTIVATIONS[name]()
+
+
 def embedding(
     in_dim: int,
     widths: tuple[int, ...],
@@ -29,6 +34,7 @@ def embedding(
     bias: bool = True,
     dropout: float = 0.0,
     dropout_after: DropoutAfter = "each",
+    residual_blocks: int = 0,
 ) -> "Embedding":
     """Return what turns features into instances: a linear layer, an activation and dropout per width.
 
@@ -46,13 +52,37 @@ def embedding(
         After the activations.
     dropout_after : {"each", "last"}
         Whether after every activation or only the last.
+    residual_blocks : int
+        Blocks ``h + relu(W_2 relu(W_1 h))`` that follow.
     """
     layers: list[nn.Module] = []
     for number, (fan_in, fan_out) in enumerate(zip((in_dim, *widths), widths, strict=False), 1):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), _ACTIVATIONS[activation]()]
         drops = dropout and (dropout_after == "each" or number == len(widths))
         layers += [nn.Dropout(dropout)] if drops else []
-    return Embedding(*layers)
+    return Embedding(*layers, *(ResidualBlock(widths[-1]) for _ in range(residual_blocks)))
+
+
+class ResidualBlock(nn.Module):
+    """``h + relu(W_2 relu(W_1 h))`` without biases, as in ACMIL's code."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Transform instances: (N, E) -> (N, E)."""
+        added: Tensor = functional.relu(self.second(functional.relu(self.first(values))))
+        return values + added
+
+
+def head(in_dim: int, widths: tuple[int, ...], activations: tuple[Activation, ...], n_outputs: int) -> nn.Module:
+    """Return what turns the embedding of a bag into logits: a linear layer, behind others where widths are given."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out, name in zip((in_dim, *widths), widths, activations, strict=False):
+        layers += [nn.Linear(fan_in, fan_out), activation(name)]
+    last = nn.Linear((in_dim, *widths)[-1], n_outputs)
+    return nn.Sequential(*layers, last) if layers else last
 
 
 class Embedding(nn.Sequential):

@@ -49,8 +49,9 @@ class Found:
     @property
     def n_outputs(self) -> int | None:
         """Number of logits; None for a network without its last layer."""
-        found = [len(bias) for name, bias in self.tensors.items() if re.fullmatch(r"(.*\.)?classifier\.bias", name)]
-        return found[0] if found else None
+        last = re.compile(r"(.*\.)?classifier(\.\d+)?\.bias")
+        found = [name for name in self.tensors if last.fullmatch(name)]
+        return len(self.tensors[max(found)]) if found else None
 
     @property
     def dim(self) -> int:
@@ -211,7 +212,24 @@ class Layout:
     def of(self, tensors: Tensors) -> Tensors | None:
         """Return the tensors of the network itself, or None when these are of another one."""
         kept = {name: value for name, value in tensors.items() if not name.startswith(self.unused)}
-        return kept if all(any(re.fullmatch(mark, name) for name in kept) for mark in self.marks) else None
+        return kept if all(any(re.fullmatch(mark, name) for name in tensors) for mark in self.marks) else None
+
+
+def without_merging(taker: Taker) -> None:
+    """Drop the network that merges instances while MHIM-MIL trains; refuse one that reads its tokens at inference.
+
+    With `merge_test` the authors' model also reads the merged tokens, which are of no tile: no map could show them.
+    """
+    if taker.ask("merge_test", "false", "true") == "true":
+        raise CheckpointError(taker.path, "reads merged tokens at inference (merge_test), which no model of eosin does")
+    for name in [name for name in taker.rest if name.startswith("merge.")]:
+        del taker.rest[name]
+
+
+def block_diagonal(weights: Sequence[Tensor]) -> Tensor:
+    """Return the layer that applies each of these to its own part of the input, and lays the results side by side."""
+    layer: Tensor = torch.block_diag(*weights)  # type: ignore[no-untyped-call]
+    return layer
 
 
 def _by(shape: Sequence[int]) -> str:

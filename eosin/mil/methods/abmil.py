@@ -13,12 +13,15 @@ loss reads logits.
 that stand here (ACMIL, MHIM-MIL, PackMIL) are in the files of these.
 """
 
+import copy
 import re
 
+import torch
 from torch import nn
 from typing_extensions import override
 
-from eosin.mil._closed_forms import PooledBag, linear_terms
+from eosin.errors import ConfigError
+from eosin.mil._closed_forms import PooledBag, ReadoutBag, linear_terms
 from eosin.mil._layers import (
     Activation,
     Attention,
@@ -27,11 +30,12 @@ from eosin.mil._layers import (
     Init,
     as_dtype,
     embedding,
+    head,
     initialise,
 )
 from eosin.mil._recipe import EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors, block_diagonal
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import as_array
@@ -53,6 +57,8 @@ class Abmil(Aggregator):
         Whether dropout follows every one of them or only the last.
     gated, hidden, attention_activation, attention_bias, gate_dropout, heads
         Of the attention; see `eosin.mil._layers.Attention`.
+    head_dims, head_activations
+        Widths and activations of layers between the pooled bag and the last layer; the authors have none.
     init : {"default", "xavier"}
         torch's initial weights, or Xavier normal with zero bias.
     """
@@ -75,6 +81,8 @@ class Abmil(Aggregator):
         attention_bias: bool = True,
         gate_dropout: Dropout = 0.0,
         heads: Count = 1,
+        head_dims: tuple[Count, ...] = (),
+        head_activations: tuple[Activation, ...] = (),
         init: Init = "default",
     ) -> None:
         width = (in_dim, *embed_dims)[-1]
@@ -96,7 +104,9 @@ class Abmil(Aggregator):
             bias=attention_bias,
             gate_dropout=gate_dropout,
         )
-        self.classifier = nn.Linear(self.embed_dim, n_outputs)
+        if len(head_dims) != len(head_activations):
+            raise ConfigError(f"abmil: {len(head_dims)} head_dims need as many head_activations")
+        self.classifier = head(self.embed_dim, head_dims, head_activations, n_outputs)
         initialise(self, init)
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
@@ -106,13 +116,17 @@ class Abmil(Aggregator):
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
         pool = self.attention.pool(bags.values, bags)
-        bag = as_dtype(pool.pooled.flatten(1), self.classifier.weight)  # (B, H * E)
+        bag = as_dtype(pool.pooled.flatten(1), next(self.classifier.parameters()))  # (B, H * E)
         return AttentionOutput(self.classifier(bag), bag, pool.scores, bags.values)
 
     @override
-    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag | ReadoutBag:
         assert isinstance(output, AttentionOutput)  # what the model declares
         heads = output.scores.shape[1]
+        if not isinstance(self.classifier, nn.Linear):
+            layers = copy.deepcopy(self.classifier).double().cpu()
+            scores, values = (part.detach().double().cpu()[:, None] for part in (output.scores, output.instances))
+            return ReadoutBag(scores, values.expand(-1, heads, -1), lambda pooled: layers(pooled.flatten(1)))
         weights = self.classifier.weight.view(self.n_outputs, heads, -1)  # (K, H, E)
         terms = linear_terms("ne,khe->nhk", output.instances, weights)
         return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
@@ -145,6 +159,76 @@ def _read_hippo(taker: Taker) -> Found:
     return _found("HIPPO", tensors | taker.head("head", "classifier", widths[-1]))
 
 
+def _read_deepmil(taker: Taker) -> Found:
+    """Read what stands behind the convolutions of AttentionDeepMIL, whose output is a probability."""
+    tensors, widths = taker.embedding("feature_extractor_part2")
+    gated = taker.has(r"attention_V\..*")
+    names = ("attention_V.0", "attention_U.0", "attention_w") if gated else taker.gate("attention.")
+    tensors |= taker.attention(*names, widths[-1])
+    return _found("AttentionDeepMIL", tensors | taker.head("classifier.0", "classifier", widths[-1], 1))
+
+
+def _read_torchmil(taker: Taker) -> Found:
+    """Read ABMIL, or CLAM with one branch, of torchmil; its `feat_ext` may be any network, of which a sequence fits."""
+    activation = taker.ask("attention_activation", "tanh", "relu", "gelu")
+    embedded = taker.has(r"feat_ext\..*")
+    said = {"embed_activation": taker.ask("embed_activation", "relu", "gelu", "none")} if embedded else {}
+    tensors, widths = taker.embedding("feat_ext") if embedded else ({}, [])
+    tensors |= taker.linear("pool.fc1", "attention.V", None, widths[-1] if widths else None)
+    hidden, width = tensors["attention.V.weight"].shape
+    if taker.has(r"pool\.fc_gated\..*"):
+        tensors |= taker.linear("pool.fc_gated", "attention.U", hidden, width)
+    tensors |= taker.linear("pool.fc2", "attention.w", 1, hidden, bias=False) | {"attention.w.bias": torch.zeros(1)}
+    tensors |= taker.head("classifier", "classifier", width)
+    return _found("torchmil", tensors, attention_activation=activation, **said)
+
+
+def _read_trident(taker: Taker) -> Found:
+    """Read TRIDENT's slide encoder and the classifier of its tutorial.
+
+    Every head has layers of its own, which lie beside each other here; the layer that joins the heads is linear, as is
+    the one behind it, so that both are one.
+    """
+    below = "feature_encoder.model." if taker.has(r"feature_encoder\.model\..*") else ""
+    tensors, widths = taker.embedding(f"{below}pre_attention_layers")
+    width, pooler = widths[-1], f"{below}image_pooler"
+    heads = taker.count(re.escape(pooler) + r"\.attention_heads\.\d+\.0\.weight")
+    for old, new in (("attention_heads", "V"), ("gating_layers", "U")):
+        if old == "gating_layers" and not taker.has(re.escape(pooler) + r"\.gating_layers\..*"):
+            continue
+        layers = taker.stack(f"{pooler}.{old}.*.0", "", heads, None, width)
+        tensors |= {f"attention.{new}{part}": layers[part].flatten(0, 1) for part in (".weight", ".bias")}
+    scores = taker.stack(f"{pooler}.branching_layers.*", "", heads, 1)
+    tensors["attention.w.weight"] = block_diagonal(list(scores[".weight"]))
+    tensors["attention.w.bias"] = scores[".bias"].flatten()
+    after = taker.linear(f"{below}post_attention_layers.0", "", width, width)
+    if heads > 1:
+        joined = taker.linear(f"{pooler}.condensing_layer", "", width, heads * width)
+        weight, bias = (joined[part].double() for part in (".weight", ".bias"))
+        after[".bias"] = (after[".weight"].double() @ bias + after[".bias"]).float()
+        after[".weight"] = (after[".weight"].double() @ weight).float()
+    tensors |= {f"classifier.0{part}": after[part] for part in (".weight", ".bias")}
+    hidden: list[int] = []
+    if taker.has(r"classifier\..*"):
+        first = taker.linear("classifier.0", "classifier.2", None, width)
+        hidden = [len(first["classifier.2.weight"])]
+        tensors |= first | taker.linear("classifier.2", "classifier.4", None, hidden[0])
+    return _found(
+        "TRIDENT",
+        tensors,
+        embed_activation="gelu",
+        heads=heads,
+        head_dims=(width, *hidden),
+        head_activations=("gelu", *["relu" for _ in hidden]),
+    )
+
+
+LAYOUTS.add("TRIDENT", Layout((r"(feature_encoder\.model\.)?image_pooler\..*",), _read_trident))
+LAYOUTS.add("torchmil", Layout((r"pool\.fc1\..*", r"pool\.fc2\..*"), _read_torchmil, unused=("inst_classifiers.",)))
+LAYOUTS.add(
+    "AttentionDeepMIL",
+    Layout((r"feature_extractor_part2\.0\..*",), _read_deepmil, unused=("feature_extractor_part1.",)),
+)
 LAYOUTS.add("MIL-Lab ABMIL", Layout((r"patch_embed\.0\.weight", r"global_attn\..*"), _read_millab))
 LAYOUTS.add("HIPPO", Layout((r"encoder\.0\.weight", r"attention_weights\..*"), _read_hippo))
 

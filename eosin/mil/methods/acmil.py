@@ -102,6 +102,8 @@ class Acmil(Aggregator):
         Feature width D and logits K.
     width : int or None
         Width E of an embedded instance; None is half the features', 128 for D = 384, in multiples of 32.
+    residual_blocks : int
+        Blocks behind the embedding, which the authors' code has and their models leave out.
     hidden : int
         Width of the attention's hidden layer.
     branches : int
@@ -122,6 +124,7 @@ class Acmil(Aggregator):
         n_outputs: int,
         *,
         width: Count | None = None,
+        residual_blocks: Whole = 0,
         hidden: Count = 128,
         branches: Count = 5,
         mask_k: Whole = 10,
@@ -131,7 +134,7 @@ class Acmil(Aggregator):
         width = default_width(in_dim) if width is None else width
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.masking = TopMasking(mask_k, mask_p, sampling)
-        self.embed = embedding(in_dim, (width,), bias=False)
+        self.embed = embedding(in_dim, (width,), bias=False, residual_blocks=residual_blocks)
         self.attention = Attention(width, hidden=hidden, heads=branches)
         self.branch_classifier = BranchLinear(branches, width, n_outputs)
         self.classifier = nn.Linear(width, n_outputs)
@@ -371,8 +374,18 @@ def _read_gated(taker: Taker) -> Found:
     branches = taker.count(r"classifier\.\d+\.fc\.weight")
     tensors = _read_common(taker, branches)
     width = len(tensors["embed.0.weight"])
+    blocks = taker.numbers(r"dimreduction\.resBlocks\.(\d+)\.block\.0\.weight")
+    for block in blocks:
+        for place, new in ((0, "first"), (2, "second")):
+            weight = taker.take(f"dimreduction.resBlocks.{block}.block.{place}.weight", width, width)
+            tensors[f"embed.{2 + block}.{new}.weight"] = weight  # behind the linear layer and its activation
     tensors |= taker.attention(*_GATE, width, heads=branches)
-    options = {"width": width, "hidden": len(tensors["attention.V.weight"]), "branches": branches}
+    options = {
+        "width": width,
+        "residual_blocks": len(blocks),
+        "hidden": len(tensors["attention.V.weight"]),
+        "branches": branches,
+    }
     return Found("ACMIL", Component(name="acmil", options=options), tensors)
 
 
@@ -407,6 +420,21 @@ def _read_plain(taker: Taker) -> Found:
     return Found("ABMIL of ACMIL", Component(name="abmil", options=options), tensors)
 
 
+def _read_single(taker: Taker) -> Found:
+    """Read MHA of ACMIL and AEM: ours with one branch, whose reading of the bag is that of the branch."""
+    queries = taker.take("q", 1, 1, None)[0]
+    width = queries.shape[1]
+    tensors = {"queries": queries, "embed.0.weight": taker.take("dimreduction.fc1.weight", width, None)}
+    for old, new in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "read.value"), ("out_proj", "read.out")):
+        tensors |= {name: one[None] for name, one in taker.linear(f"attention.{old}", new, width, width).items()}
+    for part, new in (("weight", "scale"), ("bias", "shift")):
+        tensors[f"read.{new}"] = taker.take(f"attention.layer_norm.{part}", width)[None]
+    tensors |= {name.replace("read.", "read_bag."): one for name, one in tensors.items() if name.startswith("read.")}
+    last = taker.linear("classifier.fc", "classifier", None, width)
+    tensors |= last | {f"branch_{name}": one[None] for name, one in last.items()}
+    return Found("MHA of ACMIL", Component(name="acmil_mha", options={"width": width, "branches": 1}), tensors)
+
+
 _GATE = ("attention.attention_V.0", "attention.attention_U.0", "attention.attention_weights")
 _MARK = r"dimreduction\.fc1\.weight"
 LAYOUTS.add("ACMIL", Layout((_MARK, r"attention\.attention_V\.0\.weight"), _read_gated))
@@ -414,6 +442,7 @@ LAYOUTS.add(
     "ABMIL of ACMIL",
     Layout((_MARK, r"attention\.attention_V\.0\.weight", r"classifier\.fc\.(weight|bias)"), _read_plain),
 )
+LAYOUTS.add("MHA of ACMIL", Layout((_MARK, r"q", r"attention\.q_proj\..*"), _read_single))
 LAYOUTS.add("ACMIL with heads", Layout((_MARK, r"sub_attention\..*"), _read_heads))
 
 # ACMIL's own ABMIL; it halves the width of the features, and 512 is that of 1,024.

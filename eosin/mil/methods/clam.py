@@ -61,6 +61,7 @@ class _Clam(Aggregator):
         n_outputs: int,
         *,
         width: int,
+        embed_layers: int,
         branches: int,
         hidden: int,
         gated: bool,
@@ -68,7 +69,7 @@ class _Clam(Aggregator):
         gate_dropout: float,
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=branches * width)
-        self.embed = embedding(in_dim, (width,), dropout=dropout)
+        self.embed = embedding(in_dim, (width,) * embed_layers, dropout=dropout)
         self.attention = Attention(width, hidden=hidden, heads=branches, gated=gated, gate_dropout=gate_dropout)
 
     def forward(self, bags: PackedBags) -> AttentionOutput:
@@ -88,8 +89,8 @@ class ClamSingleBranch(_Clam):
     ----------
     in_dim, n_outputs
         Feature width D and logits K.
-    width : int
-        Width E of an embedded instance.
+    width, embed_layers : int
+        Width E of an embedded instance, and layers of that width before the attention; the authors have one.
     hidden : int
         Width of the attention's hidden layer: 256 is the authors' "small", 384 their "big".
     gated : bool
@@ -108,6 +109,7 @@ class ClamSingleBranch(_Clam):
         n_outputs: int,
         *,
         width: Count = 512,
+        embed_layers: Count = 1,
         hidden: Count = 256,
         gated: bool = True,
         dropout: Dropout = 0.25,
@@ -118,6 +120,7 @@ class ClamSingleBranch(_Clam):
             in_dim,
             n_outputs,
             width=width,
+            embed_layers=embed_layers,
             branches=1,
             hidden=hidden,
             gated=gated,
@@ -146,7 +149,7 @@ class ClamMultiBranch(_Clam):
 
     Parameters
     ----------
-    in_dim, n_outputs, width, hidden, gated, dropout, gate_dropout, init
+    in_dim, n_outputs, width, embed_layers, hidden, gated, dropout, gate_dropout, init
         As `ClamSingleBranch`.
     """
 
@@ -158,6 +161,7 @@ class ClamMultiBranch(_Clam):
         n_outputs: int,
         *,
         width: Count = 512,
+        embed_layers: Count = 1,
         hidden: Count = 256,
         gated: bool = True,
         dropout: Dropout = 0.25,
@@ -168,6 +172,7 @@ class ClamMultiBranch(_Clam):
             in_dim,
             n_outputs,
             width=width,
+            embed_layers=embed_layers,
             branches=n_outputs,
             hidden=hidden,
             gated=gated,
@@ -321,12 +326,28 @@ def _read(taker: Taker) -> Found:
 def _found(tool: str, name: str, tensors: Tensors, widths: list[int], outputs: Meaning | None = "softmax") -> Found:
     options = {
         "width": widths[-1],
+        "embed_layers": len(widths),
         "hidden": len(tensors["attention.V.weight"]),
         "gated": "attention.U.weight" in tensors,
     }
     return Found(tool, Component(name=name, options=options), tensors, outputs=outputs)
 
 
+def _read_millab(taker: Taker) -> Found:
+    tensors, widths = taker.embedding("patch_embed")
+    tensors |= taker.attention(*taker.gate("global_attn."), widths[-1])
+    tensors |= taker.head("classifier", "classifier", widths[-1])
+    return _found("MIL-Lab's CLAM", "clam_sb", tensors, widths, outputs=None)
+
+
+LAYOUTS.add(
+    "MIL-Lab CLAM",
+    Layout(
+        (r"patch_embed\.0\.weight", r"global_attn\..*", r"instance_classifiers\..*"),
+        _read_millab,
+        unused=("instance_loss_fn.", "instance_classifiers."),
+    ),
+)
 # heads of the instance term live in the file, and serve training only
 LAYOUTS.add(
     "CLAM", Layout((r"attention_net\.0\.weight",), _read, unused=("instance_loss_fn.", "instance_classifiers."))

@@ -38,11 +38,11 @@ from typing_extensions import override
 from eosin.kernels import attention_pool, segment_max, segment_pool, segment_topk_mask
 from eosin.mil._attention import bag_product
 from eosin.mil._closed_forms import PooledBag, linear_terms
-from eosin.mil._layers import Activation, as_dtype, embedding, initialise
+from eosin.mil._layers import Activation, activation, as_dtype, embedding, initialise
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil._reevaluation import ForwardBag
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors, without_merging
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import (
     AGGREGATORS,
@@ -88,8 +88,10 @@ class Dsmil(Aggregator):
         Two query layers instead of one.
     passing_v : bool
         Pool a learned projection instead of the instances.
-    value_dropout : float
-        Before that projection.
+    value_activation, value_dropout
+        After and before that projection.
+    row_norm : bool
+        A layer norm on the pooled row of each class, as MIL-Lab has it.
     prediction : {"bag", "mean"}
         Logits of the bag stream, or the mean of both streams, equation 5.
     init : {"orthogonal", "zero_heads", "default", "xavier"}
@@ -110,7 +112,9 @@ class Dsmil(Aggregator):
         hidden: Count = 128,
         nonlinear: bool = True,
         passing_v: bool = False,
+        value_activation: Activation = "relu",
         value_dropout: Dropout = 0.0,
+        row_norm: bool = False,
         prediction: Literal["bag", "mean"] = "bag",
         init: Literal["orthogonal", "zero_heads", "default", "xavier"] = "orthogonal",
     ) -> None:
@@ -121,8 +125,9 @@ class Dsmil(Aggregator):
         self.instance_classifier = nn.Linear(width, n_outputs)
         second = [nn.ReLU(), nn.Linear(hidden, hidden), nn.Tanh()] if nonlinear else []
         self.query = nn.Sequential(nn.Linear(width, hidden), *second)
-        value = [nn.Dropout(value_dropout), nn.Linear(width, width), nn.ReLU()] if passing_v else []
+        value = [nn.Dropout(value_dropout), nn.Linear(width, width), activation(value_activation)] if passing_v else []
         self.value = nn.Sequential(*value)
+        self.norm = nn.LayerNorm(width) if row_norm else None
         self.classifier = nn.Linear(n_outputs * width, n_outputs)
         if init in ("default", "xavier"):
             initialise(self, init)
@@ -145,14 +150,17 @@ class Dsmil(Aggregator):
         scores = bag_product(query, key, bags.lengths) * query.shape[1] ** -0.5
         values = self.value(bags.values)
         rows, _, _ = attention_pool(scores, values, bags.cu_seqlens)
-        bag = as_dtype(rows.flatten(1), self.classifier.weight)  # (B, K * E)
+        rows = as_dtype(rows, self.classifier.weight)
+        bag = (rows if self.norm is None else self.norm(rows)).flatten(1)  # (B, K * E)
         logits = self.classifier(bag)
         if self.prediction == "mean":
             logits = (logits + segment_max(instance_logits, bags.cu_seqlens)) / 2
         return DsmilOutput(logits, bag, scores, values, instance_logits)
 
     @override
-    def readout(self, bags: PackedBags, output: AggregatorOutput) -> "CriticalBag":
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> "CriticalBag | None":
+        if self.norm is not None:
+            return None
         assert isinstance(output, DsmilOutput)  # what the model declares
         share = 0.5 if self.prediction == "mean" else 1.0  # of the bag stream in the logits, equation 5
         weights = self.classifier.weight.view(self.n_outputs, self.n_outputs, -1)  # (K, H, E)
@@ -312,6 +320,56 @@ def _read(taker: Taker) -> Found:
     return Found("DSMIL", Component(name="dsmil", options=options), tensors, reads_features="query.0.weight")
 
 
+def _read_millab(taker: Taker) -> Found:
+    """Read MIL-Lab's DSMIL, whose convolution `fcc` for three classes is never called."""
+    tensors, widths = taker.embedding("patch_embed")
+    width = widths[-1]
+    for unused in [name for name in taker.rest if name.startswith("b_classifier.fcc.")]:
+        del taker.rest[unused]
+    streams, options = read_streams(taker, "i_classifier.inst_classifier", "b_classifier")
+    tensors |= streams | taker.norm("b_classifier.norm", "norm", width)
+    if taker.has(r"classifier\..*"):
+        bag = taker.take("classifier.weight", None, None, width)
+        tensors |= {"classifier.weight": bag.flatten(1), "classifier.bias": taker.take("classifier.bias", len(bag))}
+    options |= {"embed_dims": tuple(widths), "value_activation": "none", "row_norm": True, "prediction": "mean"}
+    return Found("MIL-Lab's DSMIL", Component(name="dsmil", options=options), tensors)
+
+
+def _read_torchmil(taker: Taker) -> Found:
+    embedded = taker.has(r"feat_ext\..*")
+    said = {"embed_activation": taker.ask("embed_activation", "relu", "gelu", "none")} if embedded else {}
+    tensors, widths = taker.embedding("feat_ext") if embedded else ({}, [])
+    nonlinear, passing = taker.has(r"q_nn\.0\..*"), taker.has(r"v_nn\..*")
+    query = taker.linear("q_nn.0" if nonlinear else "q_nn", "query.0", None, widths[-1] if widths else None)
+    hidden, width = query["query.0.weight"].shape
+    tensors |= query | (taker.linear("q_nn.2", "query.2", hidden, hidden) if nonlinear else {})
+    tensors |= taker.linear("v_nn.1", "value.1", width, width) if passing else {}
+    tensors |= taker.linear("inst_classifier", "instance_classifier", 1, width)
+    tensors |= taker.linear("bag_classifier", "classifier", 1, width)
+    options = {"embed_dims": tuple(widths), "hidden": hidden, "nonlinear": nonlinear, "passing_v": passing}
+    first = "embed.0.weight" if embedded else "query.0.weight"
+    return Found("torchmil's DSMIL", Component(name="dsmil", options=options | said), tensors, reads_features=first)
+
+
+def _read_mhim(taker: Taker) -> Found:
+    """Read DSMIL inside MHIM-MIL, which predicts with the mean of both streams, and as MHIM-MIL compares with it."""
+    inside = taker.has(r"online_encoder\..*")
+    activation = taker.ask("embed_activation", "relu", "gelu", "none")
+    if taker.has(r"merge\..*"):
+        without_merging(taker)
+    for unused in [name for name in taker.rest if inside and name.startswith("predictor.")]:
+        del taker.rest[unused]
+    before = "online_encoder." if inside else ""
+    tensors, widths = taker.embedding("feature")
+    instance = f"{before}i_classifier.0" if inside else "i_classifier"
+    streams, options = read_streams(taker, instance, f"{before}b_classifier")
+    options |= {"embed_dims": tuple(widths), "embed_activation": activation, "prediction": "mean" if inside else "bag"}
+    return Found("DSMIL of MHIM-MIL or PackMIL", Component(name="dsmil", options=options), tensors | streams)
+
+
+LAYOUTS.add("DSMIL of MHIM-MIL", Layout((r"feature\..*", r"(online_encoder\.)?b_classifier\..*"), _read_mhim))
+LAYOUTS.add("MIL-Lab DSMIL", Layout((r"patch_embed\.0\.weight", r"b_classifier\..*"), _read_millab))
+LAYOUTS.add("torchmil DSMIL", Layout((r"q_nn\..*", r"inst_classifier\..*", r"bag_classifier\..*"), _read_torchmil))
 LAYOUTS.add("DSMIL", Layout((r"b_classifier\..*",), _read))
 
 RECIPE = Recipe(

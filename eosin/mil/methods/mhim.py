@@ -63,6 +63,7 @@ from eosin.mil._attention import bag_attention
 from eosin.mil._checkpoint import load_model
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, without_merging
 from eosin.mil.options import Count, Dropout, NotNegative, Positive, Share
 from eosin.mil.slots import (
     STRATEGIES,
@@ -528,6 +529,26 @@ class GlobalRecycle(nn.Module):
     def _split(self, values: Tensor) -> Tensor:
         return torch.unflatten(values, -1, (self.heads, -1))
 
+
+def _read_attention(taker: Taker) -> Found:
+    """Read MHIM-MIL around attention pooling; the layers of its attention have no bias."""
+    said = {
+        "embed_activation": taker.ask("embed_activation", "relu", "gelu", "none"),
+        "attention_activation": taker.ask("attention_activation", "relu", "gelu", "tanh"),
+    }
+    if taker.has(r"merge\..*"):
+        without_merging(taker)
+    tensors, widths = taker.embedding("feature")
+    tensors |= taker.attention(*taker.gate("online_encoder.attention.attention."), widths[-1], bias=False)
+    tensors |= taker.head("predictor", "classifier", widths[-1])
+    sizes = {"embed_dims": tuple(widths), "hidden": len(tensors["attention.V.weight"])}
+    options = sizes | said | {"gated": "attention.U.weight" in tensors, "attention_bias": False}
+    return Found("MHIM-MIL", Component(name="abmil", options=options), tensors)
+
+
+LAYOUTS.add(
+    "MHIM-MIL", Layout((r"feature\..*", r"online_encoder\.attention\.attention\..*", r"predictor\..*"), _read_attention)
+)
 
 # The networks inside the authors' repository, by version.
 _XAVIER: dict[str, object] = {"dropout": 0.25, "init": "xavier"}

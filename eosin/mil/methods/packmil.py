@@ -609,13 +609,17 @@ def _recipe(
 
 
 def _read_gabmil(taker: Taker) -> Found:
-    """Read the gated ABMIL that MHIM-MIL and PackMIL compare with; a release without biases has none but the last."""
+    """Read the ABMIL that MHIM-MIL, PackMIL and MambaMIL compare with; without biases it has none but the last."""
     activation = taker.ask("embed_activation", "relu", "gelu", "none")
-    bias = taker.has(r"attention_a\.0\.bias")
+    bias = taker.has(r"attention(_a|_V)?\.0\.bias")
     tensors, widths = taker.embedding("feature", bias=bias)
-    tensors |= taker.attention(*taker.gate(""), widths[-1], bias=bias)
-    tensors |= taker.head("classifier.0", "classifier", widths[-1])
-    return Found("gated ABMIL of MHIM-MIL or PackMIL", _abmil(tensors, widths, activation, bias=bias), tensors)
+    mamba = ("attention_V.0", "attention_U.0", "attention_weights")
+    plain = "attention." if taker.has(r"attention\.0\..*") else ""
+    names = mamba if taker.has(r"attention_V\.0\..*") else taker.gate(plain)
+    tensors |= taker.attention(*names, widths[-1], bias=bias)
+    last = "classifier.0" if taker.has(r"classifier\.0\..*") else "classifier"
+    tensors |= taker.head(last, "classifier", widths[-1])
+    return Found("ABMIL of MHIM-MIL, PackMIL or MambaMIL", _abmil(tensors, widths, activation, bias=bias), tensors)
 
 
 def _abmil(tensors: Tensors, widths: list[int], activation: str, *, bias: bool) -> Component:
@@ -655,7 +659,8 @@ def _read_packed(taker: Taker) -> Found:
     return Found("PackMIL", Component(name="downsampled", options=options), tensors, reads_features="first.weight")
 
 
-LAYOUTS.add("gated ABMIL of PackMIL", Layout((r"attention_a\.0\.weight", r"feature\.0\.weight"), _read_gabmil))
+_BASELINE = (r"feature\.\d+\.weight", r"attention(_a|_V)?\.0\.weight", r"classifier\..*")
+LAYOUTS.add("ABMIL of PackMIL", Layout(_BASELINE, _read_gabmil))
 LAYOUTS.add("PackMIL", Layout((r"mil\.embed\.0\.weight",), _read_packed, unused=("predictor_res.",)))
 
 RECIPE = _recipe("brca", factor=4, lr=5e-4, epochs=75, min_epochs=30, bags_per_step=32)

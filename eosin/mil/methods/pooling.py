@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from eosin.kernels import segment_logsumexp, segment_max, segment_mean
+from eosin.kernels import segment_logsumexp, segment_max, segment_mean, segment_pool, segment_topk_mask
 from eosin.mil._closed_forms import MaxBag, PooledBag, SmoothMaxBag, linear_terms
 from eosin.mil._layers import Activation, as_dtype, embedding
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout, Positive
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput
 from eosin.mil.subsets import as_array
@@ -112,15 +113,55 @@ class MeanPooling(Pooling):
 
 @AGGREGATORS.register("max")
 class MaxPooling(Pooling):
-    """The maximum of the embedded instances, feature by feature."""
+    """The maximum of the embedded instances, feature by feature.
+
+    Parameters
+    ----------
+    in_dim, n_outputs, embed_dims, embed_activation, dropout
+        Feature width D, logits K, and the options of all poolings.
+    level : {"embedding", "instance", "surest"}
+        As of all poolings; ``surest`` takes all logits of the one instance that has the highest probability of any
+        class, as CLAM's code does for more than two classes (`MIL_fc_mc`).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        *,
+        embed_dims: tuple[Count, ...] = (512,),
+        embed_activation: Activation = "relu",
+        dropout: Dropout = 0.25,
+        level: Literal["embedding", "instance", "surest"] = "embedding",
+    ) -> None:
+        self.surest = level == "surest"
+        super().__init__(
+            in_dim,
+            n_outputs,
+            embed_dims=embed_dims,
+            embed_activation=embed_activation,
+            dropout=dropout,
+            level="instance" if level == "surest" else level,
+        )
+
+    @override
+    def forward(self, bags: PackedBags) -> AggregatorOutput:
+        if not self.surest:
+            return super().forward(bags)
+        instances = self.embed(bags.values)
+        logits = self.classifier(instances)
+        surest = logits.log_softmax(1).amax(1, keepdim=True)  # (N, 1)
+        chosen = segment_topk_mask(surest, bags.cu_seqlens, 1).to(logits.dtype)
+        rows = segment_pool(chosen, logits, bags.cu_seqlens)[:, 0].to(logits.dtype)
+        return AggregatorOutput(rows, as_dtype(self.pool(instances, bags), self.classifier.weight))
 
     @override
     def pool(self, instances: Tensor, bags: PackedBags) -> Tensor:
         return segment_max(instances, bags.cu_seqlens)
 
     @override
-    def readout(self, bags: PackedBags, output: AggregatorOutput) -> MaxBag:
-        return MaxBag(*self._rows(bags))
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> MaxBag | None:
+        return None if self.surest else MaxBag(*self._rows(bags))
 
 
 @AGGREGATORS.register("lse")
@@ -166,6 +207,21 @@ class LsePooling(Pooling):
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> SmoothMaxBag:
         return SmoothMaxBag(*self._rows(bags), self.sharpness)
 
+
+def _read_fc(taker: Taker) -> Found:
+    """Read CLAM's MIL_fc, of whose two logits only the difference counts, and MIL_fc_mc."""
+    tensors, widths = taker.embedding("fc")
+    several = taker.has(r"classifiers\..*")
+    tensors |= taker.linear(
+        "classifiers" if several else "classifier", "classifier", None if several else 2, widths[-1]
+    )
+    if not several:
+        tensors |= {name: tensor[1:] - tensor[:1] for name, tensor in tensors.items() if name.startswith("classifier.")}
+    options = {"embed_dims": tuple(widths), "level": "surest" if several else "instance"}
+    return Found("CLAM's MIL_fc", Component(name="max", options=options), tensors, outputs="softmax")
+
+
+LAYOUTS.add("CLAM MIL_fc", Layout((r"fc\.0\.weight", r"classifiers?\..*"), _read_fc))
 
 for _name in ("mean", "max", "lse"):
     RECIPES.add(_name, Recipe(aggregator=Component(name=_name)))

@@ -30,6 +30,7 @@ in the PMA. In the PMA a seed's query is folded into the key map, so that neithe
 computed: ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, ``Σ a (W_v x + b_v) = W_v Σ a x + b_v``.
 """
 
+import re
 from functools import partial
 from typing import Literal
 
@@ -47,6 +48,7 @@ from eosin.mil._layers import as_dtype, embedding
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._rollout import Trace, by_head, gather_row, inputs_of
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors, block_diagonal
 from eosin.mil.options import Count, Dropout, Whole
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
@@ -379,6 +381,58 @@ def _row_chunks(bags: PackedBags) -> tuple[list[int], list[Tensor]]:
     offsets = [(bags.cu_seqlens - first).clamp(0, min(size, rows - first)) for first in firsts]
     return [min(size, rows - first) for first in firsts], offsets
 
+
+def _read(taker: Taker) -> Found:
+    """Read the authors' model; the outputs of its seeds, each read from its own seed, lie beside each other."""
+    heads = taker.ask("heads")
+    inducing = taker.take("enc.0.I", 1, None, None)
+    tokens, width = inducing.shape[1:]
+    taker.rest["enc.0.I"] = inducing
+    tensors: Tensors = {}
+    encoder = taker.numbers(r"enc\.(\d+)\.I")
+    before: int | None = None
+    for layer in encoder:
+        tensors[f"encoder.{layer}.tokens"] = taker.take(f"enc.{layer}.I", 1, tokens, width)
+        tensors |= _block(taker, f"enc.{layer}.mab0", f"encoder.{layer}.inducing", width, width, before)
+        before = tensors[f"encoder.{layer}.inducing.key.weight"].shape[1]
+        tensors |= _block(taker, f"enc.{layer}.mab1", f"encoder.{layer}.point", width, before, width)
+        before = width
+    tensors["pool.seeds"] = taker.take("dec.0.S", 1, None, width)
+    seeds = tensors["pool.seeds"].shape[1]
+    tensors |= _block(taker, "dec.0.mab", "pool.block", width, width, width)
+    decoder = [layer for layer in taker.numbers(r"dec\.(\d+)\.mab\.fc_q\.weight") if layer]
+    for number, layer in enumerate(decoder):
+        tensors |= _block(taker, f"dec.{layer}.mab", f"decoder.{number}", width, width, width)
+    last = taker.linear(f"dec.{len(decoder) + 1}", "", None, width)
+    tensors["classifier.weight"] = block_diagonal([last[".weight"]] * seeds)
+    tensors["classifier.bias"] = last[".bias"].repeat(seeds)
+    options = {
+        "embed_dims": (),
+        "width": width,
+        "heads": int(heads),
+        "tokens": tokens,
+        "isab_layers": len(encoder),
+        "sab_layers": len(decoder),
+        "seeds": seeds,
+        "layer_norm": "pool.block.norm_attn.weight" in tensors,
+    }
+    first = "encoder.0.inducing.key.weight"
+    return Found("Set Transformer", Component(name="set_transformer", options=options), tensors, reads_features=first)
+
+
+def _block(taker: Taker, old: str, new: str, width: int, query: int, key: int | None) -> Tensors:
+    tensors = taker.linear(f"{old}.fc_q", f"{new}.query", width, query)
+    tensors |= taker.linear(f"{old}.fc_k", f"{new}.key", width, key)
+    tensors |= taker.linear(f"{old}.fc_v", f"{new}.value", width, key) | taker.linear(
+        f"{old}.fc_o", f"{new}.ff", width, width
+    )
+    for norm, ours in (("ln0", "norm_attn"), ("ln1", "norm_ff")):
+        if taker.has(re.escape(f"{old}.{norm}") + r"\..*"):
+            tensors |= taker.norm(f"{old}.{norm}", f"{new}.{ours}", width)
+    return tensors
+
+
+LAYOUTS.add("Set Transformer", Layout((r"enc\.0\.I", r"dec\.0\.S"), _read))
 
 RECIPE = Recipe(
     aggregator=Component(

@@ -27,6 +27,7 @@ is with RAdam without Lookahead. Bags are never padded to each other (`eosin.mil
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +47,8 @@ from eosin.mil._nystrom import NystromFactors, NystromLayer, TokenBags, starts, 
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._rollout import Trace, inputs_of
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
-from eosin.mil.options import Count, Dropout
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Meaning, Taker, Tensors, without_merging
+from eosin.mil.options import Count, Dropout, Whole
 from eosin.mil.slots import AGGREGATORS, Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
 
@@ -87,6 +88,8 @@ class TransMil(Aggregator):
         Feature width D and logits K.
     width : int
         Width E of a token.
+    layers : int
+        Nyström layers; PPEG follows the first.
     heads : int
         Attention heads; divides the width.
     landmarks : int or None
@@ -95,8 +98,10 @@ class TransMil(Aggregator):
         Steps of equation 4.
     dropout : float
         After the output projections.
-    embed_activation, embed_dropout
-        Of the layer before the attention.
+    embed_layers, embed_activation, embed_dropout
+        Of the layers before the attention, all of that width; none takes features of that width as they are.
+    positions : {"ppeg", "none"}
+        Whether PPEG encodes positions.
     padding : {"bag", "grid"}
         What the first instances are repeated in to fill a square: the bag, or only the grid of PPEG, equation 7.
     init : {"default", "xavier"}
@@ -112,12 +117,15 @@ class TransMil(Aggregator):
         n_outputs: int,
         *,
         width: Count = 512,
+        layers: Count = 2,
         heads: Count = 8,
         landmarks: Count | None = None,
         pinv_iterations: Count = 6,
         dropout: Dropout = 0.1,
+        embed_layers: Whole = 1,
         embed_activation: Activation = "relu",
         embed_dropout: Dropout = 0.0,
+        positions: Literal["ppeg", "none"] = "ppeg",
         padding: Padding = "bag",
         init: Init = "default",
     ) -> None:
@@ -132,12 +140,17 @@ class TransMil(Aggregator):
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.landmarks = landmarks
         self.padding: Padding = padding
-        self.embed = embedding(in_dim, (width,), activation=embed_activation, dropout=embed_dropout)
+        if not embed_layers and in_dim != width:
+            raise ConfigError(
+                f"transmil: without embed_layers the width, {width}, must be that of the features, {in_dim}"
+            )
+        self.embed = embedding(in_dim, (width,) * embed_layers, activation=embed_activation, dropout=embed_dropout)
         self.cls_token = nn.Parameter(torch.randn(1, width))
-        self.layer1, self.layer2 = (
-            NystromLayer(width, heads=heads, pinv_iterations=pinv_iterations, dropout=dropout) for _ in range(2)
-        )
-        self.ppeg = Ppeg(width)
+        for name in self._names(layers):
+            layer = NystromLayer(width, heads=heads, pinv_iterations=pinv_iterations, dropout=dropout)
+            self.add_module(name, layer)
+        self.depth = layers
+        self.ppeg = Ppeg(width) if positions == "ppeg" else None
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, n_outputs)
         initialise(self, init)
@@ -146,13 +159,24 @@ class TransMil(Aggregator):
         """Return logits, class tokens, scores of the first layer and instances."""
         return self.aggregate(bags.with_values(by_rows(self.embed, bags.values)))
 
+    @staticmethod
+    def _names(layers: int) -> list[str]:
+        return [f"layer{number}" for number in range(1, layers + 1)]
+
+    def _layers(self) -> list[NystromLayer]:
+        modules = map(self.get_submodule, self._names(self.depth))
+        return [module for module in modules if isinstance(module, NystromLayer)]
+
     def aggregate(self, bags: PackedBags) -> TransMilOutput:
         """Return the output for bags of embedded instances."""
         layout = self.layout(bags)
+        first, *later = self._layers()
         tokens = torch.cat([self.cls_token.to(bags.values.dtype), bags.values])[layout.source]  # (T, E)
-        tokens, weights = self.layer1(tokens, layout)
-        tokens = self.ppeg(tokens, layout)
-        bag = self.norm(self.layer2.class_token(tokens, layout))  # (B, E)
+        tokens, weights = first(tokens, layout)
+        tokens = tokens if self.ppeg is None else self.ppeg(tokens, layout)
+        for layer in later[:-1]:
+            tokens, _ = layer(tokens, layout)
+        bag = self.norm(later[-1].class_token(tokens, layout) if later else tokens[layout.first])  # (B, E)
         weights = layout.per_instance(weights)
         scores = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
         return TransMilOutput(self.classifier(bag), bag, scores, bags.values, weights)
@@ -164,12 +188,12 @@ class TransMil(Aggregator):
     @override
     @torch.no_grad()
     def trace(self, bags: PackedBags) -> Trace:
-        """Go from the class token through both Nyström layers, three factors per head, averaged over heads.
+        """Go from the class token through all Nyström layers, three factors per head, averaged over heads.
 
         The product may be negative: those entries are cut to 0. The convolutions are ignored, repeated tiles count for
         their originals, and the class token's own share is left out at the end.
         """
-        layers = (self.layer1, self.layer2)
+        layers = self._layers()
         with inputs_of([layer.norm for layer in layers]) as seen:
             self(bags)
         layout = self.layout(bags)
@@ -187,14 +211,15 @@ class TransMil(Aggregator):
 
         Landmarks, queries and convolution are held fixed.
         """
-        with inputs_of([self.layer2.norm, self.norm]) as seen:
+        last = self._layers()[-1]
+        with inputs_of([last.norm, self.norm]) as seen:
             self(bags)
         layout = self.layout(bags)
-        factors = NystromFactors.of(self.layer2, seen[0][0], layout)
+        factors = NystromFactors.of(last, seen[0][0], layout)
         slope = self._class_slope(seen[1][0], value)  # (H, d)
         mix = factors.to_landmarks(layout.class_row())  # (m, H)
         key, values, query = factors.third(1), factors.third(2), factors.marks_query[None]
-        scale, zeros = self.layer2.scale, layout.zeros
+        scale, zeros = last.scale, layout.zeros
         read = bag_attention(query, key, values, layout.lengths, scale, zeros=zeros)[0]  # (m, H, d)
         level = mix * torch.einsum("mhd,hd->mh", read, slope)
         own = torch.einsum("phd,hd->ph", values, slope)
@@ -207,14 +232,15 @@ class TransMil(Aggregator):
         with torch.enable_grad():
             leaf = class_token.detach().requires_grad_()  # (1, E)
             (slope,) = torch.autograd.grad(value(self.classifier(self.norm(leaf))[0]), leaf)
-        read: Tensor = torch.unflatten((slope[0] @ self.layer2.to_out.weight).detach(), 0, (self.layer2.heads, -1))
+        last = self._layers()[-1]
+        read: Tensor = torch.unflatten((slope[0] @ last.to_out.weight).detach(), 0, (last.heads, -1))
         return read
 
     @override
     def instance_values(self, output: AggregatorOutput) -> Tensor:
         """Return what each instance adds to the class token in the first layer, with the layer's dropout: (N, E)."""
         assert isinstance(output, TransMilOutput)  # what the model declares
-        layer = self.layer1
+        layer = self._layers()[0]
         values = functional.linear(layer.norm(output.instances), layer.to_qkv.weight.chunk(3)[2])
         by_head = torch.unflatten(values, 1, (layer.heads, -1)) * output.weights[..., None]  # (N, H, d)
         out = layer.to_out(by_head.flatten(1).to(values.dtype))
@@ -347,35 +373,85 @@ def _convolved_grid(tokens: Tensor, kernel: Tensor, bias: Tensor, *, layout: Tok
 
 
 def _read(taker: Taker) -> Found:
-    tensors, widths = taker.embedding("_fc1", dropout="embed_dropout")
+    """Read TransMIL as its authors have it, and as MambaMIL, MHIM-MIL and PackMIL compare with it."""
+    own = taker.has(r"_fc2\..*")
+    embed = taker.index(r"(_fc1|feature)\.0\.weight")
+    said = {} if own else {"embed_activation": taker.ask("embed_activation", "relu", "gelu", "none")}
+    tensors, widths = taker.embedding(embed, dropout="embed_dropout")
     width = widths[-1]
-    tensors |= taker.norm("norm", "norm", width) | taker.head("_fc2", "classifier", width)
-    tensors["cls_token"] = taker.take("cls_token", 1, 1, width)[0]
-    for layer in ("layer1", "layer2"):
-        tensors |= read_layer(taker, f"{layer}.norm", f"{layer}.attn", layer, width)
-    tensors |= read_ppeg(taker, "pos_layer", width)
-    options = {"width": width, "heads": len(tensors["layer1.res_conv.weight"])}
-    return Found("TransMIL", Component(name="transmil", options=options), tensors, outputs="softmax")
+    tensors |= _read_layers(taker, [f"layer{number}." for number in taker.numbers(r"layer(\d+)\.norm\.weight")], width)
+    tensors |= taker.norm("norm", "norm", width) | taker.head("_fc2" if own else "classifier", "classifier", width)
+    return found("TransMIL", tensors, widths, outputs="softmax" if own or embed == "_fc1" else None, **said)
 
 
-def read_layer(taker: Taker, norm: str, attention: str, new: str, width: int) -> Tensors:
-    """Return the tensors of a Nyström layer."""
-    tensors = taker.norm(norm, f"{new}.norm", width) | taker.linear(f"{attention}.to_out.0", f"{new}.to_out", width)
-    tensors[f"{new}.to_qkv.weight"] = taker.take(f"{attention}.to_qkv.weight", None, width)
-    tensors[f"{new}.res_conv.weight"] = taker.take(f"{attention}.res_conv.weight", None, 1, None, 1)
+def _read_millab(taker: Taker) -> Found:
+    tensors, widths = taker.embedding("patch_embed", dropout="embed_dropout")
+    width = widths[-1]
+    blocks = [f"blocks.{number}." for number in taker.numbers(r"blocks\.(\d+)\.norm\.weight")]
+    tensors |= _read_layers(taker, blocks, width, attention="attention")
+    tensors |= taker.norm("norm", "norm", width) | taker.head("classifier", "classifier", width)
+    return found("MIL-Lab's TransMIL", tensors, widths)
+
+
+def _read_layers(
+    taker: Taker,
+    layers: Sequence[str],
+    width: int,
+    *,
+    attention: str = "attn",
+    before: str = "",
+    ppeg: str = "pos_layer",
+) -> Tensors:
+    """Return the tensors of the class token, the Nyström layers and the position encoding, which may be absent."""
+    tensors = {"cls_token": taker.take(f"{before}cls_token", 1, 1, width)[0]}
+    for number, old in enumerate(layers, 1):
+        new = f"layer{number}"
+        tensors |= taker.norm(f"{before}{old}norm", f"{new}.norm", width)
+        tensors |= taker.linear(f"{before}{old}{attention}.to_out.0", f"{new}.to_out", width, width)
+        tensors[f"{new}.to_qkv.weight"] = taker.take(f"{before}{old}{attention}.to_qkv.weight", 3 * width, width)
+        tensors[f"{new}.res_conv.weight"] = taker.take(f"{before}{old}{attention}.res_conv.weight", None, 1, None, 1)
+    if taker.has(re.escape(f"{before}{ppeg}") + r"\..*"):
+        for name, new, size in (("proj", "conv7", 7), ("proj1", "conv5", 5), ("proj2", "conv3", 3)):
+            tensors[f"ppeg.{new}.weight"] = taker.take(f"{before}{ppeg}.{name}.weight", width, 1, size, size)
+            tensors[f"ppeg.{new}.bias"] = taker.take(f"{before}{ppeg}.{name}.bias", width)
     return tensors
 
 
-def read_ppeg(taker: Taker, old: str, width: int) -> Tensors:
-    """Return the three convolutions of the position encoding."""
-    tensors = {}
-    for name, new, size in (("proj", "conv7", 7), ("proj1", "conv5", 5), ("proj2", "conv3", 3)):
-        tensors[f"ppeg.{new}.weight"] = taker.take(f"{old}.{name}.weight", width, 1, size, size)
-        tensors[f"ppeg.{new}.bias"] = taker.take(f"{old}.{name}.bias", width)
-    return tensors
+def found(tool: str, tensors: Tensors, widths: list[int], *, outputs: Meaning | None = None, **said: str) -> Found:
+    """Return TransMIL with these tensors, of which the sizes are read."""
+    layers = sum(name.endswith(".to_qkv.weight") for name in tensors)
+    options: dict[str, object] = {"width": widths[-1], "embed_layers": len(widths), "layers": layers}
+    options["heads"] = len(tensors.get("layer1.res_conv.weight", ())) or 1
+    options["positions"] = "ppeg" if "ppeg.conv7.weight" in tensors else "none"
+    return Found(tool, Component(name="transmil", options=options | said), tensors, outputs=outputs)
 
 
-LAYOUTS.add("TransMIL", Layout((r"_fc1\..*", r"layer1\..*"), _read))
+def _read_grid(taker: Taker) -> Found:
+    """Read the transformer inside MHIM-MIL or PackMIL, in which the grid alone is filled up."""
+    packed = taker.has(r"mil\..*")
+    before, embed = ("mil.aggregate.", "mil.embed") if packed else ("online_encoder.", "feature")
+    activation = taker.ask("embed_activation", "relu", "gelu", *(() if packed else ("none",)))
+    if taker.has(r"merge\..*"):
+        without_merging(taker)
+    tensors, widths = taker.embedding(embed, dropout="embed_dropout")
+    width = widths[-1]
+    later = r"layers\.(\d+)" if packed else r"layer([2-9])"
+    names = [
+        ("layers.%d." if packed else "layer%d.") % one
+        for one in taker.numbers(rf"{re.escape(before)}{later}\.norm\.weight")
+    ]
+    tensors |= _read_layers(taker, ["layer1.", *names], width, before=before, ppeg="pos_embedding")
+    last = "fc_norm" if taker.has(r"mil\.aggregate\.fc_norm\..*") else "norm"
+    tensors |= taker.norm(f"{before}{last}", "norm", width) | taker.head("predictor", "classifier", width)
+    tool = "PackMIL's transformer" if packed else "MHIM-MIL's transformer"
+    return found(tool, tensors, widths, embed_activation=activation, padding="grid")
+
+
+_LAYER = r"layer1\.attn\..*"
+LAYOUTS.add("TransMIL", Layout((r"(_fc1|feature)\..*", _LAYER, r"cls_token"), _read))
+LAYOUTS.add("MIL-Lab TransMIL", Layout((r"patch_embed\.0\.weight", r"blocks\.0\.attention\..*"), _read_millab))
+_INSIDE = (r"(online_encoder|mil\.aggregate)\." + _LAYER, r"predictor\..*", r".*\.cls_token")
+LAYOUTS.add("TransMIL of MHIM-MIL", Layout(_INSIDE, _read_grid, unused=("predictor_res.",)))
 
 RECIPE = Recipe(
     aggregator=Component(name="transmil"),
