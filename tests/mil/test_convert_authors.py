@@ -5,17 +5,25 @@ header of the file names was built with small widths and given random weights; t
 the authors' names (`state/...`), a bag (`x`), and its answer in float64 (`logits`). Nothing of eosin took part.
 """
 
+import contextlib
+import csv
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from eosin.errors import CheckpointError
 from eosin.features._bag import FeatureSpec
+from eosin.features._store import find_bags, read_spec
+from eosin.features.interop import ImportOptions, import_file
 from eosin.mil._checkpoint import load_model
-from eosin.mil._convert import convert_checkpoint
+from eosin.mil._convert import convert_checkpoint, read_tensors, recognise
+from eosin.mil._predict import predict
 from eosin.mil.bags import PackedBags
 
 FOLDER = Path(__file__).parent / "authors"
@@ -28,6 +36,7 @@ class Known:
     aggregator: str
     outputs: str = "softmax"
     options: dict[str, str] = field(default_factory=dict)
+    within: float = 1e-9
 
 
 RELU, GELU, NONE = ({"embed_activation": name} for name in ("relu", "gelu", "none"))
@@ -38,7 +47,7 @@ FILES = {
     "clam_sb_no_gate_no_dropout": Known("clam_sb"),
     "clam_mb": Known("clam_mb"),
     "clam_mb_no_gate": Known("clam_mb"),
-    "mil_fc": Known("max"),
+    "mil_fc": Known("max", within=1e-8),  # the difference of two layers is rounded to float32
     "mil_fc_mc": Known("max"),
     "acmil_ga": Known("acmil"),
     "acmil_ga_residual": Known("acmil"),
@@ -124,30 +133,136 @@ def test_the_answer_is_that_of_the_authors_class(name, tmp_path):
     known, (state, bag, logits) = FILES[name], read(name)
     card, model = convert(state, tmp_path, known, bag, logits)
     assert card.recipe.aggregator.name == known.aggregator
-    torch.testing.assert_close(answer(model, bag).logits[0], logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(answer(model, bag).logits[0], logits, rtol=0, atol=known.within)
 
 
 def test_every_file_is_used():
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == {*FILES, "millab_feather"}
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == {*FILES, "millab_feather", "mhim_merge_test"}
 
 
-def test_feather_without_its_last_layer(tmp_path):
-    state, bag, embedding = read("millab_feather")
-    known = Known("abmil", "softmax")
-    with pytest.raises(CheckpointError, match="lacks the layers classifier; pass --partial"):
-        convert(state, tmp_path, known, bag, [0, 0])
-    card, model = convert(state, tmp_path, known, bag, [0, 0], partial=True)
-    assert card.training["untrained"] == "classifier"
-    torch.testing.assert_close(answer(model, bag).embedding[0], embedding, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name, known in FILES.items() if known.options])
-def test_what_tensors_do_not_say_is_asked_for(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["clam_sb", "dsmil_two_classes_linear_passing", "packmil_ads", "mil_fc", "torchmil_abmil"]
+)
+def test_import_convert_and_predict_give_the_authors_probabilities(name, tmp_path):
     known, (state, bag, logits) = FILES[name], read(name)
-    with pytest.raises(CheckpointError) as caught:
-        convert(state, tmp_path, known, bag, logits, options={}, outputs=None)
-    message = str(caught.value)
-    assert "outputs" in message
-    assert all(option in message for option in known.options)
-    assert all(value in message for value in known.options.values())
+    with h5py.File(tmp_path / "slide.h5", "w") as file:  # as TRIDENT writes it
+        features = file.create_dataset("features", data=bag.numpy())
+        features.attrs["encoder"] = "theirs"
+        steps = np.arange(len(bag))
+        coords = file.create_dataset("coords", data=np.stack([steps, 0 * steps], 1) * 256)
+        coords.attrs.update({"patch_size": 256, "patch_size_level0": 256, "level0_magnification": 20,
+                             "target_magnification": 20, "overlap": 0})  # fmt: skip
+    import_file(tmp_path / "slide.h5", tmp_path / "job", ImportOptions(slide_mpp=0.5))
+    (stored,) = (tmp_path / "job").rglob("slide.h5")
+    spec = read_spec(stored)
+    torch.save({"model": state}, tmp_path / "their.pt")
+    classes = [f"c{number}" for number in range(max(2, len(logits)))]
+    arguments = {"classes": classes, "outputs": known.outputs, "options": known.options}
+    convert_checkpoint(tmp_path / "their.pt", tmp_path / "out", features=spec, **arguments)
+    predict([tmp_path / "out"], find_bags(stored.parent), tmp_path / "predictions.csv")
+    with (tmp_path / "predictions.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    several = known.outputs == "softmax" and len(logits) > 1
+    wanted = logits.softmax(0) if several else logits.sigmoid()
+    found = [float(row[f"prob_{name}"]) for name in (classes if len(logits) > 1 else classes[1:])]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("name", ["clam_sb_big_no_gate", "clam_mb", "acmil_ga", "transmil"])
+def test_one_output_may_be_a_hazard(name, index, tmp_path):
+    state, bag, logits = read(name)
+    card, model = convert(state, tmp_path, FILES[name], bag, logits, classes=(), outputs=f"risk:{index}")
+    assert card.task["kind"] == "cox"
+    torch.testing.assert_close(answer(model, bag).logits[0], logits[[index]], rtol=0, atol=1e-9)
+
+
+def test_an_output_that_reads_all_classes_cannot_stand_alone(tmp_path):
+    state, bag, logits = read("dsmil_iclassifier")
+    with pytest.raises(CheckpointError, match="cannot give output 1 alone"):
+        convert(state, tmp_path, FILES["dsmil_iclassifier"], bag, logits, classes=(), outputs="risk:1")
+
+
+def test_merged_tokens_at_inference_are_refused(tmp_path):
+    state, bag, logits = read("mhim_merge_test")
+    known = FILES["mhim_attn"]
+    with pytest.raises(CheckpointError, match="merged tokens at inference"):
+        convert(state, tmp_path, known, bag, logits, options=known.options | {"merge_test": "true"})
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, "--outputs softmax .*sigmoid .*risk:INDEX"),
+        ({"outputs": "risk"}, "say which is the risk: --outputs risk:0, risk:1"),
+        ({"outputs": "risk:7"}, "say which is the risk"),
+        ({"outputs": "risk:1", "classes": ["a", "b", "c"]}, "a risk has no classes"),
+        ({"outputs": "gelu"}, "is not softmax, sigmoid, risk"),
+        ({"task": "survival"}, "choose classification, binary, multilabel, cox"),
+        ({"task": "cox", "outputs": "softmax"}, "contradicts --task cox"),
+        ({"outputs": "softmax", "options": {"gated": "false"}}, "has gated True"),
+        ({"outputs": "softmax", "options": {"colour": "red"}}, "no option 'colour'"),
+        ({"outputs": "softmax"}, "name 3 classes, not 0"),
+    ],
+)
+def test_what_is_said_must_fit(said, message, tmp_path):
+    state, bag, logits = read("acmil_ga" if said.get("options", {}).get("gated") is None else "millab_abmil")
+    with pytest.raises(CheckpointError, match=message):
+        convert(state, tmp_path, FILES["acmil_ga"], bag, logits, **{"classes": (), "outputs": None} | said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net", "model.", "net.", "_orig_mod.",
+                                     "module.", "model.module._orig_mod."])  # fmt: skip
+def test_wrappers_are_taken_off(wrapper, tmp_path):
+    state, bag, _ = read("millab_abmil")
+    wrapped = {f"{wrapper}{name}": value for name, value in state.items()} if "." in wrapper else {wrapper: state}
+    torch.save(wrapped, tmp_path / "their.pt")
+    found, questions = recognise(read_tensors(tmp_path / "their.pt"), tmp_path / "their.pt")
+    assert (found.aggregator.name, found.dim, questions) == ("abmil", bag.shape[1], [])
+
+
+DAMAGES = {
+    "removed": lambda state, name, _: state.pop(name),
+    "renamed": lambda state, name, _: state.update({f"{name}x": state.pop(name)}),
+    "flattened": lambda state, name, _: state.update({name: state[name].flatten()}),
+    "longer": lambda state, name, _: state.update({name: torch.cat([state[name].reshape(-1, 1)] * 2)}),
+    "empty": lambda state, name, _: state.update({name: torch.zeros(0, 3)}),
+    "a number": lambda state, name, _: state.update({name: torch.tensor(1.0)}),
+    "whole numbers": lambda state, name, _: state.update({name: state[name].to(torch.int64)}),
+    "half": lambda state, name, _: state.update({name: state[name].half()}),
+    "complex": lambda state, name, _: state.update({name: state[name].to(torch.complex64)}),
+    "not a number": lambda state, name, _: state.update({name: state[name] * float("nan")}),
+    "larger than the file": lambda state, name, _: state.update({name: torch.zeros(1).expand(10**5, 10**6)}),
+    "besides": lambda state, name, _: state.update({f"{name}.0": torch.zeros(2, 2)}),
+    "no tensor": lambda state, name, _: state.update({name: "text"}),
+    "truncated": lambda state, name, _: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_read_or_refused(damage, tmp_path):
+    chance, path = random.Random(damage), tmp_path / "their.pt"
+    for name in chance.sample(sorted(FILES), 20):
+        state, _, logits = read(name)
+        DAMAGES[damage](state, chance.choice(sorted(state)), chance)
+        torch.save(state, path, _use_new_zipfile_serialization=chance.random() < 0.7)
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+        with contextlib.suppress(CheckpointError):  # any other error is a fault
+            found, _ = recognise(read_tensors(path), path, FILES[name].options)
+            spec = FeatureSpec(encoder="theirs", dim=found.dim)
+            said = {"classes": [f"c{k}" for k in range(max(2, len(logits)))], "outputs": FILES[name].outputs}
+            convert_checkpoint(path, tmp_path / "out", features=spec, options=FILES[name].options, **said)
+
+
+@pytest.mark.parametrize("damage", ["not a number", "larger than the file", "besides", "no tensor", "truncated"])
+def test_damage_that_shows_is_refused(damage, tmp_path):
+    chance, path = random.Random(damage), tmp_path / "their.pt"
+    state, _, _ = read("clam_sb")
+    DAMAGES[damage](state, "classifiers.weight", chance)
+    torch.save(state, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(CheckpointError):
+        recognise(read_tensors(path), path)

@@ -435,11 +435,9 @@ def _read_grid(taker: Taker) -> Found:
         without_merging(taker)
     tensors, widths = taker.embedding(embed, dropout="embed_dropout")
     width = widths[-1]
-    later = r"layers\.(\d+)" if packed else r"layer([2-9])"
-    names = [
-        ("layers.%d." if packed else "layer%d.") % one
-        for one in taker.numbers(rf"{re.escape(before)}{later}\.norm\.weight")
-    ]
+    later = "layers." if packed else "layer"
+    numbers = taker.numbers(re.escape(before + later) + r"(\d+)\.norm\.weight")
+    names = [f"{later}{number}." for number in numbers if packed or number > 1]
     tensors |= _read_layers(taker, ["layer1.", *names], width, before=before, ppeg="pos_embedding")
     last = "fc_norm" if taker.has(r"mil\.aggregate\.fc_norm\..*") else "norm"
     tensors |= taker.norm(f"{before}{last}", "norm", width) | taker.head("predictor", "classifier", width)
