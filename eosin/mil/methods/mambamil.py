@@ -33,11 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from eosin.errors import CheckpointError
 from eosin.kernels import ScanOrder, causal_conv, reversed_order, selective_scan, strided_order
 from eosin.mil._attention import recomputed
-from eosin.mil._layers import Attention, as_dtype, embedding, initialise, pooling_gradient
+from eosin.mil._layers import Activation, Attention, as_dtype, embedding, initialise, pooling_gradient
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, slope_of
@@ -71,8 +73,8 @@ class MambaMil(Aggregator):
         Width of δ; None is ⌈width / 16⌉.
     hidden : int
         Width of the attention's hidden layer.
-    dropout : float
-        After the embedding.
+    embed_activation, dropout
+        Of the embedding.
     dt_init : {"mamba", "official"}
         Step sizes from 0.001 to 0.1 at the start, or Xavier normal and zero as all layers.
     """
@@ -94,13 +96,14 @@ class MambaMil(Aggregator):
         d_conv: Count = 4,
         dt_rank: Count | None = None,
         hidden: Count = 128,
+        embed_activation: Activation = "gelu",
         dropout: Dropout = 0.0,
         dt_init: Literal["mamba", "official"] = "mamba",
     ) -> None:
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.kind = kind
         self.rate = rate
-        self.embed = embedding(in_dim, (width,), activation="gelu", dropout=dropout)
+        self.embed = embedding(in_dim, (width,), activation=embed_activation, dropout=dropout)
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         branches = 1 if kind == "plain" else 2
         self.layers = nn.ModuleList(
@@ -268,6 +271,55 @@ class ScanBranch(nn.Module):
         )
         return y if order is None else y[order.place]
 
+
+def _read(taker: Taker) -> Found:
+    """Read the authors' model; that a second branch is reversed or reordered, and by which rate, no tensor shows."""
+    said: dict[str, object] = {"embed_activation": taker.ask("embed_activation", "relu", "gelu", "none")}
+    said["kind"] = taker.ask("kind", "sr", "bi") if taker.has(r"layers\.0\.1\.A_b_log") else "plain"
+    if said["kind"] == "sr":
+        said["rate"] = int(taker.ask("rate"))
+    tensors, widths = taker.embedding("_fc1")
+    width = widths[-1]
+    numbers = taker.numbers(r"layers\.(\d+)\.0\.weight")
+    branches = ("", "_b") if said["kind"] != "plain" else ("",)
+    for number in numbers:
+        tensors |= _read_mixer(taker, f"layers.{number}", width, branches)
+    tensors |= taker.norm("norm", "norm", width)
+    tensors |= taker.attention("attention.0", None, "attention.2", width)
+    tensors |= taker.head("classifier", "classifier", width)
+    first = "layers.0.branches.0"
+    if f"{first}.A_log" not in tensors:
+        raise CheckpointError(taker.path, "lacks the layers of MambaMIL; it is only a part of a model")
+    inner, states = tensors[f"{first}.A_log"].shape
+    options: dict[str, object] = {
+        "width": width,
+        "layers": len(numbers),
+        "expand": max(1, inner // width),
+        "d_state": states,
+        "d_conv": tensors[f"{first}.conv_weight"].shape[1],
+        "dt_rank": tensors[f"{first}.dt_proj.weight"].shape[1],
+        "hidden": len(tensors["attention.V.weight"]),
+    }
+    return Found("MambaMIL", Component(name="mambamil", options=options | said), tensors, outputs="softmax")
+
+
+def _read_mixer(taker: Taker, old: str, width: int, branches: tuple[str, ...]) -> Tensors:
+    tensors = taker.norm(f"{old}.0", f"{old}.norm", width)
+    tensors |= taker.linear(f"{old}.1.in_proj", f"{old}.in_proj", None, width, bias=False)
+    inner = len(tensors[f"{old}.in_proj.weight"]) // 2
+    tensors |= taker.linear(f"{old}.1.out_proj", f"{old}.out_proj", width, inner, bias=False)
+    for number, mark in enumerate(branches):
+        new = f"{old}.branches.{number}"
+        tensors[f"{new}.conv_weight"] = taker.take(f"{old}.1.conv1d{mark}.weight", inner, 1, None)[:, 0]
+        tensors[f"{new}.conv_bias"] = taker.take(f"{old}.1.conv1d{mark}.bias", inner)
+        tensors |= taker.linear(f"{old}.1.x_proj{mark}", f"{new}.select_proj", None, inner, bias=False)
+        tensors |= taker.linear(f"{old}.1.dt_proj{mark}", f"{new}.dt_proj", inner)
+        tensors[f"{new}.A_log"] = taker.take(f"{old}.1.A{mark}_log", inner, None)
+        tensors[f"{new}.D"] = taker.take(f"{old}.1.D{mark}", inner)
+    return tensors
+
+
+LAYOUTS.add("MambaMIL", Layout((r"_fc1\..*", r"layers\.0\.1\.in_proj\..*", r"classifier\..*"), _read))
 
 RECIPE = Recipe(
     aggregator=Component(name="mambamil"),
