@@ -393,16 +393,16 @@ def _read(taker: Taker) -> Found:
     before: int | None = None
     for layer in encoder:
         tensors[f"encoder.{layer}.tokens"] = taker.take(f"enc.{layer}.I", 1, tokens, width)
-        tensors |= _block(taker, f"enc.{layer}.mab0", f"encoder.{layer}.inducing", width, width, before)
+        tensors |= _block(taker, f"enc.{layer}.mab0", f"encoder.{layer}.inducing", width, reads=(width, before))
         before = tensors[f"encoder.{layer}.inducing.key.weight"].shape[1]
-        tensors |= _block(taker, f"enc.{layer}.mab1", f"encoder.{layer}.point", width, before, width)
+        tensors |= _block(taker, f"enc.{layer}.mab1", f"encoder.{layer}.point", width, reads=(before, width))
         before = width
     tensors["pool.seeds"] = taker.take("dec.0.S", 1, None, width)
     seeds = tensors["pool.seeds"].shape[1]
-    tensors |= _block(taker, "dec.0.mab", "pool.block", width, width, width)
+    tensors |= _block(taker, "dec.0.mab", "pool.block", width, reads=(width, width))
     decoder = [layer for layer in taker.numbers(r"dec\.(\d+)\.mab\.fc_q\.weight") if layer]
     for number, layer in enumerate(decoder):
-        tensors |= _block(taker, f"dec.{layer}.mab", f"decoder.{number}", width, width, width)
+        tensors |= _block(taker, f"dec.{layer}.mab", f"decoder.{number}", width, reads=(width, width))
     last = taker.linear(f"dec.{len(decoder) + 1}", "", None, width)
     tensors["classifier.weight"] = block_diagonal([last[".weight"]] * seeds)
     tensors["classifier.bias"] = last[".bias"].repeat(seeds)
@@ -420,7 +420,9 @@ def _read(taker: Taker) -> Found:
     return Found("Set Transformer", Component(name="set_transformer", options=options), tensors, reads_features=first)
 
 
-def _block(taker: Taker, old: str, new: str, width: int, query: int, key: int | None) -> Tensors:
+def _block(taker: Taker, old: str, new: str, width: int, *, reads: tuple[int, int | None]) -> Tensors:
+    """Return a block whose queries and keys have these widths."""
+    query, key = reads
     tensors = taker.linear(f"{old}.fc_q", f"{new}.query", width, query)
     tensors |= taker.linear(f"{old}.fc_k", f"{new}.key", width, key)
     tensors |= taker.linear(f"{old}.fc_v", f"{new}.value", width, key) | taker.linear(
