@@ -8,9 +8,12 @@ import codecs
 import csv
 import datetime
 import io
+import itertools
 import logging
 import re
+import unicodedata
 import zipfile
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,10 +57,14 @@ APART_BYTES = 4 * 2**30
 CHUNK_BYTES = 2**20
 
 EXACT_DIGITS = 15
+MERGED = re.compile(rb'<mergeCell ref="([A-Z]{1,3}\d{1,7}:[A-Z]{1,3}\d{1,7})"')
 UNNAMED = "Unnamed: "
 FORMULA = re.compile(r"'*[=+\-@\x00-\x1f＝＋－＠]")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf")
 SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
+ID_COLUMNS = frozenset({*SLIDE_COLUMNS, "patient_id", "patient", "case_id", "case", "subject_id", "submitter_id"})
+"""A row that names one of these columns is the header, whatever titles stand above it."""
+MOST_TITLE_ROWS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +133,12 @@ def detect_column(table: Mapping[str, Sequence[str]], names: Sequence[str]) -> s
     """Return the column that has the first of these normalised names that is there, or None."""
     by_name = {normalised(column): column for column in table}
     return next((by_name[name] for name in map(normalised, names) if name in by_name), None)
+
+
+def plain_word(text: str) -> str:
+    """Return a word without capitals and accents, as lists of words are compared: ``Décès`` and ``DECES`` are one."""
+    folded = unicodedata.normalize("NFKD", text.strip().casefold())
+    return "".join(letter for letter in folded if not unicodedata.combining(letter))
 
 
 def decimal_point(text: str) -> str:
@@ -258,8 +271,10 @@ def _require_distinct(names: Sequence[str], path: Path) -> None:
 def _read_text(path: Path) -> Table:
     """Read the rows that are not blank; one with more cells than columns is refused, for it would shift the others."""
     text = TextFile(path)
-    rows = ((line, row) for line, row in text.rows() if any(row))
-    _, first = next(rows, (0, []))
+    rows: Iterator[tuple[int, list[str]]] = ((line, row) for line, row in text.rows() if any(row))
+    head = list(itertools.islice(rows, MOST_TITLE_ROWS))
+    place = _header_place([row for _, row in head]) or 0
+    first, rows = (head[place][1] if head else []), itertools.chain(head[place + 1 :], rows)
     header = [f"{UNNAMED}{place}" if not name or name.startswith(UNNAMED) else name for place, name in enumerate(first)]
     _require_distinct(header, path)
     kept: list[list[str]] = []
@@ -272,7 +287,17 @@ def _read_text(path: Path) -> Table:
         kept.append(row[: len(header)] + [""] * (len(header) - len(row)))
         _require_size(path, len(kept), len(header))
     columns = zip(*kept, strict=True) if kept else [()] * len(header)
-    return Table(path, dict(zip(header, columns, strict=True)), notes=text.notes)
+    return Table(path, dict(zip(header, columns, strict=True)), notes=(*text.notes, *_title_notes(place)))
+
+
+def _header_place(rows: Sequence[Sequence[str]]) -> int | None:
+    """Return which of the first rows names a column of ids; None where none does."""
+    return next((place for place, row in enumerate(rows) if ID_COLUMNS & {normalised(cell) for cell in row}), None)
+
+
+def _title_notes(rows: int) -> tuple[str, ...]:
+    above = "the row above it is a title" if rows == 1 else f"the {rows} rows above it are titles"
+    return (f"header: row {rows + 1}, blank rows not counted; {above} and not read",) if rows else ()
 
 
 class TextFile:
@@ -436,45 +461,89 @@ def _values(column: Any) -> list[Any]:
 
 
 def _read_xlsx(path: Path) -> Table:
-    """Read the first sheet that has rows; a number that Excel shows with leading zeros keeps them."""
+    """Read the first sheet that names a column of ids, else the first that has rows.
+
+    A number that Excel shows with leading zeros keeps them, and what merged cells hold counts for each of them.
+    """
     import openpyxl
 
-    _require_small_workbook(path)
+    merged = _checked_workbook(path)
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
-        sheets = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
-        for sheet in sheets:
-            rows = _filled_rows(sheet, path)
-            if rows:
-                break
-        else:
-            return Table(path, {})
+        visible = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
+        areas = {
+            sheet.title: merged.get(sheet._worksheet_path, []) for sheet in visible
+        }  # openpyxl says nothing of them
+        found = [(sheet.title, rows) for sheet in visible if (rows := _filled_rows(sheet, areas[sheet.title], path))]
     finally:
         book.close()
-    others = f" of {len(book.sheetnames)}; the others are not read" if len(book.sheetnames) > 1 else ""
-    header = ["" if cell.value is None else str(cell.value).strip() for cell in rows[0]]
+    if not found:
+        return Table(path, {})
+    heads = [_header_place([[_as_text(value) for value in row] for row in rows[:MOST_TITLE_ROWS]]) for _, rows in found]
+    named = [place for place, head in enumerate(heads) if head is not None]
+    # a sheet of slides comes before one of patients
+    with_slides = [place for place in named if _names_slides(found[place][1][heads[place] or 0])]
+    chosen = (*with_slides, *named, 0)[0]
+    (title, rows), head = found[chosen], heads[chosen] or 0
+    names = book.sheetnames
+    others = f" of {len(names)}; the others are not read" if len(names) > 1 else ""
+    header = _header_names(rows[: head + 1])
     _require_distinct([name for name in header if name], path)
     _require_size(path, len(rows), len(header))
     columns = {
-        unshielded(name): [_shown_value(row[place]) if place < len(row) else None for row in rows[1:]]
+        unshielded(name): [row[place] if place < len(row) else None for row in rows[head + 1 :]]
         for place, name in enumerate(header)
         if name
     }
-    return _typed_table(path, columns, notes=(f"sheet: {sheet.title!r}{others}",))
+    return _typed_table(path, columns, notes=(f"sheet: {title!r}{others}", *_title_notes(head)))
 
 
-def _filled_rows(sheet: Any, path: Path) -> list[list[Any]]:
+def _names_slides(row: Sequence[Any]) -> bool:
+    return any(normalised(_as_text(value)) in SLIDE_COLUMNS for value in row)
+
+
+def _filled_rows(sheet: Any, areas: Sequence[str], path: Path) -> list[list[Any]]:
     """Return the rows that are not blank; one cell far to the right makes every row as long as the sheet is wide."""
-    rows: list[list[Any]] = []
-    for row in sheet.iter_rows():
-        if any(cell.value is not None for cell in row):
-            rows.append(list(row))
-            _require_size(path, len(rows), len(row))
-    return rows
+    rows: dict[int, list[Any]] = {}
+    for number, cells in enumerate(sheet.iter_rows(), 1):
+        if any(cell.value is not None for cell in cells):
+            rows[number] = [_shown_value(cell) for cell in cells]
+            _require_size(path, len(rows), len(cells))
+    _fill_merged(rows, areas, path)
+    return list(rows.values())
 
 
-def _require_small_workbook(path: Path) -> None:
-    """Refuse a workbook that unpacks to too much, or that defines entities, before anything is parsed."""
+def _fill_merged(rows: Mapping[int, list[Any]], areas: Sequence[str], path: Path) -> None:
+    """Put what merged cells hold into each of them, as far as their rows are there."""
+    from openpyxl.utils import range_boundaries
+
+    numbers, filled = list(rows), 0
+    for area in areas:
+        left, top, right, bottom = range_boundaries(area)
+        corner = rows.get(top, [])[left - 1 : left]
+        for number in numbers[bisect_left(numbers, top) : bisect_right(numbers, bottom)]:
+            width = len(rows[number][left - 1 : right])
+            rows[number][left - 1 : right] = (corner or [None]) * width
+            filled += width
+        if filled > MAX_CELLS:
+            raise _refuse(path, f"merges more than {MAX_CELLS:,} cells", f"{MAX_CELLS:,} cells")
+
+
+def _header_names(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the names of the columns; where two are alike, with the heading that the row above puts over them."""
+    names = [_as_text(value) for value in rows[-1]]
+    if len(rows) == 1:
+        return names
+    groups = [_as_text(value) for value in rows[-2]]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    return [
+        f"{group} {name}" if name in twice and group else name
+        for name, group in itertools.zip_longest(names, groups[: len(names)], fillvalue="")
+    ]
+
+
+def _checked_workbook(path: Path) -> dict[str, list[str]]:
+    """Refuse a workbook that unpacks to too much, or that defines entities; return the merged cells of each sheet."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         limit = f"{MAX_WORKBOOK_BYTES // 2**20} MiB"
@@ -491,6 +560,8 @@ def _require_small_workbook(path: Path) -> None:
                         limit = f"{MAX_WORKBOOK_CELLS:,} cells of workbook"
                         raise _refuse(path, f"holds more than {MAX_WORKBOOK_CELLS:,} cells; save it as csv", limit)
                     chunk = file.read(CHUNK_BYTES)
+        sheets = [part for part in parts if "worksheets/" in part.filename and part.filename.endswith(".xml")]
+        return {part.filename: [ref.decode() for ref in MERGED.findall(archive.read(part))] for part in sheets}
 
 
 def _shown_value(cell: Any) -> Any:
@@ -524,6 +595,8 @@ def _as_text(value: Any) -> str:
         return value.strip()
     if value is None or value != value:  # NaN, the empty cell of pandas
         return ""
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():  # how Excel stores a day
+        return value.date().isoformat()
     if isinstance(value, float) and value.is_integer() and abs(value) < 10**EXACT_DIGITS:
         return str(int(value))
     return str(value).strip()

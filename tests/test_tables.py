@@ -1,5 +1,6 @@
 """Tables of every dialect, encoding and file type are read alike; what is too large is refused before it is parsed."""
 
+import datetime
 import resource
 import time
 import zipfile
@@ -70,6 +71,90 @@ def test_the_sheet_that_is_read_is_said(tmp_path: Path) -> None:
     table = read_table(tmp_path / "t.xlsx")
     assert table == {"slide": ("a",), "label": ("x",)}
     assert table.notes == ("sheet: 'labels 2024' of 3; the others are not read",)
+
+
+def workbook(path: Path, *sheets: tuple[str, list[list[object]], list[str]]) -> Path:
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows, merged in sheets:
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+        for area in merged:
+            sheet.merge_cells(area)
+    book.save(path)
+    return path
+
+
+SLIDES = [["Slide", "Patient ID", "label"], ["a", "p", "x"], ["b", "q", "y"]]
+
+
+def test_of_several_sheets_the_one_that_names_slides_is_read(tmp_path: Path) -> None:
+    readme = ("Read me", [["Labels of the cohort"], ["ask Dr. X"]], [])
+    patients = ("Clinical", [["Patient ID", "age"], ["p", 50]], [])
+    table = read_table(workbook(tmp_path / "t.xlsx", readme, patients, ("Slides", SLIDES, [])))
+    assert table["Slide"] == ("a", "b")
+    assert table.notes == ("sheet: 'Slides' of 3; the others are not read",)
+    assert read_table(workbook(tmp_path / "p.xlsx", readme, patients))["age"] == ("50",)
+    assert read_table(workbook(tmp_path / "r.xlsx", readme))["Labels of the cohort"] == ("ask Dr. X",)
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".csv"])
+def test_titles_above_the_header_are_said_and_not_read(tmp_path: Path, suffix: str) -> None:
+    rows = [["Cohort 2024", "", ""], ["", "", ""], ["export of 1 May", "", ""], *SLIDES]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".csv":
+        path.write_text("\n".join(";".join(map(str, row)) for row in rows))
+    else:
+        workbook(path, ("S", [[cell or None for cell in row] for row in rows], ["A1:C1"]))
+    table = read_table(path)
+    assert table == {"Slide": ("a", "b"), "Patient ID": ("p", "q"), "label": ("x", "y")}
+    assert any("the 2 rows above it are titles and not read" in note for note in table.notes)
+
+
+def test_merged_headings_tell_columns_of_one_name_apart(tmp_path: Path) -> None:
+    rows = [
+        [None, "reader 1", None, "reader 2", None],
+        ["Slide", "grade", "day", "grade", "remark"],
+        ["a", 1, None, 2, "x"],
+    ]
+    table = read_table(workbook(tmp_path / "t.xlsx", ("S", rows, ["B1:C1", "D1:E1"])))
+    assert table == {
+        "Slide": ("a",), "reader 1 grade": ("1",), "day": ("",), "reader 2 grade": ("2",), "remark": ("x",),
+    }  # fmt: skip
+
+
+def test_what_merged_cells_hold_counts_for_each_row(tmp_path: Path) -> None:
+    rows = [["Patient ID", "Slide"], ["p", "a"], [None, "b"], ["q", "c"], [None, "d"]]
+    table = read_table(workbook(tmp_path / "t.xlsx", ("S", rows, ["A2:A3"])))
+    assert table["Patient ID"] == ("p", "p", "q", "")
+
+
+def test_merged_cells_beyond_the_rows_are_nothing_and_too_many_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = workbook(tmp_path / "t.xlsx", ("S", SLIDES, ["A4:B4"]))
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    huge = b"".join(b'<mergeCell ref="A4:XFD1048576"/>' for _ in range(9))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(b'<mergeCell ref="A4:B4"/>', huge))
+    assert read_table(path)["Slide"] == ("a", "b")
+    monkeypatch.setattr(tables, "MAX_CELLS", 20)
+    areas = ["A2:C2", "A3:C3", "A4:C4"] * 4
+    refs = "".join(f'<mergeCell ref="{area}"/>' for area in areas).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(b'<mergeCell ref="A4:B4"/>', refs))
+    with pytest.raises(TableError, match="merges more than 20 cells"):
+        read_table(path)
+
+
+def test_a_day_is_written_as_such(tmp_path: Path) -> None:
+    rows = [["Slide", "day", "at"], ["a", datetime.date(2024, 2, 3), datetime.datetime(2024, 2, 3, 4, 5)]]
+    table = read_table(workbook(tmp_path / "t.xlsx", ("S", rows, [])))
+    assert table == {"Slide": ("a",), "day": ("2024-02-03",), "at": ("2024-02-03 04:05:00",)}
 
 
 def test_parquet_keeps_whole_numbers_with_gaps_and_its_index(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every task must say: how a label is encoded, learnt, predicted and judged."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -8,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eosin._tables import decimal_point
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
@@ -327,9 +329,11 @@ def to_numpy(values: Tensor) -> Floats:
 
 
 def number(value: str, column: str) -> float:
-    """Return the number in a cell; `LabelError` when it is none."""
+    """Return the number in a cell, a decimal comma taken for a point; `LabelError` when it is none."""
+    if re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+", value.strip()):  # 1,234 is a thousand and some, or one and some
+        raise LabelError(f"{value!r} in column {column!r} can be read in two ways; write it without a comma")
     try:
-        result = float(value)
+        result = float(decimal_point(value.strip()))
     except ValueError:
         result = float("nan")
     if not np.isfinite(result):

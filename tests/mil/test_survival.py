@@ -213,6 +213,7 @@ def test_strata_and_metrics(kind):
         ("censored", False), ("censorship", False), ("OS_censorship", False), ("Censor", False), ("alive", False),
         ("is_alive", False), ("survived", False), ("event_free", False), ("no_event", False), ("alive_status", False),
         ("x", None), ("vital", None), ("outcome", None), ("label", None), ("survival", None),
+        ("dead_or_alive", None), ("alive/dead", None), ("Décès", True), ("Événement", True), ("Überlebt", None),
     ],
 )  # fmt: skip
 def test_the_name_of_a_column_of_0_and_1_says_which_is_the_event_or_nothing(column, event):
@@ -225,6 +226,21 @@ def test_the_name_of_a_column_of_0_and_1_says_which_is_the_event_or_nothing(colu
         assert DiscreteSurvival.from_rows(rows, f"t,{column}").encode(rows)[:, 1].tolist() == (
             [1, 0, 0] if event else [0, 1, 1]
         )
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"), [("JA", "nein"), ("Oui", "NON"), ("Sí", "no"), ("Verstorben", "LEBEND"), ("décédé", "vivant")]
+)
+def test_words_of_several_languages_say_whether_an_event_was_seen(yes, no):
+    rows = [{"t": "1,5", "event": yes}, {"t": "2", "event": no}, {"t": "12,25", "event": no.upper()}]
+    task = DiscreteSurvival.from_rows(rows, "t,event")
+    assert task.encode(rows).tolist() == [[1.5, 1], [2, 0], [12.25, 0]]
+
+
+def test_a_comma_that_may_stand_for_thousands_is_a_question():
+    rows = [{"t": "1,234", "event": "1"}, {"t": "2", "event": "0"}]
+    with pytest.raises(LabelError, match="can be read in two ways"):
+        DiscreteSurvival.from_rows(rows, "t,event")
 
 
 @pytest.mark.parametrize("column", ["uncensored", "alive", "outcome"])

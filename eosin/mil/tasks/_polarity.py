@@ -1,20 +1,27 @@
 """Which of two classes is the positive one: what a user names, else what the words mean, else the last in order."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from eosin.errors import LabelError
 
 NEGATIVE = frozenset({
-    "absence", "absent", "alive", "benign", "censored", "control", "false", "free", "healthy", "hrp", "intact",
-    "living", "low", "mss", "negative", "neg", "no", "non", "none", "normal", "not", "pmmr", "proficient", "stable",
-    "unmethylated", "unmutated", "wild", "wildtype", "without", "wt",
+    "absence", "absent", "alive", "assente", "ausente", "baixo", "bajo", "basso", "benign", "benigna", "benigno",
+    "benin", "censored", "control", "faible", "falsch", "false", "falso", "faux", "free", "gesund", "goedaardig",
+    "gutartig", "healthy", "hrp", "intact", "kein", "keine", "laag", "living", "low", "mss", "nao", "nee", "neg",
+    "negatief", "negatif", "negativ", "negativa", "negative", "negativo", "nein", "niedrig", "no", "non", "none",
+    "normal", "normale", "not", "ohne", "pmmr", "proficient", "sain", "sana", "sano", "sans", "saudavel", "sin",
+    "stable", "unauffallig", "unmethylated", "unmutated", "wild", "wildtype", "without", "wt",
 })  # fmt: skip
 POSITIVE = frozenset({
-    "amplified", "cancer", "carcinoma", "case", "dead", "deceased", "deficient", "died", "diseased", "dmmr", "event",
-    "high", "hrd", "invasive", "involved", "malignant", "metastasis", "metastatic", "methylated", "msi", "mut",
-    "mutant", "mutated", "pos", "positive", "present", "recurrence", "relapse", "responder", "true", "tumor", "tumour",
-    "with", "yes",
+    "alta", "alto", "amplified", "bosartig", "cancer", "carcinoma", "case", "dead", "deceased", "decede", "deficient",
+    "died", "diseased", "dmmr", "eleve", "event", "fallecido", "high", "hoch", "hoog", "hrd", "invasive", "involved",
+    "ja", "krank", "kwaadaardig", "maligna", "malignant", "maligne", "maligno", "malin", "metastase", "metastasis",
+    "metastatic", "methylated", "msi", "mut", "mutado", "mutant", "mutated", "mutato", "mute", "mutiert", "oui",
+    "pos", "positief", "positif", "positiv", "positiva", "positive", "positivo", "present", "recidiva", "recidive",
+    "recurrence", "relapse", "responder", "rezidiv", "si", "sim", "true", "tumeur", "tumor", "tumore", "tumour",
+    "verdadero", "vero", "verstorben", "vrai", "wahr", "with", "yes",
 })  # fmt: skip
 SIGNS = {"+": 1, "-": -1, "\N{MINUS SIGN}": -1}
 
@@ -56,7 +63,7 @@ def positive_last(classes: Sequence[str], *, positive: str, column: str) -> tupl
 
 def polarity(value: str) -> int:
     """Return -1 for a value that says no (negative, normal, wild type, ER-), 1 for one that says yes, else 0."""
-    text = value.strip()
+    text = "".join(one for one in unicodedata.normalize("NFKD", value.strip()) if not unicodedata.combining(one))
     if text[-1:] in SIGNS:
         return SIGNS[text[-1]]
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", text)]  # Her2Neg -> her neg

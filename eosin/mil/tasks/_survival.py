@@ -8,6 +8,7 @@ readings and their counts, for the two answers give opposite models.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from eosin._tables import plain_word
 from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
@@ -25,10 +27,16 @@ from eosin.mil._survival_metrics import concordance, concordance_ipcw, discordan
 from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
-YES = frozenset({"1", "1.0", "true", "yes"})
-NO = frozenset({"0", "0.0", "false", "no"})
-EVENT = frozenset({"dead", "deceased", "died", "event", "1:deceased"})
-CENSORED = frozenset({"alive", "living", "censored", "0:living"})
+YES = frozenset({"1", "1.0", "true", "yes", "y", "ja", "j", "oui", "si", "sim", "wahr", "vrai", "verdadero", "vero"})
+NO = frozenset({"0", "0.0", "false", "no", "n", "nein", "non", "nao", "nee", "falsch", "faux", "falso"})
+EVENT = frozenset({
+    "dead", "deceased", "died", "event", "1:deceased", "tot", "verstorben", "gestorben", "mort", "decede", "muerto",
+    "fallecido", "morto", "deceduto", "overleden",
+})  # fmt: skip
+CENSORED = frozenset({
+    "alive", "living", "censored", "0:living", "lebend", "lebt", "zensiert", "vivant", "censure", "vivo", "censurado",
+    "levend",
+})  # fmt: skip
 BINS = 4
 THIRDS = ("early", "middle", "late")
 EVENT_NAMES = frozenset({
@@ -41,6 +49,8 @@ CENSORED_NAMES = frozenset({
     "censor", "censored", "censoring", "censorship", "cens", "alive", "living", "lives", "survived", "survivor",
     "survivors", "surviving", "lost", "lebend", "vivo", "vivant", "zensiert",
 })  # fmt: skip
+DEATHS = frozenset({"dead", "death", "died", "deceased", "mortality", "tod", "tot", "exitus", "muerte", "deces"})
+LIVES = frozenset({"alive", "living", "lives", "survived", "lebend", "vivo", "vivant"})
 NEGATIONS = frozenset({"not", "no", "non", "un", "without", "free", "never"})
 
 
@@ -126,13 +136,13 @@ class SurvivalTask(Task):
         return time, float(self._is_event(row[self.event]))
 
     def _is_event(self, text: str) -> bool:
-        value = text.strip().lower()
+        value = plain_word(text)
         if self.event_value:
-            if value not in (self.event_value.lower(), self.censored_value.lower()):
+            if value not in (plain_word(self.event_value), plain_word(self.censored_value)):
                 raise LabelError(
                     f"{text!r} in column {self.event!r} is neither {self.event_value!r} nor {self.censored_value!r}"
                 )
-            return value == self.event_value.lower()
+            return value == plain_word(self.event_value)
         if value in EVENT | CENSORED:
             return value in EVENT
         if value not in YES | NO:
@@ -350,14 +360,14 @@ def _moved(survival: Floats, edges: Floats, times: Floats) -> Floats:
 
 def _one_is_censored(rows: Sequence[Row], time: str, event: str) -> bool:
     """Return the orientation of a column of 0 and 1; of one of words it is of no effect."""
-    values = [row[event].strip().lower() for row in rows]
+    values = [plain_word(row[event]) for row in rows]
     ones = sum(value in YES for value in values)
     numbers = ones + sum(value in NO for value in values)
     said = says_event(event)
     if said is None and numbers:
         raise LabelError(
-            f"column {event!r} holds 0 and 1, and its name does not say which of them is the event: if it is 1, "
-            f"{ones} of {len(rows)} have one; if it is 0, {numbers - ones} have; say which "
+            f"column {event!r} holds 0 and 1, or no and yes, and its name does not say which of them is the event: "
+            f"if it is 1, {ones} of {len(rows)} have one; if it is 0, {numbers - ones} have; say which "
             f"(--target {time},{event}=1 or {time},{event}=0)"
         )
     return said is False
@@ -369,10 +379,13 @@ def says_event(column: str) -> bool | None:
     >>> says_event("uncensored"), says_event("OS_censorship"), says_event("vital")
     (True, False, None)
     """
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)
+    letters = "".join(one for one in unicodedata.normalize("NFKD", column) if not unicodedata.combining(one))
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", letters)]
+    if DEATHS & set(words) and LIVES & set(words):  # "dead_or_alive" names both
+        return None
     meant: set[bool] = set()
     negated = False
-    for word in (word.lower() for word in words):
+    for word in words:
         root = next(
             (word[len(no) :] for no in ("non", "un", "not") if word.startswith(no) and _meaning(word[len(no) :])), ""
         )
@@ -394,8 +407,8 @@ def _meaning(word: str) -> Literal["event", "censored", ""]:
 def _other(rows: Sequence[Row], column: str, value: str) -> str:
     """Return the value of a column that is not the event."""
     found = sorted({row[column].strip() for row in rows})
-    others = [text for text in found if text.lower() != value.lower()]
-    if len(others) == len(found) or len(others) > 1:
+    others = [text for text in found if plain_word(text) != plain_word(value)]
+    if len(others) == len(found) or len({plain_word(text) for text in others}) > 1:
         raise LabelError(f"column {column!r} holds {', '.join(found)}; the event was said to be {value!r}, one of two")
     return others[0] if others else ""
 
