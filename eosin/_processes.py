@@ -11,13 +11,14 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 from eosin.errors import EosinError, MissingPackageError, WorkerError
@@ -128,13 +129,18 @@ class Child:
         Are pickled.
     has_children : bool
         Whether the process starts processes of its own.
+    needs_script : bool
+        Whether it may be given functions of the script that runs here. Python runs the script again in the process
+        then, and one that does not guard its work with ``if __name__ == "__main__"`` ends in an error.
     """
 
-    def __init__(self, serve: Callable[..., None], *args: Any, has_children: bool = False) -> None:
+    def __init__(
+        self, serve: Callable[..., None], *args: Any, has_children: bool = False, needs_script: bool = True
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(serve, theirs, args), daemon=not has_children)
-        with _signals_blocked():
+        with _signals_blocked(), nullcontext() if needs_script else _script_hidden():
             self.process.start()
         theirs.close()
         _children.add(self)
@@ -217,6 +223,16 @@ class Child:
 
 
 @contextmanager
+def _script_hidden() -> Iterator[None]:
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+@contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Block the signals that end a run: a process started meanwhile never gets them, and its parent decides for it.
 
@@ -261,6 +277,39 @@ def wait_for(children: Sequence[Child], timeout_s: float | None = None) -> list[
         ready = wait([child.connection for child in children], timeout=patience)
         if ready or (end is not None and time.monotonic() >= end):
             return [child for child in children if child.connection in ready]
+
+
+class Helper:
+    """A process that answers calls one after another, for what may hang, crash or ask for any amount of memory.
+
+    It starts with the first call and ends with this process; a new one takes over from one that hung or died.
+    """
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+
+    def call(self, function: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        """Call a function of a module; arguments, what it returns and errors as of `call_apart`."""
+        if self._child is None:
+            self._child = Child(serve_calls, needs_script=False)
+        self._child.send((function, args))
+        answered = False
+        try:
+            result: T = self._child.receive(timeout_s)
+            answered = True
+        except EosinError as error:
+            answered = not isinstance(error, WorkerError)
+            raise
+        finally:
+            if not answered:  # also when this process is asked to end: a late answer is not that of the next call
+                self.stop()
+        return result
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
 
 
 def call_apart(function: Callable[..., T], *args: Any, timeout_s: float, most_bytes: int | None = None) -> T:

@@ -69,7 +69,7 @@ ONLY_IN = {  # third-party package -> the files that may import it
     "openslide": {"wsi/openslide_impl.py"},
     "triton": {"kernels/*/triton_impl.py"},
     "timm": {"features/encoders.py", "features/networks.py"},
-    "h5py": {"wsi/coordinates.py", "features/store.py", "features/interop/*.py"},
+    "h5py": {"wsi/coordinates.py", "features/store.py", "features/foreign_hdf5.py", "features/interop/*.py"},
     "typer": {"cli/*.py"},
     "parsl": {"cluster/*.py"},
 }

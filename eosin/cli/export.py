@@ -12,17 +12,17 @@ from eosin.cli._common import Done, apply_to_each, command
 if TYPE_CHECKING:
     from eosin._batch import Outcome
 
-    Layout = Literal["trident", "clam"]
+    Layout = Literal["trident", "clam", "stamp"]
 
 
 @command(bare="features")
 def export(
     *,
     features: FeaturesFolder,
-    to: Annotated[str, typer.Option(help="File layout of this tool: trident or clam.")],
+    to: Annotated[str, typer.Option(help="File layout of this tool: trident, clam or stamp.")],
     out: Out,
 ) -> Done:
-    """Write feature files in the layout that TRIDENT or CLAM reads."""
+    """Write feature files in the layout that TRIDENT, CLAM or STAMP reads."""
     from eosin.features._store import find_bags
 
     files = list(find_bags(features).values()) if features.is_dir() else [features]

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Out
-from eosin.cli._common import Done, apply_to_each, command
+from eosin.cli._common import Done, apply_to_each, command, say
+from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
     from eosin._batch import Outcome
     from eosin.features.interop import Imported, ImportOptions
+
+CONTRADICTION = "contradiction"
 
 
 @command()
@@ -29,24 +32,38 @@ def import_(
     coords: Annotated[
         Path | None, typer.Option(help="File or folder with tile coordinates, for features without them.")
     ] = None,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Side of a tile in level-0 pixels, for coordinates that do not state it.", min=1)
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Import files that contradict the slide or an option, and note it.")
+    ] = False,
 ) -> Done:
     """Convert features, coordinates, labels and splits of CLAM, TRIDENT, STAMP and other tools to eosin's files.
 
-    The kind of each file is recognised from its content.
+    The kind of each file is recognised from its content; several files of one slide are joined.
     """
-    from eosin.features.interop import ImportOptions, find_files
+    from eosin.features.interop import ImportOptions, find_files, group_files
 
-    options = ImportOptions.parse(
-        {"encoder": encoder, "slide": slides, "slide_mpp": slide_mpp, "coords": coords}, source="import"
-    )
+    stated = {
+        "encoder": encoder, "slide": slides, "slide_mpp": slide_mpp, "coords": coords, "tile_size": tile_size,
+        "force": force,
+    }  # fmt: skip
+    options = ImportOptions.parse(stated, source="import")
     imported: list[Imported] = []
-    report = apply_to_each(find_files(files), partial(_import, imported, out, options), key=str, stage="import")
+    work = partial(_import, imported, out, options)
+    report = apply_to_each(group_files(find_files(files)), work, key=lambda group: str(group[0]), stage="import")
+    if report.failed and all(record.reason == CONTRADICTION for record in report.records):
+        others = f" (and {len(report.failed) - 1} more alike)" if len(report.failed) > 1 else ""
+        raise ConfigError(f"{report.failed[0].message}{others}")
     return Done(list(dict.fromkeys(path for one in imported for path in one.paths)), report)
 
 
-def _import(imported: "list[Imported]", out: Path, options: "ImportOptions", path: Path) -> "Outcome":
+def _import(imported: "list[Imported]", out: Path, options: "ImportOptions", group: list[Path]) -> "Outcome":
     from eosin._batch import Outcome
-    from eosin.features.interop import import_file
+    from eosin.features.interop import import_slide
 
-    imported.append(import_file(path, out, options))
+    imported.append(import_slide(group, out, options))
+    for note in imported[-1].notes:
+        say(f"{group[0]}: {note}")
     return Outcome(message=imported[-1].kind)

@@ -5,48 +5,52 @@ feature file has no attributes at all: its tile size comes from the coordinates 
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from eosin._files import write_bytes
 from eosin.errors import FeatureFileError
 from eosin.features._bag import FeatureBag
-from eosin.features._store import require_dataset, written_hdf5
+from eosin.features._foreign_hdf5 import Array, Group
+from eosin.features._store import written_hdf5
 from eosin.features.interop._foreign import Foreign, Places, safe_id
 from eosin.wsi._grid import TileGrid
 
+ROUNDING = 0.01  # levels are rounded to whole pixels, which moves a downsample by less
 
-def is_coordinates(file: h5py.File) -> bool:
+
+def is_coordinates(file: Group) -> bool:
     """Tell whether an open file holds CLAM's coordinates."""
     return _has_level(file, "coords") and "features" not in file
 
 
-def is_pixels(file: h5py.File) -> bool:
+def is_pixels(file: Group) -> bool:
     """Tell whether an open file is CLAM's old one, which keeps the pixels of its tiles."""
     return _has_level(file, "imgs")
 
 
-def is_features(file: h5py.File) -> bool:
+def is_features(file: Group) -> bool:
     """Tell whether an open file holds CLAM's features."""
-    return "features" in file and "coords" in file and not dict(file["coords"].attrs)
+    return "features" in file and "coords" in file and not file.attributes("coords")
 
 
-def _has_level(file: h5py.File, name: str) -> bool:
-    return name in file and "patch_level" in file[name].attrs and "patch_spacing_um_px" not in file[name].attrs
+def _has_level(file: Group, name: str) -> bool:
+    attributes = file.attributes(name)
+    return "patch_level" in attributes and "patch_spacing_um_px" not in attributes
 
 
-def read_coordinates(file: h5py.File, path: Path) -> Foreign:
+def read_coordinates(file: Group, path: Path) -> Foreign:
     """Read a coordinates file."""
-    coords = require_dataset(file, "coords", path)
-    return Foreign(safe_id(coords.attrs.get("name", path.stem), path), places=places(file, path))
+    return Foreign(safe_id(file.attributes("coords").get("name", path.stem), path), places=places(file, path))
 
 
-def places(file: h5py.File, path: Path) -> Places:
+def places(file: Group, path: Path) -> Places:
     """Return where the tiles of a coordinates file lie."""
-    coords = require_dataset(file, "coords", path)
-    attributes = coords.attrs
+    attributes: Mapping[str, Any] = file.attributes("coords")
     try:
         downsample = np.asarray(attributes.get("downsample", 1.0), np.float64).reshape(-1)
         extra = int(attributes.get("custom_downsample", 1))
@@ -55,29 +59,45 @@ def places(file: h5py.File, path: Path) -> Places:
         if "level_dim" in attributes:
             width, height = (np.asarray(attributes["level_dim"]) * downsample).round().astype(int).tolist()
             size = (width, height)
-        return Places(coords[:], patch_size * int(downsample[0]) * extra, patch_size, slide_size_px0=size)
-    except (KeyError, ValueError, TypeError) as error:
+        side = patch_size * _whole(downsample[0]) * extra
+        doubts = _doubts(int(attributes["patch_level"]), downsample)
+        # the size of level 0 is known to within one pixel of the level
+        slack = float(downsample.max())
+        return Places(file.array("coords", path), side, patch_size, 0, size, size_slack_px0=slack, doubts=doubts)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise FeatureFileError(path, f"the attributes of its coordinates are incomplete ({error})") from error
 
 
-def read_pixels(file: h5py.File, path: Path) -> Foreign:
+def _whole(downsample: float) -> int:
+    """Return a level's downsample as CLAM counts it, in whole pixels; 3.9995, of a level that was rounded up, is 4."""
+    return max(1, int(downsample + ROUNDING))
+
+
+def _doubts(level: int, downsample: NDArray[np.float64]) -> tuple[str, ...]:
+    if level == 0 and (np.abs(downsample - 1) > ROUNDING).any():
+        return (f"states level 0 and a downsample of {downsample[0]:g}, which is that of another level",)
+    if downsample.max() > downsample.min() * (1 + ROUNDING):
+        sides = " x ".join(f"{side:g}" for side in downsample)
+        return (f"states a level that is made smaller by {sides}, so that its tiles are not square",)
+    return ()
+
+
+def read_pixels(file: Group, path: Path) -> Foreign:
     """Refuse the old layout, or read its coordinates."""
     if "coords" not in file:
         raise FeatureFileError(path, "holds pixels of tiles without places; tile the slide with `eosin tile`")
-    attributes = file["imgs"].attrs
+    attributes: Mapping[str, Any] = file.attributes("imgs")
     downsample = np.asarray(attributes.get("downsample", 1.0), np.float64).reshape(-1)
-    patch_size = int(require_dataset(file, "imgs", path).shape[1])
-    coords = require_dataset(file, "coords", path)
+    pixels = file["imgs"]
+    assert isinstance(pixels, Array)  # `is_pixels`
+    patch_size = int(pixels.shape[1])
     name = safe_id(attributes.get("wsi_name", path.stem), path)
-    return Foreign(name, places=Places(coords[:], patch_size * int(downsample[0]), patch_size))
+    return Foreign(name, places=Places(file.array("coords", path), patch_size * _whole(downsample[0]), patch_size))
 
 
-def read_features(file: h5py.File, path: Path, where: Places | None) -> Foreign:
-    """Read a feature file; `where` comes from the coordinates file that belongs to it."""
-    rows, coords = require_dataset(file, "features", path)[:], require_dataset(file, "coords", path)[:]
-    if where is not None and not np.array_equal(np.asarray(where.origins_px0), coords):
-        raise FeatureFileError(path, "has other coordinates than the file given as --coords")
-    return Foreign(path.stem, features=rows, places=where)
+def read_features(file: Group, path: Path) -> Foreign:
+    """Read a feature file; how large its tiles are is said by the coordinates file that belongs to it."""
+    return Foreign(path.stem, features=file.array("features", path), corners=file.array("coords", path))
 
 
 def export(bag: FeatureBag, out: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from eosin._files import file_fingerprint
+from eosin._names import match_slides
 from eosin._tables import csv_text, unshielded
 from eosin.errors import FeatureFileError, UnknownNameError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoders import find_encoder
 from eosin.features._store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, read_spec, write_bag
 from eosin.options import Options
-from eosin.wsi._coordinates import write_grid
+from eosin.wsi._coordinates import nominal_magnification, write_grid
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import find_slides, open_slide
 
 Numbers = NDArray[np.generic]
 PATCHES = "_patches"
+CLOSE_MPP = 0.02
+CLOSE_POWER = 0.25
+BETWEEN_PX = 1e-3
 
 
 class ImportOptions(Options):
@@ -35,7 +39,7 @@ class ImportOptions(Options):
     Parameters
     ----------
     encoder : str, optional
-        Name of the encoder that made the features; wins over the file's own.
+        Name of the encoder that made the features, where the file is silent or has a name of its own for it.
     slide_mpp : float, optional
         µm per level-0 pixel of the slide.
     slide : Path, optional
@@ -43,12 +47,18 @@ class ImportOptions(Options):
         is taken.
     coords : Path, optional
         Coordinates file that belongs to features without places, or a folder of such files.
+    tile_size : int, optional
+        Side of a tile in level-0 pixels, for coordinates that do not say it; the distance of neighbours unless given.
+    force : bool
+        Import what contradicts itself, the slide or these options all the same; the result says so.
     """
 
     encoder: str | None = None
     slide_mpp: Annotated[float, Field(gt=0.01, lt=100)] | None = None
     slide: Path | None = None
     coords: Path | None = None
+    tile_size: Annotated[int, Field(ge=1)] | None = None
+    force: bool = False
 
     def of(self, path: Path) -> "ImportOptions":
         """Return the options with the slide and the coordinates of one file in the place of folders of them.
@@ -61,7 +71,7 @@ class ImportOptions(Options):
         name = path.stem.removesuffix(PATCHES)
         found: dict[str, Path | None] = {}
         if self.slide is not None and self.slide.is_dir():
-            found["slide"] = _slides(self.slide).get(name)
+            found["slide"] = _slide_called(name, self.slide)
         if self.coords is not None and self.coords.is_dir():
             files = (self.coords / f"{name}{end}" for end in (SUFFIX, PATCHES + SUFFIX))
             found["coords"] = next((file for file in files if file.is_file()), None)
@@ -70,6 +80,13 @@ class ImportOptions(Options):
                 folder = getattr(self, option)
                 raise FeatureFileError(path, f"has no {option} called {name} in {folder}", code="incomplete")
         return self.model_copy(update=found)
+
+
+def _slide_called(name: str, folder: Path) -> Path | None:
+    """Return the slide of a folder that a file is named after."""
+    slides = _slides(folder)
+    meant = match_slides([(name, name)], slides, where=str(folder)).values
+    return next((slides[slide] for slide in meant), None)
 
 
 @lru_cache(maxsize=4)
@@ -89,11 +106,14 @@ class SlideFacts:
         Width and height.
     fingerprint : str
         Of the slide's file; empty when it is not at hand.
+    source : str
+        Which option it is known from.
     """
 
     mpp: float | None = None
     size_px0: tuple[int, int] | None = None
     fingerprint: str = ""
+    source: str = "--slide-mpp"
 
     @classmethod
     def from_options(cls, options: ImportOptions) -> "SlideFacts":
@@ -101,10 +121,10 @@ class SlideFacts:
         if options.slide is None:
             return cls(options.slide_mpp)
         with open_slide(options.slide, mpp=options.slide_mpp) as slide:
-            return cls(slide.mpp, slide.size_px0, file_fingerprint(options.slide))
+            return cls(slide.mpp, slide.size_px0, file_fingerprint(options.slide), f"--slides {options.slide}")
 
-    def require_mpp(self, path: Path) -> float:
-        """Return the slide's mpp.
+    def require_mpp(self, path: Path, magnification: float | None = None) -> float:
+        """Return the slide's mpp; the magnification that a file states is named where nobody says it.
 
         Raises
         ------
@@ -112,7 +132,9 @@ class SlideFacts:
             When nobody has said it.
         """
         if self.mpp is None:
-            message = "does not say the slide's µm/px; pass --slide-mpp X or --slides FILE"
+            usual = "X" if magnification is None else f"{10 / magnification:g}"
+            stated = "" if magnification is None else f"states {magnification:g}x, and "
+            message = f"{stated}does not say the slide's µm/px; pass --slide-mpp {usual} or --slides FILE"
             raise FeatureFileError(path, message, code="incomplete")
         return self.mpp
 
@@ -133,6 +155,14 @@ class Places:
         Pixels of such a tile that neighbours share.
     slide_size_px0 : (int, int) or None
         Width and height of the slide where the file says it.
+    size_slack_px0 : float
+        By how much the true size may differ, where it is computed from that of a smaller level.
+    magnification : float or None
+        Of level 0 where the file says it.
+    mpp : float or None
+        µm per level-0 pixel where the file says it.
+    doubts : tuple of str
+        What the file says that contradicts itself.
     """
 
     origins_px0: Numbers
@@ -140,6 +170,57 @@ class Places:
     patch_size: int
     overlap: int = 0
     slide_size_px0: tuple[int, int] | None = None
+    size_slack_px0: float = 0.0
+    magnification: float | None = None
+    mpp: float | None = None
+    doubts: tuple[str, ...] = ()
+
+    def contradictions(self, slide: SlideFacts) -> list[str]:
+        """Return what cannot be true at once: within the file, or of the file and what is known of the slide."""
+        return [*self.doubts, *self._about_scale(slide), *self._about_size(slide), *self._about_corners(slide)]
+
+    def _about_scale(self, slide: SlideFacts) -> list[str]:
+        if slide.mpp is None:
+            return []
+        said = f"{slide.source} says {slide.mpp:g} µm/px"
+        if self.mpp is not None and abs(slide.mpp / self.mpp - 1) > CLOSE_MPP:
+            return [f"states {self.mpp:g} µm per level-0 pixel, but {said}"]
+        power = self.magnification
+        if power is None or nominal_magnification(slide.mpp) == power:
+            return []
+        if abs(slide.mpp * power / 10 - 1) < CLOSE_POWER:  # a scanner between two steps of the table
+            return []
+        return [f"states that level 0 is {power:g}x, about {10 / power:g} µm/px, but {said}"]
+
+    def _about_size(self, slide: SlideFacts) -> list[str]:
+        if slide.size_px0 is None or self.slide_size_px0 is None:
+            return []
+        pairs = zip(slide.size_px0, self.slide_size_px0, strict=True)
+        if all(abs(known - stated) <= self.size_slack_px0 for known, stated in pairs):
+            return []
+        stated, known = (" x ".join(map(str, size)) for size in (self.slide_size_px0, slide.size_px0))
+        return [f"was made from a slide of {stated} px, but that of {slide.source} has {known} px"]
+
+    def _about_corners(self, slide: SlideFacts) -> list[str]:
+        corners = np.asarray(self.origins_px0, np.float64).reshape(-1, 2)
+        size, found = slide.size_px0 or self.slide_size_px0, []
+        between = (np.abs(corners - np.rint(corners)) > BETWEEN_PX).any(axis=1)
+        if between.any():
+            x, y = corners[between][0]
+            found.append(f"has {between.sum()} of {len(corners)} tiles between pixels, the first at {x:g}, {y:g}")
+        doubled = len(corners) - len(np.unique(corners, axis=0))
+        if doubled:
+            found.append(f"has {doubled} of {len(corners)} tiles at the place of another one")
+        outside = (corners < 0).any(axis=1)
+        if size is not None:
+            outside |= (corners >= np.array(size) + self.size_slack_px0).any(axis=1)
+        if outside.any():
+            x, y = corners[outside][0]
+            of = "" if size is None else f" of {size[0]} x {size[1]} px"
+            found.append(
+                f"has {outside.sum()} of {len(corners)} tiles outside the slide{of}, the first at {x:g}, {y:g}"
+            )
+        return found
 
     def grid(self, slide: SlideFacts, path: Path) -> TileGrid:
         """Return the places as a grid of ours.
@@ -149,10 +230,11 @@ class Places:
         FeatureFileError
             When sizes make no sense or the slide's mpp is unknown.
         """
-        origins = np.asarray(np.rint(np.asarray(self.origins_px0, np.float64)), np.int64).reshape(-1, 2)
-        if self.tile_px0 < 1 or self.patch_size < 1 or (origins < 0).any():
-            raise FeatureFileError(path, f"has tiles of {self.tile_px0} px or corners below 0, which cannot be")
-        mpp = slide.require_mpp(path)
+        corners = np.asarray(self.origins_px0, np.float64).reshape(-1, 2)
+        if self.tile_px0 < 1 or self.patch_size < 1 or not (corners >= 0).all():
+            raise FeatureFileError(path, f"has tiles of {self.tile_px0} px, or corners below 0, which cannot be")
+        origins = np.rint(corners).astype(np.int64)
+        mpp = slide.require_mpp(path, self.magnification)
         extent = origins.max(axis=0, initial=0) + self.tile_px0
         size = slide.size_px0 or self.slide_size_px0 or (int(extent[0]), int(extent[1]))
         tiling = Tiling.parse(
@@ -183,6 +265,8 @@ class Foreign:
         As the file names it.
     label : str, optional
         Where the file has one.
+    corners : (n, 2), optional
+        Places whose tile size the file does not say.
     facts : mapping of str to str
         For the provenance.
     """
@@ -192,6 +276,7 @@ class Foreign:
     places: Places | None = None
     encoder: str | None = None
     label: str | None = None
+    corners: Numbers | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -259,7 +344,15 @@ def safe_id(name: object, path: Path) -> str:
     return text
 
 
-def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Path:
+@dataclass(frozen=True)
+class Stored:
+    """A file that was written, and what a person should know of it."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Stored:
     """Write one slide as a file of ours.
 
     Parameters
@@ -275,17 +368,29 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Pa
 
     Returns
     -------
-    Path
-        The new file.
+    Stored
 
     Raises
     ------
     FeatureFileError
-        When something is missing, contradictory or not finite.
+        When something is missing or not finite; with the code ``contradiction`` when the file contradicts itself, the
+        slide or an option, unless that is forced.
     """
     slide = SlideFacts.from_options(options)
+    notes: list[str] = []
+    if foreign.places is None and foreign.corners is not None:
+        found, note = _places_by_distance(foreign.corners, slide, options)
+        foreign, notes = replace(foreign, places=found), [note]
+    faults = [] if foreign.places is None else foreign.places.contradictions(slide)
+    faults += _about_encoder(options.encoder, foreign.encoder)
+    if faults and not options.force:
+        advice = "correct the file or the option, or pass --force to import it all the same"
+        raise FeatureFileError(path, f"{'; '.join(faults)}; {advice}", code="contradiction")
+    if faults:
+        foreign = replace(foreign, facts={**foreign.facts, "forced": "; ".join(faults)})
+        notes.append(f"imported with --force although it {'; it '.join(faults)}")
     if foreign.features is None:
-        return _store_coordinates(foreign, path, out, slide)
+        return Stored(_store_coordinates(foreign, path, out, slide), tuple(notes))
     grid = foreign.places.grid(slide, path) if foreign.places else None
     rows = _checked(foreign.features, path, alone=grid is None)
     if grid is not None and grid.n_tiles != len(rows):
@@ -302,7 +407,40 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> Pa
     target = out / "features" / f"{safe_id(foreign.slide_id, path)}{SUFFIX}"
     require_same_kind(target, spec)
     write_bag(target, FeatureBag(rows, spec, foreign.slide_id, grid, facts))
-    return target
+    return Stored(target, tuple(notes))
+
+
+def _places_by_distance(corners: Numbers, slide: SlideFacts, options: ImportOptions) -> tuple[Places | None, str]:
+    """Return places whose tiles are as large as neighbours are apart, and what is to be said of that."""
+    side = options.tile_size or _distance(corners)
+    if side is None or slide.mpp is None:
+        hint = "" if side is None else f" (neighbours are {side} px apart)"
+        return None, (
+            f"does not say how large its tiles are{hint}, so its places are left out; pass --coords FOLDER, or "
+            "--tile-size PX, with --slide-mpp or --slides"
+        )
+    said = (
+        "as --tile-size says" if options.tile_size else "which is the distance of neighbours; pass --tile-size if not"
+    )
+    return Places(corners, side, side), f"does not say how large its tiles are; taken for {side} px of level 0, {said}"
+
+
+def _distance(corners: Numbers) -> int | None:
+    """Return the step of a lattice, the same in both directions; None where there is none."""
+    steps = {int(np.gcd.reduce(np.diff(np.unique(axis)).astype(np.int64))) for axis in corners.reshape(-1, 2).T}
+    steps.discard(0)
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _about_encoder(asked: str | None, stated: str | None) -> list[str]:
+    """Return how the option contradicts the file; a name that eosin does not know may be another name of the same."""
+    if not asked or not stated:
+        return []
+    try:
+        ours, theirs = find_encoder(asked).name, find_encoder(stated).name
+    except UnknownNameError:
+        return []
+    return [f"states the encoder {stated}, but --encoder says {asked}"] if ours != theirs else []
 
 
 def require_same_kind(target: Path, spec: FeatureSpec) -> None:
@@ -325,7 +463,9 @@ def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFact
     assert foreign.places is not None
     grid = foreign.places.grid(slide, path)
     target = JobFolder(out).patches(grid.tiling.folder, safe_id(foreign.slide_id, path))
-    write_grid(target, grid, slide_id=foreign.slide_id, mpp_source="user", fingerprint=slide.fingerprint)
+    forced = foreign.facts.get("forced", "")
+    source = f"user, forced: {forced}" if forced else "user"
+    write_grid(target, grid, slide_id=foreign.slide_id, mpp_source=source, fingerprint=slide.fingerprint)
     return target
 
 

@@ -6,46 +6,49 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from eosin._tables import TextFile
 from eosin.errors import FeatureFileError
-from eosin.features._store import require_dataset
+from eosin.features._foreign_hdf5 import Group
 from eosin.features.interop._foreign import Foreign, Numbers, Places, SlideFacts, safe_id
 
 MAX_TABLE_BYTES = 2 * 2**30
 LUNA_COLUMNS = ("x_coord", "y_coord", "xy_extent", "tile_size")
 
 
-def is_acmil(file: h5py.File) -> bool:
+def is_acmil(file: Group) -> bool:
     """Tell whether an open file has one group per slide with features in it."""
-    return len(file) > 0 and all(isinstance(file[name], h5py.Group) and "feat" in file[name] for name in file)
+    return len(file) > 0 and all(isinstance(group, Group) and "feat" in group for group in file.values())
 
 
-def read_acmil(file: h5py.File, path: Path) -> list[Foreign]:
+def read_acmil(file: Group, path: Path) -> list[Foreign]:
     """Read all slides; the file knows neither tile size nor encoder."""
     return [
         Foreign(
             safe_id(name, path),
-            require_dataset(group, "feat", path)[:],
+            group.array("feat", path),
             label=None if "label" not in group.attrs else str(group.attrs["label"]),
         )
         for name, group in file.items()
+        if isinstance(group, Group)
     ]
 
 
-def is_wsinfer(file: h5py.File) -> bool:
+def is_wsinfer(file: Group) -> bool:
     """Tell whether an open file holds wsinfer's coordinates."""
-    return "coords" in file and "patch_spacing_um_px" in file["coords"].attrs
+    return "patch_spacing_um_px" in file.attributes("coords")
 
 
-def read_wsinfer(file: h5py.File, path: Path, slide: SlideFacts) -> Foreign:
+def read_wsinfer(file: Group, path: Path, slide: SlideFacts) -> Foreign:
     """Read coordinates; the tile's side is in level-0 pixels, its spacing in µm."""
-    coords = require_dataset(file, "coords", path)
-    side, spacing = int(coords.attrs["patch_size"]), float(coords.attrs["patch_spacing_um_px"])
+    attributes: Mapping[str, Any] = file.attributes("coords")
+    try:
+        side, spacing = int(attributes["patch_size"]), float(attributes["patch_spacing_um_px"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise FeatureFileError(path, f"the attributes of its coordinates are incomplete ({error})") from error
     patch_size = round(side * slide.require_mpp(path) / spacing)
-    return Foreign(path.stem, places=Places(coords[:], side, patch_size))
+    return Foreign(path.stem, places=Places(file.array("coords", path), side, patch_size))
 
 
 def read_hs2p(arrays: Mapping[str, Numbers], path: Path) -> tuple[Foreign, float | None]:
@@ -55,6 +58,7 @@ def read_hs2p(arrays: Mapping[str, Numbers], path: Path) -> tuple[Foreign, float
     try:
         tiling, slide = facts["tiling"], facts["slide"]
         width, height = (int(side) for side in slide["dimensions"])
+        spacing = float(slide["base_spacing_um"])
         patch_size = int(tiling["requested_tile_size_px"])
         where = Places(
             np.stack([arrays["x"], arrays["y"]], axis=1),
@@ -62,8 +66,9 @@ def read_hs2p(arrays: Mapping[str, Numbers], path: Path) -> tuple[Foreign, float
             patch_size,
             round(float(tiling.get("overlap", 0)) * patch_size),
             (width, height) if width and height else None,
+            mpp=spacing,
         )
-        return Foreign(safe_id(facts["provenance"]["sample_id"], path), places=where), float(slide["base_spacing_um"])
+        return Foreign(safe_id(facts["provenance"]["sample_id"], path), places=where), spacing
     except (KeyError, ValueError, TypeError) as error:
         raise FeatureFileError(meta, f"lacks what hs2p writes ({error})") from error
 

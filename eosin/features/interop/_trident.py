@@ -4,15 +4,16 @@
 magnification. The text ``None`` stands for nothing.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from eosin.errors import FeatureFileError
 from eosin.features._bag import FeatureBag
-from eosin.features._store import require_dataset, written_hdf5
+from eosin.features._foreign_hdf5 import Group
+from eosin.features._store import written_hdf5
 from eosin.features.interop._foreign import Foreign, Places, safe_id
 from eosin.wsi._coordinates import nominal_magnification
 from eosin.wsi._grid import TileGrid
@@ -22,37 +23,55 @@ SLIDE_FOLDER = "slide_features_"
 TILE_FOLDER = "features_"
 
 
-def is_trident(file: h5py.File) -> bool:
+def is_trident(file: Group) -> bool:
     """Tell whether an open file is TRIDENT's."""
-    return "coords" in file and MARK in file["coords"].attrs
+    return MARK in file.attributes("coords")
 
 
-def read(file: h5py.File, path: Path) -> Foreign:
+def read(file: Group, path: Path) -> Foreign:
     """Read coordinates, tile features or slide features."""
-    coords = require_dataset(file, "coords", path)
-    name = _text(coords.attrs.get("name")) or path.stem.removesuffix("_patches")
+    name = _text(file.attributes("coords").get("name")) or path.stem.removesuffix("_patches")
     slide_id = safe_id(name, path)
     if "features" not in file:
         return Foreign(slide_id, places=places(file, path))
-    rows = require_dataset(file, "features", path)
-    encoder = _text(rows.attrs.get("encoder")) or _encoder_of_folder(path.parent.name)
+    rows = file.array("features", path)
+    encoder = _text(file.attributes("features").get("encoder")) or _encoder_of_folder(path.parent.name)
     whole = rows.ndim == 1 and rows.size > 0
-    return Foreign(slide_id, rows[:], None if whole else places(file, path), encoder)
+    return Foreign(slide_id, rows, None if whole else places(file, path), encoder)
 
 
-def places(file: h5py.File, path: Path) -> Places:
+def places(file: Group, path: Path) -> Places:
     """Return where the tiles of a file lie."""
-    coords = require_dataset(file, "coords", path)
-    attributes = coords.attrs
+    attributes: Mapping[str, Any] = file.attributes("coords")
     try:
         side, patch_size = round(float(attributes[MARK])), int(attributes["patch_size"])
         size = None
         if "level0_width" in attributes and "level0_height" in attributes:
             size = int(attributes["level0_width"]), int(attributes["level0_height"])
         overlap = int(attributes.get("overlap", 0))
-        return Places(coords[:].reshape(-1, 2), side, patch_size, overlap, size)
+        origins = file.array("coords", path).reshape(-1, 2)
+        power, doubts = _magnification(attributes, side, patch_size)
+        return Places(origins, side, patch_size, overlap, size, magnification=power, doubts=doubts)
     except (KeyError, ValueError, TypeError) as error:
         raise FeatureFileError(path, f"the attributes of its coordinates are incomplete ({error})") from error
+
+
+def _magnification(attributes: Mapping[str, Any], side: int, patch_size: int) -> tuple[float | None, tuple[str, ...]]:
+    """Return the magnification of level 0, stated or from that of the tiles, and whether these contradict the sizes."""
+    stated, target = (_number(attributes.get(name)) for name in ("level0_magnification", "target_magnification"))
+    if stated is None:
+        return (None if target is None else target * side / patch_size), ()
+    if target is None or abs(patch_size * stated / target - side) <= max(1.0, stated / target):
+        return stated, ()
+    return stated, (
+        f"states tiles of {patch_size} px at {target:g}x on a slide of {stated:g}x, which are "
+        f"{patch_size * stated / target:g} px of level 0, and {side} px of it",
+    )
+
+
+def _number(value: object) -> float | None:
+    text = _text(value)
+    return None if text is None else float(text)
 
 
 def _text(value: object) -> str | None:

@@ -1,5 +1,6 @@
 """Our files in the layouts of TRIDENT and CLAM, read the way those tools read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -108,10 +109,30 @@ def test_trident_and_back(tmp_path: Path, n: int, patch: int, scale: float, slid
         assert grid.tiling.mpp == pytest.approx(bag.grid.tiling.mpp, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_stamp_and_back(tmp_path: Path, dtype: type) -> None:
+    bag = make_bag(40, patch=224, mpp=256 / 224, slide_mpp=0.5)
+    bag = replace(bag, features=bag.features.astype(dtype))
+    write_bag(tmp_path / "s.1.h5", bag)
+    (path,) = export_bag(tmp_path / "s.1.h5", tmp_path / "stamp", "stamp")
+    assert path == tmp_path / "stamp/uni_v1/s.1.h5"
+    with h5py.File(path) as file:
+        assert (file["coords"].dtype, file["feats"].dtype) == (np.float32, dtype)
+        np.testing.assert_allclose(file["coords"][:], bag.grid.origins_px0 * 0.5)
+        stated = {name: file.attrs[name] for name in ("unit", "tile_size_um", "tile_size_px", "feat_type", "extractor")}
+    assert stated == {
+        "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "feat_type": "tile", "extractor": "uni_v1",
+    }  # fmt: skip
+    back = read_bag(import_file(path, tmp_path / "back", ImportOptions(slide_mpp=0.5)).paths[0])
+    np.testing.assert_array_equal(back.grid.origins_px0, bag.grid.origins_px0)
+    np.testing.assert_array_equal(back.features, bag.features)
+    assert (back.grid.tile_px0, back.spec.patch_size, back.spec.encoder) == (512, 224, "uni_v1")
+
+
 def test_features_without_places_have_no_such_layout(tmp_path: Path) -> None:
     write_bag(tmp_path / "m.h5", FeatureBag(np.ones((2, 3), np.float32), FeatureSpec(encoder="npz:x", dim=3), "m"))
-    for layout in ("trident", "clam"):
+    for layout in ("trident", "clam", "stamp"):
         with pytest.raises(FeatureFileError, match="without places"):
             export_bag(tmp_path / "m.h5", tmp_path / "out", layout)
-    with pytest.raises(ConfigError, match="no layout 'stamp'"):
-        export_bag(tmp_path / "m.h5", tmp_path / "out", "stamp")
+    with pytest.raises(ConfigError, match="no layout 'zarr'"):
+        export_bag(tmp_path / "m.h5", tmp_path / "out", "zarr")
