@@ -31,6 +31,7 @@ from openslide.deepzoom import DeepZoomGenerator
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.heatmaps._subject import look
 from eosin.mil._checkpoint import ModelCard, build_model
+from eosin.mil._jury import Asked
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil.bags import PackedBags
 from eosin.mil.subsets import Target
@@ -77,12 +78,12 @@ def make_study(name: str, n_tiles: int) -> tuple[Catalogue, SlideStudy]:
     torch.manual_seed(0)
     model = build_model(recipe, task, DIM).eval()
     card = ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=spec)
-    catalogue = Catalogue(model, card, [])
+    asked = Asked(model, card)
+    catalogue = Catalogue(lambda _slide: asked, card, [])
     seen = look(model, bag, single_logit_is_second_class=model.n_outputs < 2)
     listed = Listed("0" * 16, "slide", SlideFile(Path("slide"), "slide"), None)
-    study = SlideStudy(
-        listed, bag, seen, Layers(model, bag, seen, catalogue.classes), make_lattice(grid), OpenSlides({})
-    )
+    layers = Layers(model, bag, seen, catalogue.classes)
+    study = SlideStudy(listed, bag, seen, layers, make_lattice(grid), OpenSlides({}), asked)
     return catalogue, study
 
 
@@ -100,13 +101,13 @@ def measure_answers(name: str, n_tiles: int, repetitions: int) -> Iterator[dict[
     plain = study.layers.get(study.layers.choices[0])
     canvas = make_canvas(study.lattice, plain.percentile(), plain)
     whole = Edited.untouched(study)
-    before = judge(catalogue, whole.logits())
+    before = judge(study.asked, whole.logits())
     for share in (0.01, 0.25):
         outline = wobbly_circle(side / 2, side / 2 * np.sqrt(share))
 
         def answer(outline: np.ndarray = outline) -> Edited:
             edited = whole.act("remove", tiles_in_outline(study.grid, outline))
-            in_words(catalogue, edited, before, judge(catalogue, edited.logits()), "tumour")
+            in_words(catalogue, edited, before, judge(study.asked, edited.logits()), "tumour")
             canvas.show_removed(edited.present)
             return edited
 
@@ -115,7 +116,7 @@ def measure_answers(name: str, n_tiles: int, repetitions: int) -> Iterator[dict[
         def again(edited: Edited = edited) -> object:
             rows = torch.from_numpy(np.ascontiguousarray(study.bag.features[edited.present]))
             with torch.no_grad():
-                return catalogue.model(PackedBags.pack([rows])).logits
+                return study.asked.model(PackedBags.pack([rows])).logits
 
         ours, theirs = medians([answer, again], repetitions)
         exact = again()[0].double().numpy()
@@ -132,11 +133,11 @@ def measure_transplant(name: str, n_tiles: int, repetitions: int) -> Iterator[di
     catalogue, study = make_study(name, n_tiles)
     donor = dataclasses.replace(study, listed=dataclasses.replace(study.listed, key="1" * 16, slide_id="donor"))
     whole, tiles = Edited.untouched(study), np.arange(0, n_tiles, max(1, n_tiles // 1000))
-    before = judge(catalogue, whole.logits())
+    before = judge(study.asked, whole.logits())
 
     def answer() -> str:
         edited = whole.transplant(donor, tiles)
-        return in_words(catalogue, edited, before, judge(catalogue, edited.logits()), "tumour")
+        return in_words(catalogue, edited, before, judge(study.asked, edited.logits()), "tumour")
 
     answer()
     (seconds,) = medians([answer], repetitions)

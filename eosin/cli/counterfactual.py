@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Model, Out, SlideMpp, slide_mpp_source
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command, progress, say
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
@@ -138,13 +138,17 @@ def _ask_slide(
     formats: Sequence[str],
 ) -> Done:
     from eosin.features._store import read_bag
+    from eosin.mil._jury import ask
+    from eosin.mil._seen import seen_notes
     from eosin.pipeline._question import question_slide
 
     if found is not None and len(found) != 1:
         raise ConfigError(f"--slides: {len(found)} slides for one feature file; pass the slide that it came from")
+    bag = read_bag(features)
+    asked = ask(model, bag.slide_id)
     paths = question_slide(
-        model,
-        read_bag(features),
+        asked,
+        bag,
         out,
         slide_file=None if found is None else next(iter(found.values())),
         class_name=class_name,
@@ -154,6 +158,8 @@ def _ask_slide(
         questions=questions,
         formats=formats,
     )
+    for note in seen_notes({bag.slide_id: asked.sight}):
+        say(f"warning: {note}")
     return Done(paths)
 
 

@@ -21,14 +21,13 @@ from eosin.cli._arguments import (
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, apply_to_each, command, progress
+from eosin.cli._common import Done, apply_to_each, command, progress, say
 from eosin.cli._settings import Settings
 from eosin.errors import SlideError, UnknownNameError
 
 if TYPE_CHECKING:
     from eosin._batch import Outcome
-    from eosin.mil._checkpoint import ModelCard
-    from eosin.mil.slots import Aggregator
+    from eosin.mil._jury import Jury
     from eosin.wsi._slide_file import SlideFile
 
 DEFAULT_FORMATS = ("png", "geojson")
@@ -76,18 +75,19 @@ def heatmap(
 ) -> Done:
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
     from eosin._batch import Report, is_elsewhere, run_stage
-    from eosin.mil._checkpoint import load_model
+    from eosin.mil._jury import Jury
+    from eosin.mil._seen import seen_notes
     from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
     from eosin.pipeline._run import Drawing, DrawStage
     from eosin.wsi._job import JobFolder
     from eosin.wsi._slide_file import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
-    loaded = load_model(model)
+    jury = Jury.open([model], device="cpu")
     found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
     if features is None:
-        spec, machine = loaded[1].features, Machine(workers=workers, device=device, weights=weights)
+        spec, machine = jury.ensemble.cards[0].features, Machine(workers=workers, device=device, weights=weights)
         tiles, folder = TissueTiles.like(spec), JobFolder(job or out / "job")
         encoded = encode_slides(found, folder, tiles, spec.encoder, machine=machine, progress=progress)
         files, before = encoded.files, encoded.report
@@ -107,8 +107,10 @@ def heatmap(
             drawn = run_stage(stage, items, run_json=JobFolder(out).run_json, progress=advance)
         return Done([path for item in items for path in stage.files(item)], before.then(drawn))
     written: dict[str, list[Path]] = {}
-    work = partial(_explain, loaded, files, out, formats=formats, maps=_chosen(maps), written=written)
+    work = partial(_explain, jury, files, out, formats=formats, maps=_chosen(maps), written=written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
+    for note in seen_notes({file.slide_id: jury.choose(file.slide_id).sight for file in usable}):
+        say(f"warning: {note}")
     return Done([path for paths in written.values() for path in paths], before.then(drawn))
 
 
@@ -130,7 +132,7 @@ def _chosen(wanted: str | None) -> list[str] | None:
 
 
 def _explain(
-    loaded: "tuple[Aggregator, ModelCard]",
+    jury: "Jury",
     features: Mapping[str, Path],
     out: Path,
     slide: "SlideFile",
@@ -144,8 +146,8 @@ def _explain(
     from eosin.pipeline._explain import explain_slide
 
     try:
-        bag = read_bag(features[slide.slide_id])
-        written[slide.slide_id] = explain_slide(loaded, slide, bag, out, formats=formats, maps=maps)
+        bag, asked = read_bag(features[slide.slide_id]), jury.ask(slide.slide_id)
+        written[slide.slide_id] = explain_slide(asked, slide, bag, out, formats=formats, maps=maps)
     except SlideError as error:
         if error.code == "empty":
             return Outcome("empty", error.detail)

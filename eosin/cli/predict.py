@@ -12,7 +12,10 @@ from eosin.cli._common import Done, command, progress
 @command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"}, cluster="job")
 def predict(
     *,
-    model: Annotated[list[Path], typer.Option(help="Model folder; repeatable, several models are averaged.")],
+    model: Annotated[
+        list[Path],
+        typer.Option(help="Model folder or cross-validation folder; repeatable, several models are averaged."),
+    ],
     features: Features = None,
     slides: SlidesIfAny = None,
     out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet.")],
@@ -42,12 +45,15 @@ def predict(
     from eosin.pipeline._deploy import Machine, predict_slides
     from eosin.wsi._job import JobFolder
 
-    patient_of = None if patients is None else read_patients(patients, ids_policy(ids))
+    policy = ids_policy(ids)
+    patient_of = None if patients is None else read_patients(patients, policy)
     made = [out] if patients is None else [out, patients_file(out)]
     if features is not None and not slides:
         files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)
         with progress("predict", len(files)) as advance:
-            report = predict_files(model, files, out, patient_of=patient_of, device=device, progress=advance)
+            report = predict_files(
+                model, files, out, patient_of=patient_of, ids=policy, device=device, progress=advance
+            )
         return Done(made, report)
     if slides and features is None and job is not None:
         machine = Machine(workers=workers, device=device, weights=weights)
@@ -58,6 +64,7 @@ def predict(
             JobFolder(job),
             out,
             patient_of=patient_of,
+            ids=policy,
             slide_mpp=mpp,
             machine=machine,
             progress=progress,

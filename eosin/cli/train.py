@@ -29,6 +29,7 @@ REPORT = "report.html"
 
 if TYPE_CHECKING:
     from eosin.mil._recipe import Recipe
+    from eosin.mil._seen import Part
     from eosin.mil._splits import Split
     from eosin.mil._study import Study
     from eosin.mil._training_run import Fitted
@@ -153,7 +154,8 @@ def _report(
     name, ids = unseen_part(split, fitted.card.recipe)
     if not ids or os.environ.get("RANK", "0") != "0":
         return []
-    metrics = judge(fitted, study.task, study.examples.subset(ids), out, device=device)
+    part: Part = "validated" if name == "validation" else "no"
+    metrics = judge(fitted, study.task, study.examples.subset(ids), out, part=part, device=device)
     chosen_by = "" if name == "test" else ", which chose the epoch and any threshold, so that the figures flatter"
     context = Context(
         title=f"One model on its {name} part",

@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +48,7 @@ def view(
     plane: Plane = None,
 ) -> Done:
     """Show slides with heat maps in the browser; remove or add tiles and see the new prediction at once."""
+    from eosin.mil._seen import seen_notes
     from eosin.viewer._catalogue import open_catalogue
     from eosin.viewer._saved import replay_sessions
     from eosin.viewer._show import show_slides
@@ -56,16 +59,18 @@ def view(
     with progress("check slides", len(files)) as advance:
         catalogue = open_catalogue(model, features, files, progress=advance)
     report = _require_shown(catalogue)
+    sights = {one.slide_id: catalogue.ask(one.slide_id).sight for one in catalogue.shown}
+    notes = [f"warning: {note}" for note in seen_notes(sights)]
     with contextlib.closing(catalogue.slides):
         if replay:
-            return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report)
+            return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report, notes)
         if html is not None:
             write_static(html, catalogue)
-            return Done([html], report)
+            return Done([html], report, notes)
         for one in catalogue.refused:
             say(f"not shown: {one.refusal}")
         try:
-            show_slides(catalogue, out=out, port=port, ready=_announce, browser=browser)
+            show_slides(catalogue, out=out, port=port, ready=partial(_announce, notes), browser=browser)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT:  # Ctrl+C is the way to end it
                 raise
@@ -88,6 +93,8 @@ def _require_shown(catalogue: "Catalogue") -> "Report":
     )
 
 
-def _announce(url: str) -> None:
+def _announce(notes: Sequence[str], url: str) -> None:
     typer.echo(url)
+    for note in notes:
+        say(note)
     say("the address holds the key to this viewer; Ctrl+C ends it")

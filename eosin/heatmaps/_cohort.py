@@ -59,6 +59,10 @@ class CohortEffect:
     p_shuffled : float or None
         Share of models with shuffled weights, this one counted among them, whose mean change is at least as far from
         zero when they are asked the same, searches repeated; None when none were asked.
+    n_seen : int
+        Slides that trained or chose the model, or whose patient did: on these it looks better than it is.
+    n_unknown : int
+        Slides of which the model does not say so.
     """
 
     kind: str
@@ -78,6 +82,15 @@ class CohortEffect:
     effect_size: float = float("nan")
     p_over_random: float | None = None
     p_shuffled: float | None = None
+    n_seen: int = 0
+    n_unknown: int = 0
+
+    @property
+    def seen_words(self) -> str:
+        """How many of the slides are not new to the model, in words; empty when all are."""
+        said = [f"{self.n_seen} of {self.n_slides} slides seen in training"] * bool(self.n_seen)
+        said += [f"{self.n_unknown} of {self.n_slides} slides perhaps seen in training"] * bool(self.n_unknown)
+        return ", ".join(said)
 
 
 def summarise_cohort(

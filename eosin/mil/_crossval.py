@@ -21,6 +21,7 @@ from eosin.mil._evaluate import RESAMPLES, bootstrap, predict_outputs, summarise
 from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._recipe import Recipe
+from eosin.mil._seen import Part, Sight, seen_counts
 from eosin.mil._splits import Split, check_splits, with_validation
 from eosin.mil._train import fit
 from eosin.mil._training_run import Fitted
@@ -171,14 +172,23 @@ def result_files(summary: Mapping[str, Any]) -> list[str]:
 
 
 def write_folds(
-    recipe: Recipe, task: Task, folds: Sequence[Fold], out: Path, *, resamples: int, flow: Flow | None = None
+    recipe: Recipe,
+    task: Task,
+    folds: Sequence[Fold],
+    out: Path,
+    *,
+    resamples: int,
+    flow: Flow | None = None,
+    part: Part = "no",
 ) -> dict[str, Any]:
     """Write ``predictions.csv`` and ``metrics.json`` of finished folds, and ``cohort.csv``; return the metrics.
 
-    Where a patient has several slides with one target, ``predictions_patients.csv``, too.
+    Where a patient has several slides with one target, ``predictions_patients.csv``, too. `part` is what the models did
+    with the slides that judge them; the metrics count them under ``seen``.
     """
     write_text(out / PREDICTIONS, _predictions(folds))
     summary = _summary(recipe, task, folds, resamples)
+    summary["seen"] = seen_counts(Sight(part) for fold in folds for _ in fold.ids)
     patients = by_patient(folds)
     if patients:
         write_text(out / PATIENTS, _predictions(patients))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,19 +31,39 @@ class Ensemble:
     tasks : tuple of Task
         The same question; each with what its own training and validation parts taught.
     device : torch.device
+    everyone : tuple of Task
+        The tasks of all models of a table, where this ensemble answers for some of its rows alone: columns mean the
+        same in all rows. Empty for `tasks`.
+    places : tuple of int
+        Which of them are `tasks`.
     """
 
     models: tuple[Aggregator, ...]
     cards: tuple[ModelCard, ...]
     tasks: tuple[Task, ...]
     device: torch.device
+    everyone: tuple[Task, ...] = ()
+    places: tuple[int, ...] = ()
+
+    def only(self, places: Sequence[int]) -> "Ensemble":
+        """Return the ensemble of some of the models, whose answers have the columns of all."""
+        models, cards, tasks = zip(*((self.models[k], self.cards[k], self.tasks[k]) for k in places), strict=True)
+        return replace(self, models=models, cards=cards, tasks=tasks, everyone=self.tasks, places=tuple(places))
 
     @cached_property
     def task(self) -> Task:
-        """The question with what all models learnt: a threshold is their mean, times of survival are common to all."""
-        nothing = [task.activate(torch.zeros(1, task.n_outputs)) for task in self.tasks]
-        pooled, _ = self.tasks[0].pooled(self.tasks, nothing)
-        return pooled.with_mean_threshold(self.tasks)
+        """The question with what the models learnt: a threshold is their mean, times of survival are common to all."""
+        return self._pooled([])[0].with_mean_threshold(self.tasks)
+
+    def _pooled(self, outputs: Sequence[Floats]) -> tuple[Task, Floats]:
+        """Return what all models ask in common, and outputs of the models, one row each, in its form."""
+        common = self.everyone or self.tasks
+        rows = [task.activate(torch.zeros(1, task.n_outputs)) for task in common]
+        places = self.places or range(len(common))
+        for place, row in zip(places, outputs, strict=False):
+            rows[place] = row
+        task, pooled = common[0].pooled(common, rows)
+        return task, pooled[list(places)]
 
     @property
     def model_id(self) -> str:
@@ -84,7 +104,7 @@ class Ensemble:
             predict_outputs(model, task, bags, [bag_id], device=self.device)
             for model, task in zip(self.models, self.tasks, strict=True)
         ]
-        return self.tasks[0].pooled(self.tasks, said)[1]
+        return self._pooled(said)[1]
 
     def answer(self, outputs: Floats) -> Row:
         """Return the columns of the task and the uncertainty from the outputs of each model, (models, outputs)."""

@@ -8,6 +8,7 @@ from eosin.mil._crossval import judge_models, result_files, write_folds
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES
 from eosin.mil._recipe import Recipe
+from eosin.mil._seen import Part
 from eosin.mil._splits import Split
 from eosin.mil._training_run import Fitted
 from eosin.mil.task import Task
@@ -24,7 +25,14 @@ def unseen_part(split: Split, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
 
 
 def judge(
-    fitted: Fitted, task: Task, examples: Examples, out: Path, *, device: str = "auto", resamples: int = RESAMPLES
+    fitted: Fitted,
+    task: Task,
+    examples: Examples,
+    out: Path,
+    *,
+    part: Part = "no",
+    device: str = "auto",
+    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """Write ``predictions.csv`` and ``metrics.json`` of a model on these examples; return the latter.
 
@@ -36,6 +44,8 @@ def judge(
         As it was before training.
     examples : Examples
     out : Path
+    part : {"no", "validated"}
+        Whether the slides have chosen the model, which the metrics then say.
     device : str
         ``auto``, ``cpu``, ``cuda``.
     resamples : int
@@ -47,6 +57,6 @@ def judge(
         As `eosin.mil._crossval.crossval` returns it, of one fold.
     """
     fold = judge_models([fitted], task, examples, device=device)
-    summary = write_folds(fitted.card.recipe, task, [fold], out, resamples=resamples)
+    summary = write_folds(fitted.card.recipe, task, [fold], out, resamples=resamples, part=part)
     finish_set(out, result_files(summary))
     return summary

@@ -18,12 +18,14 @@ from eosin._names import Ids, match_slides
 from eosin.errors import EosinError, LabelError
 from eosin.mil._data import FeatureFolder, PatientBags
 from eosin.mil._ensemble import Ensemble
+from eosin.mil._jury import Jury
 from eosin.mil._metrics import Floats
-from eosin.mil._prediction_table import Cell, PredictionTable, Row
+from eosin.mil._prediction_table import SEEN_COLUMNS, PredictionTable, Row
+from eosin.mil._seen import Choice
 from eosin.mil._tables import read_labels, shown
 
 COLUMNS = (
-    "n_slides", "n_used", "bad_slides", "n_tiles", "model", "encoder", "encoder_hash", "features_hash",
+    *SEEN_COLUMNS, "n_slides", "n_used", "bad_slides", "n_tiles", "model", "encoder", "encoder_hash", "features_hash",
     "message",
 )  # fmt: skip
 MISSING = "missing"
@@ -98,7 +100,8 @@ class Patients:
 
     Attributes
     ----------
-    ensemble : Ensemble
+    jury : Jury
+        Who answers for which slide, and the patients.
     files : mapping of str to Path
         Feature files by slide.
     slides : mapping of str to Row
@@ -107,25 +110,28 @@ class Patients:
         Record of each slide of this run.
     outputs : mapping of str to (models, outputs) float
         What each model said of the slides that this run computed; the others are computed when they are needed.
-    patient_of : mapping of str to str
     """
 
-    ensemble: Ensemble
+    jury: Jury
     files: Mapping[str, Path]
     slides: Mapping[str, Row]
     fates: Mapping[str, Record]
     outputs: Mapping[str, Floats]
-    patient_of: Mapping[str, str]
 
     @cached_property
     def slides_of(self) -> dict[str, list[str]]:
         """The slides of each patient, in the order of the table."""
         members: dict[str, list[str]] = {}
-        for slide, patient in self.patient_of.items():
+        for slide, patient in self.jury.patient_of.items():
             members.setdefault(patient, []).append(slide)
         return members
 
-    def write(self, out: Path, facts: Mapping[str, Cell]) -> None:
+    @cached_property
+    def choices(self) -> dict[str, Choice]:
+        """The models that answer for each patient."""
+        return {patient: self.jury.choose(*slides) for patient, slides in self.slides_of.items()}
+
+    def write(self, out: Path) -> None:
         """Write the table of patients; rows of an earlier one stay when nothing about their slides has changed.
 
         Raises
@@ -133,8 +139,9 @@ class Patients:
         OutputError
             If it cannot be written.
         """
-        table = PredictionTable(out, "patient_id", self.ensemble.task, facts, COLUMNS, self.ensemble.content_hash)
-        table.keep(self.slides_of, self._features_hash)
+        everyone = self.jury.ensemble
+        table = PredictionTable(out, "patient_id", everyone.task, everyone.facts, COLUMNS, everyone.content_hash)
+        table.keep(self.slides_of, lambda name: self._answered_by(name) | {"features_hash": self._features_hash(name)})
         try:
             ends = {patient: self._end(table, patient) for patient in self.slides_of}
         except BaseException:
@@ -142,14 +149,17 @@ class Patients:
             raise
         table.finish(ends)
 
+    def _answered_by(self, patient: str) -> Row:
+        return self.jury.cells(self.choices[patient])
+
     def _end(self, table: PredictionTable, patient: str) -> Row:
         if patient in table.rows:
             return {}
-        row = self._counts(patient)
+        row = self._counts(patient) | self._answered_by(patient)
         used = self._used(patient)
         try:
             if used:
-                table.add(patient, row | self._answer(used))
+                table.add(patient, row | self._answer(patient, used))
                 return {}
         except EosinError as error:
             return row | {"status": "failed", "reason": error.code, "message": error.message}
@@ -185,20 +195,24 @@ class Patients:
         ]
         return hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
 
-    def _answer(self, used: Sequence[str]) -> Row:
-        if self.ensemble.reads_patients:
-            outputs = self._as_one_bag(used)
+    def _answer(self, patient: str, used: Sequence[str]) -> Row:
+        choice = self.choices[patient]
+        ensemble = self.jury.of(choice)
+        if ensemble.reads_patients:
+            outputs = self._as_one_bag(ensemble, used)
         else:
-            outputs = np.mean([self._of_slide(slide) for slide in used], axis=0)
-        return self.ensemble.answer(outputs) | {"status": "ok"}
+            outputs = np.mean([self._of_slide(ensemble, choice, slide) for slide in used], axis=0)
+        return ensemble.answer(outputs) | {"status": "ok"}
 
-    def _of_slide(self, slide: str) -> Floats:
-        """Return what each model says of a slide, computed anew where the slide's row is of an earlier run."""
-        return self.outputs[slide] if slide in self.outputs else self.ensemble.outputs(self._folder([slide]), slide)
+    def _of_slide(self, ensemble: Ensemble, choice: Choice, slide: str) -> Floats:
+        """Return what each model says of a slide, computed anew for a row of an earlier run, or of other models."""
+        if slide in self.outputs and self.jury.choose(slide).folders == choice.folders:
+            return self.outputs[slide]
+        return ensemble.outputs(self._folder([slide]), slide)
 
-    def _as_one_bag(self, used: Sequence[str]) -> Floats:
+    def _as_one_bag(self, ensemble: Ensemble, used: Sequence[str]) -> Floats:
         """Return what each model says of the slides as the bag that a patient was in training."""
-        return self.ensemble.outputs(PatientBags(self._folder(used), {"all": used}), "all")
+        return ensemble.outputs(PatientBags(self._folder(used), {"all": used}), "all")
 
     def _folder(self, slides: Sequence[str]) -> FeatureFolder:
         return FeatureFolder({slide: self.files[slide] for slide in slides}, cache_bytes=0)

@@ -4,7 +4,9 @@ A run that was killed continues: what is finished is kept beside the table until
 is kept by later runs as long as models and features are the same.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,20 @@ import torch
 
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin._files import file_fingerprint
+from eosin._names import Ids
 from eosin.errors import FeatureFileError, FeatureMismatchError
 from eosin.features._store import read_bag
 from eosin.mil._data import MemoryBags
-from eosin.mil._ensemble import Ensemble, load_ensemble
+from eosin.mil._ensemble import Ensemble
+from eosin.mil._jury import Jury
 from eosin.mil._metrics import Floats
 from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
-from eosin.mil._prediction_table import Cell, PredictionTable, Row, require_table_suffix
+from eosin.mil._prediction_table import SEEN_COLUMNS, Cell, PredictionTable, Row, require_table_suffix
+from eosin.mil._seen import seen_notes
 
-COLUMNS = ("n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
+COLUMNS = (*SEEN_COLUMNS, "n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
+
+logger = logging.getLogger(__name__)
 
 
 def predict(
@@ -30,6 +37,7 @@ def predict(
     *,
     failures: Sequence[Record] = (),
     patient_of: Mapping[str, str] | None = None,
+    ids: Ids = "ask",
     device: str = "auto",
     progress: Callable[[Record], None] | None = None,
 ) -> Report:
@@ -38,16 +46,18 @@ def predict(
     Parameters
     ----------
     models : sequence of Path
-        Model folders; the outputs of several are averaged.
+        Model folders, whose outputs are averaged, and cross-validations: of these the models answer that have not seen
+        the slide's patient where others have (out-of-fold), else all.
     files : mapping of str to Path
         Feature files by slide id, see `eosin.features._store.find_bags`.
     out : Path
         A csv or parquet file with one row per slide, in the order of the ids: ``slide_id``, ``status`` (ok, empty,
         failed), ``reason``, the columns of the task with the ``threshold`` that was used, ``uncertainty`` (standard
-        deviation over the models, mean over the outputs; of several targets one each; empty for one model),
-        ``n_tiles``, ``model`` (hash of the weights), ``encoder``, ``encoder_hash``, ``features_hash``, ``message`` and
-        ``fingerprint``. A row of an earlier table of this name stays when it was not a failure, is of the same models
-        and features, and is as it was written.
+        deviation over the models, mean over the outputs; of several targets one each; empty for one model), ``seen``
+        (trained, validated, no, unknown: what the models that answer have seen of the slide), ``seen_by`` (slide or
+        patient), ``answered_by`` (which models), ``n_tiles``, ``model`` (hash of the weights), ``encoder``,
+        ``encoder_hash``, ``features_hash``, ``message`` and ``fingerprint``. A row of an earlier table of this name
+        stays when it was not a failure, is of the same models and features, and is as it was written.
     failures : sequence of Record
         Slides that failed before they had features; each is a row with its reason.
     patient_of : mapping of str to str, optional
@@ -55,6 +65,8 @@ def predict(
         the mean over the slides, or one bag of all slides for models that were trained so; ``n_slides`` it has,
         ``n_used`` of them, and ``bad_slides`` with why. A slide that is in neither `files` nor `failures` is one that
         failed.
+    ids : {"ask", "merge", "exact"}
+        ``exact`` takes no slide or patient for another one of the training whose name looks like it.
     device : str
         ``auto``, ``cpu``, ``cuda``.
     progress : callable, optional
@@ -78,19 +90,24 @@ def predict(
         If the table cannot be written.
     """
     require_table_suffix(out)
-    ensemble = load_ensemble(models, device=device)
+    jury = Jury.open(models, device=device, ids=ids)
     known = [*files, *(record.slide_id for record in failures)]
-    patient_of = None if patient_of is None else by_known_slides(patient_of, known)
-    lost = [] if patient_of is None else lost_slides(ensemble, patient_of, known)
-    table = PredictionTable(out, "slide_id", ensemble.task, ensemble.facts, COLUMNS, ensemble.content_hash)
-    table.keep(files, lambda slide: file_fingerprint(files[slide]) if files[slide].is_file() else "")
+    lost: list[Record] = []
+    if patient_of is not None:
+        patient_of = by_known_slides(patient_of, known)
+        lost = lost_slides(jury.ensemble, patient_of, known)
+        jury = replace(jury, patient_of=patient_of)
+    choices = {slide: jury.choose(slide) for slide in (*known, *(record.slide_id for record in lost))}
+    everyone = jury.ensemble
+    table = PredictionTable(out, "slide_id", everyone.task, everyone.facts, COLUMNS, everyone.content_hash)
+    table.keep(files, lambda slide: jury.cells(choices[slide]) | {"features_hash": _features_hash(files[slide])})
     outputs: dict[str, Floats] = {}
 
     def work(slide_id: str) -> Outcome:
-        row, said = predict_slide(ensemble, files[slide_id])
+        row, said = predict_slide(jury.of(choices[slide_id]), files[slide_id])
         if said is not None:
             outputs[slide_id] = said
-        table.add(slide_id, row)
+        table.add(slide_id, row | jury.cells(choices[slide_id]))
         return Outcome() if row["n_tiles"] else Outcome("empty", "no tiles")
 
     try:
@@ -102,13 +119,19 @@ def predict(
         raise
     mismatches = [record for record in report.failed if record.reason == FeatureMismatchError.default_code]
     if report.records and len(mismatches) == len(report.records):
-        predict_slide(ensemble, files[mismatches[0].slide_id])
+        predict_slide(everyone, files[mismatches[0].slide_id])
     records = {record.slide_id: record for record in (*report.records, *failures, *lost)}
-    table.finish({slide: _end(record) for slide, record in records.items()})
+    table.finish({slide: jury.cells(choices[slide]) | _end(record) for slide, record in records.items()})
     if patient_of is not None:
-        patients = Patients(ensemble, files, table.rows, records, outputs, patient_of)
-        patients.write(patients_file(out), ensemble.facts)
+        patients = Patients(jury, files, table.rows, records, outputs)
+        patients.write(patients_file(out))
+    for note in seen_notes({slide: choices[slide].sight for slide in table.rows if table.rows[slide]["n_tiles"]}):
+        logger.warning("%s", note)
     return Report((*report.records, *lost))
+
+
+def _features_hash(path: Path) -> str:
+    return file_fingerprint(path) if path.is_file() else ""
 
 
 def _end(record: Record) -> dict[str, Cell]:

@@ -24,6 +24,7 @@ STATUS = ("status", "reason")
 KEPT = ("ok", "empty")
 FINGERPRINT = "fingerprint"
 COUNTS = ("n_tiles", "n_slides", "n_used")
+SEEN_COLUMNS = ("seen", "seen_by", "answered_by")
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +79,19 @@ class PredictionTable:
         """Where rows are kept until the table is whole."""
         return self.out.with_name(f".{self.out.name}.partial.csv")
 
-    def keep(self, ids: Collection[str], features_hash: Callable[[str], str]) -> None:
+    def keep(self, ids: Collection[str], facts_of: Callable[[str], Mapping[str, Cell]]) -> None:
         """Take over the rows of an earlier run that were not failures and would come out the same.
 
         Parameters
         ----------
         ids : collection of str
-        features_hash : callable
-            Given an id, returns what its row would have in the column of that name.
+        facts_of : callable
+            Given an id, returns cells that its row would have now: the hash of its features, the models that answer.
         """
         for path in (self.out, self.partial):
             for row in _read(path, self.columns):
                 name = str(row[self.key])
-                if name in ids and row["status"] in KEPT and row["features_hash"] == features_hash(name):
+                if name in ids and row["status"] in KEPT and facts_of(name).items() <= row.items():
                     typed = self._typed(row)
                     if typed is not None and typed.get(FINGERPRINT) == self._fingerprint(typed):
                         self.rows[name] = typed

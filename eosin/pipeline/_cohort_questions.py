@@ -1,5 +1,6 @@
 """The same counterfactual questions to every slide of a cohort: tables, one report, and what holds over patients."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from eosin.heatmaps._findings import Counterfactuals
 from eosin.heatmaps._subject import class_choices, look, predict_bag, require_same_slide
 from eosin.heatmaps.export._png import DPI, render
 from eosin.heatmaps.export._table import write_frame
-from eosin.mil._checkpoint import ModelCard, load_model
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._jury import Asked, Jury
+from eosin.mil._seen import Sight, seen_notes
 from eosin.mil._shuffled import shuffle_weights
 from eosin.mil._tables import LabelTable
 from eosin.mil.slots import Aggregator
@@ -31,11 +34,14 @@ from eosin.pipeline._question import (
     open_optional,
     read_sets,
     require_formats,
+    seen_table,
     tissue_shares,
     write_findings,
 )
 from eosin.report._page import Picture, ReportData, SlideCard, write_report
 from eosin.wsi._slide_file import SlideFile
+
+logger = logging.getLogger(__name__)
 
 STAGE = "counterfactual"
 FEWEST_SLIDES = 2
@@ -76,6 +82,7 @@ class _Asked:
     table: pd.DataFrame
     sentences: list[str]
     shuffled: list[dict[tuple[str, str], Effect]]
+    sight: Sight
 
 
 def question_cohort(
@@ -95,10 +102,13 @@ def question_cohort(
     Parameters
     ----------
     model : Path or (Aggregator, ModelCard)
+        A model folder, or a cross-validation, of which each slide is asked of the folds that have not seen its patient.
     cohort : Cohort
     out_dir : Path
         Gets ``interventions.<csv, parquet>`` (a row per slide and intervention), ``cohort.<csv, parquet>`` (a row per
-        intervention), ``report.html``, and ``slides/<slide id>_counterfactual.<format>`` for the other formats.
+        intervention, with how many slides the model has seen; where it has seen some, a second row over the others
+        alone, ``slides`` = unseen), ``report.html``, and ``slides/<slide id>_counterfactual.<format>`` for the other
+        formats.
     class_name : str
         The class that all slides are asked about.
     region_classes, donors, questions
@@ -120,18 +130,33 @@ def question_cohort(
     ConfigError
         If a format or the class is unknown, or fewer than two slides could be asked.
     """
-    loaded = load_model(model) if isinstance(model, Path) else model
+    ask, card = _asking(model, cohort)
     require_formats(formats, has_slide=bool(cohort.slides))
-    _require_class(loaded[1], class_name)
-    given = [see_donor(*loaded, open_donor(donor, loaded[1], region_classes)) for donor in donors]
+    _require_class(card, class_name)
+    given = [open_donor(donor, card, region_classes) for donor in donors]
     of_slides = [name for name in formats if name not in COHORT_FORMATS]
-    work = _Work(loaded, cohort, out_dir / "slides", class_name, region_classes, given, questions, of_slides)
+    work = _Work(ask, cohort, out_dir / "slides", class_name, region_classes, given, questions, of_slides)
     report = run_batch(list(cohort.features), work, key=str, stage=STAGE, progress=progress)
     if len(work.asked) < FEWEST_SLIDES:
         reasons = "; ".join(f"{record.slide_id}: {record.message}" for record in report.failed[:3])
         raise ConfigError(f"{len(work.asked)} of {len(cohort.features)} slides could be asked ({reasons})")
-    summary = _summaries(work.asked, cohort, loaded[1], class_name)
-    return _write_cohort(out_dir, work.asked, summary, loaded[1], class_name, formats, report), report
+    for note in seen_notes({name: answers.sight for name, answers in work.asked.items()}):
+        logger.warning("%s", note)
+    summary = _summaries(work.asked, cohort, card, class_name)
+    unseen = {name: answers for name, answers in work.asked.items() if answers.sight.is_new}
+    fewer = FEWEST_SLIDES <= len(unseen) < len(work.asked)
+    alone = _summaries(unseen, cohort, card, class_name) if fewer else []
+    return _write_cohort(out_dir, work.asked, summary, alone, card, class_name, formats, report), report
+
+
+def _asking(model: Path | tuple[Aggregator, ModelCard], cohort: Cohort) -> tuple[Callable[[str], Asked], ModelCard]:
+    """Return who answers for each slide, and a card for what all models have in common."""
+    if isinstance(model, tuple):
+        return lambda _slide: Asked(*model), model[1]
+    jury = Jury.open([model], device="cpu")
+    if cohort.labels is not None:
+        jury = replace(jury, patient_of=cohort.labels.patient_of())
+    return jury.ask, jury.ensemble.cards[0]
 
 
 def _require_class(card: ModelCard, class_name: str) -> None:
@@ -144,7 +169,7 @@ def _require_class(card: ModelCard, class_name: str) -> None:
 class _Work:
     """The work on one slide, for `run_batch`."""
 
-    loaded: tuple[Aggregator, ModelCard]
+    ask: Callable[[str], Asked]
     cohort: Cohort
     folder: Path
     class_name: str
@@ -153,9 +178,11 @@ class _Work:
     questions: Questions
     formats: Sequence[str]
     asked: dict[str, _Asked] = field(default_factory=dict)
+    seen_donors: dict[Aggregator, list[Donor]] = field(default_factory=dict)
 
     def __call__(self, slide_id: str) -> Outcome:
-        aggregator, card = self.loaded
+        asked = self.ask(slide_id)
+        aggregator, card = asked.model, asked.card
         bag = read_bag(self.cohort.features[slide_id])
         card.features.require_match(bag.spec, self.cohort.features[slide_id])
         if bag.n_instances < 2:
@@ -172,34 +199,43 @@ class _Work:
                 bag,
                 class_name=self.class_name,
                 regions=regions,
-                donors=[donor for donor in self.donors if donor.bag.slide_id != slide_id],
+                donors=[donor for donor in self._donors_of(asked) if donor.bag.slide_id != slide_id],
                 questions=self.questions,
                 tissue=tissue_shares(slide, bag, self.questions),
             )
             formats = [name for name in self.formats if name != "png" or slide is not None]
-            write_findings(found, bag, slide, self.loaded, self.folder, formats=formats)
+            write_findings(found, bag, slide, asked, self.folder, formats=formats)
             quick = self.questions.model_copy(update={"controls": 0, "matched": "number"})
             others = [
                 examine(model, card, bag, class_name=self.class_name, regions=regions, donors=given, questions=quick)
-                for model, given in self._shuffled(slide_id, bag)
+                for model, given in self._shuffled(slide_id, aggregator, bag)
             ]
-        self.asked[slide_id] = _remembered(found, predict_bag(aggregator, card, bag), others)
+        self.asked[slide_id] = _remembered(found, asked, predict_bag(aggregator, card, bag), others)
         return Outcome()
 
-    def _shuffled(self, slide_id: str, bag: FeatureBag) -> Iterator[tuple[Aggregator, list[Donor]]]:
+    def _donors_of(self, asked: Asked) -> list[Donor]:
+        """Return the donors as the model sees them, which takes one look for each model."""
+        if asked.model not in self.seen_donors:
+            self.seen_donors[asked.model] = [see_donor(asked.model, asked.card, donor) for donor in self.donors]
+        return self.seen_donors[asked.model]
+
+    def _shuffled(self, slide_id: str, model: Aggregator, bag: FeatureBag) -> Iterator[tuple[Aggregator, list[Donor]]]:
         """Yield models with shuffled weights, and the donors that they have not seen."""
-        donors = [replace(donor, seen=None) for donor in self.donors if donor.bag.slide_id != slide_id]
+        donors = [donor for donor in self.donors if donor.bag.slide_id != slide_id]
         wanted = self.questions.shuffles
         if wanted is None:
             # every copy that must be run again costs as much as the model itself
-            wanted = 0 if look(self.loaded[0], bag).subsets.price else SHUFFLES
+            wanted = 0 if look(model, bag).subsets.price else SHUFFLES
         for seed in range(wanted):
-            yield shuffle_weights(self.loaded[0], seed), donors
+            yield shuffle_weights(model, seed), donors
 
 
-def _remembered(found: Counterfactuals, prediction: Mapping[str, str], others: Sequence[Counterfactuals]) -> _Asked:
+def _remembered(
+    found: Counterfactuals, asked: Asked, prediction: Mapping[str, str], others: Sequence[Counterfactuals]
+) -> _Asked:
     shuffled = [{(str(effect.kind), effect.what): effect for effect in other.effects} for other in others]
-    return _Asked(prediction, found.effects, found.table(), found.sentences(), shuffled)
+    sentences = [*asked.notes, *found.sentences()]
+    return _Asked(prediction, found.effects, seen_table(found, asked), sentences, shuffled, asked.sight)
 
 
 def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
@@ -209,10 +245,14 @@ def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, cla
         for effect in answers.effects:
             kinds.setdefault((effect.kind, effect.origin, effect.what), []).append((slide_id, effect))
     return [
-        summarise_cohort(
-            [effect for _, effect in members],
-            *_truth_and_patients([name for name, _ in members], cohort, card, class_name),
-            shuffled=_of_shuffled((kind, what), asked, cohort, card, class_name),
+        replace(
+            summarise_cohort(
+                [effect for _, effect in members],
+                *_truth_and_patients([name for name, _ in members], cohort, card, class_name),
+                shuffled=_of_shuffled((kind, what), asked, cohort, card, class_name),
+            ),
+            n_seen=sum(asked[name].sight.part in ("trained", "validated") for name, _ in members),
+            n_unknown=sum(asked[name].sight.part == "unknown" for name, _ in members),
         )
         for (kind, _, what), members in kinds.items()
         if len(members) >= FEWEST_SLIDES
@@ -302,7 +342,7 @@ def _in_words(effect: CohortEffect, class_name: str) -> str:
     low, high = effect.interval
     sentence = (
         f"{how} the {effect.what} the log-odds of {class_name} change by {effect.change:+.2f} ({low:+.2f} to "
-        f"{high:+.2f}, {effect.n_patients} patients{_chance(effect)})"
+        f"{high:+.2f}, {effect.n_patients} patients{_chance(effect)}{_seen(effect)})"
     )
     if effect.change_over_random is not None and effect.interval_over_random is not None:
         low, high = effect.interval_over_random
@@ -312,7 +352,11 @@ def _in_words(effect: CohortEffect, class_name: str) -> str:
         for name, (before, after) in (("sensitivity", effect.sensitivity), ("specificity", effect.specificity))
         if not np.isnan(before)
     ]
-    return f"{sentence}{'; ' if rates else ''}{', '.join(rates)}."
+    return f"{sentence}{'; ' if rates else ''}{', '.join(rates)}{_seen(effect) if rates else ''}."
+
+
+def _seen(effect: CohortEffect) -> str:
+    return f"; {effect.seen_words}" if effect.seen_words else ""
 
 
 def _chance(effect: CohortEffect) -> str:
@@ -325,6 +369,7 @@ def _write_cohort(
     out_dir: Path,
     asked: Mapping[str, _Asked],
     summary: Sequence[CohortEffect],
+    unseen: Sequence[CohortEffect],
     card: ModelCard,
     class_name: str,
     formats: Sequence[str],
@@ -333,17 +378,24 @@ def _write_cohort(
     every = pd.concat([answers.table for answers in asked.values()], ignore_index=True)
     paths = []
     for name in (name for name in formats if name in ("csv", "parquet")):
-        for stem, frame in (("interventions", every), ("cohort", cohort_table(summary))):
+        tables = [cohort_table(summary).assign(slides="all")]
+        tables += [cohort_table(unseen).assign(slides="unseen")] if unseen else []
+        for stem, frame in (("interventions", every), ("cohort", pd.concat(tables, ignore_index=True))):
             paths.append(out_dir / f"{stem}.{name}")
             write_frame(paths[-1], frame)
     if "html" in formats:
         paths.append(out_dir / "report.html")
-        write_report(paths[-1], _cohort_report(asked, summary, card, class_name, report))
+        write_report(paths[-1], _cohort_report(asked, summary, unseen, card, class_name, report))
     return paths
 
 
 def _cohort_report(
-    asked: Mapping[str, _Asked], summary: Sequence[CohortEffect], card: ModelCard, class_name: str, report: Report
+    asked: Mapping[str, _Asked],
+    summary: Sequence[CohortEffect],
+    unseen: Sequence[CohortEffect],
+    card: ModelCard,
+    class_name: str,
+    report: Report,
 ) -> ReportData:
     together = SlideCard(
         "All slides",
@@ -355,9 +407,15 @@ def _cohort_report(
     left_out = [record for record in report.records if record.slide_id not in asked]
     return ReportData(
         title=f"What {class_name} rests on",
-        summary=f"{len(asked)} slides were asked what they would be called without, or with only, some of their tiles.",
+        summary=" ".join(
+            (
+                f"{len(asked)} slides were asked what they would be called without, or with only, some of their tiles.",
+                *(f"Caution: {note}." for note in seen_notes({name: answers.sight for name, answers in asked.items()})),
+            )
+        ),
         slides=(together, *cards),
-        tables={f"Interventions on {class_name}": printed_cohort(summary)},
+        tables={f"Interventions on {class_name}": printed_cohort(summary)}
+        | ({f"Interventions on {class_name}, slides new to the model alone": printed_cohort(unseen)} if unseen else {}),
         notes=(
             "Effects are those of this model; they say what it uses, not what causes the disease. Intervals are of "
             "95 % over patients, those of sensitivity and specificity of their change. p values in the table are "
@@ -382,7 +440,7 @@ def printed_cohort(summary: Sequence[CohortEffect]) -> pd.DataFrame:
     rows = [
         {
             "Intervention": f"{effect.kind} {effect.what}",
-            "Slides": effect.n_slides,
+            "Slides": f"{effect.n_slides}{f' ({effect.seen_words})' * bool(effect.seen_words)}",
             "Change of log-odds": f"{effect.change:+.2f} {_printed(effect.interval)}",
             "Beyond random tiles": "–"
             if effect.change_over_random is None or effect.interval_over_random is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eosin._batch import Report
+from eosin._names import Ids
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureSpec
 from eosin.features._encoders import Precision, find_encoder, folder_name
@@ -14,6 +15,7 @@ from eosin.features._extract import extract
 from eosin.mil._checkpoint import load_card
 from eosin.mil._flow import Flow
 from eosin.mil._predict import predict
+from eosin.mil._seen import Models
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._quality import QualityLimits
@@ -180,6 +182,7 @@ def predict_slides(
     out: Path,
     *,
     patient_of: Mapping[str, str] | None = None,
+    ids: Ids = "ask",
     slide_mpp: float | Path | None = None,
     machine: Machine | None = None,
     progress: ProgressBar = no_progress,
@@ -189,7 +192,7 @@ def predict_slides(
     Parameters
     ----------
     models : sequence of Path
-        Model folders.
+        Model folders and cross-validations.
     slides : sequence of Path
         Slides, and folders that are searched.
     job : JobFolder
@@ -198,6 +201,8 @@ def predict_slides(
         The table, see `eosin.mil._predict.predict`; a slide that could not be tiled or encoded has a row that says why.
     patient_of : mapping of str to str, optional
         Patient of each slide, for a second table.
+    ids : {"ask", "merge", "exact"}
+        As of `eosin.mil._predict.predict`.
     slide_mpp : float or Path, optional
         As of `eosin.wsi._slide_file.find_slides`.
     machine : Machine, optional
@@ -215,7 +220,7 @@ def predict_slides(
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    machine, spec = machine or Machine(), load_card(models[0]).features
+    machine, spec = machine or Machine(), load_card(Models.open(models).folders[0]).features
     found = find_slides(slides, slide_mpp=slide_mpp)
     encoded = encode_slides(found, job, TissueTiles.like(spec), spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
@@ -225,6 +230,7 @@ def predict_slides(
             out,
             failures=encoded.report.failed,
             patient_of=patient_of,
+            ids=ids,
             device=machine.device,
             progress=advance,
         )

@@ -15,7 +15,8 @@ from eosin.heatmaps.export._geojson import write_geojson
 from eosin.heatmaps.export._png import View, blend, draw, take_view, write_png
 from eosin.heatmaps.export._table import tile_table, write_frame
 from eosin.heatmaps.export._tiff import write_tiff
-from eosin.mil._checkpoint import ModelCard, load_model
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._jury import Model, ask
 from eosin.mil.slots import Aggregator
 from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.wsi._slide import Slide
@@ -43,6 +44,10 @@ class Explanation:
         The columns of the prediction as they are printed.
     absent : mapping of str to str
         Maps that the model cannot give, and why.
+    notes : tuple of str
+        That the model has seen the slide, and which of several models it is.
+    tag : str
+        The former in a few words, for the title of a picture.
     """
 
     slide_id: str
@@ -52,6 +57,8 @@ class Explanation:
     card: ModelCard
     prediction: Mapping[str, str]
     absent: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tag: str = ""
 
     @property
     def words(self) -> str:
@@ -60,7 +67,7 @@ class Explanation:
 
 
 def explain_slide(
-    model: Path | tuple[Aggregator, ModelCard],
+    model: Model,
     slide_file: SlideFile,
     bag: FeatureBag,
     out_dir: Path,
@@ -73,8 +80,9 @@ def explain_slide(
 
     Parameters
     ----------
-    model : Path or (Aggregator, ModelCard)
-        A model folder, or what `eosin.mil._checkpoint.load_model` returned for it.
+    model : Path, (Aggregator, ModelCard) or Asked
+        A model folder, a cross-validation, of which the fold answers that has not seen the slide, what
+        `eosin.mil._checkpoint.load_model` returned, or what `eosin.mil._jury.Jury.ask` did.
     slide_file : SlideFile
     bag : FeatureBag
         The slide's features, of the kind that the model was trained on.
@@ -104,7 +112,8 @@ def explain_slide(
         If a format is unknown, the features have no places or the model has nothing to show.
     """
     require_formats(formats)
-    aggregator, card = load_model(model) if isinstance(model, Path) else model
+    asked = ask(model, slide_file.slide_id)
+    aggregator, card = asked.model, asked.card
     card.features.require_match(bag.spec, Path(bag.slide_id))
     with slide_file.open() as slide:
         require_same_slide(slide, bag)
@@ -117,6 +126,8 @@ def explain_slide(
             absent=found.absent,
             card=card,
             prediction=predict_bag(aggregator, card, bag),
+            notes=asked.notes,
+            tag=asked.sight.tag,
         )
         stem = f"{slide_file.slide_id}_{found.maps[0].shows}"
         return [_write(name, explanation, out_dir / f"{stem}.{name}") for name in formats]
@@ -137,7 +148,7 @@ def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard, wanted: Sequence[
 def _write(name: str, explanation: Explanation, path: Path) -> Path:
     maps, slide = explanation.maps, explanation.slide
     if name == "png":
-        title = f"{explanation.slide_id}: {explanation.words}"
+        title = f"{explanation.slide_id}: {explanation.words}{f' ({explanation.tag})' * bool(explanation.tag)}"
         write_png(path, take_view(slide), maps[0], title=title, tissue=explanation.tissue)
     elif name == "geojson":
         write_geojson(path, maps, slide_id=explanation.slide_id, bounds_px0=slide.bounds_px0)
@@ -159,7 +170,7 @@ def _report(explanation: Explanation) -> ReportData:
     pictures = [map_picture(view, heatmap, tissue=explanation.tissue) for heatmap in _shown(explanation.maps)]
     return ReportData(
         title=explanation.slide_id,
-        summary=f"The model says: {explanation.words}.",
+        summary=" ".join((f"The model says: {explanation.words}.", *explanation.notes)),
         slides=(SlideCard(explanation.slide_id, explanation.prediction, (slide_picture, *pictures)),),
         notes=(
             "Attention shows what the model weighed, not which way it counted; a tile alone shows what the model says "

@@ -25,8 +25,8 @@ from eosin.heatmaps._subject import predict_bag, prediction_in_words, require_gr
 from eosin.heatmaps.export._geojson import write_geojson
 from eosin.heatmaps.export._png import DPI, render, take_view, write_png
 from eosin.heatmaps.export._table import write_frame
-from eosin.mil._checkpoint import ModelCard, load_model
-from eosin.mil.slots import Aggregator
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._jury import Asked, Model, ask
 from eosin.mil.subsets import Indices
 from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.wsi._picture import write_picture
@@ -88,7 +88,7 @@ def counterfactual_maps(found: Counterfactuals, bag: FeatureBag) -> list[Heatmap
 
 
 def question_slide(
-    model: Path | tuple[Aggregator, ModelCard],
+    model: Model,
     bag: FeatureBag,
     out_dir: Path,
     *,
@@ -104,7 +104,8 @@ def question_slide(
 
     Parameters
     ----------
-    model : Path or (Aggregator, ModelCard)
+    model : Path, (Aggregator, ModelCard) or Asked
+        As `eosin.pipeline._explain.explain_slide`; whether it has seen the slide is said in every file.
     bag : FeatureBag
         Of the kind that the model was trained on.
     out_dir : Path
@@ -134,8 +135,8 @@ def question_slide(
         `eosin.heatmaps._annotations.read_regions`.
     """
     require_formats(formats, has_slide=slide_file is not None)
-    loaded = load_model(model) if isinstance(model, Path) else model
-    aggregator, card = loaded
+    asked = ask(model, bag.slide_id)
+    aggregator, card = asked.model, asked.card
     card.features.require_match(bag.spec, Path(bag.slide_id))
     with open_optional(slide_file) as slide:
         if slide is not None:
@@ -153,7 +154,7 @@ def question_slide(
             questions=questions,
             tissue=tissue_shares(slide, bag, questions),
         )
-        return write_findings(found, bag, slide, loaded, out_dir, formats=formats)
+        return write_findings(found, bag, slide, asked, out_dir, formats=formats)
 
 
 def tissue_shares(slide: Slide | None, bag: FeatureBag, questions: Questions) -> NDArray[np.float64] | None:
@@ -176,17 +177,16 @@ def write_findings(
     found: Counterfactuals,
     bag: FeatureBag,
     slide: Slide | None,
-    loaded: tuple[Aggregator, ModelCard],
+    asked: Asked,
     out_dir: Path,
     *,
     formats: Sequence[str],
 ) -> list[Path]:
     """Write what came out as ``<slide id>_counterfactual.<format>`` and return the paths."""
-    aggregator, card = loaded
     paths = [out_dir / f"{bag.slide_id}_counterfactual.{name}" for name in formats]
-    prediction = predict_bag(aggregator, card, bag)
+    prediction = predict_bag(asked.model, asked.card, bag)
     for name, path in zip(formats, paths, strict=True):
-        _write(name, path, found, bag, slide, card, prediction)
+        _write(name, path, found, bag, slide, asked, prediction)
     return paths
 
 
@@ -243,29 +243,36 @@ def _write(
     found: Counterfactuals,
     bag: FeatureBag,
     slide: Slide | None,
-    card: ModelCard,
+    asked: Asked,
     prediction: Mapping[str, str],
 ) -> None:
     bounds = None if slide is None else slide.bounds_px0
     if name in ("csv", "parquet"):
-        write_frame(path, found.table())
+        write_frame(path, seen_table(found, asked))
     elif name == "geojson":
         write_geojson(path, counterfactual_maps(found, bag), slide_id=found.slide_id, bounds_px0=bounds)
     elif name == "figure.png":
         write_picture(path, Image.fromarray(draw_curves(found).image), dpi=(DPI, DPI))
     elif name == "png" and slide is not None:
-        title = f"{found.slide_id}: {prediction_in_words(prediction)}"
+        tag = asked.sight.tag
+        title = f"{found.slide_id}: {prediction_in_words(prediction)}{f' ({tag})' * bool(tag)}"
         write_png(path, take_view(slide), counterfactual_maps(found, bag)[0], title=title)
     else:
-        write_report(path, counterfactual_report(found, bag, slide, card, prediction))
+        write_report(path, counterfactual_report(found, bag, slide, asked, prediction))
+
+
+def seen_table(found: Counterfactuals, asked: Asked) -> pd.DataFrame:
+    """Return the table of a slide's effects, with what the model has seen of it where that is known."""
+    table = found.table()
+    return table if asked.choice is None else table.assign(seen=asked.sight.part, answered_by=asked.choice.how)
 
 
 def counterfactual_report(
-    found: Counterfactuals, bag: FeatureBag, slide: Slide | None, card: ModelCard, prediction: Mapping[str, str]
+    found: Counterfactuals, bag: FeatureBag, slide: Slide | None, asked: Asked, prediction: Mapping[str, str]
 ) -> ReportData:
     """Return the report of one slide: sentences, curves, map, table of every intervention."""
     pictures = () if slide is None else slide_pictures(slide, counterfactual_maps(found, bag)[0])
-    sentences = tuple(found.sentences())
+    sentences, card = (*asked.notes, *found.sentences()), asked.card
     return ReportData(
         title=f"{found.slide_id}: what if?",
         summary=f"What the prediction of {found.class_name} rests on, asked by taking tiles away.",

@@ -16,8 +16,8 @@ from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.features._bag import FeatureBag
 from eosin.features._store import find_bags, read_bag
 from eosin.heatmaps._subject import Look, class_choices, look, require_grid, require_same_slide
-from eosin.mil._checkpoint import ModelCard, load_model
-from eosin.mil.slots import Aggregator
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._jury import Asked, Jury
 from eosin.viewer._lattice import Lattice, make_lattice
 from eosin.viewer._layers import Layers
 from eosin.viewer._tiles import OpenSlides
@@ -67,6 +67,8 @@ class SlideStudy:
     layers : Layers
     lattice : Lattice
     slides : OpenSlides
+    asked : Asked
+        The model that answers for the slide.
     """
 
     listed: Listed
@@ -75,6 +77,7 @@ class SlideStudy:
     layers: Layers
     lattice: Lattice
     slides: OpenSlides
+    asked: Asked
 
     @property
     def grid(self) -> TileGrid:
@@ -108,17 +111,19 @@ class SlideStudy:
 
 
 class Catalogue:
-    """A model and the slides that it is asked about.
+    """A model, or a cross-validation, and the slides that it is asked about.
 
     Parameters
     ----------
-    model : Aggregator
+    ask : callable
+        Given a slide's id, returns the model that answers for it.
     card : ModelCard
+        Of one of the models; they ask the same question.
     listed : sequence of Listed
     """
 
-    def __init__(self, model: Aggregator, card: ModelCard, listed: Sequence[Listed]) -> None:
-        self.model, self.card, self.listed = model, card, tuple(listed)
+    def __init__(self, ask: Callable[[str], Asked], card: ModelCard, listed: Sequence[Listed]) -> None:
+        self.ask, self.card, self.listed = ask, card, tuple(listed)
         self.classes = class_choices(card)
         self.slides = OpenSlides({one.key: one.file for one in self.shown})
         self._studies: OrderedDict[str, SlideStudy] = OrderedDict()
@@ -166,11 +171,12 @@ class Catalogue:
         if listed.features is None:
             raise LookupError("a slide without features has no study")
         bag = read_bag(listed.features)
-        second = self.model.n_outputs < len(self.classes)
+        asked = self.ask(listed.slide_id)
+        second = asked.model.n_outputs < len(self.classes)
         with torch.no_grad():
-            seen = look(self.model, bag, single_logit_is_second_class=second)
-        layers = Layers(self.model, bag, seen, self.classes)
-        return SlideStudy(listed, bag, seen, layers, make_lattice(require_grid(bag)), self.slides)
+            seen = look(asked.model, bag, single_logit_is_second_class=second)
+        layers = Layers(asked.model, bag, seen, self.classes)
+        return SlideStudy(listed, bag, seen, layers, make_lattice(require_grid(bag)), self.slides, asked)
 
 
 def open_catalogue(
@@ -188,7 +194,7 @@ def open_catalogue(
     Parameters
     ----------
     model : Path
-        Model folder.
+        Model folder, or a cross-validation: each slide is asked of the folds that have not seen its patient.
     features : sequence of Path
         Feature files, and folders of them.
     slides : sequence of SlideFile
@@ -202,12 +208,13 @@ def open_catalogue(
     ConfigError
         If a folder has no features or two files are of one slide.
     """
-    aggregator, card = load_model(model)
+    jury = Jury.open([model], device="cpu")
+    card = jury.ensemble.cards[0]
     files = _feature_files(features)
     check = partial(_check, card, files)
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:
         listed = [_noted(one, progress) for one in pool.map(check, slides)]
-    return Catalogue(aggregator, card, listed)
+    return Catalogue(jury.ask, card, listed)
 
 
 def _noted(listed: Listed, progress: Callable[[object], None] | None) -> Listed:

@@ -231,7 +231,7 @@ class Page:
 
     def _prepare(self, key: str) -> _Prepared:
         study = self.desk.catalogue.study(key)
-        before = judge(self.desk.catalogue, study.seen.subsets.logits())
+        before = judge(study.asked, study.seen.subsets.logits())
         name = self.class_name if self._has_chosen_class else before.leading
         families = study.layers.families()
         choice = _choose(study, self.choice.family if self.choice.family in families else families[0], name)
@@ -315,11 +315,11 @@ class Page:
             self.tell("One thing at a time: the last one is not done yet.")
             return
         if edited.study.is_instant:
-            self._done(edited, judge(self.desk.catalogue, edited.logits()), started)
+            self._done(edited, judge(edited.study.asked, edited.logits()), started)
             return
         self.later(
             "This model must be run again on the remaining tiles ...",
-            lambda: judge(self.desk.catalogue, edited.logits()),
+            lambda: judge(edited.study.asked, edited.logits()),
             lambda verdict: self._done(edited, verdict, started),
         )
 
@@ -375,13 +375,12 @@ class Page:
             panel.transplant.label = f"Add {counted(len(tiles))} of {source.listed.slide_id}"
 
     def _tell_result(self) -> None:
-        study, catalogue = self._shown_study(), self.desk.catalogue
+        study = self._shown_study()
         before, sentences = self.befores[study.listed.key], self._sentences()
         how = "answers at once, exactly" if study.is_instant else "must be run again for every question"
         sentence = state_in_words(before)
-        self.panel.verdict.text = verdict_html(
-            study.listed.slide_id, sentence, before, study.n_tiles, f"{catalogue.card.recipe.aggregator.name} {how}"
-        )
+        name = study.asked.card.recipe.aggregator.name
+        self.panel.verdict.text = verdict_html(study, sentence, before, f"{name} {how}")
         self.panel.result.text = result_html(sentences[-1]) if sentences else ""
         self.panel.history.text = history_html(sentences)
 

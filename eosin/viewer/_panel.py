@@ -46,6 +46,7 @@ SPIN = (
 TEXT = {"font-size": "14px", "line-height": "1.4"}
 SMALL = {"font-size": "12px", "color": "#555555", "line-height": "1.35"}
 MAX_HISTORY = 12
+CAUTION = "font-size:12px;color:#8a4b00;border-left:3px solid #e08a00;padding-left:7px;margin-top:4px"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,11 +204,12 @@ def spinner(words: str) -> str:
     return f"{SPIN}{escape(words)}"
 
 
-def verdict_html(slide_id: str, sentence: str, verdict: Verdict, n_tiles: int, how: str) -> str:
-    """Return the prediction of the whole slide, with a bar for each class."""
+def verdict_html(study: SlideStudy, sentence: str, verdict: Verdict, how: str) -> str:
+    """Return the prediction of the whole slide, with a bar for each class, and whether the model has seen it."""
     bars = "".join(_bar(name, verdict.probability(name)) for name in verdict.log_odds)
-    note = f'<div style="font-size:12px;color:#555">{n_tiles:,} tiles · {escape(how)}</div>'
-    return f"<b>{escape(slide_id)}</b><br>{escape(sentence)}{bars}{note}"
+    note = f'<div style="font-size:12px;color:#555">{study.n_tiles:,} tiles · {escape(how)}</div>'
+    seen = "".join(f'<div style="{CAUTION}">{escape(text)}</div>' for text in study.asked.notes)
+    return f"<b>{escape(study.listed.slide_id)}</b><br>{escape(sentence)}{bars}{note}{seen}"
 
 
 def _bar(name: str, share: float) -> str:

@@ -68,6 +68,8 @@ class SavedSession(Options):
     added : SavedTiles or None
     before, after : Verdict
     words : str
+    seen : str
+        What the model has seen of the slide: trained, validated, unknown, no; empty where an older version wrote it.
     """
 
     kind: Literal["eosin-viewer-session"]
@@ -82,6 +84,7 @@ class SavedSession(Options):
     before: Verdict
     after: Verdict
     words: str
+    seen: str = ""
 
 
 def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: Path) -> list[Path]:
@@ -126,15 +129,17 @@ def _free_stem(folder: Path, slide_id: str) -> str:
 
 def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> SavedSession:
     """Return what `save_session` writes: the edits with the prediction before and after."""
-    before = judge(catalogue, edited.study.seen.subsets.logits())
-    after = judge(catalogue, edited.logits())
+    asked = edited.study.asked
+    before = judge(asked, edited.study.seen.subsets.logits())
+    after = judge(asked, edited.logits())
     added = edited.added
     return SavedSession(
         kind="eosin-viewer-session",
         version=2,
         eosin=__version__,
-        model_id=catalogue.card.model_id,
-        aggregator=catalogue.card.recipe.aggregator.name,
+        model_id=asked.card.model_id,
+        aggregator=asked.card.recipe.aggregator.name,
+        seen="" if asked.choice is None else asked.sight.part,
         class_name=class_name,
         method=edited.study.seen.method,
         removed=_saved_tiles(edited.study, np.flatnonzero(~edited.present)),
@@ -237,8 +242,9 @@ def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:
         If the model, a slide or its tiles are not those of the session.
     """
     saved = read_session(path)
-    if saved.model_id != catalogue.card.model_id:
-        raise ConfigError(f"{path}: was made with the model {saved.model_id}, not {catalogue.card.model_id}")
+    model_id = catalogue.ask(saved.removed.slide_id).card.model_id
+    if saved.model_id != model_id:
+        raise ConfigError(f"{path}: was made with the model {saved.model_id}, not {model_id}")
     study, gone = _find(catalogue, saved.removed, path)
     edited = Edited.untouched(study).act("remove", gone)
     if saved.added is not None:

@@ -11,6 +11,8 @@ from scipy.special import expit
 
 from eosin.errors import ConfigError
 from eosin.heatmaps._counterfactual import as_probability
+from eosin.heatmaps._subject import class_choices
+from eosin.mil._jury import Asked
 from eosin.mil.subsets import Floats, Target
 from eosin.options import Options
 from eosin.viewer._catalogue import Catalogue, SlideStudy
@@ -105,10 +107,13 @@ class Edited:
         Raises
         ------
         ConfigError
-            If the donor is the slide itself, or not the one whose tiles were added before.
+            If the donor is the slide itself, not the one whose tiles were added before, or one that another model
+            answers for.
         """
         if donor.listed.key == self.study.listed.key:
             raise ConfigError("these tiles are of this very slide; copy tiles of another one")
+        if donor.asked.model is not self.study.asked.model:
+            raise ConfigError("other folds answer for that slide than for this one, so its tiles cannot be added here")
         before = np.zeros(0, dtype=np.int64)
         if self.added is not None:
             if self.added.donor.listed.key != donor.listed.key:
@@ -159,10 +164,10 @@ class Verdict(Options):
         return float(expit(self.log_odds[name]))
 
 
-def judge(catalogue: Catalogue, logits: Floats) -> Verdict:
+def judge(asked: Asked, logits: Floats) -> Verdict:
     """Put logits (K,) into the words of the model's task."""
-    classes, task = catalogue.classes, catalogue.card.load_task()
-    own = logits[-catalogue.model.n_outputs :]  # without the zero that stands for the first class
+    classes, task = class_choices(asked.card), asked.card.load_task()
+    own = logits[-asked.model.n_outputs :]  # without the zero that stands for the first class
     columns = task.table(task.activate(torch.from_numpy(own[None])))
     printed = {
         name: f"{row[0]:.3f}" if isinstance(row[0], float | np.floating) else str(row[0])

@@ -86,14 +86,12 @@ def write_static(path: Path, catalogue: Catalogue) -> None:
         raise ConfigError(
             f"{path}: one page holds 1 to {MAX_SLIDES} slides, {len(catalogue.shown)} can be shown; pass others"
         )
-    tabs = [
-        TabPanel(title=one.slide_id, child=_slide_page(catalogue, catalogue.study(one.key))) for one in catalogue.shown
-    ]
+    tabs = [TabPanel(title=one.slide_id, child=_slide_page(catalogue.study(one.key))) for one in catalogue.shown]
     whole = {"height": "calc(100vh - 16px)"}
     write_text(path, file_html(Tabs(tabs=tabs, sizing_mode="stretch_both", styles=whole), INLINE, title="eosin view"))
 
 
-def _slide_page(catalogue: Catalogue, study: SlideStudy) -> Row:
+def _slide_page(study: SlideStudy) -> Row:
     with study.slides.borrow(study.listed.key) as slide:
         view = take_view(slide, longest_px=PICTURE_PX)
     choice = study.layers.choices[0]
@@ -104,10 +102,8 @@ def _slide_page(catalogue: Catalogue, study: SlideStudy) -> Row:
     _add_picture(canvas, view)
     canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
     store, entries = _all_maps(study)
-    before = judge(catalogue, study.seen.subsets.logits())
-    words = verdict_html(
-        study.listed.slide_id, state_in_words(before), before, study.n_tiles, catalogue.card.recipe.aggregator.name
-    )
+    before = judge(study.asked, study.seen.subsets.logits())
+    words = verdict_html(study, state_in_words(before), before, study.asked.card.recipe.aggregator.name)
     controls = _controls(canvas, store, entries, _name(choice, first))
     return row(
         column(canvas.plot, canvas.readout, sizing_mode="stretch_both"),

@@ -1,6 +1,7 @@
 """`eosin heatmap` and `eosin counterfactual` on slides whose right answer is known, and on input that does not fit."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 from eosin._files import file_fingerprint
 from eosin.features._bag import FeatureBag
-from eosin.features._store import write_bag
-from eosin.mil._checkpoint import ModelCard, build_model, save_model
+from eosin.features._store import read_bag, write_bag
+from eosin.heatmaps._subject import pack_bag
+from eosin.mil._checkpoint import ModelCard, build_model, load_model, save_model
+from eosin.mil._jury import Jury
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil.task import make_task
 
@@ -304,3 +307,100 @@ def test_cohort_questions_that_make_no_sense(
     base = ("--model", models["abmil"], "--features", study / "features", "--out", tmp_path / "out")
     assert told in refused("counterfactual", *base, *placed)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def crossval(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folds: the first was trained on s0, s1 and s2, the second on s3 and chosen by s4; nobody has seen s5."""
+    folder = tmp_path_factory.mktemp("crossval")
+    for number, seen in enumerate((("s0,p0,train", "s1,p1,train", "s2,p2,train"), ("s3,p3,train", "s4,p4,val"))):
+        model, card = load_model(models["abmil"])
+        with torch.no_grad():
+            model.classifier.bias[1] -= number
+        save_model(folder / f"fold_{number}", model, card)
+        (folder / f"fold_{number}/seen.csv").write_text("\n".join(("slide_id,patient_id,part", *seen)) + "\n")
+    return folder
+
+
+def test_maps_of_a_crossval_are_those_of_the_fold_that_has_not_seen_the_slide(
+    study: Path, crossval: Path, run: Run, tmp_path: Path
+) -> None:
+    common = ("--features", study / "features", "--out", tmp_path / "out", "--format", "html,csv,png")
+    result = run("heatmap", "--model", crossval, "--slides", study / "slides", *common)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    pages = {path.name[:2]: path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.html")}
+    assert all("Answered by: out-of-fold: fold_1." in pages[name] for name in ("s0", "s1", "s2"))
+    assert all("Answered by: out-of-fold: fold_0." in pages[name] for name in ("s3", "s4"))
+    assert "Answered by: mean of all 2 models." in pages["s5"]
+    shutil.rmtree(tmp_path / "out")
+    result = run("heatmap", "--model", crossval / "fold_1", "--slides", study / "slides", *common)
+    assert "1 of 6 slides, or their patients, trained the model that answers for them: s3" in result.stderr
+    assert "1 of 6 slides, or their patients, chose the model that answers for them: s4" in result.stderr
+    pages = {path.name[:2]: path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.html")}
+    assert "Caution: the model was trained on this slide" in pages["s3"]
+    assert "Caution" not in pages["s5"]
+
+
+def test_what_ifs_over_slides_that_a_model_has_seen_say_so_beside_the_numbers(
+    study: Path, crossval: Path, run: Run, tmp_path: Path
+) -> None:
+    common = ("--features", study / "features", "--labels", study / "labels.csv", "--class", "tumour", *QUICK)
+    result = run("counterfactual", "--model", crossval / "fold_0", *common, "--format", "csv,html", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "3 of 6 slides, or their patients, trained the model" in result.stderr
+    cohort = pd.read_csv(tmp_path / "cohort.csv").set_index(["slides", "kind", "what"])
+    top = ("remove", "5 % most attended tiles")
+    assert (cohort.n_slides[("all", *top)], cohort.n_seen[("all", *top)]) == (6, 3)
+    assert (cohort.n_slides[("unseen", *top)], cohort.n_seen[("unseen", *top)]) == (3, 0)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "6 (3 of 6 slides seen in training)" in page
+    assert "slides new to the model alone" in page
+    said = pd.read_csv(tmp_path / "interventions.csv").groupby("slide").seen.first()
+    assert dict(said) == {"s0": "trained", "s1": "trained", "s2": "trained", "s3": "no", "s4": "no", "s5": "no"}
+    result = run("counterfactual", "--model", crossval, *common, "--format", "csv", "--out", tmp_path / "cv")
+    assert "warning" not in result.stderr
+    rows = pd.read_csv(tmp_path / "cv/interventions.csv")
+    assert set(rows.seen) == {"no"}
+    assert dict(rows.groupby("slide").answered_by.first())["s4"] == "out-of-fold: fold_0"
+    assert set(pd.read_csv(tmp_path / "cv/cohort.csv").slides) == {"all"}
+
+
+def test_a_what_if_of_one_slide_says_what_its_model_has_seen(
+    study: Path, crossval: Path, run: Run, tmp_path: Path
+) -> None:
+    result = run(
+        "counterfactual", "--model", crossval / "fold_0", "--features", study / "features/s0.h5", "--out", tmp_path,
+        "--format", "csv,html", *QUICK,
+    )  # fmt: skip
+    assert "trained the model that answers for them: s0" in result.stderr
+    assert set(pd.read_csv(tmp_path / "s0_counterfactual.csv").seen) == {"trained"}
+    assert "Caution: the model was trained on this slide" in (tmp_path / "s0_counterfactual.html").read_text()
+
+
+def test_a_committee_says_the_mean_of_its_models(study: Path, crossval: Path) -> None:
+    jury = Jury.open([crossval], device="cpu")
+    asked = jury.ask("s5")
+    bag = pack_bag(asked.model, read_bag(study / "features/s5.h5"))
+    with torch.no_grad():
+        each = [model(bag) for model in jury.ensemble.models]
+        together = asked.model(bag)
+    np.testing.assert_allclose(
+        together.logits.softmax(1), torch.stack([one.logits.softmax(1) for one in each]).mean(0), atol=1e-6
+    )
+    weights = torch.stack([one.scores.softmax(0).mean(1) for one in each]).mean(0)
+    np.testing.assert_allclose(together.scores.softmax(0)[:, 0], weights, atol=1e-6)
+    assert asked.card.model_id not in {card.model_id for card in jury.ensemble.cards}
+
+
+def test_the_viewer_says_whether_its_model_has_seen_a_slide(
+    study: Path, crossval: Path, run: Run, tmp_path: Path
+) -> None:
+    common = ("--features", study / "features", "--slides", study / "slides/s3.tiff", "--html")
+    result = run("view", "--model", crossval / "fold_1", *common, tmp_path / "seen.html")
+    assert "trained the model that answers for them: s3" in result.stderr
+    assert "Caution: the model was trained on this slide" in (tmp_path / "seen.html").read_text()
+    assert run("view", "--model", crossval, *common, tmp_path / "new.html").exit_code == 0
+    page = (tmp_path / "new.html").read_text()
+    assert "Answered by: out-of-fold: fold_0." in page
+    assert "Caution" not in page

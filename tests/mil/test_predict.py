@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,14 @@ from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import find_bags, write_bag
 from eosin.mil import _predict as prediction
 from eosin.mil._checkpoint import load_card, load_model, save_model
+from eosin.mil._crossval import crossval
 from eosin.mil._ensemble import load_ensemble
 from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import SEEN
+from eosin.mil._splits import make_splits
 from eosin.mil._train import fit
+from eosin.mil.task import make_task
 
 
 def train_models(toy, folder, seeds=(0, 1)):
@@ -274,3 +279,118 @@ def test_rows_of_another_card_with_the_same_weights_are_made_again(models, folde
     other = card.task | {"threshold": 0.9} if "threshold" in card.task else card.task | {"classes": ["x", "y"]}
     assert save_model(models[0], model, card.model_copy(update={"task": other})).weights_hash == card.weights_hash
     assert predict(models[:1], files, tmp_path / "out.csv").count("skipped") == 0
+
+
+QUICK = Recipe(
+    aggregator=Component(name="abmil", options={"embed_dims": [4], "hidden": 2}),
+    training=Training(epochs=2, bags_per_step=16, lr=1e-2),
+)
+
+
+@pytest.fixture
+def whole(toy, tmp_path):
+    """The features of every slide of the toy cohort, and of one that nobody has seen."""
+    features = tmp_path / "whole"
+    for slide in toy.examples.ids:
+        write_bag(features / f"{slide}.h5", FeatureBag(toy.bags.load(slide).numpy(), toy.bags.spec, slide))
+    write_bag(features / "new.h5", FeatureBag(toy.bags.load("s001").numpy(), toy.bags.spec, "new"))
+    return find_bags(features)
+
+
+def test_a_row_says_whether_the_model_has_seen_the_slide(models, toy, whole, tmp_path, caplog):
+    train, val = toy.parts()
+    with caplog.at_level(logging.WARNING):
+        predict(models[:1], whole, tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
+    assert {row["seen"] for slide, row in rows.items() if slide in train.ids} == {"trained"}
+    assert {row["seen"] for slide, row in rows.items() if slide in val.ids} == {"validated"}
+    assert (rows["new"]["seen"], rows["new"]["seen_by"], rows["new"]["answered_by"]) == ("no", "", "model")
+    assert rows[train.ids[0]]["seen_by"] == "slide"
+    assert "40 of 61 slides, or their patients, trained the model" in caplog.text
+    assert "20 of 61 slides, or their patients, chose the model" in caplog.text
+
+
+def test_a_new_slide_of_a_seen_patient_is_seen_once_the_patient_is_known(models, toy, whole, tmp_path):
+    out, new = tmp_path / "out.csv", {"new": whole["new"]}
+    predict(models[:1], new, out)
+    assert read(out)["new"]["seen"] == "no"
+    spelled = toy.examples.patient_ids[0].upper().replace("-", "_")
+    predict(models[:1], new, out, patient_of={"new": spelled})
+    assert (read(out)["new"]["seen"], read(out)["new"]["seen_by"]) == ("trained", "patient")
+    with (tmp_path / "out_patients.csv").open(newline="") as file:
+        (patient,) = csv.DictReader(file)
+    assert (patient["patient_id"], patient["seen"], patient["seen_by"]) == (spelled, "trained", "patient")
+    predict(models[:1], new, out, patient_of={"new": spelled}, ids="exact")
+    assert read(out)["new"]["seen"] == "no"
+
+
+def test_a_model_that_does_not_say_what_it_has_seen_is_unknown(models, whole, tmp_path, caplog):
+    (models[0] / SEEN).unlink()
+    with caplog.at_level(logging.WARNING):
+        predict(models[:1], {"new": whole["new"]}, tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")["new"]["seen"] == "unknown"
+    assert "does not say which slides it has seen" in caplog.text
+    predict(models, whole, tmp_path / "both.csv")
+    rows = read(tmp_path / "both.csv")
+    assert (rows["new"]["seen"], rows["s000"]["seen"]) == ("unknown", "trained")
+
+
+@pytest.mark.parametrize("kind", ["classification", "survival"])
+def test_of_a_crossval_the_fold_answers_that_has_not_seen_the_patient(make_toy, tmp_path, caplog, kind):
+    toy = make_toy(per_patient=2)
+    task, examples = toy.task, toy.examples
+    if kind == "survival":
+        rows = [
+            row | {"time": str(place + 1), "event": str(place % 3 > 0)} for place, row in enumerate(toy.table.rows())
+        ]
+        task = make_task("survival", rows, target="time,event")
+        examples = replace(examples, targets=task.encode(rows))
+    splits = make_splits(toy.cohort, folds=3, val_fraction=0.2)
+    crossval(QUICK, task, examples, splits, cohort=toy.cohort, out=tmp_path / "cv")
+    features = tmp_path / "features"
+    for slide in [*examples.ids, "new"]:
+        data = toy.bags.load("s001" if slide == "new" else slide).numpy()
+        write_bag(features / f"{slide}.h5", FeatureBag(data, toy.bags.spec, slide))
+    with caplog.at_level(logging.WARNING):
+        predict(
+            [tmp_path / "cv"],
+            find_bags(features),
+            tmp_path / "out.csv",
+            patient_of=toy.table.patient_of() | {"new": "x"},
+        )
+    assert "figures over" not in caplog.text
+    rows, said = read(tmp_path / "out.csv"), read(tmp_path / "cv/predictions.csv")
+    number = "prob_c1" if kind == "classification" else "survival_1"
+    for place, split in enumerate(splits):
+        for slide in split.test:
+            assert (rows[slide]["seen"], rows[slide]["answered_by"]) == ("no", f"out-of-fold: fold_{place}")
+            assert rows[slide]["model"] == load_card(tmp_path / f"cv/fold_{place}").model_id
+            if kind == "classification":
+                assert float(rows[slide][number]) == pytest.approx(float(said[slide][number]), abs=1e-6)
+                assert rows[slide]["predicted"] == said[slide]["predicted"]
+    assert rows["new"]["answered_by"] == "mean of all 3 models"
+    assert rows["new"]["uncertainty" if kind == "classification" else number]
+    edges = {row["until_1"] for row in rows.values()} if kind == "survival" else {""}
+    assert len(edges) == 1
+    with (tmp_path / "out_patients.csv").open(newline="") as file:
+        patients = {row["patient_id"]: row for row in csv.DictReader(file)}
+    first = examples.ids.index(splits[0].test[0])
+    mine = [slide for slide, patient in toy.table.patient_of().items() if patient == examples.patient_ids[first]]
+    row = patients[examples.patient_ids[first]]
+    assert row["answered_by"] == "out-of-fold: fold_0"
+    if kind == "classification":
+        assert float(row[number]) == pytest.approx(np.mean([float(rows[slide][number]) for slide in mine]))
+    again = predict([tmp_path / "cv"], find_bags(features), tmp_path / "out.csv")
+    assert again.count("skipped") == 61
+
+
+def test_a_crossval_and_a_model_answer_together(models, toy, whole, tmp_path):
+    splits = make_splits(toy.cohort, folds=2, val_fraction=0.0)
+    recipe = QUICK.model_copy(update={"training": QUICK.training.model_copy(update={"select": "last"})})
+    crossval(recipe, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path / "cv")
+    predict([tmp_path / "cv", models[0]], whole, tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
+    tested = splits[1].test[0]
+    assert rows[tested]["answered_by"].startswith("cv out-of-fold: fold_1; 0 model")
+    assert rows[tested]["seen"] in {"trained", "validated"}
+    assert rows["new"]["seen"] == "no"

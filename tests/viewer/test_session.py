@@ -6,6 +6,7 @@ import torch
 
 from eosin.errors import ConfigError
 from eosin.mil._checkpoint import ModelCard, build_model
+from eosin.mil._jury import Asked
 from eosin.mil._recipe import Component, Recipe
 from eosin.mil.bags import PackedBags
 from eosin.mil.task import make_task
@@ -25,7 +26,7 @@ TILE = 5 * 16 + 9
 def run_model(catalogue, *features):
     with torch.no_grad():
         rows = torch.from_numpy(np.concatenate(features))
-        return catalogue.model(PackedBags.pack([rows])).logits[0].double().numpy()
+        return catalogue.ask("").model(PackedBags.pack([rows])).logits[0].double().numpy()
 
 
 def test_edits_give_what_the_model_says_of_those_tiles(catalogue, studies):
@@ -71,10 +72,10 @@ def test_tiles_are_added_of_one_other_slide(studies):
 def test_words_say_what_was_done_and_what_changed(catalogue, studies):
     study, donor = studies
     whole = Edited.untouched(study)
-    before = judge(catalogue, whole.logits())
+    before = judge(whole.study.asked, whole.logits())
     assert state_in_words(before).startswith("The model says tumour, probability 0.8")
     without = whole.act("remove", np.array([TILE]))
-    after = judge(catalogue, without.logits())
+    after = judge(without.study.asked, without.logits())
     words = in_words(catalogue, without, before, after, "tumour")
     assert words.startswith("Without 1 tile (0.52 %) the model no longer says tumour: 0.8")
     assert f"({after.log_odds['tumour'] - before.log_odds['tumour']:+.2f}" not in words.split("log-odds")[0]
@@ -94,7 +95,9 @@ def test_random_edits_are_of_the_same_size_and_the_marked_tile_stands_out(catalo
     drawn = edited.random_like(np.random.default_rng(0))
     assert (drawn.n_removed, drawn.n_added) == (1, 2)
     values = controls(edited, 1)
-    before, after = (judge(catalogue, one.logits()).log_odds["tumour"] for one in (Edited.untouched(study), edited))
+    before, after = (
+        judge(one.study.asked, one.logits()).log_odds["tumour"] for one in (Edited.untouched(study), edited)
+    )
     assert (np.abs(values - before) < 0.5).sum() >= 18
     words = controls_in_words(before, after, values)
     assert words.startswith("With as many random tiles instead: 0.8")
@@ -106,9 +109,10 @@ def test_a_task_without_classes_is_told_by_its_columns(studies):
     task = make_task("regression", rows)
     recipe = Recipe(aggregator=Component(name="abmil", options={}))
     card = ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=studies[0].bag.spec)
-    catalogue = Catalogue(build_model(recipe, task, 6).eval(), card, [])
+    asked = Asked(build_model(recipe, task, 6).eval(), card)
+    catalogue = Catalogue(lambda _slide: asked, card, [])
     assert catalogue.classes == ()
-    before, after = judge(catalogue, np.array([0.0])), judge(catalogue, np.array([1.0]))
+    before, after = judge(asked, np.array([0.0])), judge(asked, np.array([1.0]))
     edited = Edited.untouched(studies[0]).act("remove", np.array([1]))
     words = in_words(catalogue, edited, before, after, "")
     assert words.startswith("Without 1 tile (0.52 %): ")

@@ -1,0 +1,195 @@
+"""Who answers for a slide: one model, the fold of a cross-validation that has not seen its patient, or all folds."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from eosin._names import Ids
+from eosin.errors import ConfigError
+from eosin.kernels import segment_softmax
+from eosin.mil._checkpoint import ModelCard
+from eosin.mil._ensemble import Ensemble, load_ensemble
+from eosin.mil._prediction_table import Row
+from eosin.mil._seen import Choice, Models, Sight
+from eosin.mil.bags import PackedBags
+from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput
+from eosin.mil.tasks._classification import Binary, Classification
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The model that is asked about a slide.
+
+    Attributes
+    ----------
+    model : Aggregator
+    card : ModelCard
+    choice : Choice, optional
+        Which models it stands for, and what they have seen of the slide; None where a caller made the model itself.
+    """
+
+    model: Aggregator
+    card: ModelCard
+    choice: Choice | None = None
+
+    @property
+    def sight(self) -> Sight:
+        """What the model has seen of the slide."""
+        return Sight() if self.choice is None else self.choice.sight
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the answer: that it flatters the model, and whose it is."""
+        seen = self.sight.words
+        caution = (f"Caution: {seen}.",) if seen else ()
+        several = self.choice is not None and self.choice.how != "model"
+        return (*caution, f"Answered by: {self.choice.how}.") if several and self.choice else caution
+
+
+Model = Path | tuple[Aggregator, ModelCard] | Asked
+"""What may be asked: a folder of a model or of a cross-validation, a loaded model, or the one chosen for a slide."""
+
+
+def ask(model: Model, slide: str) -> Asked:
+    """Return the model that answers for a slide, loaded where it is a folder; errors as of `Jury.ask`."""
+    if isinstance(model, Path):
+        return Jury.open([model], device="cpu").ask(slide)
+    return model if isinstance(model, Asked) else Asked(*model)
+
+
+class Committee(Aggregator):
+    """Several models that answer as one, with the mean of their probabilities and of their attention.
+
+    Parameters
+    ----------
+    models : sequence of Aggregator
+        Of one question, with one logit for the second of two classes or one for each class.
+    temperatures : sequence of float
+        What each model's logits are divided by.
+    """
+
+    def __init__(self, models: Sequence[Aggregator], temperatures: Sequence[float]) -> None:
+        first = models[0]
+        super().__init__(first.in_dim, first.n_outputs, embed_dim=sum(model.embed_dim for model in models))
+        self.models = nn.ModuleList(models)
+        self.temperatures = tuple(temperatures)
+        weighs = all(issubclass(model.output_type, AttentionOutput) for model in models)
+        self.output_type = AttentionOutput if weighs else AggregatorOutput  # type: ignore[misc]  # of this instance
+        self.order_dependent = any(model.order_dependent for model in models)  # type: ignore[misc]
+
+    @override
+    def forward(self, bags: PackedBags) -> AggregatorOutput:
+        outputs: list[AggregatorOutput] = [model(bags) for model in self.models]
+        logits = self._mean([out.logits / heat for out, heat in zip(outputs, self.temperatures, strict=True)])
+        embedding = torch.cat([output.embedding for output in outputs], 1)
+        weighing = [output for output in outputs if isinstance(output, AttentionOutput)]
+        if len(weighing) < len(outputs):
+            return AggregatorOutput(logits, embedding)
+        weights = [segment_softmax(output.scores, bags.cu_seqlens).mean(1, keepdim=True) for output in weighing]
+        instances = torch.cat([output.instances for output in weighing], 1)
+        return AttentionOutput(logits, embedding, torch.stack(weights).mean(0).log(), instances)
+
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the mean of the probabilities, (B, K)."""
+        stacked, number = torch.stack(list(logits)), math.log(len(logits))
+        if self.n_outputs > 1:
+            return stacked.log_softmax(2).logsumexp(0) - number
+        return functional.logsigmoid(stacked).logsumexp(0) - functional.logsigmoid(-stacked).logsumexp(0)
+
+    @override
+    def readout(self, bags: PackedBags, output: AggregatorOutput) -> None:
+        """There is no closed form for the mean of several models, so they are run again for every question."""
+
+
+def _committee(ensemble: Ensemble) -> tuple[Aggregator, ModelCard]:
+    task, card = ensemble.task, ensemble.cards[0]
+    if not isinstance(task, Classification | Binary):
+        raise ConfigError(
+            f"{len(ensemble.models)} models would have to answer together, because the slide was not in the "
+            f"cross-validation, and those of the task {task.kind} cannot be asked as one; pass the folder of one fold"
+        )
+    heats = [own.temperature for own in ensemble.tasks if isinstance(own, Classification | Binary)]
+    model = Committee(ensemble.models, heats)
+    digest = hashlib.sha256(ensemble.model_id.encode()).hexdigest()
+    plain = task.model_copy(update={"temperature": 1.0})
+    together = card.model_copy(update={"task": plain.model_dump(mode="json"), "weights_hash": digest})
+    return model.eval(), together
+
+
+@dataclass(frozen=True, eq=False)
+class Jury:
+    """Who answers for which slide: of a cross-validation, the models that have not seen its patient.
+
+    Attributes
+    ----------
+    models : Models
+        What each model has seen.
+    ensemble : Ensemble
+        All of them, in the order of ``models.folders``.
+    patient_of : mapping of str to str
+        Patients of slides, as far as they are known.
+    ids : {"ask", "merge", "exact"}
+        Whether a name is taken for another one that looks like it, see `eosin.mil._seen.Seen.of`.
+    """
+
+    models: Models
+    ensemble: Ensemble
+    patient_of: Mapping[str, str] = field(default_factory=dict)
+    ids: Ids = "ask"
+    _asked: dict[tuple[Path, ...], tuple[Aggregator, ModelCard]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        roots: Sequence[Path],
+        *,
+        patient_of: Mapping[str, str] | None = None,
+        ids: Ids = "ask",
+        device: str = "auto",
+    ) -> "Jury":
+        """Load the models below some folders: model folders and cross-validations.
+
+        Raises
+        ------
+        ConfigError, FeatureMismatchError, CheckpointError
+            As `load_ensemble` and `eosin.mil._seen.Run.open`.
+        """
+        models = Models.open(roots)
+        return cls(models, load_ensemble(models.folders, device=device), ids=ids)
+
+    def choose(self, *slides: str) -> Choice:
+        """Return the models that answer for slides of one patient."""
+        return self.models.choose(slides, self.patient_of.get(slides[0]), ids=self.ids)
+
+    def of(self, choice: Choice) -> Ensemble:
+        """Return the chosen models."""
+        places = tuple(self.models.folders.index(folder) for folder in choice.folders)
+        return self.ensemble if len(places) == len(self.models.folders) else self.ensemble.only(places)
+
+    def ask(self, slide: str) -> Asked:
+        """Return the model that answers for a slide: one, or the chosen ones as a committee.
+
+        Raises
+        ------
+        ConfigError
+            If several answer, and the task has no classes.
+        """
+        choice = self.choose(slide)
+        if choice.folders not in self._asked:
+            chosen = self.of(choice)
+            single = len(chosen.models) == 1
+            self._asked[choice.folders] = (chosen.models[0], chosen.cards[0]) if single else _committee(chosen)
+        return Asked(*self._asked[choice.folders], choice)
+
+    def cells(self, choice: Choice) -> Row:
+        """Return what a row of a table says of the models that answer: which they are, and what they have seen."""
+        sight = choice.sight
+        named = {"answered_by": choice.how, "model": self.of(choice).model_id}
+        return {"seen": sight.part, "seen_by": sight.by, **named}
