@@ -31,13 +31,13 @@ def join(read: Sequence[Read]) -> tuple[list[Foreign], list[str]]:
     for other_path, other in with_features[1:]:
         _require_same_features(path, slide, other_path, other)
         slide = replace(slide, places=slide.places or other.places, encoder=slide.encoder or other.encoder)
-    notes = [f"{path} and {other} hold the same features, which were taken once" for other, _ in with_features[1:]]
+    notes = [f"holds the same features as {other}; they were taken once" for other, _ in with_features[1:]]
     kept = []
     for place_path, places in alone:
         assert places.places is not None
         if slide.places is None:
             slide = with_places(slide, places.places, place_path, path)
-            notes.append(f"the places of {path} are those of {place_path}")
+            notes.append(f"gets its places from {place_path}")
         else:
             _require_as_many(path, slide, place_path, places.places.origins_px0)
             kept.append(places)
