@@ -380,17 +380,16 @@ class Ordinal(_ClassTask):
 
 def _require_unlike(classes: Sequence[str], column: str) -> None:
     """Refuse classes that differ in capitals, blanks or the way of writing a number only: one class, entered twice."""
-    known: dict[str | float, str] = {}
+    spellings: dict[str | float, list[str]] = {}
     for name in classes:
         try:
             key: str | float = float(name)
         except ValueError:
-            key = " ".join(name.lower().split())
-        if key in known:
-            raise LabelError(
-                f"column {column!r} has {known[key]!r} and {name!r}, which look like one class; write them alike"
-            )
-        known[key] = name
+            key = " ".join(name.casefold().split())
+        spellings.setdefault(key, []).append(name)
+    groups = [" and ".join(map(repr, group)) for group in spellings.values() if len(group) > 1]
+    if groups:
+        raise LabelError(f"column {column!r} has {'; '.join(groups)}, which look like one class; write them alike")
 
 
 def sorted_labels(values: set[str]) -> tuple[str, ...]:
