@@ -22,6 +22,7 @@ def test_classes_come_from_the_table_in_order():
 @pytest.mark.parametrize(
     ("negative", "positive"),
     [
+        ("NEGATIV", "Positiv"), ("nein", "JA"), ("Non", "Oui"), ("gutartig", "bösartig"), ("sano", "Tumor"),
         ("negative", "positive"), ("0", "1"), ("normal", "tumor"), ("Her2Neg", "Her2Pos"), ("normal", "cancer"),
         ("MSS", "MSI-H"), ("WT", "MUT"), ("wild type", "mutant"), ("ER-", "ER+"), ("ERneg", "ERpos"),
         ("control", "case"),
@@ -229,6 +230,11 @@ def test_a_small_part_that_is_separated_does_not_sharpen_a_model_without_end(kin
 def test_one_class_that_is_written_in_two_ways_is_refused(labels):
     with pytest.raises(LabelError, match="which look like one class; write them alike"):
         make_task("classification", rows(*labels))
+
+
+def test_all_classes_that_are_written_in_several_ways_are_named_at_once():
+    with pytest.raises(LabelError, match="'GROSS' and 'Groß'; 'KLEIN' and 'Klein' and 'klein', which look like one"):
+        make_task("classification", rows("Klein", "KLEIN", "klein", "Groß", "GROSS"))
 
 
 def test_each_of_several_labels_has_its_own_threshold():
