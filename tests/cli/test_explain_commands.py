@@ -288,7 +288,7 @@ def test_a_slide_without_tiles_is_no_failure_and_one_tile_is_a_map(
     ("arguments", "told"),
     [
         (("--class", "stroma"), "stroma"),
-        ((), "asked about one class"),
+        ((), "one class for all slides"),
         (("--class", "tumour", "--regions", "labels.csv"), "folder of <slide>.geojson"),
         (("--class", "tumour", "--format", "docx"), "docx"),
         (
