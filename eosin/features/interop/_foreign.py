@@ -381,6 +381,7 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> St
     if foreign.places is None and foreign.corners is not None:
         found, note = _places_by_distance(foreign.corners, slide, options)
         foreign, notes = replace(foreign, places=found), [note]
+    _require_as_many_rows(foreign, path)
     faults = [] if foreign.places is None else foreign.places.contradictions(slide)
     faults += _about_encoder(options.encoder, foreign.encoder)
     if faults and not options.force:
@@ -393,8 +394,6 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> St
         return Stored(_store_coordinates(foreign, path, out, slide), tuple(notes))
     grid = foreign.places.grid(slide, path) if foreign.places else None
     rows = _checked(foreign.features, path, alone=grid is None)
-    if grid is not None and grid.n_tiles != len(rows):
-        raise FeatureFileError(path, f"has {len(rows)} rows of features for {grid.n_tiles} places")
     spec = FeatureSpec(
         encoder=_encoder(options.encoder or foreign.encoder, path),
         dim=rows.shape[1],
@@ -408,6 +407,14 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> St
     require_same_kind(target, spec)
     write_bag(target, FeatureBag(rows, spec, foreign.slide_id, grid, facts))
     return Stored(target, tuple(notes))
+
+
+def _require_as_many_rows(foreign: Foreign, path: Path) -> None:
+    if foreign.features is None or foreign.places is None or foreign.features.ndim != 2:
+        return
+    rows, places = len(foreign.features), len(np.reshape(foreign.places.origins_px0, (-1, 2)))
+    if rows != places:
+        raise FeatureFileError(path, f"has {rows} rows of features for {places} places")
 
 
 def _places_by_distance(corners: Numbers, slide: SlideFacts, options: ImportOptions) -> tuple[Places | None, str]:

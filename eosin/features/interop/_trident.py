@@ -19,6 +19,7 @@ from eosin.wsi._coordinates import nominal_magnification
 from eosin.wsi._grid import TileGrid
 
 MARK = "patch_size_level0"
+STEP = 2.0
 SLIDE_FOLDER = "slide_features_"
 TILE_FOLDER = "features_"
 
@@ -61,11 +62,13 @@ def _magnification(attributes: Mapping[str, Any], side: int, patch_size: int) ->
     stated, target = (_number(attributes.get(name)) for name in ("level0_magnification", "target_magnification"))
     if stated is None:
         return (None if target is None else target * side / patch_size), ()
-    if target is None or abs(patch_size * stated / target - side) <= max(1.0, stated / target):
+    expected = None if target is None else patch_size * stated / target
+    # magnifications are steps of a table, so that each of two stands for scales that differ by less than two times
+    if expected is None or 1 / STEP <= side / expected <= STEP:
         return stated, ()
     return stated, (
         f"states tiles of {patch_size} px at {target:g}x on a slide of {stated:g}x, which are "
-        f"{patch_size * stated / target:g} px of level 0, and {side} px of it",
+        f"{expected:g} px of level 0, and {side} px of it",
     )
 
 

@@ -304,8 +304,9 @@ def test_bombs_are_refused_before_anything_is_read(tmp_path: Path, name: str, ma
 
 def test_folders_of_features_coordinates_and_slides(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b.1")):
-        places = CORNERS + 512 * number
-        write_h5(tmp_path / "patches" / f"{name}.h5", {"coords": places}, coords=CLAM_ATTRIBUTES | {"name": name})
+        places = CORNERS // 8 + 128 * number
+        level = {"name": name, "level_dim": np.array([256, 256])}
+        write_h5(tmp_path / "patches" / f"{name}.h5", {"coords": places}, coords=CLAM_ATTRIBUTES | level)
         write_h5(tmp_path / "h5_files" / f"{name}.h5", {"features": ROWS, "coords": places.astype(np.int32)})
         make_slide(tmp_path / "slides" / f"{name}.tiff", size_px0=(512, 512), mpp=0.25, seed=number)
     files = find_files([tmp_path / "h5_files"])
@@ -314,7 +315,7 @@ def test_folders_of_features_coordinates_and_slides(tmp_path: Path) -> None:
     for number, file in enumerate(files):
         bag = read_bag(import_file(file, tmp_path / "out", options).paths[0])
         assert bag.grid is not None
-        np.testing.assert_array_equal(bag.grid.origins_px0, CORNERS + 512 * number)
+        np.testing.assert_array_equal(bag.grid.origins_px0, CORNERS // 8 + 128 * number)
         assert bag.spec.mpp == pytest.approx(0.5, rel=0.01)
         assert len(bag.provenance["input_fingerprint"]) == 16
     other = write_h5(tmp_path / "c.h5", {"features": ROWS, "coords": CORNERS.astype(np.int32)})
@@ -452,8 +453,8 @@ def test_the_magnification_that_a_file_states_is_named_where_the_mpp_is_missing(
 
 
 def test_sizes_that_contradict_the_magnifications_are_refused(tmp_path: Path) -> None:
-    message = contradiction(trident(tmp_path, patch_size_level0=1024), tmp_path / "out", slide_mpp=0.25)
-    assert "are 512 px of level 0, and 1024 px of it" in message
+    message = contradiction(trident(tmp_path, patch_size_level0=2048), tmp_path / "out", slide_mpp=0.25)
+    assert "are 512 px of level 0, and 2048 px of it" in message
 
 
 def test_an_encoder_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
