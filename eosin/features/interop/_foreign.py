@@ -211,14 +211,15 @@ class Places:
         doubled = len(corners) - len(np.unique(corners, axis=0))
         if doubled:
             found.append(f"has {doubled} of {len(corners)} tiles at the place of another one")
-        outside = (corners < 0).any(axis=1)
-        if size is not None:
-            outside |= (corners >= np.array(size) + self.size_slack_px0).any(axis=1)
-        if outside.any():
-            x, y = corners[outside][0]
-            of = "" if size is None else f" of {size[0]} x {size[1]} px"
+        below = (corners < 0).any(axis=1)
+        if below.any():
+            x, y = corners[below][0]
+            found.append(f"has {below.sum()} of {len(corners)} tiles with corners below 0, the first at {x:g}, {y:g}")
+        beyond = (corners >= np.array(size) + self.size_slack_px0).any(axis=1) if size is not None else below[:0]
+        if size is not None and beyond.any():
+            (x, y), of = corners[beyond][0], f"{size[0]} x {size[1]} px"
             found.append(
-                f"has {outside.sum()} of {len(corners)} tiles outside the slide{of}, the first at {x:g}, {y:g}"
+                f"has {beyond.sum()} of {len(corners)} tiles outside the slide of {of}, the first at {x:g}, {y:g}"
             )
         return found
 

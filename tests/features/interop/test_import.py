@@ -469,7 +469,7 @@ def test_an_encoder_that_contradicts_the_file_is_refused(tmp_path: Path) -> None
     ("change", "message"),
     [
         (lambda c: c + np.array([4000, 0]), r"5 of 5 tiles outside the slide of 4000 x 3000 px, the first at 4000, 0"),
-        (lambda c: c - np.array([0, 1]), r"1 of 5 tiles outside the slide of 4000 x 3000 px, the first at 0, -1"),
+        (lambda c: c - np.array([0, 1]), r"1 of 5 tiles with corners below 0, the first at 0, -1"),
         (lambda c: np.concatenate([c[:3], c[:2]]), r"2 of 5 tiles at the place of another one"),
         (lambda c: c + np.array([0.5, 0]), r"5 of 5 tiles between pixels, the first at 0\.5, 0"),
     ],
