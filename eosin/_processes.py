@@ -6,6 +6,7 @@ be anywhere, even in a callback that swallows every exception. A run that does n
 which is safe because files are whole or not there.
 """
 
+import atexit
 import multiprocessing
 import os
 import select
@@ -292,6 +293,7 @@ class Helper:
         """Call a function of a module; arguments, what it returns and errors as of `call_apart`."""
         if self._child is None:
             self._child = Child(serve_calls, needs_script=False)
+            atexit.register(self.stop)  # Python would ask it to end by a signal that children do not hear, and wait
         self._child.send((function, args))
         answered = False
         try:
@@ -307,6 +309,7 @@ class Helper:
 
     def stop(self) -> None:
         """End the process."""
+        atexit.unregister(self.stop)
         if self._child is not None:
             self._child.stop()
             self._child = None

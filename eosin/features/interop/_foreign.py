@@ -215,8 +215,10 @@ class Places:
         if below.any():
             x, y = corners[below][0]
             found.append(f"has {below.sum()} of {len(corners)} tiles with corners below 0, the first at {x:g}, {y:g}")
-        beyond = (corners >= np.array(size) + self.size_slack_px0).any(axis=1) if size is not None else below[:0]
-        if size is not None and beyond.any():
+        if size is None:
+            return found
+        beyond = (corners >= np.array(size) + self.size_slack_px0).any(axis=1)
+        if beyond.any():
             (x, y), of = corners[beyond][0], f"{size[0]} x {size[1]} px"
             found.append(
                 f"has {beyond.sum()} of {len(corners)} tiles outside the slide of {of}, the first at {x:g}, {y:g}"
