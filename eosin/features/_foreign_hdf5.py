@@ -17,7 +17,7 @@ from eosin.errors import FeatureFileError, WorkerError
 from eosin.features._store import open_hdf5, require_dataset
 
 ARRAYS = ("coords", "features", "feats", "feat", "patch_embeddings")
-READ_S = 60.0
+READ_S = 30.0
 SLOWEST_BYTES_PER_S = 10 * 2**20
 BASE_BYTES = 2**30
 MOST_EXPANSION = 16  # of floats; `require_dataset` refuses what declares far more than it stores
@@ -92,7 +92,7 @@ def read_foreign(path: Path) -> Group:
     """
     if not path.is_file():
         raise FeatureFileError(path, "no such file", code="missing")
-    patience = READ_S + path.stat().st_size / SLOWEST_BYTES_PER_S
+    patience = round(READ_S + path.stat().st_size / SLOWEST_BYTES_PER_S, 1)
     try:
         return _reader.call(_copy, path, timeout_s=patience)
     except WorkerError as error:
