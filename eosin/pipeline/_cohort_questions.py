@@ -385,7 +385,7 @@ def _write_cohort(
             write_frame(paths[-1], frame)
     if "html" in formats:
         paths.append(out_dir / "report.html")
-        write_report(paths[-1], _cohort_report(asked, summary, unseen, card, class_name, report))
+        write_report(paths[-1], _cohort_report(asked, summary, unseen, card, class_name=class_name, report=report))
     return paths
 
 
@@ -394,6 +394,7 @@ def _cohort_report(
     summary: Sequence[CohortEffect],
     unseen: Sequence[CohortEffect],
     card: ModelCard,
+    *,
     class_name: str,
     report: Report,
 ) -> ReportData:
