@@ -473,7 +473,7 @@ def _read_xlsx(path: Path) -> Table:
         visible = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
         areas = {
             sheet.title: merged.get(sheet._worksheet_path, []) for sheet in visible
-        }  # openpyxl says nothing of them
+        }  # openpyxl does not state them
         found = [(sheet.title, rows) for sheet in visible if (rows := _filled_rows(sheet, areas[sheet.title], path))]
     finally:
         book.close()
