@@ -41,7 +41,7 @@ def test_every_example_is_understood_and_says_what_it_would_submit(path: Path) -
         ("walltime: 30 min", "walltime"),
         ("provider: kubernetes", "image"),
         ("stages: {extract: {gpu: 1}}", "gpus"),
-        ("workers: 0", "greater than or equal to 1"),
+        ("workers: 0", "at least 1"),
     ],
 )
 def test_a_wrong_site_is_refused_before_any_work(tmp_path: Path, text: str, told: str) -> None:
