@@ -1,6 +1,7 @@
 """What a user says of the machines: a YAML file about the site, and nothing about the work."""
 
 import shlex
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,7 +126,7 @@ class Site(Options):
             provider=self.provider_of(n_items),
             address=self.address or ("127.0.0.1" if self.provider == "local" else None),
             worker_port_range=self.ports,
-            interchange_launch_cmd=[str(Path(sysconfig.get_path("scripts")) / "interchange.py")],
+            interchange_launch_cmd=[sys.executable, "-m", "eosin.cluster._interchange"],
             max_workers_per_node=self.workers,
             cores_per_worker=FEW_CORES,
             heartbeat_period=HEARTBEAT_S,
