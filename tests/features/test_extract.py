@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from eosin._files import file_fingerprint
+from eosin._processes import Stopped
 from eosin.errors import ConfigError, OutputError
 from eosin.features import _encoding as encoding
 from eosin.features import _inference as inference
@@ -333,3 +335,35 @@ def test_a_compiled_encoder_gives_the_same_rows(job: JobFolder) -> None:
     for b in (7, 1, 4):
         np.testing.assert_allclose(encoder.encode(tiles[:b]), plain.encode(tiles[:b]), rtol=1e-4, atol=1e-5)
     assert encoder.weights_hash == plain.weights_hash
+
+
+def test_a_run_that_is_stopped_has_a_record_of_every_file_that_it_wrote(
+    job: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = add_slide(job.root, "s0")
+    run = encoding.Extraction(job, TILING.folder, load_encoder(ENCODER))
+    write = encoding.write_bag
+
+    def write_slowly(path: Path, bag: FeatureBag) -> None:
+        time.sleep(0.3)  # the signal comes before the disk is done
+        write(path, bag)
+
+    def read_until_stopped() -> Iterator[object]:
+        yield from reading.read_slide(ReadRequest(slide, run.patches(slide), 5))
+        yield reading.SlideEnd("s0")
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(encoding, "write_bag", write_slowly)
+    found: list[str] = []
+    with encoding.Encoding(run, read_until_stopped(), {"s0": slide}, batch_size=5) as loop:  # type: ignore[arg-type]
+        with pytest.raises(Stopped):
+            found.extend(name for name, _ in loop)
+    assert found == ["s0"]
+
+
+def test_records_are_made_as_slides_are_finished_not_in_the_order_of_the_list(job: JobFolder) -> None:
+    slides = [add_slide(job.root, f"s{i}", n=n, seed=i) for i, n in enumerate((60, 2, 2))]
+    seen: list[str] = []
+    extract(slides, job, ENCODER, batch_size=2, workers=3, progress=lambda record: seen.append(record.slide_id))
+    assert set(seen) == {"s0", "s1", "s2"}
+    assert seen[-1] == "s0"
