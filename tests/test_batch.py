@@ -11,6 +11,7 @@ import pytest
 
 from eosin import _batch as batch
 from eosin._batch import Outcome, Record, Report, read_run_json, run_batch
+from eosin._claims import Todo
 from eosin._files import file_fingerprint
 from eosin.errors import ConfigError, MoreToDo, OutputError, SlideOpenError
 
@@ -214,3 +215,17 @@ def test_two_runs_share_the_items(tmp_path: Path) -> None:
     assert sorted(made) == sorted(f"S{number}" for number in range(20))
     assert {record.status for record in read_run_json(tmp_path / "run.json")} <= {"ok", "skipped"}
     assert not any(record.message for record in read_run_json(tmp_path / "run.json"))
+
+
+def test_results_are_recorded_as_they_come_and_reported_in_the_order_of_the_items(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def make(todo: Todo[str]) -> batch.Results:
+        items = [taken[0] for _ in range(3) if (taken := todo.take()) is not None]
+        for item in reversed(items):
+            yield item, Outcome()
+            seen.append([record.slide_id for record in read_run_json(tmp_path / "run.json")])
+
+    report = batch.collect(["a", "b", "c"], make, key=str, stage="t", run_json=tmp_path / "run.json")
+    assert seen == [["c"], ["c", "b"], ["c", "b", "a"]]
+    assert [record.slide_id for record in report.records] == ["a", "b", "c"]
