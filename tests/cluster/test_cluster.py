@@ -154,6 +154,14 @@ def test_local_workers_make_what_one_process_makes_and_a_poisonous_slide_stops_n
     assert (view.name, view.counts["ok"], view.counts["failed"], view.running) == ("tile", 8, 1, ())
 
 
+def test_a_limit_of_the_whole_run_ends_it_with_exit_code_4(tmp_path: Path, cohort: Path) -> None:
+    (tmp_path / "site.yaml").write_text(f'{LOCAL}limit: "00:00:00"\n')
+    said = eosin(
+        "tile", "--slides", cohort / "slides", "--job", tmp_path / "job", "--cluster", tmp_path / "site.yaml", code=4
+    )
+    assert "8 of 8 slides are left for want of time" in said
+
+
 def test_a_job_that_never_was_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing is recorded"):
         jobs.view_job(tmp_path)
