@@ -33,6 +33,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PARALLEL = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
 """What data parallelism and compilation leave in names, at any depth."""
 
+COUNTER = ".num_batches_tracked"
+"""A buffer of batch norms that no computation reads."""
+
 DROPOUTS = ("dropout", "gate_dropout", "embed_dropout", "value_dropout")
 """Rates that act in training alone and stand in no checkpoint: 0, unless the caller states them."""
 
@@ -260,6 +263,7 @@ def recognise(
     CheckpointError
         If no known network has such tensors, there are others besides, or one of them holds no usable numbers.
     """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
     for name, tensor in tensors.items():
         _require_finite(name, tensor, path)
     fitting = [

@@ -20,6 +20,8 @@ from eosin.mil._registry import METHODS, Registry
 __all__ = ["LAYOUTS", "Found", "Layout", "Taker"]
 
 Tensors = dict[str, Tensor]
+BATCH_NORM_EPS = 1e-5  # torch's own, which no public model here changes
+
 Meaning = Literal["softmax", "sigmoid"]
 
 
@@ -147,6 +149,19 @@ class Taker:
         """Return scale and shift of a layer norm."""
         return {f"{new}.{part}": self.take(f"{old}.{part}", width) for part in ("weight", "bias")}
 
+    def batch_norm(self, old: str) -> tuple[Tensor, Tensor] | None:
+        """Return the scale and the shift (float64) that a batch norm is at inference; None where there is none."""
+        if not self.has(re.escape(old) + r"\.running_mean"):
+            return None
+        mean = self.take(f"{old}.running_mean", None).double()
+        spread, weight, bias = (
+            self.take(f"{old}.{part}", len(mean)).double() for part in ("running_var", "weight", "bias")
+        )
+        if (spread < 0).any():
+            raise CheckpointError(self.path, f"is damaged: {old}.running_var holds negative numbers")
+        scale = weight / (spread + BATCH_NORM_EPS).sqrt()
+        return scale, bias - mean * scale
+
     def stack(self, old: str, new: str, count: int, outputs: int | None = None, inputs: int | None = None) -> Tensors:
         """Return `count` linear layers, one per branch and with its number for ``*`` in the name, as one."""
         layers = []
@@ -213,6 +228,14 @@ class Layout:
         """Return the tensors of the network itself, or None when these are of another one."""
         kept = {name: value for name, value in tensors.items() if not name.startswith(self.unused)}
         return kept if all(any(re.fullmatch(mark, name) for name in tensors) for mark in self.marks) else None
+
+
+def folded(tensors: Tensors, layer: str, norm: tuple[Tensor, Tensor]) -> Tensors:
+    """Return a linear layer that does what a batch norm and that layer behind it do at inference."""
+    scale, shift = norm
+    weight = tensors[f"{layer}.weight"].double()
+    bias = weight @ shift + tensors.get(f"{layer}.bias", torch.zeros(len(weight)))
+    return {f"{layer}.weight": (weight * scale).float(), f"{layer}.bias": bias.float()}
 
 
 def without_merging(taker: Taker) -> None:

@@ -99,6 +99,11 @@ FILES = {
     "trident": Known("abmil", "sigmoid"),
     "trident_two_heads": Known("abmil", "sigmoid"),
     "trident_no_gate": Known("abmil", "sigmoid"),
+    "packmil_batch_norm": Known("abmil", options=GELU, within=1e-6),  # norms go into float32 layers
+    "packmil_batch_norm_ads": Known("downsampled", options=RELU, within=1e-6),
+    "packmil_batch_norm_after": Known("abmil", options=RELU, within=1e-6),
+    "dabmil_batch_norm": Known("abmil", options=RELU, within=1e-6),
+    "gabmil_batch_norm": Known("abmil", options=GELU, within=1e-6),
     "mambamil_sr": Known("mambamil", options=RELU | {"kind": "sr", "rate": "3"}),
     "mambamil_bi": Known("mambamil", options=GELU | {"kind": "bi"}),
     "mambamil_plain": Known("mambamil", options=RELU),
@@ -187,6 +192,17 @@ def test_an_output_that_reads_all_classes_cannot_stand_alone(tmp_path):
     state, bag, logits = read("dsmil_iclassifier")
     with pytest.raises(CheckpointError, match="cannot give output 1 alone"):
         convert(state, tmp_path, FILES["dsmil_iclassifier"], bag, logits, classes=(), outputs="risk:1")
+
+
+@pytest.mark.parametrize("name", ["trident_two_heads", "torchmil_abmil_gated_gelu", "acmil_ga_residual"])
+def test_what_ifs_of_layers_that_only_public_code_has(name, tmp_path):
+    state, bag, logits = read(name)
+    model = convert(state, tmp_path, FILES[name], bag, logits)[1].double()
+    pack = PackedBags.pack([bag.double()])
+    with torch.no_grad():
+        form = model.readout(pack, model(pack))
+    without = [answer(model, torch.cat([bag[:row], bag[row + 1 :]])).logits[0] - logits for row in range(len(bag))]
+    torch.testing.assert_close(torch.from_numpy(form.leave_one_out()), torch.stack(without), rtol=0, atol=1e-9)
 
 
 def test_merged_tokens_at_inference_are_refused(tmp_path):

@@ -46,14 +46,14 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from typing_extensions import override
 
-from eosin.errors import ConfigError
+from eosin.errors import CheckpointError, ConfigError
 from eosin.kernels import bag_offsets, segment_softmax
 from eosin.mil import _attention as attention
 from eosin.mil._attention import recomputed
 from eosin.mil._layers import Attention
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
-from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors, folded
 from eosin.mil.options import Count, NotNegative, Part, Whole
 from eosin.mil.slots import AGGREGATORS, STRATEGIES, Aggregator, AggregatorOutput, Step, Strategy, Wrapper
 from eosin.mil.task import Task
@@ -619,17 +619,45 @@ def _read_gabmil(taker: Taker) -> Found:
     tensors |= taker.attention(*names, widths[-1], bias=bias)
     last = "classifier.0" if taker.has(r"classifier\.0\..*") else "classifier"
     tensors |= taker.head(last, "classifier", widths[-1])
-    return Found("ABMIL of MHIM-MIL, PackMIL or MambaMIL", _abmil(tensors, widths, activation, bias=bias), tensors)
+    gated = "attention.U.weight" in tensors
+    tensors = _without_norms(taker, tensors, "norm", "norm1", last_is_read=not gated)
+    return Found("ABMIL of MHIM-MIL, PackMIL or MambaMIL", _abmil(tensors, widths, activation), tensors)
 
 
-def _abmil(tensors: Tensors, widths: list[int], activation: str, *, bias: bool) -> Component:
+def _without_norms(taker: Taker, tensors: Tensors, first: str, last: str, *, last_is_read: bool = True) -> Tensors:
+    """Return the tensors with the batch norms inside the linear layers that follow them.
+
+    The first stands before the embedding or behind it. Behind it, it also acts on the pooled bag, since the attention
+    weights add up to 1. The last stands before the classifier; the gated network of the baselines never calls it.
+    """
+    tensors = dict(tensors)
+    before_last = taker.batch_norm(last)
+    if before_last is not None and last_is_read and "classifier.weight" in tensors:
+        tensors |= folded(tensors, "classifier", before_last)
+    norm = taker.batch_norm(first)
+    if norm is None:
+        return tensors
+    width, dim = tensors["embed.0.weight"].shape
+    size = len(norm[0])
+    if size not in (width, dim):
+        raise CheckpointError(taker.path, f"holds a batch norm of width {size} between layers of {dim} and {width}")
+    behind = taker.ask("embed_norm_pos", "0", "1") == "1" if width == dim else size == width
+    for layer in ("attention.V", "attention.U", "classifier") if behind else ("embed.0",):
+        if f"{layer}.weight" in tensors:
+            tensors |= folded(tensors, layer, norm)
+    if "attention.V.bias" in tensors:
+        tensors.setdefault("attention.w.bias", torch.zeros(1))
+    return tensors
+
+
+def _abmil(tensors: Tensors, widths: list[int], activation: str) -> Component:
     options = {
         "embed_dims": tuple(widths),
         "embed_activation": activation,
-        "embed_bias": bias,
+        "embed_bias": "embed.0.bias" in tensors,
         "gated": "attention.U.weight" in tensors,
         "hidden": len(tensors["attention.V.weight"]),
-        "attention_bias": bias,
+        "attention_bias": "attention.V.bias" in tensors,
     }
     return Component(name="abmil", options=options)
 
@@ -643,7 +671,8 @@ def _read_packed(taker: Taker) -> Found:
     gate = taker.gate("mil.aggregate." if gated else "mil.aggregate.attention.")
     tensors |= taker.attention(*gate, widths[-1], bias=bias)
     tensors |= taker.head("predictor", "classifier", widths[-1])
-    host = _abmil(tensors, widths, activation, bias=bias)
+    tensors = _without_norms(taker, tensors, "mil.norm", "mil.aggregate.norm1")
+    host = _abmil(tensors, widths, activation)
     if not taker.has(r"downsampler\..*"):
         return Found("PackMIL", host, tensors)
     dim = tensors["embed.0.weight"].shape[1]
