@@ -386,8 +386,9 @@ def rough_table(path: Path) -> LabelTable | None:
     patients = rest.pop(detect_column(rest, PATIENT_COLUMNS) or "", slides)
     if not slides:
         return None
-    first = {slide_id(name): row for row, name in reversed(list(enumerate(slides)))}
-    rows = sorted(row for name, row in first.items() if not is_missing(name) and not is_missing(patients[row]))
+    rows = [row for row, name in enumerate(slides) if not is_missing(name) and not is_missing(patients[row])]
+    if len({slide_id(slides[row]) for row in rows}) < len(rows):
+        return None  # which row of a slide counts is for a person to say
     return LabelTable(
         tuple(slide_id(slides[row]) for row in rows),
         tuple(patients[row] for row in rows),

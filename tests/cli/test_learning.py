@@ -440,7 +440,7 @@ def test_a_sweep_of_options_that_do_not_exist_stops_before_training(
     features: Path, labels: Path, refused: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "sweep.yaml").write_text("recipes: [mean, abmil]\ngrid: {aggregator.options.gate: [true]}\n")
-    arguments = ("--features", features, "--labels", labels, "--sweep", tmp_path / "sweep.yaml")
+    arguments = ("--features", features, "--labels", labels, "--sweep", tmp_path / "sweep.yaml", "--folds", 2)
     assert "'gate'" in refused("crossval", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -472,7 +472,12 @@ def twelve(*values: str) -> list[str]:
     ("lines", "header", "task", "told"),
     [
         (["p0,S000,tumour", "p1,S000,normal"], "label", "binary", "slides with more than one row: S000"),
-        (twelve("a", "b", "nan", "a"), "label", "binary", "no value in column 'label' for S002, S006, S010"),
+        (
+            twelve("a", "b", "nan", "a"),
+            "label",
+            "binary",
+            "3 slides have no label (has no value in column label): S002, S006, S010",
+        ),
         (twelve("a"), "label", "binary", "only the label 'a'"),
         (["P0,S000,a"], "label", "binary", "only the label 'a'"),
         ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patient,"),
@@ -488,7 +493,7 @@ def test_labels_that_cannot_be_learnt(
 ) -> None:
     path = table(tmp_path / "l.csv", lines, header=f"patient_id,slide_id,{header}")
     base = ("--features", features, "--labels", path, "--out", tmp_path / "out", "--task", task)
-    assert told in refused("crossval", *base, *QUICK)
+    assert told in refused("crossval", *base, "--folds", 2, *QUICK)
     assert not (tmp_path / "out").exists()
 
 
@@ -710,7 +715,7 @@ def test_training_options_that_make_no_sense(
 
 
 def test_a_fold_must_be_chosen_and_exist(
-    refused: Run, features: Path, labels: Path, splits: Path, tmp_path: Path
+    refused: Run, cohort: Path, features: Path, labels: Path, splits: Path, tmp_path: Path
 ) -> None:
     base = ("--features", features, "--labels", labels, "--splits", splits, "--out", tmp_path)
     assert "choose one with --fold" in refused("train", *base)
@@ -718,7 +723,7 @@ def test_a_fold_must_be_chosen_and_exist(
     alone = ("--features", features, "--labels", labels, "--out", tmp_path)
     assert "--fold 1 of which splits?" in refused("train", *alone, "--fold", 1)
     assert "splits have their own number" in refused("crossval", *base, "--folds", 2)
-    slides = ("--slides", features, *base[2:6], "--job", tmp_path)
+    slides = ("--slides", cohort / "slides", *base[2:6], "--job", tmp_path)
     assert "splits have their own number" in refused("run", *slides, "--folds", 2)
 
 
