@@ -1,15 +1,21 @@
 """`eosin predict`: features or slides → one row of predictions per slide."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eosin.cli._arguments import Device, Features, IdsPolicy, SlideMpp, SlidesIfAny, Weights, Workers, slide_mpp_source
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command, progress, say
+
+if TYPE_CHECKING:
+    from eosin.mil._predict import Predictions
 
 
-@command(rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"}, cluster="job")
+@command(
+    rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"}, cluster="job",
+    checks_device=False,
+)  # fmt: skip
 def predict(
     *,
     model: Annotated[
@@ -37,27 +43,39 @@ def predict(
 
     A slide that fails is a row of the table with its reason. Start a killed run again: it continues.
     """
+    from eosin._devices import choose_device
     from eosin.cli._study import ids_policy
     from eosin.errors import ConfigError
     from eosin.features._store import find_bags
     from eosin.mil._patients import patients_file, read_patients
     from eosin.mil._predict import predict as predict_files
+    from eosin.mil._prediction_table import require_table_suffix
     from eosin.pipeline._deploy import Machine, predict_slides
+    from eosin.pipeline._preflight import Problems, check_folder, check_prediction
     from eosin.wsi._job import JobFolder
 
-    policy = ids_policy(ids)
-    patient_of = None if patients is None else read_patients(patients, policy)
+    problems = Problems()
+    policy = problems.attempt(ids_policy, ids) or "ask"
+    patient_of = None if patients is None else problems.attempt(read_patients, patients, policy)
+    problems.attempt(require_table_suffix, out)
+    problems.attempt(check_folder, out.parent, "--out")
+    problems.attempt(choose_device, device)
     made = [out] if patients is None else [out, patients_file(out)]
     if features is not None and not slides:
+        problems.require()
         files = {features.stem: features} if features.suffix == ".h5" else find_bags(features)
         with progress("predict", len(files)) as advance:
             report = predict_files(
                 model, files, out, patient_of=patient_of, ids=policy, device=device, progress=advance
             )
-        return Done(made, report)
+        return _told(made, report, out)
     if slides and features is None and job is not None:
         machine = Machine(workers=workers, device=device, weights=weights)
         mpp = slide_mpp_source(slide_mpp)
+        check_prediction(problems, model, slides, JobFolder(job), slide_mpp=mpp, weights=weights, workers=workers)
+        problems.require()
+        for warning in problems.warnings:
+            say(f"warning: {warning}")
         report = predict_slides(
             model,
             slides,
@@ -69,5 +87,16 @@ def predict(
             machine=machine,
             progress=progress,
         )
-        return Done(made, report)
-    raise ConfigError("nothing to predict: pass --features FOLDER, or --slides SLIDES with --job JOB")
+        return _told(made, report, out)
+    problems.add(ConfigError("nothing to predict: pass --features FOLDER, or --slides SLIDES with --job JOB"))
+    problems.require()
+    return Done()
+
+
+def _told(made: list[Path], report: "Predictions", out: Path) -> Done:
+    """Draw the account of the slides beside the table, and say it in the last lines."""
+    from eosin._files import write_text
+    from eosin.report._flow import flow_svg
+
+    write_text(out.with_name(f"{out.stem}_cohort.svg"), flow_svg(report.flow))
+    return Done(made, report, lines=tuple(report.flow.lines()))

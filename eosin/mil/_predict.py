@@ -6,20 +6,21 @@ is kept by later runs as long as models and features are the same.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from eosin._batch import Outcome, Record, Report, run_batch
-from eosin._files import file_fingerprint
+from eosin._files import file_fingerprint, write_json
 from eosin._names import Ids
 from eosin.errors import FeatureFileError, FeatureMismatchError
 from eosin.features._store import read_bag
 from eosin.mil._data import MemoryBags
 from eosin.mil._ensemble import Ensemble
 from eosin.mil._jury import Jury
+from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats
 from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
 from eosin.mil._prediction_table import SEEN_COLUMNS, Cell, PredictionTable, Row, require_table_suffix
@@ -40,7 +41,7 @@ def predict(
     ids: Ids = "ask",
     device: str = "auto",
     progress: Callable[[Record], None] | None = None,
-) -> Report:
+) -> "Predictions":
     """Predict every slide of a batch and write the table.
 
     Parameters
@@ -58,6 +59,7 @@ def predict(
         patient), ``answered_by`` (which models), ``n_tiles``, ``model`` (hash of the weights), ``encoder``,
         ``encoder_hash``, ``features_hash``, ``message`` and ``fingerprint``. A row of an earlier table of this name
         stays when it was not a failure, is of the same models and features, and is as it was written.
+        ``<table>_cohort.csv`` and ``.json`` beside it account for every slide.
     failures : sequence of Record
         Slides that failed before they had features; each is a row with its reason.
     patient_of : mapping of str to str, optional
@@ -74,7 +76,7 @@ def predict(
 
     Returns
     -------
-    Report
+    Predictions
         One record per slide of `files`, and of slides that `patient_of` alone names. A slide without tiles is
         ``empty``, a row that was kept ``skipped``.
 
@@ -127,7 +129,28 @@ def predict(
         patients.write(patients_file(out))
     for note in seen_notes({slide: choices[slide].sight for slide in table.rows if table.rows[slide]["n_tiles"]}):
         logger.warning("%s", note)
-    return Report((*report.records, *lost))
+    empty = {slide for slide, row in table.rows.items() if row.get("status") == "empty"}
+    return Predictions((*report.records, *lost), _account(out, Flow.of_predictions(records, empty, patient_of)))
+
+
+@dataclass(frozen=True, repr=False)
+class Predictions(Report):
+    """The records of a prediction, and the account of its slides.
+
+    Attributes
+    ----------
+    flow : Flow
+        Also in ``<table>_cohort.csv`` and ``<table>_cohort.json``.
+    """
+
+    flow: Flow = field(default_factory=Flow)
+
+
+def _account(out: Path, flow: Flow) -> Flow:
+    """Write the account beside the table; return it."""
+    flow.write(out.parent, f"{out.stem}_cohort.csv")
+    write_json(out.with_name(f"{out.stem}_cohort.json"), {"cohort": flow.as_json()})
+    return flow
 
 
 def _features_hash(path: Path) -> str:

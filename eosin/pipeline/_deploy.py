@@ -14,7 +14,7 @@ from eosin.features._encoders import Precision, find_encoder, folder_name
 from eosin.features._extract import extract
 from eosin.mil._checkpoint import load_card
 from eosin.mil._flow import Flow
-from eosin.mil._predict import predict
+from eosin.mil._predict import Predictions, predict
 from eosin.mil._seen import Models
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
@@ -186,7 +186,7 @@ def predict_slides(
     slide_mpp: float | Path | None = None,
     machine: Machine | None = None,
     progress: ProgressBar = no_progress,
-) -> Report:
+) -> Predictions:
     """Predict slides from their pixels: tiled and encoded as the first model's features were, then predicted.
 
     Parameters
@@ -210,7 +210,7 @@ def predict_slides(
 
     Returns
     -------
-    Report
+    Predictions
         Each slide's first failure, else its last record.
 
     Raises
@@ -234,4 +234,4 @@ def predict_slides(
             device=machine.device,
             progress=advance,
         )
-    return encoded.report.then(predicted)
+    return Predictions(encoded.report.then(predicted).records, predicted.flow)

@@ -20,8 +20,12 @@ from eosin._devices import choose_device, count_cores
 from eosin._names import Ids, is_missing, slide_id
 from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, read_table
 from eosin.errors import ConfigError, EosinError, LabelError, MissingPackageError, OutputError, SeveralErrors
+from eosin.features._encoders import folder_name
+from eosin.features._inference import require_encoder
 from eosin.features._store import find_bags, read_common_spec
+from eosin.mil._checkpoint import ModelCard, load_card
 from eosin.mil._recipe import Recipe
+from eosin.mil._seen import Run
 from eosin.mil._splits import make_splits, read_nested_splits
 from eosin.mil._study import (
     checked_splits,
@@ -36,6 +40,7 @@ from eosin.mil._study import (
 from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, Missing, may_drop, shown
 from eosin.mil._train import require_fitting
 from eosin.mil.task import TASKS, Task
+from eosin.pipeline._deploy import TissueTiles
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile, find_slides, open_file
@@ -339,6 +344,36 @@ def check_training(
         wanted = {slide: files[slide] for slide in labelled.table.slide_ids} if labelled else files
         problems.attempt(read_common_spec, wanted)
     return labelled
+
+
+def check_prediction(
+    problems: Problems,
+    models: Sequence[Path],
+    slides: Sequence[Path],
+    job: JobFolder,
+    *,
+    slide_mpp: float | Path | None = None,
+    weights: Path | None = None,
+    workers: int = 0,
+) -> None:
+    """Check models, slides, the encoder of their features, job folder and disk for predictions from slides."""
+    cards = [card for root in models for card in problems.attempt(_cards, root) or ()]
+    files = collect_slides(problems, slides, slide_mpp)
+    headers = check_headers(problems, files, workers)
+    problems.attempt(check_folder, job.root)
+    if not cards:
+        return
+    spec = cards[0].features
+    encoder = problems.attempt(require_encoder, spec.encoder, weights=weights)
+    tiles = problems.attempt(TissueTiles.like, spec)
+    if encoder is not None and tiles is not None:
+        need = Need(job, tiles.tiling, tiles.folder, folder_name(encoder.name), encoder.dim)
+        problems.attempt(check_space, job.root, need.bytes(files, headers))
+
+
+def _cards(root: Path) -> list[ModelCard]:
+    """Return the cards of a model or of the models of a cross-validation."""
+    return [load_card(model.folder) for model in Run.open(root).models]
 
 
 def _absent(absent: Sequence[str], table: LabelTable, there: Collection[str], what: str) -> LabelError:

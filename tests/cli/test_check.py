@@ -111,6 +111,24 @@ def test_training_lists_what_is_wrong_before_it_begins(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_predictions_list_what_is_wrong_before_they_begin(run: Run, tmp_path: Path) -> None:
+    base = ("predict", "--model", tmp_path / "none", "--out", tmp_path / "p.doc", "--device", "cuda:99", "--ids", "all")
+    result = run(*base, "--slides", tmp_path / "slides", "--job", tmp_path / "job", "--patients", tmp_path / "t.csv")
+    assert (result.exit_code, result.stdout) == (2, "")
+    told = (
+        "known: ask",
+        "t.csv: cannot be read",
+        "p.doc: predictions",
+        "cuda:99",
+        "none: is not a",
+        "correct --slides",
+    )
+    for what in told:
+        assert what in result.stderr, (what, result.stderr)
+    assert "nothing to predict" in run(*base).stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_demo_paints_nothing_when_it_cannot_go_on(run: Run, tmp_path: Path) -> None:
     result = run(
         "demo", "--out", tmp_path / "demo", "--device", "cuda:99", "--set", "pipeline.encoder=he_textur",

@@ -75,6 +75,27 @@ def test_every_slide_is_one_row_whatever_becomes_of_it(models, folder, tmp_path)
     assert ok["uncertainty"] == ""
 
 
+def test_every_slide_is_accounted_for_by_name_step_and_reason(models, folder, tmp_path):
+    failures = [Record("blurred", "tile", "failed", "no-mpp"), Record("torn", "extract t/e", "failed", "corrupt")]
+    patient_of = {"s000": "P0", "s001": "P0", "empty": "P1", "gone": "P2", "blurred": "P3"}
+    for _ in range(2):  # the second run keeps rows
+        made = predict(models[:1], find_bags(folder), tmp_path / "p.csv", failures=failures, patient_of=patient_of)
+        assert {slide: (loss.step, loss.reason) for slide, loss in made.flow.losses.items()} == {
+            "blurred": ("readable", "no-mpp"),
+            "torn": ("features", "corrupt"),
+            "empty": ("tissue", "has no tissue"),
+            "broken": ("predicted", read(tmp_path / "p.csv")["broken"]["reason"]),
+            "other": ("predicted", "mismatch"),
+            "gone": ("found", "has no slide or feature file"),
+            "s003": ("labelled", "has no row in the table of patients"),
+        }
+        assert made.flow.used == ("s000", "s001")
+        assert [row["used"] for row in read(tmp_path / "p_cohort.csv").values()].count("1") == 2
+        steps = json.loads((tmp_path / "p_cohort.json").read_text())["cohort"]
+        left = {"given": 9, "found": 8, "readable": 7, "tissue": 6, "features": 5, "predicted": 3, "labelled": 2}
+        assert {step["step"]: step["slides"] for step in steps} == left
+
+
 def test_an_ensemble_is_the_mean_and_says_how_much_it_varies(models, folder, tmp_path):
     tables = []
     for number, chosen in enumerate([models[:1], models[1:], models]):

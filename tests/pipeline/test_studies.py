@@ -58,7 +58,9 @@ def run(cohort: Path, job: JobFolder, study: str | None = None, **changes: objec
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and "studies" not in path.relative_to(folder).parts)
+    """Return a hash of every result; records of what was skipped are none, nor are other studies."""
+    others = {"studies", "records", "claims"}
+    files = (one for one in folder.rglob("*") if one.is_file() and not others & set(one.relative_to(folder).parts))
     return {path.relative_to(folder).as_posix(): content_hash(path) for path in files}
 
 
