@@ -400,6 +400,8 @@ def _count_splits(asked: Question, table: LabelTable, task: Task, gone: Sequence
         require_sites(table)
     cohort = label_cohort(table, task, keep_sites=sites)
     if asked.splits is not None:
+        if not asked.splits.exists():
+            raise LabelError(f"{asked.splits}: there is no such file or folder of splits; correct --splits")
         nested = read_nested_splits(asked.splits)
         for splits in nested:
             checked_splits(splits, cohort, left_out=gone)

@@ -54,7 +54,16 @@ from eosin.pipeline._preflight import (
     collect_slides,
 )
 from eosin.pipeline._result import Earlier, Result, make_report, out_of_fold
-from eosin.pipeline._studies import DIGITS, StudyFolder, StudyKey, earlier_studies, flat, place_study, plain_hash
+from eosin.pipeline._studies import (
+    DIGITS,
+    StudyFolder,
+    StudyKey,
+    earlier_studies,
+    flat,
+    place_study,
+    plain_hash,
+    require_name,
+)
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
@@ -327,6 +336,7 @@ def check_run(
     if labelled is not None:
         problems.attempt(require_fitting, options.recipe.training, labelled.task)
     place = None
+    problems.attempt(require_name, study)
     if labelled is not None:
         key = problems.attempt(study_key, options, labelled, machine, slide_mpp=slide_mpp, splits=splits, second=second)
         place = None if key is None else problems.attempt(place_study, job, key, study)

@@ -176,8 +176,7 @@ def place_study(job: JobFolder, key: StudyKey, name: str | None = None) -> Study
         if same:
             return same[0]
         name = FIRST if FIRST not in known else key.fingerprint[:DIGITS]
-    elif not NAME.fullmatch(name):
-        raise ConfigError(f"--study {name!r} cannot be the name of a folder; use letters, digits, dots and dashes")
+    require_name(name)
     taken = known.get(name)
     if taken is None:
         path = path_of(job, name)
@@ -189,6 +188,17 @@ def place_study(job: JobFolder, key: StudyKey, name: str | None = None) -> Study
         f"--study {name}: holds a study that asks something else ({others or 'of another version of eosin'}); "
         "choose another name, or leave --study out for a new one"
     )
+
+
+def require_name(name: str | None) -> None:
+    """Refuse a name that cannot be that of a folder.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if name is not None and not NAME.fullmatch(name):
+        raise ConfigError(f"--study {name!r} cannot be the name of a folder; use letters, digits, dots and dashes")
 
 
 def _tiles_for(key: StudyKey, known: Iterable[StudyFolder], job: JobFolder, path: Path) -> JobFolder:

@@ -35,7 +35,7 @@ def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
     result = run(
         name, "--slides", cohort / "slides", "--slides", tmp_path / "none", "--labels", broken,
         "--job", tmp_path / "file/job", "--encoder", "uni", "--recipe", "abmill", "--device", "cuda:99",
-        "--max-pen", "2", "--set", "formats=[pngg]", "--set", "tiling.mppp=3",
+        "--max-pen", "2", "--set", "formats=[pngg]", "--set", "tiling.mppp=3", "--study", "a/b",
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (2, "")
     first, *lines = result.stderr.splitlines()
@@ -54,6 +54,7 @@ def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
         "'pngg'": "did you mean png",
         "'cuda:99' cannot be used": "--device auto",
         "is a file": "correct --job",
+        "--study 'a/b'": "use letters",
     }
     for what, cure in expected.items():
         assert any(what in line and cure in line for line in lines), (what, result.stderr)

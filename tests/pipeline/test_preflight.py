@@ -120,3 +120,15 @@ def test_rows_of_a_refused_table_are_checked_as_far_as_they_can_be(tmp_path: Pat
     assert rough is not None
     assert (rough.slide_ids, rough.patient_ids) == (("a", "b"), ("P1", "p1"))
     assert preflight.rough_table(tmp_path / "none.csv") is None
+
+
+def test_splits_that_are_not_there(tmp_path: Path) -> None:
+    labels = tmp_path / "t.csv"
+    labels.write_text("slide_id,patient_id,label\n" + "".join(f"s{i},p{i},{'xy'[i % 2]}\n" for i in range(8)))
+    problems = Problems()
+    found = preflight.check_labels(problems, preflight.Question(labels, folds=2), ())
+    assert found is not None
+    assert (found.n_splits, problems.errors) == (2, [])
+    preflight.check_labels(problems, preflight.Question(labels, splits=tmp_path / "none"), ())
+    with pytest.raises(LabelError, match="no such file or folder of splits; correct --splits"):
+        problems.require()
