@@ -14,7 +14,7 @@ from eosin.features._bag import FeatureSpec
 from eosin.features._store import read_bag, read_spec, verify_bag
 from eosin.wsi._coordinates import read_footer, read_grid, read_quality
 from eosin.wsi._grid import TileGrid
-from eosin.wsi._job import JobFolder
+from eosin.wsi._job import STUDIES, JobFolder
 
 PATTERNS = (
     "thumbnails/*.jpg",
@@ -54,7 +54,8 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     ConfigError
         When the folder is missing or holds nothing of a job.
     """
-    files = sorted({path for pattern in PATTERNS for path in job.root.glob(pattern) if not path.name.startswith(".")})
+    patterns = [f"{place}{pattern}" for place in ("", f"{STUDIES}/*/") for pattern in PATTERNS]
+    files = sorted({path for pattern in patterns for path in job.root.glob(pattern) if not path.name.startswith(".")})
     if not files:
         raise ConfigError(f"{job.root}: is not a job folder, or an empty one; there is nothing to verify")
     return run_batch(

@@ -23,10 +23,9 @@ from eosin._seals import is_intact, read_json, sealed
 from eosin.errors import ConfigError, UnknownNameError
 from eosin.mil.task import load_task
 from eosin.pipeline._result import Earlier
-from eosin.wsi._job import JobFolder
+from eosin.wsi._job import STUDIES, JobFolder
 
 STUDY = "study.json"
-FOLDER = "studies"
 FIRST = "first"
 METRICS, PREDICTIONS, MODEL = "crossval/metrics.json", "crossval/predictions.csv", "model/model.json"
 NAME = re.compile(r"[\w][\w .+-]*")
@@ -120,7 +119,7 @@ class StudyFolder:
 
 def path_of(job: JobFolder, name: str) -> Path:
     """Return the folder of a study by its name."""
-    return job.root if name == FIRST else job.root / FOLDER / name
+    return job.root if name == FIRST else job.root / STUDIES / name
 
 
 def studies_of(job: JobFolder) -> list[StudyFolder]:
@@ -131,7 +130,7 @@ def studies_of(job: JobFolder) -> list[StudyFolder]:
     ConfigError
         If the description of one is damaged.
     """
-    names = sorted(path.parent.name for path in job.root.glob(f"{FOLDER}/*/{STUDY}"))
+    names = sorted(path.parent.name for path in job.root.glob(f"{STUDIES}/*/{STUDY}"))
     found = [_read(job, name) for name in names]
     if (job.root / STUDY).is_file():
         found.append(_read(job, FIRST))

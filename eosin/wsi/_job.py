@@ -31,6 +31,9 @@ from eosin.wsi._tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_ti
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = "unsupported-format"
+STUDIES = "studies"
+"""Folder in a job whose folders may have tiles and features of their own, see `eosin.pipeline._studies`."""
+
 OUTLINE_SUFFIXES = (".geojson", ".json")
 
 
