@@ -19,8 +19,8 @@ from eosin.errors import FeatureFileError, FeatureMismatchError
 from eosin.features._store import read_bag
 from eosin.mil._data import MemoryBags
 from eosin.mil._ensemble import Ensemble
-from eosin.mil._jury import Jury
 from eosin.mil._flow import Flow
+from eosin.mil._jury import Jury
 from eosin.mil._metrics import Floats
 from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
 from eosin.mil._prediction_table import SEEN_COLUMNS, Cell, PredictionTable, Row, require_table_suffix
