@@ -34,7 +34,9 @@ OPTIONS = Pipeline(
     folds=2,
     formats=("csv",),
 )
-OTHER_SEED = {"recipe": OPTIONS.recipe.model_copy(update={"training": Training(epochs=2, select="last", seed=5)})}
+OTHER_SEED = {
+    "recipe": OPTIONS.recipe.model_copy(update={"training": Training(epochs=2, select="last", patience=0, seed=5)})
+}
 
 
 @pytest.fixture(scope="module")
