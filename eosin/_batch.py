@@ -338,13 +338,15 @@ def attempt(work: Callable[[T], Outcome], slide_id: str, item: T) -> Outcome | E
     except ImportError as error:  # it would fail every slide alike
         raise MissingPackageError(error) from error
     except EosinError as error:
+        logger.info("%s: %s", slide_id, getattr(error, "path", ""))
         return error
     except MemoryError:
         return WorkerError("this slide needs more memory than the process may use", code="out-of-memory")
     except OSError as error:
         if error.errno in ENVIRONMENT_ERRNOS:
             raise OutputError(error.filename or slide_id, error.strerror or str(error)) from error
-        return WorkerError(str(error), code="io-error")
+        where = f"{Path(str(error.filename)).name}: " if error.filename else ""
+        return WorkerError(f"{where}{error.strerror or error}", code="io-error")
     except Exception as error:  # whatever one slide provokes must not stop the cohort
         logger.debug("slide %s failed unexpectedly", slide_id, exc_info=True)
         return WorkerError(f"{type(error).__name__}: {error}", code="internal")

@@ -30,6 +30,7 @@ MAX_JSON_VALUES = 20_000_000
 MAX_JSON_DEPTH = 64
 CHUNK_BYTES = 2**20
 NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
+TOO_MANY_OPEN = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))
 JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
@@ -93,7 +94,11 @@ def parse_json(data: str | bytes) -> Any:
 def _is_deep(data: bytes) -> bool:
     """Return whether something is left when the innermost level is taken away as often as is allowed."""
     brackets = data.translate(None, delete=NOT_BRACKETS)
+    if TOO_MANY_OPEN.search(brackets):
+        return True
     for _ in range(MAX_JSON_DEPTH):
+        if not brackets:
+            return False
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
     return b"[]" in brackets or b"{}" in brackets
 

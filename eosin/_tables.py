@@ -51,7 +51,7 @@ MAX_TEXT_BYTES = 256 * 2**20
 MAX_PARQUET_BYTES = 256 * 2**20
 MAX_WORKBOOK_BYTES = 64 * 2**20
 MAX_WORKBOOK_PARTS = 10_000
-MAX_WORKBOOK_CELLS = 2_000_000
+MAX_WORKBOOK_CELLS = 4_000_000
 APART_S = 120.0
 APART_BYTES = 4 * 2**30
 CHUNK_BYTES = 2**20
@@ -504,11 +504,20 @@ def _names_slides(row: Sequence[Any]) -> bool:
 
 def _filled_rows(sheet: Any, areas: Sequence[str], path: Path) -> list[list[Any]]:
     """Return the rows that are not blank; one cell far to the right makes every row as long as the sheet is wide."""
+    sheet.reset_dimensions()  # what the sheet says of its size would fill up every row, and may be wrong
     rows: dict[int, list[Any]] = {}
+    seen = width = 0
     for number, cells in enumerate(sheet.iter_rows(), 1):
+        seen += len(cells)
+        if seen > MAX_WORKBOOK_CELLS:
+            limit = f"{MAX_WORKBOOK_CELLS:,} cells of workbook"
+            raise _refuse(path, f"has rows that reach over more than {MAX_WORKBOOK_CELLS:,} cells", limit)
         if any(cell.value is not None for cell in cells):
             rows[number] = [_shown_value(cell) for cell in cells]
-            _require_size(path, len(rows), len(cells))
+            width = max(width, len(cells))
+            _require_size(path, len(rows), width)
+    for row in rows.values():
+        row += [None] * (width - len(row))
     _fill_merged(rows, areas, path)
     return list(rows.values())
 

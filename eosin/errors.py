@@ -26,6 +26,7 @@ A message says what was asked, what was found and what to do. ``code`` is the sh
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -105,7 +106,21 @@ class _FileBoundError(EosinError):
         self.detail = message
 
 
-class SlideError(_FileBoundError):
+class _SlideBoundError(_FileBoundError):
+    """Of a file of one slide: the message names the file without its folders, which may be called after a patient.
+
+    ``path`` has them, and so has what ``--verbose`` prints.
+    """
+
+    def __init__(self, path: Path | str, message: str, *, code: str | None = None) -> None:
+        path = Path(path)
+        for folder in {str(path.parent), str(path.parent.absolute()), str(path.parent.resolve())}:
+            message = message.replace(f"{folder}{os.sep}", "")
+        super().__init__(path.name, message, code=code)
+        self.path = path
+
+
+class SlideError(_SlideBoundError):
     """One slide cannot be used."""
 
     default_code = "slide"
@@ -129,7 +144,7 @@ class CorruptSlideError(SlideError):
     default_code = "corrupt"
 
 
-class FeatureFileError(_FileBoundError, ValueError):
+class FeatureFileError(_SlideBoundError, ValueError):
     """A feature or coordinates file is damaged, incomplete or of an unknown layout."""
 
     default_code = "features"

@@ -128,8 +128,8 @@ def crossval(
         thumbnails=features.parent.parent / "thumbnails",
         tables=tables,
         provenance={
-            "labels": f"{labels} ({file_fingerprint(labels)})",
-            "splits": f"{splits or f'{number} new folds'}, never with a {group} on two sides",
+            "labels": f"{labels.name} ({file_fingerprint(labels)})",
+            "splits": f"{splits.name if splits else f'{number} new folds'}, never with a {group} on two sides",
             "computed": f"{choose_device(device)}, {precision}, seed {seed}",
         },
     )

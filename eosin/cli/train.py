@@ -162,8 +162,8 @@ def _report(
         summary=f"in the {name} part of the split{chosen_by}; the model was trained on other patients.",
         thumbnails=features.parent.parent / "thumbnails",
         provenance={
-            "labels": f"{labels} ({file_fingerprint(labels)})",
-            "model": f"{out} ({fitted.card.model_id})",
+            "labels": f"{labels.name} ({file_fingerprint(labels)})",
+            "model": f"{out.name} ({fitted.card.model_id})",
         },
     )
     report_crossval(out / REPORT, metrics, out / PREDICTIONS, study, context)

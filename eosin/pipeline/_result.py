@@ -216,5 +216,5 @@ def _provenance(result: Result) -> dict[str, str]:
         "aggregator": card.recipe.aggregator.name,
         "recipe": card.recipe.to_json(),
         "splits": f"{result.metrics['n_folds']} folds by patient, seed {card.recipe.training.seed}",
-        "model for other slides": f"{result.model} ({card.model_id})",
+        "model for other slides": f"{result.model.name} ({card.model_id})",
     }

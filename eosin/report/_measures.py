@@ -285,4 +285,4 @@ def compare_runs(task: Mapping[str, Any], first: Path, second: Path) -> dict[str
         }
         for name, found in led_by(load_task(task).selection_metric, differences).items()
     ]
-    return {f"Compared with {second.parent}": pd.DataFrame(rows)}
+    return {f"Compared with {second.parent.name}": pd.DataFrame(rows)}

@@ -414,7 +414,7 @@ def test_two_cross_validations_are_compared(
     result = run(*arguments, "--recipe", "max", "--out", tmp_path / "b", "--compare", tmp_path / "a")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "b/report.html").read_text()
-    assert f"Compared with {tmp_path / 'a'}" in page
+    assert "Compared with a" in page
     assert "paired bootstrap" in page
 
 
