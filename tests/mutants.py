@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 MUTANTS = [  # what is wrong, module, code, what it becomes, tests that must fail
     ("files are not synced", "_files.py", "os.fsync(file.fileno())", "file.fileno()", "test_files.py -k power"),
     ("folders are not synced", "_files.py", "_sync_folder(path.parent)", "pass", "test_files.py -k power"),
-    ("val and test may share patients", "mil/_splits.py", ', ("val", "test")):', "):", "mil/test_splits.py -k two_sides"),
+    ("val and test may share patients", "mil/_splits.py", ', ("val", "test")):', "):",
+     "mil/test_splits.py -k two_sides"),
     ("a training does not know its labels", "mil/_train.py", ", targets.numpy().tobytes()]", "]",
      "test_fingerprints.py -k train"),
     ("the viewer binds all addresses", "viewer/_server.py", "bind((ADDRESS, port))", 'bind(("", port))',
@@ -31,7 +32,8 @@ MUTANTS = [  # what is wrong, module, code, what it becomes, tests that must fai
      "test_mutants.py -k coordinates"),
     ("cells are not shielded", "_tables.py", "return f\"'{cell}\" if is_run else cell", "return cell",
      "test_tables.py -k spreadsheet"),
-    ("levels of JSON are not counted", "_seals.py", "        raise too_deep\n", "        pass\n", "test_seals.py -k levels"),
+    ("levels of JSON are not counted", "_seals.py", "        raise too_deep\n", "        pass\n",
+     "test_seals.py -k levels"),
     ("strangers are not limited", "viewer/_server.py", "strangers[0].close()", "pass",
      "viewer/test_server.py -k token_keep"),
     ("locks that are held are removed", "_files.py", "_is_free(path)", "True", "test_files.py -k dead_runs"),
@@ -67,7 +69,8 @@ def main() -> None:
         what, *mutant = MUTANTS[number]
         found = lives(*mutant)
         alive += found
-        print(f"{'LIVES' if found else 'dies':6}{number:3}  {what}  ({mutant[-1]})", flush=True)
+        sys.stdout.write(f"{'LIVES' if found else 'dies':6}{number:3}  {what}  ({mutant[-1]})\n")
+        sys.stdout.flush()
     sys.exit(alive > 0)
 
 

@@ -277,7 +277,7 @@ def test_a_library_that_hangs_or_dies_is_a_table_that_cannot_be_read(tmp_path, m
         read_table(path)
     monkeypatch.setattr(tables, "APART_S", 0.2)
     monkeypatch.setitem(tables.APART, ".parquet", sleep_over)
-    with pytest.raises(TableError, match="gave no answer for 0.2 s"):
+    with pytest.raises(TableError, match=r"gave no answer for 0\.2 s"):
         read_table(path)
 
 

@@ -5,7 +5,7 @@ stay bytes until they are asked for. TIFF 6.0 and BigTIFF, both byte orders, the
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
@@ -34,6 +34,10 @@ _KINDS = {
 }  # fmt: skip
 _ORDERS = {b"II": "<", b"MM": ">"}
 Numbers = NDArray[np.number]
+
+
+class EndsEarlyError(ValueError):
+    """A file that ends before what its directories name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +169,15 @@ class Directory:
         return self.fields[TILE_COUNTS if self.is_tiled else STRIP_COUNTS]
 
 
+def require_whole(chain: Sequence[Directory], size: int) -> None:
+    """Raise `EndsEarlyError` where stored pieces would lie beyond the end of a file of `size` bytes."""
+    for page in chain:
+        places, counts = page.dataoffsets, page.databytecounts
+        lost = int(((places >= size) & (counts > 0)).sum()) if len(places) == len(counts) else 0
+        if lost:
+            raise EndsEarlyError(f"{lost} of the {len(places)} pieces of a picture lie beyond its end")
+
+
 def read_directories(file: BinaryIO) -> list[Directory]:
     """Read the chain of directories of an open TIFF, each with its SubIFDs.
 
@@ -239,5 +252,5 @@ def _read(file: BinaryIO, place: int, size: int) -> bytes:
     file.seek(place)
     data = file.read(size)
     if len(data) != size:
-        raise ValueError("it ends within a directory")
+        raise EndsEarlyError("it ends within a directory")
     return data

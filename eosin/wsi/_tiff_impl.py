@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.errors import EosinError, SlideOpenError
-from eosin.wsi._directory import EXTRA_SAMPLES, ICC_PROFILE, ORIENTATION, read_directories
+from eosin.wsi._directory import (
+    EXTRA_SAMPLES,
+    ICC_PROFILE,
+    ORIENTATION,
+    EndsEarlyError,
+    read_directories,
+    require_whole,
+)
 from eosin.wsi._jpeg import DecodeError, decode_shrunk, decode_whole
 from eosin.wsi._pixels import WHITE, flatten, to_8_bit, turns, ycbcr_to_rgb
 from eosin.wsi._segments import Bytes, Level, Segments, without_padding
@@ -56,6 +63,10 @@ class TiffReader(Reader):
             with path.open("rb") as file:
                 chain = read_directories(file)
             self._stacks = list_stacks(chain)
+            require_whole(chain, path.stat().st_size)
+        except EndsEarlyError as error:
+            message = f"the TIFF is cut short: {error}; copy the file again"
+            raise SlideOpenError(path, message, code="truncated") from error
         except DAMAGE as error:
             if isinstance(error, EosinError):
                 raise

@@ -46,14 +46,14 @@ def write_scan(path: Path, pixels: NDArray[np.uint8]) -> None:
         "Aperio Image Library v12\n{} |AppMag = 20|MPP = 0.5|User = Canary-User|Filename = Canary-File|Date = 01/02/61"
     )
     xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><name>Canary-XMP</name></x:xmpmeta>"
+    tiles = {"tile": (256, 256), "compression": "jpeg", "photometric": "rgb", "metadata": None}
+    beside = {"photometric": "rgb", "metadata": None}
+    tags = [(700, "B", len(xmp), xmp, True)]
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(pixels, tile=(256, 256), compression="jpeg", photometric="rgb", description=words.format("level"),
-                   extratags=[(700, "B", len(xmp), xmp, True)])  # fmt: skip
-        tiff.write(
-            pixels[::4, ::4], tile=(256, 256), compression="jpeg", photometric="rgb", description=words.format("low")
-        )
-        tiff.write(flat(LABEL_RGB), photometric="rgb", subfiletype=1, description=words.format("label 160x120"))
-        tiff.write(flat(MACRO_RGB), photometric="rgb", subfiletype=9, description=words.format("macro 160x120"))
+        tiff.write(pixels, description=words.format("level"), extratags=tags, **tiles)
+        tiff.write(pixels[::4, ::4], description=words.format("low"), **tiles)
+        tiff.write(flat(LABEL_RGB), subfiletype=1, description=words.format("label 160x120"), **beside)
+        tiff.write(flat(MACRO_RGB), subfiletype=9, description=words.format("macro 160x120"), **beside)
 
 
 def write_ome(path: Path, pixels: NDArray[np.uint8]) -> None:
@@ -64,7 +64,7 @@ def write_ome(path: Path, pixels: NDArray[np.uint8]) -> None:
     SizeX="{width}" SizeY="{height}" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5">
     <Channel ID="Channel:0:0" SamplesPerPixel="3"/><TiffData/></Pixels></Image></OME>"""
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(pixels, tile=(256, 256), photometric="rgb", description=xml, metadata=None)
+        tiff.write(pixels, tile=(256, 256), photometric="rgb", metadata=None, description=xml)
 
 
 def write_dicom(path: Path, pixels: NDArray[np.uint8]) -> None:

@@ -1,0 +1,210 @@
+"""Long runs: a thousand slides of which some are bad, ten thousand in one process, the same bytes again and again.
+
+`EOSIN_CAMPAIGN` scales the counts (1 is what `docs/reliability.md` states); at 0.05 they take minutes.
+"""
+
+import hashlib
+import os
+import random
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from bokeh.models import Div
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from eosin._batch import read_run_json
+from eosin.cli.app import app
+from eosin.features._store import read_bag
+from eosin.viewer._server import serving
+from eosin.wsi._coordinates import read_grid
+from eosin.wsi._grid import Tiling
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._slide_file import find_slides, open_slide
+from eosin.wsi._synthetic import Cohort, make_cohort
+
+pytestmark = pytest.mark.slow
+SCALE = float(os.environ.get("EOSIN_CAMPAIGN", "1"))
+TILING = ("--mpp", "1.0", "--patch-size", "64")
+LEAK_MIB = 50
+
+
+def eosin(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == code, done.output[-2000:]
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight slides of eight patients, 0.4 mm wide."""
+    folder = tmp_path_factory.mktemp("painted")
+    make_cohort(folder, Cohort(n_slides=8, slides_per_patient=1, size_um=(400.0, 420.0)))
+    return folder
+
+
+def pixels_of(path: Path) -> NDArray[np.uint8]:
+    with open_slide(path) as slide:
+        return slide.read_level(0, (0, 0), slide.size_px0)
+
+
+def aperio(path: Path, pixels: NDArray[np.uint8], *, mpp: str = "|MPP = 0.5") -> None:
+    words = f"Aperio Image Library v12\n1x1 JPEG |AppMag = 20{mpp}"
+    tifffile.imwrite(
+        path, pixels, tile=(256, 256), compression="jpeg", photometric="rgb", description=words, metadata=None
+    )
+
+
+def plain(path: Path, pixels: NDArray[np.generic], *, per_cm: float = 20_000) -> None:
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3)
+
+
+def cut(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def blank(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        place, size = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
+    data[place : place + size] = bytes(size)
+    path.write_bytes(data)
+
+
+def truncated_svs(path: Path, pixels: NDArray[np.uint8]) -> None:
+    aperio(path, pixels)
+    cut(path, 0.5)
+
+
+def truncated_tiff(path: Path, pixels: NDArray[np.uint8]) -> None:
+    plain(path, pixels)
+    cut(path, 0.3)
+
+
+def corrupt(path: Path, pixels: NDArray[np.uint8]) -> None:
+    aperio(path, pixels)
+    blank(path)
+
+
+Bad = Callable[[Path, NDArray[np.uint8]], object]
+BAD: dict[str, tuple[Bad, str]] = {  # what is wrong: how it is made, the reason that the record gives
+    "truncated.svs": (truncated_svs, "truncated"),
+    "cut.tiff": (truncated_tiff, "truncated"),
+    "corrupt.svs": (corrupt, "corrupt"),
+    "scale.svs": (lambda path, pixels: aperio(path, pixels, mpp=""), "no-mpp"),
+    "metres.tiff": (lambda path, pixels: plain(path, pixels, per_cm=1), "bad-mpp"),
+    "floats.tiff": (lambda path, pixels: plain(path, pixels.astype(np.float32)), "unsupported-pixels"),
+    "dark.tiff": (lambda path, pixels: plain(path, np.zeros_like(pixels)), "dark-background"),
+    "empty.tiff": (lambda path, _: path.write_bytes(b""), "unsupported"),
+    "text.svs": (lambda path, _: path.write_text("see the other disk\n" * 99), "unsupported"),
+    "link.svs": (lambda path, _: path.symlink_to("/nowhere/link.svs"), "missing"),
+}
+
+
+def test_of_a_thousand_slides_every_bad_one_is_named_and_every_good_one_is_done(painted: Path, tmp_path: Path) -> None:
+    n_slides = max(60, round(1000 * SCALE))
+    n_bad = max(len(BAD), n_slides // 20)
+    sources = sorted((painted / "slides").iterdir())
+    slides, expected = tmp_path / "slides", {}
+    slides.mkdir()
+    for number in range(n_slides - n_bad):
+        os.link(sources[number % len(sources)], slides / f"good{number:04d}.tiff")
+    for number in range(n_bad):
+        name, (make, reason) = list(BAD.items())[number % len(BAD)]
+        make(slides / f"{number:03d}{name}", pixels_of(sources[number % len(sources)]))
+        expected[Path(f"{number:03d}{name}").stem] = reason
+    eosin("tile", slides, "--job", tmp_path / "job", *TILING, "--workers", 2, code=1)
+    records = read_run_json(tmp_path / "job/run.json")
+    assert {record.slide_id: record.reason for record in records if record.status == "failed"} == expected
+    assert sum(record.status == "ok" for record in records) == n_slides - n_bad
+    eosin("tile", painted / "slides", "--job", tmp_path / "clean", *TILING)
+    of_job, clean = (next((tmp_path / name).glob("*/patches")) for name in ("job", "clean"))
+    for number in range(n_slides - n_bad):
+        made, whole = of_job / f"good{number:04d}_patches.h5", clean / f"{sources[number % 8].stem}_patches.h5"
+        np.testing.assert_array_equal(read_grid(made).origins_px0, read_grid(whole).origins_px0)
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_ten_thousand_slides_in_one_process_leak_nothing(painted: Path, tmp_path: Path) -> None:
+    rounds, source = max(4, round(100 * SCALE)), next((painted / "slides").iterdir())
+    job, before = JobFolder(tmp_path / "job"), (0.0, 0)
+    for turn in range(rounds):
+        folder = tmp_path / f"slides{turn}"
+        folder.mkdir()
+        for number in range(100 if SCALE >= 1 else 25):
+            os.link(source, folder / f"s{turn:03d}-{number:03d}.tiff")
+        report = tile_slides(find_slides([folder]), job, Tiling(mpp=1.0, patch_size=64))
+        assert not report.failed
+        if turn == 1:
+            before = resident_mib(), descriptors()
+    assert resident_mib() - before[0] < LEAK_MIB
+    assert descriptors() <= before[1]
+    assert not [path for path in job.root.rglob(".*") if path.is_file()]
+
+
+def test_the_same_inputs_give_the_same_bytes(painted: Path, tmp_path: Path) -> None:
+    """In any order, with any number of workers and any size of batch, on one machine."""
+    rng, made = random.Random(0), set()
+    names = sorted((painted / "slides").iterdir())
+    for turn in range(max(4, round(20 * SCALE))):
+        job = tmp_path / f"job{turn}"
+        order = rng.sample(names, len(names))
+        eosin("tile", *order, "--job", job, *TILING, "--workers", rng.choice([0, 1, 2]))
+        extract = (
+            "--encoder",
+            "he_texture",
+            "--workers",
+            rng.choice([0, 1, 2]),
+            "--batch-size",
+            rng.choice([1, 7, 64]),
+        )
+        eosin("extract", *order, "--job", job, *extract)
+        features = next(job.glob("*/features_he_texture"))
+        recipe = ("--recipe", "abmil", "--set", "recipe.training.epochs=2", "--precision", "fp32")
+        eosin("train", "--features", features, "--labels", painted / "labels.csv", *recipe, "--out", job / "model")
+        eosin("predict", "--model", job / "model", "--features", features, "--out", job / "p.csv")
+        digest = hashlib.sha256()
+        for path in sorted(features.glob("*.h5")):
+            digest.update(read_bag(path).features.tobytes())
+            digest.update(read_grid(path.parents[1] / "patches" / f"{path.stem}_patches.h5").origins_px0.tobytes())
+        digest.update((job / "model/model.safetensors").read_bytes())
+        digest.update((job / "p.csv").read_bytes())
+        made.add(digest.hexdigest())
+    assert len(made) == 1
+
+
+def test_a_viewer_that_is_asked_for_long_stays_flat() -> None:
+    """An hour of page loads, at least a minute in the shortened campaign."""
+
+    class Store:
+        def tile(self, *_place: object) -> bytes:
+            return bytes(50_000)
+
+    end, before, asked = time.monotonic() + max(60, 3600 * SCALE), (0.0, 0), 0
+    with serving(lambda document, _template: document.add_root(Div(text="x" * 100_000)), Store()) as url:  # type: ignore[arg-type]
+        while time.monotonic() < end:
+            with urllib.request.urlopen(url) as answer:
+                answer.read()
+            with urllib.request.urlopen(f"{url}tiles/{'0' * 16}/colour/0/0/0.jpg") as answer:
+                answer.read()
+            asked += 1
+            time.sleep(0.05)
+            if asked == 300:
+                before = resident_mib(), descriptors()
+        time.sleep(20)  # documents of pages that nobody has opened go after 15 s
+        assert asked > 300
+        assert resident_mib() - before[0] < LEAK_MIB
+        assert descriptors() <= before[1] + 5
