@@ -5,7 +5,6 @@ of the long run, 1,000 mutants of each kind.
 """
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import openpyxl
 import pandas as pd
 import pytest
 import torch
+from scaling import scaled
 from scenes import lattice
 
 from eosin import _tables as tables
@@ -51,8 +51,7 @@ from eosin.wsi._coordinates import read_footer, read_grid, read_quality, write_g
 from eosin.wsi._geojson import read_outline
 from eosin.wsi._quality import TileQuality
 
-SCALE = float(os.environ.get("EOSIN_CAMPAIGN", "1"))
-FEW, MANY = 12, max(20, round(1000 * SCALE))
+FEW, MANY = 12, scaled(1000, 24)
 HANG_S = 300.0
 GRID = lattice(size_px0=(640, 480), slide_mpp=0.5, patch_size=80)
 SPEC = FeatureSpec(encoder="toy", dim=8, mpp=0.5, patch_size=80)

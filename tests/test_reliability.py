@@ -6,6 +6,8 @@
 import hashlib
 import os
 import random
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -16,11 +18,13 @@ import pytest
 import tifffile
 from bokeh.models import Div
 from numpy.typing import NDArray
+from scaling import scaled
 from typer.testing import CliRunner
 
 from eosin._batch import read_run_json
 from eosin.cli.app import app
-from eosin.features._store import read_bag
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import read_bag, write_bag
 from eosin.viewer._server import serving
 from eosin.wsi._coordinates import read_grid
 from eosin.wsi._grid import Tiling
@@ -29,7 +33,6 @@ from eosin.wsi._slide_file import find_slides, open_slide
 from eosin.wsi._synthetic import Cohort, make_cohort
 
 pytestmark = pytest.mark.slow
-SCALE = float(os.environ.get("EOSIN_CAMPAIGN", "1"))
 TILING = ("--mpp", "1.0", "--patch-size", "64")
 LEAK_MIB = 50
 
@@ -108,7 +111,7 @@ BAD: dict[str, tuple[Bad, str]] = {  # what is wrong: how it is made, the reason
 
 
 def test_of_a_thousand_slides_every_bad_one_is_named_and_every_good_one_is_done(painted: Path, tmp_path: Path) -> None:
-    n_slides = max(60, round(1000 * SCALE))
+    n_slides = scaled(1000, 60)
     n_bad = max(len(BAD), n_slides // 20)
     sources = sorted((painted / "slides").iterdir())
     slides, expected = tmp_path / "slides", {}
@@ -139,12 +142,12 @@ def descriptors() -> int:
 
 
 def test_ten_thousand_slides_in_one_process_leak_nothing(painted: Path, tmp_path: Path) -> None:
-    rounds, source = max(4, round(100 * SCALE)), next((painted / "slides").iterdir())
+    rounds, source = scaled(100, 4), next((painted / "slides").iterdir())
     job, before = JobFolder(tmp_path / "job"), (0.0, 0)
     for turn in range(rounds):
         folder = tmp_path / f"slides{turn}"
         folder.mkdir()
-        for number in range(100 if SCALE >= 1 else 25):
+        for number in range(100):
             os.link(source, folder / f"s{turn:03d}-{number:03d}.tiff")
         report = tile_slides(find_slides([folder]), job, Tiling(mpp=1.0, patch_size=64))
         assert not report.failed
@@ -159,7 +162,7 @@ def test_the_same_inputs_give_the_same_bytes(painted: Path, tmp_path: Path) -> N
     """In any order, with any number of workers and any size of batch, on one machine."""
     rng, made = random.Random(0), set()
     names = sorted((painted / "slides").iterdir())
-    for turn in range(max(4, round(20 * SCALE))):
+    for turn in range(scaled(20, 4)):
         job = tmp_path / f"job{turn}"
         order = rng.sample(names, len(names))
         eosin("tile", *order, "--job", job, *TILING, "--workers", rng.choice([0, 1, 2]))
@@ -186,6 +189,38 @@ def test_the_same_inputs_give_the_same_bytes(painted: Path, tmp_path: Path) -> N
     assert len(made) == 1
 
 
+@pytest.mark.parametrize(("command", "most_gib"), [("predict", 1.5), ("train", 4.0)])
+def test_a_bag_of_200_000_tiles_fits(command: str, most_gib: float, tmp_path: Path) -> None:
+    """Under a limit of the address space, which the libraries alone fill to some GiB."""
+    spec, n_tiles = FeatureSpec(encoder="toy", dim=1024), scaled(200_000, 20_000)
+    rng = np.random.default_rng(0)
+    for number, n in enumerate([n_tiles, 50, 50, 50, 50, 50]):
+        rows = rng.random((n, spec.dim), np.float32)
+        write_bag(tmp_path / f"features/s{number}.h5", FeatureBag(rows, spec, f"s{number}"))
+    (tmp_path / "labels.csv").write_text("slide_id,label\n" + "".join(f"s{n},{'ab'[n % 2]}\n" for n in range(6)))
+    recipe = ("--recipe", "abmil", "--set", "recipe.training.epochs=1", "--set", "recipe.training.select=last")
+    study = ("--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", *recipe)
+    arguments = ("train", *study, "--out", tmp_path / "model")
+    assert limited(*arguments) < (most_gib if command == "train" else 4.0)
+    if command == "predict":
+        model = ("--model", tmp_path / "model", "--features", tmp_path / "features")
+        assert limited("predict", *model, "--out", tmp_path / "p.csv") < most_gib
+
+
+def limited(*arguments: object) -> float:
+    """Run a command with 12 GiB of address space; return the GiB of memory that it took at most."""
+    limit = 12 * 2**30
+    script = "import resource, sys\nfrom eosin.cli.app import app\n"
+    script += f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+    script += "try: app(sys.argv[1:])\n"
+    script += "finally: open('peak', 'w').write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    folder = Path(str(arguments[-1])).parent
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int((folder / "peak").read_text()) / 2**20
+
+
 def test_a_viewer_that_is_asked_for_long_stays_flat() -> None:
     """An hour of page loads, at least a minute in the shortened campaign."""
 
@@ -193,7 +228,7 @@ def test_a_viewer_that_is_asked_for_long_stays_flat() -> None:
         def tile(self, *_place: object) -> bytes:
             return bytes(50_000)
 
-    end, before, asked = time.monotonic() + max(60, 3600 * SCALE), (0.0, 0), 0
+    end, before, asked = time.monotonic() + scaled(3600, 60), (0.0, 0), 0
     with serving(lambda document, _template: document.add_root(Div(text="x" * 100_000)), Store()) as url:  # type: ignore[arg-type]
         while time.monotonic() < end:
             with urllib.request.urlopen(url) as answer:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scaling import scaled
 from typer.testing import Result
 
 from eosin import _processes as processes
 
 from .conftest import Run
 
-FEW, MANY = 2, 40
+FEW, MANY = 2, scaled(40, 4)
 QUICK = ("--set", "recipe.training.epochs=3", "--set", "recipe.aggregator.options.embed_dims=[16]")
 MOST_S = 30.0  # a tenth of a second alone; the machine may be busy
 

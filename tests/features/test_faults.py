@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from scaling import scaled
 
 import eosin
 from eosin._files import file_fingerprint
@@ -166,7 +167,7 @@ def finals(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [6, pytest.param(scaled(60, 7), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_killed_at_random_times(tmp_path: Path, writer: str, times: int) -> None:
     """Whatever lies under a final name is byte for byte what an unbroken run writes, and a second run completes it."""
@@ -202,7 +203,7 @@ def test_an_older_file_survives_a_kill(tmp_path: Path) -> None:
     assert path.read_bytes() == old
 
 
-@pytest.mark.parametrize(("n", "step"), [(20, 256), pytest.param(150, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "step"), [(20, 256), pytest.param(scaled(150, 21), 16, marks=pytest.mark.slow)])
 def test_disk_full_at_every_place(tmp_path: Path, n: int, step: int) -> None:
     path, bag = tmp_path / "s.h5", make_bag()
     write_bag(path, bag)

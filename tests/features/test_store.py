@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from scaling import scaled
 
 from eosin import _seals as seals
 from eosin.errors import ConfigError, FeatureFileError, FeatureMismatchError
@@ -102,7 +103,7 @@ def test_damage_outside_the_rows_is_found_on_every_opening(tmp_path: Path) -> No
                 read(path)
 
 
-@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [300, pytest.param(scaled(10_000, 301), marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found_by_verify_and_by_the_next_use(tmp_path: Path, n: int) -> None:
     path = tmp_path / "a.h5"
     store.write_bag(path, make_bag(40, 33, dtype=np.float16))
@@ -147,7 +148,7 @@ def edits(rng: np.random.Generator) -> Iterator[Callable[[h5py.File], None]]:
         yield from kinds
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [60, pytest.param(scaled(1_000, 61), marks=pytest.mark.slow)])
 def test_every_edit_of_the_header_is_found_by_verify_and_by_the_next_use(tmp_path: Path, n: int) -> None:
     path = tmp_path / "a.h5"
     store.write_bag(path, make_bag(40, 33))

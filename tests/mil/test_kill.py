@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scaling import scaled
 
 SCRIPT = """
 import hashlib, itertools, json, os, random, signal, sys, time
@@ -86,7 +87,7 @@ def kill_repeatedly(folder: Path, kills: int, seed: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(scaled(200, 21), marks=pytest.mark.slow)])
 def test_killed_training_ends_with_the_same_weights(tmp_path, kills):
     found = kill_repeatedly(tmp_path, kills, seed=1)
     assert found["kills"] == kills

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scaling import scaled
 
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._cohort import Cohort
@@ -92,7 +93,7 @@ def test_no_patient_is_on_two_sides_and_no_class_is_missing(cohort, folds, kind,
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=scaled(10_000, 100), deadline=None)
 @given(COHORTS, st.integers(2, 10), st.sampled_from(KINDS), st.integers(0, 99))
 def test_no_patient_is_on_two_sides_in_ten_thousand_cohorts(cohort, folds, kind, seed):
     holds(cohort, folds, kind, seed)

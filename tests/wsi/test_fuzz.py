@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scaling import scaled
 
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, tile_slides
@@ -112,9 +113,9 @@ def test_300_damaged_copies_of_real_slides(shared: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.shared
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(1, 1 + scaled(10)))
 def test_1_000_more_damaged_copies_of_real_slides(shared: Path, tmp_path: Path, seed: int):
-    fuzz_real_slides(shared, tmp_path, 1000, seed)
+    fuzz_real_slides(shared, tmp_path, scaled(1000, 20), seed)
 
 
 READ_TILES = """
