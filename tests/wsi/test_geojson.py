@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
-from shapely import MultiPolygon, Polygon, box
+from shapely import MultiPolygon, Point, Polygon, box
 
 from eosin.errors import SlideError
+from eosin.wsi import _geojson as geojson
 from eosin.wsi._geojson import outline_to_geojson, read_outline
 
 AREAS = {
@@ -102,3 +104,25 @@ def test_what_is_no_outline_is_refused(read, text):
     with pytest.raises(SlideError) as caught:
         read(text)
     assert caught.value.code == "bad-contours"
+
+
+def test_an_outline_that_crosses_itself_for_ever_is_given_up(read, monkeypatch):
+    points = np.random.default_rng(0).random((4000, 2)) * 1e5  # some four million crossings
+    tangled = {"type": "Polygon", "coordinates": [[*points.round(2).tolist(), points[0].round(2).tolist()]]}
+    monkeypatch.setattr(geojson, "UNITE_S", 0.5)
+    with pytest.raises(SlideError, match=r"uniting its 4,001 points failed: .*; simplify the outline") as caught:
+        read(tangled)
+    assert caught.value.code == "bad-contours"
+
+
+def test_an_outline_of_many_points_is_united_in_another_process(read):
+    circle = Point(0, 0).buffer(1000, quad_segs=500)
+    assert read([feature(circle), feature(box(0, 0, 2000, 2000))]).area == pytest.approx(
+        circle.area * 0.75 + 4e6, rel=1e-6
+    )
+
+
+def test_a_bomb_of_values_or_levels_is_refused(read):
+    deep = {"type": "Polygon", "coordinates": json.loads("[" * 70 + "1" + "]" * 70)}
+    with pytest.raises(SlideError, match="more than 64 levels, the limit"):
+        read(deep)
