@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from eosin import __version__
 from eosin._files import append_line, is_running, locked, write_json
-from eosin._seals import is_intact, parse_json, read_json, sealed
+from eosin._seals import KEY, is_intact, parse_json, read_json, sealed
 from eosin.errors import ConfigError
 
 Status = Literal["ok", "empty", "failed", "skipped"]
@@ -163,7 +163,7 @@ class Log:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.run_json is not None:
-            append_line(self.run_json.with_name(PARTS) / f"{_part_name(os.getpid())}{SUFFIX}", json.dumps(line))
+            append_line(self.run_json.with_name(PARTS) / f"{_part_name(os.getpid())}{SUFFIX}", json.dumps(sealed(line)))
 
 
 def process_name() -> str:
@@ -252,7 +252,7 @@ def read_begun(path: Path) -> list[Begun]:
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of all parts; one that a full disk or a power failure tore is left out."""
+    """Yield the lines of all parts; one that a full disk tore, or that is damaged, is left out."""
     for part in _parts(folder):
         try:
             text = part.read_text(encoding="utf-8", errors="replace")
@@ -265,8 +265,8 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with suppress(ValueError):
             data = parse_json(line)
-            if isinstance(data, dict):
-                yield data
+            if isinstance(data, dict) and is_intact(data):
+                yield {name: value for name, value in data.items() if name != KEY}
 
 
 def _record(line: Mapping[str, Any]) -> Record | None:

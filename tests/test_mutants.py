@@ -25,6 +25,7 @@ from eosin._batch import Outcome, read_run_json, run_batch
 from eosin._files import write_json
 from eosin._filesets import finish_set
 from eosin._processes import Child, serve_calls
+from eosin._records import Log, Record
 from eosin._seals import sealed
 from eosin._tables import read_table
 from eosin.errors import EosinError, TableError
@@ -118,6 +119,20 @@ def make_splits(folder: Path) -> Path:
 def make_run_json(folder: Path) -> Path:
     run_batch(list(IDS), lambda _: Outcome(), key=str, stage="tile", run_json=folder / "run.json")
     return folder / "run.json"
+
+
+def make_records(folder: Path) -> Path:
+    log = Log(folder / "run.json")
+    for name in IDS:
+        log.begin(name, "tile")
+        log.add(Record(name, "tile", "ok", message="7 tiles"))
+    return next((folder / "records").iterdir())
+
+
+def read_records(path: Path) -> object:
+    """Return what is known of each slide; a line that is damaged is left out, and its slide looked at again."""
+    found = {record.slide_id: (record.status, record.message) for record in read_run_json(path.parents[1] / "run.json")}
+    return dict.fromkeys(IDS, ("ok", "7 tiles")) | found
 
 
 def prediction_table(path: Path) -> PredictionTable:
@@ -262,6 +277,7 @@ KINDS = {
     "splits_0.csv": Kind(lambda folder: make_splits(folder) / "splits_0.csv", lambda path: read_splits(path.parent)),
     "manifest.json": Kind(lambda folder: make_splits(folder) / "manifest.json", lambda path: read_splits(path.parent)),
     "run.json": Kind(make_run_json, lambda path: [(one.slide_id, one.status) for one in read_run_json(path)]),
+    "records": Kind(make_records, read_records),
     "predictions.csv": Kind(make_table(".csv"), kept_rows),
     "predictions.parquet": Kind(make_table(".parquet"), kept_rows),
     "predictions of a cross-validation": Kind(make_results, read_predictions),
