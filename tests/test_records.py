@@ -15,6 +15,7 @@ from eosin import _records as records
 from eosin._batch import Outcome, run_batch
 from eosin._files import append_line
 from eosin._records import Log, Record, merge, read_begun, read_run_json
+from eosin._seals import sealed
 
 DIES_AT_S2 = """
 import os, signal, sys
@@ -103,7 +104,7 @@ def test_parts_of_other_machines_are_merged_and_kept_while_somebody_may_append(
     merge(run_json)
     assert other.exists() == is_left
     assert [one["slide_id"] for one in json.loads(run_json.read_text())["records"]] == ["S1"]
-    append_line(other, json.dumps({"slide_id": "S2", "stage": "tile", "status": "ok", "at": time.time()}))
+    append_line(other, json.dumps(sealed({"slide_id": "S2", "stage": "tile", "status": "ok", "at": time.time()})))
     assert {record.slide_id for record in read_run_json(run_json)} == {"S1", "S2"}
 
 

@@ -28,7 +28,8 @@ from eosin.wsi._synthetic import Cohort, make_cohort
 FOLDER = "Canary_Doe, Jane 1961"
 WORDS = ("Canary", "canary", "CANARY", "Doe, Jane", "Doe^Jane")
 LABEL_RGB, MACRO_RGB = (255, 0, 254), (0, 254, 255)
-RUN = ("--encoder", "he_texture", "--mpp", 1.0, "--patch-size", 64, "--folds", 2, "--set", "recipe.training.epochs=2")
+TILING = ("--set", "tiling.mpp=1.0", "--set", "tiling.patch_size=64")
+RUN = ("--encoder", "he_texture", *TILING, "--folds", 2, "--set", "recipe.training.epochs=2")
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:

@@ -52,7 +52,7 @@ def commands(cohort: Path, job: Path, features: Path, model: Path) -> dict[str, 
         "heatmap": lambda out: ["heatmap", *explained, "--slide", slides / "S003.tiff", "--out", out / "maps"],
         "counterfactual": lambda out: ["counterfactual", *explained, "--slide", slides, "--out", out / "why"],
         "run": lambda out: ["run", slides, "--labels", labels, "--job", out / "all", "--encoder", "he_texture",
-                            "--mpp", 1.0, "--patch-size", 128, "--folds", 2, *QUICK],
+                            "--set", "tiling.mpp=1.0", "--set", "tiling.patch_size=128", "--folds", 2, *QUICK],
     }  # fmt: skip
 
 
