@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from eosin.errors import OutputError
 
@@ -205,18 +205,34 @@ def locked(path: Path) -> Iterator[None]:
     OutputError
         When the lock file cannot be made.
     """
+    handle = _lock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
-    except OSError as error:
-        raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
-    with handle:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError:
-                logger.warning("%s cannot be locked on this file system", path)
         yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed it stays, and does no harm
+            path.unlink()
+        handle.close()
+
+
+def _lock(path: Path) -> IO[str]:
+    """Return the open lock file once this process alone has it, and it is still the one that the name leads to."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("w")
+        except OSError as error:
+            raise OutputError(path.parent, f"cannot be written to ({error.strerror or error})") from error
+        if sys.platform == "win32":
+            return handle
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            logger.warning("%s cannot be locked on this file system", path)
+            return handle
+        with suppress(FileNotFoundError):
+            if os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                return handle
+        handle.close()  # the process that had it has removed it
 
 
 def clear_leftovers(root: Path) -> None:

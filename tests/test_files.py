@@ -96,6 +96,18 @@ def test_what_dead_runs_left_anywhere_in_a_job_goes_and_what_lives_stays(tmp_pat
         assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*kept, tmp_path / "a" / ".held.h5.lock"}
 
 
+def test_a_lock_is_held_by_one_at_a_time_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = "import sys\nfrom pathlib import Path\nfrom eosin._files import locked\np = Path(sys.argv[1])\n"
+    script += (
+        "for _ in range(200):\n  with locked(p / '.x.lock'): (p / 'n').write_text(str(int((p / 'n').read_text()) + 1))"
+    )
+    (tmp_path / "n").write_text("0")
+    counting = [subprocess.Popen([sys.executable, "-c", script, tmp_path]) for _ in range(3)]
+    assert [one.wait(timeout=120) for one in counting] == [0, 0, 0]
+    assert (tmp_path / "n").read_text() == "600"
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+
+
 class Disk:
     """What is on the disk after a power loss: of files what was synced, of folders the names when they were."""
 
