@@ -104,6 +104,8 @@ FILES = {
     "packmil_batch_norm_after": Known("abmil", options=RELU, within=1e-6),
     "dabmil_batch_norm": Known("abmil", options=RELU, within=1e-6),
     "gabmil_batch_norm": Known("abmil", options=GELU, within=1e-6),
+    "pack_mean": Known("mean", options=GELU | {"pooling": "mean"}),
+    "pack_max": Known("max", options=RELU | {"pooling": "max"}),
     "mambamil_sr": Known("mambamil", options=RELU | {"kind": "sr", "rate": "3"}),
     "mambamil_bi": Known("mambamil", options=GELU | {"kind": "bi"}),
     "mambamil_plain": Known("mambamil", options=RELU),

@@ -221,6 +221,20 @@ def _read_fc(taker: Taker) -> Found:
     return Found("CLAM's MIL_fc", Component(name="max", options=options), tensors, outputs="softmax")
 
 
+def _read_head(taker: Taker) -> Found:
+    """Read MeanMIL or MaxMIL of MHIM-MIL, PackMIL and MambaMIL: the same tensors, pooled in another way."""
+    pooling = taker.ask("pooling", "mean", "max")
+    activation = taker.ask("embed_activation", "relu", "gelu", "none")
+    first, *later = taker.numbers(r"head\.(\d+)\.weight")
+    tensors = taker.linear(f"head.{first}", "embed.0")
+    width = len(tensors["embed.0.weight"])
+    for last in later:
+        tensors |= taker.linear(f"head.{last}", "classifier", None, width)
+    options = {"embed_dims": (width,), "embed_activation": activation, "level": "instance"}
+    return Found("MeanMIL or MaxMIL", Component(name=pooling, options=options), tensors)
+
+
+LAYOUTS.add("MeanMIL", Layout((r"head\.0\.weight", r"head\.[23]\.weight"), _read_head))
 LAYOUTS.add("CLAM MIL_fc", Layout((r"fc\.0\.weight", r"classifiers?\..*"), _read_fc))
 
 for _name in ("mean", "max", "lse"):
