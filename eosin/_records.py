@@ -154,6 +154,8 @@ class Log:
         """Append a record; return it with the time and this process in it."""
         stamped = replace(record, at=round(time.time(), 3), by=record.by or process_name())
         self._append(asdict(stamped))
+        if record.status != "failed":
+            self._fine.add((record.stage, record.slide_id))
         return stamped
 
     def merge(self) -> None:
@@ -229,13 +231,21 @@ def read_run_json(path: Path) -> list[Record]:
     records = {(record.stage, record.slide_id): record for record in _read_merged(path)}
     for line in _lines(path.with_name(PARTS)):
         record = _record(line)
-        if record is not None and not _is_older(record, records.get((record.stage, record.slide_id))):
+        if record is not None and _replaces(record, records.get((record.stage, record.slide_id))):
             records[record.stage, record.slide_id] = record
     return list(records.values())
 
 
-def _is_older(record: Record, other: Record | None) -> bool:
-    return other is not None and record.at < other.at
+def _replaces(record: Record, other: Record | None) -> bool:
+    """Tell whether a record takes the place of another of its slide: the later one, unless it only says "done before"."""
+    if other is None or _was_done(record) == _was_done(other):
+        return other is None or record.at >= other.at
+    made = other if _was_done(record) else record
+    return record.at >= other.at if made.status == "failed" else made is record
+
+
+def _was_done(record: Record) -> bool:
+    return (record.status, record.reason) == ("skipped", "done")
 
 
 def read_begun(path: Path) -> list[Begun]:

@@ -88,6 +88,27 @@ def test_the_last_record_counts_whichever_process_made_it(tmp_path: Path, monkey
     assert [record.status for record in read_run_json(run_json)] == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "left"),
+    [
+        ("ok", "skipped", "ok"),
+        ("skipped", "ok", "ok"),
+        ("failed", "skipped", "skipped"),
+        ("skipped", "failed", "failed"),
+    ],
+)
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_that_a_slide_was_done_says_less_than_how_it_was_done(
+    before: str, after: str, left: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_json = tmp_path / "run.json"
+    for status, name, at in zip((before, after), names, (1000.0, 2000.0), strict=True):
+        monkeypatch.setattr(records.time, "time", lambda at=at: at)
+        monkeypatch.setattr(records, "_part_name", lambda _, name=name: f"m-1-{name}")
+        Log(run_json).add(Record("S1", "tile", status, "done" if status == "skipped" else ""))  # type: ignore[arg-type]
+    assert [record.status for record in read_run_json(run_json)] == [left]
+
+
 def other_machine(part: Path) -> Path:
     return part.with_name(f"elsewhere-1-{part.stem[-8:]}.jsonl")
 
