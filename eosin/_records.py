@@ -237,7 +237,7 @@ def read_run_json(path: Path) -> list[Record]:
 
 
 def _replaces(record: Record, other: Record | None) -> bool:
-    """Tell whether a record takes the place of another of its slide: the later one, unless it only says "done before"."""
+    """Tell whether a record takes the place of another: the later one does, unless it only says "done before"."""
     if other is None or _was_done(record) == _was_done(other):
         return other is None or record.at >= other.at
     made = other if _was_done(record) else record
