@@ -227,14 +227,15 @@ TILE_CHILD = """
 import sys, time
 from pathlib import Path
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
 path, job, patch, overlap, blur = sys.argv[1:]
 start = time.perf_counter()
 slides = [SlideFile(Path(path), "giant")]
 limits = QualityLimits(blur=bool(int(blur)))
-report = tile_slides(slides, JobFolder(Path(job)), Tiling(patch_size=int(patch), overlap=int(overlap)), quality=limits)
+tiles = TissueTiles(Tiling(patch_size=int(patch), overlap=int(overlap)), quality=limits)
+report = tile_slides(slides, JobFolder(Path(job)), tiles)
 assert report.records[0].status == "ok", report
 seconds, cpu = time.perf_counter() - start, time.process_time()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -31,7 +31,7 @@ from eosin.mil.tasks._classification import Classification
 from eosin.pipeline._run import _Drawing, _is_drawn
 from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions
@@ -140,10 +140,12 @@ class Tile:
         return tile_slides(
             [SlideFile(path, "s", self.slide_mpp, self.scene)],
             JobFolder(folder / "job"),
-            Tiling(mpp=0.5, patch_size=128, min_tissue=self.min_tissue),
-            tissue=TissueOptions(min_area_um2=self.min_area_um2),
-            quality=QualityLimits.parse(dict([self.quality]), source="test"),
-            contours=contours,
+            TissueTiles(
+                Tiling(mpp=0.5, patch_size=128, min_tissue=self.min_tissue),
+                TissueOptions(min_area_um2=self.min_area_um2),
+                QualityLimits.parse(dict([self.quality]), source="test"),
+                contours=contours,
+            ),
         )
 
     def run(self, folder: Path) -> bool:

@@ -77,7 +77,7 @@ def heatmap(
     from eosin._batch import Report, is_elsewhere, run_stage
     from eosin.mil._jury import Jury
     from eosin.mil._seen import seen_notes
-    from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides
+    from eosin.pipeline._deploy import Machine, encode_slides, tiles_like
     from eosin.pipeline._run import Drawing, DrawStage
     from eosin.wsi._job import JobFolder
     from eosin.wsi._slide_file import find_slides
@@ -88,7 +88,7 @@ def heatmap(
     before = Report(())
     if features is None:
         spec, machine = jury.ensemble.cards[0].features, Machine(workers=workers, device=device, weights=weights)
-        tiles, folder = TissueTiles.like(spec), JobFolder(job or out / "job")
+        tiles, folder = tiles_like(spec), JobFolder(job or out / "job")
         encoded = encode_slides(found, folder, tiles, spec.encoder, machine=machine, progress=progress)
         files, before = encoded.files, encoded.report
     elif features.suffix == ".h5" and len(found) == 1:

@@ -107,7 +107,7 @@ def tile(
 ) -> Done:
     """Find the tissue on slides and cut it into tiles. With --from, keep the tiles that a first model attends to."""
     from eosin.wsi._grid import Tiling
-    from eosin.wsi._job import JobFolder, read_overrides, tile_slides
+    from eosin.wsi._job import JobFolder, TissueTiles, read_overrides, tile_slides
     from eosin.wsi._preview import preview_slides
     from eosin.wsi._quality import QualityLimits
     from eosin.wsi._slide_file import find_slides
@@ -158,11 +158,7 @@ def tile(
         report = treat(
             files,
             JobFolder(job),
-            tiling,
-            tissue=tissue,
-            overrides=read_overrides(overrides, tissue) if overrides else None,
-            contours=contours,
-            quality=quality,
+            TissueTiles(tiling, tissue, quality, read_overrides(overrides, tissue) if overrides else {}, contours),
             workers=workers,
             shard=(index, count),
             timeout_s=slide_timeout(timeout, workers),

@@ -7,7 +7,7 @@ from eosin._lazy import lazy
 if TYPE_CHECKING:
     from eosin.pipeline._cohort_questions import question_cohort
     from eosin.pipeline._demo import Demo, run_demo
-    from eosin.pipeline._deploy import Machine, TissueTiles, encode_slides, predict_slides
+    from eosin.pipeline._deploy import Machine, encode_slides, predict_slides
     from eosin.pipeline._explain import explain_slide
     from eosin.pipeline._question import question_slide
     from eosin.pipeline._result import Result, make_report
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._run import run_pipeline as run_stages  # noqa: F401 - its name in 0.1
     from eosin.pipeline._selection import Selection, tile_selected
     from eosin.pipeline._two_stage import SecondStage, TwoStageResult, run_two_stage
+    from eosin.wsi._job import TissueTiles
 
 __all__ = [
     "Demo",

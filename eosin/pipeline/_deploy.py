@@ -17,10 +17,8 @@ from eosin.mil._flow import Flow
 from eosin.mil._predict import Predictions, predict
 from eosin.mil._seen import Models
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._quality import QualityLimits
+from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._slide_file import SlideFile, find_slides
-from eosin.wsi._tissue import TissueOptions
 
 Advance = Callable[[object], None]
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Advance | None]]
@@ -68,40 +66,14 @@ class Tiler(Protocol):
         """Write the coordinates file of every slide; `progress` is called after each."""
 
 
-@dataclass(frozen=True)
-class TissueTiles:
-    """The tiles that hold tissue; attributes as of `eosin.wsi._job.tile_slides`."""
-
-    tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
-    tissue: TissueOptions = TissueOptions()  # noqa: RUF009 - frozen
-    quality: QualityLimits = QualityLimits()  # noqa: RUF009 - frozen
-
-    @classmethod
-    def like(cls, spec: FeatureSpec) -> "TissueTiles":
-        """Return the tiles that a model's features were made of; `ConfigError` when it was not trained on tiles."""
-        if spec.mpp is None or spec.patch_size is None:
-            raise ConfigError(
-                f"this model was not trained on slide tiles (encoder {spec.encoder}), so slides cannot be encoded for "
-                "it; pass --features FOLDER"
-            )
-        return cls(Tiling(mpp=spec.mpp, patch_size=spec.patch_size))
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the coordinates in a job."""
-        return self.tiling.folder
-
-    def write(self, slides: Sequence[SlideFile], job: JobFolder, *, workers: int, progress: Advance | None) -> Report:
-        """Write the coordinates file of every slide."""
-        return tile_slides(
-            slides,
-            job,
-            self.tiling,
-            tissue=self.tissue,
-            quality=self.quality,
-            workers=workers,
-            progress=progress,
+def tiles_like(spec: FeatureSpec) -> TissueTiles:
+    """Return the tiles that a model's features were made of; `ConfigError` when it was not trained on tiles."""
+    if spec.mpp is None or spec.patch_size is None:
+        raise ConfigError(
+            f"this model was not trained on slide tiles (encoder {spec.encoder}), so slides cannot be encoded for "
+            "it; pass --features FOLDER"
         )
+    return TissueTiles(Tiling(mpp=spec.mpp, patch_size=spec.patch_size))
 
 
 @dataclass(frozen=True)
@@ -222,7 +194,7 @@ def predict_slides(
     """
     machine, spec = machine or Machine(), load_card(Models.open(models).folders[0]).features
     found = find_slides(slides, slide_mpp=slide_mpp)
-    encoded = encode_slides(found, job, TissueTiles.like(spec), spec.encoder, machine=machine, progress=progress)
+    encoded = encode_slides(found, job, tiles_like(spec), spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
         predicted = predict(
             models,

@@ -36,7 +36,6 @@ from eosin.pipeline._deploy import (
     Machine,
     ProgressBar,
     Tiler,
-    TissueTiles,
     encode_slides,
     no_progress,
 )
@@ -66,7 +65,7 @@ from eosin.pipeline._studies import (
 )
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder
+from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import TissueOptions

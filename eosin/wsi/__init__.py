@@ -7,7 +7,7 @@ from eosin._lazy import lazy
 if TYPE_CHECKING:
     from eosin.wsi._array_impl import ArraySlide
     from eosin.wsi._grid import TileGrid, Tiling, make_grid
-    from eosin.wsi._job import JobFolder, tile_slides
+    from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
     from eosin.wsi._preview import preview_slides
     from eosin.wsi._quality import QualityLimits
     from eosin.wsi._slide import Slide
@@ -26,6 +26,7 @@ __all__ = [
     "Tiling",
     "TissueMask",
     "TissueOptions",
+    "TissueTiles",
     "find_slides",
     "find_tissue",
     "iterate_tiles",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,15 +87,73 @@ class JobFolder:
         return self.root / "run.json"
 
 
+@dataclass(frozen=True)
+class TissueTiles:
+    """Which tiles of slides are taken: those that hold tissue, and everything that decides it.
+
+    Parameters
+    ----------
+    tiling : Tiling
+        The lattice.
+    tissue : TissueOptions
+        How tissue is found.
+    quality : QualityLimits
+        Which tiles are left out for blur, ink or folds.
+    overrides : mapping
+        Tissue options of single slides by id or file name, from `read_overrides`.
+    contours : Path, optional
+        Folder of outlines drawn or edited in QuPath, named after the slide or its file (``<slide>.geojson``,
+        ``<slide>.svs.geojson``, ``.json``); the tissue of slides without a file in it is found automatically.
+    """
+
+    tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
+    tissue: TissueOptions = TissueOptions()  # noqa: RUF009 - frozen
+    quality: QualityLimits = QualityLimits()  # noqa: RUF009 - frozen
+    overrides: Mapping[str, TissueOptions] = field(default_factory=dict)
+    contours: Path | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the coordinates in a job."""
+        return self.tiling.folder
+
+    def plan(self, slides: Sequence[SlideFile], job: JobFolder) -> "TilePlan":
+        """Find out which slides options and outlines are for; names of no slide, and slides without one, are reported.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such folder of outlines, or a slide has two.
+        """
+        ids = [slide.slide_id for slide in slides]
+        changed = of_slides(self.overrides.items(), ids, "options of single slides", needed=False)
+        drawn: Mapping[str, Path] = {}
+        if self.contours is not None:
+            drawn = of_slides(_outlines(self.contours), ids, str(self.contours), needed=False)
+            without = [slide for slide in ids if slide not in drawn]
+            if without:
+                logger.warning(
+                    "%s: no outline of %s; their tissue is found automatically", self.contours, first_few(without)
+                )
+        return TilePlan(job, self, changed, drawn)
+
+    def write(
+        self,
+        slides: Sequence[SlideFile],
+        job: JobFolder,
+        *,
+        workers: int = 0,
+        progress: Callable[[Record], None] | None = None,
+    ) -> Report:
+        """Write the coordinates file of every slide; see `tile_slides`."""
+        return tile_slides(slides, job, self, workers=workers, progress=progress)
+
+
 def tile_slides(
     slides: Sequence[SlideFile],
     job: JobFolder,
-    tiling: Tiling | None = None,
+    tiles: TissueTiles | Tiling | None = None,
     *,
-    tissue: TissueOptions | None = None,
-    overrides: Mapping[str, TissueOptions] | None = None,
-    contours: Path | None = None,
-    quality: QualityLimits | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
@@ -113,17 +171,8 @@ def tile_slides(
         From `eosin.wsi._slide_file.find_slides`.
     job : JobFolder
         Where results go.
-    tiling : Tiling, optional
-        The defaults otherwise.
-    tissue : TissueOptions, optional
-        The defaults otherwise.
-    overrides : mapping, optional
-        Options of single slides by id or file name, from `read_overrides`.
-    contours : Path, optional
-        Folder of outlines drawn or edited in QuPath, named after the slide or its file (``<slide>.geojson``,
-        ``<slide>.svs.geojson``, ``.json``); the tissue of slides without a file in it is found automatically.
-    quality : QualityLimits, optional
-        Which tiles are left out for blur, ink or folds; otherwise none.
+    tiles : TissueTiles or Tiling, optional
+        Which tiles; a `Tiling` alone has the defaults of everything else.
     workers : int
         0 works in this process; otherwise that many processes, and a decoder that crashes costs one slide.
     shard : tuple of int
@@ -141,13 +190,11 @@ def tile_slides(
     Raises
     ------
     ConfigError
-        If there is no folder `contours`.
+        If there is no folder of contours.
     OutputError
         If the job folder cannot be written.
     """
-    plan = TilePlan.of(
-        slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
-    )
+    plan = all_of(tiles).plan(slides, job)
     report = run_stage(
         plan,
         slides,
@@ -164,6 +211,11 @@ def tile_slides(
     return report
 
 
+def all_of(tiles: TissueTiles | Tiling | None) -> TissueTiles:
+    """Return the options that decide the tiles, with defaults where only a tiling or nothing is given."""
+    return TissueTiles(tiles) if isinstance(tiles, Tiling) else tiles or TissueTiles()
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """What is done to every slide: a `eosin._batch.Stage`, sent to workers.
@@ -172,56 +224,24 @@ class TilePlan:
     ----------
     job : JobFolder
         Where results go.
-    tiling : Tiling
-        Lattice.
-    tissue : TissueOptions
-        Mask.
+    tiles : TissueTiles
+        Lattice, mask and limits.
     overrides : mapping
-        Mask options of single slides.
+        Mask options of single slides, by id.
     contours : mapping
-        File with the outline of single slides.
-    quality : QualityLimits
-        Which tiles are left out.
+        File with the outline of single slides, by id.
     """
 
     job: JobFolder
-    tiling: Tiling
-    tissue: TissueOptions
-    overrides: Mapping[str, TissueOptions]
-    contours: Mapping[str, Path]
-    quality: QualityLimits
+    tiles: TissueTiles
+    overrides: Mapping[str, TissueOptions] = field(default_factory=dict)
+    contours: Mapping[str, Path] = field(default_factory=dict)
     name: ClassVar[str] = "tile"
 
-    @classmethod
-    def of(
-        cls,
-        slides: Sequence[SlideFile],
-        job: JobFolder,
-        *,
-        tiling: Tiling | None = None,
-        tissue: TissueOptions | None = None,
-        overrides: Mapping[str, TissueOptions] | None = None,
-        contours: Path | None = None,
-        quality: QualityLimits | None = None,
-    ) -> "TilePlan":
-        """Find out which slides options and outlines are for; names of no slide, and slides without one, are reported.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such folder of outlines, or a slide has two.
-        """
-        ids = [slide.slide_id for slide in slides]
-        changed = of_slides((overrides or {}).items(), ids, "options of single slides", needed=False)
-        drawn: Mapping[str, Path] = {}
-        if contours is not None:
-            drawn = of_slides(_outlines(contours), ids, str(contours), needed=False)
-            without = [slide for slide in ids if slide not in drawn]
-            if without:
-                logger.warning(
-                    "%s: no outline of %s; their tissue is found automatically", contours, first_few(without)
-                )
-        return cls(job, tiling or Tiling(), tissue or TissueOptions(), changed, drawn, quality or QualityLimits())
+    @property
+    def tiling(self) -> Tiling:
+        """Lattice."""
+        return self.tiles.tiling
 
     def patches(self, slide_id: str) -> Path:
         """Coordinates file of a slide."""
@@ -276,7 +296,7 @@ class TilePlan:
 
     def tissue_of(self, item: SlideFile) -> TissueOptions:
         """Mask options of a slide."""
-        return self.overrides.get(item.slide_id, self.tissue)
+        return self.overrides.get(item.slide_id, self.tiles.tissue)
 
     def find_mask(self, item: SlideFile, slide: Slide, overview: Overview) -> TissueMask:
         """Return the tissue of an open slide: as drawn by a person, else found on the overview."""
@@ -297,8 +317,8 @@ class TilePlan:
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         account = account_for(mask, grid)
-        quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.quality.measures_blur)
-        keep, left_out = quality.within(self.quality)
+        quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.tiles.quality.measures_blur)
+        keep, left_out = quality.within(self.tiles.quality)
         if left_out:
             grid, quality = grid.select(keep), quality.select(keep)
         notes = [note for note in (*slide.notes, *account.in_words(), left_out, *mask.notes) if note]
@@ -316,7 +336,7 @@ class TilePlan:
             picture=[slide.scene, slide.plane],
             tiling=self.tiling,
             tissue=[self.tissue_of(slide), TISSUE_VERSION],
-            quality=[self.quality, QUALITY_VERSION],
+            quality=[self.tiles.quality, QUALITY_VERSION],
             outline=drawn.read_bytes() if drawn else None,
         )
 

@@ -1,6 +1,6 @@
 """Tissue and tiles as pictures, to settle the options of a cohort before any coordinates are written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +8,10 @@ from PIL import Image, ImageDraw
 
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin.wsi._grid import TileGrid, Tiling
-from eosin.wsi._job import JobFolder, TilePlan
+from eosin.wsi._job import JobFolder, TilePlan, TissueTiles, all_of
 from eosin.wsi._overview import make_thumbnail
 from eosin.wsi._picture import draw_outline, write_jpeg
-from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
-from eosin.wsi._tissue import TissueOptions
 
 TILE_COLOUR = (70, 70, 70)
 MIN_TILE_SIDE = 4.0
@@ -22,12 +20,8 @@ MIN_TILE_SIDE = 4.0
 def preview_slides(
     slides: Sequence[SlideFile],
     job: JobFolder,
-    tiling: Tiling | None = None,
+    tiles: TissueTiles | Tiling | None = None,
     *,
-    tissue: TissueOptions | None = None,
-    overrides: Mapping[str, TissueOptions] | None = None,
-    contours: Path | None = None,
-    quality: QualityLimits | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
@@ -39,19 +33,17 @@ def preview_slides(
 
     Parameters
     ----------
-    slides, job, tiling, tissue, overrides, contours, quality, workers, shard, timeout_s, progress
+    slides, job, tiles, workers, shard, timeout_s, progress
         As of `eosin.wsi._job.tile_slides`.
 
     Raises
     ------
     ConfigError
-        If there is no folder `contours`.
+        If there is no folder of contours.
     OutputError
         If the pictures cannot be written.
     """
-    plan = TilePlan.of(
-        slides, job, tiling=tiling, tissue=tissue, overrides=overrides, contours=contours, quality=quality
-    )
+    plan = all_of(tiles).plan(slides, job)
     return run_batch(
         slides,
         partial(_preview, plan),
@@ -94,22 +86,19 @@ def draw_grid(thumbnail: Image.Image, grid: TileGrid) -> Image.Image:
     return picture
 
 
-def preview_slide(item: SlideFile, tiling: Tiling | None = None, *, tissue: TissueOptions | None = None) -> Image.Image:
+def preview_slide(item: SlideFile, tiles: TissueTiles | Tiling | None = None) -> Image.Image:
     """Return the picture of a slide with the outline of its tissue and its tiles, without writing anything.
 
     Parameters
     ----------
     item : SlideFile
         The slide.
-    tiling : Tiling, optional
-        The defaults otherwise.
-    tissue : TissueOptions, optional
-        The defaults otherwise.
+    tiles : TissueTiles or Tiling, optional
+        As of `eosin.wsi._job.tile_slides`.
 
     Raises
     ------
     SlideError
         If the slide cannot be opened or tiled.
     """
-    plan = TilePlan(JobFolder(Path()), tiling or Tiling(), tissue or TissueOptions(), {}, {}, QualityLimits())
-    return _draw(plan, item)[0]
+    return _draw(all_of(tiles).plan([item], JobFolder(Path())), item)[0]

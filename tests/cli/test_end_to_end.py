@@ -10,6 +10,7 @@ from eosin._batch import Report
 from eosin.errors import ConfigError
 from eosin.features._store import read_bag
 from eosin.mil._checkpoint import load_card
+from eosin.wsi._job import TissueTiles
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._synthetic import Cohort, make_cohort
 
@@ -66,11 +67,11 @@ def test_run_leaves_tiles_out_for_their_quality(
 ) -> None:
     limits = []
 
-    def tile_slides(slides: object, *_: object, quality: QualityLimits, **__: object) -> Report:
-        limits.append(quality)
+    def tile_slides(slides: object, job: object, tiles: TissueTiles, **_: object) -> Report:
+        limits.append(tiles.quality)
         raise ConfigError("enough was seen")
 
-    monkeypatch.setattr("eosin.pipeline._deploy.tile_slides", tile_slides)
+    monkeypatch.setattr("eosin.wsi._job.tile_slides", tile_slides)
     result = run(
         "run", "--slides", small / "slides", "--labels", small / "labels.csv", "--job", tmp_path / "job",
         "--folds", 2, "--max-pen", 0.1, "--max-blur", 0.9, "--set", "quality.max_fold=0.5",

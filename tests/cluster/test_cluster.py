@@ -18,7 +18,7 @@ from eosin.errors import ConfigError
 from eosin.features._extract import ExtractStage
 from eosin.mil._study import FoldStage
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, TilePlan
+from eosin.wsi._job import JobFolder, TilePlan, TissueTiles
 from eosin.wsi._slide_file import SlideFile, find_slides
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs/cluster").glob("*.yaml"))
@@ -83,7 +83,7 @@ def test_every_stage_can_be_written_as_json(stage: type) -> None:
 @pytest.fixture
 def plan(tmp_path: Path, cohort: Path) -> tuple[str, SlideFile, TilePlan]:
     slide = find_slides([cohort / "slides"])[0]
-    stage = TilePlan.of([slide], JobFolder(tmp_path / "job"), tiling=Tiling(patch_size=128))
+    stage = TissueTiles(Tiling(patch_size=128)).plan([slide], JobFolder(tmp_path / "job"))
     write_stage(tmp_path / "stage.json", stage, SlideFile, stage.job.run_json)
     return str(tmp_path / "stage.json"), slide, stage
 

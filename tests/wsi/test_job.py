@@ -11,7 +11,7 @@ from eosin.errors import ConfigError, OutputError
 from eosin.wsi._coordinates import read_footer, read_grid, read_quality
 from eosin.wsi._geojson import outline_to_geojson, qupath_origin
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, read_overrides, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, read_overrides, tile_slides
 from eosin.wsi._outline import trace_outline
 from eosin.wsi._slide_file import SlideFile, find_slides
 from eosin.wsi._tissue import TissueOptions
@@ -86,7 +86,7 @@ def test_finished_slides_are_skipped_until_something_changes(slides, job):
     before = patches.stat().st_mtime_ns
     assert tile_slides(slides, job, SMALL).count("skipped") == 2
     assert patches.stat().st_mtime_ns == before
-    assert tile_slides(slides, job, SMALL, tissue=TissueOptions(min_area_um2=1)).count("skipped") == 0
+    assert tile_slides(slides, job, TissueTiles(SMALL, tissue=TissueOptions(min_area_um2=1))).count("skipped") == 0
     assert tile_slides(slides, job, SMALL).count("skipped") == 0
     assert tile_slides(slides, job, Tiling(patch_size=32)).count("skipped") == 0
     assert len(job.tilings()) == 2
@@ -174,24 +174,24 @@ def test_edited_contours_are_used_and_a_new_edit_tiles_again(slides, job, tmp_pa
     good = [slide for slide in slides if slide.slide_id.startswith("good")]
     drawn = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]]}
     (folder / "good (1) µ.geojson").write_text(json.dumps({"type": "Feature", "geometry": drawn}))
-    report = tile_slides(slides, job, SMALL, contours=folder)
+    report = tile_slides(slides, job, TissueTiles(SMALL, contours=folder))
     assert by_id(report)["glass"].status == "empty"
     grid = read_grid(job.patches(SMALL.folder, "good (1) µ"))
     assert grid.origins_px0.tolist() == [[x, y] for y in (0, 64) for x in (0, 64, 128, 192)]
-    assert tile_slides(good, job, SMALL, contours=folder).count("skipped") == 1
+    assert tile_slides(good, job, TissueTiles(SMALL, contours=folder)).count("skipped") == 1
     (folder / "good (1) µ.geojson").write_text('{"type": "FeatureCollection", "features": []}')
-    assert tile_slides(good, job, SMALL, contours=folder).count("empty") == 1
+    assert tile_slides(good, job, TissueTiles(SMALL, contours=folder)).count("empty") == 1
     (folder / "good (1) µ.geojson").write_text("{")
-    record = tile_slides(good, job, SMALL, contours=folder).records[0]
+    record = tile_slides(good, job, TissueTiles(SMALL, contours=folder)).records[0]
     assert (record.status, record.reason) == ("failed", "bad-contours")
     with pytest.raises(ConfigError, match="no such folder"):
-        tile_slides(good, job, SMALL, contours=tmp_path / "none")
+        tile_slides(good, job, TissueTiles(SMALL, contours=tmp_path / "none"))
 
 
 def test_our_own_contours_give_the_same_tiles_when_read_back(slides, job, tmp_path):
     tile_slides(slides, job, SMALL)
     other = JobFolder(tmp_path / "other")
-    tile_slides(slides, other, SMALL, contours=job.root / "contours_geojson")
+    tile_slides(slides, other, TissueTiles(SMALL, contours=job.root / "contours_geojson"))
     first, second = (
         {tuple(row) for row in read_grid(folder.patches(SMALL.folder, "good (1) µ")).origins_px0.tolist()}
         for folder in (job, other)
@@ -204,7 +204,7 @@ def test_options_of_single_slides(slides, job, tmp_path):
     table.write_text("slide,min_stain,remove_pen,mpp\ngood (1) µ,0.9,,\nother,,false,16\n")
     overrides = read_overrides(table, TissueOptions(open_um=10))
     assert overrides["other"] == TissueOptions(open_um=10, remove_pen=False, mpp=16)
-    report = tile_slides(slides, job, SMALL, overrides=overrides)
+    report = tile_slides(slides, job, TissueTiles(SMALL, overrides=overrides))
     assert by_id(report)["good (1) µ"].status == "empty"
 
 
@@ -218,7 +218,7 @@ def test_bad_overrides_are_refused(tmp_path, text):
 CHILD = """
 import sys
 from pathlib import Path
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._slide_file import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "giant")], JobFolder(Path(sys.argv[2])))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -230,12 +230,12 @@ SCORED = """
 import sys
 from pathlib import Path
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SlideFile
 slides = [SlideFile(Path(sys.argv[1]), "giant")]
 tiling = Tiling(patch_size=64, overlap=15)
-report = tile_slides(slides, JobFolder(Path(sys.argv[2])), tiling, quality=QualityLimits(blur=True))
+report = tile_slides(slides, JobFolder(Path(sys.argv[2])), TissueTiles(tiling, quality=QualityLimits(blur=True)))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.records[0].message.split()[0], peak.split()[1])
 """
@@ -244,7 +244,7 @@ print(report.records[0].message.split()[0], peak.split()[1])
 LIGHT = """
 import sys
 from pathlib import Path
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._slide_file import SlideFile
 report = tile_slides([SlideFile(Path(sys.argv[1]), "a")], JobFolder(Path(sys.argv[2])))
 print(report.records[0].status, *{"scipy", "skimage", "torch", "pandas"} & set(sys.modules))

@@ -6,7 +6,7 @@ from PIL import Image
 
 from eosin.errors import ConfigError
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder
+from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._picture import OUTLINE_COLOUR
 from eosin.wsi._preview import TILE_COLOUR, preview_slide, preview_slides
 from eosin.wsi._slide_file import SlideFile
@@ -44,13 +44,13 @@ def test_a_preview_shows_what_was_drawn(slide, tmp_path):
     folder.mkdir()
     square = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]]}
     (folder / "good (1) µ.json").write_text(json.dumps(square))
-    report = preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=folder)
+    report = preview_slides([slide], JobFolder(tmp_path / "job"), TissueTiles(SMALL, contours=folder))
     assert report.records[0].message.startswith("8 tiles; 0.00")
     assert report.records[0].message.endswith("; tissue as drawn in good (1) µ.json")
     outside = {"type": "Polygon", "coordinates": [[[9000, 0], [9256, 0], [9256, 128], [9000, 128], [9000, 0]]]}
     (folder / "good (1) µ.json").write_text(json.dumps(outside))
-    report = preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=folder)
+    report = preview_slides([slide], JobFolder(tmp_path / "job"), TissueTiles(SMALL, contours=folder))
     assert report.records[0].status == "empty"
     assert report.records[0].message.endswith("tissue as drawn in good (1) µ.json, which lies outside the slide")
     with pytest.raises(ConfigError, match="no such folder"):
-        preview_slides([slide], JobFolder(tmp_path / "job"), SMALL, contours=tmp_path / "none")
+        preview_slides([slide], JobFolder(tmp_path / "job"), TissueTiles(SMALL, contours=tmp_path / "none"))

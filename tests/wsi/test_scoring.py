@@ -9,7 +9,7 @@ from scipy import ndimage
 from eosin.errors import FeatureFileError
 from eosin.wsi._coordinates import read_grid, read_quality, write_grid
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
 from eosin.wsi._quality import QualityLimits, TileQuality
 from eosin.wsi._scoring import blur_of
 from eosin.wsi._slide_file import SlideFile, find_slides, open_slide
@@ -29,7 +29,7 @@ def sharp(tmp_path_factory):
 
 def tiled(path, folder, limits, tiling=TILING):
     job = JobFolder(folder)
-    record = tile_slides([SlideFile(path, path.stem)], job, tiling, quality=limits).records[0]
+    record = tile_slides([SlideFile(path, path.stem)], job, TissueTiles(tiling, quality=limits)).records[0]
     assert record.status == "ok", record
     patches = job.patches(tiling.folder, path.stem)
     return read_grid(patches), read_quality(patches), record.message
@@ -123,7 +123,7 @@ def test_pen_and_folds_are_scored_where_they_are(sharp, write_slide, tmp_path):
 def test_limits_leave_tiles_out_and_can_leave_none(sharp, write_slide, tmp_path):
     path = write_slide("sharp.tiff", sharp)
     record = tile_slides(
-        find_slides([path]), JobFolder(tmp_path / "job"), TILING, quality=QualityLimits(max_blur=0.01)
+        find_slides([path]), JobFolder(tmp_path / "job"), TissueTiles(TILING, quality=QualityLimits(max_blur=0.01))
     ).records[0]
     assert record.status == "empty"
     assert "by blur" in record.message
