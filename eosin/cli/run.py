@@ -37,7 +37,7 @@ from eosin.cli._settings import Settings
 if TYPE_CHECKING:
     from eosin.features._encoders import Precision as PrecisionName
     from eosin.pipeline._preflight import Problems
-    from eosin.pipeline._run import Checked, Pipeline
+    from eosin.pipeline._run import Checked, Inputs
     from eosin.pipeline._two_stage import SecondStage
 
 GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
@@ -53,16 +53,14 @@ class Plan:
 
     Attributes
     ----------
-    inputs : mapping
-        Slides, labels, job and the other arguments that one stage and two take alike.
-    pipeline : Pipeline
+    inputs : Inputs
+        What one stage and two are given alike.
     second : SecondStage, optional
         Of a run in two stages.
     problems : Problems
     """
 
-    inputs: dict[str, Any]
-    pipeline: "Pipeline"
+    inputs: "Inputs"
     second: "SecondStage | None"
     problems: "Problems"
 
@@ -72,8 +70,8 @@ class Plan:
         from eosin.pipeline._two_stage import check_two_stage
 
         if self.second is None:
-            return check_run(self.problems, options=self.pipeline, **self.inputs)
-        return check_two_stage(self.problems, options=self.pipeline, second=self.second, **self.inputs)
+            return check_run(self.problems, self.inputs)
+        return check_two_stage(self.problems, self.inputs, self.second)
 
 
 def plan(
@@ -109,7 +107,7 @@ def plan(
     from eosin.cli._study import ids_policy, missing_policy, recipe_of, require_one_source
     from eosin.pipeline._deploy import Machine
     from eosin.pipeline._preflight import Problems
-    from eosin.pipeline._run import Pipeline
+    from eosin.pipeline._run import Inputs, Pipeline
     from eosin.pipeline._two_stage import FIRST_TILING, SecondStage
     from eosin.wsi._job import JobFolder
 
@@ -139,18 +137,19 @@ def plan(
         precision=cast("PrecisionName", precision),
         weights=weights,
     )
-    inputs = {
-        "slides": slides,
-        "labels": labels,
-        "job": JobFolder(job),
-        "machine": machine,
-        "slide_mpp": slide_mpp_source(slide_mpp),
-        "splits": splits,
-        "missing": problems.attempt(missing_policy, missing) or "few",
-        "ids": problems.attempt(ids_policy, ids) or "ask",
-        "study": study_name,
-    }
-    return Plan(inputs, pipeline, second, problems)
+    inputs = Inputs(
+        slides,
+        labels,
+        JobFolder(job),
+        pipeline,
+        machine,
+        slide_mpp=slide_mpp_source(slide_mpp),
+        splits=splits,
+        missing=problems.attempt(missing_policy, missing) or "few",
+        ids=problems.attempt(ids_policy, ids) or "ask",
+        study=study_name,
+    )
+    return Plan(inputs, second, problems)
 
 
 def planned(function: Callable[[Plan], Done]) -> Callable[..., Done]:
@@ -175,17 +174,16 @@ def run(asked: Plan) -> Done:
 
     A run with other options in the same job is a study of its own, in JOB/studies. Nothing is overwritten.
     """
-    from eosin.pipeline._run import run_pipeline
-    from eosin.pipeline._two_stage import STAGES, run_two_stage
+    from eosin.pipeline._run import run_inputs
+    from eosin.pipeline._two_stage import STAGES, run_both
 
-    common: dict[str, Any] = {**asked.inputs, "problems": asked.problems, "progress": progress}
     paths: list[Path] = []
     if asked.second is not None:
-        staged = run_two_stage(options=asked.pipeline, second=asked.second, **common)
+        staged = run_both(asked.inputs, asked.second, problems=asked.problems, progress=progress)
         result, report = staged.second, staged.report
         paths = [staged.first.out / "report.html", result.out / STAGES]
     else:
-        result = run_pipeline(options=asked.pipeline, **common)
+        result = run_inputs(asked.inputs, problems=asked.problems, progress=progress)
         report = result.report
     paths += [result.crossval / "metrics.json", result.model, result.heatmaps, result.out / "report.html"]
     return Done(paths, report, lines=tuple(result.flow.lines()))

@@ -111,6 +111,37 @@ class Pipeline(Options):
         return 0.0 if self.recipe.training.select == "last" else VAL_FRACTION
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given; attributes as the arguments of `run_pipeline`."""
+
+    slides: Sequence[Path]
+    labels: Path
+    job: JobFolder
+    options: Pipeline = Pipeline()  # noqa: RUF009 - frozen
+    machine: Machine = Machine()  # noqa: RUF009 - frozen
+    slide_mpp: float | Path | None = None
+    splits: Path | None = None
+    missing: Missing = "error"
+    ids: Ids = "ask"
+    study: str | None = None
+
+    def question(self) -> Question:
+        """Return what is asked of the labels."""
+        options = self.options
+        return Question(
+            self.labels,
+            options.task,
+            options.target,
+            missing=self.missing,
+            ids=self.ids,
+            splits=self.splits,
+            folds=options.folds,
+            val_fraction=options.val_fraction,
+            seed=options.recipe.training.seed,
+        )
+
+
 def run_pipeline(
     slides: Sequence[Path],
     labels: Path,
@@ -173,28 +204,36 @@ def run_pipeline(
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    options, machine, problems = options or Pipeline(), machine or Machine(), problems or Problems()
-    checked = check_run(
-        problems, slides, labels, job, options,
-        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
-    )  # fmt: skip
+    inputs = Inputs(
+        slides, labels, job, options or Pipeline(), machine or Machine(), slide_mpp, splits, missing, ids, study
+    )
+    return run_inputs(inputs, report=report, problems=problems, progress=progress)
+
+
+def run_inputs(
+    inputs: Inputs, *, report: bool = True, problems: Problems | None = None, progress: ProgressBar | None = None
+) -> Result:
+    """Do what `run_pipeline` does, with its arguments in one object."""
+    problems = problems or Problems()
+    checked = check_run(problems, inputs)
     chosen = checked.begin(problems)
     return run_checked(
-        checked.files, labels, chosen.tiles, chosen.path, options,
-        machine=machine, splits=splits, ids=ids, report=report, earlier=earlier_studies(chosen), progress=progress,
-    )  # fmt: skip
+        inputs,
+        checked.files,
+        chosen.tiles,
+        chosen.path,
+        report=report,
+        earlier=earlier_studies(chosen),
+        progress=progress,
+    )
 
 
 def run_checked(
+    inputs: Inputs,
     files: Sequence[SlideFile],
-    labels: Path,
     job: JobFolder,
     out: Path,
-    options: Pipeline,
     *,
-    machine: Machine,
-    splits: Path | None = None,
-    ids: Ids = "ask",
     tiles: Tiler | None = None,
     report: bool = True,
     earlier: Sequence[Earlier] = (),
@@ -204,23 +243,26 @@ def run_checked(
 
     Parameters
     ----------
-    files, labels, options, machine, splits, ids, report, progress
-        As of `run_pipeline`.
+    inputs : Inputs
+    files : sequence of SlideFile
+        The slides, in place of those that the inputs name.
     job : JobFolder
         Receives tiles and features.
     out : Path
         Receives the results.
     tiles : Tiler, optional
         Takes the place of the tiles with tissue.
+    report, progress
+        As of `run_pipeline`.
     earlier : sequence of Earlier
         Studies that the report names.
     """
-    progress = progress or no_progress
+    options, machine, progress = inputs.options, inputs.machine, progress or no_progress
     tiles = tiles or TissueTiles(options.tiling, options.tissue, options.quality)
     encoded = encode_slides(files, job, tiles, options.encoder, machine=machine, progress=progress)
-    study = _open_study(files, encoded, labels, options, ids)
+    study = _open_study(inputs, files, encoded)
     parts = study.splits(
-        splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
+        inputs.splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
     )
     write_splits(out / "splits", parts, study.cohort)
     with progress("cross-validate", len(parts)) as advance:
@@ -297,48 +339,26 @@ class Checked:
         return self.study
 
 
-def check_run(
-    problems: Problems,
-    slides: Sequence[Path],
-    labels: Path,
-    job: JobFolder,
-    options: Pipeline,
-    *,
-    machine: Machine,
-    slide_mpp: float | Path | None = None,
-    splits: Path | None = None,
-    missing: Missing = "error",
-    ids: Ids = "ask",
-    study: str | None = None,
-    second: Mapping[str, Any] | None = None,
-) -> Checked:
-    """Find what stands in the way of a run, in seconds and without writing anything; arguments as of `run_pipeline`.
+def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | None = None) -> Checked:
+    """Find what stands in the way of a run, in seconds and without writing anything.
 
     Every problem is added to `problems`, whose `require` raises them. `second` are the options of a second stage, which
     are a part of the study's key.
     """
-    files = collect_slides(problems, slides, slide_mpp)
+    options, machine, job = inputs.options, inputs.machine, inputs.job
+    files = collect_slides(problems, inputs.slides, inputs.slide_mpp)
     headers = check_headers(problems, files, machine.workers)
-    question = Question(
-        labels,
-        options.task,
-        options.target,
-        missing=missing,
-        ids=ids,
-        splits=splits,
-        folds=options.folds,
-        val_fraction=options.val_fraction,
-        seed=options.recipe.training.seed,
-    )
-    labelled = check_labels(problems, question, {file.slide_id for file in files}, bad=headers.bad)
+    labelled = check_labels(problems, inputs.question(), {file.slide_id for file in files}, bad=headers.bad)
     encoder = check_options(problems, options, job.root, machine)
     if labelled is not None:
         problems.attempt(require_fitting, options.recipe.training, labelled.task)
     place = None
     problems.attempt(require_name, study)
     if labelled is not None:
-        key = problems.attempt(study_key, options, labelled, machine, slide_mpp=slide_mpp, splits=splits, second=second)
-        place = None if key is None else problems.attempt(place_study, job, key, study)
+        key = problems.attempt(
+            study_key, options, labelled, machine, slide_mpp=inputs.slide_mpp, splits=inputs.splits, second=second
+        )
+        place = None if key is None else problems.attempt(place_study, job, key, inputs.study)
     tiles, space = job if place is None else place.tiles, ""
     if encoder is not None:
         width = 4 if machine.precision == "fp32" else 2
@@ -392,8 +412,9 @@ def check_options(problems: Problems, options: Pipeline, folder: Path, machine: 
     return encoder or Problems().attempt(find_encoder, options.encoder)
 
 
-def _open_study(files: Sequence[SlideFile], encoded: Encoded, labels: Path, options: Pipeline, ids: Ids) -> Study:
+def _open_study(inputs: Inputs, files: Sequence[SlideFile], encoded: Encoded) -> Study:
     """Join the labels with the features of the slides that did not fail."""
+    labels, ids, options = inputs.labels, inputs.ids, inputs.options
     found = [file.slide_id for file in files]
     flow = Flow.of(found).joined(open_labels(labels, ids=ids).named_as(found, ids).slide_ids)
     flow = flow.keep("found", found, "has no slide file")

@@ -10,7 +10,6 @@ cross-validation.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from eosin.mil._tables import LabelTable, Missing, shown
 from eosin.mil.slots import AGGREGATORS, AttentionOutput
 from eosin.options import Options
 from eosin.pipeline._deploy import Advance, Machine, ProgressBar
-from eosin.pipeline._preflight import Problems, Question, check_labels
+from eosin.pipeline._preflight import Problems, check_labels
 from eosin.pipeline._result import Result, make_report
-from eosin.pipeline._run import Checked, Pipeline, check_run, run_checked
+from eosin.pipeline._run import Checked, Inputs, Pipeline, check_run, run_checked
 from eosin.pipeline._selection import Selection, tile_selected
 from eosin.pipeline._studies import earlier_studies
 from eosin.report._page import write_report
@@ -132,25 +131,32 @@ def run_two_stage(
     LabelError, OutputError
         As `eosin.pipeline._run.run_pipeline`.
     """
-    options, second = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"]), second or SecondStage()
-    machine, problems = machine or Machine(), problems or Problems()
-    checked = check_two_stage(
-        problems, slides, labels, job, options,
-        second=second, machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
-    )  # fmt: skip
+    options = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"])
+    inputs = Inputs(slides, labels, job, options, machine or Machine(), slide_mpp, splits, missing, ids, study)
+    return run_both(inputs, second or SecondStage(), problems=problems, progress=progress)
+
+
+def run_both(
+    inputs: Inputs, second: SecondStage, *, problems: Problems | None = None, progress: ProgressBar | None = None
+) -> TwoStageResult:
+    """Do what `run_two_stage` does, with its arguments in one object."""
+    options, problems = inputs.options, problems or Problems()
+    checked = check_two_stage(problems, inputs, second)
     chosen = checked.begin(problems)
-    run = partial(run_checked, checked.files, labels, machine=machine, ids=ids, progress=progress)
-    tiles, out = chosen.tiles.root, chosen.path
-    first = run(job=JobFolder(tiles / FIRST), out=out / FIRST, options=options, splits=splits)
+    first = run_checked(
+        inputs, checked.files, JobFolder(chosen.tiles.root / FIRST), chosen.path / FIRST, progress=progress
+    )
     same = second.target in (None, options.target)
-    last = run(
-        job=chosen.tiles,
-        out=out,
-        options=second.after(options),
-        splits=first.splits if same and splits is None else splits,
+    splits = first.splits if same and inputs.splits is None else inputs.splits
+    last = run_checked(
+        replace(inputs, options=second.after(options), splits=splits),
+        checked.files,
+        chosen.tiles,
+        chosen.path,
         tiles=ChosenTiles(first, second),
         report=False,
         earlier=earlier_studies(chosen),
+        progress=progress,
     )
     summary = _summary(options, second, first, last)
     note = (
@@ -158,32 +164,15 @@ def run_two_stage(
         "model that has not seen the slide, cut into finer ones."
     )
     page = make_report(last)
-    write_report(out / "report.html", replace(page, notes=(note, *page.notes)))
-    write_json(out / STAGES, summary)
+    write_report(chosen.path / "report.html", replace(page, notes=(note, *page.notes)))
+    write_json(chosen.path / STAGES, summary)
     return TwoStageResult(first, last, first.report.then(last.report), summary)
 
 
-def check_two_stage(
-    problems: Problems,
-    slides: Sequence[Path],
-    labels: Path,
-    job: JobFolder,
-    options: Pipeline,
-    *,
-    second: SecondStage,
-    machine: Machine,
-    slide_mpp: float | Path | None = None,
-    splits: Path | None = None,
-    missing: Missing = "error",
-    ids: Ids = "ask",
-    study: str | None = None,
-) -> Checked:
-    """Find what stands in the way of both stages; arguments and errors as of `run_two_stage`."""
-    checked = check_run(
-        problems, slides, labels, job, options,
-        machine=machine, slide_mpp=slide_mpp, splits=splits, missing=missing, ids=ids, study=study,
-        second=second.model_dump(mode="json"),
-    )  # fmt: skip
+def check_two_stage(problems: Problems, inputs: Inputs, second: SecondStage) -> Checked:
+    """Find what stands in the way of both stages; errors as of `run_two_stage`."""
+    options, splits = inputs.options, inputs.splits
+    checked = check_run(problems, inputs, second.model_dump(mode="json"))
     problems.attempt(tile_ratio, options.tiling, second.tiling)
     problems.attempt(_require_attention, options.recipe)
     if second.recipe is not None:
@@ -191,10 +180,7 @@ def check_two_stage(
     if splits is not None and checked.labelled is not None:
         problems.attempt(_require_every_slide_tested, splits, checked.labelled.table)
     if second.target not in (None, options.target):
-        question = Question(
-            labels, options.task, second.target, missing=missing, ids=ids, folds=options.folds,
-            val_fraction=options.val_fraction, seed=options.recipe.training.seed,
-        )  # fmt: skip
+        question = replace(inputs.question(), target=second.target, splits=None)
         check_labels(problems, question, {file.slide_id for file in checked.files}, bad=checked.headers.bad)
     return checked
 
