@@ -13,12 +13,6 @@ SOURCES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in SOURCES.items()}
 FACES = {module for module, path in SOURCES.items() if path.name == "__init__.py"} | {"eosin.__main__", "eosin._moved"}
 
-KNOWN_LONG = {
-    "eosin.pipeline._cohort_questions._write_cohort",
-    "eosin.pipeline._question._write",
-}
-"""Functions that take more. May only shrink."""
-
 
 def imported(module: str) -> Iterator[tuple[str, str, str | None]]:
     """Yield module, name and new name of what a module imports from eosin, in functions and for type checkers too."""
@@ -97,7 +91,7 @@ def test_no_function_takes_more_than_five_positional_arguments() -> None:
         and not (node.args.args and node.args.args[0].arg == "ctx")  # autograd calls these, with positions only
         and sum(one.arg not in ("self", "cls") for one in node.args.posonlyargs + node.args.args) > MOST_POSITIONAL
     }
-    assert sorted(found - KNOWN_LONG) == []
+    assert sorted(found) == []
 
 
 def test_no_test_and_no_benchmark_uses_a_path_of_the_first_version() -> None:

@@ -146,7 +146,9 @@ def question_cohort(
     unseen = {name: answers for name, answers in work.asked.items() if answers.sight.is_new}
     fewer = FEWEST_SLIDES <= len(unseen) < len(work.asked)
     alone = _summaries(unseen, cohort, card, class_name) if fewer else []
-    return _write_cohort(out_dir, work.asked, summary, alone, card, class_name, formats, report), report
+    return _write_cohort(
+        out_dir, work.asked, summary, alone, card=card, class_name=class_name, formats=formats, report=report
+    ), report
 
 
 def _asking(model: Path | tuple[Aggregator, ModelCard], cohort: Cohort) -> tuple[Callable[[str], Asked], ModelCard]:
@@ -370,6 +372,7 @@ def _write_cohort(
     asked: Mapping[str, _Asked],
     summary: Sequence[CohortEffect],
     unseen: Sequence[CohortEffect],
+    *,
     card: ModelCard,
     class_name: str,
     formats: Sequence[str],

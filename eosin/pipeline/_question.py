@@ -186,7 +186,7 @@ def write_findings(
     paths = [out_dir / f"{bag.slide_id}_counterfactual.{name}" for name in formats]
     prediction = predict_bag(asked.model, asked.card, bag)
     for name, path in zip(formats, paths, strict=True):
-        _write(name, path, found, bag, slide, asked, prediction)
+        _write(name, path, found, bag, slide=slide, asked=asked, prediction=prediction)
     return paths
 
 
@@ -242,6 +242,7 @@ def _write(
     path: Path,
     found: Counterfactuals,
     bag: FeatureBag,
+    *,
     slide: Slide | None,
     asked: Asked,
     prediction: Mapping[str, str],
