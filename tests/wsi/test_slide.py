@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -184,3 +187,15 @@ def test_a_plug_in_reads_what_no_reader_takes(tmp_path):
             assert (slide.read((0, 0), (8, 6), 0.5) == 7).all()
     finally:
         READERS._known = before
+
+
+def test_readers_are_asked_in_one_order_whatever_is_imported_first():
+    code = """
+from eosin.wsi import _tiff_impl, _array_impl
+from eosin.wsi.reader import READERS
+assert not READERS._known  # the registry itself knows none
+from eosin.wsi import _slide_file
+print(*(kind.__name__ for kind in READERS._known))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ZarrReader", "DicomReader", "TiffReader", "OpenSlideReader", "PictureReader"]
