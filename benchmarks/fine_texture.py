@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import ndimage
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._files import write_file, write_text
+from eosin._records import Record, Report
 from eosin._tables import csv_text
 from eosin.options import Options
 from eosin.wsi._synthetic import SlidePlan, save_pyramid

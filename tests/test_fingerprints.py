@@ -13,9 +13,9 @@ import pytest
 import torch
 from scenes import write_slide
 
-from eosin._batch import Report
 from eosin._files import write_json
 from eosin._fingerprints import STAGES, fingerprint, source_hash
+from eosin._records import Report
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoding import Extraction
 from eosin.features._store import write_bag
@@ -28,7 +28,7 @@ from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks._classification import Classification
-from eosin.pipeline._run import _Drawing, _is_drawn
+from eosin.pipeline._run import Drawing, DrawStage
 from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, TissueTiles, tile_slides
@@ -239,10 +239,10 @@ class Map:
         for name, data in (("s.h5", self.features), ("s.tiff", self.slide)):
             (folder / name).write_bytes(data)
         slide = SlideFile(folder / "s.tiff", "s", self.slide_mpp)
-        item = _Drawing(slide, folder / "s.h5", folder / "model", folder, self.formats)
+        item = Drawing(slide, folder / "s.h5", folder / "model", folder, self.formats)
         if self.cut:
             (folder / "s_alone.png").write_bytes(b"half")
-        if _is_drawn(item):
+        if DrawStage().is_done(item):
             return False
         files = [folder / f"s_alone.{name}" for name in self.formats]
         for path in files:

@@ -21,7 +21,7 @@ from scaling import scaled
 from scenes import lattice
 
 from eosin import _tables as tables
-from eosin._batch import Outcome, read_run_json, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._files import write_json
 from eosin._filesets import finish_set
 from eosin._processes import Child, serve_calls

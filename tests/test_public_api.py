@@ -176,7 +176,7 @@ def test_objects_print_what_they_are(tmp_path: Path) -> None:
     import numpy as np
     import torch
 
-    from eosin._batch import Record, Report
+    from eosin._records import Record, Report
     from eosin.features._bag import FeatureSpec
 
     grid = eosin.TileGrid(np.array([[0, 0], [256, 0]]), 256, eosin.Tiling(), (1000, 800), 0.5)

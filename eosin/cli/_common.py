@@ -33,7 +33,8 @@ from eosin.errors import ConfigError, EosinError, MissingPackageError, MoreToDo,
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eosin._batch import Outcome, Report
+    from eosin._batch import Outcome
+    from eosin._records import Report
 
 ItemT = TypeVar("ItemT")
 
@@ -435,7 +436,8 @@ def apply_to_each(
     items: Sequence[ItemT], work: Callable[[ItemT], "Outcome"], *, key: Callable[[ItemT], str], stage: str
 ) -> "Report":
     """Do a command's work on its inputs: one alone raises what is wrong with it, of many each fails alone."""
-    from eosin._batch import Record, Report, run_batch
+    from eosin._batch import run_batch
+    from eosin._records import Record, Report
 
     with progress(stage, len(items)) as advance:
         if len(items) == 1:

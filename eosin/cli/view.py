@@ -15,7 +15,7 @@ from eosin.cli._common import Done, command, progress, say
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eosin._batch import Report
+    from eosin._records import Report
     from eosin.viewer._catalogue import Catalogue
 
 
@@ -79,7 +79,7 @@ def view(
 
 def _require_shown(catalogue: "Catalogue") -> "Report":
     """Return one record per slide; refuse a list of which no slide can be shown."""
-    from eosin._batch import Record, Report
+    from eosin._records import Record, Report
 
     if not catalogue.shown:
         first, *others = catalogue.refused

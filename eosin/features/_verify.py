@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
+from eosin._records import Record, Report
 from eosin._seals import read_json
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features._bag import FeatureSpec

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from eosin._batch import Record
 from eosin._files import write_text
 from eosin._names import is_missing
+from eosin._records import Record
 from eosin._tables import csv_text
 
 COHORT = "cohort.csv"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eosin._batch import Record
 from eosin._names import Ids, match_slides
+from eosin._records import Record
 from eosin.errors import EosinError, LabelError
 from eosin.mil._data import FeatureFolder, PatientBags
 from eosin.mil._ensemble import Ensemble

@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eosin import __version__
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
+from eosin._records import Record, Report
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag

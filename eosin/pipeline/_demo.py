@@ -20,8 +20,8 @@ from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 from shapely.ops import unary_union
 
-from eosin._batch import Report
 from eosin._files import write_json
+from eosin._records import Report
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._maps import first_map

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from eosin._batch import Outcome, Record, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._devices import choose_device, count_cores
 from eosin._names import Ids, is_missing, slide_id
+from eosin._records import Record
 from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, read_table
 from eosin.errors import ConfigError, EosinError, LabelError, MissingPackageError, OutputError, SeveralErrors
 from eosin.features._encoders import folder_name

@@ -9,7 +9,7 @@ import pandas as pd
 from shapely.geometry.base import BaseGeometry
 
 from eosin import __version__
-from eosin._batch import Report
+from eosin._records import Report
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._heatmap import Heatmap

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eosin._batch import Outcome, Report, run_stage
+from eosin._batch import Outcome, run_stage
 from eosin._devices import choose_device
 from eosin._files import file_fingerprint, write_json
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import Ids
+from eosin._records import Report
 from eosin._seals import read_json
 from eosin.errors import EosinError, LabelError, SlideError
 from eosin.features._encoders import EncoderSpec, find_encoder, folder_name

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._files import file_fingerprint
 from eosin._fingerprints import fingerprint
+from eosin._records import Record, Report
 from eosin.errors import ConfigError, EosinError, FeatureFileError, SlideError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoders import folder_name

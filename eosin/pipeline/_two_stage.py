@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from eosin._batch import Report
 from eosin._files import write_json
 from eosin._names import Ids
+from eosin._records import Report
 from eosin.errors import ConfigError
 from eosin.mil._recipe import RECIPES, Recipe, require_methods
 from eosin.mil._selection import tile_ratio

@@ -9,10 +9,11 @@ from typing import ClassVar
 from PIL import Image
 from shapely import box
 
-from eosin._batch import Outcome, Record, Report, run_stage
+from eosin._batch import Outcome, run_stage
 from eosin._files import file_fingerprint, write_text
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import match_slides
+from eosin._records import Record, Report
 from eosin._tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.wsi._account import LOSSY, account_for

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
+from eosin._records import Record, Report
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder, TilePlan, TissueTiles, all_of
 from eosin.wsi._overview import make_thumbnail

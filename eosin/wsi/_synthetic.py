@@ -24,8 +24,9 @@ from pydantic import Field
 from scipy import ndimage
 from shapely.geometry import mapping
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._files import write_file, write_json, write_text
+from eosin._records import Record, Report
 from eosin._tables import csv_text
 from eosin.options import Options
 from eosin.wsi._histology import FULL_DENSITY, LAYOUT_MPP, Layout, lay_out, paint

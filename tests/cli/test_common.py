@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from eosin._batch import Record, Report
+from eosin._records import Record, Report
 from eosin.cli._common import Done, command, progress
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eosin._batch import Report
+from eosin._records import Report
 from eosin.errors import ConfigError
 from eosin.features._store import read_bag
 from eosin.mil._checkpoint import load_card

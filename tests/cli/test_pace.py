@@ -2,7 +2,7 @@
 
 import pytest
 
-from eosin._batch import Record
+from eosin._records import Record
 from eosin.cli import _common as common
 from eosin.cli._common import Pace, duration
 

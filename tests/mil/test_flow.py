@@ -4,7 +4,7 @@ import csv
 import itertools
 import random
 
-from eosin._batch import Record
+from eosin._records import Record
 from eosin.mil._flow import COHORT, STEPS, Flow
 from eosin.report._flow import flow_svg
 

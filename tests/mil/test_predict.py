@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eosin._batch import Record
+from eosin._records import Record
 from eosin.errors import ConfigError, FeatureMismatchError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import find_bags, write_bag

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eosin._batch import Record
+from eosin._records import Record
 from eosin.errors import SlideError
 from eosin.wsi._job import JobFolder, tile_slides
 from eosin.wsi._slide_file import find_slides, open_slide
