@@ -111,6 +111,7 @@ class Flow:
         """Return the steps at which slides were lost, in order, after the whole cohort as the step ``given``."""
         left = list(self.slide_ids)
         counts = [Count("given", len(left), self.patients(left), {})]
+        # in the order of the work, not in which losses were noted
         for step in STEPS:
             lost = {one: loss for one in left if (loss := self.losses.get(one)) is not None and loss.step == step}
             if lost:

@@ -144,6 +144,7 @@ class Patients:
         table.keep(self.slides_of, lambda name: self._answered_by(name) | {"features_hash": self._features_hash(name)})
         try:
             ends = {patient: self._end(table, patient) for patient in self.slides_of}
+        # what is finished stays when the run is stopped, by a signal, too
         except BaseException:
             table.save()
             raise
@@ -164,6 +165,7 @@ class Patients:
         except EosinError as error:
             return row | {"status": "failed", "reason": error.code, "message": error.message}
         fates = {self._fate(slide) for slide in self.slides_of[patient]}
+        # a patient all of whose slides lack tissue was read well, and is not a failure
         if fates == {"empty"}:
             return row | {"status": "empty"}
         return row | {"status": "failed", "reason": "no-slide", "message": "no slide of the patient could be used"}
@@ -215,4 +217,5 @@ class Patients:
         return ensemble.outputs(PatientBags(self._folder(used), {"all": used}), "all")
 
     def _folder(self, slides: Sequence[str]) -> FeatureFolder:
+        # each slide is read once here, so that a cache would only hold memory
         return FeatureFolder({slide: self.files[slide] for slide in slides}, cache_bytes=0)

@@ -151,8 +151,10 @@ class LabelTable:
             return name
         pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
         label = detect_column(self.values, ("label",))
+        # a column called label wins unless survival was asked for
         if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
             return ",".join(pair)
+        # ids, sites, times and the like are never the label by themselves
         others = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
         candidates = others if label is None else [label]
         if len(candidates) != 1:
@@ -277,6 +279,7 @@ def identify(
 
 def rows_without_id(path: Path, names: Sequence[str], what: str) -> list[str]:
     """Return a sentence about the rows that name no slide or patient; none where all do."""
+    # numbered as a spreadsheet shows them: row 1 is the header
     absent = [str(row) for row, name in enumerate(names, 2) if is_missing(name)]
     if not absent:
         return []

@@ -228,6 +228,7 @@ class TrainingRun:
             if not part.place:
                 self._schedule(number + part.step / n_steps, n_steps)
             waiting.append(part)
+            # the loss of a step that compares bags is known only when all of them are
             if self.task.compares_bags and not part.closes_step:
                 continue
             if self.task.compares_bags:
