@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eosin import _batch as batch
-from eosin._batch import Outcome, Record, Report, read_run_json, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._claims import Todo
 from eosin._files import file_fingerprint
 from eosin._records import Record, Report, read_run_json

@@ -74,7 +74,8 @@ def heatmap(
     settings: Settings,
 ) -> Done:
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
-    from eosin._batch import Report, is_elsewhere, run_stage
+    from eosin._batch import is_elsewhere, run_stage
+    from eosin._records import Report
     from eosin.mil._jury import Jury
     from eosin.mil._seen import seen_notes
     from eosin.pipeline._deploy import Machine, encode_slides, tiles_like

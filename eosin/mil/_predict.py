@@ -15,6 +15,7 @@ import torch
 from eosin._batch import Outcome, Record, Report, run_batch
 from eosin._files import file_fingerprint, write_json
 from eosin._names import Ids
+from eosin._records import Record, Report
 from eosin.errors import FeatureFileError, FeatureMismatchError
 from eosin.features._store import read_bag
 from eosin.mil._data import MemoryBags

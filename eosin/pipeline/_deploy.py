@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from eosin._batch import Report
 from eosin._names import Ids
+from eosin._records import Report
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureSpec
 from eosin.features._encoders import Precision, find_encoder, folder_name
