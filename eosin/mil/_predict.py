@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._batch import Outcome, run_batch
 from eosin._files import file_fingerprint, write_json
 from eosin._names import Ids
 from eosin._records import Record, Report

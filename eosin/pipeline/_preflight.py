@@ -41,7 +41,7 @@ from eosin.mil._study import (
 from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, Missing, may_drop, shown
 from eosin.mil._train import require_fitting
 from eosin.mil.task import TASKS, Task
-from eosin.pipeline._deploy import TissueTiles
+from eosin.pipeline._deploy import tiles_like
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile, find_slides, open_file
@@ -366,7 +366,7 @@ def check_prediction(
         return
     spec = cards[0].features
     encoder = problems.attempt(require_encoder, spec.encoder, weights=weights)
-    tiles = problems.attempt(TissueTiles.like, spec)
+    tiles = problems.attempt(tiles_like, spec)
     if encoder is not None and tiles is not None:
         need = Need(job, tiles.tiling, tiles.folder, folder_name(encoder.name), encoder.dim)
         problems.attempt(check_space, job.root, need.bytes(files, headers))

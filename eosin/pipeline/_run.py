@@ -354,7 +354,7 @@ def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | No
     if labelled is not None:
         problems.attempt(require_fitting, options.recipe.training, labelled.task)
     place = None
-    problems.attempt(require_name, study)
+    problems.attempt(require_name, inputs.study)
     if labelled is not None:
         key = problems.attempt(
             study_key, options, labelled, machine, slide_mpp=inputs.slide_mpp, splits=inputs.splits, second=second
