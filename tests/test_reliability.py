@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scaling import scaled
 from typer.testing import CliRunner
 
-from eosin._batch import read_run_json
+from eosin._records import read_run_json
 from eosin.cli.app import app
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import read_bag, write_bag
