@@ -25,7 +25,7 @@ from eosin._batch import Outcome, run_batch
 from eosin._files import write_json
 from eosin._filesets import finish_set
 from eosin._processes import Child, serve_calls
-from eosin._records import Log, Record
+from eosin._records import Log, Record, read_run_json
 from eosin._seals import sealed
 from eosin._tables import read_table
 from eosin.errors import EosinError, TableError
