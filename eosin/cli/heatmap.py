@@ -21,7 +21,7 @@ from eosin.cli._arguments import (
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, apply_to_each, command, progress, say
+from eosin.cli._common import Done, apply_to_each, command, progress
 from eosin.cli._settings import Settings
 from eosin.errors import SlideError, UnknownNameError
 
@@ -98,6 +98,8 @@ def heatmap(
         files = {file.slide_id: features / f"{file.slide_id}.h5" for file in found}
     broken = {record.slide_id for record in before.failed}
     usable = [file for file in found if file.slide_id not in broken]
+    sights = {file.slide_id: jury.choose(file.slide_id).sight for file in usable}
+    notes = [f"warning: {note}" for note in seen_notes(sights)]
     if is_elsewhere():
         stage, chosen = DrawStage(), _chosen(maps)
         items = [
@@ -106,13 +108,11 @@ def heatmap(
         ]
         with progress("heat maps", len(items)) as advance:
             drawn = run_stage(stage, items, run_json=JobFolder(out).run_json, progress=advance)
-        return Done([path for item in items for path in stage.files(item)], before.then(drawn))
+        return Done([path for item in items for path in stage.files(item)], before.then(drawn), notes)
     written: dict[str, list[Path]] = {}
     work = partial(_explain, jury, files, out, formats=formats, maps=_chosen(maps), written=written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
-    for note in seen_notes({file.slide_id: jury.choose(file.slide_id).sight for file in usable}):
-        say(f"warning: {note}")
-    return Done([path for paths in written.values() for path in paths], before.then(drawn))
+    return Done([path for paths in written.values() for path in paths], before.then(drawn), notes)
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:

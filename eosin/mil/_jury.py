@@ -143,6 +143,7 @@ class Jury:
     ensemble: Ensemble
     patient_of: Mapping[str, str] = field(default_factory=dict)
     ids: Ids = "ask"
+    _chosen: dict[tuple[Path, ...], Ensemble] = field(default_factory=dict)
     _asked: dict[tuple[Path, ...], tuple[Aggregator, ModelCard]] = field(default_factory=dict)
 
     @classmethod
@@ -170,8 +171,12 @@ class Jury:
 
     def of(self, choice: Choice) -> Ensemble:
         """Return the chosen models."""
-        places = tuple(self.models.folders.index(folder) for folder in choice.folders)
-        return self.ensemble if len(places) == len(self.models.folders) else self.ensemble.only(places)
+        everyone = self.models.folders
+        if choice.folders == everyone:
+            return self.ensemble
+        if choice.folders not in self._chosen:
+            self._chosen[choice.folders] = self.ensemble.only([everyone.index(folder) for folder in choice.folders])
+        return self._chosen[choice.folders]
 
     def ask(self, slide: str) -> Asked:
         """Return the model that answers for a slide: one, or the chosen ones as a committee.

@@ -26,6 +26,7 @@ from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._flow import Flow
 from eosin.mil._recipe import Recipe, require_methods
+from eosin.mil._seen import Models
 from eosin.mil._splits import write_splits
 from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
 from eosin.mil._tables import Missing
@@ -469,9 +470,10 @@ class Drawing:
 
     def origin(self, files: Iterable[Path]) -> dict[str, Any]:
         """Return what the map is made from, and hashes of its files."""
+        cards = [load_card(folder) for folder in Models.open([self.model]).folders]
         made_from = fingerprint(
             "map",
-            model=load_card(self.model),
+            model=cards[0] if len(cards) == 1 else cards,
             features=file_fingerprint(self.features),
             slide=file_fingerprint(self.slide.path),
             slide_mpp=self.slide.mpp,
