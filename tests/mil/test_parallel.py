@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+import torch._dynamo  # noqa: F401 - here and not in every child at its first step
+
 torch.set_num_threads(1)
 from eosin.features._bag import FeatureSpec
 from eosin.mil._data import Examples, MemoryBags
