@@ -21,7 +21,7 @@ near 5 % is 2.2 %.
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,14 @@ def random_model(data: Encoded, seed: int) -> Aggregator:
     return Standardized(Standardizer.measure(examples.bags, examples.ids), model).eval()
 
 
+def table(found: Mapping[tuple[str, str], list[float]]) -> list[Row]:
+    """Return the share of models that each test rejects."""
+    return [
+        {"tiles": which, "test": test, "models": len(values), "rejected": f"{np.mean(np.array(values) <= LEVEL):.3f}"}
+        for (which, test), values in found.items()
+    ]
+
+
 def main() -> int:
     """Ask every model and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,13 +140,9 @@ def main() -> int:
     for seed in range(arguments.models):
         for which, test, p in p_values(random_model(data, seed), bags):
             found.setdefault((which, test), []).append(p)
-    rows: list[Row] = [
-        {"tiles": which, "test": test, "models": len(values), "rejected": f"{np.mean(np.array(values) <= LEVEL):.3f}"}
-        for (which, test), values in found.items()
-    ]
-    for row in rows:
+        write_table(RESULTS, table(found))
+    for row in table(found):
         print(*row.values())
-    write_table(RESULTS, rows)
     return 0
 
 
