@@ -266,7 +266,7 @@ def collect(
     report = Report(tuple(records[key(item)] for item in mine if key(item) in records))
     if len(report.records) < len(mine):
         raise MoreToDo(
-            f"{stage}: {len(mine) - len(report.records)} of {len(mine)} slides are left for want of time "
+            f"{stage}: {len(mine) - len(report.records)} of {len(mine)} slides are left, because the time was over "
             f"({report.summary()}); run the same command again"
         )
     return report
@@ -313,7 +313,7 @@ class _Deadline:
 def _shard(items: Sequence[T], shard: tuple[int, int]) -> Sequence[T]:
     index, count = shard
     if not 0 <= index < count:
-        raise ConfigError(f"shard {index}/{count}: the index must be at least 0 and below the number of shards")
+        raise ConfigError(f"shard {index}/{count}: the index must be 0 to {count - 1}")
     return items[index::count]
 
 

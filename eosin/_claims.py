@@ -245,7 +245,7 @@ def _break_stale(path: Path) -> None:
         path.rename(probe)
         if _token(probe) != stale:
             os.link(probe, path)
-    except (FileNotFoundError, FileExistsError):  # released, or taken anew, in the meantime
+    except (FileNotFoundError, FileExistsError):  # released, or taken again, in the meantime
         pass
     finally:
         probe.unlink(missing_ok=True)

@@ -67,7 +67,10 @@ def parse_devices(text: str) -> tuple[str, ...]:
         return tuple(str(choose_device(name.strip())) for name in text.split(",") if name.strip())
     count = there if text == "all" else int(text)
     if not 0 < count <= there:
-        raise ConfigError(f"--devices {text}: this machine has {there} GPUs; name devices as in cuda:0,cuda:1")
+        raise ConfigError(
+            f"--devices {text}: this machine has {there} GPUs; "
+            f"pass a number up to {there}, or names such as cuda:0,cuda:1"
+        )
     return tuple(f"cuda:{index}" for index in range(count))
 
 

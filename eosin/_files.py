@@ -87,7 +87,7 @@ def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
 
     def verify(temporary: Path) -> None:
         if temporary.read_bytes() != data:
-            raise OutputError(path, "is not what was written to it when it is read again; is the disk sound?")
+            raise OutputError(path, "reads back differently from what was written; check the disk")
 
     write_file(path, write, verify=verify)
 
@@ -136,7 +136,7 @@ def is_running(number: int) -> bool:
 def _temporary_files(folder: Path) -> tuple[Path, ...]:
     """Return the temporary files in a folder when this process first writes there.
 
-    Looking anew for each of n files of a folder would take n² steps in all.
+    Looking again for each of n files of a folder would take n² steps in all.
     """
     return tuple(folder.glob(".*.tmp*"))
 
@@ -155,7 +155,7 @@ def append_line(path: Path, line: str) -> None:
     """Append a line of text in one step; the file and its folder are made when they are missing.
 
     The file is opened and closed each time: on a network file system others see a line only after that, and a file
-    that was taken away in the meantime is made anew. A disk that fills up can tear the last line, so readers leave out
+    that was taken away in the meantime is made again. A disk that fills up can tear the last line, so readers leave out
     a line that they do not understand. It is not synced: what a power failure takes is found again in the outputs.
 
     Raises

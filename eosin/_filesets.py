@@ -41,7 +41,7 @@ def begin_set(folder: Path, members: Sequence[str], *, pattern: str) -> None:
     strange = [path.name for path in found if path.name not in {_top(name) for name in before}]
     if strange:
         raise ConfigError(
-            f"{folder}: {', '.join(strange[:5])} would be taken for a part of the new set of {len(tops)}; "
+            f"{folder}: {', '.join(strange[:5])} would be read as a part of the new set of {len(tops)}; "
             "delete it or choose another folder"
         )
     if before and set(before) != set(members):

@@ -118,8 +118,8 @@ def unify(
         return cleaned
     if policy == "ask":
         raise LabelError(
-            f"{where}: {len(groups)} {what} are written in several ways: {listed(groups)}; correct the table, or say "
-            "whether they are the same (--ids merge) or different (--ids exact)"
+            f"{where}: {len(groups)} {what} are spelled in several ways: {listed(groups)}; correct the table, or pass "
+            "--ids merge if they are the same, --ids exact if they are different"
         )
     counts = Counter(cleaned)
     same = {one: max(group, key=counts.__getitem__) for group in groups for one in group}
@@ -239,9 +239,9 @@ def match_slides(
             continue
         (slide,) = found
         if slide in values and not same(values[slide], value):
-            faults.append(f"slide {slide!r} is named twice, with different values")
+            faults.append(f"slide {slide!r} has two rows with different values")
         if slide not in (name, slide_id(name), slide_stem(Path(name))):
-            notes.append(f"{visible(name)} was taken for slide {visible(slide)}")
+            notes.append(f"{visible(name)} was matched to slide {visible(slide)}")
         values[slide] = value
     if faults:
         raise TableError(f"{where}: {'; '.join(faults)}; keep one row or file per slide")

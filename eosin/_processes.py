@@ -238,7 +238,7 @@ def _signals_blocked() -> Iterator[None]:
     """Block the signals that end a run: a process started meanwhile never gets them, and its parent decides for it.
 
     A signal to the whole group, as a batch system or a terminal sends it, would otherwise make a failed slide of the
-    one that each child has at hand.
+    one that each child has.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

@@ -184,7 +184,7 @@ def _part_name(number: int) -> str:
 
 
 def merge(run_json: Path) -> None:
-    """Write `run.json` anew from itself and all parts, and remove the parts that nobody appends to any more.
+    """Write `run.json` again from itself and all parts, and remove the parts that nobody appends to any more.
 
     Raises
     ------
@@ -213,7 +213,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _is_closed(part: Path, seen: os.stat_result) -> bool:
-    """Return whether nobody appends to a part any more; a line that comes all the same makes the file anew."""
+    """Return whether nobody appends to a part any more; a line that still comes makes the file again."""
     host, number, _ = part.stem.rsplit("-", 2)
     if host != _host() or not number.isdecimal():
         return time.time() - seen.st_mtime > IDLE_S

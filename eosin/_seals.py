@@ -144,10 +144,12 @@ def check_image(path: Path) -> int:
         _, version, stated, offset, n_bytes, size = PREAMBLE.unpack(head)
         if version != VERSION:
             raise FeatureFileError(
-                path, f"has format version {version}, this eosin reads {VERSION}; use the eosin that wrote it"
+                path,
+                f"has format version {version}, but this eosin reads version {VERSION}; "
+                "use the eosin version that wrote the file",
             )
         if path.stat().st_size != size or offset + n_bytes > size or size - n_bytes > MAX_METADATA_BYTES:
-            raise FeatureFileError(path, "does not have the length it was written with; make it again", code="damaged")
+            raise FeatureFileError(path, "is cut off or extended after it was written; make it again", code="damaged")
         blank = PREAMBLE.pack(MAGIC, version, 0, offset, n_bytes, size)
         checksum = zlib.crc32(file.read(offset - len(blank) if n_bytes else -1), zlib.crc32(blank))
         file.seek(offset + n_bytes)

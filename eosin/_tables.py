@@ -170,7 +170,7 @@ def of_slides(
     matched = match_slides(rows, known, where=where)
     if needed and matched.unknown and not matched.values:
         raise TableError(
-            f"{where}: no name is that of one of the slides; it has {first_few(matched.unknown)}, "
+            f"{where}: none of its names is the name of a slide; the table has {first_few(matched.unknown)}, "
             f"the slides are {first_few(known)}"
         )
     for note in matched.notes:
@@ -226,7 +226,7 @@ def read_table(path: Path) -> Table:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise TableError(f"{path}: tables are {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}")
+        raise TableError(f"{path}: not a table by its suffix {path.suffix!r}; expected {', '.join(SUFFIXES)}")
     try:
         table = _read_apart(APART[suffix], path) if suffix in APART else _read_text(path)
     except FileNotFoundError:
@@ -236,7 +236,7 @@ def read_table(path: Path) -> Table:
             raise
         raise TableError(f"{path}: cannot be read as a table ({error.strerror or error})") from None
     if not any(table.values()):
-        raise TableError(f"{path}: the table has no rows")
+        raise TableError(f"{path}: the table has no rows below its header")
     return table
 
 
@@ -252,7 +252,7 @@ def _read_apart(read: Callable[[Path], Table], path: Path) -> Table:
 
 
 def _refuse(path: Path, found: str, limit: str) -> TableError:
-    return TableError(f"{path}: {found}; refused, because tables are limited to {limit}", code="unsafe")
+    return TableError(f"{path}: {found}; tables are limited to {limit}; delete what is not needed", code="unsafe")
 
 
 def _require_size(path: Path, n_rows: int, n_columns: int) -> None:
@@ -364,7 +364,7 @@ def _find_encoding(path: Path) -> tuple[str, tuple[str, ...]]:
     if not marked and b"\0" in head:  # every other byte of ASCII text in UTF-16
         marked = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
     if marked and not _decodes(path, marked):
-        raise TableError(f"{path}: is damaged, or not a table: it is not text in {marked.upper()}")
+        raise TableError(f"{path}: is damaged or not a table: its text is not valid {marked.upper()}")
     if marked or _decodes(path, "utf-8"):
         return marked or "utf-8", ()
     page, example = _code_page(path)

@@ -258,7 +258,7 @@ def _require_small(events: Iterable[yaml.Event], source: str) -> None:
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ConfigError(f"{source}: the alias *{event.anchor} names nothing before it, or what it stands in")
+                raise ConfigError(f"{source}: the alias *{event.anchor} has no anchor before it, or refers to itself")
             total += sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, total))
@@ -273,7 +273,9 @@ def _require_small(events: Iterable[yaml.Event], source: str) -> None:
                 sizes[event.anchor] = 1
         if total > MAX_YAML_VALUES or len(open_nodes) > MAX_YAML_DEPTH:
             limit = f"{MAX_YAML_VALUES:,} values in {MAX_YAML_DEPTH} levels"
-            raise ConfigError(f"{source}: stands for more than {limit}, the limit of a configuration", code="unsafe")
+            raise ConfigError(
+                f"{source}: expands to more than {limit}, the limit of a configuration file", code="unsafe"
+            )
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -119,14 +119,14 @@ def _module_of_file(path: Path) -> ModuleType:
     """Import a file under its own name, as Python does with a script: the modules beside it can be imported."""
     name = path.stem
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such plug-in file")
+        raise ConfigError(f"{path}: no such plug-in file; check the path")
     known = sys.modules.get(name)
     if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
         return known
     found = None if known is not None else importlib.util.find_spec(name)
     is_itself = found is not None and Path(found.origin or "").resolve() == path.resolve()  # beside the user's script
     if known is not None or (found is not None and not is_itself):
-        raise ConfigError(f"{path}: a module called {name} exists already; give the file another name")
+        raise ConfigError(f"{path}: there is already a module {name}; rename the file")
     if not is_itself:
         sys.path.append(str(path.parent))
     return importlib.import_module(name)

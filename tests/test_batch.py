@@ -148,7 +148,7 @@ def test_a_run_json_that_was_changed_is_refused_and_never_overwritten(tmp_path: 
     assert [record.slide_id for record in read_run_json(path)] == ["S1"]
     damaged = path.read_text().replace(*change, 1)
     path.write_text(damaged)
-    with pytest.raises(ConfigError, match=r"is not a run\.json"):
+    with pytest.raises(ConfigError, match=r"not a run\.json"):
         run_batch(["S1"], lambda _: Outcome(), key=str, stage="t", run_json=path)
     assert path.read_text() == damaged
 

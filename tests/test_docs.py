@@ -36,6 +36,32 @@ REFUSED = {  # pattern -> what to write instead
     r"\bsays nothing of\b": "'does not state'",
     r"\bis that of the\b.*\bthat of the\b": "repeat the noun once",
     r"\bwants for\b|\bis wanting\b": "'is missing'",
+    r"\banew\b": "'again'",
+    r"\b(?:is|are|was|were|be) taken for\b": "'is treated as', 'is read as'",
+    r"\bby heart\b": "'overfits'",
+    r"\b(?:go|goes|went|going) the (?:whole|same) way\b": "'run every step'",
+    r"\bstumbles?\b|\bstumbled\b": "'fails'",
+    r"\bwithout places\b": "'without tile coordinates'",
+    r"\btold apart\b|\btells? apart\b": "'are separated', 'separates'",
+    r"\bspeaks? (?:for|against)\b": "'is evidence for', 'counts against'",
+    r"\bknows (?:no|nothing)\b": "'has no', 'is the same for all'",
+    r"\bfor want of\b": "'because ... is missing'",
+    r"\bat hand\b": "'available'",
+    r"\bstands? in (?:every|all)\b": "'is printed in every'",
+    r"\bwere both given\b": "'exclude each other; pass one of them'",
+    r"\bthe whole of an?\b": "'all of the'",
+    r" — ": "two sentences; no dash between clauses",
+}
+REFUSED_IN_MESSAGES = {  # what a comment may say, and a message must not
+    r"\?$": "state what is wrong instead of asking",
+    r"\b[Nn]obody\b": "'there are no ...'",
+    r"\b[Ww]hoever\b": "'anyone who', or address the user",
+    r"\b(?:is|are|was|were) asked for\b": "'was requested'",
+    r"\bleave (?:it|them|--[a-z-]+) out\b|\bleave out --": "'remove --option'",
+    r"\bgive (?:one|some|another|both)\b": "'pass one of them'",
+    r"\bno reader\b": "'eosin cannot read'",
+    r"; refused\b": "state the limit and what to do",
+    r"\bthere is no such (?:file|folder)\b": "'no such file; check the path'",
 }
 
 
@@ -188,6 +214,59 @@ def test_a_reference_that_leads_nowhere_is_seen(text: str) -> None:
     assert list(unresolved(text)) != []
 
 
-@pytest.mark.parametrize("text", ["It is no slide.", "Unknown names are told.", "the file has not the columns"])
+def messages(path: Path) -> Iterator[tuple[int, str]]:
+    """Return the texts that are given to an error or to a warning, with ``{}`` where a value goes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and re.search(r"(?:Error|Exit|warning|error|say)$", ast.unparse(node.func)):
+            for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
+                if (text := text_of(argument)).count(" "):
+                    yield node.lineno, text
+
+
+def text_of(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or "{}" for part in node.values)
+    return ""
+
+
+def test_the_worst_patterns_of_messages_are_absent() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match[0]!r}: write {instead}"
+        for path in SOURCES
+        for line, text in messages(path)
+        for pattern, instead in REFUSED_IN_MESSAGES.items()
+        for match in re.finditer(pattern, text)
+    ]
+    assert found == [], "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("It is no slide.", "Unknown names are told.", "the file has not the columns", "training starts anew"),
+        *("labels are taken for numbers", "it learns the bags by heart", "go the whole way", "the reader stumbles"),
+        *("features without places", "patients told apart", "tiles that speak against it", "attention knows no class"),
+        *("left for want of time", "no GPU was at hand", "the way stands in every output", "a and b were both given"),
+        *("the whole of a slide", "a file — if there is one"),
+    ],
+)
 def test_a_refused_pattern_is_seen(text: str) -> None:
     assert any(re.search(pattern, text) for pattern in REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        *(("which column is it?", True), ("nobody to test", True), ("whoever has it", True), ("5 was asked for", True)),
+        *(("leave it out", True), ("leave out --compile", True), ("give one", True), ("no reader knows it", True)),
+        *(("64 GiB; refused", True), ("there is no such file", True)),
+        ("a.svs: states no mpp; pass --slide-mpp", False),
+    ],
+)
+def test_a_refused_pattern_of_messages_is_seen(text: str, refused: bool, tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(f"raise ConfigError(f'{{path}}: {text}')", encoding="utf-8")
+    seen = [pattern for _, said in messages(path) for pattern in REFUSED_IN_MESSAGES if re.search(pattern, said)]
+    assert bool(seen) is refused

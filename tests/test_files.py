@@ -257,7 +257,7 @@ def test_an_error_of_the_disk_at_any_call_stops_the_run(
 
 def test_a_disk_that_gives_other_bytes_back_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"rotten")
-    with pytest.raises(OutputError, match="is the disk sound"):
+    with pytest.raises(OutputError, match="check the disk"):
         write_bytes(tmp_path / "x.bin", b"sound")
     assert list(tmp_path.iterdir()) == []
 

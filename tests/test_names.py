@@ -121,13 +121,13 @@ def test_a_name_finds_its_slide(name):
 def test_names_of_nothing_are_reported_and_names_in_other_letters_noted():
     matched = match_slides([("A", 1), ("slide_b", 2)], ["a", "b"], where="t")
     assert matched.unknown == ("slide_b",)
-    assert matched.notes == ("'A' was taken for slide 'a'",)
+    assert matched.notes == ("'A' was matched to slide 'a'",)
     assert match_slides([("A", 1)], ["a"], where="t", policy="exact").unknown == ("A",)
 
 
 def test_two_values_for_one_slide_are_refused_and_equal_ones_are_not():
     assert match_slides([("a", 1), ("a.svs", 1)], ["a"], where="t").values == {"a": 1}
-    with pytest.raises(LabelError, match=r"mpp.csv: slide 'a' is named twice.*; slide 'b' is named twice"):
+    with pytest.raises(LabelError, match=r"mpp.csv: slide 'a' has two rows.*; slide 'b' has two rows"):
         match_slides([("a", 1), ("a.svs", 2), ("b", 1), ("B", 3)], ["a", "b"], where="mpp.csv")
 
 

@@ -76,7 +76,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Print more log lines, 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command hands back: results to name on stdout, the batch's report when there was a batch, last words."""
+    """What a command returns: paths to print on stdout, the report of a batch if there was one, closing lines."""
 
     paths: Sequence[Path] = ()
     report: "Report | None" = None

@@ -103,7 +103,7 @@ class Settings:
         """Return the options of one group, overridden by the flags that were given (are not None)."""
         options = self.data.get(name) or {}
         if not isinstance(options, Mapping):
-            raise ConfigError(f"group of options {name!r}: expected a mapping, found {options!r}")
+            raise ConfigError(f"group of options {name!r}: expected a list of name: value, found {options!r}")
         return dict(options) | {key: value for key, value in flags.items() if value is not None}
 
     def parse(self, name: str, kind: type[OptionsT], **flags: Any) -> OptionsT:
@@ -234,7 +234,7 @@ def fill(
             filled[option.parameter] = _as_asked(_features(settings), option.annotation)
     missing = [option.flag for option in options if option.required and filled[option.parameter] in (None, [])]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: missing; pass it, or a study file that says it (--config FILE)")
+        raise ConfigError(f"{', '.join(missing)}: missing; pass it as an option, or in a study file (--config FILE)")
     return filled
 
 

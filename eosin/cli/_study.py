@@ -164,7 +164,10 @@ def require_one_source(splits: Path | None, folds: int | None) -> None:
         If both are given.
     """
     if splits is not None and folds is not None:
-        raise ConfigError(f"--folds {folds} and --splits {splits} were both given; splits have their own number")
+        raise ConfigError(
+            f"--folds {folds} and --splits {splits} exclude each other, because the splits fix "
+            "the number of folds; pass one of them"
+        )
 
 
 def cache_bytes(gigabytes: float) -> int:
@@ -176,7 +179,7 @@ def cache_bytes(gigabytes: float) -> int:
         If it is negative or no number.
     """
     if not gigabytes >= 0:
-        raise ConfigError(f"a cache of {gigabytes:g} GB was asked for; it takes 0 or more")
+        raise ConfigError(f"a cache of {gigabytes:g} GB is not possible; pass 0 or more")
     return int(gigabytes * BYTES_PER_GB)
 
 

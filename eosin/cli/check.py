@@ -1,4 +1,4 @@
-"""`eosin check`: what stands in the way of a run, in seconds."""
+"""`eosin check`: find the problems of a run before it starts."""
 
 from eosin.cli._common import Done, command, say
 from eosin.cli.run import GROUPS, RARE, Plan, planned
@@ -7,12 +7,12 @@ from eosin.cli.run import GROUPS, RARE, Plan, planned
 @command(*GROUPS, rare=RARE, checks_device=False)
 @planned
 def check(asked: Plan) -> Done:
-    """Check slides, labels, splits, encoder, device and disk for `eosin run`; takes the same options, writes nothing.
+    """Check slides, labels, splits, encoder, device and disk for `eosin run`. Nothing is written.
 
-    Every problem is listed with its cure, and the exit code is 2, or 3 where the machine alone is to blame.
+    Every problem is listed with its solution. Exit code 2: there are problems; 3: all are problems of the machine.
     """
     checked = asked.check()
     for warning in asked.problems.warnings:
         say(f"warning: {warning}")
     asked.problems.require()
-    return Done(lines=(*checked.lines(), "nothing stands in the way"))
+    return Done(lines=(*checked.lines(), "no problems found"))

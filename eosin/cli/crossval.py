@@ -149,7 +149,7 @@ def _candidates(sweep: Path | None, recipe: str | None, settings: Settings) -> "
     if sweep is None:
         return {}
     if recipe is not None or settings.data.get("recipe"):
-        raise ConfigError("--sweep names its recipes itself; leave out --recipe and the group recipe")
+        raise ConfigError("--sweep brings its own recipes; remove --recipe and the option group recipe")
     candidates = Sweep.parse(read_yaml(sweep), source=str(sweep)).candidates()
     for candidate in candidates.values():
         require_methods(candidate)

@@ -38,7 +38,7 @@ def info(
             failed += 1
             _show({"error": error.message, "reason": error.code})
     if failed:
-        say(f"{failed} of the files could not be read")
+        say(f"{failed} files could not be read; their entries above say why")
     raise typer.Exit(1 if failed else 0)
 
 

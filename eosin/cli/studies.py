@@ -1,4 +1,4 @@
-"""`eosin studies`: what the studies of a job did differently, and what came of it."""
+"""`eosin studies`: compare the options and results of the studies of a job."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +16,10 @@ def studies(
     job: Annotated[Path, typer.Argument(help="Job folder of eosin run.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Study that the others are compared with.", show_default="the oldest"),
+        typer.Option(metavar="NAME", help="Study to compare the others with.", show_default="the oldest"),
     ] = None,
 ) -> Done:
-    """Compare the studies of a job: options that differ, the main metric with its interval, and the differences."""
+    """Compare the studies of a job: the options that differ, and the main metric with its interval and differences."""
     from rich.table import Table
 
     from eosin.pipeline._comparison import compare_studies, in_words

@@ -97,4 +97,4 @@ def _announce(notes: Sequence[str], url: str) -> None:
     typer.echo(url)
     for note in notes:
         say(note)
-    say("the address holds the key to this viewer; Ctrl+C ends it")
+    say("anyone with this address can use the viewer; Ctrl+C ends it")

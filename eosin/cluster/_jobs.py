@@ -56,7 +56,7 @@ def view_job(folder: Path) -> list[StageView]:
         records += read_run_json(run_json)
         begun += read_begun(run_json)
     if not records and not begun:
-        raise ConfigError(f"{folder}: nothing is recorded there; is it a job folder?")
+        raise ConfigError(f"{folder}: is not a job folder, or has no records yet; pass the --job of `eosin run`")
     driver = read_driver(folder) or read_driver(folder / "crossval")
     now = time.time()
     first = sorted([(one.at, one.stage) for one in records] + [(one.at, one.stage) for one in begun])

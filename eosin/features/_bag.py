@@ -64,8 +64,8 @@ class FeatureSpec(Options):
         if faults:
             raise FeatureMismatchError(
                 path,
-                f"features do not fit what {expected_by} expects: {'; '.join(faults)}; extract them again with "
-                f"--encoder {self.encoder}{self._settings()}, or use a model trained on such features",
+                f"the features differ from what {expected_by} expects: {'; '.join(faults)}; extract them again with "
+                f"--encoder {self.encoder}{self._settings()}, or use a model trained on features like these",
             )
 
     def _compared(self, other: "FeatureSpec") -> list[tuple[str, object, object, bool]]:
@@ -106,7 +106,7 @@ class FeatureBag:
     slide_id : str
         The slide's name.
     grid : TileGrid, optional
-        Where the tiles lie; None for features without places.
+        Where the tiles lie; None for features without tile coordinates.
     provenance : mapping of str to str
         Free facts about the origin (slide fingerprint, options hash, transform, source revision, device ...).
 

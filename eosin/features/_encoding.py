@@ -65,7 +65,7 @@ class Extraction:
         """Return what a reader needs; for a slide without a coordinates file, the end with the code ``not-tiled``."""
         if self.is_tiled(slide):
             return ReadRequest(slide, self.patches(slide), batch_size)
-        message = "has no tiles in this job; run `eosin tile` on it first"
+        message = "has no tiles in this job; run `eosin tile` on this slide first"
         return SlideEnd(slide.slide_id, SlideError(slide.path, message, code="not-tiled"))
 
     def is_done(self, slide: SlideFile) -> bool:
@@ -119,9 +119,14 @@ class Extraction:
         """Warn of tiles at another resolution than the encoder was trained on, refuse tiles that it cannot take."""
         mpp, side, spec = tiling.mpp, tiling.patch_size, self.encoder.spec
         if spec.build is None and side < he_texture.MIN_TILE_PX:
-            raise ConfigError(f"{spec.name} needs tiles of at least {he_texture.MIN_TILE_PX} px; these have {side}")
+            raise ConfigError(
+                f"{spec.name} needs tiles of at least {he_texture.MIN_TILE_PX} px, these have "
+                f"{side} px; tile the slides with a larger --patch-size"
+            )
         if spec.mpp is not None and abs(mpp / spec.mpp - 1) > MPP_ADVICE:
-            logger.warning("%s was trained on tiles of about %g µm/px; these have %g", spec.name, spec.mpp, mpp)
+            logger.warning(
+                "%s was trained on tiles of about %g µm/px; these tiles have %g µm/px", spec.name, spec.mpp, mpp
+            )
 
 
 @dataclass
@@ -273,12 +278,12 @@ class Encoding:
             x, y = begun.grid.origins_px0[batch.index[bad[0]]].tolist()
             raise SlideError(
                 slide.path,
-                f"{self.run.encoder.spec.name} gives features that are not finite for {len(bad)} tiles, also in fp32; "
-                f"the first lies at ({x}, {y})",
+                f"{self.run.encoder.spec.name} computes infinite or NaN features for {len(bad)} tiles, also in "
+                f"fp32; the first tile is at x={x}, y={y} (level-0 px)",
                 code="non-finite",
             )
         begun.rows[batch.index] = rows
 
     def _write(self, begun: _Partial) -> Outcome:
         write_bag(self.run.output(begun.slide), self.run.bag(begun.slide, begun.grid, begun.coords, begun.rows))
-        return Outcome() if len(begun.rows) else Outcome("empty", "no tissue, no features")
+        return Outcome() if len(begun.rows) else Outcome("empty", "the slide has no tissue, so it has no features")

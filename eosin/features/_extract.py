@@ -86,9 +86,9 @@ def extract(
         When disk or device stop the run.
     """
     if batch_size < 1:
-        raise ConfigError(f"batch size {batch_size}: needs at least 1")
+        raise ConfigError(f"batch size {batch_size}: pass 1 or more")
     if devices and device != "auto":
-        raise ConfigError(f"--device {device} and --devices {','.join(devices)} were both given; give one")
+        raise ConfigError(f"--device {device} and --devices {','.join(devices)} exclude each other; pass one of them")
     work = DeviceWork(
         job, _choose_tiling(job, tiling), EncoderChoice(encoder, weights, precision, compiled), batch_size, workers
     )

@@ -108,7 +108,7 @@ def _copy(path: Path) -> Group:
 
 def _group(group: h5py.Group, path: Path, *, depth: int) -> Group:
     if len(group) > MAX_MEMBERS:
-        raise FeatureFileError(path, f"has {len(group)} members; refused", code="unsafe")
+        raise FeatureFileError(path, f"has {len(group)} members, more than the limit of {MAX_MEMBERS}", code="unsafe")
     members: dict[str, Array | Group] = {}
     for name, member in group.items():
         if isinstance(member, h5py.Dataset):

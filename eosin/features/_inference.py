@@ -83,7 +83,9 @@ class Encoder:
             When this machine cannot compile.
         """
         if self._network is None:
-            raise ConfigError(f"encoder {self.spec.name} is not a network; leave out --compile")
+            raise ConfigError(
+                f"encoder {self.spec.name} is not a neural network and cannot be compiled; remove --compile"
+            )
         side = self.spec.tile_px or self.spec.input_px or 0
         try:
             self._network.compile(dynamic=True)
@@ -92,7 +94,8 @@ class Encoder:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ConfigError(
-                f"encoder {self.spec.name} cannot be compiled here ({reason}); leave out --compile", code="compile"
+                f"encoder {self.spec.name} cannot be compiled on this machine ({reason}); remove --compile",
+                code="compile",
             ) from error
         self.compiled = True
         return self
@@ -205,7 +208,9 @@ class TolerantEncoder:
         if rows is None:
             rows = self._steps(tiles, self.encoder.precision)
         if self.encoder.precision != "fp32" and not np.isfinite(rows).all():
-            logger.warning("a batch is not finite in %s; computed again in fp32", self.encoder.precision)
+            logger.warning(
+                "a batch has infinite or NaN features in %s; it is computed again in fp32", self.encoder.precision
+            )
             rows = self._steps(tiles, "fp32")
         return rows
 
@@ -235,10 +240,13 @@ class TolerantEncoder:
 
     def _halve(self, error: RuntimeError) -> None:
         if self.step == 1:
-            raise OutputError(str(self.encoder.device), "has no memory for a single tile of this encoder") from error
+            raise OutputError(
+                str(self.encoder.device),
+                "does not have enough memory for one tile with this encoder; use another --device, or --precision bf16",
+            ) from error
         self.step = self.step // 2
         torch.cuda.empty_cache()
-        logger.warning("out of memory on %s; going on with %d tiles at a time", self.encoder.device, self.step)
+        logger.warning("out of memory on %s; the batch size is now %d tiles", self.encoder.device, self.step)
 
 
 def _raise(error: Exception) -> NDArray[np.float32]:
@@ -315,6 +323,11 @@ def load_encoder(
         Whether `torch.compile` makes the network faster, at the cost of a minute before the first tile; rows then
         differ in their last digits.
 
+    Returns
+    -------
+    Encoder
+        On `device`, ready to encode batches of tiles.
+
     Raises
     ------
     UnknownNameError
@@ -373,14 +386,15 @@ def _asked_for(name: str, weights: Path | None, precision: str) -> EncoderSpec:
         raise ConfigError(f"precision {precision!r}: choose one of {', '.join(get_args(Precision))}")
     spec = find_encoder(name)
     if weights is not None and (spec.build is None or name.endswith(RANDOM)):
-        raise ConfigError(f"encoder {spec.name} uses no weights from files; leave out --weights")
+        raise ConfigError(f"encoder {spec.name} has no weights to load; remove --weights")
     return spec
 
 
 def _fetch_weights(spec: EncoderSpec) -> Path:
     if spec.source.startswith(OWN_WEIGHTS):
         raise ConfigError(
-            f"the weights of {spec.name} are not on the hub; get them at {spec.source} and pass --weights FILE",
+            f"the weights of {spec.name} are not on the Hugging Face hub; "
+            f"download them from {spec.source} and pass --weights FILE",
             code="weights",
         )
     if spec.source.startswith(PACKAGED):

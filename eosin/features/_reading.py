@@ -146,7 +146,13 @@ def _send_slide(connection: "Connection[Any, Any]", request: ReadRequest) -> Non
     except EosinError as error:
         connection.send(error)
     except MemoryError:
-        connection.send(SlideError(request.slide.path, "needs more memory than there is", code="out-of-memory"))
+        connection.send(
+            SlideError(
+                request.slide.path,
+                "needs more memory than this machine has left; use fewer --workers",
+                code="out-of-memory",
+            )
+        )
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises must reach the parent as this slide's failure

@@ -210,7 +210,9 @@ def read_bag(path: Path, *, verify: bool | None = None) -> FeatureBag:
             _check_rows(file, path, features)
             _used.add(identity)
         if grid is not None and grid.n_tiles != footer.n_rows:
-            raise FeatureFileError(path, f"has {footer.n_rows} rows of features for {grid.n_tiles} places")
+            raise FeatureFileError(
+                path, f"has {footer.n_rows} rows of features for {grid.n_tiles} tile coordinates; make it again"
+            )
     return FeatureBag(features, spec, slide_id, grid, provenance)
 
 
@@ -262,6 +264,11 @@ def read_rows_hash(path: Path) -> str:
 def verify_bag(path: Path) -> None:
     """Check every byte and every rule of the format.
 
+    Parameters
+    ----------
+    path : Path
+        Feature file.
+
     Raises
     ------
     FeatureFileError
@@ -269,11 +276,16 @@ def verify_bag(path: Path) -> None:
     """
     bag = read_bag(path, verify=True)
     if not np.isfinite(bag.features).all():
-        raise FeatureFileError(path, "holds values that are not finite; extract the slide again")
+        raise FeatureFileError(path, "holds infinite or NaN values; extract the slide again")
 
 
 def find_bags(folder: Path) -> dict[str, Path]:
     """Return the feature files of a folder by slide id, which is the file name without ``.h5``.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder with files ``<slide id>.h5``.
 
     Raises
     ------
@@ -304,7 +316,7 @@ def read_common_spec(bags: Mapping[str, Path]) -> FeatureSpec:
         When there is no file.
     """
     if not bags:
-        raise ConfigError("no feature files to read; pass a folder with at least one")
+        raise ConfigError("there are no feature files; pass a folder with at least one .h5 file")
     first, *others = bags.values()
     spec = read_spec(first)
     for path in others:
@@ -366,7 +378,9 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 def _refuse_links(group: h5py.Group, path: Path) -> None:
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise FeatureFileError(path, f"{name!r} is a link to elsewhere, which is never followed", code="unsafe")
+            raise FeatureFileError(
+                path, f"{name!r} is a link to another file, which eosin never follows", code="unsafe"
+            )
 
 
 def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
@@ -382,7 +396,11 @@ def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     if not isinstance(dataset, h5py.Dataset):
         raise FeatureFileError(path, f"has no dataset {name!r}")
     if dataset.is_virtual or dataset.external:
-        raise FeatureFileError(path, f"{name!r} keeps its data in other files, which are never read", code="unsafe")
+        raise FeatureFileError(
+            path,
+            f"{name!r} refers to data in other files, which eosin never reads; copy the data into one file",
+            code="unsafe",
+        )
     if dataset.shape is None or dataset.dtype.hasobject:
         raise FeatureFileError(path, f"{name!r} is not an array of numbers")
     rows, columns = (*dataset.shape, 1, 1)[:2]
@@ -391,7 +409,8 @@ def require_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     if too_large or (declared > FREE_EXPANSION_BYTES and declared > MAX_EXPANSION * stored):
         raise FeatureFileError(
             path,
-            f"{name!r} declares {' x '.join(map(str, dataset.shape))} values for {stored} stored bytes; refused",
+            f"{name!r} declares {' x '.join(map(str, dataset.shape))} values, but {stored} "
+            "bytes are stored; make the file again",
             code="unsafe",
         )
     return dataset
@@ -437,7 +456,7 @@ def _map_rows(
     if n_rows == 0:
         return np.empty(rows.shape, rows.dtype)
     if rows.id.get_offset() != offset or offset + rows.nbytes > path.stat().st_size:
-        raise FeatureFileError(path, "does not have its features where it says; make it again", code="unsafe")
+        raise FeatureFileError(path, "does not hold its features at the stated offset; make it again", code="unsafe")
     mapped = np.memmap(path, rows.dtype, mode="r", offset=offset, shape=rows.shape)
     return mapped.view(np.ndarray)
 

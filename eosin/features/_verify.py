@@ -58,7 +58,7 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     patterns = [f"{place}{pattern}" for place in ("", f"{STUDIES}/*/") for pattern in PATTERNS]
     files = sorted({path for pattern in patterns for path in job.root.glob(pattern) if not path.name.startswith(".")})
     if not files:
-        raise ConfigError(f"{job.root}: is not a job folder, or an empty one; there is nothing to verify")
+        raise ConfigError(f"{job.root}: not a job folder, or an empty one; pass the --job of `eosin tile`")
     return run_batch(
         files,
         partial(_verify_file, firsts={}),
@@ -91,7 +91,9 @@ def _verify_features(path: Path, firsts: Firsts) -> Outcome:
     first, expected = _first_readable(path, firsts)
     expected.require_match(bag.spec, path, expected_by=str(first))
     if bag.grid is not None and _are_others(bag.grid, path):
-        raise FeatureFileError(path, "was made from other tiles than today's; extract it again", code="stale")
+        raise FeatureFileError(
+            path, "was made from other tiles than this job has now; extract the slide again", code="stale"
+        )
     return Outcome("ok" if bag.n_instances else "empty")
 
 

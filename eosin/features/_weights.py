@@ -52,7 +52,7 @@ def find_weights(path: Path, file: str = "", *, source: str = "") -> Path:
             return folder / name
     files = [found for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin") for found in folder.glob(pattern)]
     if len(files) != 1:
-        raise CheckpointError(folder, f"holds {len(files)} files of weights; pass the one that is meant")
+        raise CheckpointError(folder, f"holds {len(files)} weight files; pass the path of one of them")
     return files[0]
 
 
@@ -128,8 +128,8 @@ def _read_torch(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             path,
-            "holds Python objects besides tensors, which are never executed; convert it to safetensors where it is"
-            " trusted",
+            "holds Python objects besides tensors, which eosin never executes; convert it to safetensors on a machine "
+            "where you trust the file",
             code="unsafe",
         ) from error
     except Exception as error:
@@ -145,7 +145,12 @@ def _refuse_bomb(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         declared = sum(member.file_size for member in archive.infolist())
     if declared > MAX_UNPACKING * max(path.stat().st_size, MIN_UNPACKED):
-        raise CheckpointError(path, f"unpacks to {declared} bytes; refused", code="unsafe")
+        raise CheckpointError(
+            path,
+            f"would unpack to {declared} bytes, which is more than a checkpoint of this size "
+            "can hold; check the file's source",
+            code="unsafe",
+        )
 
 
 def read_tensor_file(path: Path) -> NDArray[np.generic]:
@@ -160,7 +165,9 @@ def read_tensor_file(path: Path) -> NDArray[np.generic]:
     if not isinstance(content, Tensor):
         raise CheckpointError(path, f"holds a {type(content).__name__}; expected one tensor of features")
     if content.numel() * content.element_size() > content.untyped_storage().nbytes():
-        raise CheckpointError(path, f"declares {tuple(content.shape)} values and stores fewer; refused", code="unsafe")
+        raise CheckpointError(
+            path, f"declares {tuple(content.shape)} values but stores fewer; check the file's source", code="unsafe"
+        )
     array: NDArray[np.generic] = (content.float() if content.is_floating_point() else content).numpy()
     return array
 

@@ -65,7 +65,7 @@ def read_regions(
     missing = [name for name in classes if name not in names]
     if missing:
         known = ", ".join(sorted(name for name in names if name)[:MAX_NAMES]) or "no names"
-        raise ConfigError(f"{path}: no region is called {', '.join(missing)}; the file has {known}")
+        raise ConfigError(f"{path}: has no region named {', '.join(missing)}; it has {known}")
     try:
         union = unite(chosen) or MultiPolygon()
     except (ValueError, GEOSException) as error:
@@ -133,7 +133,7 @@ def tiles_inside(grid: TileGrid, region: MultiPolygon, *, share: float = 0.5) ->
         x0, y0, x1, y1 = (round(value) for value in region.bounds)
         raise ConfigError(
             f"the region spans x {x0} to {x1}, y {y0} to {y1} and lies outside the slide of {width} x {height} pixels; "
-            "is it of another slide, or drawn on a picture of another size?"
+            "pass the annotation of this slide, drawn at its full size"
         )
     # prepared geometry answers many intersections from one index
     shapely.prepare(region)
@@ -160,7 +160,7 @@ def stream_features(path: Path) -> Iterator[dict[str, Any]]:
         else:
             raise ValueError("is JSON but no GeoJSON (no FeatureCollection, Feature or geometry)")
         if text.peek():
-            raise ValueError("goes on after its end")
+            raise ValueError("has text after the end of its JSON")
 
 
 class _Text:

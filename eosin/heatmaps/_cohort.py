@@ -126,7 +126,7 @@ def summarise_cohort(
     if not effects or len(counts) > 1:
         raise ConfigError(f"{len(effects)} effects, their truths and {len(patients)} patients do not match in number")
     if len({(effect.kind, effect.origin, effect.what) for effect in effects}) > 1:
-        raise ConfigError("the effects of a cohort must come from one intervention")
+        raise ConfigError("the effects of a cohort must all come from the same intervention")
     first = effects[0]
     means = _patient_means(np.array([effect.change for effect in effects]), patients)
     over_random = _over_random(effects, patients)

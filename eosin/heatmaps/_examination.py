@@ -55,7 +55,7 @@ class Questions(Options):
     seed : int
         Of the random sets.
     direction : {"min", "max", "least"}
-        What the search takes out: the tiles that carry the class, those that speak against it, or those that matter
+        What the search takes out: the tiles that carry the class, those that count against it, or those that matter
         least.
     on : {"log_odds", "probability"}
         What the search looks at. Probabilities saturate at 1, where all effects look like none.
@@ -134,6 +134,11 @@ def examine(
     tissue : (n,) float64, optional
         Share of each tile that is tissue, for random sets that are matched by it.
 
+    Returns
+    -------
+    Counterfactuals
+        Effects of all sets, of the search and of the smallest sets.
+
     Raises
     ------
     ConfigError
@@ -142,9 +147,9 @@ def examine(
     """
     classes = class_choices(card)
     if not classes:
-        raise ConfigError(f"counterfactuals are about classes; the task {card.load_task().kind} of this model has none")
+        raise ConfigError(f"counterfactuals need a model of classes; this model has the task {card.load_task().kind}")
     if bag.n_instances < 2:
-        raise ConfigError(f"{bag.slide_id}: counterfactuals need at least two tiles, found {bag.n_instances}")
+        raise ConfigError(f"{bag.slide_id}: counterfactuals need at least two tiles, the slide has {bag.n_instances}")
     wide = model.n_outputs < len(classes)
     seen = look(model, bag, single_logit_is_second_class=wide, budget=questions.budget)
     chosen = classes[int(np.argmax(seen.subsets.logits()))] if class_name is None else class_name
@@ -160,7 +165,10 @@ def _strata(bag: FeatureBag, seen: Look, matched: str, tissue: Floats | None) ->
     """Return the stratum of each tile in which random sets take its place; None when the number alone is matched."""
     if matched == "attention":
         if seen.attention is None:
-            raise ConfigError("the model has no attention to match random tiles by; set questions.matched to number")
+            raise ConfigError(
+                "random tiles cannot be matched by attention, because the model has none; "
+                "set questions.matched to number"
+            )
         ranks = np.argsort(np.argsort(seen.attention, kind="stable"), kind="stable")
         return ranks * ATTENTION_STRATA // len(ranks)
     if matched == "number":
@@ -170,7 +178,10 @@ def _strata(bag: FeatureBag, seen: Look, matched: str, tissue: Floats | None) ->
             raise ConfigError("the share of tissue is found on the slide; pass it, or set questions.matched to number")
         return np.digitize(tissue, TISSUE_STRATA)
     if bag.grid is None:
-        raise ConfigError(f"{bag.slide_id}: the features have no positions to match; set questions.matched to number")
+        raise ConfigError(
+            f"{bag.slide_id}: random tiles cannot be matched by position, because the features "
+            "have no coordinates; set questions.matched to number"
+        )
     place = bag.grid.origins_px0 - bag.grid.origins_px0.min(0)
     part = np.minimum(place * POSITION_STRATA // (place.max(0) + 1), POSITION_STRATA - 1)
     return np.asarray(part[:, 0] * POSITION_STRATA + part[:, 1], np.int64)

@@ -13,7 +13,7 @@ from eosin.mil.subsets import Direction, Floats, Search, Target
 
 _ROLES: dict[str, str] = {
     "min": "carry {} most",
-    "max": "speak against {} most",
+    "max": "count against {} most",
     "least": "matter least for {}",
 }
 
@@ -107,7 +107,7 @@ class Counterfactuals:
             sentences.append(f"{alone} would be called {self.class_name}.")
         if self.agreement < 1:
             sentences.append(
-                "The map of single tiles is a first-order guess; its rank correlation with the exact effects of "
+                "The map of single tiles is a first-order estimate; its rank correlation with the exact effects of "
                 f"random tiles is {self.agreement:.2f}."
             )
         return [*sentences, self.method]
@@ -136,10 +136,10 @@ class Counterfactuals:
 
     def _smallest_in_words(self) -> str:
         if self.smallest is None:
-            return f"No set of tiles that was tried turns the prediction away from {self.class_name}."
+            return f"No tested set of tiles changes the prediction of {self.class_name}."
         count = len(self.smallest.tiles)
         how = "at least" if self.smallest.is_certain else "in the order of the search,"
-        return f"To turn the prediction away from {self.class_name}, {how} {self._share_of_tiles(count)} must go."
+        return f"To change the prediction of {self.class_name}, {how} {self._share_of_tiles(count)} must be removed."
 
 
 def effects_table(effects: Sequence[Effect], columns: Mapping[str, str] | None = None) -> pd.DataFrame:
@@ -189,6 +189,6 @@ def in_words(effect: Effect, class_name: str) -> str:
 
 
 def describe_method(look: Look, search: Search) -> str:
-    """Return how the numbers were made, in a sentence that stands in every output: the method's own."""
+    """Return how the numbers were made, in a sentence that is printed in every output: the method's own."""
     how = look.subsets.how
     return f"{how}; {search.how}." if search.how else f"{how}."

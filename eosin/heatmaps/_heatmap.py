@@ -14,8 +14,8 @@ from eosin.wsi._grid import TileGrid
 Window = tuple[int, int, int, int]
 WEIGHTS = frozenset({"attention", "rollout"})
 RELATIVE_TO = {
-    "attention": "relative to the slide's other tiles; knows no class",
-    "rollout": "relative to the slide's other tiles; knows no class",
+    "attention": "relative to the slide's other tiles; the same for all classes",
+    "rollout": "relative to the slide's other tiles; the same for all classes",
     "alone": "relative to zero, whatever the rest of the slide shows",
     "instance_logit": "relative to zero, whatever the rest of the slide shows",
     "effect": "relative to the same slide without the tile",

@@ -282,7 +282,7 @@ def attention_map(model: Aggregator, bag: FeatureBag, *, branch: int | None = No
     if branch is None:
         return Heatmap(weights.mean(axis=1), require_grid(bag), "attention", "attention")
     if not 0 <= branch < branches:
-        raise ConfigError(f"branch {branch} was asked for; the model has branches 0 to {branches - 1}")
+        raise ConfigError(f"there is no branch {branch}; the model has branches 0 to {branches - 1}")
     return Heatmap(weights[:, branch], require_grid(bag), "attention", f"attention of branch {branch}", of=str(branch))
 
 
@@ -353,7 +353,9 @@ def _instance_maps(bag: FeatureBag, output: AggregatorOutput, classes: Sequence[
 @torch.no_grad()
 def _attention_output(model: Aggregator, bag: FeatureBag) -> AttentionOutput:
     if not issubclass(model.output_type, AttentionOutput):
-        raise ConfigError(f"{type(model).__name__} does not weigh instances, so it has no attention to show")
+        raise ConfigError(
+            f"{type(model).__name__} has no attention, so there is no attention map; choose another map or model"
+        )
     with in_eval_mode(model):
         output = model(pack_bag(model, bag))
     # the declared type decided what was asked for; a method that returns something else is a fault of its author

@@ -116,7 +116,10 @@ def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
 def require_grid(bag: FeatureBag) -> TileGrid:
     """Return the bag's grid, or raise `ConfigError` when its features have no places on a slide."""
     if bag.grid is None:
-        raise ConfigError(f"{bag.slide_id}: the features have no tile coordinates, so there is no map to draw")
+        raise ConfigError(
+            f"{bag.slide_id}: no map can be drawn, because the features have no tile "
+            "coordinates; extract the slide again"
+        )
     return bag.grid
 
 
@@ -146,7 +149,7 @@ def require_same_slide(slide: Slide, bag: FeatureBag) -> None:
             "extract them again or pass the slide that they came from",
         )
     if not bag.n_instances:
-        raise SlideError(slide.path, "has no tiles on tissue, so there is no map to draw", code="empty")
+        raise SlideError(slide.path, "has no tiles on tissue, so no map can be drawn", code="empty")
 
 
 def predict_bag(model: Aggregator, card: ModelCard, bag: FeatureBag) -> dict[str, str]:

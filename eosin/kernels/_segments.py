@@ -38,7 +38,15 @@ def bag_index(cu_seqlens: Tensor, n_instances: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the sum of each bag's instances: (N, D) -> (B, D) in float32 at least; 0 for an empty bag."""
+    """Return the sum of each bag's instances: (N, D) -> (B, D) in float32 at least; 0 for an empty bag.
+
+    Parameters
+    ----------
+    values : (N, D) float
+        One row per instance.
+    cu_seqlens : (B + 1,) int32
+        Offsets of the bags.
+    """
     _check_packed("values", values, cu_seqlens)
     dtype = accumulation_dtype(values.dtype)
     if choose(values) == "triton":
@@ -50,7 +58,15 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the mean of each bag's instances: (N, D) -> (B, D) in float32 at least; 0 for an empty bag."""
+    """Return the mean of each bag's instances: (N, D) -> (B, D) in float32 at least; 0 for an empty bag.
+
+    Parameters
+    ----------
+    values : (N, D) float
+        One row per instance.
+    cu_seqlens : (B + 1,) int32
+        Offsets of the bags.
+    """
     sums = segment_sum(values, cu_seqlens)
     lengths = cu_seqlens.diff().clamp(min=1).to(sums.dtype)
     return sums / lengths[:, None]
@@ -60,6 +76,13 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the largest value of each bag and column: (N, D) -> (B, D) in the type of ``values``.
 
     An empty bag gives 0, as its mean does. The gradient of tied instances is shared equally.
+
+    Parameters
+    ----------
+    values : (N, D) float
+        One row per instance.
+    cu_seqlens : (B + 1,) int32
+        Offsets of the bags.
     """
     _check_packed("values", values, cu_seqlens)
     width = values.shape[1]
@@ -68,7 +91,15 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_logsumexp(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return log Σ exp(score) over each bag: (N, H) -> (B, H); -inf for an empty or fully masked bag."""
+    """Return log Σ exp(score) over each bag: (N, H) -> (B, H); -inf for an empty or fully masked bag.
+
+    Parameters
+    ----------
+    scores : (N, H) float
+        One column per head; -inf masks an instance.
+    cu_seqlens : (B + 1,) int32
+        Offsets of the bags.
+    """
     _check_scores(scores, cu_seqlens)
     if choose(scores) == "triton":
         return _attention_statistics(scores, cu_seqlens)[0]
@@ -104,6 +135,13 @@ def segment_attention_entropy(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the entropy -Σ a log a of each bag's attention in nats: (N, H) -> (B, H).
 
     Masked instances contribute exactly 0; an empty or fully masked bag has entropy 0.
+
+    Parameters
+    ----------
+    scores : (N, H) float
+        One column per head; -inf masks an instance.
+    cu_seqlens : (B + 1,) int32
+        Offsets of the bags.
     """
     _check_scores(scores, cu_seqlens)
     if choose(scores) == "triton":

@@ -103,6 +103,14 @@ def resolved(recipe: Recipe) -> Recipe:
 def save_model(folder: Path, model: Aggregator, card: ModelCard) -> ModelCard:
     """Write a model folder, weights first, so that a card never names weights that are not there.
 
+    Parameters
+    ----------
+    folder : Path
+        Is made if it does not exist.
+    model : Aggregator
+    card : ModelCard
+        Its hash of the weights is computed here.
+
     Returns
     -------
     ModelCard
@@ -126,6 +134,15 @@ def save_model(folder: Path, model: Aggregator, card: ModelCard) -> ModelCard:
 
 def load_card(folder: Path) -> ModelCard:
     """Read the description of a model.
+
+    Parameters
+    ----------
+    folder : Path
+        Model folder.
+
+    Returns
+    -------
+    ModelCard
 
     Raises
     ------
@@ -158,6 +175,11 @@ def load_card(folder: Path) -> ModelCard:
 
 def load_model(folder: Path) -> tuple[Aggregator, ModelCard]:
     """Build a saved model.
+
+    Parameters
+    ----------
+    folder : Path
+        Model folder, with ``model.json`` and ``model.safetensors``.
 
     Returns
     -------

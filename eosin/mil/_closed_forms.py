@@ -124,7 +124,7 @@ class PooledBag(Subsets):
     def edited(
         self, present: NDArray[np.bool_], donor: Self | None = None, added: NDArray[np.bool_] | None = None
     ) -> Floats:
-        # sums that are taken anew instead of a copy of the bag: what keeps the viewer instant on large slides
+        # sums that are taken again instead of a copy of the bag: what keeps the viewer instant on large slides
         parts = [(self, present)] if donor is None or added is None else [(self, present), (donor, added)]
         return pooled_logits(parts)
 

@@ -192,6 +192,11 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     first, second : mapping of str to sequence of str
         ``predictions.csv`` of `eosin.mil._crossval.crossval`, as text.
 
+    Returns
+    -------
+    dict of str to Difference
+        One per measure.
+
     Raises
     ------
     LabelError
@@ -203,7 +208,9 @@ def compare_predictions(task: Task, first: Table, second: Table) -> dict[str, Di
     slides = list(rows[0])
     differs = [slide for slide in slides if any(rows[0][slide][name] != rows[1][slide][name] for name in needed)]
     if differs:
-        raise LabelError(f"patient or label of {shown(differs)} differ between the two; compare the same labels")
+        raise LabelError(
+            f"patient or label of {shown(differs)} differ between the two runs; compare runs with the same label table"
+        )
     read = [_read(task, table, slides) for table in rows]
     targets = task.encode([rows[0][slide] for slide in slides]).numpy()
     patients = [rows[0][slide]["patient_id"] for slide in slides]
@@ -241,7 +248,7 @@ def require_comparable(task: Task, slide_ids: Collection[str], other: Table) -> 
 def _require_same(first: Collection[str], second: Collection[str]) -> None:
     odd = sorted(set(first) ^ set(second))
     if odd:
-        raise LabelError(f"only one of the two has predictions for {shown(odd)}; compare the same slides")
+        raise LabelError(f"only one of the two runs has predictions for {shown(odd)}; compare runs of the same slides")
 
 
 def _read(
@@ -253,7 +260,7 @@ def _read(
         folds = np.unique(columns["fold"], return_inverse=True)[1]
         return task.read_outputs(columns), task.read_decided(columns), folds
     except KeyError as error:
-        raise LabelError(f"predictions without the column {error}; compare runs of the same task") from None
+        raise LabelError(f"one run has no column {error} in its predictions; compare runs of the same task") from None
 
 
 def _by_slide(table: Table, needed: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -65,7 +65,7 @@ def convert_checkpoint(
     features : FeatureSpec
         What the model was trained on, which no such file says; its width must be the checkpoint's.
     classes : sequence of str
-        Names of the classes; two for a model with one output, whose logit speaks for the second.
+        Names of the classes; two for a model with one output, whose logit belongs to the second.
     task : str, optional
         One of `MEANINGS`; says what the outputs mean.
     outputs : str, optional
@@ -76,6 +76,11 @@ def convert_checkpoint(
     partial : bool
         Give layers that the file lacks fresh weights, the same every time; the model card names them. For networks that
         are published without their last layer (Feather) or as a start for training (DSMIL).
+
+    Returns
+    -------
+    ModelCard
+        The card of the written model.
 
     Raises
     ------
@@ -184,7 +189,7 @@ def _outputs_question(n_outputs: int | None) -> str:
 def _task(n_outputs: int | None, meaning: str, classes: Sequence[str], path: Path) -> Task:
     if meaning == "risk":
         if classes:
-            raise CheckpointError(path, f"a risk has no classes; leave out --classes {','.join(classes)}")
+            raise CheckpointError(path, f"a risk has no classes; remove --classes {','.join(classes)}")
         return Cox()
     if meaning == "softmax" and n_outputs == 1:
         raise CheckpointError(path, "has one output, of which no softmax is taken; pass --outputs sigmoid or risk")
@@ -271,7 +276,7 @@ def recognise(
     ]
     if not fitting:
         some = ", ".join(sorted(tensors)[:5])
-        raise CheckpointError(path, f"is of no network that is known here; it holds {some}")
+        raise CheckpointError(path, f"does not match any network that eosin converts; it holds {some}")
     layout, kept = max(fitting, key=lambda pair: len(pair[0].marks))
     return _explained(layout, {name: _numbers(name, value, path) for name, value in kept.items()}, path, stated or {})
 

@@ -144,7 +144,10 @@ def crossval(
         check_splits(inner_splits(fold_splits), cohort)
     untested = [str(number) for number, fold in enumerate(splits) if not inner_splits(fold)[0].test]
     if untested:
-        raise LabelError(f"nobody to test in fold {', '.join(untested)}; give splits with a test part, or use `train`")
+        raise LabelError(
+            f"there are no slides to test in fold {', '.join(untested)}; "
+            "pass splits with a test part, or use `eosin train`"
+        )
     plan = FoldPlan(recipe, task, examples, out, device, precision)
     models = [
         f"{folder.relative_to(out)}/{CARD}"

@@ -187,7 +187,10 @@ class Examples:
         wanted = list(ids)
         unknown = [name for name in wanted if name not in place]
         if unknown:
-            raise LabelError(f"slides of a split without a label or features: {shown(unknown)}")
+            raise LabelError(
+                f"the splits name slides that have no label or no features: {shown(unknown)}; "
+                "use the splits of this label table"
+            )
         at = [place[name] for name in wanted]
         patients = tuple(self.patient_ids[i] for i in at)
         return type(self)(self.bags, tuple(wanted), patients, self.targets[at])
@@ -212,6 +215,11 @@ def make_examples(
     missing : {"error", "drop"}
         What becomes of a label whose slide has no features.
 
+    Returns
+    -------
+    Examples
+        One per labelled slide that has features.
+
     Raises
     ------
     LabelError
@@ -222,7 +230,7 @@ def make_examples(
     if absent and (missing == "error" or len(absent) == len(table)):
         raise LabelError(
             f"{len(absent)} of {len(table)} labelled slides have no features: {shown(absent)}; extract them, delete "
-            "their rows, or leave them out on purpose (--missing drop)"
+            "their rows, or pass --missing drop to leave these slides out"
         )
     used = table.select(available)
     if not task.may_be_incomplete:
@@ -247,6 +255,9 @@ def patient_examples(examples: Examples) -> Examples:
         # a value that both lack is not a difference
         differs = (targets != firsts.targets[number]) & ~(targets.isnan() & firsts.targets[number].isnan())
         if differs.any():
-            raise LabelError(f"patient {patient} has slides with different labels ({shown(slides)}); train on slides")
+            raise LabelError(
+                f"patient {patient} has slides with different labels ({shown(slides)}); "
+                "correct the labels, or pass --level slide"
+            )
     patients = tuple(slides_of)
     return Examples(PatientBags(examples.bags, slides_of), patients, patients, firsts.targets)

@@ -88,7 +88,7 @@ class Ensemble:
         levels = {card.training.get("level", "slide") for card in self.cards}
         if len(levels) > 1:
             raise ConfigError(
-                "some of the models were trained on slides and some on patients; predict patients with each kind alone"
+                "some models were trained on slides and some on patients; predict with each kind separately"
             )
         return levels == {"patient"}
 
@@ -126,13 +126,16 @@ def load_ensemble(folders: Sequence[Path], *, device: str = "auto") -> Ensemble:
         If one cannot be loaded.
     """
     if not folders:
-        raise ConfigError("no model was given; pass at least one model folder")
+        raise ConfigError("there is no model; pass at least one model folder")
     loaded = [load_model(folder) for folder in folders]
     first = loaded[0][1]
     tasks = tuple(card.load_task() for _, card in loaded)
     for folder, task, (_, card) in zip(folders, tasks, loaded, strict=True):
         if not task.same_question(tasks[0]):
-            raise ConfigError(f"{folder} and {folders[0]} answer different questions; predict with each on its own")
+            raise ConfigError(
+                f"{folder} and {folders[0]} have different classes or tasks and cannot be "
+                "averaged; predict with each one separately"
+            )
         first.features.require_match(card.features, folder)
     place = choose_device(device)
     models = tuple(model.to(place) for model, _ in loaded)

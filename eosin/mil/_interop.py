@@ -81,14 +81,14 @@ def read_two_tables(patients: Path, slides: Path, ids: Ids = "ask") -> LabelTabl
 def _column(table: Table, names: Sequence[str], path: Path, what: str) -> str:
     column = detect_column(table, names)
     if column is None:
-        raise LabelError(f"{path}: no column of {what}; found {', '.join(table)}; expected {names[0]}")
+        raise LabelError(f"{path}: has no column for the {what}; found {', '.join(table)}; expected {names[0]}")
     return column
 
 
 def read_fold_table(path: Path) -> tuple[LabelTable, Split]:
     """Read a fold of TransMIL: columns ``train``, ``train_label``, ``val``, ``val_label``, ``test``, ``test_label``.
 
-    The table knows no patients, so each slide is its own. Labels like ``0.0``, which spreadsheets make of numbers in
+    The table has no patients, so each slide is its own. Labels like ``0.0``, which spreadsheets make of numbers in
     ragged columns, become ``0``.
 
     Raises
@@ -99,7 +99,7 @@ def read_fold_table(path: Path) -> tuple[LabelTable, Split]:
     table = read_table(path)
     absent = [name for part in PARTS for name in (part, f"{part}_label") if name not in table]
     if absent:
-        raise LabelError(f"{path}: is not a fold of TransMIL; the columns {', '.join(absent)} are missing")
+        raise LabelError(f"{path}: not a fold table of TransMIL; the columns {', '.join(absent)} are missing")
     pairs = {
         part: [(slide_id(s), _whole(v)) for s, v in zip(table[part], table[f"{part}_label"], strict=True) if s]
         for part in PARTS
@@ -156,7 +156,10 @@ def read_patient_splits(path: Path, cohort: Cohort) -> list[Split]:
         slides.setdefault(patient, []).append(slide)
     unknown = sorted({patient for side in sides for part in side for patient in part} - set(slides))
     if unknown:
-        raise LabelError(f"{path}: patients that are not in the label table: {shown(unknown)}")
+        raise LabelError(
+            f"{path}: names patients that are not in the label table: {shown(unknown)}; "
+            "use the label table of these splits"
+        )
     return [Split(_slides(train, slides), (), _slides(test, slides)) for train, test in sides]
 
 

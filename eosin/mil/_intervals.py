@@ -1,7 +1,7 @@
 """Confidence intervals of bounded measures: they know of patients and stay true at the ends of a measure's range.
 
-A percentile bootstrap of twenty patients that a model tells apart perfectly ends in [1, 1], because every draw is
-perfect, too. Here a measure is taken for a share of cases that are right, out of as many *effective* cases as its
+A percentile bootstrap of twenty patients that a model separates perfectly ends in [1, 1], because every draw is
+perfect, too. Here a measure is treated as a share of cases that are right, out of as many *effective* cases as its
 variance says, and gets Wilson's interval of that share (Wilson, JASA 1927). The variance is that of a bootstrap over
 patients. Near 0 and 1 such a variance knows little; there it is drawn towards what the numbers of patients alone would
 give, as if one more case were known. `benchmarks/coverage.py` measures how often such intervals hold the truth.

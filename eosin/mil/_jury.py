@@ -136,7 +136,7 @@ class Jury:
     patient_of : mapping of str to str
         Patients of slides, as far as they are known.
     ids : {"ask", "merge", "exact"}
-        Whether a name is taken for another one that looks like it, see `eosin.mil._seen.Seen.of`.
+        Whether a name is treated as another one that looks like it, see `eosin.mil._seen.Seen.of`.
     """
 
     models: Models

@@ -5,7 +5,7 @@ Xiong et al.: Nyströmformer, AAAI 2021, https://arxiv.org/abs/2102.03902, in th
 
 Bags are never padded to each other: landmarks, attention and convolution are those of each bag. The zeros in front of a
 bag are counted, not computed: as keys they add to the sums of the softmax, and the landmarks that are zeros altogether,
-nearly all of a small bag's, are equal and stand in the matrices once, with their number as a weight. The only loop runs
+nearly all of a small bag's, are equal and are in the matrices once, with their number as a weight. The only loop runs
 over groups of heads, from `CHECKPOINT_ROWS` tokens on, to bound memory.
 """
 

@@ -89,7 +89,9 @@ def lost_slides(ensemble: Ensemble, patient_of: Mapping[str, str], known: Collec
         )
     nobodys = sorted(there - set(patient_of))
     if nobodys:
-        logger.warning("the table of patients names no patient of %s; they have rows as slides alone", shown(nobodys))
+        logger.warning(
+            "the table of patients does not list the slides %s; they are predicted as slides only", shown(nobodys)
+        )
     message = "the table of patients names the slide, but it is not among those that are to be predicted"
     return [Record(slide, "predict", "failed", MISSING, message) for slide in absent]
 
@@ -207,7 +209,7 @@ class Patients:
         return ensemble.answer(outputs) | {"status": "ok"}
 
     def _of_slide(self, ensemble: Ensemble, choice: Choice, slide: str) -> Floats:
-        """Return what each model says of a slide, computed anew for a row of an earlier run, or of other models."""
+        """Return what each model says of a slide, computed again for a row of an earlier run, or of other models."""
         if slide in self.outputs and self.jury.choose(slide).folders == choice.folders:
             return self.outputs[slide]
         return ensemble.outputs(self._folder([slide]), slide)

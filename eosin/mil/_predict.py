@@ -183,6 +183,6 @@ def predict_slide(ensemble: Ensemble, path: Path) -> tuple[Row, Floats | None]:
     outputs = ensemble.outputs(bags, bag.slide_id)
     if not np.isfinite(outputs).all():
         raise FeatureFileError(
-            path, "gives a prediction that is not finite; extract the slide again", code="not-finite"
+            path, "leads to a prediction that is infinite or NaN; extract the slide again", code="not-finite"
         )
     return cells | ensemble.answer(outputs) | {"status": "ok"}, outputs

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 def require_table_suffix(out: Path) -> None:
     """Raise `ConfigError` for a file that is neither csv nor parquet."""
     if out.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{out}: predictions are written as {' or '.join(SUFFIXES)}; give the file such a suffix")
+        raise ConfigError(
+            f"{out}: predictions cannot be written to this kind of file; use the suffix {' or '.join(SUFFIXES)}"
+        )
 
 
 @dataclass(eq=False)
@@ -164,7 +166,7 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
     try:
         table = read_table(path)
     except (OSError, TableError) as error:
-        logger.warning("%s; every slide is predicted anew", error)
+        logger.warning("%s; all slides are predicted again", error)
         return []
     if list(table) != list(columns):
         return []

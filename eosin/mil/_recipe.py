@@ -21,7 +21,15 @@ from eosin.options import Options, merge, read_yaml
 
 
 class Component(Options):
-    """One registered name and the options that differ from its defaults."""
+    """One registered name and the options that differ from its defaults.
+
+    Attributes
+    ----------
+    name : str
+        Name in the registry.
+    options : dict of str to object
+        Options of the constructor.
+    """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -34,7 +42,13 @@ class Component(Options):
 
 
 class Term(Component):
-    """A loss term and its weight in the objective."""
+    """A loss term and its weight in the objective.
+
+    Attributes
+    ----------
+    weight : float
+        Weight of the term in the objective.
+    """
 
     weight: float = 1.0
 
@@ -114,7 +128,20 @@ model is refitted on all training bags, because cohorts are small. Chosen with M
 
 
 class Recipe(Options):
-    """All that a paper prescribes; the default trains gated attention pooling."""
+    """All that a paper prescribes; the default trains gated attention pooling.
+
+    Attributes
+    ----------
+    aggregator : Component
+        Computes the output of a bag.
+    terms : tuple of Term
+        Loss terms in addition to the loss of the task.
+    strategy : Component
+        Changes a training step.
+    bag_weight : float
+        Weight of the loss of the task in the objective.
+    training : Training
+    """
 
     aggregator: Component = Component(name="abmil")
     terms: tuple[Term, ...] = ()

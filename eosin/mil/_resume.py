@@ -72,9 +72,9 @@ def read_state(folder: Path, fingerprint: str) -> State | None:
             raise ValueError("it is damaged")
         facts = json.loads(stated["facts"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        logger.warning("%s cannot be read (%s); training starts anew", path, error)
+        logger.warning("%s cannot be read (%s); training starts from the beginning", path, error)
         return None
     if facts.get("fingerprint") != fingerprint:
-        logger.warning("%s is of another training; training starts anew", path)
+        logger.warning("%s belongs to another training run; training starts from the beginning", path)
         return None
     return State(tensors, facts)

@@ -111,7 +111,10 @@ def flow(attention: Sequence[Floats]) -> Floats:
     layers = [with_residual(layer) for layer in attention]
     tokens = len(layers[0])
     if tokens > MAX_FLOW_TOKENS:
-        raise ValueError(f"flow solves a problem per pair of tokens; {tokens} tokens are more than {MAX_FLOW_TOKENS}")
+        raise ValueError(
+            f"attention flow is limited to {MAX_FLOW_TOKENS} tokens, because it solves one "
+            f"problem per pair of tokens; found {tokens}"
+        )
     capacity = _flow_graph(layers, tokens)
     whole = (capacity * FLOW_UNIT).rint().astype(np.int32)
     top = len(layers) * tokens

@@ -254,8 +254,8 @@ class Run:
         if not folders:
             raise CheckpointError(
                 root,
-                f"is not a model folder (no {CARD}) and is not a run (no fold_*/{CARD}); pass what train or crossval "
-                "wrote",
+                f"is not a model folder (no {CARD}), and not a training run (no fold_*/{CARD}); pass the --out "
+                "folder of eosin train or eosin crossval",
             )
         return cls(root, tuple(Witness(folder, read_seen(folder)) for folder in folders))
 

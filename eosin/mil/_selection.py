@@ -51,9 +51,9 @@ def select_tiles(
         If the budget is below 1 or there is not one weight per row.
     """
     if budget < 1:
-        raise ConfigError(f"budget {budget}: at least one tile must be chosen")
+        raise ConfigError(f"budget {budget}: pass 1 or more tiles")
     if weights.shape != (len(features),):
-        raise ConfigError(f"{weights.shape} weights for {len(features)} tiles; give one per tile")
+        raise ConfigError(f"{weights.shape} weights for {len(features)} tiles; pass one weight per tile")
     n = len(features)
     if n <= 1:
         return np.arange(n)
@@ -103,7 +103,7 @@ def child_grid(parents: TileGrid, tiling: Tiling) -> TileGrid:
 def tile_ratio(large: Tiling, small: Tiling) -> int:
     """Return how many small tiles lie along a side of a large one; see `child_grid` for the errors."""
     if small.overlap:
-        raise ConfigError(f"overlap {small.overlap}: the tiles of the second stage cover those of the first; give 0")
+        raise ConfigError(f"overlap {small.overlap}: tiles of the second stage must not overlap; pass 0")
     exact = large.mpp * large.patch_size / (small.mpp * small.patch_size)
     ratio = round(exact)
     if ratio < 1 or abs(exact / ratio - 1) > RATIO_TOLERANCE or small.mpp > large.mpp * (1 + RATIO_TOLERANCE):

@@ -30,7 +30,13 @@ SplitKind = Literal["kfold", "monte-carlo", "holdout"]
 
 @dataclass(frozen=True)
 class Split:
-    """One fold: ids of slides; `val` may be empty, then a part of `train` is taken where a model must be selected."""
+    """One fold: ids of slides; `val` may be empty, then a part of `train` is taken where a model must be selected.
+
+    Attributes
+    ----------
+    train, val, test : tuple of str
+        Slide ids of each part.
+    """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -67,6 +73,11 @@ def make_splits(
         Share of all patients that select the model; share that test it in a Monte-Carlo draw or are held out.
     seed : int
 
+    Returns
+    -------
+    list of Split
+        One per fold.
+
     Raises
     ------
     LabelError
@@ -75,10 +86,11 @@ def make_splits(
     """
     if not (0 <= val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
         raise LabelError(
-            f"validation {val_fraction:g} and test {test_fraction:g}: shares must be positive and leave some to train"
+            f"validation {val_fraction:g} and test {test_fraction:g}: the shares must be "
+            "greater than 0 and their sum less than 1"
         )
     if folds < (1 if kind == "monte-carlo" else 2):
-        raise LabelError(f"{folds} fold: cross-validation needs at least 2; use --kind monte-carlo for a single split")
+        raise LabelError(f"{folds} folds: cross-validation needs at least 2; use --kind monte-carlo for a single split")
     rng = np.random.default_rng(seed)
     if kind == "holdout":
         return _holdout(cohort, folds, test_fraction, rng)
@@ -163,6 +175,12 @@ def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15,
 def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
     """Refuse splits that would give wrong figures.
 
+    Parameters
+    ----------
+    splits : sequence of Split
+    cohort : Cohort
+        Slides with their patients and classes.
+
     Raises
     ------
     LabelError
@@ -175,13 +193,18 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
         everyone = [slide for part in split.parts().values() for slide in part]
         unknown = [slide for slide in everyone if slide not in patient]
         if unknown:
-            raise LabelError(f"fold {number}: slides that are not in the label table: {shown(unknown)}")
+            raise LabelError(
+                f"fold {number}: slides that are not in the label table: {shown(unknown)}; "
+                "use the label table of these splits"
+            )
         _refuse_leakage(number, split, patient, "patient")
         if cohort.sites:
             _refuse_leakage(number, split, dict(zip(cohort.slide_ids, cohort.sites, strict=True)), "site")
         twice = [slide for slide, count in Counter(everyone).items() if count > 1]
         if twice:
-            raise LabelError(f"fold {number}: slides named more than once: {shown(twice)}")
+            raise LabelError(
+                f"fold {number}: slides named more than once: {shown(twice)}; name each slide in one part only"
+            )
         if not split.train:
             raise LabelError(f"fold {number}: there are no slides to train on")
         learnt = {stratum[slide] for slide in split.train} | cohort.soft
@@ -212,7 +235,7 @@ def _require_groups(cohort: Cohort, least: int, advice: str = "use fewer folds")
         if len(keys) < least and stratum not in cohort.soft:
             raise LabelError(
                 f"class {stratum!r} has {_counted(len(keys), cohort)}, "
-                f"at least {least} are needed to have it on every side; {advice}, or leave the class out"
+                f"at least {least} are needed to have it in every part; {advice}, or leave the class out"
             )
     if len(set(owners)) < least:
         raise LabelError(f"there are {_counted(len(set(owners)), cohort)}, at least {least} are needed; {advice}")
@@ -235,6 +258,13 @@ def write_splits(folder: Path, splits: Sequence[Split], cohort: Cohort) -> None:
     """Write ``splits_<i>.csv`` with the columns train, val, test as CLAM does, and counts in ``_descriptor.csv``.
 
     Splits of an earlier call in the folder are replaced, those that are too many deleted.
+
+    Parameters
+    ----------
+    folder : Path
+    splits : sequence of Split
+    cohort : Cohort
+        For the counts of classes.
 
     Raises
     ------
@@ -301,6 +331,11 @@ def read_splits(path: Path) -> list[Split]:
         A folder with ``splits_<i>.csv`` as CLAM and `write_splits` make them, or one such file; CLAM's
         ``splits_<i>_bool.csv`` is read when it is named.
 
+    Returns
+    -------
+    list of Split
+        In the order of their numbers.
+
     Raises
     ------
     LabelError
@@ -310,7 +345,7 @@ def read_splits(path: Path) -> list[Split]:
         names = [(match, name) for name in _members(path) if (match := re.fullmatch(r"splits_(\d+)\.csv", name))]
         files = sorted((int(match[1]), path / name) for match, name in names)
         if not files and any(path.glob(f"{OUTER}*")):
-            raise LabelError(f"{path}: holds nested splits; name those of one outer fold, {path / OUTER}<i>")
+            raise LabelError(f"{path}: holds nested splits; pass the folder of one outer fold, {path / OUTER}<i>")
         if not files:
             raise LabelError(f"{path}: has no splits_<i>.csv; make them with `eosin split`")
         return [_read_csv(file) for _, file in files]
@@ -338,9 +373,11 @@ def require_unchanged(path: Path) -> None:
 def _read_csv(path: Path) -> Split:
     table = read_table(path)
     if path.stem.endswith("_descriptor"):
-        raise LabelError(f"{path}: counts the slides of a split and names none; pass the file without _descriptor")
+        raise LabelError(f"{path}: lists numbers of slides, not their names; pass the file without _descriptor")
     if not {"train", "test"} <= set(table):
-        raise LabelError(f"{path}: is not a split; expected the columns train, val, test, found {', '.join(table)}")
+        raise LabelError(
+            f"{path}: not a table of splits; expected the columns train, val, test, found {', '.join(table)}"
+        )
     columns = [table.get(part, ()) for part in PARTS]
     # one row per slide and a flag per part
     if all(value in ("True", "False", "") for column in columns for value in column):

@@ -86,6 +86,11 @@ def open_labels(
     ids : {"ask", "merge", "exact"}
         What becomes of ids that look alike, see `eosin._names.unify`.
 
+    Returns
+    -------
+    LabelTable
+        One row per slide.
+
     Raises
     ------
     LabelError
@@ -240,9 +245,7 @@ class Study:
         """
         split = Split(self.examples.ids, (), ())
         if splits is None and fold is not None:
-            raise ConfigError(
-                f"--fold {fold} of which splits? pass --splits, or leave --fold out to train on all slides"
-            )
+            raise ConfigError(f"--fold {fold} needs --splits; pass --splits, or remove --fold to train on all slides")
         if splits is not None:
             split = _one_of(self.splits(splits), fold, splits)
         if recipe.training.select == "last":
@@ -562,7 +565,7 @@ def require_sites(table: LabelTable) -> str:
 
 
 def note_on_sites(table: LabelTable) -> str:
-    """Return which column was taken for the sites."""
+    """Return which column is read as the sites."""
     return f"sites: column {require_sites(table)!r}"
 
 
@@ -636,6 +639,11 @@ def open_study(
         What became of the slides before they had features, to be continued.
     cache_bytes : int
         Features kept in memory.
+
+    Returns
+    -------
+    Study
+        Bags, labels, patients and task, joined by slide id.
 
     Raises
     ------

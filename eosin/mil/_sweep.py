@@ -66,7 +66,7 @@ class Sweep(Options):
             data = override(RECIPES[name].model_dump(mode="json"), [*changes, f"training.seed={seed}"])
             if label in found:
                 raise ConfigError(
-                    f"two candidates of the sweep are called {label!r}; name each recipe, option and seed once"
+                    f"two candidates of the sweep have the name {label!r}; list each recipe, option and seed once"
                 )
             found[label] = Recipe.parse(data, source="sweep")
         _require_selectable(found)
@@ -154,7 +154,7 @@ def _require_selectable(candidates: Mapping[str, Recipe]) -> None:
     blind = [name for name, recipe in candidates.items() if recipe.training.select == "last"]
     if blind:
         raise ConfigError(
-            f"{', '.join(blind)}: training.select is 'last', so there is nothing to choose by; set it to loss or metric"
+            f"{', '.join(blind)}: training.select is 'last', so a sweep cannot compare models; set it to loss or metric"
         )
 
 

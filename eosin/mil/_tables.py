@@ -159,8 +159,8 @@ class LabelTable:
         candidates = others if label is None else [label]
         if len(candidates) != 1:
             raise LabelError(
-                f"which column is the label? no column is called 'label', the table has "
-                f"{', '.join(candidates) or 'no other column'}; name one (--target)"
+                f"the table has no column 'label'; pass --target with its label column, one of: "
+                f"{', '.join(candidates) or 'none found'}"
             )
         return candidates[0]
 
@@ -205,7 +205,7 @@ def read_labels(
 
     Slides: ``slide_id`` (CLAM), ``slide`` (slideflow), ``FILENAME`` (STAMP), ``ID`` (PackMIL) and others; patients:
     ``case_id``, ``patient_id``, ``patient``, ``PATIENT``, ``Case`` and others. A cell with several slides, separated by
-    semicolons, is that many rows (PackMIL's ``WSI``). `LabelTable.notes` say which column was taken for what.
+    semicolons, is that many rows (PackMIL's ``WSI``). `LabelTable.notes` say how each column was read.
 
     Parameters
     ----------
@@ -217,6 +217,11 @@ def read_labels(
         ``slide`` makes each slide its own patient, for tables without patients.
     ids : {"ask", "merge", "exact"}
         What becomes of ids that look alike, see `eosin._names.unify`.
+
+    Returns
+    -------
+    LabelTable
+        One row per slide.
 
     Raises
     ------
@@ -245,7 +250,7 @@ def read_labels(
     slide_ids, patient_ids = identify(path, frame[slides], None if group == "slide" else frame[patients], ids)
     notes[1] += several_slides(patient_ids)
     if group == "patient" and patient_ids == slide_ids:
-        notes.append(f"every id in {patients!r} is that of its slide, so each slide counts as a patient of its own")
+        notes.append(f"every id in {patients!r} equals its slide's id, so each slide counts as a separate patient")
     notes.append(f"values: {', '.join(others) or 'none'}")
     return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
 

@@ -127,7 +127,7 @@ def require_fitting(training: Training, task: Task) -> None:
     task.require_tunable(threshold=training.threshold, temperature=training.temperature)
     if task.compares_bags and training.bags_per_step < 2:
         raise ConfigError(
-            f"task {task.kind} compares the bags of a step, and a step of one bag teaches nothing; "
+            f"task {task.kind} compares the bags of a step with each other, and one bag cannot be compared; "
             f"set training.bags_per_step to {BAGS_TO_COMPARE} or more"
         )
 
@@ -173,7 +173,7 @@ def require_machine(device: str, precision: str) -> None:
     """Raise `ConfigError` when there is no such device here or no such precision."""
     choose_device(device)
     if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is not known; use {' or '.join(PRECISIONS)}")
+        raise ConfigError(f"there is no precision {precision!r}; use {' or '.join(PRECISIONS)}")
 
 
 def _refit(
@@ -201,7 +201,7 @@ def _finished(folder: Path, made_from: str) -> Fitted | None:
     try:
         model, card = load_model(folder)
     except CheckpointError as error:
-        logger.warning("%s; training starts anew", error)
+        logger.warning("%s; training starts from the beginning", error)
         return None
     if card.training.get("fingerprint") != made_from:
         return None
@@ -257,10 +257,14 @@ def _require_examples(training: Training, task: Task, train: Examples, val: Exam
         raise LabelError("there are no slides to train on")
     if training.select != "last" and (val is None or not len(val)):
         raise LabelError(
-            f"training.select is {training.select!r}, but there are no validation slides; give some, or select 'last'"
+            f"training.select is {training.select!r}, but there are no validation slides; "
+            "pass splits with a validation part, or set it to 'last'"
         )
     if (training.threshold or training.temperature) and (val is None or not len(val)):
-        raise LabelError("a threshold or temperature is chosen on validation slides, but there are none; give some")
+        raise LabelError(
+            "the threshold or temperature must be chosen on validation slides, but there are "
+            "none; pass splits with a validation part"
+        )
     require_fitting(training, task)
     task.require_trainable(train.targets)
 

@@ -310,13 +310,13 @@ class TrainingRun:
         self._refuse_features(self.train, ids)
         self._refuse_features(self.train, self.train.ids)
         raise EosinError(
-            f"the loss is not finite at {shown(ids)}; use a lower learning rate or clip_norm", code="diverged"
+            f"the loss is infinite or NaN at {shown(ids)}; use a lower learning rate or clip_norm", code="diverged"
         )
 
     def _refuse_features(self, examples: Examples, ids: Sequence[str]) -> None:
         bad = [name for name in ids if not examples.bags.load(name).isfinite().all()]
         if bad:
-            raise EosinError(f"features of {shown(bad)} are not finite; extract them again", code="not-finite")
+            raise EosinError(f"features of {shown(bad)} are infinite or NaN; extract them again", code="not-finite")
 
     def _validate(self) -> Epoch:
         if self.val_packs is None or self.val is None:

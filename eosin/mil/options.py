@@ -1,4 +1,4 @@
-"""Types for the options of methods: a range is part of the meaning of an option, and stands in the signature.
+"""Types for the options of methods: a range is part of the meaning of an option, and belongs in the signature.
 
 ``def __init__(self, in_dim, n_outputs, *, heads: Count = 8, mask_p: Share = 0.6)`` refuses 0 heads and a share of 1.5
 when the method is built by name, in every recipe and on the command line. A plain ``int`` or ``float`` takes any

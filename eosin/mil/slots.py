@@ -79,7 +79,13 @@ class AttentionOutput(AggregatorOutput):
 
 @runtime_checkable
 class HasInstanceLogits(Protocol):
-    """An output of a method that also classifies single instances: ``instance_logits`` (N, C)."""
+    """An output of a method that also classifies single instances: ``instance_logits`` (N, C).
+
+    Attributes
+    ----------
+    instance_logits : (N, C) float
+        Logits of single instances.
+    """
 
     instance_logits: Tensor
 
@@ -165,7 +171,7 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
 
 
 def class_names(n_outputs: int, classes: Sequence[str]) -> list[str]:
-    """Return one name per logit: a single logit of two classes speaks for the second."""
+    """Return one name per logit: a single logit of two classes belongs to the second."""
     if len(classes) == n_outputs:
         return list(classes)
     if n_outputs == 1 and len(classes) == 2:
@@ -226,7 +232,13 @@ class Wrapper(Aggregator):
 
 @runtime_checkable
 class EmbeddingAggregator(Protocol):
-    """An aggregator that can start from embedded instances: ``forward`` is `embed`, then `aggregate`."""
+    """An aggregator that can start from embedded instances: ``forward`` is `embed`, then `aggregate`.
+
+    Attributes
+    ----------
+    embed : nn.Module
+        Maps instances (N, D) to embedded instances (N, E).
+    """
 
     embed: nn.Module
 

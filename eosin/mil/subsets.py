@@ -117,7 +117,7 @@ class Subsets(ABC):
     Attributes
     ----------
     how : str
-        How the answers are made, in a sentence that stands in every report.
+        How the answers are made, in a sentence that is printed in every report.
     weightless : str
         Why there is no `slopes`, in a sentence; used where it returns None.
     """

@@ -165,7 +165,7 @@ class Task(Options):
         ConfigError
             If the task has no classes.
         """
-        raise ConfigError(f"task {self.kind} has no classes; the method asked for them works with classification only")
+        raise ConfigError(f"task {self.kind} has no classes, but this method needs them; use --task classification")
 
     def balance(self, target: Tensor) -> Tensor:
         """Return a weight per example, (B,) with mean 1, that gives each class the same sum.
@@ -285,6 +285,10 @@ def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
         ``time,event=VALUE`` for survival, and for ``multitask`` several of these with their kinds, ``er; ordinal:grade;
         cox:time,event``.
 
+    Returns
+    -------
+    Task
+
     Raises
     ------
     UnknownNameError
@@ -300,6 +304,15 @@ def make_task(kind: str, rows: Sequence[Row], *, target: str = "label") -> Task:
 def load_task(data: Mapping[str, Any]) -> Task:
     """Build the task that `Task.model_dump` described.
 
+    Parameters
+    ----------
+    data : mapping of str to object
+        With the key ``kind``.
+
+    Returns
+    -------
+    Task
+
     Raises
     ------
     ConfigError
@@ -307,7 +320,7 @@ def load_task(data: Mapping[str, Any]) -> Task:
     """
     kind = str(data.get("kind"))
     if kind not in TASKS:
-        raise ConfigError(f"the description of the task is damaged: no task is called {kind!r}")
+        raise ConfigError(f"the description of the task is damaged: there is no task {kind!r}")
     return TASKS[kind].parse(data, source="the description of the task")
 
 

@@ -63,7 +63,7 @@ class Cohort:
         Patients, and the truth in the column of the model's target. Without it every slide is its own patient, and
         there is no sensitivity.
     slides : mapping of str to SlideFile
-        The slides themselves where they are at hand, for pictures, scanned boxes and the check of the fingerprint.
+        The slides themselves where they are available, for pictures, scanned boxes and the check of the fingerprint.
     annotations : mapping of str to Path
         GeoJSON of the slides that have one.
     """
@@ -140,7 +140,9 @@ def question_cohort(
     report = run_batch(list(cohort.features), work, key=str, stage=STAGE, progress=progress)
     if len(work.asked) < FEWEST_SLIDES:
         reasons = "; ".join(f"{record.slide_id}: {record.message}" for record in report.failed[:3])
-        raise ConfigError(f"{len(work.asked)} of {len(cohort.features)} slides could be asked ({reasons})")
+        raise ConfigError(
+            f"{len(work.asked)} of {len(cohort.features)} slides could be examined ({reasons}); a cohort needs more"
+        )
     for note in seen_notes({name: answers.sight for name, answers in work.asked.items()}):
         logger.warning("%s", note)
     summary = _summaries(work.asked, cohort, card, class_name)
@@ -165,7 +167,7 @@ def _asking(model: Path | tuple[Aggregator, ModelCard], cohort: Cohort) -> tuple
 def _require_class(card: ModelCard, class_name: str) -> None:
     classes = class_choices(card)
     if class_name not in classes:
-        raise ConfigError(f"no class of the model is called {class_name!r}; it has {', '.join(classes) or 'none'}")
+        raise ConfigError(f"the model has no class {class_name!r}; it has {', '.join(classes) or 'none'}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,7 @@ class _Work:
         bag = read_bag(self.cohort.features[slide_id])
         card.features.require_match(bag.spec, self.cohort.features[slide_id])
         if bag.n_instances < 2:
-            return Outcome("empty", f"{bag.n_instances} tiles, too few to take some away")
+            return Outcome("empty", f"{bag.n_instances} tiles, too few to remove some")
         annotation = self.cohort.annotations.get(slide_id)
         with open_optional(self.cohort.slides.get(slide_id)) as slide:
             if slide is not None:
@@ -365,7 +367,7 @@ def _seen(effect: CohortEffect) -> str:
 def _chance(effect: CohortEffect) -> str:
     if effect.p is not None:
         return f", p = {effect.p:.2g}"
-    return "" if effect.p_shuffled is None else f", p = {effect.p_shuffled:.2g} beside shuffled weights"
+    return "" if effect.p_shuffled is None else f", p = {effect.p_shuffled:.2g} compared with shuffled weights"
 
 
 def _write_cohort(

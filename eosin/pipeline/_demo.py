@@ -128,7 +128,7 @@ def run_demo(
     machine: Machine | None = None,
     progress: ProgressBar | None = None,
 ) -> DemoSummary:
-    """Make a cohort, go the whole way and judge the result.
+    """Make a cohort, run every step on it and judge the result.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ def _report(result: Result, truth: Path, located: Mapping[str, float], random: R
         title="Finding planted tumour on synthetic slides",
         summary=(
             f"{data.summary} The slides are painted, not scanned; some hold tumour nests whose exact outline is known. "
-            "The models have learnt from the labels of slides alone; the outlines only judge their maps."
+            "The models were trained with slide labels only; the outlines are used only to test the maps."
         ),
         metrics=(*data.metrics[:1], _localisation(result, located, random), *data.metrics[1:]),
         slides=tuple(

@@ -119,6 +119,25 @@ def encode_slides(
 ) -> Encoded:
     """Tile and encode slides; what is done already in the job is kept.
 
+    Parameters
+    ----------
+    slides : sequence of SlideFile
+    job : JobFolder
+        Tiles and features are written here.
+    tiles : Tiler
+        Makes the coordinates files.
+    encoder : str
+        Name of the encoder.
+    machine : Machine
+        Device, workers, batch size and precision.
+    progress : callable
+        Makes the progress bar of each stage.
+
+    Returns
+    -------
+    Encoded
+        The folder of features, and a record for each slide.
+
     Raises
     ------
     OutputError

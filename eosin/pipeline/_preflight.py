@@ -157,7 +157,7 @@ def collect_slides(problems: Problems, paths: Sequence[Path], slide_mpp: float |
         if path.exists():
             found.append(path)
         else:
-            problems.add(ConfigError(f"{path}: there is no such file or folder; correct --slides"))
+            problems.add(ConfigError(f"{path}: no such file or folder; correct --slides"))
     if not found:
         if not paths:
             problems.add(ConfigError("no slides were given; pass --slides"))
@@ -381,16 +381,16 @@ def _absent(absent: Sequence[str], table: LabelTable, there: Collection[str], wh
     found = f"are not among the {len(there)} slides" if what == "slides" else f"have no {what}"
     cure = "correct the table" if what == "slides" else "extract them, delete their rows"
     return LabelError(
-        f"{len(absent)} of {len(table)} labelled slides {found}: {shown(absent)}; {cure}, or leave them out on purpose "
-        "(--missing drop)"
+        f"{len(absent)} of {len(table)} labelled slides {found}: {shown(absent)}; {cure}, or pass --missing drop to "
+        "leave these slides out"
     )
 
 
 def _blank(blank: Mapping[str, str]) -> LabelError:
     lack = "1 slide has" if len(blank) == 1 else f"{len(blank)} slides have"
     return LabelError(
-        f"{lack} no label ({next(iter(blank.values()))}): {shown(list(blank))}; complete the table, or leave them out "
-        "on purpose (--missing drop)"
+        f"{lack} no label ({next(iter(blank.values()))}): {shown(list(blank))}; complete the table, or pass "
+        "--missing drop to leave these slides out"
     )
 
 
@@ -402,7 +402,7 @@ def _count_splits(asked: Question, table: LabelTable, task: Task, gone: Sequence
     cohort = label_cohort(table, task, keep_sites=sites)
     if asked.splits is not None:
         if not asked.splits.exists():
-            raise LabelError(f"{asked.splits}: there is no such file or folder of splits; correct --splits")
+            raise LabelError(f"{asked.splits}: no such file or folder of splits; correct --splits")
         nested = read_nested_splits(asked.splits)
         for splits in nested:
             checked_splits(splits, cohort, left_out=gone)

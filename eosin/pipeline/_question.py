@@ -170,7 +170,7 @@ def require_formats(formats: Sequence[str], *, has_slide: bool) -> None:
         if name not in FORMATS:
             raise UnknownNameError("counterfactual format", name, FORMATS)
     if "png" in formats and not has_slide:
-        raise ConfigError("the picture of a counterfactual needs the slide; pass --slide, or leave png out")
+        raise ConfigError("the picture of a counterfactual needs the slide; pass --slides, or remove png from --format")
 
 
 def write_findings(
@@ -275,8 +275,8 @@ def counterfactual_report(
     pictures = () if slide is None else slide_pictures(slide, counterfactual_maps(found, bag)[0])
     sentences, card = (*asked.notes, *found.sentences()), asked.card
     return ReportData(
-        title=f"{found.slide_id}: what if?",
-        summary=f"What the prediction of {found.class_name} rests on, asked by taking tiles away.",
+        title=f"{found.slide_id}: counterfactuals",
+        summary=f"What the prediction of {found.class_name} depends on, measured by removing tiles.",
         slides=(SlideCard(found.slide_id, prediction, (draw_curves(found), *pictures), sentences),),
         tables={f"Interventions on {found.class_name}": printed_effects(found.effects)},
         notes=(

@@ -105,7 +105,7 @@ def tile_selected(
     features : Path, optional
         Folder of the first stage's features; found in the job unless given.
     allow_seen : bool
-        Whether a slide that every model has seen, or may have seen, is tiled all the same, with a warning and a note in
+        Whether a slide that every model has seen, or may have seen, is still tiled, with a warning and a note in
         its file, instead of failing.
     workers, shard, timeout_s, progress
         As of `eosin.wsi._job.tile_slides`.
@@ -197,7 +197,7 @@ class SelectionPlan:
 
     def _objection(self, slide_id: str) -> str:
         if self.run.is_unknown(slide_id):
-            return f"{self.run.root} does not say which slides its model has seen; train it again"
+            return f"{self.run.root} does not state which slides its model was trained on; train it again"
         return f"every model of {self.run.root} has seen the slide or its patient; select with a cross-validation run"
 
     def warn_of_seen(self, slides: Sequence[SlideFile]) -> None:
@@ -205,8 +205,8 @@ class SelectionPlan:
         biased = [slide.slide_id for slide in slides if not self.run.unbiased(slide.slide_id)]
         if biased and self.allow_seen:
             logger.warning(
-                "the tiles of %d of %d slides are chosen by models that have seen them (%s); what a second stage "
-                "learns and scores on these slides is biased; their files say so",
+                "the tiles of %d of %d slides are chosen by models that have seen them (%s); results of a "
+                "second stage on these slides are biased, and their files are marked",
                 len(biased), len(slides), shown(biased),
             )  # fmt: skip
 
@@ -248,7 +248,7 @@ def make_plan(
     model, _ = load_model(models.models[0].folder)
     if not issubclass(model.output_type, AttentionOutput):
         raise ConfigError(
-            f"{run}: {card.recipe.aggregator.name} does not weigh tiles, so it cannot choose any; train the first "
+            f"{run}: {card.recipe.aggregator.name} has no attention, so it cannot choose tiles; train the first "
             "stage with an aggregator that has attention (abmil, the recipe two_stage ...)"
         )
     folder = _stage_one_features(job, card) if features is None else features
@@ -261,7 +261,9 @@ def make_plan(
 def _first_tiling(run: Path, card: ModelCard) -> Tiling:
     spec = card.features
     if spec.mpp is None or spec.patch_size is None:
-        raise ConfigError(f"{run}: was trained on features that never were tiles; it cannot choose tiles")
+        raise ConfigError(
+            f"{run}: was not trained on slide tiles, so it cannot choose tiles; pass a run trained on slides"
+        )
     return Tiling(mpp=spec.mpp, patch_size=spec.patch_size)
 
 
@@ -368,7 +370,10 @@ def choose_tiles(bag: FeatureBag, models: Sequence[Aggregator], selection: Selec
     selection : Selection
     """
     if bag.grid is None:
-        raise ConfigError(f"the features of {bag.slide_id} have no places; tiles cannot be chosen")
+        raise ConfigError(
+            f"the features of {bag.slide_id} have no tile coordinates, so tiles cannot be "
+            "chosen; extract the slide again"
+        )
     if not bag.n_instances:
         return bag.grid
     weights: NDArray[np.float64] = np.mean([attention_weights(model, bag).mean(1) for model in models], axis=0)

@@ -184,8 +184,8 @@ def place_study(job: JobFolder, key: StudyKey, name: str | None = None) -> Study
         return taken
     others = ", ".join(f"{name} {_shown(old)} instead of {_shown(new)}" for name, (old, new) in changes(taken, key))
     raise ConfigError(
-        f"--study {name}: holds a study that asks something else ({others or 'of another version of eosin'}); "
-        "choose another name, or leave --study out for a new one"
+        f"--study {name}: holds a study with other options ({others or 'of another version of eosin'}); "
+        "choose another name, or remove --study to start a new one"
     )
 
 

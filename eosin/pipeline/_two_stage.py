@@ -218,7 +218,7 @@ def _require_attention(recipe: Recipe) -> None:
         model = AGGREGATORS.build(component.name, ANY_WIDTH, 2, options=component.options)
     if not issubclass(model.output_type, AttentionOutput):
         raise ConfigError(
-            f"the first stage chooses tiles by attention, which {component.name} does not have; take another aggregator"
+            f"the first stage chooses tiles by attention, which {component.name} does not have; use another aggregator"
         )
 
 
@@ -228,8 +228,8 @@ def _require_every_slide_tested(splits: Path, table: LabelTable) -> None:
     others = [slide for slide in table.slide_ids if slide not in tested]
     if others:
         raise ConfigError(
-            f"{splits}: no fold tests {shown(others)}, so no first stage could choose their tiles without having seen "
-            "them; give splits that test every slide"
+            f"{splits}: no fold tests {shown(others)}, so every first-stage model was trained on them and cannot "
+            "choose their tiles; pass splits that test every slide"
         )
 
 

@@ -192,7 +192,7 @@ def _mean_note(task: Task) -> str:
         return ""
     parts = zip(task.names, task.parts, strict=True)
     measures = "; ".join(metric_name(f"{name}_{part.selection_metric}") for name, part in parts)
-    return f" The mean over the targets is that of: {measures}."
+    return f" The mean over the targets uses: {measures}."
 
 
 def positives(found: Evaluated) -> str:

@@ -153,7 +153,7 @@ def decision_panel(curve: Curve, patients: Sequence[str], *, title: str = "Decis
     drawn = np.random.default_rng(0).integers(len(rows), size=(DECISION_DRAWS, len(rows)))
     chosen = [np.concatenate([rows[number] for number in draw]) for draw in drawn]
     low, high = np.quantile([net_benefit(curve.truth[one], curve.score[one]) for one in chosen], [0.025, 0.975], axis=0)
-    figure, axes = _square("Probability from which one acts", "Net benefit")
+    figure, axes = _square("Threshold probability", "Net benefit")
     everyone = net_benefit(curve.truth, np.ones(len(curve.truth)))
     axes.plot(at, everyone, color=FAINT, linewidth=1.0, label="act on all")
     axes.axhline(0, color="0.4", linewidth=0.8, linestyle=(0, (4, 3)), label="act on none")

@@ -1,6 +1,6 @@
 """The report: one HTML file that opens offline and shows how well a model did and what it looked at.
 
-The report knows neither models nor slides. It takes the frozen results below, whoever made them: the demo with
+The report depends on neither models nor slides. It takes the frozen results below, whoever made them: the demo with
 one held-out test set, cross-validation with its folds.
 """
 

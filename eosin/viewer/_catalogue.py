@@ -201,6 +201,11 @@ def open_catalogue(
     progress : callable, optional
         Called with each slide that was checked.
 
+    Returns
+    -------
+    Catalogue
+        Slides to show, and those that are refused with their reasons.
+
     Raises
     ------
     CheckpointError
@@ -237,7 +242,7 @@ def _check(card: ModelCard, files: Mapping[str, Path], slide: SlideFile) -> List
     key, path = secrets.token_hex(8), files.get(slide.slide_id)
     try:
         if path is None:
-            raise ConfigError(f"{slide.slide_id}: has no feature file among --features; extract it first")
+            raise ConfigError(f"{slide.slide_id}: has no feature file in --features; extract the slide first")
         _require_usable(card, path, slide)
     except EosinError as error:
         return Listed(key, slide.slide_id, slide, path, " ".join(error.message.split()), error.code)
@@ -251,4 +256,4 @@ def _require_usable(card: ModelCard, path: Path, file: SlideFile) -> None:
         _ = slide.mpp
         require_same_slide(slide, bag)
     if bag.n_instances < 2:
-        raise ConfigError(f"{bag.slide_id}: has one tile; asking what a tile adds needs at least two")
+        raise ConfigError(f"{bag.slide_id}: has one tile; the effect of a tile needs at least two")

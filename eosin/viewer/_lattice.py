@@ -108,7 +108,7 @@ def tiles_in_outline(grid: TileGrid, outline_px0: Points) -> Indices:
     """Return the tiles whose centre lies in a drawn outline (m, 2); one that crosses itself holds what it surrounds."""
     if len(outline_px0) < 3 or not np.isfinite(outline_px0).all():
         return np.zeros(0, dtype=np.int64)
-    corners = outline_px0.round(3)  # coordinates below any screen's pixel make geometry stumble
+    corners = outline_px0.round(3)  # coordinates below any screen's pixel make geometry fail
     drawn = shapely.simplify(shapely.Polygon(corners), grid.tile_px0 / 20)
     return _tiles_within(grid, shapely.make_valid(drawn))
 

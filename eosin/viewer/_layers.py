@@ -21,7 +21,7 @@ from eosin.heatmaps._subject import Look
 from eosin.mil.slots import Aggregator, AttentionOutput, class_names
 from eosin.mil.subsets import Target
 
-PERCENTILE, TIMES, PLAIN = "rank among tiles (percentile)", "times the average tile", "as it is"
+PERCENTILE, TIMES, PLAIN = "rank among tiles (percentile)", "relative to the average tile", "as it is"
 SCALINGS = (PERCENTILE, TIMES, PLAIN)
 EFFECT, GRADIENT, OWN_LOGIT = "effect of each tile", "gradient × input", "tile's own logit"
 ALONE = "what each tile says alone"
@@ -72,7 +72,7 @@ class Layers:
             self._add_attributions(model, bag, classes)
         for output, name in enumerate(classes):
             self._makers[Choice(EFFECT, name)] = partial(effect_map, seen.subsets, bag, Target(output), of=name)
-        # one logit of two classes speaks for the second
+        # one logit of two classes belongs to the second
         on: On = "log_odds" if classes else "logit"
         for output, name in enumerate(class_names(model.n_outputs, classes)):
             target = Target(output, on)

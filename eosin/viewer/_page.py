@@ -117,8 +117,8 @@ def told(method: Callable[..., None]) -> Callable[..., None]:
 def _told(error: Exception) -> str:
     if isinstance(error, EosinError):
         return error.message
-    logger.error("the viewer stumbled over %s: %s", type(error).__name__, error, exc_info=error)
-    return "That did not work; the terminal says why."
+    logger.error("the viewer could not do %s: %s", type(error).__name__, error, exc_info=error)
+    return "This did not work; the terminal shows the reason."
 
 
 class Page:
@@ -227,7 +227,7 @@ class Page:
     def open(self, key: str) -> None:
         """Show a slide of the list."""
         listed = self.desk.catalogue.by_key(key)
-        self.later(f"Reading {listed.slide_id} and asking the model ...", lambda: self._prepare(key), self._show)
+        self.later(f"Loading {listed.slide_id} and running the model ...", lambda: self._prepare(key), self._show)
 
     def _prepare(self, key: str) -> _Prepared:
         study = self.desk.catalogue.study(key)
@@ -297,7 +297,7 @@ class Page:
 
     def _act(self, tiles: Indices, started: float) -> None:
         if not len(tiles):
-            self.tell("There is no tile's centre in there.")
+            self.tell("The drawing contains no tile centre.")
         elif self.panel.action.active == COPY:
             self._copy(tiles)
         else:
@@ -312,13 +312,13 @@ class Page:
     def _do(self, edited: Edited, started: float) -> None:
         """Ask the model about an edit: at once where it answers from sums, else with a spinner."""
         if self._is_working:
-            self.tell("One thing at a time: the last one is not done yet.")
+            self.tell("Please wait: the last action is not finished.")
             return
         if edited.study.is_instant:
             self._done(edited, judge(edited.study.asked, edited.logits()), started)
             return
         self.later(
-            "This model must be run again on the remaining tiles ...",
+            "The model runs again on the remaining tiles ...",
             lambda: judge(edited.study.asked, edited.logits()),
             lambda verdict: self._done(edited, verdict, started),
         )
@@ -329,7 +329,7 @@ class Page:
         if self._shown_study().listed.key == key:
             self._refresh(edited)
             self._tell_result()
-        self.tell(f"Answered in {1000 * (time.perf_counter() - started):.0f} ms.")
+        self.tell(f"Computed in {1000 * (time.perf_counter() - started):.0f} ms.")
         self._compare_with_chance()
 
     def _compare_with_chance(self) -> None:
@@ -377,7 +377,7 @@ class Page:
     def _tell_result(self) -> None:
         study = self._shown_study()
         before, sentences = self.befores[study.listed.key], self._sentences()
-        how = "answers at once, exactly" if study.is_instant else "must be run again for every question"
+        how = "is computed exactly, without running again" if study.is_instant else "runs again for every change"
         sentence = state_in_words(before)
         name = study.asked.card.recipe.aggregator.name
         self.panel.verdict.text = verdict_html(study, sentence, before, f"{name} {how}")
@@ -487,7 +487,7 @@ class Page:
     def _show_gallery(self, columns: dict[str, Any]) -> None:
         self.panel.gallery.data = columns
         count = len(columns["url"])
-        words = f"The {count} tiles that stand highest in this map; press one to go there."
+        words = f"The {count} tiles with the highest scores in this map. Click a tile to go to its position."
         self.panel.gallery_title.text = words if count else ""
 
 

@@ -120,7 +120,7 @@ def _arrange(parts: dict[str, Any], refused: list[tuple[str, str]]) -> Column:
     p = parts
     head = Div(text=_heading("What if?"), width=WIDTH)
     help_ = Div(
-        text="Draw on the slide. <i>Copy</i> takes tiles along to another slide.", styles=SMALL, width=WIDTH
+        text="Draw on the slide. <i>Copy</i> keeps tiles for another slide.", styles=SMALL, width=WIDTH
     )  # fmt: skip
     note = Div(text=_refused_in_words(refused), styles=SMALL, width=WIDTH, visible=bool(refused), name="refused")
     return column(

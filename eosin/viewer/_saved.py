@@ -221,7 +221,7 @@ def read_session(path: Path) -> SavedSession:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a session ({error})") from None
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ConfigError(f"{path}: is not a session of the viewer; pass the .json file that it saved")
+        raise ConfigError(f"{path}: not a saved session; pass a .json file that the viewer saved")
     if not is_intact(data) and (KEY in data or data.get("version") != 1):  # version 1 had no checksum
         raise ConfigError(f"{path}: is damaged or was changed by hand; save the session again")
     return SavedSession.parse({name: value for name, value in data.items() if name != KEY}, source=str(path))
@@ -244,14 +244,18 @@ def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:
     saved = read_session(path)
     model_id = catalogue.ask(saved.removed.slide_id).card.model_id
     if saved.model_id != model_id:
-        raise ConfigError(f"{path}: was made with the model {saved.model_id}, not {model_id}")
+        raise ConfigError(
+            f"{path}: was saved with the model {saved.model_id}, but --model is {model_id}; pass the same model"
+        )
     study, gone = _find(catalogue, saved.removed, path)
     edited = Edited.untouched(study).act("remove", gone)
     if saved.added is not None:
         donor, tiles = _find(catalogue, saved.added, path)
         edited = Edited(study, edited.present, Added(donor, tiles))
     if catalogue.classes and saved.class_name not in catalogue.classes:
-        raise ConfigError(f"{path}: is about the class {saved.class_name!r}, which the model does not have")
+        raise ConfigError(
+            f"{path}: was saved for the class {saved.class_name!r}, which the model does not have; pass the same model"
+        )
     return describe_session(catalogue, edited, saved.class_name)
 
 
@@ -262,7 +266,9 @@ def _find(catalogue: Catalogue, saved: SavedTiles, path: Path) -> tuple[SlideStu
     if study.n_tiles != saved.n_tiles or (
         fingerprint and saved.slide_fingerprint and fingerprint != saved.slide_fingerprint
     ):
-        raise ConfigError(f"{path}: the features of {saved.slide_id} are not those of the session; pass the same ones")
+        raise ConfigError(
+            f"{path}: the features of {saved.slide_id} differ from those of the session; pass the same features"
+        )
     return study, from_ranges(saved.tiles, study.n_tiles, path)
 
 
@@ -272,7 +278,7 @@ def _listed(catalogue: Catalogue, slide_id: str, path: Path) -> Listed:
             if listed.refusal:
                 raise ConfigError(listed.refusal)
             return listed
-    raise ConfigError(f"{path}: is about the slide {slide_id}, which is not among --slides")
+    raise ConfigError(f"{path}: was saved for the slide {slide_id}, which is not in --slides; add it")
 
 
 def is_same(saved: SavedSession, replayed: SavedSession) -> bool:

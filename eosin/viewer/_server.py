@@ -139,7 +139,7 @@ class _Connection(ServerConnection):  # type: ignore[misc]
     def error(self, message: Any, text: str) -> Any:
         # Bokeh keeps the document of what failed as the current one, and no page can be made once that is gone
         getattr(current_document, "_PATCHED_CURDOCS", []).clear()
-        answer = super().error(message, "the viewer could not do that")
+        answer = super().error(message, "the viewer could not answer a request")
         answer.content["traceback"] = None
         return answer
 
@@ -185,7 +185,7 @@ class _Guarded(BokehTornado):  # type: ignore[misc]
         token, slash, rest = request.path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self._token):
             return 403, "the address needs the token that `eosin view` printed"
-        return None if PATHS.fullmatch(slash + rest) else (404, "there is nothing here")
+        return None if PATHS.fullmatch(slash + rest) else (404, "no such page")
 
     def new_connection(self, protocol: Any, socket: Any, application_context: Any, session: Any) -> ServerConnection:
         """Return a connection that tells no tracebacks."""
@@ -364,7 +364,7 @@ def _listen(port: int) -> socket.socket:
         listener.setblocking(False)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"port {port} cannot be used ({error}); leave --port out to take a free one") from None
+        raise ConfigError(f"port {port} cannot be used ({error}); remove --port to use a free port") from None
     return listener
 
 

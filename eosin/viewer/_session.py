@@ -98,7 +98,7 @@ class Edited:
             "restore": self.present | marked,
         }
         if not changes[action].any():
-            raise ConfigError("no tile of the slide would remain; leave at least one")
+            raise ConfigError("no tile of the slide would remain; keep at least one")
         return replace(self, present=changes[action])
 
     def transplant(self, donor: SlideStudy, tiles: Indices) -> "Edited":
@@ -111,7 +111,7 @@ class Edited:
             answers for.
         """
         if donor.listed.key == self.study.listed.key:
-            raise ConfigError("these tiles are of this very slide; copy tiles of another one")
+            raise ConfigError("these tiles are from this slide; copy tiles of another slide")
         if donor.asked.model is not self.study.asked.model:
             raise ConfigError("other folds answer for that slide than for this one, so its tiles cannot be added here")
         before = np.zeros(0, dtype=np.int64)

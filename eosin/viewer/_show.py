@@ -84,8 +84,8 @@ def page_builder(desk: Desk) -> BuildPage:
         try:
             Page(desk, document, template)
         except Exception as error:
-            logger.error("the page could not be made: %s: %s", type(error).__name__, error, exc_info=error)
+            logger.error("the page could not be created: %s: %s", type(error).__name__, error, exc_info=error)
             document.clear()
-            document.add_root(Div(text="The page could not be made; the terminal says why."))
+            document.add_root(Div(text="The page could not be created; the terminal shows the reason."))
 
     return build

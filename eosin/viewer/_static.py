@@ -84,7 +84,8 @@ def write_static(path: Path, catalogue: Catalogue) -> None:
     """
     if not 0 < len(catalogue.shown) <= MAX_SLIDES:
         raise ConfigError(
-            f"{path}: one page holds 1 to {MAX_SLIDES} slides, {len(catalogue.shown)} can be shown; pass others"
+            f"{path}: one page holds 1 to {MAX_SLIDES} slides, but {len(catalogue.shown)} can "
+            "be shown; pass other slides"
         )
     tabs = [TabPanel(title=one.slide_id, child=_slide_page(catalogue.study(one.key))) for one in catalogue.shown]
     whole = {"height": "calc(100vh - 16px)"}

@@ -113,7 +113,7 @@ def open_picture(path: Path, *, mpp: float | None = None) -> ArraySlide:
     except Image.DecompressionBombError:
         raise _too_large(path, f"more than {2 * MAX_PICTURE_PX // 10**6} million pixels") from None
     except UnidentifiedImageError as error:
-        raise SlideOpenError(path, "no reader knows this format", code="unsupported") from error
+        raise SlideOpenError(path, "eosin cannot read this format", code="unsupported") from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, SlideOpenError):
             raise
@@ -129,6 +129,6 @@ def _opened(path: Path) -> Image.Image:
 def _too_large(path: Path, found: str) -> SlideOpenError:
     return SlideOpenError(
         path,
-        f"{found} would have to be decoded whole; {CONVERT.format(name=path.name)}",
+        f"{found} must be decoded as a whole, which needs too much memory; {CONVERT.format(name=path.name)}",
         code="untiled",
     )

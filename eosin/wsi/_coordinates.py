@@ -131,7 +131,7 @@ def read_footer(path: Path) -> CoordsFooter:
 
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
-        raise FeatureFileError(path, "coordinates cannot be read: there is no such file")
+        raise FeatureFileError(path, "coordinates cannot be read: no such file")
     if has_preamble(path):
         check_image(path)
     elif not _is_plain_hdf5(path):  # a damaged preamble must not pass for a file of 0.1, which had none
@@ -210,7 +210,7 @@ def read_quality(path: Path) -> TileQuality | None:
                 return None
             dataset = file["quality"]
             if dataset.attrs["encoding-version"] not in READABLE_QUALITY:
-                raise FeatureFileError(path, "its quality scores are of a later version: update eosin")
+                raise FeatureFileError(path, "its quality scores have a later version; update eosin")
             if dataset.shape != (n_tiles, len(SCORES)) or json.loads(dataset.attrs["columns"]) != list(SCORES):
                 raise FeatureFileError(path, f"quality is {dataset.shape}, expected {(n_tiles, len(SCORES))}")
             rows = dataset[()]
@@ -310,7 +310,7 @@ def _damage_as_error(path: Path) -> Iterator[None]:
 def _rows(dataset: h5py.Dataset, path: Path) -> NDArray[np.int64]:
     shape = dataset.shape
     if len(shape) != 2 or shape[1] != 2 or shape[0] > MAX_ROWS or dataset.dtype.kind != "i":
-        raise FeatureFileError(path, f"coords is {dataset.dtype} {shape}, expected at most {MAX_ROWS} rows of (x, y)")
+        raise FeatureFileError(path, f"coords is {dataset.dtype} {shape}, expected (n, 2) with at most {MAX_ROWS} rows")
     return np.ascontiguousarray(dataset[()], np.int64)
 
 
@@ -321,7 +321,9 @@ def _attributes(group: h5py.Group, path: Path) -> Mapping[str, Any]:
         attributes = dict(group["coords"].attrs)
     kind, version = attributes.get("encoding-type"), attributes.get("encoding-version")
     if kind != ENCODING_TYPE:
-        raise FeatureFileError(path, "its coordinates were not written by eosin; bring them in with `eosin import`")
+        raise FeatureFileError(path, "its coordinates were not written by eosin; convert them with `eosin import`")
     if version != ENCODING_VERSION:
-        raise FeatureFileError(path, f"coordinates of version {version}, this eosin reads {ENCODING_VERSION}: update")
+        raise FeatureFileError(
+            path, f"coordinates have version {version}, but this eosin reads version {ENCODING_VERSION}; update eosin"
+        )
     return attributes

@@ -252,5 +252,5 @@ def _read(file: BinaryIO, place: int, size: int) -> bytes:
     file.seek(place)
     data = file.read(size)
     if len(data) != size:
-        raise EndsEarlyError("it ends within a directory")
+        raise EndsEarlyError("it is cut off inside a directory")
     return data

@@ -111,7 +111,7 @@ def read_outline(path: Path, *, qupath_origin_px0: tuple[int, int] = (0, 0)) -> 
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ShapelyError) as error:
         raise SlideError(path, f"the outline cannot be read: {error}", code="bad-contours") from error
     if drawn and outline is None:
-        raise SlideError(path, "the outline has no annotation with an area", code="bad-contours")
+        raise SlideError(path, "the outline has no annotation with an area; draw one in QuPath", code="bad-contours")
     return affinity.translate(outline or MultiPolygon(), *qupath_origin_px0)
 
 

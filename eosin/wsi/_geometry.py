@@ -113,7 +113,9 @@ def check_levels(slide: Slide) -> None:
     slide.residual_px0 = max(residuals, default=None)
     if moved:
         scales = ", ".join(f"{slide.downsamples[level]:.5g}" for level in moved)
-        slide.notes.append(f"levels are not where their sizes say; the scales {scales} were measured and used")
+        slide.notes.append(
+            f"the scales of the levels differ from their sizes; the scales {scales} were measured and used"
+        )
     _leave_out(slide, foreign, hidden)
 
 
@@ -122,14 +124,14 @@ def _leave_out(slide: Slide, foreign: Sequence[int], hidden: Sequence[int]) -> N
     if wrong:
         raise SlideError(
             slide.path,
-            f"level {wrong[0]} of its pyramid does not show what the finer level shows; "
+            f"level {wrong[0]} of its pyramid shows another picture than the finer level; "
             + CONVERT.format(name=slide.path.name),
             code="bad-pyramid",
         )
     if foreign or hidden:
         slide.keep_levels([level for level in range(len(slide.level_sizes)) if level not in {*foreign, *hidden}])
     if foreign:
-        slide.notes.append("pictures of the slide's shape that do not show the slide were left out")
+        slide.notes.append("images with the slide's shape but another content were left out")
 
 
 def _distance(matches: Sequence[Match]) -> float:

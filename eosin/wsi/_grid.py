@@ -172,7 +172,31 @@ def make_grid(
     slide_mpp: float,
     path: Path | str = "slide",
 ) -> TileGrid:
-    """Lay the lattice of a tiling over a slide and keep the tiles that lie on tissue; see `lay_grid`."""
+    """Lay the lattice of a tiling over a slide and keep the tiles that lie on tissue; see `lay_grid`.
+
+    Parameters
+    ----------
+    mask : TissueMask
+    tiling : Tiling
+    slide_size_px0 : tuple of int
+        Width and height in level-0 pixels.
+    slide_mpp : float
+        µm per level-0 pixel.
+    path : Path or str
+        Named in errors.
+
+    Returns
+    -------
+    TileGrid
+        Tiles row by row from top to bottom.
+
+    Raises
+    ------
+    ConfigError
+        If the slide would have more tiles than `MAX_TILES`.
+    SlideError
+        Code ``too-coarse`` if the slide is coarser than the tiles.
+    """
     return lay_grid(mask, tiling, slide_size_px0=slide_size_px0, slide_mpp=slide_mpp, path=path)[0]
 
 
@@ -219,7 +243,10 @@ def lay_grid(
     step = tiling.step_px0(slide_mpp)
     xs, ys = (_axis_origins(side, tile_px0, step, tiling.edges) for side in slide_size_px0)
     if len(xs) * len(ys) > MAX_TILES:
-        raise ConfigError(f"the tiling has {len(xs) * len(ys)} tiles on this slide; more than {MAX_TILES} is refused")
+        raise ConfigError(
+            f"the tiling has {len(xs) * len(ys)} tiles on this slide, more than the limit of "
+            f"{MAX_TILES}; use a larger mpp or patch size"
+        )
     share = mask.lattice(xs, ys, tile_px0)
     rows, columns = np.nonzero((share >= tiling.min_tissue - 1e-9) & (share > 0))
     origins = np.stack([xs[columns], ys[rows]], axis=1)
@@ -230,7 +257,7 @@ def _px0_per_delivered_px(tiling: Tiling, slide_mpp: float, path: Path | str) ->
     if slide_mpp > tiling.mpp * tiling.max_upsampling and tiling.delivered_mpp(slide_mpp) != slide_mpp:
         raise SlideError(
             path,
-            f"{tiling.mpp:g} µm/px was asked for, the finest level has {slide_mpp:.4g}; ask for a coarser mpp",
+            f"{tiling.mpp:g} µm/px was requested, but the finest level has {slide_mpp:.4g}; request a larger mpp",
             code="too-coarse",
         )
     return tiling.delivered_mpp(slide_mpp) / slide_mpp

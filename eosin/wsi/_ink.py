@@ -85,7 +85,7 @@ def find_pen(planes: Planes, darkest: NDArray[np.uint8], candidates: Mask, mpp: 
     By colours that haematoxylin, eosin and DAB do not have, at full strength and, beside that, where the stroke fades;
     red ink, which has the colour of packed red blood cells, also by lying on glass, and so, when it is even, black ink
     and ink of the stains' own colours. If most of the candidates would be ink and that is not as even as ink is, the
-    colour is taken for the stain itself and nothing is removed.
+    colour is treated as the stain itself and nothing is removed.
 
     Parameters
     ----------

@@ -134,7 +134,9 @@ class TissueTiles:
             without = [slide for slide in ids if slide not in drawn]
             if without:
                 logger.warning(
-                    "%s: no outline of %s; their tissue is found automatically", self.contours, first_few(without)
+                    "%s: has no outline for %s; their tissue is detected automatically",
+                    self.contours,
+                    first_few(without),
                 )
         return TilePlan(job, self, changed, drawn)
 
@@ -270,7 +272,9 @@ class TilePlan:
     def do(self, item: SlideFile) -> Outcome:
         """Tile one slide and write what the job keeps of it."""
         if item.unread:
-            return Outcome("skipped", f"no reader takes {item.path.suffix} files; convert it to OME-TIFF", UNSUPPORTED)
+            return Outcome(
+                "skipped", f"eosin cannot read {item.path.suffix} files; convert the slide to OME-TIFF", UNSUPPORTED
+            )
         with self.open(item) as slide:
             tiled = self.lay_tiles(item, slide)
             _write_pictures(self.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))
@@ -370,7 +374,7 @@ class Tiled:
 def _outlines(folder: Path) -> list[tuple[str, Path]]:
     """Return the outlines in a folder under the names of their files; QuPath appends its suffix to the slide's name."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder of contours")
+        raise ConfigError(f"{folder}: no such folder of contours; check the path")
     return [(path.name, path) for path in sorted(folder.iterdir()) if path.suffix.lower() in OUTLINE_SUFFIXES]
 
 

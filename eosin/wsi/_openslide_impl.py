@@ -57,7 +57,7 @@ class OpenSlideSlide(Slide):
     path : Path
         The file.
     picture : Picture
-        From the reader; made anew when left out.
+        From the reader; made again when left out.
     handle : OpenSlide
         The open file, closed with the slide; opened when left out.
     mpp : float, optional
@@ -136,7 +136,7 @@ def _open(path: Path) -> openslide.OpenSlide:
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
-        raise SlideOpenError(path, "no reader knows this format", code="unsupported") from None
+        raise SlideOpenError(path, "eosin cannot read this format", code="unsupported") from None
     except openslide.OpenSlideError as error:
         raise SlideOpenError(path, f"the file is damaged or of a kind that OpenSlide cannot read: {error}") from error
 

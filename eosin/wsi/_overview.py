@@ -77,7 +77,9 @@ def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
     """
     width, height = (max(1, math.ceil(side * slide.mpp / mpp - 1e-6)) for side in slide.size_px0)
     if width * height > MAX_OVERVIEW_PX:
-        raise ConfigError(f"an overview at {mpp:g} µm/px has {width} x {height} pixels; ask for a coarser mpp")
+        raise ConfigError(
+            f"an overview at {mpp:g} µm/px has {width} x {height} pixels, which is too large; request a larger mpp"
+        )
     return slide.read((0, 0), (width, height), mpp)
 
 

@@ -17,7 +17,7 @@ HOLE_COLOUR = (0, 80, 255)
 JPEG_QUALITY = 85
 FORMATS = {".jpg": "JPEG", ".png": "PNG"}
 MARK = "written by eosin"
-"""Stands in every picture that eosin writes beside slides, so that none is taken for a slide in the next run."""
+"""Marks every picture that eosin writes beside slides, so that none is read as a slide in the next run."""
 
 MARKED_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 HEAD_BYTES = 2**16

@@ -30,12 +30,17 @@ def preview_slides(
 ) -> Report:
     """Draw what `eosin.wsi._job.tile_slides` would do with the same arguments: ``JOB/previews/<slide>.jpg``.
 
-    Nothing else is written, and every call draws anew.
+    Nothing else is written, and every call draws again.
 
     Parameters
     ----------
     slides, job, tiles, workers, shard, timeout_s, progress
         As of `eosin.wsi._job.tile_slides`.
+
+    Returns
+    -------
+    Report
+        One record per slide.
 
     Raises
     ------

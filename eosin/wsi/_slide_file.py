@@ -93,6 +93,11 @@ def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None
     plane : int, optional
         Which focal plane, counted from 1; by default the middle one.
 
+    Returns
+    -------
+    Slide
+        Open; use it in a ``with`` statement, or close it.
+
     Raises
     ------
     SlideOpenError
@@ -102,7 +107,7 @@ def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None
     """
     path = Path(path)
     if not path.exists():
-        raise SlideOpenError(path, "there is no such file", code="missing")
+        raise SlideOpenError(path, "no such file; check the path", code="missing")
     with open_file(path) as reader:
         slide = reader.slide(scene=scene, plane=plane, mpp=mpp)
     try:  # before the first pixel is read, so that tissue and tiles never see a wrong level
@@ -160,7 +165,7 @@ def find_slides(
         found = [one for slide in found for one in _scenes(slide)]
     passed = [SlideFile(path, path.name, unread=True) for path in _unread([Path(path) for path in paths])]
     if passed and not unread:
-        logger.warning("no reader takes these slides: %s", ", ".join(slide.slide_id for slide in passed))
+        logger.warning("eosin cannot read these slides: %s", ", ".join(slide.slide_id for slide in passed))
     return [*found, *passed] if unread else found
 
 
@@ -198,7 +203,7 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
-            raise ConfigError(f"{path}: there is no such file or folder")
+            raise ConfigError(f"{path}: no such file or folder; check the path")
         found = _without_outputs(path) if path.is_dir() and not is_folder_slide(path) else [path]
         if not found:
             raise ConfigError(f"{path}: no slide in this folder (looked for {', '.join(SLIDE_SUFFIXES)} and pictures)")

@@ -96,10 +96,10 @@ class TiledSlide(Slide):
     def _refuse_missing(self, missing: float, *, sparse: bool) -> None:
         if missing > (MAX_MISSING_SPARSE if sparse else MAX_MISSING):
             self.close()
-            message = f"{missing:.0%} of the stored pieces of its finest level are missing; copy or convert it anew"
+            message = f"{missing:.0%} of the stored pieces of its finest level are missing; copy or convert it again"
             raise SlideError(self.path, message, code="missing-tiles")
         if missing and not sparse:
-            self.notes.append(f"{missing:.1%} of its stored pieces are missing and count as glass")
+            self.notes.append(f"{missing:.1%} of its stored tiles are missing and are treated as glass")
 
     def read(self, origin_px0: tuple[int, int], size_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
         """Return (h, w, 3) RGB at any mpp; see `eosin.wsi._slide.Slide.read`."""

@@ -117,7 +117,7 @@ def _pyramid(path: Path, group: Any, image: Mapping[str, Any], omero: Mapping[st
 def _inside(path: Path, name: str) -> str:
     """Return the path of a level unless it leads out of the folder."""
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
-        raise SlideOpenError(path, "its metadata name a path outside of its folder")
+        raise SlideOpenError(path, "its metadata point to a path outside its folder")
     return name
 
 

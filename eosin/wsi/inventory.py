@@ -121,9 +121,9 @@ def choose_picture(pictures: Sequence[Picture], path: Path, *, scene: int | None
     found = scenes(pictures)
     if not found:
         held = ", ".join(sorted({picture.kind for picture in pictures})) or "nothing"
-        raise SlideOpenError(path, f"the file holds no slide, only: {held}", code="no-slide")
+        raise SlideOpenError(path, f"the file has no slide image, only: {held}", code="no-slide")
     if scene is not None and not 1 <= scene <= len(found):
-        raise SlideError(path, f"scene {scene} was asked for; the file has {len(found)}", code="no-scene")
+        raise SlideError(path, f"there is no scene {scene}; the file has {len(found)}", code="no-scene")
     chosen = found[scene - 1] if scene else max(found, key=lambda picture: (not picture.fault, picture.area))
     if chosen.fault:
         raise SlideOpenError(path, chosen.fault.replace("{name}", path.name), code=chosen.code)
@@ -141,7 +141,7 @@ def choose_plane(picture: Picture, path: Path, plane: int | None) -> int:
     if plane is None:
         return (picture.planes - 1) // 2
     if not 1 <= plane <= picture.planes:
-        raise SlideError(path, f"plane {plane} was asked for; the slide has {picture.planes}", code="no-plane")
+        raise SlideError(path, f"there is no focal plane {plane}; the slide has {picture.planes}", code="no-plane")
     return plane - 1
 
 

@@ -113,7 +113,7 @@ class Readers:
         for kind in self._known:
             if kind.takes(path, head):
                 return kind
-        raise SlideOpenError(path, "no reader knows this format", code="unsupported")
+        raise SlideOpenError(path, "eosin cannot read this format", code="unsupported")
 
 
 READERS = Readers()

@@ -44,7 +44,7 @@ def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
         "did you mean abmil": "known:",
         "named 'mppp'": "did you mean mpp",
         "quality.max_pen": "at most 1",
-        "none: there is no such file": "correct --slides",
+        "none: no such file": "correct --slides",
         "no id of a patient": "complete the table",
         "'q2' = 'Q2'": "--ids merge",
         "2 of 13 labelled slides": "--missing drop",
@@ -85,7 +85,7 @@ def test_check_says_in_a_few_lines_that_all_is_right(run: Run, cohort: Path, tmp
     result = run("check", *arguments, "--folds", 2)
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr.splitlines()[0] == "slides: 12 found, headers opened"
-    assert result.stderr.splitlines()[-1] == "nothing stands in the way"
+    assert result.stderr.splitlines()[-1] == "no problems found"
     assert "tumour" in result.stderr
     assert not list(tmp_path.iterdir())
     study = tmp_path / "study.yaml"

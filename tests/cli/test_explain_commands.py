@@ -109,7 +109,7 @@ def test_maps_can_be_chosen(study: Path, models: dict[str, Path], run: Run, refu
     columns = pd.read_csv(tmp_path / "s0_rollout.csv").columns
     assert {column.split("_")[0] for column in columns[3:]} == {"rollout", "gradient"}
     assert "no map named 'saliency'" in refused("heatmap", "--model", models["gdat"], *base, "--maps", "saliency")
-    assert "does not weigh tiles" in refused("heatmap", "--model", models["mean"], *base, "--maps", "attention")
+    assert "has no attention" in refused("heatmap", "--model", models["mean"], *base, "--maps", "attention")
 
 
 def test_tiles_of_another_slide_are_added(study: Path, models: dict[str, Path], run: Run, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def changed(study: Path, path: Path, **changes: Any) -> Path:
         ({"size": (640, 240)}, "counterfactual", "pass the slide that they came from"),
         ({"fingerprint": "0" * 64}, "heatmap", "another file"),
         ({"fingerprint": "0" * 64}, "counterfactual", "another file"),
-        ({"tiles": 1}, "counterfactual", "at least two tiles, found 1"),
+        ({"tiles": 1}, "counterfactual", "at least two tiles, the slide has 1"),
         ({"tiles": 0}, "counterfactual", "no tiles"),
     ],
 )

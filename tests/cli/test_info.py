@@ -44,4 +44,4 @@ def test_a_missing_file_is_refused(refused: Run, tmp_path: Path) -> None:
 def test_a_file_that_is_no_slide_is_refused(refused: Run, tmp_path: Path) -> None:
     path = tmp_path / "broken.svs"
     path.write_bytes(b"no slide" * 100)
-    assert "no reader knows this format" in refused("info", path)
+    assert "eosin cannot read this format" in refused("info", path)

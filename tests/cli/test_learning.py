@@ -179,12 +179,12 @@ def test_predict_from_slides_equals_predict_from_their_features(
     result = run("predict", "--model", model, *arguments)
     assert result.exit_code == 1
     assert "failed: bad: " in result.stderr
-    assert "no reader knows this format" in result.stderr
+    assert "eosin cannot read this format" in result.stderr
     assert run("predict", "--model", model, "--features", features, "--out", tmp_path / "b.csv").exit_code == 0
     made, kept = ({row["slide_id"]: row for row in rows(tmp_path / name)} for name in ("a.csv", "b.csv"))
     assert {name: row["status"] for name, row in made.items()} == {"S000": "ok", "S001": "ok", "bad": "failed"}
     assert made["bad"]["reason"] == "unsupported"
-    assert "no reader knows this format" in made["bad"]["message"]
+    assert "eosin cannot read this format" in made["bad"]["message"]
     for name in ("S000", "S001"):
         assert float(made[name]["prob_tumour"]) == pytest.approx(float(kept[name]["prob_tumour"]), abs=1e-5)
 
@@ -273,7 +273,7 @@ def test_a_sweep_is_chosen_from_within_each_fold(run: Run, refused: Run, tmp_pat
     assert result.stdout.splitlines()[0] == str(tmp_path / "cv/sweep.csv")
     assert len(rows(tmp_path / "cv/sweep.csv")) == 5
     assert len(json.loads((tmp_path / "cv/chosen/metrics.json").read_text())["choices"]) == 2
-    assert "leave out --recipe" in refused(*command, "--recipe", "abmil")
+    assert "remove --recipe" in refused(*command, "--recipe", "abmil")
     sweep.write_text("recipe: [mean]\n")
     assert "did you mean recipes" in refused(*command)
 
@@ -483,9 +483,9 @@ def twelve(*values: str) -> list[str]:
         ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patient,"),
         (twelve("3,0", "5,0"), "time,event", "cox", "holds no event"),
         (twelve("3,1", "5,1"), "time,censorship", "cox", "1 being censored"),
-        (twelve("3,2", "5,1"), "time,event", "survival", "say which value is the event"),
+        (twelve("3,2", "5,1"), "time,event", "survival", "state which value is the event"),
         (twelve("5"), "label", "regression", "every value in column 'label' is the same"),
-        (twelve("high", "low"), "label", "ordinal", "is not known; say it"),
+        (twelve("high", "low"), "label", "ordinal", "is not known; state it"),
     ],
 )
 def test_labels_that_cannot_be_learnt(
@@ -506,7 +506,7 @@ def test_features_with_nan_stop_the_run_and_name_the_slide(
     result = run("train", "--features", tmp_path, "--labels", labels, "--out", tmp_path / "out", *QUICK)
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert line == "error: features of S002 are not finite; extract them again"
+    assert line == "error: features of S002 are infinite or NaN; extract them again"
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -721,10 +721,10 @@ def test_a_fold_must_be_chosen_and_exist(
     assert "choose one with --fold" in refused("train", *base)
     assert "folds 0 to 2" in refused("train", *base, "--fold", 3)
     alone = ("--features", features, "--labels", labels, "--out", tmp_path)
-    assert "--fold 1 of which splits?" in refused("train", *alone, "--fold", 1)
-    assert "splits have their own number" in refused("crossval", *base, "--folds", 2)
+    assert "--fold 1 needs --splits" in refused("train", *alone, "--fold", 1)
+    assert "the splits fix the number of folds" in refused("crossval", *base, "--folds", 2)
     slides = ("--slides", cohort / "slides", *base[2:6], "--job", tmp_path)
-    assert "splits have their own number" in refused("run", *slides, "--folds", 2)
+    assert "the splits fix the number of folds" in refused("run", *slides, "--folds", 2)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--features", "f", "--slides", "s"], ["--slides", "s"]])

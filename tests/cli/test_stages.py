@@ -59,7 +59,7 @@ def test_bad_requests_for_a_second_stage_are_refused_in_one_line(
     assert "--from RUN" in refused(*common, "--budget", 64)
     assert "--from RUN" in refused(*common, "--allow-seen")
     assert "budget" in refused(*stage, "--mpp", 1, "--budget", 0)
-    assert "is not a run" in refused(*common, "--from", tmp_path)
+    assert "not a training run" in refused(*common, "--from", tmp_path)
     assert "cannot be cut" in refused(*stage, "--mpp", 0.7)
     assert "--preview" in refused(*stage, "--mpp", 1, "--preview")
     assert "clusters" in refused(*stage, "--mpp", 1, "--set", "selection.cluster=2")
@@ -116,6 +116,6 @@ def test_a_sequence_of_tasks_is_trained_and_reported(run: Run, refused: Run, tmp
     assert predicted.exit_code == 0
     assert "prob_tumour2" in (tmp_path / "p.csv").read_text().splitlines()[0]
     data = ("--features", features, "--labels", labels, "--out", tmp_path / "no")
-    assert "knows already" in refused("train", *data, "--continue-from", out)
+    assert "already has the classes" in refused("train", *data, "--continue-from", out)
     assert "is not a model folder" in refused("train", *data, "--continue-from", tmp_path)
     assert "whose options stay" in refused("train", *data, "--continue-from", tmp_path / "task0", "--recipe", "comel")

@@ -138,7 +138,7 @@ def test_verify_passes_a_sound_job_and_names_a_damaged_file(run: Run, slide: Pat
 
 
 def test_verify_of_something_else(refused: Run, tmp_path: Path) -> None:
-    assert "is not a job folder" in refused("verify", tmp_path)
+    assert "not a job folder" in refused("verify", tmp_path)
 
 
 # bad input
@@ -146,7 +146,7 @@ def test_verify_of_something_else(refused: Run, tmp_path: Path) -> None:
 
 def test_a_missing_file(refused: Run, tmp_path: Path) -> None:
     line = refused("tile", tmp_path / "missing.svs", "--job", tmp_path / "job")
-    assert "missing.svs: there is no such file" in line
+    assert "missing.svs: no such file" in line
     assert not (tmp_path / "job").exists()
 
 
@@ -205,8 +205,8 @@ def test_a_nonsense_mpp_of_the_user_is_refused_or_fails_the_slide(
         (["--mpp", "0"], "tiling: mpp"),
         (["--mpp", "nan"], "tiling: mpp"),
         (["--overlap", "256"], "overlap 256 must be smaller"),
-        (["--mpp", "0.5", "--magnification", "20"], "give one"),
-        (["--magnification", "0"], "must be more than 0"),
+        (["--mpp", "0.5", "--magnification", "20"], "pass one"),
+        (["--magnification", "0"], "must be greater than 0"),
         (["--shard", "4/4"], "expected I/N"),
         (["--set", "tiling.patchsize=3"], "did you mean patch_size"),
         (["--set", "tissue.mp=3"], "did you mean mpp"),
@@ -258,7 +258,7 @@ def test_a_slide_that_was_not_tiled_fails_alone(run: Run, slide: Path, tmp_path:
         (["--encoder", "he_texture", "--precision", "fp8"], "fp8"),
         (["--encoder", "he_texture", "--device", "toaster"], "toaster"),
         (["--encoder", "he_texture", "--batch-size", "0"], "batch size 0"),
-        (["--encoder", "he_texture", "--weights", "w.pt"], "leave out --weights"),
+        (["--encoder", "he_texture", "--weights", "w.pt"], "remove --weights"),
         (["--encoder", "he_texture", "--tiling", "9mpp"], "has no tiling 9mpp"),
         (["--encoder", "kaiko_vits16", "--weights", "nowhere"], "nowhere"),
     ],

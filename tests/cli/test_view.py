@@ -75,7 +75,7 @@ def test_slides_that_cannot_be_shown_are_refused_in_one_line(refused, cohort, fe
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} cannot be used" in refused(*show, *here, "--port", port)
-    assert "is not a session" in refused(*show, *here, "--replay", model / "model.json")
+    assert "not a saved session" in refused(*show, *here, "--replay", model / "model.json")
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_a_limit_of_the_whole_run_ends_it_with_exit_code_4(tmp_path: Path, cohor
 
 
 def test_a_job_that_never_was_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing is recorded"):
+    with pytest.raises(ConfigError, match="not a job folder"):
         jobs.view_job(tmp_path)
     with pytest.raises(ConfigError, match="no run with --cluster"):
         jobs.stop(tmp_path)

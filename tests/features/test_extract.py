@@ -183,7 +183,7 @@ def test_another_resolution_than_the_encoder_knows_is_warned_of(
 
 
 def test_tiles_that_the_descriptor_cannot_take_are_refused(job: JobFolder) -> None:
-    with pytest.raises(ConfigError, match="at least 32 px; these have 16"):
+    with pytest.raises(ConfigError, match="at least 32 px, these have 16"):
         encoding.Extraction(job, "x", load_encoder("he_texture")).check_tiles(Tiling(mpp=0.5, patch_size=16))
 
 
@@ -235,7 +235,7 @@ def test_out_of_memory_halves_the_step_and_stays_there() -> None:
     np.testing.assert_array_equal(careful(tiles)[:, 0], np.arange(8))
     assert [size for size, _ in encoder.calls] == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     encoder.room = 0
-    with pytest.raises(OutputError, match="single tile"):
+    with pytest.raises(OutputError, match="one tile"):
         careful(tiles)
 
 
@@ -244,7 +244,7 @@ def test_features_that_stay_not_finite_fail_the_slide(job: JobFolder, monkeypatc
     monkeypatch.setattr(inference, "load_encoder", lambda *_, **__: Stub(nan_in=("fp16", "fp32")))
     report = extract(slides, job, "he_texture", workers=0)
     assert report.failed[0].reason == "non-finite"
-    assert "(0, 0)" in report.failed[0].message
+    assert "x=0, y=0" in report.failed[0].message
     assert list(job.root.rglob("features_*/*")) == []
 
 
@@ -321,9 +321,9 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no compiler\nlong story")
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler\); leave out --compile"):
+    with pytest.raises(ConfigError, match=r"cannot be compiled on this machine \(no compiler\); remove --compile"):
         load_encoder(ENCODER, compiled=True)
-    with pytest.raises(ConfigError, match="not a network"):
+    with pytest.raises(ConfigError, match="not a neural network"):
         load_encoder("he_texture", compiled=True)
 
 

@@ -97,5 +97,5 @@ def test_files_that_do_not_belong_together(job: JobFolder) -> None:
 
 
 def test_no_job(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to verify"):
+    with pytest.raises(ConfigError, match="not a job folder"):
         verify_job(JobFolder(tmp_path / "none"))

@@ -83,7 +83,7 @@ def test_a_pickle_payload_never_runs(tmp_path: Path, legacy: bool) -> None:
         (tmp_path / "w.pth").write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="never executed") as caught:
+    with pytest.raises(CheckpointError, match="never executes") as caught:
         read_state(tmp_path / "w.pth")
     assert caught.value.code == "unsafe"
     assert not (tmp_path / "canary").exists()

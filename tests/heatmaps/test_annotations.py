@@ -49,7 +49,7 @@ def test_classes_are_chosen_by_classification_or_name(tmp_path):
     assert read_regions(path, classes=["Tumor"]).bounds == (0, 0, 10, 10)
     assert read_regions(path, classes=["Stroma", "by hand"]).bounds == (50, 50, 90, 90)
     assert read_regions(path).area == 300
-    with pytest.raises(ConfigError, match="no region is called Necrosis; the file has Stroma, Tumor, by hand"):
+    with pytest.raises(ConfigError, match="has no region named Necrosis; it has Stroma, Tumor, by hand"):
         read_regions(path, classes=["Necrosis"])
 
 

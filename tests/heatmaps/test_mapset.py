@@ -159,7 +159,7 @@ def test_large_bags_of_models_that_are_run_again_are_estimated_on_demand():
 def test_what_cannot_be_asked_for(bag):
     with pytest.raises(UnknownNameError, match="no map named 'saliency'"):
         map_slide(build("abmil"), bag, wanted=["saliency"])
-    with pytest.raises(ConfigError, match="does not weigh tiles"):
+    with pytest.raises(ConfigError, match="has no attention"):
         map_slide(build("mean"), bag, wanted=["attention"])
 
 

@@ -86,6 +86,6 @@ def test_scanned_box_is_the_picture(tmp_path):
 
 def test_picture_that_is_too_large_is_refused(tmp_path):
     grid = lattice(size_px0=(200_000, 100_000), slide_mpp=0.25, mpp=4.0, patch_size=512)
-    with pytest.raises(ConfigError, match="coarser mpp"):
+    with pytest.raises(ConfigError, match="larger mpp"):
         write_tiff(tmp_path / "map.tiff", marked_map(grid, 0), mpp=0.25)
     assert not list(tmp_path.iterdir())

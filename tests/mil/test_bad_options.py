@@ -232,7 +232,7 @@ def test_every_combination_trains_or_is_refused_when_built(aggregator, kind, nam
         needed = part.requires.__name__
         reason = error.message
     model = build_model(recipe, TASK, DIM)
-    assert not issubclass(model.output_type, part.requires) or "choose" in reason or "name both" in reason, reason
+    assert not issubclass(model.output_type, part.requires) or "choose" in reason or "set both" in reason, reason
     assert issubclass(model.output_type, part.requires) or f"needs an aggregator that returns {needed}" in reason
 
 

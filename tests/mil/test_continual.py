@@ -143,16 +143,16 @@ def test_an_earlier_task_that_is_gone_leaves_a_gap_and_a_warning(course, tmp_pat
     fit(quick, study.task, study.examples, folder=tmp_path)
     recorded = record_task(tmp_path, study, SOURCE, run=course.run(0))
     assert recorded.accuracy[-1] == (None, None)
-    assert "cannot be judged again" in caplog.text
+    assert "cannot be tested again" in caplog.text
     assert summary(recorded)[-1].startswith("after 2 tasks: average accuracy unknown")
     assert (tmp_path / TABLE).read_text().splitlines()[1].startswith("1,")
 
 
 def test_what_cannot_follow_is_refused(course, tmp_path):
     run, base = course.run(0), base_recipe(course.run(0))
-    with pytest.raises(LabelError, match="knows already: normal-0, tumour-0"):
+    with pytest.raises(LabelError, match="already has the classes normal-0, tumour-0"):
         continued(run, organ(0), base)
-    with pytest.raises(ConfigError, match="sequence of tasks is one of classifications"):
+    with pytest.raises(ConfigError, match="works with classification only"):
         continued(run, organ(4, kind="binary"), base)
     with pytest.raises(FeatureMismatchError, match="width 8"):
         continued(run, organ(4, dim=8), base)

@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused(shared, tmp_path):
     tensors = read_tensors(clam)
     with pytest.raises(CheckpointError, match="nothing explains surprise"):
         recognise(tensors | {"surprise": torch.zeros(1)}, clam)
-    with pytest.raises(CheckpointError, match="of no network that is known"):
+    with pytest.raises(CheckpointError, match="does not match any network"):
         recognise({"w": torch.zeros(1)}, clam)
 
 

@@ -85,7 +85,7 @@ def test_folds_of_nobody_known_are_not_mixed_with_new_ones(toy, tmp_path):
     crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     (tmp_path / "manifest.json").unlink()
     assert len(Run.open(tmp_path).models) == 3
-    with pytest.raises(ConfigError, match="fold_2 would be taken for a part"):
+    with pytest.raises(ConfigError, match="fold_2 would be read as a part"):
         crossval(RECIPE, toy.task, toy.examples, splits[:2], cohort=toy.cohort, out=tmp_path, resamples=2)
     crossval(RECIPE, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path, resamples=2)
     (tmp_path / "fold_1" / "model.json").write_text((tmp_path / "fold_0" / "model.json").read_text())
@@ -105,7 +105,7 @@ def test_leaking_splits_stop_before_training(toy, tmp_path):
 def test_a_fold_without_a_test_part_is_refused(toy, tmp_path):
     ids = toy.examples.ids
     cohort = cohort_of(toy.examples, toy.task, toy.table.rows())
-    with pytest.raises(LabelError, match="nobody to test in fold 0"):
+    with pytest.raises(LabelError, match="no slides to test in fold 0"):
         crossval(RECIPE, toy.task, toy.examples, [Split(ids, (), ())], cohort=cohort, out=tmp_path)
     assert not list(tmp_path.iterdir())
 

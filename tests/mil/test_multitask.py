@@ -145,7 +145,7 @@ def test_models_differ_in_each_target_by_its_own_unit(task):
     ("target", "message"),
     [
         ("er", "needs at least two targets"),
-        ("er,grade", "needs at least two targets, separated by semicolons, not 'er,grade'"),
+        ("er,grade", "needs at least two targets, separated by semicolons; found 'er,grade'"),
         ("er; er", "names a column twice"),
         ("er; her2", "no column 'her2'"),
         ("er; ordinl:grade", "no task named 'ordinl'; did you mean ordinal"),

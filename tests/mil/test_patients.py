@@ -149,7 +149,7 @@ def test_a_model_of_patients_reads_all_slides_as_one_bag(make_toy, models, folde
     bag = torch.cat([toy.bags.load(slide) for slide in ("s001", "s002", "s003")])
     whole = predict_outputs(ensemble.models[0], ensemble.task, MemoryBags({"x": bag}, toy.bags.spec), ["x"])
     assert float(patients["three"]["prob_c1"]) == pytest.approx(whole[0, 1], abs=1e-6)
-    with pytest.raises(ConfigError, match="some of the models were trained on slides and some on patients"):
+    with pytest.raises(ConfigError, match="some models were trained on slides and some on patients"):
         predict([model, models[0]], find_bags(folder), tmp_path / "q.csv", patient_of=PATIENTS)
     assert not (tmp_path / "q.csv").exists()
 

@@ -116,9 +116,9 @@ def test_features_that_fit_no_model_stop_the_run(models, folder, tmp_path):
 
 def test_models_of_different_questions_are_no_ensemble(make_toy, models, tmp_path):
     others = train_models(make_toy(kind="binary"), tmp_path / "binary", seeds=(0,))
-    with pytest.raises(ConfigError, match="answer different questions"):
+    with pytest.raises(ConfigError, match="have different classes or tasks"):
         load_ensemble([*models, *others])
-    with pytest.raises(ConfigError, match="no model was given"):
+    with pytest.raises(ConfigError, match="there is no model"):
         load_ensemble([])
 
 
@@ -144,7 +144,7 @@ def test_parquet_holds_the_same_as_csv(models, folder, tmp_path):
             assert frame.loc[slide, "uncertainty"] == float(row["uncertainty"])
         else:
             assert np.isnan(frame.loc[slide, "prob_c1"])
-    with pytest.raises(ConfigError, match=r"written as \.csv or \.parquet"):
+    with pytest.raises(ConfigError, match=r"suffix \.csv or \.parquet"):
         predict(models, find_bags(folder), tmp_path / "a.xlsx")
 
 

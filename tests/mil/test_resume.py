@@ -15,4 +15,4 @@ def test_every_damaged_byte_of_a_state_is_noticed_or_harmless(tmp_path, caplog):
         (tmp_path / STATE).write_bytes(damaged)
         found = read_state(tmp_path, "f")
         assert found is None or (found.facts == state.facts and torch.equal(found.tensors["a"], state.tensors["a"]))
-    assert "training starts anew" in caplog.text
+    assert "training starts from the beginning" in caplog.text

@@ -68,7 +68,7 @@ def test_folds_are_in_order_of_number_and_found_in_a_job(toy, tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a run"):
+    with pytest.raises(CheckpointError, match="not a training run"):
         Run.open(tmp_path)
     (tmp_path / SEEN).write_text("nothing\nthere\n")
     with pytest.raises(CheckpointError, match="cannot be read"):

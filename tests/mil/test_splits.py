@@ -148,7 +148,7 @@ def test_too_few_sites_are_called_sites():
 def test_shares_that_leave_nothing_are_refused():
     cohort = a_cohort(60)
     for options in ({"val_fraction": 0.9, "test_fraction": 0.2}, {"val_fraction": -0.1}, {"test_fraction": 0.0}):
-        with pytest.raises(LabelError, match="shares must be positive"):
+        with pytest.raises(LabelError, match="shares must be greater than 0"):
             make_splits(cohort, kind="monte-carlo", **options)
     with pytest.raises(LabelError, match="at least 2"):
         make_splits(cohort, folds=1)
@@ -162,7 +162,7 @@ def test_nested_splits_are_written_and_read(tmp_path):
     write_nested_splits(tmp_path, nested, cohort)
     assert read_nested_splits(tmp_path) == nested
     assert read_nested_splits(tmp_path / "outer_0") == []
-    with pytest.raises(LabelError, match=r"holds nested splits; name those of one outer fold, .*outer_<i>"):
+    with pytest.raises(LabelError, match=r"holds nested splits; pass the folder of one outer fold, .*outer_<i>"):
         read_splits(tmp_path)
     write_splits(tmp_path / "outer_0", [nested[0][0], nested[1][0]], cohort)
     (tmp_path / "manifest.json").unlink()
@@ -319,7 +319,7 @@ def test_splits_that_eosin_did_not_write_are_neither_pooled_nor_deleted(tmp_path
     write_splits(tmp_path, splits, cohort)
     (tmp_path / "manifest.json").unlink()  # as of eosin 0.1 or CLAM
     assert read_splits(tmp_path) == splits
-    with pytest.raises(ConfigError, match=r"splits_3\.csv.* would be taken for a part of the new set of"):
+    with pytest.raises(ConfigError, match=r"splits_3\.csv.* would be read as a part of the new set of"):
         write_splits(tmp_path, splits[:3], cohort)
     write_splits(tmp_path, splits, cohort)
     (tmp_path / "splits_4.csv").write_text((tmp_path / "splits_0.csv").read_text())

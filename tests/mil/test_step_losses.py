@@ -120,7 +120,7 @@ def test_both_turns_draw_the_same_numbers_and_buffers_move_once(toy, monkeypatch
 
 @pytest.mark.parametrize("kind", ["cox", "multitask"])
 def test_steps_of_one_bag_are_refused_where_bags_are_compared(toy, kind):
-    with pytest.raises(ConfigError, match=f"task {kind} compares the bags of a step, and a step of one bag teaches"):
+    with pytest.raises(ConfigError, match=f"task {kind} compares the bags of a step with each other"):
         train(toy, kind, most=0, bags_per_step=1)
 
 

@@ -170,7 +170,7 @@ def test_words_mean_what_they_say_and_a_value_can_be_named():
     assert turned.encode(rows((3, 0), (5, 1)))[:, 1].tolist() == [1, 0]
     with pytest.raises(LabelError, match="holds 0, 1, 2; the event was said to be '2', one of two"):
         make_task("cox", rows((3, 2), (5, 1), (6, 0)), target="time,event=2")
-    with pytest.raises(LabelError, match=r"nor a word for an event .* say which value is the event"):
+    with pytest.raises(LabelError, match=r"nor a known word for event .* state which value is the event"):
         make_task("cox", rows((3, 2), (5, 1)), target="time,event")
 
 

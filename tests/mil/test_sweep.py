@@ -30,8 +30,8 @@ def test_candidates_are_all_combinations():
     ("options", "message"),
     [
         ({"grid": {"training.lr": []}}, "grid.training.lr"),
-        ({"grid": {"training.select": ["last"]}}, "nothing to choose by; set it to loss or metric"),
-        ({"seeds": (0, 0)}, "name each recipe, option and seed once"),
+        ({"grid": {"training.select": ["last"]}}, "a sweep cannot compare models; set it to loss or metric"),
+        ({"seeds": (0, 0)}, "list each recipe, option and seed once"),
     ],
 )
 def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(options, message):
@@ -83,7 +83,7 @@ def test_all_seeds_of_a_candidate_are_a_line_of_their_own(toy, tmp_path):
 
 def test_a_candidate_that_cannot_be_judged_is_refused(toy, tmp_path):
     splits = make_splits(toy.cohort, folds=3)
-    with pytest.raises(ConfigError, match="nothing to choose by"):
+    with pytest.raises(ConfigError, match="cannot compare models"):
         run_sweep({"x": recipe(select="last")}, toy.task, toy.examples, splits, cohort=toy.cohort, out=tmp_path)
 
 

@@ -106,7 +106,7 @@ def test_a_file_under_another_name_says_what_it_is(tmp_path):
 def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
     with pytest.raises(LabelError, match="no such file"):
         read_labels(tmp_path / "labels.csv")
-    with pytest.raises(LabelError, match=r"tables are .csv, .tsv"):
+    with pytest.raises(LabelError, match=r"expected .csv, .tsv"):
         read_labels(tmp_path / "labels.docx")
 
 
@@ -117,7 +117,7 @@ def test_slides_may_be_their_own_patients(tmp_path):
 
 def test_the_label_column_is_never_guessed():
     assert a_table(site=("x",) * 3, subtype=("p", "q", "q")).target_column() == "subtype"
-    with pytest.raises(LabelError, match=r"which column is the label.*grade, subtype"):
+    with pytest.raises(LabelError, match=r"has no column 'label'.*grade, subtype"):
         a_table(grade=("1", "2", "2"), subtype=("p", "q", "q")).target_column()
     with pytest.raises(LabelError, match="no column 'stage'; it has label"):
         pose_task("classification", a_table(label=("1", "2", "2")), "stage")
@@ -297,4 +297,4 @@ def test_a_person_decides_whether_ids_that_look_alike_are_the_same(tmp_path):
 def test_patients_that_are_the_slides_are_pointed_out(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("case_id,slide_id,label\na,a,0\nb,b,1\n")
-    assert any("each slide counts as a patient of its own" in note for note in read_labels(path).notes)
+    assert any("each slide counts as a separate patient" in note for note in read_labels(path).notes)

@@ -169,7 +169,7 @@ def test_a_class_missing_from_training_is_an_error(toy):
 
 def test_a_loss_that_is_not_finite_names_the_bags(toy):
     train, val = toy.parts()
-    with pytest.raises(EosinError, match=r"the loss is not finite at s\d+.*lower learning rate") as caught:
+    with pytest.raises(EosinError, match=r"the loss is infinite or NaN at s\d+.*lower learning rate") as caught:
         fit(quick(optimizer="sgd", lr=1e30), toy.task, train, val)
     assert caught.value.code == "diverged"
 
@@ -180,7 +180,7 @@ def test_features_that_are_not_finite_name_their_slide(toy):
     examples = type(toy.examples)(
         MemoryBags(bags, toy.bags.spec), *(getattr(toy.examples, name) for name in ("ids", "patient_ids", "targets"))
     )
-    with pytest.raises(EosinError, match="features of s004 are not finite"):
+    with pytest.raises(EosinError, match="features of s004 are infinite or NaN"):
         fit(quick(standardize=False), toy.task, examples, toy.parts()[1])
 
 
@@ -192,7 +192,7 @@ def test_a_slide_that_spoils_the_loss_of_others_is_named(toy, standardize):
     task = make_task("cox", rows, target="time,event")
     examples = Examples(MemoryBags(bags, toy.bags.spec), toy.examples.ids, toy.examples.patient_ids, task.encode(rows))
     recipe = quick(standardize=standardize, select="last", max_instances_per_step=12)
-    with pytest.raises(EosinError, match="features of s031 are not finite; extract them again"):
+    with pytest.raises(EosinError, match="features of s031 are infinite or NaN; extract them again"):
         fit(recipe, task, examples)
 
 
@@ -408,7 +408,7 @@ def test_the_bag_of_a_pack_whose_loss_is_not_finite_is_named_alone(toy):
     targets = train.targets.clone()
     targets[5] = 2
     examples = type(train)(train.bags, train.ids, train.patient_ids, targets)
-    with pytest.raises(EosinError, match=rf"the loss is not finite at {train.ids[5]};") as caught:
+    with pytest.raises(EosinError, match=rf"the loss is infinite or NaN at {train.ids[5]};") as caught:
         fit(quick(), OneBroken(classes=("c0", "c1", "c2")), examples, val)
     assert caught.value.code == "diverged"
 
@@ -418,5 +418,5 @@ def test_validation_features_that_are_not_finite_name_their_slide(toy):
     train, val = toy.parts()
     bags[val.ids[3]][0, 0] = float("inf")
     examples = type(val)(MemoryBags(bags, toy.bags.spec), val.ids, val.patient_ids, val.targets)
-    with pytest.raises(EosinError, match=f"features of {val.ids[3]} are not finite"):
+    with pytest.raises(EosinError, match=f"features of {val.ids[3]} are infinite or NaN"):
         fit(quick(), toy.task, train, examples)

@@ -42,7 +42,7 @@ def test_sentences_say_it(found, scene):
     alone = int((10 * np.asarray(scene[2].features).sum(1) - 4 > 0).sum())
     text = " ".join(found.sentences())
     assert "Without the 0.5 % most attended tiles (1) the model no longer says tumour: 0.819 → 0.310; with as" in text
-    assert "To turn the prediction away from tumour, at least 1 tile (0.52 %) must go." in text
+    assert "To change the prediction of tumour, at least 1 tile (0.52 %) must be removed." in text
     assert "All numbers are exact" in text
     assert f"Each by itself, {alone} tiles ({100 * alone / 192:.2g} %) would be called tumour." in text
     assert "no other 10 tiles would bring it below" in text
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_clear_error(scene, model_folder, tmp_path, cas
         error, words = UnknownNameError, "no class of the model named 'tumor'"
         arguments["class_name"] = "tumor"
     elif case == "one tile":
-        words, arguments["slide_file"] = "at least two tiles, found 1", None
+        words, arguments["slide_file"] = "at least two tiles, the slide has 1", None
         bag = feature_bag(np.asarray(bag.features)[:1], bag.grid.select([0]))
     elif case == "format":
         error, words, arguments["formats"] = UnknownNameError, "counterfactual format", ["tiff"]

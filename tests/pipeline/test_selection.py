@@ -167,7 +167,7 @@ def test_a_model_that_keeps_silent_about_what_it_saw_is_not_trusted(stage):
         path.unlink()
     report = stage.select()
     assert {record.reason for record in report.failed} == {"seen"}
-    assert "does not say which slides" in report.failed[0].message
+    assert "does not state which slides" in report.failed[0].message
     stage.select(allow_seen=True)
     assert json.loads(read_footer(stage.patches("F000")).selection)["out_of_fold"] == "unknown"
 
@@ -189,7 +189,7 @@ def test_what_does_not_fit_together_is_refused_before_any_slide(stage, tmp_path)
         stage.select(tiling=Tiling(mpp=4.0, patch_size=16))
     with pytest.raises(ConfigError, match="overlap 4"):
         stage.select(tiling=Tiling(mpp=1.0, patch_size=32, overlap=4))
-    with pytest.raises(CheckpointError, match="is not a run"):
+    with pytest.raises(CheckpointError, match="not a training run"):
         stage.select(run=tmp_path / "nowhere")
     study = stage.study
     pooled = Recipe(aggregator=Component(name="mean"), training=RECIPE.training)

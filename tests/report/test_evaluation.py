@@ -230,7 +230,7 @@ def test_several_targets_are_led_by_what_each_is_judged_by():
             "Concordance index, months", "Explained variance R², age"]  # fmt: skip
     assert [metric.name for metric in data.metrics[:5]] == main
     assert list(data.tables["Folds"])[2:] == main
-    assert f"The mean over the targets is that of: {'; '.join(main[1:])}." in data.metrics_note
+    assert f"The mean over the targets uses: {'; '.join(main[1:])}." in data.metrics_note
     assert "The positive class of er is pos, the other neg." in data.metrics_note
     sites = {slide: "AB"[number % 2] for number, slide in enumerate(frame["slide_id"])}
     assert set(main[:3]) <= set(site_table(Evaluated.of(task, frame), sites))

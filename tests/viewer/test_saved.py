@@ -83,15 +83,18 @@ def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_id": "0" * 16}, "was made with the model"),
-        ({"kind": "other"}, "is not a session of the viewer"),
+        ({"model_id": "0" * 16}, "was saved with the model"),
+        ({"kind": "other"}, "not a saved session"),
         ({"version": 3}, "version"),
         ({"class_name": "zebra"}, "zebra"),
-        ({"removed": {"slide_id": "slide-9", "n_tiles": 192, "tiles": []}}, "not among --slides"),
-        ({"removed": {"slide_id": "slide-1", "n_tiles": 191, "tiles": []}}, "not those of the session"),
+        ({"removed": {"slide_id": "slide-9", "n_tiles": 192, "tiles": []}}, "not in --slides"),
+        ({"removed": {"slide_id": "slide-1", "n_tiles": 191, "tiles": []}}, "differ from those"),
         ({"removed": {"slide_id": "slide-1", "n_tiles": 192, "tiles": [[0, 193]]}}, "the slide has 192"),
-        ({"removed": {"slide_id": "slide-1", "n_tiles": 192, "tiles": [[0, 192]]}}, "leave at least one"),
-        ({"removed": {"slide_id": "slide-1", "slide_fingerprint": "f", "n_tiles": 192, "tiles": []}}, "not those"),
+        ({"removed": {"slide_id": "slide-1", "n_tiles": 192, "tiles": [[0, 192]]}}, "keep at least one"),
+        (
+            {"removed": {"slide_id": "slide-1", "slide_fingerprint": "f", "n_tiles": 192, "tiles": []}},
+            "differ from those",
+        ),
     ],
 )
 def test_a_session_of_something_else_is_refused(catalogue, saved, change, words):

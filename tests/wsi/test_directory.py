@@ -62,12 +62,12 @@ def test_damage_is_a_value_error_or_a_readable_directory(tissue_picture):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:4], "ends within"),
+        (lambda data: data[:4], "is cut off inside"),
         (lambda data: b"PK\x03\x04" + data[4:], "not a TIFF"),
         (lambda data: data[:2] + b"\x2c\x00" + data[4:], "not a TIFF"),
-        (lambda data: data[: len(data) // 2], "ends within"),
-        (lambda data: data[:4] + struct.pack("<I", len(data)) + data[8:], "ends within"),
-        (lambda data: data[:4] + struct.pack("<I", 2) + data[8:], "ends within|tags|form a loop"),
+        (lambda data: data[: len(data) // 2], "is cut off inside"),
+        (lambda data: data[:4] + struct.pack("<I", len(data)) + data[8:], "is cut off inside"),
+        (lambda data: data[:4] + struct.pack("<I", 2) + data[8:], "is cut off inside|tags|form a loop"),
     ],
 )
 def test_what_is_no_tiff_or_cut_off_is_told(tissue_picture, change, said):

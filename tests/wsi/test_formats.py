@@ -185,7 +185,7 @@ def test_labels_macros_and_thumbnails_are_listed_and_never_taken(tmp_path, pictu
     with open_file(path) as reader:
         assert [one.kind for one in reader.pictures] == ["label", "macro", "thumbnail", "slide"]
     assert np.array_equal(whole(path), picture[:200, :300])
-    with pytest.raises(SlideOpenError, match="holds no slide, only: label") as caught:
+    with pytest.raises(SlideOpenError, match="has no slide image, only: label") as caught:
         open_slide(write_ome(tmp_path / "b.ome.tif", others[0], names=("label",)))
     assert caught.value.code == "no-slide"
 
@@ -196,7 +196,7 @@ def test_the_largest_scene_is_taken_reported_and_can_be_chosen(tmp_path, picture
         assert slide.size_px0 == (701, 513)
         assert "scene 2 of 2 was read; --scene chooses another" in slide.notes
     assert np.array_equal(whole(path, scene=1), picture[:256, :256])
-    with pytest.raises(SlideError, match="scene 3 was asked for; the file has 2") as caught:
+    with pytest.raises(SlideError, match="there is no scene 3; the file has 2") as caught:
         open_slide(path, scene=3)
     assert caught.value.code == "no-scene"
 
@@ -207,7 +207,7 @@ def test_the_middle_plane_is_taken_reported_and_can_be_chosen(tmp_path, picture)
         assert "focal plane 2 of 3 was read; --plane chooses another" in slide.notes
     for plane, shift in ((None, 3), (1, 0), (2, 3), (3, 6)):
         assert np.array_equal(whole(path, plane=plane), np.roll(picture, shift, axis=1))
-    with pytest.raises(SlideError, match="plane 4 was asked for; the slide has 3") as caught:
+    with pytest.raises(SlideError, match="there is no focal plane 4; the slide has 3") as caught:
         open_slide(path, plane=4)
     assert caught.value.code == "no-plane"
 
@@ -246,7 +246,7 @@ def test_a_picture_of_which_most_is_missing_fails(tmp_path, picture, share):
             tiff.pages[0].tags[name].overwrite([0] * gone + values[gone:])
     if share < 0.5:
         with open_slide(path) as slide:
-            assert "of its stored pieces are missing" in slide.notes[-1]
+            assert "of its stored tiles are missing" in slide.notes[-1]
         return
     with pytest.raises(SlideError, match="70% of the stored pieces") as caught:
         open_slide(path)

@@ -81,7 +81,7 @@ def test_a_level_padded_on_its_left_gets_its_offset(tmp_path, scene):
 
 def test_a_level_of_another_picture_fails_the_slide(tmp_path, scene):
     path = write(tmp_path / "a.tif", scene, reduced(scene[::-1, ::-1], 2))
-    with pytest.raises(SlideError, match="level 1 of its pyramid does not show what the finer level shows") as caught:
+    with pytest.raises(SlideError, match="level 1 of its pyramid shows another picture") as caught:
         open_slide(path)
     assert caught.value.code == "bad-pyramid"
     assert "vips tiffsave a.tif" in caught.value.message
@@ -93,7 +93,7 @@ def test_a_page_that_is_only_of_the_slides_shape_is_left_out(tmp_path, scene):
     )
     with open_slide(path, mpp=0.5) as slide:
         assert slide.downsamples == [1.0, 2.0]
-        assert "do not show the slide were left out" in slide.notes[0]
+        assert "another content were left out" in slide.notes[0]
         assert slide.read((0, 0), (575, 375), 2.0).shape == (375, 575, 3)
 
 

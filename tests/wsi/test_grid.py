@@ -80,7 +80,7 @@ def test_upsampling_beyond_the_limit_is_refused(mpp, refused):
     if not refused:
         assert grid_of(2000, 2000, mpp, Tiling()).n_tiles > 0
         return
-    with pytest.raises(SlideError, match=r"0\.5 µm/px was asked for") as caught:
+    with pytest.raises(SlideError, match=r"0\.5 µm/px was requested") as caught:
         grid_of(2000, 2000, mpp, Tiling())
     assert caught.value.code == "too-coarse"
 

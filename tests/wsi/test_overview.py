@@ -36,7 +36,7 @@ def test_thumbnails_keep_the_shape_and_never_grow(write_slide, tissue_picture):
 
 def test_an_overview_that_is_no_overview_is_refused(giant_slide):
     path = giant_slide("pyramid.tiff", 100_000, mpp=0.25, n_levels=5)
-    with open_slide(path) as slide, pytest.raises(ConfigError, match="ask for a coarser mpp"):
+    with open_slide(path) as slide, pytest.raises(ConfigError, match="request a larger mpp"):
         read_overview(slide, 0.5)
 
 

@@ -132,10 +132,12 @@ def test_rows_of_unknown_slides_are_reported_and_two_rows_for_one_refused(tmp_pa
     assert find_slides([tmp_path / "a.tiff"], slide_mpp=table)[0].mpp == 0.5
     assert "names of unknown slides are not used: slide_a" in caplog.text
     table.write_text("slide,mpp\nslide_a,0.25\n")
-    with pytest.raises(ConfigError, match="no name is that of one of the slides; it has slide_a, the slides are a"):
+    with pytest.raises(
+        ConfigError, match="none of its names is the name of a slide; the table has slide_a, the slides are a"
+    ):
         find_slides([tmp_path / "a.tiff"], slide_mpp=table)
     table.write_text("slide,mpp\na,0.5\na.svs,0.25\n")
-    with pytest.raises(ConfigError, match="slide 'a' is named twice"):
+    with pytest.raises(ConfigError, match="slide 'a' has two rows"):
         find_slides([tmp_path / "a.tiff"], slide_mpp=table)
 
 
@@ -158,7 +160,7 @@ def test_slides_of_formats_that_no_reader_takes_are_named(tmp_path, caplog):
     touch(tmp_path, "a.svs", "b.kfb", "sub/c.isyntax", "notes.txt")
     (tmp_path / "d.vsi").write_bytes(b"II\x2a\0" + bytes(100))  # a TIFF of macro and label; the slide lies elsewhere
     assert ids(find_slides([tmp_path])) == ["a"]
-    assert "no reader takes these slides: b.kfb, d.vsi, c.isyntax" in caplog.text
+    assert "eosin cannot read these slides: b.kfb, d.vsi, c.isyntax" in caplog.text
     found = find_slides([tmp_path], unread=True)
     assert [slide.slide_id for slide in found if slide.unread] == ["b.kfb", "d.vsi", "c.isyntax"]
     report = tile_slides([slide for slide in found if slide.unread], JobFolder(tmp_path / "job"))

@@ -122,6 +122,16 @@ def import_slide(files: Sequence[Path], out: Path, options: ImportOptions | None
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """List the files to import among files and folders; folders are searched with their subfolders.
 
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files, and folders.
+
+    Returns
+    -------
+    list of Path
+        Files in the order given; those of a folder sorted.
+
     Raises
     ------
     ConfigError
@@ -131,7 +141,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = sorted(file for file in path.rglob("[!.]*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise ConfigError(f"{path}: has no file of a kind that eosin imports ({', '.join(SUFFIXES)})")
+            raise ConfigError(f"{path}: holds no file that eosin can import ({', '.join(SUFFIXES)})")
         files += [file for file in found if not file.name.endswith(".index.npz")]  # belongs to a bag of slideflow
     return files
 
@@ -159,12 +169,12 @@ def _read(path: Path, options: ImportOptions) -> tuple[str, Sequence[Foreign]]:
         return "tensor of features", [others.read_tensor(path, facts)]
     if path.suffix == ".csv":
         return "table of tiles", [others.read_text(path)]
-    raise FeatureFileError(path, "is of no kind that eosin imports (.h5, .npz, .pt, .csv)")
+    raise FeatureFileError(path, "cannot be imported: the file name ends with none of .h5, .npz, .pt, .csv")
 
 
 def _read_hdf5(file: Group, path: Path, facts: SlideFacts) -> tuple[str, Sequence[Foreign]]:
     if "encoding-type" in file.attrs or "encoding-type" in file.attributes("coords"):
-        raise FeatureFileError(path, "is eosin's own already; use it as it is")
+        raise FeatureFileError(path, "is already a file of eosin; use it without importing")
     if stamp.is_stamp(file):
         return "feature file of STAMP", [stamp.read(file, path, facts)]
     if trident.is_trident(file):
@@ -181,7 +191,11 @@ def _read_hdf5(file: Group, path: Path, facts: SlideFacts) -> tuple[str, Sequenc
         return "feature file of ACMIL", others.read_acmil(file, path)
     if "attention_scores" in file:
         raise FeatureFileError(path, "holds attention scores of CLAM; import its features instead")
-    raise FeatureFileError(path, f"has {', '.join(list(file)[:5]) or 'nothing'}; eosin does not know this layout")
+    raise FeatureFileError(
+        path,
+        f"has {', '.join(list(file)[:5]) or 'nothing'}; "
+        "this is not a layout of CLAM, TRIDENT, STAMP or another tool that eosin reads",
+    )
 
 
 def _read_places(options: ImportOptions) -> Places | None:
@@ -216,7 +230,9 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
             declared = sum(member.file_size for member in archive.infolist())
         expanded = declared > FREE_EXPANSION_BYTES and declared > MAX_EXPANSION * path.stat().st_size
         if declared > MAX_BYTES or expanded:
-            raise FeatureFileError(path, f"declares {declared} bytes; refused", code="unsafe")
+            raise FeatureFileError(
+                path, f"would unpack to {declared} bytes, more than eosin reads; check the file's source", code="unsafe"
+            )
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -251,5 +267,5 @@ def export_bag(path: Path, out: Path, layout: Layout) -> list[Path]:
     """
     writers = {"trident": trident.export, "clam": clam.export, "stamp": stamp.export}
     if layout not in writers:
-        raise ConfigError(f"no layout {layout!r} to export to; choose one of {', '.join(writers)}")
+        raise ConfigError(f"there is no export layout {layout!r}; choose one of {', '.join(writers)}")
     return writers[layout](read_bag(path, verify=True), out)

@@ -85,7 +85,7 @@ def _doubts(level: int, downsample: NDArray[np.float64]) -> tuple[str, ...]:
 def read_pixels(file: Group, path: Path) -> Foreign:
     """Refuse the old layout, or read its coordinates."""
     if "coords" not in file:
-        raise FeatureFileError(path, "holds pixels of tiles without places; tile the slide with `eosin tile`")
+        raise FeatureFileError(path, "holds tile images without coordinates; tile the slide with `eosin tile`")
     attributes: Mapping[str, Any] = file.attributes("imgs")
     downsample = np.asarray(attributes.get("downsample", 1.0), np.float64).reshape(-1)
     pixels = file["imgs"]
@@ -122,7 +122,7 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
     import torch
 
     if bag.grid is None:
-        raise FeatureFileError(out, f"{bag.slide_id} has features without places, which CLAM's layout needs")
+        raise FeatureFileError(out, f"{bag.slide_id} has features without tile coordinates, which CLAM's layout needs")
     rows, coords = bag.features.astype(np.float32), bag.grid.origins_px0.astype(np.int32)
 
     tensor, h5 = out / "pt_files" / f"{bag.slide_id}.pt", out / "h5_files" / f"{bag.slide_id}.h5"

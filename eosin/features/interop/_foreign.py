@@ -46,7 +46,7 @@ class ImportOptions(Options):
         The slide itself, for its mpp, size and fingerprint, or a folder of slides, of which the one of the file's name
         is taken.
     coords : Path, optional
-        Coordinates file that belongs to features without places, or a folder of such files.
+        Coordinates file that belongs to features without tile coordinates, or a folder of such files.
     tile_size : int, optional
         Side of a tile in level-0 pixels, for coordinates that do not say it; the distance of neighbours unless given.
     force : bool
@@ -105,7 +105,7 @@ class SlideFacts:
     size_px0 : (int, int) or None
         Width and height.
     fingerprint : str
-        Of the slide's file; empty when it is not at hand.
+        Of the slide's file; empty when it is not available.
     source : str
         Which option it is known from.
     """
@@ -117,7 +117,7 @@ class SlideFacts:
 
     @classmethod
     def from_options(cls, options: ImportOptions) -> "SlideFacts":
-        """Collect them from the slide, where it is at hand, and the options."""
+        """Collect them from the slide, where it is available, and the options."""
         if options.slide is None:
             return cls(options.slide_mpp)
         with open_slide(options.slide, mpp=options.slide_mpp) as slide:
@@ -263,7 +263,7 @@ class Foreign:
     features : (n, D) or (D,), optional
         None for files of coordinates.
     places : Places, optional
-        None for features without places.
+        None for features without tile coordinates.
     encoder : str, optional
         As the file names it.
     label : str, optional
@@ -343,7 +343,7 @@ def safe_id(name: object, path: Path) -> str:
     """
     text = str(name)
     if not text or Path(text).name != text or text.startswith(".") or "\\" in text or "\0" in text:
-        raise FeatureFileError(path, f"calls its slide {text!r}, which is not a file name", code="unsafe")
+        raise FeatureFileError(path, f"names its slide {text!r}, which cannot be a file name", code="unsafe")
     return text
 
 
@@ -480,10 +480,10 @@ def _store_coordinates(foreign: Foreign, path: Path, out: Path, slide: SlideFact
 
 
 def _checked(features: Numbers, path: Path, *, alone: bool) -> NDArray[np.float16] | NDArray[np.float32]:
-    """Return rows (n, D); one vector without places is a bag of one row."""
+    """Return rows (n, D); one vector without tile coordinates is a bag of one row."""
     rows = features[None] if features.ndim == 1 and alone and features.size else features
     if rows.ndim == 1 and rows.size == 0:
-        raise FeatureFileError(path, "has no tiles and does not say how wide its features are", code="empty")
+        raise FeatureFileError(path, "has no tiles and does not state the number of features per tile", code="empty")
     if (
         rows.ndim != 2
         or len(rows) > MAX_ROWS
@@ -493,13 +493,15 @@ def _checked(features: Numbers, path: Path, *, alone: bool) -> NDArray[np.float1
     ):
         raise FeatureFileError(path, f"features are {rows.shape} of {rows.dtype}; expected (n, D) numbers")
     if not np.isfinite(rows).all():
-        raise FeatureFileError(path, "holds features that are not finite", code="non-finite")
+        raise FeatureFileError(path, "holds infinite or NaN features", code="non-finite")
     return rows.astype(np.float16) if rows.dtype == np.float16 else rows.astype(np.float32)
 
 
 def _encoder(name: str | None, path: Path) -> str:
     if not name:
-        raise FeatureFileError(path, "does not say which encoder made it; pass --encoder NAME", code="incomplete")
+        raise FeatureFileError(
+            path, "does not state the encoder of its features; pass --encoder NAME", code="incomplete"
+        )
     try:
         return find_encoder(name).name
     except UnknownNameError:

@@ -78,9 +78,11 @@ def _checked(
             "expected (n, d), (n,) and (bags,)",
         )
     if len(instances) > MAX_ROWS or instances.shape[1] > MAX_DIM or instances.nbytes > MAX_BYTES:
-        raise FeatureFileError(path, f"instances {instances.shape} are more than any data set has", code="unsafe")
+        raise FeatureFileError(
+            path, f"instances {instances.shape} are more than eosin reads from one file", code="unsafe"
+        )
     if not np.isfinite(instances).all():
-        raise FeatureFileError(path, "instances hold values that are not finite")
+        raise FeatureFileError(path, "instances hold infinite or NaN values")
     if (np.diff(index) < 0).any() or (len(index) and not 0 <= index[0] <= index[-1] < len(labels)):
         raise FeatureFileError(path, f"bag_index must ascend from 0 to at most {len(labels) - 1}")
     return instances.astype(np.float32), index.astype(np.int64), [int(label) for label in labels]

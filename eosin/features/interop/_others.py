@@ -70,12 +70,14 @@ def read_hs2p(arrays: Mapping[str, Numbers], path: Path) -> tuple[Foreign, float
         )
         return Foreign(safe_id(facts["provenance"]["sample_id"], path), places=where), spacing
     except (KeyError, ValueError, TypeError) as error:
-        raise FeatureFileError(meta, f"lacks what hs2p writes ({error})") from error
+        raise FeatureFileError(meta, f"does not have the fields that hs2p writes ({error})") from error
 
 
 def _read_json(meta: Path, path: Path) -> dict[str, Any]:
     if not meta.is_file():
-        raise FeatureFileError(path, f"needs {meta.name} beside it, which says the tile size", code="incomplete")
+        raise FeatureFileError(
+            path, f"needs {meta.name} in the same folder, which states the tile size", code="incomplete"
+        )
     try:
         facts: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -102,7 +104,7 @@ def _luna(header: list[str], rows: Iterable[list[str]], path: Path) -> Foreign:
         raise FeatureFileError(path, f"has tiles without numbers ({error})") from error
     sides = {tuple(pair) for pair in columns[:, 2:].astype(int).tolist()}
     if len(sides) != 1:
-        raise FeatureFileError(path, f"has tiles of {len(sides)} sizes; one is needed")
+        raise FeatureFileError(path, f"has tiles of {len(sides)} sizes; eosin needs tiles of one size")
     extent, size = sides.pop()
     return Foreign(path.name.partition(".")[0], places=Places(columns[:, :2], extent, size))
 
@@ -138,6 +140,6 @@ def _slideflow(rows: Numbers, index: Path, config: Mapping[str, Any], path: Path
         with np.load(index, allow_pickle=False) as file:
             centres = file["arr_0"]
     except (KeyError, ValueError, TypeError, OSError) as error:
-        raise FeatureFileError(path, f"slideflow's files beside it cannot be used ({error})") from error
+        raise FeatureFileError(path, f"the other slideflow files in its folder cannot be used ({error})") from error
     side = round(side_um / slide.require_mpp(path))
     return Foreign(path.stem, rows, Places(np.maximum(centres - side // 2, 0), side, side_px), encoder)

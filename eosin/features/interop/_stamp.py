@@ -66,7 +66,7 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
         When the bag has no places.
     """
     if bag.grid is None:
-        raise FeatureFileError(out, f"{bag.slide_id} has features without places, which STAMP's layout needs")
+        raise FeatureFileError(out, f"{bag.slide_id} has features without tile coordinates, which STAMP's layout needs")
     grid = bag.grid
     path = out / bag.spec.encoder / f"{bag.slide_id}.h5"
     with written_hdf5(path) as file:

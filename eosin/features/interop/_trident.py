@@ -108,7 +108,9 @@ def export(bag: FeatureBag, out: Path) -> list[Path]:
         When the bag has no places.
     """
     if bag.grid is None:
-        raise FeatureFileError(out, f"{bag.slide_id} has features without places, which TRIDENT's layout needs")
+        raise FeatureFileError(
+            out, f"{bag.slide_id} has features without tile coordinates, which TRIDENT's layout needs"
+        )
     grid, tiling = bag.grid, bag.grid.tiling
     folder = out / (f"{nominal_magnification(tiling.mpp)}x_{tiling.patch_size}px_{tiling.overlap}px_overlap")
     patches = folder / "patches" / f"{bag.slide_id}_patches.h5"

@@ -62,7 +62,9 @@ def write_tiff(
     finest = mpp or default_mpp(heatmap)
     height, width = raster_shape(heatmap.grid, finest, window_px0)
     if height * width > MAX_PIXELS:
-        raise ConfigError(f"a heat map at {finest:g} µm/px has {width} x {height} pixels; ask for a coarser mpp")
+        raise ConfigError(
+            f"a heat map at {finest:g} µm/px has {width} x {height} pixels, which is too large; choose a larger mpp"
+        )
     pixels = _Pixels((3,), "rgb", 255, (scale or scale_of(heatmap)).rgb) if content == "colours" else SCORES
     write_file(path, lambda file: _write_pyramid(file, heatmap, finest, window_px0, pixels))
 

@@ -30,7 +30,19 @@ _triton = Later("eosin.kernels.gated_attention.triton_impl")
 
 
 class AttentionPool(NamedTuple):
-    """What `gated_attention_pool` returns: ``scores (N, H)``, ``pooled (B, H, D)``, ``lse`` and ``entropy (B, H)``."""
+    """What `gated_attention_pool` returns: ``scores (N, H)``, ``pooled (B, H, D)``, ``lse`` and ``entropy (B, H)``.
+
+    Attributes
+    ----------
+    scores : (N, H) float
+        Attention scores before the softmax.
+    pooled : (B, H, D) float
+        Weighted mean of the values of each bag.
+    lse : (B, H) float
+        Log-sum-exp of the scores of each bag.
+    entropy : (B, H) float
+        Entropy of the attention of each bag in nats.
+    """
 
     scores: Tensor
     pooled: Tensor

@@ -12,7 +12,15 @@ from eosin.kernels.leave_one_out import reference, torch_impl
 
 
 class GreedyPath(NamedTuple):
-    """What `greedy_removal` found: ``order (R,)`` of the instances that left, ``logits (R + 1, K)`` along the way."""
+    """What `greedy_removal` found: ``order (R,)`` of the instances that left, ``logits (R + 1, K)`` along the way.
+
+    Attributes
+    ----------
+    order : (R,) int64
+        Instances in the order of their removal.
+    logits : (R + 1, K) float
+        Logits before the first removal and after each.
+    """
 
     order: Tensor
     logits: Tensor

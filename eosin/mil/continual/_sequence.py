@@ -192,12 +192,13 @@ def continued(run: Path, study: Study, recipe: Recipe) -> tuple[Recipe, Study]:
     old = card.load_task()
     if not (isinstance(old, Classification) and isinstance(study.task, Classification)):
         raise ConfigError(
-            f"a sequence of tasks is one of classifications; {run} is {old.kind}, this is {study.task.kind}"
+            "--continue-from works with classification only; "
+            f"{run} has the task {old.kind}, the new labels have {study.task.kind}"
         )
     card.features.require_match(study.examples.bags.spec, run, expected_by=f"the model in {run}")
     twice = [name for name in study.task.classes if name in old.classes]
     if twice:
-        raise LabelError(f"classes that {run} knows already: {shown(twice)}; name the classes of each task differently")
+        raise LabelError(f"{run} already has the classes {shown(twice)}; give the classes of the new task other names")
     task = _LaterClasses(classes=(*old.classes, *study.task.classes), target=study.task.target, known=len(old.classes))
     examples = replace(study.examples, targets=study.examples.targets + len(old.classes))
     return _with_update(recipe, run, card, task), replace(study, task=task, examples=examples)
@@ -333,7 +334,7 @@ def _held_out(record: TaskRecord, task: Task) -> Examples | None:
         examples = study.examples.subset(record.slides)
         return replace(examples, targets=task.encode(study.table.rows(examples.ids)))
     except (EosinError, OSError) as error:
-        logger.warning("the task %s cannot be judged again: %s", ", ".join(record.classes), error)
+        logger.warning("the task %s cannot be tested again: %s", ", ".join(record.classes), error)
         return None
 
 

@@ -1,4 +1,4 @@
-"""CLAM: attention pooling whose most and least attended instances are also told apart.
+"""CLAM: attention pooling whose most and least attended instances are also separated.
 
 Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on
 whole-slide images, Nature Biomedical Engineering 2021, https://doi.org/10.1038/s41551-020-00682-w.
@@ -194,7 +194,7 @@ class ClamMultiBranch(_Clam):
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag:
         assert isinstance(output, AttentionOutput)  # what the model declares
         own = linear_terms("ne,ke->nk", output.instances, self.classifier.weight)
-        terms = own[:, :, None] * np.eye(own.shape[1])  # a branch speaks for its own class only
+        terms = own[:, :, None] * np.eye(own.shape[1])  # a branch adds to its own class only
         return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
 
     @override

@@ -17,7 +17,7 @@ softmax cross-entropy for a classification. Weights start orthogonal with zero b
 recipe both classifiers at zero: unit rows read features of unit deviation, so that a fresh model has logits of several
 units in a random direction, which a short training does not get rid of. The learning rate falls to 0, the code's to
 5e-6. The code's `average` takes the mean of the two probabilities, and at inference alone. The variants inside MHIM-MIL
-and PackMIL, which embed first and pool a projection, stand in the files of these.
+and PackMIL, which embed first and pool a projection, are in the files of these.
 
 Scores lie between -√A and √A, since queries do between -1 and 1. The gradient of the instance stream reaches one
 instance per bag and class, so that which instance is critical at the start can decide whether a rare signal is found

@@ -21,11 +21,11 @@ al., ICLR 2022).
 Deviations from the authors' code. Candidates and certain negatives come from the labels of bags; the code reads the
 labels of patches, also inside positive slides. The bag loss reads the pooled probability of the instances; the code
 averages features and takes two of their dimensions for classes. The recipe pools by the largest probability: with the
-mean, bags of which a tenth is positive are hardly told apart (docs/methods.md). Places of the queue that were never
+mean, bags of which a tenth is positive are hardly separated (docs/methods.md). Places of the queue that were never
 filled do not take part; the code fills them with noise, normalised along the wrong axis. The queue need not be a
 multiple of the batch. There is one view per instance, as the code's feature dropout never acts. At most `sample`
 instances of a pack take part in a step. Soft targets are kept per bag id and instance while training runs; bags without
-ids, or drawn anew in each pass, start from uniform targets every time.
+ids, or drawn again in each pass, start from uniform targets every time.
 """
 
 import copy
@@ -397,7 +397,7 @@ def supervised_contrast(query: Tensor, features: Tensor, labels: Tensor, tempera
 
 
 # Targets move after 20 of 45 passes, the authors' schedule for slides of which only the label is known (TCGA). L_cls
-# weighs three times the bag loss: that loss alone often learns the largest instance of a bag by heart, whatever it is.
+# weighs three times the bag loss: that loss alone often overfits to the largest instance of a bag, whatever it is.
 RECIPE = Recipe(
     aggregator=Component(name="ins", options={"pooling": "max"}),
     strategy=Component(name="ins", options={"start": 0.44, "instance_weight": 3.0}),

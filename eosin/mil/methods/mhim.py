@@ -214,7 +214,7 @@ class MhimV2(Strategy):
         super().__init__(model, task)
         if not isinstance(model, EmbeddingAggregator):
             raise ConfigError(
-                f"mhim_v2 adds tokens to embedded instances, which {type(model).__name__} does not take; "
+                f"mhim_v2 adds tokens to embedded instances, which {type(model).__name__} does not accept; "
                 "choose an aggregator with the methods embed and aggregate, or mhim"
             )
         require_linear_classifier(model)
@@ -396,8 +396,8 @@ def require_linear_classifier(model: Aggregator) -> nn.Linear:
     classifier = getattr(model, "classifier", None)
     if not isinstance(classifier, nn.Linear) or classifier.in_features % instance_width(model):
         raise ConfigError(
-            f"mhim_v2 ranks instances with the classifier of the bag; that of {type(model).__name__} reads something "
-            "else; choose another aggregator, or mhim"
+            f"mhim_v2 ranks instances with the bag classifier, which {type(model).__name__} cannot apply to instances; "
+            "choose another aggregator, or mhim"
         )
     return classifier
 

@@ -289,7 +289,7 @@ class TrainNewestUpdate(Strategy):
         super().__init__(model, task)
         if not isinstance(model, UpdatedInSequence):
             raise ConfigError(
-                f"the strategy owlora trains the aggregator owlora, not {type(model).__name__}; name both"
+                f"the strategy owlora needs the aggregator owlora, not {type(model).__name__}; set both in the recipe"
             )
         if (continue_from is None) != (model.n_tasks == 1):
             raise ConfigError(

@@ -5,7 +5,7 @@
    mean as r goes to 0 and the maximum as r grows; ``logits = W_c z + b_c``.
 2. With ``level="instance"`` the logits of the instances are pooled, ``logits = pool_n(W_c h_n + b_c)``: mi-Net of Wang
    et al., Revisiting multiple instance neural networks, 2018, https://arxiv.org/abs/1610.02501, of which equation 1 is
-   MI-Net. With the maximum and one logit (`--task binary`) an instance can only ever speak for the positive class,
+   MI-Net. With the maximum and one logit (`--task binary`) an instance can only ever add to the positive class,
    which is the standard assumption of multiple-instance learning.
 
 Options of all three: `embed_dims`, `embed_activation` and `dropout` are the layers before the pooling, none pools the

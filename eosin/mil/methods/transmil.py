@@ -134,8 +134,8 @@ class TransMil(Aggregator):
             raise ConfigError(f"transmil: {heads} heads do not divide the width {width}; choose another width")
         if pinv_iterations > MOST_ITERATIONS:
             raise ConfigError(
-                f"transmil: pinv_iterations {pinv_iterations} is more than {MOST_ITERATIONS}, from where on rounding "
-                "errors grow until nothing is finite; the paper takes 6"
+                f"transmil: pinv_iterations {pinv_iterations} is more than {MOST_ITERATIONS}; rounding errors "
+                "then grow until values are infinite; the paper uses 6"
             )
         super().__init__(in_dim, n_outputs, embed_dim=width)
         self.landmarks = landmarks

@@ -11,7 +11,7 @@ classification and localization, 2019, https://arxiv.org/abs/1905.13208.
    number, what is left over goes to the next most salient; within a cluster the most attended first.
 4. A tile at the low magnification covers ratio × ratio tiles at the higher one (`child_grid`).
 
-``eosin run --recipe two_stage`` goes the whole way; ``eosin tile --from RUN --mpp 1.0 --budget 64`` is the step between
+``eosin run --recipe two_stage`` runs both stages; ``eosin tile --from RUN --mpp 1.0 --budget 64`` is the step between
 the stages. Both take care that the tiles of a slide are chosen by first-stage models that have not seen its patient:
 a model that has been trained on a slide attends there to what it remembers, and the second stage would learn from that.
 

@@ -84,7 +84,7 @@ class _ClassTask(Task):
     def _number(self, value: str) -> int:
         if value not in self.classes:
             raise LabelError(
-                f"{value!r} in column {self.target!r} is none of the classes {', '.join(self.classes)}; "
+                f"{value!r} in column {self.target!r} is not one of the classes {', '.join(self.classes)}; "
                 "correct the label table"
             )
         return self.classes.index(value)
@@ -308,7 +308,7 @@ class Ordinal(_ClassTask):
         if unknown:
             raise LabelError(
                 f"the order {'<'.join(order)} and the values {', '.join(plain.classes)} of column {column!r} differ; "
-                f"name every value once"
+                f"list every value once"
             )
         return plain.model_copy(update={"classes": order})
 
@@ -389,7 +389,7 @@ def _require_unlike(classes: Sequence[str], column: str) -> None:
         spellings.setdefault(key, []).append(name)
     groups = [" and ".join(map(repr, group)) for group in spellings.values() if len(group) > 1]
     if groups:
-        raise LabelError(f"column {column!r} has {'; '.join(groups)}, which look like one class; write them alike")
+        raise LabelError(f"column {column!r} has {'; '.join(groups)}, which look like one class; use one spelling")
 
 
 def sorted_labels(values: set[str]) -> tuple[str, ...]:
@@ -407,6 +407,6 @@ def _by_number(classes: Sequence[str], column: str) -> tuple[str, ...]:
     if len(matches) < len(classes) or len({match[1] for match in matches}) > 1:
         raise LabelError(
             f"the order of {', '.join(classes)} in column {column!r} is not known; "
-            f"say it (--target '{column}={'<'.join(classes)}')"
+            f"state it (--target '{column}={'<'.join(classes)}')"
         )
     return tuple(sorted(classes, key=lambda name: float(re.sub(r"^\D*", "", name))))

@@ -64,11 +64,11 @@ class MultiLabel(Task):
         named = [split_target(part) for part in target.split(",")]
         columns = cls.named_columns(target)
         if len(set(columns)) < len(columns):
-            raise LabelError(f"{target!r} names a column twice; name each label once")
+            raise LabelError(f"{target!r} names a column twice; list each label once")
         values = [sorted_labels({row[name] for row in rows}) for name in columns]
         for name, found in zip(columns, values, strict=True):
             if len(found) != 2:
-                raise LabelError(f"column {name!r} has {len(found)} values; a label of several must have two")
+                raise LabelError(f"column {name!r} has {len(found)} values; a multilabel column must have two")
         pairs = [positive_last(v, positive=said, column=name) for v, (name, said) in zip(values, named, strict=True)]
         return cls(targets=columns, negatives=tuple(p[0] for p in pairs), positives=tuple(p[1] for p in pairs))
 

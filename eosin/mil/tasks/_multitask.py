@@ -61,7 +61,7 @@ class MultiTask(Task):
         parts = [kind.from_rows(_known(rows, kind.named_columns(part)), part) for kind, part in wanted]
         names = tuple(part.columns[0] for part in parts)
         if len(set(names)) < len(names):
-            raise LabelError(f"{target!r} names a column twice; name each target once")
+            raise LabelError(f"{target!r} names a column twice; list each target once")
         return cls(names=names, parts=tuple(parts))
 
     def same_question(self, other: Task) -> bool:
@@ -348,7 +348,7 @@ def _parts(target: str) -> list[tuple[type[Task], str]]:
         if text.strip():
             found.append((TASKS[kind.strip()], rest.strip()) if colon else (TASKS["classification"], kind))
     if len(found) < 2:
-        raise LabelError(f"a task of several needs at least two targets, separated by semicolons, not {target!r}")
+        raise LabelError(f"multitask needs at least two targets, separated by semicolons; found {target!r}")
     return found
 
 

@@ -75,11 +75,11 @@ class SurvivalTask(Task):
         time, comma, event = (part.strip() for part in target.partition(","))
         if not comma:
             raise LabelError(
-                f"survival needs two columns, time and event; name them (--target time,event), not {target!r}"
+                f"survival needs two columns, time and event; pass --target TIME,EVENT instead of {target!r}"
             )
         event = event.partition("=")[0].strip()
         if time == event:
-            raise LabelError(f"{time!r} cannot be both time and event; name two columns (--target time,event)")
+            raise LabelError(f"{time!r} cannot be both time and event; pass two columns (--target TIME,EVENT)")
         return time, event
 
     @classmethod
@@ -147,8 +147,8 @@ class SurvivalTask(Task):
             return value in EVENT
         if value not in YES | NO:
             raise LabelError(
-                f"{text!r} in column {self.event!r} is neither 0 nor 1, nor a word for an event or for censored; "
-                f"correct it, or say which value is the event (--target {self.time},{self.event}=VALUE)"
+                f"{text!r} in column {self.event!r} is neither 0 nor 1, nor a known word for event or censored; "
+                f"correct it, or state which value is the event (--target {self.time},{self.event}=VALUE)"
             )
         return (value in YES) != self.one_is_censored
 

@@ -132,7 +132,7 @@ def test_stamp_and_back(tmp_path: Path, dtype: type) -> None:
 def test_features_without_places_have_no_such_layout(tmp_path: Path) -> None:
     write_bag(tmp_path / "m.h5", FeatureBag(np.ones((2, 3), np.float32), FeatureSpec(encoder="npz:x", dim=3), "m"))
     for layout in ("trident", "clam", "stamp"):
-        with pytest.raises(FeatureFileError, match="without places"):
+        with pytest.raises(FeatureFileError, match="without tile coordinates"):
             export_bag(tmp_path / "m.h5", tmp_path / "out", layout)
-    with pytest.raises(ConfigError, match="no layout 'zarr'"):
+    with pytest.raises(ConfigError, match="no export layout 'zarr'"):
         export_bag(tmp_path / "m.h5", tmp_path / "out", "zarr")

@@ -200,7 +200,7 @@ def test_old_clam_pixels_give_their_coordinates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "", "a\\b"])
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES | {"name": name})
-    with pytest.raises(FeatureFileError, match="not a file name"):
+    with pytest.raises(FeatureFileError, match="cannot be a file name"):
         import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25))
     assert not (tmp_path / "out").exists()
 
@@ -211,8 +211,8 @@ def test_refusals(tmp_path: Path) -> None:
     bad_rows[1, 1] = np.nan
     cases = {
         "attention": write_h5(tmp_path / "a.h5", {"attention_scores": ROWS, "coords": CORNERS}),
-        "does not know this layout": write_h5(tmp_path / "b.h5", {"x": ROWS}),
-        "not finite": write_h5(tmp_path / "c.h5", {"features": bad_rows, "coords": CORNERS}),
+        "that eosin reads": write_h5(tmp_path / "b.h5", {"x": ROWS}),
+        "infinite or NaN": write_h5(tmp_path / "c.h5", {"features": bad_rows, "coords": CORNERS}),
         "6 rows|5 rows of features for 4": write_h5(
             tmp_path / "d.h5", {"features": ROWS, "coords": CORNERS[:4]}, coords=TRIDENT_ATTRIBUTES
         ),
@@ -221,7 +221,7 @@ def test_refusals(tmp_path: Path) -> None:
         "cannot be read": tmp_path / "g.h5",
         "neither a table of features": tmp_path / "h.csv",
         "predictions of wsinfer": tmp_path / "i.csv",
-        "no kind": tmp_path / "j.parquet",
+        "cannot be imported": tmp_path / "j.parquet",
     }
     (tmp_path / "g.h5").write_bytes(b"damaged")
     (tmp_path / "h.csv").write_text("slide,label\na,b\n")
@@ -238,7 +238,7 @@ def test_a_pickle_in_a_tensor_file_never_runs(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "canary"),)
 
     (tmp_path / "s.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
-    with pytest.raises(EosinError, match="never executed"):
+    with pytest.raises(EosinError, match="never executes"):
         import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(encoder="x"))
     assert not (tmp_path / "canary").exists()
 
@@ -324,7 +324,7 @@ def test_folders_of_features_coordinates_and_slides(tmp_path: Path) -> None:
     assert caught.value.code == "incomplete"
     with pytest.raises(FeatureFileError, match=r"has no coords called c in .*patches"):
         import_file(other, tmp_path / "out", ImportOptions(encoder="x", coords=tmp_path / "patches"))
-    with pytest.raises(ConfigError, match="no file of a kind"):
+    with pytest.raises(ConfigError, match="no file that eosin can import"):
         find_files([tmp_path / "slides"])
 
 
@@ -378,7 +378,7 @@ def test_features_of_two_kinds_do_not_come_into_one_folder(tmp_path: Path) -> No
 def test_our_own_files_are_recognised(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "x.h5", {"coords": CORNERS}, coords=CLAM_ATTRIBUTES)
     ours = import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25)).paths[0]
-    with pytest.raises(FeatureFileError, match="eosin's own"):
+    with pytest.raises(FeatureFileError, match="already a file of eosin"):
         import_file(ours, tmp_path / "again")
 
 

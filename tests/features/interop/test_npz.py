@@ -70,7 +70,7 @@ def test_no_folds_no_splits(tmp_path: Path) -> None:
         ("bag_index", np.zeros(5, np.int32), "do not fit together"),
         ("bag_index", np.array([1, 0, 0, 0, 0, 0]), "must ascend"),
         ("bag_index", np.array([0, 0, 0, 0, 0, 3]), "must ascend"),
-        ("instances", np.full((6, 2), np.nan, np.float32), "not finite"),
+        ("instances", np.full((6, 2), np.nan, np.float32), "infinite or NaN"),
         ("cv_train_mask", np.zeros((2, 2, 4), bool), "cv_train_mask"),
     ],
 )
@@ -89,7 +89,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("a.npz", "arrays x"),
         ("b.npz", "cannot be read"),
         ("c.npz", "cannot"),
-        ("d.txt", "of no kind"),
+        ("d.txt", "cannot be imported"),
     ):
         with pytest.raises(FeatureFileError, match=message):
             import_file(tmp_path / name, tmp_path / "out")

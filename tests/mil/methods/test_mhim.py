@@ -392,5 +392,5 @@ def test_what_makes_no_sense_is_refused():
         MhimV2(model(), TASK, tokens=0)
     whole = model()
     whole.classifier = nn.Sequential(whole.classifier)
-    with pytest.raises(ConfigError, match="ranks instances with the classifier"):
+    with pytest.raises(ConfigError, match="ranks instances with the bag classifier"):
         MhimV2(whole, TASK)

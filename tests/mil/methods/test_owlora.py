@@ -224,7 +224,7 @@ def test_a_single_task_is_trained_whole():
         (lambda: UpdatedInSequence(6, 4, classes=(2, 2), rank=0), "rank: .* must be at least 1"),
         (lambda: UpdatedInSequence(6, 4, host="downsampled"), "does not end in one linear classifier"),
         (lambda: UpdatedInSequence(6, 4, host="clam_mb", classes=(2, 2)), "depends on the classes"),
-        (lambda: TrainNewestUpdate(Abmil(6, 2), TASK), "trains the aggregator owlora"),
+        (lambda: TrainNewestUpdate(Abmil(6, 2), TASK), "needs the aggregator owlora"),
         (lambda: TrainNewestUpdate(later_model(2, 3), TASK), "continue_from names the model"),
         (lambda: TrainNewestUpdate(later_model(2), TASK, energy=1.5), "energy: .* must be at most 1"),
         (lambda: later_model(2, 3).take_over(Abmil(6, 2)), "is not the model of 1 tasks"),

@@ -87,5 +87,5 @@ def test_what_makes_no_sense_is_refused():
         InstanceDropout(MeanPooling(3, 2), TASK, p=1.0)
     with pytest.raises(ConfigError, match="budget 0"):
         select_tiles(np.ones(2), np.ones((2, 2)), budget=0)
-    with pytest.raises(ConfigError, match="one per tile"):
+    with pytest.raises(ConfigError, match="one weight per tile"):
         select_tiles(np.ones(3), np.ones((2, 2)), budget=1)
