@@ -33,6 +33,7 @@ PROMISED = {  # names that scripts rely on
     "check": "--slides --labels --encoder --recipe --job",
     "run": "--slides --labels --encoder --recipe --job --study",
     "studies": "--against",
+    "jobs": "",
     "counterfactual": "--model --features --slides --out",
     "view": "--model --features --slides --out --port --html --replay",
     "import": "--out",
@@ -42,7 +43,7 @@ PROMISED = {  # names that scripts rely on
     "encoders": "",
     "methods": "",
 }
-GATHERING = {"check", "run", "crossval", "train"}
+GATHERING = {"check", "run", "crossval", "train", "predict"}
 """Commands that list the device among all else that is wrong."""
 
 HEAVY = {"torch", "numpy", "pandas", "scipy", "h5py", "openslide", "tifffile", "timm", "skimage", "sklearn", "PIL"}

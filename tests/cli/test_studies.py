@@ -105,8 +105,9 @@ def test_a_study_file_means_the_newest_study_or_the_named_one(
 
 @pytest.mark.parametrize("name", ["train", "crossval"])
 def test_a_study_is_not_overwritten_by_a_training(
-    refused: Run, features: Path, cohort: Path, tmp_path: Path, name: str
+    run: Run, features: Path, cohort: Path, tmp_path: Path, name: str
 ) -> None:
     path = a_study(tmp_path, "a", signal=1.0, lr=1e-4)
     arguments = ("--features", features, "--labels", cohort / "labels.csv", "--out", path / "model")
-    assert "belongs to a study of eosin run" in refused(name, *arguments)
+    result = run(name, *arguments)
+    assert (result.exit_code, "belongs to a study of eosin run" in result.stderr) == (2, True)
