@@ -146,16 +146,16 @@ def test_merged_cells_beyond_the_rows_are_nothing_and_too_many_are_refused(
     huge = b"".join(b'<mergeCell ref="A4:XFD1048576"/>' for _ in range(9))
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in parts.items():
-            archive.writestr(name, data.replace(b'<mergeCell ref="A4:B4"/>', huge))
+            archive.writestr(name, re.sub(rb'<mergeCell ref="A4:B4" ?/>', huge, data))
     assert read_table(path)["Slide"] == ("a", "b")
     monkeypatch.setattr(tables, "_read_apart", lambda read, path: read(path))  # with the limits of this process
-    monkeypatch.setattr(tables, "MAX_CELLS", 20)
+    monkeypatch.setattr(tables, "MAX_CELLS", 12)
     areas = ["A2:C2", "A3:C3", "A4:C4"] * 4
     refs = "".join(f'<mergeCell ref="{area}"/>' for area in areas).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in parts.items():
-            archive.writestr(name, data.replace(b'<mergeCell ref="A4:B4"/>', refs))
-    with pytest.raises(TableError, match="merges more than 20 cells"):
+            archive.writestr(name, re.sub(rb'<mergeCell ref="A4:B4" ?/>', refs, data))
+    with pytest.raises(TableError, match="merges more than 12 cells"):
         read_table(path)
 
 

@@ -127,9 +127,10 @@ def eosin(clinic: SimpleNamespace, *arguments: object, codes: tuple[int, ...] = 
     clinic.told += done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_of_a_patient_leaves_the_slides(clinic: SimpleNamespace) -> None:
     job = clinic.out / "job"
-    eosin(clinic, "run", clinic.slides, "--labels", clinic.labels, "--job", job, *RUN, codes=(1,))
+    eosin(clinic, "run", "--slides", clinic.slides, "--labels", clinic.labels, "--job", job, *RUN, codes=(1,))
     features = next(job.glob("*/features_he_texture"))
     model = ("--model", job / "model", "--features", features)
     one = ("--slide", clinic.slides / "S001.svs")
