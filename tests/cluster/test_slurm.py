@@ -79,6 +79,7 @@ def test_pixels_to_folds_are_bit_equal_to_a_run_here(
     assert jobs_of(slurm) == []
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_and_a_job_that_is_cancelled_lose_nothing(
     tmp_path: Path, cohort: Path, slurm: dict[str, str], site: Path
 ) -> None:
