@@ -81,7 +81,7 @@ def write_dicom(path: Path, pixels: NDArray[np.uint8]) -> None:
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     data.PatientName, data.PatientID, data.AccessionNumber = "Doe^Jane", "Canary-ID", "Canary-Accession"
     data.ContainerIdentifier, data.LabelText, data.InstitutionName = "Canary-Container", "Canary-Label", "Canary-House"
-    data.SeriesInstanceUID, data.FrameOfReferenceUID = "1.2.3", "1.2.9"
+    data.SeriesInstanceUID, data.FrameOfReferenceUID = generate_uid(), generate_uid()
     data.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     data.Rows = data.Columns = side
     data.TotalPixelMatrixRows, data.TotalPixelMatrixColumns = height, width

@@ -11,7 +11,8 @@
 Options of all three: `embed_dims`, `embed_activation` and `dropout` are the layers before the pooling, none pools the
 features themselves; `level` says whether embedded instances or their logits are pooled.
 
-The recipe `linear` is the mean of the features and a linear classifier: a logistic regression, for fewer than 200 bags.
+The recipe `linear` is the mean of the features and a linear classifier. It is a baseline: on 58 images of real tissue
+a logistic regression on the same means is more accurate (0.828 against 0.797).
 
 An empty bag pools to 0. Deviation: the layers of these baselines differ from repository to repository; here they are
 those of ABMIL.
