@@ -159,7 +159,7 @@ def test_a_limit_of_the_whole_run_ends_it_with_exit_code_4(tmp_path: Path, cohor
     said = eosin(
         "tile", "--slides", cohort / "slides", "--job", tmp_path / "job", "--cluster", tmp_path / "site.yaml", code=4
     )
-    assert "8 of 8 slides are left for want of time" in said
+    assert "8 of 8 slides are left, because the time was over" in said
 
 
 def test_a_job_that_never_was_is_refused(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_model_is_left_in_its_mode_and_dropout_is_off(bag):
 
 
 def test_model_without_attention_is_refused(bag):
-    with pytest.raises(ConfigError, match="does not weigh instances"):
+    with pytest.raises(ConfigError, match="has no attention"):
         attention_map(MeanPooling(DIM, 2), bag)
 
 

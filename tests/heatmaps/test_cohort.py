@@ -51,7 +51,7 @@ def test_slides_of_a_patient_are_one_observation():
 def test_what_does_not_belong_together_is_refused():
     with pytest.raises(ConfigError, match="do not match"):
         summarise_cohort([effect(1, 0)], [True, False], ["a"])
-    with pytest.raises(ConfigError, match="one intervention"):
+    with pytest.raises(ConfigError, match="the same intervention"):
         summarise_cohort([effect(1, 0), Effect("keep only", "x", 3, 1, 0)], [True, True], ["a", "b"])
 
 

@@ -194,7 +194,7 @@ def test_what_does_not_fit_together_is_refused_before_any_slide(stage, tmp_path)
     study = stage.study
     pooled = Recipe(aggregator=Component(name="mean"), training=RECIPE.training)
     fit(pooled, study.task, study.examples, folder=tmp_path / "mean")
-    with pytest.raises(ConfigError, match="mean does not weigh tiles"):
+    with pytest.raises(ConfigError, match="mean has no attention"):
         stage.select(run=tmp_path / "mean")
 
 
