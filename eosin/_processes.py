@@ -115,7 +115,8 @@ def end_hard(number: signal.Signals) -> None:
     """End this process and its children at once, with the exit code of a signal."""
     for child in list(_children):
         child.process.kill()
-    os.write(2, f"error: stopped by {number.name}; finished results are kept\n".encode())
+    with suppress(OSError):  # whoever read it may be gone, and the process must end all the same
+        os.write(2, f"error: stopped by {number.name}; finished results are kept\n".encode())
     os._exit(128 + number)
 
 

@@ -21,5 +21,6 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    os.setsid()  # a signal to the driver's group must not take what the driver ends its jobs with
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     runpy.run_path(str(Path(sysconfig.get_path("scripts")) / "interchange.py"), run_name="__main__")
