@@ -289,9 +289,12 @@ class Helper:
 
     def __init__(self) -> None:
         self._child: Child | None = None
+        self._owner = 0
 
     def call(self, function: Callable[..., T], *args: Any, timeout_s: float) -> T:
         """Call a function of a module; arguments, what it returns and errors as of `call_apart`."""
+        if self._owner != os.getpid():  # a fork has the pipe, too, but an answer can be read only once
+            self._child, self._owner = None, os.getpid()
         if self._child is None:
             self._child = Child(serve_calls, needs_script=False)
             atexit.register(self.stop)  # Python would ask it to end by a signal that children do not hear, and wait

@@ -15,6 +15,7 @@ import pytest
 
 from eosin._processes import (
     Child,
+    Helper,
     Stopped,
     call_apart,
     require_running,
@@ -228,3 +229,20 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
     nohup.send_signal(signal.SIGHUP)
     nohup.communicate(timeout=20)
     assert nohup.returncode == 0
+
+
+def test_a_fork_of_this_process_has_a_helper_of_its_own() -> None:
+    helper = Helper()
+    mine = helper.call(os.getpid, timeout_s=60)
+    read, write = os.pipe()
+    fork = os.fork()
+    if not fork:
+        os.write(write, str(helper.call(os.getpid, timeout_s=60)).encode())
+        helper.stop()
+        os._exit(0)
+    os.waitpid(fork, 0)
+    assert int(os.read(read, 20)) != mine
+    assert helper.call(os.getpid, timeout_s=60) == mine
+    helper.stop()
+    os.close(read)
+    os.close(write)
