@@ -67,7 +67,7 @@ STAGES: Mapping[str, Stage] = {
         {
             "slide": _SLIDE,
             "tiles": "all coordinates, the grid's options and the slide's mpp",
-            "encoder": "name, transform, precision and all else that the encoder says of itself",
+            "encoder": "name, transform, precision and all other facts of the encoder",
             "weights": "hash of all weights",
         },
     ),

@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -243,6 +244,8 @@ def read_table(path: Path) -> Table:
 def _read_apart(read: Callable[[Path], Table], path: Path) -> Table:
     """Read a table in another process: its library may hang, crash or raise anything on a damaged or hostile file."""
     path.stat()
+    if find_spec(NEEDS[read]) is None:  # said here: in the other process it would be a fault of the file
+        raise ModuleNotFoundError(f"No module named {NEEDS[read]!r}", name=NEEDS[read])
     try:
         return call_apart(read, path, timeout_s=APART_S, most_bytes=APART_BYTES)
     except WorkerError as error:
@@ -625,3 +628,4 @@ def _fault(value: Any) -> str:
 
 
 APART = {".xlsx": _read_xlsx, ".parquet": _read_parquet}
+NEEDS: dict[Callable[[Path], Table], str] = {_read_xlsx: "openpyxl", _read_parquet: "pyarrow"}

@@ -158,7 +158,7 @@ def test_no_slide_is_begun_after_the_time_of_the_job(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 5))
-    with pytest.raises(MoreToDo, match=r"2 of 3 slides are left .*run the same command again"):
+    with pytest.raises(MoreToDo, match=r"2 of 3 slides are left.*run the same command again"):
         run_batch(
             ["a", "b", "done"],
             work,

@@ -152,9 +152,9 @@ def make_predictions(path: Path) -> Path:
 def kept_rows(path: Path) -> object:
     """Return the rows that a later run keeps; those that were changed are made again, which is not silent."""
     table, sound = prediction_table(path), prediction_table(path.with_name("sound" + path.suffix))
-    hashes = {name: f"f{number}" for number, name in enumerate(IDS)}
-    table.keep(IDS, hashes.__getitem__)
-    sound.keep(IDS, hashes.__getitem__)
+    facts = {name: {"features_hash": f"f{number}"} for number, name in enumerate(IDS)}
+    table.keep(IDS, facts.__getitem__)
+    sound.keep(IDS, facts.__getitem__)
     assert len(sound.rows) == len(IDS)
     return {name: table.rows.get(name, row) for name, row in sound.rows.items()}
 

@@ -129,5 +129,5 @@ def test_a_plug_in_that_fails_is_one_line(
 def test_a_file_may_not_take_the_name_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugins.VARIABLE, "")
     (tmp_path / "json.py").write_text("")
-    with pytest.raises(ConfigError, match="a module called json exists already"):
+    with pytest.raises(ConfigError, match="there is already a module json"):
         plugins.add_plugin(str(tmp_path / "json.py"))

@@ -66,7 +66,9 @@ Plugins = Annotated[
 ]
 ClusterFile = Annotated[
     Path | None,
-    typer.Option("--cluster", metavar="FILE", help="Let the machines of this site do the work (docs/cluster.md)."),
+    typer.Option(
+        "--cluster", metavar="FILE", hidden=True, help="Let the machines of this site do the work (docs/cluster.md)."
+    ),
 ]
 DryRunFlag = Annotated[
     bool, typer.Option("--dry-run", hidden=True, help="With --cluster: say what would be submitted.")
@@ -151,7 +153,9 @@ def command(
                     _finish(function(**arguments))
 
         run.__signature__ = _with_shared_options(signature, options, rare, has_cluster=bool(cluster))  # type: ignore[attr-defined]
-        run.__doc__ = f"{_unwrapped(inspect.getdoc(function) or '')}\n\n{_more(options, groups, rare)}"
+        run.__doc__ = (
+            f"{_unwrapped(inspect.getdoc(function) or '')}\n\n{_more(options, groups, rare, has_cluster=bool(cluster))}"
+        )
         return run
 
     return decorate
@@ -237,9 +241,10 @@ def _unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str]) -> str:
+def _more(options: Sequence[Option], groups: Sequence[str], rare: Sequence[str], *, has_cluster: bool) -> str:
     """Return what the help says of options that it does not list one by one."""
     flags = [option.flag for option in options if option.parameter in rare]
+    flags += ["--cluster", "--dry-run"] if has_cluster else []
     lines = (
         [f"More options, not listed below: {', '.join(flags)}. Pass them as flags or in the study file."]
         if flags

@@ -10,7 +10,7 @@ from eosin.cli._common import Done, command
 from eosin.errors import ConfigError
 
 
-@command()
+@command(rare=("activation", "dim", "partial"))
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint file with a state dict of CLAM, ACMIL, DSMIL, TransMIL, MIL-Lab ...")

@@ -104,7 +104,7 @@ def test_training_lists_what_is_wrong_before_it_begins(
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (2, "")
     told = (
-        "abmil", "known: patient, slide", "it takes 0 or more", "no id of a patient", "2 of 13 labelled slides have no",
+        "abmil", "known: patient, slide", "a cache of -1 GB", "no id of a patient", "2 of 13 labelled slides have no",
         "1 slide has no label", "cuda:99", "is a file",
     )  # fmt: skip
     for what in told:

@@ -62,7 +62,7 @@ def test_studies_are_compared_with_the_oldest(run: Run, tmp_path: Path) -> None:
     assert [text in "".join(rows["b"]) for text in ("0.001", "auc 0.800", "0.400 to 0.900", "+0.")] == [True] * 4
     assert "not comparable" in "".join(rows["c"])
     assert "unfinished" in "".join(rows["d"])
-    assert "c: not comparable with a: only one of the two has predictions for" in result.stderr
+    assert "c: not comparable with a: only one of the two runs has predictions for" in result.stderr
     assert "differences by DeLong over the same patients" in result.stderr
     turned = run("studies", tmp_path, "--against", "b")
     assert "-0." in next(line for line in turned.stdout.splitlines() if line.split("│")[1:2] == [" a     "])

@@ -114,7 +114,7 @@ def test_a_recipe_is_a_name_a_name_with_changes_or_a_file(tmp_path: Path) -> Non
 
 def test_a_path_without_an_option_is_refused_where_none_is_expected() -> None:
     result = run(lambda: Done(), "slide.svs")
-    assert (result.exit_code, "study file ends with .yaml" in result.stderr) == (2, True)
+    assert (result.exit_code, "slide.svs: not a study file (.yaml)" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

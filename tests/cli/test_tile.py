@@ -83,7 +83,7 @@ def test_a_shape_without_area_fails_the_slide(run: Run, shared: Path, tmp_path: 
     slide = shared / "data/slides/CMU-1-Small-Region.svs"
     failed = run("tile", slide, "--job", tmp_path / "job", "--contours", tmp_path)
     assert failed.exit_code == 1
-    assert "no annotation with an area [bad-contours]" in failed.stderr
+    assert "no annotation with an area; draw one in QuPath [bad-contours]" in failed.stderr
 
 
 @pytest.mark.shared
@@ -130,7 +130,7 @@ def test_names_that_no_slide_has_are_told(run: Run, slide: Path, tmp_path: Path)
     done = run("tile", slide, "--job", tmp_path / "job", "--overrides", table, "--contours", tmp_path / "drawn")
     assert done.exit_code == 0
     assert "warning: options of single slides: names of unknown slides are not used: b\n" in done.stderr
-    assert "drawn: no outline of a; their tissue is found automatically\n" in done.stderr
+    assert "drawn: has no outline for a; their tissue is detected automatically\n" in done.stderr
 
 
 def test_a_preview_writes_pictures_and_no_coordinates(run: Run, slide: Path, tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def test_files_without_tensors(tmp_path: Path) -> None:
 def test_finding_the_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such"):
         find_weights(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="holds 0 files"):
+    with pytest.raises(CheckpointError, match="holds 0 weight files"):
         find_weights(tmp_path)
     (tmp_path / "a.pth").touch()
     assert find_weights(tmp_path) == tmp_path / "a.pth"
     (tmp_path / "b.pth").touch()
-    with pytest.raises(CheckpointError, match="holds 2 files"):
+    with pytest.raises(CheckpointError, match="holds 2 weight files"):
         find_weights(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert find_weights(tmp_path) == tmp_path / "model.safetensors"
@@ -131,7 +131,7 @@ def test_a_folder_of_the_hub_cache(tmp_path: Path) -> None:
         assert find_weights(folder) == snapshot / "pytorch_model.bin"
     for whole in (tmp_path, tmp_path / "hub"):
         assert find_weights(whole, source="owner/name") == snapshot / "pytorch_model.bin"
-        with pytest.raises(CheckpointError, match="holds 0 files"):
+        with pytest.raises(CheckpointError, match="holds 0 weight files"):
             find_weights(whole, source="owner/other")
     assert revision_of(snapshot / "pytorch_model.bin") == "abc"
     assert revision_of(tmp_path / "pytorch_model.bin") == ""

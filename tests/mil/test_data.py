@@ -34,7 +34,7 @@ def test_examples_follow_the_table_and_need_features():
     assert make_examples(some_bags("ab"), table, task, missing="drop").ids == ("a", "b")
     with pytest.raises(LabelError, match="3 of 3"):
         make_examples(some_bags("q"), table, task, missing="drop")
-    with pytest.raises(LabelError, match="'z' in column 'label' is none of the classes x, y"):
+    with pytest.raises(LabelError, match="'z' in column 'label' is not one of the classes x, y"):
         make_examples(some_bags(), a_table(label=("x", "y", "z")), task)
 
 

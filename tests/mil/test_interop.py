@@ -51,7 +51,7 @@ def test_two_tables_are_joined_by_patient(tmp_path):
     ("slides", "message"),
     [
         ("PATIENT,FILENAME\n3,a.h5\n", r"patients without a row in clini\.csv: 3"),
-        ("PATIENT,what\n01,a.h5\n", "no column of slides; found PATIENT, what"),
+        ("PATIENT,what\n01,a.h5\n", "has no column for the slides; found PATIENT, what"),
         ("PATIENT,FILENAME\n01,a.h5\n2,\n", r"slides\.csv: row 3 has no id of a slide"),
         ("PATIENT,FILENAME\n,a.h5\n2,b.h5\n", r"slides\.csv: row 2 has no id of a patient"),
     ],

@@ -103,7 +103,7 @@ assert sorted(broken) == ["mhim_dsmil", "mhim_v2_dsmil"], broken
 try:
     recognise({"b_classifier.q.weight": torch.ones(2, 2)}, Path("x"))
 except CheckpointError as error:
-    assert "no network that is known" in error.message
+    assert "does not match any network that eosin converts" in error.message
     print(len(AGGREGATORS))
 """
 

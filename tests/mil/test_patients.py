@@ -159,7 +159,7 @@ def test_tables_that_do_not_fit(models, folder, tmp_path, caplog):
         ask(models, folder, tmp_path / "p.csv", {"x": "1", "y": "2"})
     with caplog.at_level(logging.WARNING):
         ask(models, folder, tmp_path / "p.csv", {"s001": "1", "s000": "1"})
-    assert "names no patient of broken, broken2, empty, other, s002" in caplog.text
+    assert "does not list the slides broken, broken2, empty, other, s002" in caplog.text
     table = tmp_path / "slides.csv"
     table.write_text("PATIENT,FILENAME\np1,s001.h5\np1,s002.h5\n")
     assert read_patients(table) == {"s001": "p1", "s002": "p1"}

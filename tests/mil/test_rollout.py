@@ -96,5 +96,5 @@ def test_negative_entries_are_cut():
 
 
 def test_flow_is_for_few_tokens():
-    with pytest.raises(ValueError, match="more than 400"):
+    with pytest.raises(ValueError, match="limited to 400 tokens"):
         flow(np.zeros((1, 401, 401)))

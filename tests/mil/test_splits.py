@@ -236,7 +236,7 @@ def test_counts_of_clam_are_no_split(shared):
 
 def test_what_is_no_split_is_refused(tmp_path):
     (tmp_path / "splits_0.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(LabelError, match="is not a split"):
+    with pytest.raises(LabelError, match="not a table of splits"):
         read_splits(tmp_path)
     with pytest.raises(LabelError, match=r"has no splits_<i>\.csv"):
         read_splits(tmp_path / "..")

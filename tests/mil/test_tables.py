@@ -275,7 +275,7 @@ def test_how_columns_were_understood_is_said(tmp_path):
         ("001,a,0\n1,b,1\n1.0,c,1\n", r"'001' = '1' = '1.0'"),
         ("TCGA-01,a,0\nTCGA_01,b,1\n", r"'TCGA-01' = 'TCGA_01'"),
         ("TCGA-A1-A0SB-01Z-00-DX1,a,0\nTCGA-A1-A0SB-02A,b,1\n", r"'TCGA-A1-A0SB-01Z-00-DX1' = 'TCGA-A1-A0SB-02A'"),
-        ("p1,s-1,0\np2,S_1,1\n", r"1 slides are written in several ways: 's-1' = 'S_1'"),
+        ("p1,s-1,0\np2,S_1,1\n", r"1 slides are spelled in several ways: 's-1' = 'S_1'"),
         ("nan,a,0\nunknown,b,1\nP1,c,1\n", r"rows 2, 3 have no id of a patient"),
         ("nan,a,0\nP01,b,1\np01,c,1\n", r"row 2 has no id of a patient.*'P01' = 'p01'"),
     ],

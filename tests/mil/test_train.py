@@ -12,7 +12,7 @@ from eosin.mil._checkpoint import load_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._evaluate import predict_outputs
 from eosin.mil._feed import draw_order
-from eosin.mil._log import EVENTS, read_log
+from eosin.mil._log import EVENTS, LOG, read_log
 from eosin.mil._optimizer import make_optimizer, move_average, rate_factor
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import STATE
@@ -105,7 +105,7 @@ def test_a_killed_run_continues_to_the_same_weights(toy, tmp_path, killed_after,
     assert [epoch["epoch"] for epoch in seen] == list(range(killed_after + 1, 5))
     assert torch.equal(weights(straight), weights(resumed))
     assert straight.history == resumed.history
-    assert read_log(tmp_path / "run") == resumed.history
+    assert read_log(tmp_path / "run", resumed.card.files[LOG]) == resumed.history
     assert not (tmp_path / "run" / STATE).exists()
 
 
@@ -390,9 +390,9 @@ def test_logs_of_a_killed_run_are_whole_and_go_on(toy, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(quick(), toy.task, train, val, folder=tmp_path, progress=kill, state_interval_s=0)
     before = (tmp_path / EVENTS).read_bytes()
-    assert len(read_log(tmp_path)) == 2
-    fit(quick(), toy.task, train, val, folder=tmp_path)
-    assert len(read_log(tmp_path)) == 4
+    assert len((tmp_path / LOG).read_text().splitlines()) == 1 + 2
+    fitted = fit(quick(), toy.task, train, val, folder=tmp_path)
+    assert len(read_log(tmp_path, fitted.card.files[LOG])) == 4
     assert (tmp_path / EVENTS).read_bytes().startswith(before)
 
 

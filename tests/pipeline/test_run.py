@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from eosin.errors import ConfigError, LabelError, UnknownNameError
+from eosin.errors import ConfigError, LabelError, SeveralErrors, UnknownNameError
 from eosin.features._store import find_bags
 from eosin.heatmaps.export._geojson import check_geojson
 from eosin.mil._checkpoint import load_card
@@ -196,7 +196,7 @@ def test_label_of_an_unknown_slide_is_refused_before_any_work(cohort: Path, tmp_
     ],
 )
 def test_unknown_names_are_refused_before_any_work(cohort: Path, tmp_path: Path, change: dict[str, object]) -> None:
-    with pytest.raises(UnknownNameError):
+    with pytest.raises((UnknownNameError, SeveralErrors), match="did you mean"):
         run(cohort, tmp_path / "job", OPTIONS.model_copy(update=change))
     assert not (tmp_path / "job").exists()
 

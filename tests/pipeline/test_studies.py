@@ -117,7 +117,7 @@ def test_studies_of_other_patients_are_not_compared(cohort: Path, job: JobFolder
     made = run_pipeline([cohort / "slides"], tmp_path / "labels.csv", copy, OPTIONS, study="fewer")
     assert made.out == copy.root / "studies/fewer"
     _, second = compare_studies(copy)
-    assert second.refusal.startswith("not comparable with first: only one of the two has predictions for")
+    assert second.refusal.startswith("not comparable with first: only one of the two runs has predictions for")
     assert second.difference is None
 
 

@@ -258,7 +258,7 @@ def test_runs_are_compared_on_the_same_slides_only(tmp_path):
     auc = rows.set_index("Measure").loc["Area under the ROC curve"]
     assert auc["Difference"] == pytest.approx(auc["This"] - auc["Other"])
     assert auc["Test"] == "paired bootstrap"
-    for name, message in (("c", "only one of the two has predictions for s0"), ("d", "differ between the two")):
+    for name, message in (("c", "only one of the two runs has predictions for s0"), ("d", "differ between the two")):
         with pytest.raises(LabelError, match=message):
             compare_runs(asked, files["a"], files[name])
     for name, predictions in (("a", frame), ("b", other)):

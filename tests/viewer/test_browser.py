@@ -121,7 +121,8 @@ def test_the_map_can_be_hidden_and_the_slide_made_grey(reader):
 
 def test_other_maps_classes_and_scales_can_be_chosen(reader):
     low = f"{reader.model('map')}.glyph.color_mapper.low"
-    assert reader.read(low) == 0
+    reader.choose("family", "attention")
+    reader.wait(f"{low} == 0")
     reader.choose("family", "effect of each tile")
     reader.wait(f"{low} < 0")
     values = f"Array.from({reader.model('map')}.data_source.data.plain[0])"

@@ -262,7 +262,7 @@ def test_a_page_that_cannot_be_made_tells_the_terminal_and_not_the_browser(desk,
     broken = page_builder(dataclasses.replace(desk, catalogue="secret"))
     with serving(broken, desk.store) as url, urllib.request.urlopen(url) as answer:
         body = answer.read()
-    assert "the page could not be made: AttributeError" in caplog.text
+    assert "the page could not be created: AttributeError" in caplog.text
     assert b"secret" not in body
     assert b"Traceback" not in body
 

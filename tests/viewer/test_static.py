@@ -34,7 +34,7 @@ def test_maps_change_and_fade_in_a_browser_without_a_server(chromium, page):
     names = select.locator("option").all_inner_texts()
     assert names[:4:2] == [f"{ALONE} for tumour, {PERCENTILE}", f"{ALONE} for normal, {PERCENTILE}"]
     assert names[4:7] == [
-        "attention, rank among tiles (percentile)", "attention, times the average tile", "attention",
+        "attention, rank among tiles (percentile)", "attention, relative to the average tile", "attention",
     ]  # fmt: skip
     models = "[...Bokeh.documents[0]._all_models.values()]"
     shape = f"(() => {{ const p = {models}.find((m) => m.type == 'Figure'); return [p.x_range, p.y_range].map("

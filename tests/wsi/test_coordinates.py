@@ -106,7 +106,7 @@ def test_truncated_missing_and_foreign_files_are_refused(path, tmp_path):
     with pytest.raises(FeatureFileError, match="no such file"):
         read_grid(tmp_path / "none.h5")
     path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(FeatureFileError, match="length"):
+    with pytest.raises(FeatureFileError, match="cut off or extended"):
         read_grid(path)
     foreign = tmp_path / "clam.h5"
     with h5py.File(foreign, "w") as file:

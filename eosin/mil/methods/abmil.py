@@ -15,6 +15,7 @@ that stand here (ACMIL, MHIM-MIL, PackMIL) are in the files of these.
 
 import copy
 import re
+from typing import cast
 
 import torch
 from torch import nn
@@ -123,13 +124,14 @@ class Abmil(Aggregator):
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> PooledBag | ReadoutBag:
         assert isinstance(output, AttentionOutput)  # what the model declares
         heads = output.scores.shape[1]
-        if not isinstance(self.classifier, nn.Linear):
+        if isinstance(self.classifier, nn.Sequential):
             layers = copy.deepcopy(self.classifier).double().cpu()
             scores, values = (part.detach().double().cpu()[:, None] for part in (output.scores, output.instances))
             return ReadoutBag(scores, values.expand(-1, heads, -1), lambda pooled: layers(pooled.flatten(1)))
-        weights = self.classifier.weight.view(self.n_outputs, heads, -1)  # (K, H, E)
+        linear = cast("nn.Linear", self.classifier)  # or what a strategy put in its place, with its weight and bias
+        weights = linear.weight.view(self.n_outputs, heads, -1)  # (K, H, E)
         terms = linear_terms("ne,khe->nhk", output.instances, weights)
-        return PooledBag(as_array(output.scores), terms, as_array(self.classifier.bias))
+        return PooledBag(as_array(output.scores), terms, as_array(linear.bias))
 
 
 def _found(tool: str, tensors: Tensors, **options: object) -> Found:

@@ -294,7 +294,7 @@ def test_bombs_are_refused_before_anything_is_read(tmp_path: Path, name: str, ma
     make(tmp_path / name)
     options = ImportOptions(encoder="x", slide_mpp=0.5)
     started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(EosinError, match="refused") as caught:
+    with pytest.raises(EosinError, match=r"declares|would unpack|larger than") as caught:
         import_file(tmp_path / name, tmp_path / "out", options)
     assert caught.value.code == "unsafe"
     assert time.perf_counter() - started < 10  # most of it to start the process that reads
