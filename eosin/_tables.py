@@ -244,8 +244,9 @@ def read_table(path: Path) -> Table:
 def _read_apart(read: Callable[[Path], Table], path: Path) -> Table:
     """Read a table in another process: its library may hang, crash or raise anything on a damaged or hostile file."""
     path.stat()
-    if find_spec(NEEDS[read]) is None:  # said here: in the other process it would be a fault of the file
-        raise ModuleNotFoundError(f"No module named {NEEDS[read]!r}", name=NEEDS[read])
+    package = NEEDS[path.suffix.lower()]
+    if find_spec(package) is None:  # said here: in the other process it would be a fault of the file
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     try:
         return call_apart(read, path, timeout_s=APART_S, most_bytes=APART_BYTES)
     except WorkerError as error:
@@ -628,4 +629,4 @@ def _fault(value: Any) -> str:
 
 
 APART = {".xlsx": _read_xlsx, ".parquet": _read_parquet}
-NEEDS: dict[Callable[[Path], Table], str] = {_read_xlsx: "openpyxl", _read_parquet: "pyarrow"}
+NEEDS = {".xlsx": "openpyxl", ".parquet": "pyarrow"}
