@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Model, Out, SlideMpp, slide_mpp_source
+from eosin.cli._arguments import Model, Out, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @command(
     "questions",
-    rare=("region_class", "donor", "donor_slides", "donor_regions", "slide_mpp"),
+    rare=("region_class", "donor", "donor_slides", "donor_regions", "slide_mpp", "scene", "plane"),
     of_job={"model": "model", "out": "counterfactuals"},
 )  # fmt: skip
 def counterfactual(
@@ -62,6 +62,8 @@ def counterfactual(
         typer.Option("--format", help="Output formats, comma-separated: csv, parquet, geojson, png, figure.png, html."),
     ] = "csv,geojson,html",
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     settings: Settings,
 ) -> Done:
     """Remove, keep or add tiles of a slide, and compute how the prediction changes.
@@ -74,7 +76,7 @@ def counterfactual(
     questions = settings.parse("questions", Questions)
     donors = _donors(donor or (), donor_slides or (), donor_regions or (), slide_mpp)
     formats, classes = format_.split(","), region_class or ()
-    found = _slides(slides, slide_mpp) if slides else None
+    found = _slides(slides, slide_mpp, scene, plane) if slides else None
     if features.is_dir():
         cohort = _cohort(features, labels, found or {}, regions)
         return _ask_cohort(
@@ -103,10 +105,13 @@ def counterfactual(
     )
 
 
-def _slides(paths: Sequence[Path], slide_mpp: str | None) -> "dict[str, SlideFile]":
+def _slides(
+    paths: Sequence[Path], slide_mpp: str | None, scene: str | None = None, plane: int | None = None
+) -> "dict[str, SlideFile]":
     from eosin.wsi._slide_file import find_slides
 
-    return {file.slide_id: file for file in find_slides(paths, slide_mpp=slide_mpp_source(slide_mpp))}
+    found = find_slides(paths, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
+    return {file.slide_id: file for file in found}
 
 
 def _donors(
@@ -142,9 +147,11 @@ def _ask_slide(
     from eosin.mil._seen import seen_notes
     from eosin.pipeline._question import question_slide
 
-    if found is not None and len(found) != 1:
-        raise ConfigError(f"--slides: {len(found)} slides for one feature file; pass the slide that it came from")
     bag = read_bag(features)
+    if found is not None and len(found) != 1:
+        if bag.slide_id not in found:  # of all scenes of a file the features have one
+            raise ConfigError(f"--slides: {len(found)} slides for one feature file; pass the slide that it came from")
+        found = {bag.slide_id: found[bag.slide_id]}
     asked = ask(model, bag.slide_id)
     paths = question_slide(
         asked,

@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Device, Features, IdsPolicy, SlideMpp, SlidesIfAny, Weights, Workers, slide_mpp_source
+from eosin.cli._arguments import (
+    Device,
+    Features,
+    IdsPolicy,
+    Plane,
+    Scene,
+    SlideMpp,
+    SlidesIfAny,
+    Weights,
+    Workers,
+    scene_number,
+    slide_mpp_source,
+)
 from eosin.cli._common import Done, command, progress, say
 
 if TYPE_CHECKING:
@@ -13,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @command(
-    rare=("ids", "slide_mpp", "weights"), of_job={"model": "model", "out": "predictions.csv"}, cluster="job",
-    checks_device=False,
+    rare=("ids", "slide_mpp", "scene", "plane", "weights"), of_job={"model": "model", "out": "predictions.csv"},
+    cluster="job", checks_device=False,
 )  # fmt: skip
 def predict(
     *,
@@ -35,6 +47,8 @@ def predict(
     job: Annotated[Path | None, typer.Option(help="Job folder for tiles and features made from --slides.")] = None,
     ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -71,8 +85,18 @@ def predict(
         return _told(made, report, out)
     if slides and features is None and job is not None:
         machine = Machine(workers=workers, device=device, weights=weights)
-        mpp = slide_mpp_source(slide_mpp)
-        check_prediction(problems, model, slides, JobFolder(job), slide_mpp=mpp, weights=weights, workers=workers)
+        mpp, number = slide_mpp_source(slide_mpp), problems.attempt(scene_number, scene)
+        check_prediction(
+            problems,
+            model,
+            slides,
+            JobFolder(job),
+            slide_mpp=mpp,
+            scene=number,
+            plane=plane,
+            weights=weights,
+            workers=workers,
+        )
         problems.require()
         for warning in problems.warnings:
             say(f"warning: {warning}")
@@ -84,6 +108,8 @@ def predict(
             patient_of=patient_of,
             ids=policy,
             slide_mpp=mpp,
+            scene=number,
+            plane=plane,
             machine=machine,
             progress=progress,
         )

@@ -19,8 +19,10 @@ from eosin.cli._arguments import (
     MaxFold,
     MaxPen,
     Missing,
+    Plane,
     Precision,
     RecipeName,
+    Scene,
     SlideMpp,
     Slides,
     Splits,
@@ -29,6 +31,7 @@ from eosin.cli._arguments import (
     TaskKind,
     Weights,
     Workers,
+    scene_number,
     slide_mpp_source,
 )
 from eosin.cli._common import Done, command, progress
@@ -42,8 +45,8 @@ if TYPE_CHECKING:
 
 GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
 RARE = (
-    "task", "splits", "folds", "missing", "ids", "slide_mpp", "max_blur", "max_pen", "max_fold", "weights",
-    "batch_size", "precision", "study_name",
+    "task", "splits", "folds", "missing", "ids", "slide_mpp", "scene", "plane", "max_blur", "max_pen", "max_fold",
+    "weights", "batch_size", "precision", "study_name",
 )  # fmt: skip
 
 
@@ -92,6 +95,8 @@ def plan(
     missing: Missing = "few",
     ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
+    scene: Scene = None,
+    plane: Plane = None,
     max_blur: MaxBlur = None,
     max_pen: MaxPen = None,
     max_fold: MaxFold = None,
@@ -137,6 +142,7 @@ def plan(
         precision=cast("PrecisionName", precision),
         weights=weights,
     )
+    number = problems.attempt(scene_number, scene)
     inputs = Inputs(
         slides,
         labels,
@@ -144,6 +150,8 @@ def plan(
         pipeline,
         machine,
         slide_mpp=slide_mpp_source(slide_mpp),
+        scene=number,
+        plane=plane,
         splits=splits,
         missing=problems.attempt(missing_policy, missing) or "few",
         ids=problems.attempt(ids_policy, ids) or "ask",

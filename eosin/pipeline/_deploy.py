@@ -18,7 +18,7 @@ from eosin.mil._predict import Predictions, predict
 from eosin.mil._seen import Models
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, TissueTiles
-from eosin.wsi._slide_file import SlideFile, find_slides
+from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides
 
 Advance = Callable[[object], None]
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Advance | None]]
@@ -175,6 +175,8 @@ def predict_slides(
     patient_of: Mapping[str, str] | None = None,
     ids: Ids = "ask",
     slide_mpp: float | Path | None = None,
+    scene: SceneChoice = None,
+    plane: int | None = None,
     machine: Machine | None = None,
     progress: ProgressBar = no_progress,
 ) -> Predictions:
@@ -194,7 +196,7 @@ def predict_slides(
         Patient of each slide, for a second table.
     ids : {"ask", "merge", "exact"}
         As of `eosin.mil._predict.predict`.
-    slide_mpp : float or Path, optional
+    slide_mpp, scene, plane : optional
         As of `eosin.wsi._slide_file.find_slides`.
     machine : Machine, optional
     progress : callable, optional
@@ -212,7 +214,7 @@ def predict_slides(
         If the environment stops the run; what is finished stays.
     """
     machine, spec = machine or Machine(), load_card(Models.open(models).folders[0]).features
-    found = find_slides(slides, slide_mpp=slide_mpp)
+    found = find_slides(slides, slide_mpp=slide_mpp, scene=scene, plane=plane)
     encoded = encode_slides(found, job, tiles_like(spec), spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
         predicted = predict(

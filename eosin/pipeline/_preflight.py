@@ -44,7 +44,7 @@ from eosin.mil.task import TASKS, Task
 from eosin.pipeline._deploy import tiles_like
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide_file import SlideFile, find_slides, open_file
+from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides, open_file
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -150,7 +150,13 @@ class Headers:
         return first_few([f"{name} ({record.reason})" for name, record in self.bad.items()], most=10)
 
 
-def collect_slides(problems: Problems, paths: Sequence[Path], slide_mpp: float | Path | None) -> list[SlideFile]:
+def collect_slides(
+    problems: Problems,
+    paths: Sequence[Path],
+    slide_mpp: float | Path | None,
+    scene: SceneChoice = None,
+    plane: int | None = None,
+) -> list[SlideFile]:
     """Return the slides that can be found, whatever else is wrong with the paths or the table of resolutions."""
     found = []
     for path in paths:
@@ -162,9 +168,9 @@ def collect_slides(problems: Problems, paths: Sequence[Path], slide_mpp: float |
         if not paths:
             problems.add(ConfigError("no slides were given; pass --slides"))
         return []
-    files = problems.attempt(find_slides, found, slide_mpp=slide_mpp)
+    files = problems.attempt(find_slides, found, slide_mpp=slide_mpp, scene=scene, plane=plane)
     if files is None and slide_mpp is not None:
-        files = Problems().attempt(find_slides, found)
+        files = Problems().attempt(find_slides, found, scene=scene, plane=plane)
     return files or []
 
 
@@ -354,12 +360,14 @@ def check_prediction(
     job: JobFolder,
     *,
     slide_mpp: float | Path | None = None,
+    scene: SceneChoice = None,
+    plane: int | None = None,
     weights: Path | None = None,
     workers: int = 0,
 ) -> None:
     """Check models, slides, the encoder of their features, job folder and disk for predictions from slides."""
     cards = [card for root in models for card in problems.attempt(_cards, root) or ()]
-    files = collect_slides(problems, slides, slide_mpp)
+    files = collect_slides(problems, slides, slide_mpp, scene, plane)
     headers = check_headers(problems, files, workers)
     problems.attempt(check_folder, job.root)
     if not cards:

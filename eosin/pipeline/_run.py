@@ -69,7 +69,7 @@ from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._quality import QualityLimits
-from eosin.wsi._slide_file import SlideFile
+from eosin.wsi._slide_file import SceneChoice, SlideFile
 from eosin.wsi._tissue import TissueOptions
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ class Inputs:
     options: Pipeline = Pipeline()  # noqa: RUF009 - frozen
     machine: Machine = Machine()  # noqa: RUF009 - frozen
     slide_mpp: float | Path | None = None
+    scene: SceneChoice = None
+    plane: int | None = None
     splits: Path | None = None
     missing: Missing = "error"
     ids: Ids = "ask"
@@ -152,6 +154,8 @@ def run_pipeline(
     *,
     machine: Machine | None = None,
     slide_mpp: float | Path | None = None,
+    scene: SceneChoice = None,
+    plane: int | None = None,
     splits: Path | None = None,
     missing: Missing = "error",
     ids: Ids = "ask",
@@ -174,7 +178,7 @@ def run_pipeline(
         of every further study, with other options or labels, below ``studies/<name>``.
     options : Pipeline, optional
     machine : Machine, optional
-    slide_mpp : float or Path, optional
+    slide_mpp, scene, plane : optional
         As of `eosin.wsi._slide_file.find_slides`.
     splits : Path, optional
         Splits to use instead of new ones, in any layout that `eosin.mil._study.Study.splits` reads.
@@ -207,7 +211,18 @@ def run_pipeline(
         If the environment stops the run; what is finished stays.
     """
     inputs = Inputs(
-        slides, labels, job, options or Pipeline(), machine or Machine(), slide_mpp, splits, missing, ids, study
+        slides,
+        labels,
+        job,
+        options or Pipeline(),
+        machine or Machine(),
+        slide_mpp,
+        scene,
+        plane,
+        splits,
+        missing,
+        ids,
+        study,
     )
     return run_inputs(inputs, report=report, problems=problems, progress=progress)
 
@@ -348,7 +363,7 @@ def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | No
     are a part of the study's key.
     """
     options, machine, job = inputs.options, inputs.machine, inputs.job
-    files = collect_slides(problems, inputs.slides, inputs.slide_mpp)
+    files = collect_slides(problems, inputs.slides, inputs.slide_mpp, inputs.scene, inputs.plane)
     headers = check_headers(problems, files, machine.workers)
     labelled = check_labels(problems, inputs.question(), {file.slide_id for file in files}, bad=headers.bad)
     encoder = check_options(problems, options, job.root, machine)
@@ -358,7 +373,14 @@ def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | No
     problems.attempt(require_name, inputs.study)
     if labelled is not None:
         key = problems.attempt(
-            study_key, options, labelled, machine, slide_mpp=inputs.slide_mpp, splits=inputs.splits, second=second
+            study_key,
+            options,
+            labelled,
+            machine,
+            slide_mpp=inputs.slide_mpp,
+            picture=(inputs.scene, inputs.plane),
+            splits=inputs.splits,
+            second=second,
         )
         place = None if key is None else problems.attempt(place_study, job, key, inputs.study)
     tiles, space = job if place is None else place.tiles, ""
@@ -375,6 +397,7 @@ def study_key(
     machine: Machine,
     *,
     slide_mpp: float | Path | None = None,
+    picture: tuple[SceneChoice, int | None] = (None, None),
     splits: Path | None = None,
     second: Mapping[str, Any] | None = None,
 ) -> StudyKey:
@@ -382,7 +405,9 @@ def study_key(
     plain = options.model_dump(mode="json", exclude={"formats"})
     chosen = plain if second is None else {**plain, "second": dict(second)}
     rows, given = labelled.hash_rows(), None if splits is None else _hash_splits(splits)
-    mpp = content_hash(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
+    mpp: object = content_hash(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
+    if picture != (None, None):  # a study without a choice keeps the key that it had before there was one
+        mpp = [mpp, *picture]
     weights = None if machine.weights is None else file_fingerprint(find_weights(machine.weights))
     encoder = [weights, machine.precision]
     whole = fingerprint("study", options=chosen, labels=rows, splits=given, slide_mpp=mpp, encoder=encoder)
@@ -476,7 +501,7 @@ class Drawing:
             model=cards[0] if len(cards) == 1 else cards,
             features=file_fingerprint(self.features),
             slide=file_fingerprint(self.slide.path),
-            slide_mpp=self.slide.mpp,
+            slide_mpp=self.slide.reading,
             formats=[*self.formats, *(self.maps or ())],
         )
         return {"fingerprint": made_from, "files": {path.name: content_hash(path) for path in files}}

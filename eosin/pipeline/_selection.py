@@ -228,7 +228,7 @@ class SelectionPlan:
         return fingerprint(
             "select",
             slide=file_fingerprint(slide.path),
-            slide_mpp=slide.mpp,
+            slide_mpp=slide.reading,
             tiling=self.tiling,
             rule=self.provenance(slide),
             features=file_fingerprint(self.stage_one(slide.slide_id)),

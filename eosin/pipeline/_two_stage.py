@@ -34,7 +34,7 @@ from eosin.pipeline._studies import earlier_studies
 from eosin.report._page import write_report
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide_file import SlideFile
+from eosin.wsi._slide_file import SceneChoice, SlideFile
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ def run_two_stage(
     *,
     machine: Machine | None = None,
     slide_mpp: float | Path | None = None,
+    scene: SceneChoice = None,
+    plane: int | None = None,
     splits: Path | None = None,
     missing: Missing = "error",
     ids: Ids = "ask",
@@ -110,7 +112,7 @@ def run_two_stage(
 
     Parameters
     ----------
-    slides, labels, machine, slide_mpp, splits, missing, ids, study, problems, progress
+    slides, labels, machine, slide_mpp, scene, plane, splits, missing, ids, study, problems, progress
         As of `eosin.pipeline._run.run_pipeline`; given splits must test every slide once.
     job : JobFolder
         Receives the second stage as `eosin.pipeline._run.run_pipeline` writes it, the first below ``stage1/``, and
@@ -132,7 +134,9 @@ def run_two_stage(
         As `eosin.pipeline._run.run_pipeline`.
     """
     options = options or Pipeline(tiling=FIRST_TILING, recipe=RECIPES["two_stage"])
-    inputs = Inputs(slides, labels, job, options, machine or Machine(), slide_mpp, splits, missing, ids, study)
+    inputs = Inputs(
+        slides, labels, job, options, machine or Machine(), slide_mpp, scene, plane, splits, missing, ids, study
+    )
     return run_both(inputs, second or SecondStage(), problems=problems, progress=progress)
 
 

@@ -25,6 +25,9 @@ from eosin.wsi.reader import READERS, Reader
 
 logger = logging.getLogger(__name__)
 
+SceneChoice = int | Literal["all"] | None
+"""Which slide of files that hold several, from 1; ``all`` makes each a slide of its own, None takes the largest."""
+
 JOB_PICTURES = ("thumbnails", "contours", "previews", "heatmaps")
 
 # the last is asked first: pictures are asked after all others, since a file may be named like one
@@ -56,6 +59,11 @@ class SlideFile:
     scene: int | None = None
     plane: int | None = None
     unread: bool = False
+
+    @property
+    def reading(self) -> object:
+        """What the user decides of how it is read: the mpp, with scene and focal plane where they are chosen."""
+        return self.mpp if (self.scene, self.plane) == (None, None) else [self.mpp, self.scene, self.plane]
 
     def open(self, *, mpp: float | None = None) -> Slide:
         """Open it; see `open_slide`.
@@ -122,7 +130,7 @@ def find_slides(
     paths: Sequence[Path],
     *,
     slide_mpp: float | Path | None = None,
-    scene: int | Literal["all"] | None = None,
+    scene: SceneChoice = None,
     plane: int | None = None,
     unread: bool = False,
 ) -> list[SlideFile]:
