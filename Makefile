@@ -3,22 +3,27 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 OUT ?= demo
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: demo test lint check campaign bench clean
+.PHONY: demo test long lint check campaign bench clean
 
 demo: $(STAMP)
 	$(BIN)/eosin demo --out $(OUT)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
+	$(PYTEST) -m 'not (long or slurm or slow or gpu)'
+
+# tests of several seconds each: processes that are killed, clusters, the whole way with other options
+long: $(STAMP)
+	$(PYTEST) -m '(long or slurm) and not (slow or gpu)'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test long
 
 # the long rows of docs/reliability.md; hours on two cores, minutes with EOSIN_CAMPAIGN=0.02
 campaign: $(STAMP)

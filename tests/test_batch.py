@@ -62,6 +62,7 @@ def test_failures_are_isolated_and_reported_in_order(tmp_path: Path) -> None:
     assert "\n" not in report.records[2].message
 
 
+@pytest.mark.long
 def test_a_process_that_dies_or_hangs_costs_one_slide() -> None:
     report = run_batch(
         ["good1", "killed", "late", "good2", "bad", "good3"], work, key=str, stage="test", workers=2, timeout_s=12

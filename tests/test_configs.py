@@ -55,6 +55,7 @@ def test_a_worked_example_of_a_run_is_understood(path):
     assert issubclass(build_model(recipe, Classification(classes=("a", "b")), 16).output_type, AttentionOutput)
 
 
+@pytest.mark.long
 def test_three_papers_are_trained_together(make_examples):
     recipe = Recipe.parse(read_yaml(FOLDER / "acmil_aem_mhim.yaml"))
     assert [part.name for part in (recipe.aggregator, *recipe.terms, recipe.strategy)] == [

@@ -58,6 +58,7 @@ def test_every_import_is_of_a_package_that_the_project_names() -> None:
     assert core - needed == {"openslide_bin"}, "nothing is installed for all that nothing imports"
 
 
+@pytest.mark.long
 def test_slides_are_tiled_and_encoded_without_any_extra(tmp_path: Path) -> None:
     code = f"""{WITHOUT}
 from pathlib import Path

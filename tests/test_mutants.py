@@ -419,6 +419,7 @@ def no_fault(name: str, reader: list[Child], folder: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.long
 def test_no_changed_file_is_taken_for_a_sound_one(name: str, reader: list[Child], tmp_path: Path) -> None:
     no_fault(name, reader, tmp_path, FEW)
 

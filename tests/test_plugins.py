@@ -38,9 +38,6 @@ def main(name):
     Path("labels.csv").write_text("\\n".join(lines))
     recipe = Recipe(aggregator=Component(name=name), training=Training(epochs=1, select="last"))
     print(eosin.fit(eosin.open_study("features", "labels.csv"), recipe, "model", device="cpu").card.plugins)
-
-if __name__ == "__main__":
-    main(sys.argv[1])
 """
 
 
@@ -66,36 +63,33 @@ def test_the_template_declares_the_entry_point_that_its_installation_has() -> No
     assert f'[project.entry-points."{plugins.GROUP}"]\ntemplate = "eosin_template"' in text
 
 
-def test_an_installed_package_is_found_without_being_asked_for(site: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_an_installed_package_is_found_without_being_asked_for_and_its_model_names_it(
+    site: Path, tmp_path: Path
+) -> None:
     np.save(tmp_path / "slide.npy", np.full((64, 64, 3), 200, np.uint8))
     code = """
-from pathlib import Path
-import eosin
 from eosin.features import find_encoder
 with eosin.open_slide(Path("slide.npy"), mpp=0.5) as slide:
     assert slide.size_px0 == (64, 64)
 assert find_encoder("template_vit").dim == 192
 assert "template_spread" in eosin.LOSS_TERMS
+main("template_pool")
+print(eosin.load_model('model')[0].embed_dim)
 """
-    done = in_a_new_process(tmp_path, sys.executable, "-c", code, PYTHONPATH=str(site))
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_template_trains_and_its_model_names_it(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(TRAIN)
-    done = in_a_new_process(tmp_path, sys.executable, "train.py", "template_pool", PYTHONPATH=str(site))
-    assert (done.returncode, done.stdout.strip()) == (0, "('eosin_template',)"), done.stderr
-    load = "import eosin; from pathlib import Path; print(eosin.load_model(Path('model'))[0].embed_dim)"
-    assert in_a_new_process(tmp_path, sys.executable, "-c", load, PYTHONPATH=str(site)).stdout.strip() == "64"
+    (tmp_path / "train.py").write_text(TRAIN + code)
+    done = in_a_new_process(tmp_path, sys.executable, "train.py", PYTHONPATH=str(site))
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["('eosin_template',)", "64"]), done.stderr
+    load = "import eosin; eosin.load_model('model')"
     lost = in_a_new_process(tmp_path, sys.executable, "-c", load)
     assert "model: needs the plug-in eosin_template, which is not loaded" in lost.stderr
 
 
+@pytest.mark.long
 def test_a_file_is_found_by_the_option_and_by_the_variable_and_its_loss_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(POOL)
-    (tmp_path / "train.py").write_text(TRAIN)
-    own = str(tmp_path / "own.py")
-    done = in_a_new_process(tmp_path, sys.executable, "train.py", "own_pool", EOSIN_PLUGINS=own)
+    (tmp_path / "train.py").write_text(f"{TRAIN}\nmain('own_pool')\n")
+    done = in_a_new_process(tmp_path, sys.executable, "train.py", EOSIN_PLUGINS=str(tmp_path / "own.py"))
     assert (done.returncode, done.stdout.strip()) == (0, "('own.py',)"), done.stderr
     predict = (sys.executable, "-m", "eosin", "predict", "--model", "model", "--features", "features", "--out", "p.csv")
     assert in_a_new_process(tmp_path, *predict, "--plugin", "own.py").returncode == 0

@@ -95,6 +95,7 @@ def test_import_eosin_loads_nothing_but_itself() -> None:
     assert loaded == {"eosin", "eosin._lazy", "eosin._moved"}
 
 
+@pytest.mark.long
 def test_importing_every_module_opens_no_connection_and_changes_no_random_state() -> None:
     code = f"""
 import importlib, socket
@@ -168,6 +169,7 @@ def test_python_m_eosin_is_the_command() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.long
 def test_imports_of_0_1_still_work() -> None:
     code = """
 from eosin.pipeline import Pipeline, run_pipeline, run_stages

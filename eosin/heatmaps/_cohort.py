@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import t as student
-from scipy.stats import wilcoxon
 
 from eosin.errors import ConfigError
 from eosin.heatmaps._counterfactual import Effect
@@ -203,12 +202,12 @@ def _student(means: Floats) -> Interval:
     """Return the 95 % interval of the mean of some patients."""
     if len(means) < 2:
         return UNKNOWN
-    half = float(student.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
     return float(means.mean()) - half, float(means.mean()) + half
 
 
 def _signed_rank(means: Floats) -> float:
-    return float(wilcoxon(means).pvalue) if np.any(means != 0) else 1.0
+    return float(scipy.stats.wilcoxon(means).pvalue) if np.any(means != 0) else 1.0
 
 
 def _rates(

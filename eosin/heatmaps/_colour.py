@@ -8,9 +8,9 @@ slide, they show more of it the nearer they are to zero: white would hide the ti
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from eosin.heatmaps._heatmap import Heatmap
 
@@ -83,7 +83,7 @@ def scale_of(heatmap: Heatmap) -> ColourScale:
         return ColourScale(0.0, 100.0, SEQUENTIAL, low, high, heatmap.caption)
     if heatmap.reach is not None:
         reach = heatmap.reach
-        words = f"against it ({expit(-reach):.0%})", f"for it ({expit(reach):.0%})"
+        words = f"against it ({scipy.special.expit(-reach):.0%})", f"for it ({scipy.special.expit(reach):.0%})"
         return ColourScale(-reach, reach, DIVERGING, *words, heatmap.caption)
     if heatmap.signed:
         reach = float(np.quantile(np.abs(heatmap.values), 0.99)) if heatmap.values.size else 0.0

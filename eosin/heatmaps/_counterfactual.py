@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy.special import expit
+import scipy
 
 from eosin.mil.subsets import Floats, Indices, Search, Subsets, Target
 
@@ -97,12 +97,12 @@ class Effect:
     @property
     def probability_before(self) -> float:
         """Probability of the class before."""
-        return float(expit(self.before))
+        return float(scipy.special.expit(self.before))
 
     @property
     def probability_after(self) -> float:
         """Probability of the class after."""
-        return float(expit(self.after))
+        return float(scipy.special.expit(self.after))
 
     @property
     def is_still_predicted(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+import scipy
 
 from eosin.heatmaps._counterfactual import Effect, Origin, SmallestSet, as_probability
 from eosin.heatmaps._subject import Look
@@ -126,7 +126,7 @@ class Counterfactuals:
         )
         if self.certificate is None:
             return f"{sentence}."
-        best = as_probability(float(expit(self.certificate[1])))
+        best = as_probability(float(scipy.special.expit(self.certificate[1])))
         bound = "below" if self.direction == "min" else "above"
         return f"{sentence}; no other {rounds} tiles would bring it {bound} {best}."
 
@@ -181,7 +181,7 @@ def in_words(effect: Effect, class_name: str) -> str:
     sentence = f"{how} ({effect.n_tiles}) the model {verdict}: {before} → {after}"
     if effect.control_mean is None:
         return f"{sentence}."
-    random = as_probability(float(expit(effect.control_mean)))
+    random = as_probability(float(scipy.special.expit(effect.control_mean)))
     # of tiles that the model weighs most the rank says how attention works, and no more
     is_test = effect.origin.is_given and effect.control_rank is not None
     chance = f" (p = {effect.control_rank:.2g})" if is_test else ""

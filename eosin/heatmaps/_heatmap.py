@@ -6,8 +6,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from eosin.wsi._grid import TileGrid
 
@@ -105,7 +105,7 @@ class Heatmap:
         The scaling says which tiles rank above which and nothing about how much more they weigh.
         """
         n = self.grid.n_tiles
-        values = rankdata(self.values) / max(n, 1) * 100
+        values = scipy.stats.rankdata(self.values) / max(n, 1) * 100
         label = f"{self.label} (percentile of tiles)"
         return replace(self, values=values, scaling="percentile", label=label, signed=False, reach=None)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from eosin._tables import Table
 from eosin.errors import LabelError
@@ -65,18 +65,18 @@ def delong(first: Floats, second: Floats, positive: NDArray[np.bool_], *, level:
     deviation = float(np.sqrt(variance))
     if not deviation:  # each case is placed alike, so that the data say nothing of chance
         return Difference(areas[0], areas[1], difference, None, None, 1.0 if not difference else None, "DeLong")
-    half = float(stats.norm.ppf((1 + level) / 2)) * deviation
+    half = float(scipy.stats.norm.ppf((1 + level) / 2)) * deviation
     lower, upper = max(difference - half, -1.0), min(difference + half, 1.0)
-    p_value = float(2 * stats.norm.sf(abs(difference) / deviation))
+    p_value = float(2 * scipy.stats.norm.sf(abs(difference) / deviation))
     return Difference(areas[0], areas[1], difference, lower, upper, p_value, "DeLong")
 
 
 def _placements(scores: Floats, positive: NDArray[np.bool_]) -> tuple[float, Floats, Floats]:
     """Return the area, and how each positive and each negative case stands among the others."""
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    ranks = stats.rankdata(scores)
-    among_negatives = (ranks[positive] - stats.rankdata(scores[positive])) / n_negative
-    among_positives = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / n_positive
+    ranks = scipy.stats.rankdata(scores)
+    among_negatives = (ranks[positive] - scipy.stats.rankdata(scores[positive])) / n_negative
+    among_positives = 1 - (ranks[~positive] - scipy.stats.rankdata(scores[~positive])) / n_positive
     return float(among_negatives.mean()), among_negatives, among_positives
 
 

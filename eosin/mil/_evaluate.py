@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 
 from eosin._processes import require_running
 from eosin.mil._data import BagSource
@@ -218,7 +218,7 @@ def _over_folds(name: str, values: list[float], level: float, test_per_train: fl
         return found
     deviation = float(np.std(values, ddof=1))
     error = deviation * float(np.sqrt(1 / n_folds + test_per_train))
-    half = float(stats.t.ppf((1 + level) / 2, n_folds - 1) * error)
+    half = float(scipy.stats.t.ppf((1 + level) / 2, n_folds - 1) * error)
     lowest, highest = value_range(name)
     interval = [max(mean - half, lowest), min(mean + half, highest)] if np.ptp(values) else None
     return found | {"standard_deviation": deviation, "standard_error": error, "interval": interval}

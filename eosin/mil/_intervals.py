@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -75,7 +75,7 @@ class Clusters:
         """Return the intraclass correlation of the surprise within patients, each group about its own mean."""
         known = np.isfinite(self.surprise) & np.any(groups, axis=0)
         scores = np.full(len(known), np.nan)
-        scores[known] = stats.norm.ppf((stats.rankdata(self.surprise[known]) - 0.5) / max(known.sum(), 1))
+        scores[known] = scipy.stats.norm.ppf((scipy.stats.rankdata(self.surprise[known]) - 0.5) / max(known.sum(), 1))
         left = known.copy()
         for group in groups:
             rows = group & left
@@ -141,7 +141,7 @@ def score_interval(value: float, draws: Floats, support: Support, clusters: Clus
     variance = float(draws.var()) / span**2 * patients / max(patients - 1, 1) if len(draws) else 0.0
     if variance > 0:  # draws that are all alike say nothing of their variance
         cases = (share * (1 - share) + 1 / cases) / (variance + 1 / cases**2)
-    lower, upper = wilson(share, cases, float(stats.t.ppf((1 + level) / 2, freedom)))
+    lower, upper = wilson(share, cases, float(scipy.stats.t.ppf((1 + level) / 2, freedom)))
     return Interval(support.low + span * lower, support.low + span * upper, cases)
 
 

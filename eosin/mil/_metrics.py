@@ -5,8 +5,8 @@ of times.
 """
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,7 +56,7 @@ def roc_auc(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
     n_negative = len(positive) - n_positive
     if not n_positive or not n_negative:
         return None
-    rank_sum = float(rankdata(scores)[positive].sum())
+    rank_sum = float(scipy.stats.rankdata(scores)[positive].sum())
     return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 

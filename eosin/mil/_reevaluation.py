@@ -12,9 +12,9 @@ from functools import cached_property, partial
 from typing import NamedTuple, Self
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 from typing_extensions import override
 
@@ -291,4 +291,4 @@ def _in_words(steps: Indices, evaluations: int) -> str:
 def _rank_agreement(guess: Floats, exact: Floats) -> float:
     if len(exact) < 2 or np.ptp(exact) == 0 or np.ptp(guess) == 0:
         return float("nan")
-    return float(spearmanr(guess, exact).statistic)
+    return float(scipy.stats.spearmanr(guess, exact).statistic)

@@ -19,10 +19,9 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import Tensor, nn
 
 Floats = NDArray[np.float64]
@@ -122,23 +121,23 @@ def flow(attention: Sequence[Floats]) -> Floats:
     return np.asarray(flows / flows.sum(axis=1, keepdims=True))
 
 
-def _flow_graph(layers: Sequence[Floats], tokens: int) -> csr_array:
+def _flow_graph(layers: Sequence[Floats], tokens: int) -> "scipy.sparse.csr_array":
     """Edges from token i of layer l to token j of the layer below."""
     rows, columns = np.indices((tokens, tokens)).reshape(2, -1)
     starts = np.concatenate([(layer + 1) * tokens + rows for layer in range(len(layers))])
     ends = np.concatenate([layer * tokens + columns for layer in range(len(layers))])
     capacities = np.concatenate([layer.ravel() for layer in layers])
     size = (len(layers) + 1) * tokens
-    return coo_array((capacities, (starts, ends)), shape=(size, size)).tocsr()
+    return scipy.sparse.coo_array((capacities, (starts, ends)), shape=(size, size)).tocsr()
 
 
-def _largest_flow(capacity: csr_array, whole: csr_array, source: int, sink: int) -> float:
+def _largest_flow(capacity: "scipy.sparse.csr_array", whole: "scipy.sparse.csr_array", source: int, sink: int) -> float:
     """Return the capacity of the smallest cut, which the flow in whole numbers finds."""
-    left = whole - maximum_flow(whole, source, sink).flow
+    left = whole - scipy.sparse.csgraph.maximum_flow(whole, source, sink).flow
     left.data = np.maximum(left.data, 0)
     left.eliminate_zeros()
     inside = np.zeros(whole.shape[0], dtype=bool)
-    inside[breadth_first_order(left, source, return_predecessors=False)] = True
+    inside[scipy.sparse.csgraph.breadth_first_order(left, source, return_predecessors=False)] = True
     return float(capacity[inside][:, ~inside].sum())
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logsumexp
 from torch import Tensor
 
 __all__ = ["Search", "Subsets"]
@@ -47,9 +47,9 @@ class Target:
         if self.on == "logit":
             return chosen
         rest = np.delete(values, self.output, axis=-1)
-        others = rest[..., 0] if rest.shape[-1] == 1 else logsumexp(rest, axis=-1) if rest.size else 0.0
+        others = rest[..., 0] if rest.shape[-1] == 1 else scipy.special.logsumexp(rest, axis=-1) if rest.size else 0.0
         log_odds = chosen - others
-        return np.asarray(expit(log_odds) if self.on == "probability" else log_odds)
+        return np.asarray(scipy.special.expit(log_odds) if self.on == "probability" else log_odds)
 
     def of_tensor(self, logits: Tensor) -> Tensor:
         """Return the number for one row of logits (K,), differentiable."""

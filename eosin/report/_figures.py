@@ -8,12 +8,12 @@ from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from scipy.stats import chi2
 from sklearn.metrics import auc, precision_recall_curve, roc_curve
 
 from eosin.mil._metrics import average_precision, calibration_curve
@@ -196,7 +196,7 @@ def survival_panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     statistic = log_rank(high.astype(np.int64), time, event)
-    p_value = "undefined" if statistic is None else f"{chi2.sf(statistic, 1):.2g}"
+    p_value = "undefined" if statistic is None else f"{scipy.stats.chi2.sf(statistic, 1):.2g}"
     caption = (
         f"Patients, halved by the median risk of each fold; ticks: censored. Log-rank p = {p_value}. At risk at the "
         f"marked times: lower {', '.join(rows[0].split())}; higher {', '.join(rows[1].split())}."

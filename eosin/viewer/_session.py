@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit
 
 from eosin.errors import ConfigError
 from eosin.heatmaps._counterfactual import as_probability
@@ -161,7 +161,7 @@ class Verdict(Options):
 
     def probability(self, name: str) -> float:
         """Return the probability of a class."""
-        return float(expit(self.log_odds[name]))
+        return float(scipy.special.expit(self.log_odds[name]))
 
 
 def judge(asked: Asked, logits: Floats) -> Verdict:
@@ -233,5 +233,5 @@ def controls_in_words(before: float, after: float, values: Floats) -> str:
     sign = 1.0 if after >= before else -1.0
     as_large = int(np.count_nonzero(sign * (values - before) >= sign * (after - before)))
     p = (1 + as_large) / (1 + len(values))
-    mean = as_probability(float(expit(values.mean())))
+    mean = as_probability(float(scipy.special.expit(values.mean())))
     return f"With as many random tiles instead: {mean} (mean of {len(values)} draws, p = {p:.2g})."

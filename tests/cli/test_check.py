@@ -28,6 +28,7 @@ def broken(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["check", "run"])
+@pytest.mark.long
 def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
     run: Run, cohort: Path, broken: Path, tmp_path: Path, name: str
 ) -> None:

@@ -100,6 +100,7 @@ def test_run_options_that_make_no_sense(
     assert not list(tmp_path.glob("job/*"))
 
 
+@pytest.mark.long
 def test_demo_judges_itself_by_the_planted_truth(run: Run, tmp_path: Path) -> None:
     quick = (
         "--set", "cohort.n_slides=8", "--set", "cohort.slides_per_patient=1", "--set", "cohort.size_um=[300,350]",
@@ -116,6 +117,7 @@ def test_demo_judges_itself_by_the_planted_truth(run: Run, tmp_path: Path) -> No
 
 @pytest.mark.shared
 @pytest.mark.parametrize("encoder", ["he_texture", "timm:vit_tiny_patch16_224?random"])
+@pytest.mark.long
 def test_every_real_file_ends_with_a_record_and_none_stops_the_run(
     run: Run, shared: Path, tmp_path: Path, encoder: str
 ) -> None:

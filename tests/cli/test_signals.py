@@ -104,6 +104,7 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["tile", "extract in processes", "train", "heatmap"])
+@pytest.mark.long
 def test_a_signal_ends_a_command(
     run: Run, cohort: Path, job: Path, features: Path, model: Path, tmp_path: Path, name: str
 ) -> None:

@@ -284,6 +284,7 @@ def eosin(*arguments: object) -> list[str]:
     return [str(Path(sys.executable).with_name("eosin")), *map(str, arguments)]
 
 
+@pytest.mark.long
 def test_a_killed_extract_continues_and_ends_with_identical_features(
     cohort: Path, job: Path, features: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -306,6 +307,7 @@ def test_a_killed_extract_continues_and_ends_with_identical_features(
     assert not [path for path in left if path.suffix != ".lock" or path.stat().st_size]  # a claim ends with its process
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_run_with_3_and_leaves_no_partial_file(
     cohort: Path, job: Path, features: Path, tmp_path: Path, run: Run
 ) -> None:

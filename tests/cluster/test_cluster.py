@@ -125,6 +125,7 @@ def test_a_dry_run_says_what_would_be_submitted_and_does_nothing(tmp_path: Path,
     assert not (tmp_path / "job" / FOLDER).exists()
 
 
+@pytest.mark.long
 def test_local_workers_make_what_one_process_makes_and_a_poisonous_slide_stops_nobody(
     tmp_path: Path, cohort: Path
 ) -> None:

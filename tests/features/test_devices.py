@@ -23,6 +23,7 @@ def features_of(job: JobFolder, slide: SlideFile) -> Path:
     return job.features(TILING.folder, ENCODER, slide.slide_id)
 
 
+@pytest.mark.long
 def test_two_devices_make_the_files_that_one_makes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -70,6 +71,7 @@ def test_a_device_process_that_dies_costs_the_slide_that_it_encoded(
     assert extract(slides, job, ENCODER, workers=0).count("ok") == 1
 
 
+@pytest.mark.long
 def test_what_an_encoder_refuses_is_said_once(tmp_path: Path) -> None:
     slides = [add_slide(tmp_path, "s")]
     with pytest.raises(ConfigError, match="has no weights to load"):

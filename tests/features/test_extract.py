@@ -137,6 +137,7 @@ def test_every_fault_stays_with_its_slide(job: JobFolder) -> None:
 
 
 @pytest.mark.parametrize(("blow", "reason"), [(signal.SIGKILL, "crashed"), (signal.SIGSTOP, "timeout")])
+@pytest.mark.long
 def test_a_decoder_that_dies_or_hangs_loses_its_slide_only(
     job: JobFolder, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals, reason: str
 ) -> None:

@@ -93,6 +93,7 @@ def killing_at(line: int, action: Callable[[], None]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_killed_at_every_line(tmp_path: Path, every: int) -> None:
     path, bag = tmp_path / "s.h5", make_bag(60, 20)
     write_bag(path, bag)
@@ -261,6 +262,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert outcomes == {0, 3}
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_command_with_3(small_disk: Path, tmp_path: Path) -> None:
     slides = make_job(tmp_path / "slides", 2)
     shutil.copytree(tmp_path / "slides", small_disk / "job", ignore=shutil.ignore_patterns("*.tiff"))
@@ -316,6 +318,7 @@ def feature_files(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*.h5")} if folder.is_dir() else {}
 
 
+@pytest.mark.long
 def test_a_killed_extraction_resumes_to_the_same_files(tmp_path: Path) -> None:
     kill_and_compare(tmp_path, workers=1, after_files=2)
 

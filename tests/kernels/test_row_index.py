@@ -75,6 +75,7 @@ def test_an_index_gives_what_a_copy_gives(function, backend):
 
 
 @pytest.mark.parametrize("function", [gated, attention, weighted])
+@pytest.mark.long
 def test_second_derivatives_follow_the_index(function):
     values = normal(30, 6).requires_grad_()
     per_head = normal(len(INDEX), 2, seed=9).requires_grad_()

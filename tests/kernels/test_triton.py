@@ -313,6 +313,7 @@ def scan_tensors(n_rows, width=34, states=3):
 
 
 @pytest.mark.parametrize(("lengths", "absent"), [((1, 0), ()), ((2, 0, 34), ()), ((7,), ("d", "z", "delta_bias"))])
+@pytest.mark.long
 def test_selective_scan(lengths, absent):
     tensors = {name: tensor for name, tensor in scan_tensors(sum(lengths)).items() if name not in absent}
     assert_exact(kernels.selective_scan, tensors, lengths, torch.float32)

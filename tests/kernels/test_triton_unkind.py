@@ -92,6 +92,7 @@ def _one_pass(monkeypatch, request):
 
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.usefixtures("_one_pass")
+@pytest.mark.long
 def test_any_order_on_dirty_memory_within_bounds(name, monkeypatch):
     with sanitizer.unkind(monkeypatch) as launches:
         found = results(name, "triton", torch.float32)

@@ -89,6 +89,7 @@ def kill_repeatedly(folder: Path, kills: int, seed: int) -> dict:
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(scaled(200, 21), marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_killed_training_ends_with_the_same_weights(tmp_path, kills):
     found = kill_repeatedly(tmp_path, kills, seed=1)
     assert found["kills"] == kills

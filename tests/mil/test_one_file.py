@@ -108,6 +108,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.long
 def test_without_the_file_of_dsmil_only_dsmil_is_missing(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "eosin", ignore=shutil.ignore_patterns("__pycache__", "dsmil.py"))
     code = [sys.executable, "-W", "error", "-c", WITHOUT, str(tmp_path)]

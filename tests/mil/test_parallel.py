@@ -86,6 +86,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.long
 def test_two_processes_train_the_model_of_one(runs, kind):
     folder = runs / kind
     one, two = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))

@@ -93,6 +93,7 @@ def test_how_much_an_ensemble_varies_is_said_of_the_patients_answer(models, fold
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
+@pytest.mark.long
 def test_a_later_run_changes_nothing_and_computes_what_has_changed(models, folder, tmp_path, monkeypatch, name):
     out = tmp_path / name
     predict(models, find_bags(folder), out, patient_of=PATIENTS)

@@ -132,6 +132,7 @@ def test_the_highest_logit_of_an_instance_keeps_the_assumption_that_pooled_featu
     assert auc("max", single_concept, binary, {}) < 0.5
 
 
+@pytest.mark.long
 def test_attention_finds_what_the_mean_drowns():
     task = Classification(classes=("0", "1"))
     data = {"dim": 16, "lengths": (300, 300), "fraction": 0.02, "shift": 1.2}

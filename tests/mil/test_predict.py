@@ -149,6 +149,7 @@ def test_parquet_holds_the_same_as_csv(models, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+@pytest.mark.long
 def test_a_finished_row_stays_while_models_and_features_are_the_same(models, folder, tmp_path, monkeypatch, name):
     out, files = tmp_path / name, find_bags(folder)
     predict(models[:1], files, out)
@@ -236,6 +237,7 @@ def many_bags(folder, n_bags):
     return folder
 
 
+@pytest.mark.long
 def test_a_killed_run_leaves_no_half_table_and_goes_on(models, tmp_path):
     folder, out = many_bags(tmp_path / "many", 120), tmp_path / "out.csv"
     predict(models[:1], find_bags(folder), tmp_path / "straight.csv")
@@ -274,6 +276,7 @@ def edit(path, change):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.long
 def test_a_row_that_was_edited_is_made_again_and_no_other(models, folder, tmp_path, suffix):
     out, files = tmp_path / f"out{suffix}", {name: folder / f"{name}.h5" for name in ("s000", "s001", "empty")}
     predict(models, files, out)

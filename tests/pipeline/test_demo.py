@@ -49,6 +49,7 @@ def result(summary: DemoSummary) -> Result:
     return run_pipeline([cohort / "slides"], cohort / "labels.csv", JobFolder(summary.out), small_demo().pipeline)
 
 
+@pytest.mark.long
 def test_summary_is_in_the_file(summary: DemoSummary) -> None:
     written = json.loads((summary.out / "summary.json").read_text())
     random = summary.random_localisation

@@ -63,6 +63,7 @@ def test_a_few_bad_slides_are_a_warning_and_most_of_them_a_problem(slides: Path,
         problems.require()
 
 
+@pytest.mark.long
 def test_headers_of_a_large_cohort_are_opened_apart_and_within_a_time(
     slides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

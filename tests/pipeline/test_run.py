@@ -84,6 +84,7 @@ def test_second_call_does_nothing_again(cohort: Path, result: Result) -> None:
     pd.testing.assert_frame_equal(again.predictions, result.predictions)
 
 
+@pytest.mark.long
 def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path) -> None:
     job = tmp_path / "job"
     shutil.copytree(result.job.root, job)
@@ -94,6 +95,7 @@ def test_heat_maps_follow_the_model(cohort: Path, result: Result, tmp_path: Path
     assert notes[0]["fingerprint"] != notes[1]["fingerprint"]
 
 
+@pytest.mark.long
 def test_a_model_without_attention_shows_the_evidence_of_each_tile(
     cohort: Path, result: Result, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_model_without_attention_shows_the_evidence_of_each_tile(
     assert run(cohort, job, OPTIONS.model_copy(update={"recipe": recipe})).report.count("skipped") == len(made.slides)
 
 
+@pytest.mark.long
 def test_the_report_of_many_slides_pictures_the_worst(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_report(result).slides_heading == "Slides"
     monkeypatch.setattr("eosin.pipeline._result.MOST_CARDS", 3)
@@ -146,6 +149,7 @@ def test_the_report_of_a_number_has_a_card_per_slide(result: Result) -> None:
     assert data.slides[3].correct is None
 
 
+@pytest.mark.long
 def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path: Path) -> None:
     folder, job = tmp_path / "cohort", tmp_path / "job"
     shutil.copytree(cohort, folder)
@@ -167,6 +171,7 @@ def test_bad_slide_is_left_out_and_named(cohort: Path, result: Result, tmp_path:
     assert "2 lost" in (job / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_old_features_of_a_slide_that_fails_now_are_not_used(cohort: Path, result: Result, tmp_path: Path) -> None:
     folder, job = tmp_path / "cohort", tmp_path / "job"
     shutil.copytree(cohort, folder)
@@ -207,6 +212,7 @@ def test_too_many_folds_are_refused_before_any_work(cohort: Path, tmp_path: Path
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.long
 def test_given_splits_are_used_without_the_slide_that_fails(cohort: Path, result: Result, tmp_path: Path) -> None:
     folder, job = tmp_path / "cohort", tmp_path / "job"
     shutil.copytree(cohort, folder)

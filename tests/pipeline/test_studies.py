@@ -78,6 +78,7 @@ def begun(job: JobFolder, question: StudyKey, name: str | None = None) -> StudyF
     return study
 
 
+@pytest.mark.long
 def test_another_option_is_another_study_and_the_first_stays_to_the_byte(
     cohort: Path, job: JobFolder, tmp_path: Path
 ) -> None:

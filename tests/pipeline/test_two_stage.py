@@ -45,6 +45,7 @@ def result(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoStageRe
     return run(cohort, tmp_path_factory.mktemp("job"))
 
 
+@pytest.mark.long
 def test_the_chain_sees_what_the_low_magnification_cannot(result: TwoStageResult) -> None:
     first, second = (stage.metrics["out_of_fold"]["auc"]["value"] for stage in (result.first, result.second))
     assert 0.25 < first < 0.75

@@ -95,6 +95,7 @@ def test_the_page_opens_without_faults_and_without_the_internet(reader):
     assert len(reader.read(f"{reader.model('tissue')}.data_source.data.xs")) > 0
 
 
+@pytest.mark.long
 def test_views_of_another_width_ask_for_tiles_of_another_zoom(reader, catalogue):
     reader.choose("slide", catalogue.shown[1].key)
     reader.ready("slide-2")
@@ -133,6 +134,7 @@ def test_other_maps_classes_and_scales_can_be_chosen(reader):
     reader.wait(f"{low} == 0")
 
 
+@pytest.mark.long
 def test_a_lasso_changes_the_prediction_and_undo_takes_it_back(reader):
     reader.press("Lasso")
     reader.lasso(TILE_CENTRE_UM, 25)
@@ -179,6 +181,7 @@ def test_the_gallery_shows_the_top_tiles_and_leads_to_them(reader):
     reader.wait(f"Math.abs({centre} - {TILE_CENTRE_UM[0]}) < 1")
 
 
+@pytest.mark.long
 def test_tiles_are_carried_to_another_slide_and_the_session_is_saved(reader, desk, catalogue):
     reader.press("Lasso")
     reader.press("Copy")
@@ -195,6 +198,7 @@ def test_tiles_are_carried_to_another_slide_and_the_session_is_saved(reader, des
     assert any(name.endswith("_added.geojson") for name in saved)
 
 
+@pytest.mark.long
 def test_a_model_that_must_run_again_says_so(chromium, slow_url):
     reader = Reader(chromium, slow_url).ready()
     assert "runs again" in reader.text("verdict")

@@ -211,6 +211,7 @@ def talk(place, *, origin, token, subprotocols):
         return str(error)
 
 
+@pytest.mark.long
 def test_the_websocket_needs_token_origin_and_a_session_of_the_page(place):
     ours = f"http://127.0.0.1:{place[1]}"
     assert "403" in talk(place, origin="http://evil.example", token=place[2], subprotocols=["bokeh", "x"])
@@ -226,6 +227,7 @@ def session_token(page: bytes) -> str:
     return page[start : page.index(b'"', start)].decode()
 
 
+@pytest.mark.long
 def test_nonsense_over_the_websocket_gets_no_traceback(place):
     token = session_token(ask(place, f"/{place[2]}/")[1])
 
@@ -365,6 +367,7 @@ with server.serving(lambda document, template: document.add_root(Div(text="")), 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of descriptors as on Linux")
+@pytest.mark.long
 def test_without_descriptors_it_refuses_says_so_and_recovers():
     with subprocess.Popen(
         [sys.executable, "-c", NARROW], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -77,6 +77,7 @@ def test_rows_have_a_checksum_of_their_own(path):
         read_grid(path)
 
 
+@pytest.mark.long
 def test_every_flipped_byte_is_noticed_before_hdf5_sees_the_file(path, monkeypatch):
     data = path.read_bytes()
     monkeypatch.setattr(h5py, "File", None)
@@ -149,6 +150,7 @@ def test_nominal_magnification(mpp, power):
     assert nominal_magnification(mpp) == power
 
 
+@pytest.mark.long
 def test_a_file_of_0_1_on_which_hdf5_hangs_is_a_damaged_file(monkeypatch):
     path = Path(__file__).parents[3] / "shared/cases/damage/hang_coords.h5"
     if not path.exists():

@@ -107,6 +107,7 @@ def fuzz_real_slides(shared: Path, folder: Path, total: int, seed: int) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.long
 def test_300_damaged_copies_of_real_slides(shared: Path, tmp_path: Path):
     fuzz_real_slides(shared, tmp_path, 300, seed=0)
 
@@ -138,6 +139,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.long
 def test_reading_tiles_of_damaged_slides_raises_only_our_errors(tmp_path: Path):
     make_slide(tmp_path / "a.tiff", size_px0=(700, 600), seed=3)
     folder = tmp_path / "slides"

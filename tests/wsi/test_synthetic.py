@@ -124,12 +124,14 @@ def test_same_seed_gives_the_same_pixels_and_another_seed_does_not(tmp_path: Pat
     assert (a != c).any()
 
 
+@pytest.mark.long
 def test_pixels_do_not_depend_on_the_workers(cohort: Path, tmp_path: Path) -> None:
     make_cohort(tmp_path, SMALL, workers=1)
     for path in sorted((cohort / "slides").glob("*.tiff")):
         np.testing.assert_array_equal(pixels(path), pixels(tmp_path / "slides" / path.name))
 
 
+@pytest.mark.long
 def test_second_call_keeps_slides_and_a_changed_plan_repaints(cohort: Path) -> None:
     assert make_cohort(cohort, SMALL).count("skipped") == 4
     (cohort / "truth/S001.png").unlink()

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import optimize
 from torch import Tensor
 from torch.nn import functional
 
@@ -144,7 +144,7 @@ class _ClassTask(Task):
             return float(scaled.sum()) + log_temperature**2 / 2
 
         # T from 0.05 to 20
-        return math.exp(float(optimize.minimize_scalar(unlikeliness, bounds=(-3.0, 3.0), method="bounded").x))
+        return math.exp(float(scipy.optimize.minimize_scalar(unlikeliness, bounds=(-3.0, 3.0), method="bounded").x))
 
     def decide(self, outputs: Floats) -> NDArray[np.int64]:
         """Return class numbers: the most probable; of two, by the threshold on the probability of the second."""

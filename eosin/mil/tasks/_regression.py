@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import stats
 from torch import Tensor
 
 from eosin.errors import LabelError
@@ -103,7 +103,7 @@ class Regression(Task):
             "rmse": float(np.sqrt((error**2).mean())),
             "r2": 1 - float((error**2).sum()) / spread if spread else None,
             "pearson": float(np.corrcoef(outputs[:, 0], target)[0, 1]) if varies else None,
-            "spearman": float(stats.spearmanr(outputs[:, 0], target).statistic) if varies else None,
+            "spearman": float(scipy.stats.spearmanr(outputs[:, 0], target).statistic) if varies else None,
         }
 
     def strata(self, rows: Sequence[Row]) -> list[str]:

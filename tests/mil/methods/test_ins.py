@@ -242,6 +242,7 @@ def planted(n_bags, seed):
     return Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=24)), ids, ids, torch.arange(n_bags) % 2)
 
 
+@pytest.mark.long
 def test_planted_signal_is_found_where_mean_pooling_fails():
     task, train, test = Classification(classes=("a", "b")), planted(60, 0), planted(100, 1)
     areas = {}
