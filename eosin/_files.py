@@ -14,7 +14,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -172,6 +172,11 @@ def append_line(path: Path, line: str) -> None:
         raise OutputError(path, f"could not be appended to ({error.strerror or error})") from error
     if written != len(data):
         raise OutputError(path, "could not be appended to (the disk is full)")
+
+
+def paths_of(given: Path | str | Sequence[Path | str]) -> list[Path]:
+    """Return one path or several, as people write them, as a list."""
+    return [Path(given)] if isinstance(given, Path | str) else [Path(one) for one in given]
 
 
 def file_fingerprint(path: Path) -> str:

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import eosin
+from eosin.errors import CheckpointError
+from eosin.features import FeatureSpec
 
 NAMES = Path(__file__).with_name("public_names.txt")
 PUBLIC = ("eosin", "eosin.features", "eosin.features.interop", "eosin.heatmaps", "eosin.kernels", "eosin.mil",
@@ -161,6 +165,31 @@ def test_a_name_of_a_package_is_that_of_its_module() -> None:
 
     assert eosin.fit is fit_study
     assert eosin.explain is explain_slide
+
+
+@pytest.mark.parametrize("name", eosin.__all__)
+def test_where_a_function_takes_a_path_it_takes_text(name: str) -> None:
+    """People write paths as text in notebooks."""
+    function = getattr(eosin, name)
+    if not inspect.isfunction(function):
+        return
+    parameters = inspect.signature(function).parameters.values()
+    hints = {one.name: str(one.annotation) for one in parameters if "pathlib.Path" in str(one.annotation)}
+    assert [one for one, hint in hints.items() if "Path | str" not in hint and "Mapping" not in hint] == []
+
+
+def test_text_is_read_as_a_path(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with eosin.open_slide(str(tmp_path / "a.png"), mpp=0.5) as slide:
+        assert slide.size_px0 == (64, 64)
+    assert [one.slide_id for one in eosin.find_slides(str(tmp_path))] == ["a"]
+    bag = eosin.FeatureBag(np.zeros((2, 3), np.float32), FeatureSpec(encoder="toy", dim=3), "a")
+    eosin.write_bag(str(tmp_path / "a.h5"), bag)
+    assert eosin.read_bag(str(tmp_path / "a.h5")).slide_id == "a"
+    assert list(eosin.find_bags(str(tmp_path))) == ["a"]
+    assert eosin.JobFolder(str(tmp_path)).thumbnail("a").parent == tmp_path / "thumbnails"
+    with pytest.raises(CheckpointError, match=r"model\.json"):
+        eosin.load_model(str(tmp_path))
 
 
 def test_python_m_eosin_is_the_command() -> None:

@@ -27,7 +27,7 @@ def extract(
     job: JobFolder,
     encoder: str,
     *,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     batch_size: int = 64,
     precision: Precision = "fp32",
     device: str = "auto",
@@ -85,6 +85,7 @@ def extract(
     OutputError
         When disk or device stop the run.
     """
+    weights = None if weights is None else Path(weights)
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size}: pass 1 or more")
     if devices and device != "auto":

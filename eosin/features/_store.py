@@ -64,7 +64,7 @@ class Footer:
     options_hash: str
 
 
-def write_bag(path: Path, bag: FeatureBag) -> None:
+def write_bag(path: Path | str, bag: FeatureBag) -> None:
     """Write a feature file, re-open it, compare it with `bag` and only then give it its name.
 
     Parameters
@@ -81,6 +81,7 @@ def write_bag(path: Path, bag: FeatureBag) -> None:
     OutputError
         When the disk is full or may not be written.
     """
+    path = Path(path)
     finite = np.isfinite(bag.features).all(axis=1)
     if not finite.all():
         raise ValueError(f"features of {bag.slide_id} are not finite in row {int(np.argmin(finite))}; not written")
@@ -177,7 +178,7 @@ def _compare(path: Path, bag: FeatureBag) -> None:
 _used: set[tuple[int, int, int, int]] = set()  # files whose rows were compared with their checksums in this process
 
 
-def read_bag(path: Path, *, verify: bool | None = None) -> FeatureBag:
+def read_bag(path: Path | str, *, verify: bool | None = None) -> FeatureBag:
     """Open a feature file.
 
     Parameters
@@ -199,6 +200,7 @@ def read_bag(path: Path, *, verify: bool | None = None) -> FeatureBag:
     FeatureFileError
         When the file is missing, damaged, of another kind or version, or larger than any slide's features can be.
     """
+    path = Path(path)
     with _open_own(path) as (file, offset):
         spec, footer = _read_header(file, path)
         features = _map_rows(file, path, spec, footer.n_rows, offset)
@@ -279,7 +281,7 @@ def verify_bag(path: Path) -> None:
         raise FeatureFileError(path, "holds infinite or NaN values; extract the slide again")
 
 
-def find_bags(folder: Path) -> dict[str, Path]:
+def find_bags(folder: Path | str) -> dict[str, Path]:
     """Return the feature files of a folder by slide id, which is the file name without ``.h5``.
 
     Parameters
@@ -292,6 +294,7 @@ def find_bags(folder: Path) -> dict[str, Path]:
     ConfigError
         When the folder is missing or has no feature file.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of features")
     files = sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))

@@ -173,7 +173,7 @@ def load_card(folder: Path) -> ModelCard:
         raise CheckpointError(path, f"is damaged: {error}") from None
 
 
-def load_model(folder: Path) -> tuple[Aggregator, ModelCard]:
+def load_model(folder: Path | str) -> tuple[Aggregator, ModelCard]:
     """Build a saved model.
 
     Parameters
@@ -193,6 +193,7 @@ def load_model(folder: Path) -> tuple[Aggregator, ModelCard]:
         If files are missing or damaged, do not belong together, or name a method that is not registered here; the
         message names the plug-in that has it.
     """
+    folder = Path(folder)
     card = load_card(folder)
     _require_plugins(folder, card)
     path = folder / WEIGHTS

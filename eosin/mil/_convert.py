@@ -44,8 +44,8 @@ MEANINGS = {"classification": "softmax", "binary": "sigmoid", "multilabel": "sig
 
 
 def convert_checkpoint(
-    path: Path,
-    out: Path,
+    path: Path | str,
+    out: Path | str,
     *,
     features: FeatureSpec,
     classes: Sequence[str] = (),
@@ -88,6 +88,7 @@ def convert_checkpoint(
         If the file cannot be read safely, is damaged, is of no known network, does not fit `features` or `classes`, or
         leaves open what only the caller can say; the message names the choices.
     """
+    path, out = Path(path), Path(out)
     found, questions = recognise(read_tensors(path), path, options)
     said = _meaning(found, classes, task, outputs, path)
     if said is None:

@@ -53,14 +53,14 @@ class Asked:
         return (*caution, f"Answered by: {self.choice.how}.") if several and self.choice else caution
 
 
-Model = Path | tuple[Aggregator, ModelCard] | Asked
+Model = Path | str | tuple[Aggregator, ModelCard] | Asked
 """What may be asked: a folder of a model or of a cross-validation, a loaded model, or the one chosen for a slide."""
 
 
 def ask(model: Model, slide: str) -> Asked:
     """Return the model that answers for a slide, loaded where it is a folder; errors as of `Jury.ask`."""
-    if isinstance(model, Path):
-        return Jury.open([model], device="cpu").ask(slide)
+    if isinstance(model, Path | str):
+        return Jury.open([Path(model)], device="cpu").ask(slide)
     return model if isinstance(model, Asked) else Asked(*model)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eosin._batch import Outcome, run_batch
-from eosin._files import file_fingerprint, write_json
+from eosin._files import file_fingerprint, paths_of, write_json
 from eosin._names import Ids
 from eosin._records import Record, Report
 from eosin.errors import FeatureFileError, FeatureMismatchError
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 def predict(
-    models: Sequence[Path],
+    models: Path | str | Sequence[Path | str],
     files: Mapping[str, Path],
-    out: Path,
+    out: Path | str,
     *,
     failures: Sequence[Record] = (),
     patient_of: Mapping[str, str] | None = None,
@@ -92,8 +92,9 @@ def predict(
     OutputError
         If the table cannot be written.
     """
+    out = Path(out)
     require_table_suffix(out)
-    jury = Jury.open(models, device=device, ids=ids)
+    jury = Jury.open(paths_of(models), device=device, ids=ids)
     known = [*files, *(record.slide_id for record in failures)]
     lost: list[Record] = []
     if patient_of is not None:

@@ -604,7 +604,7 @@ def open_study(
     level: Literal["slide", "patient"] = "slide",
     keep_sites: bool = False,
     missing: Missing = "error",
-    slide_table: Path | None = None,
+    slide_table: Path | str | None = None,
     ids: Ids = "ask",
     flow: Flow | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -652,6 +652,7 @@ def open_study(
     FeatureMismatchError
         If the features were not all made alike.
     """
+    slide_table = None if slide_table is None else Path(slide_table)
     source = Source(
         {name: path.absolute() for name, path in features.items()}
         if isinstance(features, Mapping)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from eosin._files import paths_of
 from eosin._names import Ids
 from eosin._records import Report
 from eosin.errors import ConfigError
@@ -167,14 +168,14 @@ def encode_slides(
 
 
 def predict_slides(
-    models: Sequence[Path],
-    slides: Sequence[Path],
+    models: Path | str | Sequence[Path | str],
+    slides: Path | str | Sequence[Path | str],
     job: JobFolder,
-    out: Path,
+    out: Path | str,
     *,
     patient_of: Mapping[str, str] | None = None,
     ids: Ids = "ask",
-    slide_mpp: float | Path | None = None,
+    slide_mpp: float | Path | str | None = None,
     scene: SceneChoice = None,
     plane: int | None = None,
     machine: Machine | None = None,
@@ -213,7 +214,8 @@ def predict_slides(
     OutputError
         If the environment stops the run; what is finished stays.
     """
-    machine, spec = machine or Machine(), load_card(Models.open(models).folders[0]).features
+    out = Path(out)
+    machine, spec = machine or Machine(), load_card(Models.open(paths_of(models)).folders[0]).features
     found = find_slides(slides, slide_mpp=slide_mpp, scene=scene, plane=plane)
     encoded = encode_slides(found, job, tiles_like(spec), spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:

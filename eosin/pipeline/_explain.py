@@ -70,7 +70,7 @@ def explain_slide(
     model: Model,
     slide_file: SlideFile,
     bag: FeatureBag,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     formats: Sequence[str] = ("png", "geojson"),
     tissue: TissueMask | None = None,
@@ -111,6 +111,7 @@ def explain_slide(
     ConfigError
         If a format is unknown, the features have no places or the model has nothing to show.
     """
+    out_dir = Path(out_dir)
     require_formats(formats)
     asked = ask(model, slide_file.slide_id)
     aggregator, card = asked.model, asked.card

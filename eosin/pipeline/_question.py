@@ -90,11 +90,11 @@ def counterfactual_maps(found: Counterfactuals, bag: FeatureBag) -> list[Heatmap
 def question_slide(
     model: Model,
     bag: FeatureBag,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     slide_file: SlideFile | None = None,
     class_name: str | None = None,
-    annotation: Path | None = None,
+    annotation: Path | str | None = None,
     region_classes: Sequence[str] = (),
     donors: Sequence[DonorFile] = (),
     questions: Questions = Questions(),  # noqa: B008 - frozen
@@ -134,6 +134,8 @@ def question_slide(
         As `eosin.pipeline._explain.explain_slide`, `eosin.heatmaps._examination.examine` and
         `eosin.heatmaps._annotations.read_regions`.
     """
+    out_dir = Path(out_dir)
+    annotation = None if annotation is None else Path(annotation)
     require_formats(formats, has_slide=slide_file is not None)
     asked = ask(model, bag.slide_id)
     aggregator, card = asked.model, asked.card

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from eosin._batch import Outcome, run_stage
 from eosin._devices import choose_device
-from eosin._files import file_fingerprint, write_json
+from eosin._files import file_fingerprint, paths_of, write_json
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import Ids
 from eosin._records import Report
@@ -147,16 +147,16 @@ class Inputs:
 
 
 def run_pipeline(
-    slides: Sequence[Path],
-    labels: Path,
+    slides: Path | str | Sequence[Path | str],
+    labels: Path | str,
     job: JobFolder,
     options: Pipeline | None = None,
     *,
     machine: Machine | None = None,
-    slide_mpp: float | Path | None = None,
+    slide_mpp: float | Path | str | None = None,
     scene: SceneChoice = None,
     plane: int | None = None,
-    splits: Path | None = None,
+    splits: Path | str | None = None,
     missing: Missing = "error",
     ids: Ids = "ask",
     study: str | None = None,
@@ -210,6 +210,9 @@ def run_pipeline(
     OutputError
         If the environment stops the run; what is finished stays.
     """
+    labels = Path(labels)
+    splits = None if splits is None else Path(splits)
+    slides, slide_mpp = paths_of(slides), Path(slide_mpp) if isinstance(slide_mpp, str) else slide_mpp
     inputs = Inputs(
         slides,
         labels,

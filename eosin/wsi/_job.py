@@ -50,6 +50,9 @@ class JobFolder:
 
     root: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))  # text, too, as people write it
+
     def thumbnail(self, slide_id: str) -> Path:
         """Picture of the whole slide, longer side at most 1000 px."""
         return self.root / "thumbnails" / f"{slide_id}.jpg"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from eosin._files import paths_of
 from eosin._names import SLIDE_SUFFIXES, is_folder_slide, is_picture, is_slide, is_unread, slide_stem
 from eosin._tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
 from eosin.errors import ConfigError, SlideError, SlideOpenError
@@ -87,7 +88,9 @@ def open_file(path: Path) -> Reader:
     return READERS.find(path)(path)
 
 
-def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None, plane: int | None = None) -> Slide:
+def open_slide(
+    path: Path | str, *, mpp: float | None = None, scene: int | None = None, plane: int | None = None
+) -> Slide:
     """Open a slide with the reader for the kind of file that it is, and check its levels against each other.
 
     Parameters
@@ -114,6 +117,7 @@ def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None
         Code ``bad-pyramid``, ``missing-tiles``, ``no-scene`` or ``no-plane``.
     """
     path = Path(path)
+    path = Path(path)
     if not path.exists():
         raise SlideOpenError(path, "no such file; check the path", code="missing")
     with open_file(path) as reader:
@@ -127,9 +131,9 @@ def open_slide(path: Path, *, mpp: float | None = None, scene: int | None = None
 
 
 def find_slides(
-    paths: Sequence[Path],
+    paths: Path | str | Sequence[Path | str],
     *,
-    slide_mpp: float | Path | None = None,
+    slide_mpp: float | Path | str | None = None,
     scene: SceneChoice = None,
     plane: int | None = None,
     unread: bool = False,
@@ -164,14 +168,18 @@ def find_slides(
     ConfigError
         If a path is missing, nothing is found, or two files would have the same id.
     """
-    files = _expand([Path(path) for path in paths])
+    paths = paths_of(paths)
+    files = _expand(paths)
     ids = _unique_ids(_one_per_series(files))
-    stated = _read_mpp_table(slide_mpp, ids) if isinstance(slide_mpp, Path) else dict.fromkeys(ids, slide_mpp)
+    if isinstance(slide_mpp, Path | str):
+        stated: Mapping[str, float | None] = _read_mpp_table(Path(slide_mpp), ids)
+    else:
+        stated = dict.fromkeys(ids, slide_mpp)
     number = None if scene == "all" else scene
     found = [SlideFile(path, slide_id, stated.get(slide_id), number, plane) for slide_id, path in sorted(ids.items())]
     if scene == "all":
         found = [one for slide in found for one in _scenes(slide)]
-    passed = [SlideFile(path, path.name, unread=True) for path in _unread([Path(path) for path in paths])]
+    passed = [SlideFile(path, path.name, unread=True) for path in _unread(paths)]
     if passed and not unread:
         logger.warning("eosin cannot read these slides: %s", ", ".join(slide.slide_id for slide in passed))
     return [*found, *passed] if unread else found

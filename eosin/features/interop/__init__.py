@@ -59,8 +59,9 @@ class Imported:
     notes: tuple[str, ...] = ()
 
 
-def import_file(path: Path, out: Path, options: ImportOptions | None = None) -> Imported:
+def import_file(path: Path | str, out: Path | str, options: ImportOptions | None = None) -> Imported:
     """Turn a file of another tool into files of ours; see `import_slide`, which takes one slide's several files."""
+    path, out = Path(path), Path(out)
     return import_slide([path], out, options)
 
 
@@ -241,7 +242,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         raise FeatureFileError(path, f"cannot be read as .npz ({error})") from error
 
 
-def export_bag(path: Path, out: Path, layout: Layout) -> list[Path]:
+def export_bag(path: Path | str, out: Path | str, layout: Layout) -> list[Path]:
     """Write a feature file of ours in the layout of another tool.
 
     Parameters
@@ -265,6 +266,7 @@ def export_bag(path: Path, out: Path, layout: Layout) -> list[Path]:
     ConfigError
         When there is no such layout.
     """
+    path, out = Path(path), Path(out)
     writers = {"trident": trident.export, "clam": clam.export, "stamp": stamp.export}
     if layout not in writers:
         raise ConfigError(f"there is no export layout {layout!r}; choose one of {', '.join(writers)}")
