@@ -295,8 +295,10 @@ def _read_text(path: Path) -> Table:
 
 
 def _header_place(rows: Sequence[Sequence[str]]) -> int | None:
-    """Return which of the first rows names a column of ids; None where none does."""
-    return next((place for place, row in enumerate(rows) if ID_COLUMNS & {normalised(cell) for cell in row}), None)
+    """Return which of the first rows names most columns of ids, the first of several; None where none does."""
+    # "Case" may be a heading over several columns, or a value: the row that names slide and patient is the header
+    named = [len(ID_COLUMNS & {normalised(cell) for cell in row}) for row in rows]
+    return named.index(max(named)) if any(named) else None
 
 
 def _title_notes(rows: int) -> tuple[str, ...]:

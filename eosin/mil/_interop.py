@@ -16,15 +16,8 @@ from eosin._tables import SLIDE_COLUMNS, Table, detect_column, normalised, read_
 from eosin.errors import LabelError
 from eosin.mil._cohort import Cohort
 from eosin.mil._splits import PARTS, Split, require_unchanged
-from eosin.mil._tables import (
-    PATIENT_COLUMNS,
-    SITE_COLUMNS,
-    LabelTable,
-    identify,
-    rows_without_id,
-    several_slides,
-    shown,
-)
+from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, identify, rows_without_id, several_slides, shown
+from eosin.mil._target import SITE_COLUMNS
 
 
 def read_two_tables(patients: Path, slides: Path, ids: Ids = "ask") -> LabelTable:

@@ -45,15 +45,14 @@ from eosin.mil._splits import (
 )
 from eosin.mil._tables import (
     PATIENT_COLUMNS,
-    SITE_COLUMNS,
     LabelTable,
     Missing,
-    has_value,
     id_notes,
     may_drop,
     read_labels,
     shown,
 )
+from eosin.mil._target import SITE_COLUMNS, has_value
 from eosin.mil._train import BAGS_TO_COMPARE, fit, require_fitting, require_machine
 from eosin.mil._training_run import Epoch, Fitted
 from eosin.mil.task import TASKS, Task, make_task

@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from eosin._names import Ids, is_missing, listed, look_alike, match_slides, same_patient, slide_id, unify
-from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, normalised, read_table
+from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, read_table
 from eosin.errors import LabelError
+from eosin.mil._target import SITE_COLUMNS, has_value, target_column
 
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
-SURVIVAL_COLUMNS = (
-    ("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"),
-    ("time", "status"), ("OS.time", "OS"), ("OS_time", "OS_event"),
-)  # fmt: skip
-SURVIVAL_KINDS = ("survival", "cox")
-SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
-OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
-MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "#n/a", "null"})
 SHOWN = 5
 
 Missing = Literal["error", "few", "drop"]
@@ -128,7 +121,7 @@ class LabelTable:
             ]
             if empty:
                 raise LabelError(
-                    f"no value in column {name!r} for {shown(empty)} (empty, nan, na or null); "
+                    f"no value in column {name!r} for {shown(empty)} (empty, nan, unknown ...); "
                     "delete these rows or complete the table"
                 )
 
@@ -137,32 +130,8 @@ class LabelTable:
         return detect_column(self.values, SITE_COLUMNS)
 
     def target_column(self, name: str | None = None, *, kind: str = "") -> str:
-        """Return the column that holds the label: the one that is asked for, ``label``, or the only one there is.
-
-        A pair of survival columns is found as ``time,event`` when the task is one of survival, or when there is no
-        ``label`` and the task is not given.
-
-        Raises
-        ------
-        LabelError
-            If it is not asked for and does not exist, or several could be meant.
-        """
-        if name is not None:
-            return name
-        pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(self.values)), None)
-        label = detect_column(self.values, ("label",))
-        # a column called label wins unless survival was asked for
-        if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
-            return ",".join(pair)
-        # ids, sites, times and the like are never the label by themselves
-        others = [column for column in self.values if normalised(column) not in OTHER_COLUMNS]
-        candidates = others if label is None else [label]
-        if len(candidates) != 1:
-            raise LabelError(
-                f"the table has no column 'label'; pass --target with its label column, one of: "
-                f"{', '.join(candidates) or 'none found'}"
-            )
-        return candidates[0]
+        """Return the column that holds the label: the one that is asked for, else as `eosin.mil._target` finds it."""
+        return target_column(self.values, kind) if name is None else name
 
 
 def shown(names: Sequence[str]) -> str:
@@ -186,11 +155,6 @@ def may_drop(missing: Missing, lost: int, total: int) -> bool:
         Rows.
     """
     return missing == "drop" or (missing == "few" and lost <= FEW * total)
-
-
-def has_value(text: str) -> bool:
-    """Return whether a cell says anything."""
-    return text.strip().lower() not in MISSING
 
 
 def read_labels(

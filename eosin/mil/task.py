@@ -15,7 +15,8 @@ from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._registry import Registry
 from eosin.mil._step_losses import StepLosses
-from eosin.mil._tables import has_value, shown
+from eosin.mil._tables import shown
+from eosin.mil._target import has_value
 from eosin.options import Options
 
 __all__ = ["TASKS", "Columns", "Row", "Task", "load_task", "make_task"]
@@ -378,6 +379,6 @@ def require_values(rows: Sequence[Row], columns: Sequence[str], *, all_of_them: 
     if empty:
         named = " or ".join(map(repr, columns)) if all_of_them else f"any of {', '.join(columns)}"
         raise LabelError(
-            f"no value in column {named} for {shown(empty)} (empty, nan, na or null); "
+            f"no value in column {named} for {shown(empty)} (empty, nan, unknown ...); "
             "delete these rows or complete the table"
         )

@@ -19,7 +19,7 @@ from eosin._batch import Outcome, run_batch
 from eosin._devices import choose_device, count_cores
 from eosin._names import Ids, is_missing, slide_id
 from eosin._records import Record
-from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, read_table
+from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, normalised, read_table
 from eosin.errors import ConfigError, EosinError, LabelError, MissingPackageError, OutputError, SeveralErrors
 from eosin.features._encoders import folder_name
 from eosin.features._inference import require_encoder
@@ -39,8 +39,10 @@ from eosin.mil._study import (
     without_label,
 )
 from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, Missing, may_drop, shown
+from eosin.mil._target import SAID_AS_VALUES
 from eosin.mil._train import require_fitting
 from eosin.mil.task import TASKS, Task
+from eosin.mil.tasks._classification import Binary, Classification
 from eosin.pipeline._deploy import tiles_like
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
@@ -59,6 +61,7 @@ FEW_SLIDES = 64
 
 HEADER_TIMEOUT_S = 20.0
 MOST_BAD = 0.5
+TWO = 2
 TISSUE_SHARE = 0.3
 """Of the area of a scan, for an estimate: 12 to 45 % in most cohorts of resections and biopsies."""
 
@@ -329,11 +332,31 @@ def check_labels(
         problems.warnings.append(f"{rows} no slide or no label and will be left out: {first_few(lost, most=10)}")
     known = table.select({slide for slide in table.slide_ids if slide not in {*absent, *blank, *bad}})
     task = problems.attempt(pose_task, asked.task, known, asked.target) if len(known) else None
+    if task is not None:
+        problems.warnings += label_notes(asked, known, task)
     count = None if task is None else problems.attempt(_count_splits, asked, known, task, [*absent, *blank, *bad])
     if task is None or count is None or len(problems.errors) > before:
         return None
     named = table.select(set(table.slide_ids) - {*absent, *blank})
     return Labelled(named, task, "drop" if drop else "error", count)
+
+
+def label_notes(asked: Question, table: LabelTable, task: Task) -> list[str]:
+    """Return what a person should confirm of the label: a column that nobody named, a class that may be no value."""
+    notes = []
+    others = [name for name in table.values if name not in task.columns]
+    if asked.target is None and others and not any(normalised(name) == "label" for name in task.columns):
+        columns = " and ".join(map(repr, task.columns))
+        notes.append(f"the label was taken from {columns}; pass --target for another column ({first_few(others)})")
+    doubtful = [name for name in class_names(task) if name.casefold() in SAID_AS_VALUES]
+    if doubtful and len(class_names(task)) > TWO:
+        notes.append(f"{doubtful[0]!r} is one of the classes; if it means that nothing is known, leave the cell blank")
+    return notes
+
+
+def class_names(task: Task) -> tuple[str, ...]:
+    """Return the classes of a task that has one per slide."""
+    return task.classes if isinstance(task, Classification | Binary) else ()
 
 
 def check_training(

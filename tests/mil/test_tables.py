@@ -11,6 +11,7 @@ from eosin._tables import read_table
 from eosin.errors import LabelError
 from eosin.mil._study import open_labels, pose_task
 from eosin.mil._tables import LabelTable, read_labels
+from eosin.mil._target import target_column
 from eosin.mil.task import make_task
 
 
@@ -110,18 +111,52 @@ def test_a_table_of_another_kind_or_none_is_refused(tmp_path):
         read_labels(tmp_path / "labels.docx")
 
 
+CLINIC = {
+    "Age": [str(50 + n) for n in range(12)],
+    "Received": [f"2024-02-{n + 1:02}" for n in range(12)],
+    "Stained": [f"{n % 2 + 1}.3.2024" for n in range(12)],
+    "Comment": ["ok", "again", *[""] * 10],
+    "Batch": ["A"] * 12,
+    "Befund": ["Tumor", "normal", "unbekannt"] * 4,
+    "Ki67 %": ["12,5", "7,25", "30", "n.a."] * 3,
+    "Sex": ["m", "w"] * 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "found"),
+    [
+        ("Age Received Stained Comment Batch Sex", "classification", "Sex"),
+        ("Age Received Stained Comment Batch Befund Sex", "classification", "Befund"),
+        ("Received Stained Comment Batch Sex,Ki67 %", "regression", "Ki67 %"),
+        ("Sex,Ki67 %", "classification", "2 columns could be it: Sex (m: 6, w: 6); Ki67 % (12,5: 3, 7,25: 3, 30: 3)"),
+        ("Age Sex,Ki67 %", "regression", "2 columns could be it: Age (50: 1, 51: 1, 52: 1, 53: 1 and 8 more)"),
+        ("Age Received", "classification", "2 columns could be it: Age"),
+        ("Batch", "classification", "Batch"),
+        ("", "classification", "and no other that could be it"),
+    ],
+)
+def test_columns_that_are_not_the_label_are_told_by_what_they_hold(names, kind, found):
+    columns = [name for part in names.split(",") for name in ([part] if "%" in part else part.split())]
+    values = {name: CLINIC[name] for name in columns}
+    try:
+        assert target_column(values, kind) == found
+    except LabelError as error:
+        assert found in str(error)  # noqa: PT017 - both ends are parameters
+
+
 def test_slides_may_be_their_own_patients(tmp_path):
     (tmp_path / "labels.tsv").write_text("slide\tlabel\na\tx\nb\ty\n")
     assert read_labels(tmp_path / "labels.tsv", group="slide").patient_ids == ("a", "b")
 
 
-def test_the_label_column_is_never_guessed():
+def test_the_label_column_is_found_where_one_can_pose_the_task_and_asked_for_otherwise():
     assert a_table(site=("x",) * 3, subtype=("p", "q", "q")).target_column() == "subtype"
-    with pytest.raises(LabelError, match=r"has no column 'label'.*grade, subtype"):
+    with pytest.raises(LabelError, match=r"2 columns could be it: grade \(2: 2, 1: 1\); .* --target grade$"):
         a_table(grade=("1", "2", "2"), subtype=("p", "q", "q")).target_column()
     with pytest.raises(LabelError, match="no column 'stage'; it has label"):
         pose_task("classification", a_table(label=("1", "2", "2")), "stage")
-    with pytest.raises(LabelError, match=r"no value in column 'label' for b \(empty, nan, na or null\);"):
+    with pytest.raises(LabelError, match=r"no value in column 'label' for b \(empty, nan, unknown ...\);"):
         pose_task("classification", a_table(label=("1", "NaN", "2")))
 
 

@@ -14,7 +14,7 @@ from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics, mean_if_defined
 from eosin.mil._step_losses import StepLosses
-from eosin.mil._tables import has_value
+from eosin.mil._target import has_value
 from eosin.mil.task import TASKS, Columns, Row, Task, load_task, wide
 
 MISSING = "missing"
