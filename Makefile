@@ -6,7 +6,7 @@ OUT ?= demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: demo test long lint check campaign bench clean
+.PHONY: demo test long lint check campaign bench docs dist lock clean
 
 demo: $(STAMP)
 	$(BIN)/eosin demo --out $(OUT)
@@ -37,8 +37,27 @@ campaign: $(STAMP)
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+docs: $(STAMP)
+	$(INSTALL) -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+# what a release consists of: wheel, source archive and the list of its parts (CycloneDX)
+dist: $(STAMP)
+	$(INSTALL) -e '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/cyclonedx-py requirements release/requirements.txt --pyproject pyproject.toml --mc-type library \
+	    --output-reproducible -o dist/eosin.cdx.json
+
+# all that `pip install eosin[all]` brings, with hashes and without addresses
+lock: $(STAMP)
+	$(INSTALL) -e '.[release]'
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra all --generate-hashes --upgrade \
+	    --no-annotate --no-header pyproject.toml -o release/requirements.txt
+
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eosin needs Python 3.11 or newer; try make PYTHON=python3.12")'
