@@ -48,7 +48,7 @@ dist: $(STAMP)
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/cyclonedx-py requirements release/requirements.txt --pyproject pyproject.toml --mc-type library \
-	    --output-reproducible -o dist/eosin.cdx.json
+	    --output-reproducible -o dist/sbom.cdx.json
 
 # all that `pip install eosin[all]` brings, with hashes and without addresses
 lock: $(STAMP)
