@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from eosin.mil.bags import PackedBags
     from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, Aggregator, AttentionOutput, LossTerm, Strategy
     from eosin.pipeline._deploy import Machine, predict_slides
+    from eosin.pipeline._embed import embed_slides as embed
     from eosin.pipeline._explain import explain_slide as explain
     from eosin.pipeline._question import question_slide as counterfactual
     from eosin.pipeline._result import Result
@@ -67,6 +68,7 @@ __all__ = [
     "convert_checkpoint",
     "counterfactual",
     "crossval",
+    "embed",
     "explain",
     "export_bag",
     "extract",

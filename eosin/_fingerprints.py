@@ -71,6 +71,14 @@ STAGES: Mapping[str, Stage] = {
             "weights": "hash of all weights",
         },
     ),
+    "embed": Stage(
+        1,
+        {
+            "features": "size, first and last MiB of each feature file: all its checksums",
+            "encoder": "name and source of the slide encoder, or id and card of the model",
+            "weights": "hash of all weights",
+        },
+    ),
     "train": Stage(
         2,
         {

@@ -28,6 +28,7 @@ from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks._classification import Classification
+from eosin.pipeline._embed import EmbedderChoice, EmbedStage, Group
 from eosin.pipeline._run import Drawing, DrawStage
 from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._grid import Tiling
@@ -223,6 +224,28 @@ class Predict:
 
 
 @dataclass
+class Embed:
+    """What a vector of a slide is made from."""
+
+    seed: int = 0
+    shift: float = 0.0
+    encoder: str = "mean"
+    per: str = "slide"
+
+    def run(self, folder: Path) -> bool:
+        """Make the vector; return whether it was made now."""
+        spec = Predict(seed=self.seed).save(folder)
+        write_bag(folder / "features/s.h5", FeatureBag(np.full((3, 6), 1 + self.shift, np.float32), spec, "s"))
+        model = folder / "model" if self.encoder == "model" else None
+        stage = EmbedStage(EmbedderChoice("mean" if model else self.encoder, model), folder / "out", self.per)
+        item = Group("s", (folder / "features/s.h5",))
+        if stage.is_done(item):
+            return False
+        stage.do(item)
+        return True
+
+
+@dataclass
 class Map:
     """What the files of a map are made from; drawing itself is another test's."""
 
@@ -288,6 +311,14 @@ SCENES = {
     ),
     "predict": Scene(
         Predict, {"models": [{"seed": 1}, {"threshold": 0.9}], "features": [{"shift": 0.1}], "row": [{"edit": True}]}
+    ),
+    "embed": Scene(
+        Embed,
+        {
+            "features": [{"shift": 0.1}],
+            "encoder": [{"encoder": "max"}, {"per": "patient"}],
+            "weights": [{"encoder": "model"}],
+        },
     ),
     "map": Scene(
         Map,

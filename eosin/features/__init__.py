@@ -8,18 +8,25 @@ if TYPE_CHECKING:
     from eosin.features._bag import FeatureBag, FeatureSpec
     from eosin.features._encoders import ENCODERS, EncoderSpec, find_encoder
     from eosin.features._inference import Encoder, load_encoder
+    from eosin.features._slide_encoders import SLIDE_ENCODERS, SlideEncoderSpec, find_slide_encoder, load_slide_encoder
+    from eosin.features._slide_networks import SlideNetwork
     from eosin.features._store import find_bags, read_bag, verify_bag, write_bag
     from eosin.features._verify import verify_job
 
 __all__ = [
     "ENCODERS",
+    "SLIDE_ENCODERS",
     "Encoder",
     "EncoderSpec",
     "FeatureBag",
     "FeatureSpec",
+    "SlideEncoderSpec",
+    "SlideNetwork",
     "find_bags",
     "find_encoder",
+    "find_slide_encoder",
     "load_encoder",
+    "load_slide_encoder",
     "read_bag",
     "verify_bag",
     "verify_job",

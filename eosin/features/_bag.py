@@ -15,13 +15,19 @@ from eosin.wsi._grid import TileGrid
 MPP_TOLERANCE = 0.01
 
 
+def vector_name(source: str, tile_encoder: str) -> str:
+    """Return what stands for the encoder of vectors of slides: ``mean(uni_v1)``."""
+    return f"{source}({tile_encoder})"
+
+
 class FeatureSpec(Options):
     """What a model and the features it is given must agree on.
 
     Parameters
     ----------
     encoder : str
-        Registered encoder name, ``timm:<model>``, or ``npz:<set>`` for data that never were tiles.
+        Registered encoder name, ``timm:<model>``, or ``npz:<set>`` for data that never were tiles; of one vector per
+        slide what made it and of which tiles, ``mean(uni_v1)``.
     weights_hash : str
         First 16 hexadecimal digits of the SHA-256 of the encoder's weights; empty when nobody knows them.
     dim : int
@@ -37,6 +43,11 @@ class FeatureSpec(Options):
     dim: int = Field(gt=0)
     mpp: float | None = Field(default=None, gt=0)
     patch_size: int | None = Field(default=None, gt=0)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether a file holds one vector of a slide or a patient."""
+        return self.encoder.endswith(")")
 
     def require_match(self, other: "FeatureSpec", path: Path, *, expected_by: str = "the model") -> None:
         """Refuse features that were made differently.
@@ -64,8 +75,8 @@ class FeatureSpec(Options):
         if faults:
             raise FeatureMismatchError(
                 path,
-                f"the features differ from what {expected_by} expects: {'; '.join(faults)}; extract them again with "
-                f"--encoder {self.encoder}{self._settings()}, or use a model trained on features like these",
+                f"the features differ from what {expected_by} expects: {'; '.join(faults)}; {self._remedy()}, or use a "
+                "model trained on features like these",
             )
 
     def _compared(self, other: "FeatureSpec") -> list[tuple[str, object, object, bool]]:
@@ -77,6 +88,12 @@ class FeatureSpec(Options):
             ("mpp", self.mpp, other.mpp, _same_mpp(self.mpp, other.mpp)),
             ("patch size", self.patch_size, other.patch_size, self.patch_size == other.patch_size),
         ]
+
+    def _remedy(self) -> str:
+        if not self.is_vector:
+            return f"extract them again with --encoder {self.encoder}{self._settings()}"
+        source, _, tiles = self.encoder.removesuffix(")").partition("(")
+        return f"run `eosin embed --encoder {source}` on features of {tiles}{self._settings()}"
 
     def _settings(self) -> str:
         mpp = "" if self.mpp is None else f" --mpp {self.mpp:g}"

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._cohort_questions import question_cohort
     from eosin.pipeline._demo import Demo, run_demo
     from eosin.pipeline._deploy import Machine, encode_slides, predict_slides
+    from eosin.pipeline._embed import Embedded, embed_slides
     from eosin.pipeline._explain import explain_slide
     from eosin.pipeline._question import question_slide
     from eosin.pipeline._result import Result, make_report
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Demo",
+    "Embedded",
     "Machine",
     "Pipeline",
     "Result",
@@ -26,6 +28,7 @@ __all__ = [
     "Selection",
     "TissueTiles",
     "TwoStageResult",
+    "embed_slides",
     "encode_slides",
     "explain_slide",
     "make_report",
