@@ -158,7 +158,9 @@ TrainPrecision = Annotated[
     str, typer.Option(help="Number format: fp32, bf16, or auto (the faster of both on this machine).")
 ]
 Features = Annotated[Path | None, typer.Option(help="Folder of feature files, or one feature file.")]
-Model = Annotated[Path, typer.Option(help="Model folder, from train, crossval or convert.")]
+Model = Annotated[
+    Path, typer.Option(help="Folder of a model or of a cross-validation, or the job folder of eosin run.")
+]
 SlidesIfAny = Annotated[
     list[Path] | None, typer.Option(help="Slide file, or folder that is searched for slides; repeatable.")
 ]

@@ -228,10 +228,12 @@ def fill(
             continue
         if option.key in settings.data:
             filled[option.parameter] = settings.value(option.key, option.annotation)
-        elif option.key in of_job and "job" in settings.data:
-            filled[option.parameter] = _as_asked(_study_folder(settings) / of_job[option.key], option.annotation)
-        elif option.key == "features" and option.required and "job" in settings.data:
+        elif "job" not in settings.data:
+            continue
+        elif option.key == "features" and (option.required or option.key in of_job):
             filled[option.parameter] = _as_asked(_features(settings), option.annotation)
+        elif option.key in of_job:
+            filled[option.parameter] = _as_asked(_study_folder(settings) / of_job[option.key], option.annotation)
     missing = [option.flag for option in options if option.required and filled[option.parameter] in (None, [])]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: missing; pass it as an option, or in a study file (--config FILE)")

@@ -100,6 +100,25 @@ def read_study(
     )
 
 
+def model_of(path: Path) -> Path:
+    """Return the cross-validation of a job's newest finished study, and say which it is; any other path as it is."""
+    from eosin.pipeline._studies import study_at
+
+    study = study_at(path)
+    if study is None or (path / "model.json").is_file():
+        return path
+    say(f"model: the cross-validation of study {study.name} ({study.path / 'crossval'})")
+    return study.path / "crossval"
+
+
+def job_features(model: Path) -> Path | None:
+    """Return the features of the study whose model, or cross-validation, a folder is; None where it is of no study."""
+    from eosin.pipeline._studies import features_of, study_at
+
+    study = study_at(model) or study_at(model.parent)
+    return None if study is None else features_of(study)
+
+
 def require_no_study(out: Path) -> None:
     """Refuse to overwrite the results of `eosin run`.
 

@@ -71,9 +71,10 @@ def counterfactual(
     The result names the tiles that the prediction needs, the tiles that suffice for it, the effect of every tile, and
     the effect of tiles from other slides.
     """
+    from eosin.cli._study import model_of
     from eosin.heatmaps._examination import Questions
 
-    questions = settings.parse("questions", Questions)
+    questions, model = settings.parse("questions", Questions), model_of(model)
     donors = _donors(donor or (), donor_slides or (), donor_regions or (), slide_mpp)
     formats, classes = format_.split(","), region_class or ()
     found = _slides(slides, slide_mpp, scene, plane) if slides else None

@@ -76,6 +76,7 @@ def heatmap(
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
     from eosin._batch import is_elsewhere, run_stage
     from eosin._records import Report
+    from eosin.cli._study import job_features, model_of
     from eosin.mil._jury import Jury
     from eosin.mil._seen import seen_notes
     from eosin.pipeline._deploy import Machine, encode_slides, tiles_like
@@ -84,9 +85,13 @@ def heatmap(
     from eosin.wsi._slide_file import find_slides
 
     formats = _formats(settings.choose("formats", format_.split(",") if format_ else None, DEFAULT_FORMATS))
+    model = model_of(model)
     jury = Jury.open([model], device="cpu")
     found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
+    made = None if features is not None else job_features(model)
+    if made is not None and all((made / f"{file.slide_id}.h5").is_file() for file in found):
+        features = made
     if features is None:
         spec, machine = jury.ensemble.cards[0].features, Machine(workers=workers, device=device, weights=weights)
         tiles, folder = tiles_like(spec), JobFolder(job or out / "job")

@@ -32,7 +32,7 @@ def predict(
     *,
     model: Annotated[
         list[Path],
-        typer.Option(help="Model folder or cross-validation folder; repeatable, several models are averaged."),
+        typer.Option(help="Folder of a model, cross-validation or job; repeatable, several models are averaged."),
     ],
     features: Features = None,
     slides: SlidesIfAny = None,
@@ -58,7 +58,7 @@ def predict(
     A slide that fails is a row of the table with its reason. Start a killed run again: it continues.
     """
     from eosin._devices import choose_device
-    from eosin.cli._study import ids_policy
+    from eosin.cli._study import ids_policy, model_of
     from eosin.errors import ConfigError
     from eosin.features._store import find_bags
     from eosin.mil._patients import patients_file, read_patients
@@ -74,6 +74,7 @@ def predict(
     problems.attempt(require_table_suffix, out)
     problems.attempt(check_folder, out.parent, "--out")
     problems.attempt(choose_device, device)
+    model = [problems.attempt(model_of, one) or one for one in model]
     made = [out] if patients is None else [out, patients_file(out)]
     if features is not None and not slides:
         problems.require()

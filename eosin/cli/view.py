@@ -25,12 +25,18 @@ if TYPE_CHECKING:
         "scene",
         "plane",
     ),
-    of_job={"model": "model"},
+    of_job={"model": "model", "features": ""},
+    bare="model",
 )
 def view(
     *,
     model: Model,
-    features: Annotated[list[Path], typer.Option(help="Feature file, or folder of feature files; repeatable.")],
+    features: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Feature file, or folder of feature files; repeatable.", show_default="those of the model's job"
+        ),
+    ] = None,
     slides: Slides,
     out: Annotated[
         Path | None, typer.Option(help="Folder for saved sessions. Without --out, sessions cannot be saved.")
@@ -48,6 +54,7 @@ def view(
     plane: Plane = None,
 ) -> Done:
     """Show slides with heat maps in the browser; remove or add tiles and see the new prediction at once."""
+    from eosin.cli._study import job_features, model_of
     from eosin.mil._seen import seen_notes
     from eosin.viewer._catalogue import open_catalogue
     from eosin.viewer._saved import replay_sessions
@@ -55,6 +62,7 @@ def view(
     from eosin.viewer._static import write_static
     from eosin.wsi._slide_file import find_slides
 
+    features, model = features or [_required(job_features(model))], model_of(model)
     files = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     with progress("check slides", len(files)) as advance:
         catalogue = open_catalogue(model, features, files, progress=advance)
@@ -75,6 +83,12 @@ def view(
             if stopped.number != signal.SIGINT:  # Ctrl+C is the way to end it
                 raise
     return Done([], report)
+
+
+def _required(features: Path | None) -> Path:
+    if features is None:
+        raise ConfigError("--features: missing; pass it as an option, or in a study file (--config FILE)")
+    return features
 
 
 def _require_shown(catalogue: "Catalogue") -> "Report":

@@ -1,18 +1,15 @@
 """Who answers for a slide: one model, the fold of a cross-validation that has not seen its patient, or all folds."""
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from typing_extensions import override
 
 from eosin._names import Ids
-from eosin.errors import ConfigError
 from eosin.kernels import segment_softmax
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._ensemble import Ensemble, load_ensemble
@@ -20,7 +17,7 @@ from eosin.mil._prediction_table import Row
 from eosin.mil._seen import Choice, Models, Sight
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput
-from eosin.mil.tasks._classification import Binary, Classification
+from eosin.mil.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,21 +62,23 @@ def ask(model: Model, slide: str) -> Asked:
 
 
 class Committee(Aggregator):
-    """Several models that answer as one, with the mean of their probabilities and of their attention.
+    """Several models that answer as one, with the mean of their answers and of their attention.
 
     Parameters
     ----------
     models : sequence of Aggregator
-        Of one question, with one logit for the second of two classes or one for each class.
-    temperatures : sequence of float
-        What each model's logits are divided by.
+        Of one question.
+    tasks : sequence of Task
+        With what each model was taught.
+    task : Task
+        Puts their logits together, see `eosin.mil.task.Task.mean_logits`.
     """
 
-    def __init__(self, models: Sequence[Aggregator], temperatures: Sequence[float]) -> None:
+    def __init__(self, models: Sequence[Aggregator], tasks: Sequence[Task], task: Task) -> None:
         first = models[0]
         super().__init__(first.in_dim, first.n_outputs, embed_dim=sum(model.embed_dim for model in models))
         self.models = nn.ModuleList(models)
-        self.temperatures = tuple(temperatures)
+        self.tasks, self.task = tuple(tasks), task
         weighs = all(issubclass(model.output_type, AttentionOutput) for model in models)
         self.output_type = AttentionOutput if weighs else AggregatorOutput  # type: ignore[misc]  # of this instance
         self.order_dependent = any(model.order_dependent for model in models)  # type: ignore[misc]
@@ -87,7 +86,8 @@ class Committee(Aggregator):
     @override
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         outputs: list[AggregatorOutput] = [model(bags) for model in self.models]
-        logits = self._mean([out.logits / heat for out, heat in zip(outputs, self.temperatures, strict=True)])
+        said = [output.logits for output in outputs]
+        logits = self.task.mean_logits(self.tasks, said).to(said[0].dtype)
         embedding = torch.cat([output.embedding for output in outputs], 1)
         weighing = [output for output in outputs if isinstance(output, AttentionOutput)]
         if len(weighing) < len(outputs):
@@ -96,30 +96,16 @@ class Committee(Aggregator):
         instances = torch.cat([output.instances for output in weighing], 1)
         return AttentionOutput(logits, embedding, torch.stack(weights).mean(0).log(), instances)
 
-    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
-        """Return the logits of the mean of the probabilities, (B, K)."""
-        stacked, number = torch.stack(list(logits)), math.log(len(logits))
-        if self.n_outputs > 1:
-            return stacked.log_softmax(2).logsumexp(0) - number
-        return functional.logsigmoid(stacked).logsumexp(0) - functional.logsigmoid(-stacked).logsumexp(0)
-
     @override
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> None:
         """There is no closed form for the mean of several models, so they are run again for every question."""
 
 
 def _committee(ensemble: Ensemble) -> tuple[Aggregator, ModelCard]:
-    task, card = ensemble.task, ensemble.cards[0]
-    if not isinstance(task, Classification | Binary):
-        raise ConfigError(
-            f"{len(ensemble.models)} models would have to answer together, because the slide was not in the "
-            f"cross-validation, and those of the task {task.kind} cannot be asked as one; pass the folder of one fold"
-        )
-    heats = [own.temperature for own in ensemble.tasks if isinstance(own, Classification | Binary)]
-    model = Committee(ensemble.models, heats)
+    task, card = ensemble.task.without_scale(), ensemble.cards[0]
+    model = Committee(ensemble.models, ensemble.tasks, task)
     digest = hashlib.sha256(ensemble.model_id.encode()).hexdigest()
-    plain = task.model_copy(update={"temperature": 1.0})
-    together = card.model_copy(update={"task": plain.model_dump(mode="json"), "weights_hash": digest})
+    together = card.model_copy(update={"task": task.model_dump(mode="json"), "weights_hash": digest})
     return model.eval(), together
 
 
@@ -184,7 +170,7 @@ class Jury:
         Raises
         ------
         ConfigError
-            If several answer, and the task has no classes.
+            If several answer, and the task is one of a plug-in that does not say how.
         """
         choice = self.choose(slide)
         if choice.folders not in self._asked:

@@ -89,6 +89,32 @@ class Task(Options):
         """Return the task with the mean of the thresholds of several that ask the same, where these have one."""
         return self
 
+    def without_scale(self) -> Self:
+        """Return the task for logits of `mean_logits`, on whose scale several models agree."""
+        return self
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of several models that answer as one, (B, K): `activate` makes of them the mean answer.
+
+        The task itself is `without_scale`, and what is learnt in common: thresholds, edges.
+
+        Parameters
+        ----------
+        tasks : sequence of Task
+            This question, each with what its own training part taught.
+        logits : sequence of (B, K) Tensor
+            Of each task's model.
+
+        Raises
+        ------
+        ConfigError
+            If the answers of several models have no mean that logits can express.
+        """
+        raise ConfigError(
+            f"{len(tasks)} models would have to answer together, because the slide was not in the cross-validation, "
+            f"and those of the task {self.kind} cannot be asked as one; pass the folder of one fold"
+        )
+
     @classmethod
     def named_columns(cls, target: str) -> tuple[str, ...]:
         """Return the columns of the label table that the text of a target names."""

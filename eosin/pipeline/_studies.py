@@ -20,7 +20,12 @@ from typing import Any
 from eosin import __version__
 from eosin._files import write_json
 from eosin._seals import is_intact, read_json, sealed
-from eosin.errors import ConfigError, UnknownNameError
+from eosin.errors import ConfigError, EosinError, UnknownNameError
+from eosin.features._bag import FeatureSpec
+from eosin.features._encoders import folder_name
+from eosin.features._store import find_bags, read_spec
+from eosin.mil._checkpoint import load_card
+from eosin.mil._seen import Run
 from eosin.mil.task import load_task
 from eosin.pipeline._result import Earlier
 from eosin.wsi._job import STUDIES, JobFolder
@@ -247,6 +252,40 @@ def find_study(job: JobFolder, name: str | None = None) -> StudyFolder:
     if not known:
         raise ConfigError(f"{job.root}: has no study; make one with eosin run")
     return ([study for study in known if study.is_finished] or known)[-1]
+
+
+def study_at(path: Path) -> StudyFolder | None:
+    """Return the study that a folder is, or of a job the one that `find_study` takes; None of any other folder."""
+    if (path / STUDY).is_file() and path.parent.name == STUDIES:
+        return find_study(JobFolder(path.parent.parent), path.name)
+    return find_study(JobFolder(path)) if (path / STUDY).is_file() or (path / STUDIES).is_dir() else None
+
+
+def features_of(study: StudyFolder) -> Path:
+    """Return the folder of the features that the models of a study have learnt from.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or several fit.
+    """
+    wanted = load_card(Run.open(study.path).folders[0]).features
+    folders = sorted(study.tiles.root.glob(f"*/features_{folder_name(wanted.encoder)}"))
+    found = [folder for folder in folders if _is_of(folder, wanted)]
+    if len(found) == 1:
+        return found[0]
+    several = ", ".join(map(str, found)) or "none"
+    raise ConfigError(f"{study.path}: the features of its models are needed, found {several}; pass --features")
+
+
+def _is_of(folder: Path, wanted: FeatureSpec) -> bool:
+    """Return whether the first file of a folder has the features that a model wants."""
+    try:
+        first = next(iter(find_bags(folder).values()))
+        wanted.require_match(read_spec(first), first)
+    except EosinError:
+        return False
+    return True
 
 
 def main_metric(study: StudyFolder) -> tuple[str, Mapping[str, Any]]:

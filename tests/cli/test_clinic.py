@@ -56,7 +56,7 @@ def test_a_clinics_workbook_is_understood_at_the_first_attempt(
     assert "the label was taken from 'Diagnose'" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_clinics_workbook_runs_to_the_report(run: Run, cohort: Path, workbook: Path, tmp_path: Path) -> None:
     result = run(
         "run", "--slides", cohort / "slides", "--labels", workbook, "--job", tmp_path / "job", "--folds", 2,

@@ -18,12 +18,15 @@ from scenes import feature_bag, lattice, marked_pixels, write_slide
 
 from eosin._files import file_fingerprint
 from eosin.features._bag import FeatureBag
-from eosin.features._store import read_bag, write_bag
+from eosin.features._encoders import folder_name
+from eosin.features._store import read_bag, read_spec, write_bag
 from eosin.heatmaps._subject import pack_bag
 from eosin.mil._checkpoint import ModelCard, build_model, load_model, save_model
 from eosin.mil._jury import Jury
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil.task import make_task
+from eosin.pipeline._studies import StudyKey, place_study
+from eosin.wsi._job import JobFolder
 
 from .conftest import Run
 
@@ -404,3 +407,94 @@ def test_the_viewer_says_whether_its_model_has_seen_a_slide(
     page = (tmp_path / "new.html").read_text()
     assert "Answered by: out-of-fold: fold_0." in page
     assert "Caution" not in page
+
+
+@pytest.fixture(scope="module")
+def finished_job(study: Path, crossval: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `eosin run` leaves behind: two studies, the newer with the cross-validation, and their features."""
+    job = JobFolder(tmp_path_factory.mktemp("run") / "job")
+    for name in ("first", "newer"):
+        begun = place_study(job, StudyKey(name, {}, "tiles", "features", "planted"), name)
+        begun.begin()
+        (begun.path / "model").mkdir()
+        (begun.path / "model/model.json").write_text("{}")
+    shutil.copytree(crossval, begun.path / "crossval")
+    (begun.path / "crossval/metrics.json").write_text("{}")
+    encoder = folder_name(read_spec(study / "features/s0.h5").encoder)
+    shutil.copytree(study / "features", job.root / f"tiles/features_{encoder}")
+    return job.root
+
+
+@pytest.mark.long
+def test_a_job_stands_where_a_model_does_with_the_folds_and_features_of_its_newest_study(
+    study: Path, finished_job: Path, run: Run, refused: Run, tmp_path: Path
+) -> None:
+    slides = ("--slides", study / "slides")
+    viewed = run("view", finished_job, *slides, "--html", tmp_path / "v.html")
+    assert viewed.exit_code == 0, viewed.output
+    assert "6 slides: 6 ok" in viewed.stderr
+    page = (tmp_path / "v.html").read_text()
+    assert "out-of-fold: fold_1" in page
+    assert "mean of all 2 models" in page
+    one = ("--slides", study / "slides/s3.tiff")
+    for model in (finished_job / "studies/newer", finished_job / "studies/newer/crossval"):
+        assert run("view", model, *one, "--html", tmp_path / "v.html").exit_code == 0
+    mapped = run("heatmap", "--model", finished_job, *one, "--out", tmp_path / "h", "--format", "html")
+    assert "model: the cross-validation of study newer" in mapped.stderr
+    assert "out-of-fold: fold_0" in (tmp_path / "h/s3_alone.html").read_text(encoding="utf-8")
+    said = run("predict", "--model", finished_job, "--features", study / "features", "--out", tmp_path / "p.csv")
+    assert said.exit_code == 0, said.output
+    answered = pd.read_csv(tmp_path / "p.csv").set_index("slide_id").answered_by
+    assert dict(answered) == {
+        **dict.fromkeys(("s0", "s1", "s2"), "out-of-fold: fold_1"),
+        **dict.fromkeys(("s3", "s4"), "out-of-fold: fold_0"),
+        "s5": "mean of all 2 models",
+    }
+    asked = (
+        "--model",
+        finished_job,
+        "--features",
+        study / "features/s4.h5",
+        "--out",
+        tmp_path / "c",
+        "--format",
+        "csv",
+    )
+    assert run("counterfactual", *asked, *QUICK).exit_code == 0
+    assert set(pd.read_csv(tmp_path / "c/s4_counterfactual.csv").seen) == {"no"}
+    shutil.rmtree(finished_job / "tiles")
+    assert "found none; pass --features" in refused("view", finished_job, *slides, "--html", tmp_path / "v.html")
+
+
+@pytest.mark.parametrize("kind", ["regression", "ordinal", "multilabel", "survival", "cox"])
+def test_folds_of_every_task_answer_together_in_maps_and_in_the_viewer(
+    study: Path, run: Run, tmp_path: Path, kind: str
+) -> None:
+    """Two folds of a task, with their own scales: the page says the mean that the table of predictions has."""
+    spec = read_spec(study / "features/s0.h5")
+    tables = {"label": "1 2 3 2 1 3", "time": "1 2 3 4 5 6", "event": "1 0 1 1 1 1", "er": "0 1 0 1 0 1"}
+    rows = [
+        dict(zip(tables, row, strict=True)) for row in zip(*(text.split() for text in tables.values()), strict=True)
+    ]
+    target = {"survival": "time,event", "cox": "time,event", "multilabel": "er,event"}.get(kind, "label")
+    posed = make_task(kind, rows, target=target)
+    for number in range(2):
+        task = posed.fit_to(posed.encode(rows[number:]))
+        torch.manual_seed(number)
+        recipe = Recipe(aggregator=Component(name="abmil"), training=Training(standardize=False))
+        model = build_model(recipe, task, DIM)
+        folder = tmp_path / f"cv/fold_{number}"
+        save_model(folder, model, ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=spec))
+        (folder / "seen.csv").write_text(f"slide_id,patient_id,part\nt{number},q{number},train\n")
+    given = ("--model", tmp_path / "cv", "--features", study / "features")
+    slide = ("--slides", study / "slides/s5.tiff")
+    assert run("predict", *given, "--out", tmp_path / "p.csv").exit_code == 0
+    row = pd.read_csv(tmp_path / "p.csv").set_index("slide_id").loc["s5"]
+    drawn = run("heatmap", *given, *slide, "--out", tmp_path, "--format", "html")
+    assert drawn.exit_code == 0, drawn.output
+    (page,) = tmp_path.glob("s5_*.html")
+    said = row["risk"] if "risk" in row else row.get("prob_er", row.get("prob_1", row.get("predicted")))
+    assert f"{float(said):.3f}" in page.read_text(encoding="utf-8")
+    viewed = run("view", *given, *slide, "--html", tmp_path / "v.html")
+    assert viewed.exit_code == 0, viewed.output
+    assert "mean of all 2 models" in (tmp_path / "v.html").read_text(encoding="utf-8")

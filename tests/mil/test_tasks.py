@@ -308,3 +308,42 @@ def test_the_worst_prediction_surprises_most(kind):
     logits = torch.cat([-good, good], 1) if task.n_outputs == 2 else good / 4 + 0.5
     surprise = task.surprise(task.activate(logits), task.encode(rows(*values)).numpy())
     assert surprise.argmax() == 2
+
+
+MEANS = {
+    "classification": ({"classes": ("a", "b", "c")}, [{"temperature": 0.5}, {"temperature": 2.0}, {}]),
+    "binary": ({"classes": ("a", "b")}, [{"temperature": 0.5, "threshold": 0.4}, {}, {}]),
+    "ordinal": ({"classes": ("1", "2", "3", "4")}, [{"temperature": 0.5}, {}, {}]),
+    "multilabel": ({"targets": ("x", "y"), "positives": ("1", "1"), "negatives": ("0", "0")}, [{}, {}, {}]),
+    "regression": ({}, [{"mean": 5.0, "deviation": 2.0}, {"mean": 4.0, "deviation": 3.0}, {}]),
+    "survival": (
+        {"bins": 4},
+        [
+            {"edges": (1.0, 2.0, 4.0), "base": (0.1, 0.2, 0.3, 0.4)},
+            {"edges": (2.0, 3.0, 7.0)},
+            {"edges": (0.5, 1.0, 9.0)},
+        ],
+    ),
+    "cox": ({}, [{"edges": (1.0, 2.0)}, {"edges": (2.0, 3.0)}, {"edges": (2.0, 2.5)}]),
+}
+
+
+@pytest.mark.parametrize("kind", [*MEANS, "multitask"])
+def test_the_logits_of_several_models_mean_what_their_answers_do(kind):
+    def tasks(kind):
+        plain, learnt = MEANS[kind]
+        return [load_task({"kind": kind, **plain, **own}) for own in learnt]
+
+    if kind == "multitask":
+        parts = ["regression", "ordinal", "survival"]
+        built = zip(*(tasks(part) for part in parts), strict=True)
+        several = [load_task({"kind": kind, "names": parts, "parts": own}) for own in built]
+    else:
+        several = tasks(kind)
+    torch.manual_seed(0)
+    logits = [3 * torch.randn(6, several[0].n_outputs, dtype=torch.float64) for _ in several]
+    answers = [task.activate(own) for task, own in zip(several, logits, strict=True)]
+    common, pooled = several[0].pooled(several, answers)
+    common = common.with_mean_threshold(several).without_scale()
+    together = common.mean_logits(several, logits)
+    np.testing.assert_allclose(common.activate(together), np.mean(np.split(pooled, 3), axis=0), atol=1e-9)

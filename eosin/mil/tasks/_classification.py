@@ -138,6 +138,17 @@ class _ClassTask(Task):
         used = [EVEN if threshold is None else threshold for threshold in known]
         return self.model_copy(update={"threshold": float(np.mean(used))})
 
+    def without_scale(self) -> Self:
+        """Return the task with a temperature of 1."""
+        return self.model_copy(update={"temperature": 1.0})
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the mean of the probabilities."""
+        return self._mean([own / task.temperature for task, own in zip(tasks, logits, strict=True)])
+
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError
+
     def _best_temperature(self, logits: Tensor, target: Tensor) -> float:
         def unlikeliness(log_temperature: float) -> float:
             scaled = self.bag_losses(logits.double() / math.exp(log_temperature), target)
@@ -236,6 +247,9 @@ class Classification(_ClassTask):
         """Return the probability of each class."""
         return to_numpy((wide(logits) / self.temperature).softmax(1))
 
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        return torch.stack([own.log_softmax(1) for own in logits]).logsumexp(0) - math.log(len(logits))
+
 
 @TASKS.register("binary")
 class Binary(_ClassTask):
@@ -275,6 +289,9 @@ class Binary(_ClassTask):
         """Return the probability of each class, (B, 2)."""
         positive = (wide(logits) / self.temperature).sigmoid()
         return to_numpy(torch.cat([1 - positive, positive], 1))
+
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        return logit_of_mean(logits)
 
 
 @TASKS.register("ordinal")
@@ -350,6 +367,16 @@ class Ordinal(_ClassTask):
         ones = above.new_ones(len(above), 1)
         return to_numpy(torch.cat([ones, above], 1) - torch.cat([above, 0 * ones], 1))
 
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return log P(above k) - log P(k), of the means over the models: the logit of the step from k."""
+        above = [functional.logsigmoid(own).cumsum(1) for own in logits]
+        # P(k) = P(above k - 1) (1 - σ), in logarithms, for differences of probabilities near 1 lose their digits
+        here = [
+            functional.pad(up, (1, 0))[:, :-1] + functional.logsigmoid(-own)
+            for up, own in zip(above, logits, strict=True)
+        ]
+        return torch.stack(above).logsumexp(0) - torch.stack(here).logsumexp(0)
+
     def decide(self, outputs: Floats) -> NDArray[np.int64]:
         """Return the number of the median class."""
         return np.asarray((outputs.cumsum(1) < 0.5).sum(1).clip(max=outputs.shape[1] - 1), np.int64)
@@ -376,6 +403,12 @@ class Ordinal(_ClassTask):
         found = super().supports(target)
         error = Support(found["accuracy"].groups, 0.0, len(self.classes) - 1.0)
         return found | {"quadratic_kappa": found["kappa"], "mean_absolute_error": error}
+
+
+def logit_of_mean(logits: Sequence[Tensor]) -> Tensor:
+    """Return the logits whose sigmoid is the mean of the sigmoids of several."""
+    stacked = torch.stack(list(logits))
+    return functional.logsigmoid(stacked).logsumexp(0) - functional.logsigmoid(-stacked).logsumexp(0)
 
 
 def _require_unlike(classes: Sequence[str], column: str) -> None:

@@ -1,8 +1,10 @@
 """Proportional hazards: the partial likelihood of Cox."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from torch import Tensor
@@ -64,6 +66,10 @@ class Cox(SurvivalTask):
     def activate(self, logits: Tensor) -> Floats:
         """Return the logarithm of the relative risk, (B, 1)."""
         return to_numpy(wide(logits))
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the logarithms of the relative risks."""
+        return torch.stack([wide(own) for own in logits]).mean(0)
 
     def _groups(self, folds: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
         return folds

@@ -27,7 +27,7 @@ from eosin.mil._metrics import (
     roc_auc,
 )
 from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
-from eosin.mil.tasks._classification import sorted_labels
+from eosin.mil.tasks._classification import logit_of_mean, sorted_labels
 from eosin.mil.tasks._polarity import positive_last, split_target
 
 NONE = "none"
@@ -154,6 +154,10 @@ class MultiLabel(Task):
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of each label."""
         return to_numpy(wide(logits).sigmoid())
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the mean of the probabilities of each label."""
+        return logit_of_mean(logits)
 
     @property
     @override

@@ -162,6 +162,19 @@ class MultiTask(Task):
             for part, others in zip(self.parts, zip(*several, strict=True), strict=True)
         )
 
+    def without_scale(self) -> Self:
+        """Return the task with every part without its scale."""
+        return self._with(part.without_scale() for part in self.parts)
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the mean answers of each part, side by side."""
+        own = [task._logits(one) for task, one in zip(tasks, logits, strict=True)]
+        means = [
+            part.mean_logits([task.parts[k] for task in tasks], [parts[k] for parts in own])
+            for k, part in enumerate(self.parts)
+        ]
+        return torch.cat([mean.to(logits[0].dtype) for mean in means], 1)
+
     def require_trainable(self, target: Tensor) -> None:
         """Refuse what a part could not learn from its known targets."""
         for (part, known, _), name in zip(self._sliced(target), self.names, strict=True):

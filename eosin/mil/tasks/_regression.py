@@ -78,6 +78,15 @@ class Regression(Task):
         """Return the numbers, (B, 1)."""
         return to_numpy(wide(logits)) * self.deviation + self.mean
 
+    def without_scale(self) -> Self:
+        """Return the task with a mean of 0 and a deviation of 1."""
+        return self.model_copy(update={"mean": 0.0, "deviation": 1.0})
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the numbers."""
+        numbers = [wide(own) * task.deviation + task.mean for task, own in zip(tasks, logits, strict=True)]
+        return torch.stack(numbers).mean(0)
+
     def table(self, outputs: Floats) -> Columns:
         """Return the column ``predicted``."""
         return {"predicted": outputs[:, 0]}

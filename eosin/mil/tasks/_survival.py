@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import override
 
 from eosin._tables import plain_word
@@ -294,6 +295,27 @@ class DiscreteSurvival(SurvivalTask):
     def activate(self, logits: Tensor) -> Floats:
         """Return the probability of surviving each bin, (B, K)."""
         return to_numpy((1 - self._hazard_logits(logits).sigmoid()).cumprod(1))
+
+    def without_scale(self) -> Self:
+        """Return the task without a base."""
+        return self.model_copy(update={"base": ()})
+
+    def mean_logits(self, tasks: Sequence[Self], logits: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the hazards of the mean survival at the edges of this task."""
+        curves = [task._survival_at(own, self.edges) for task, own in zip(tasks, logits, strict=True)]
+        survival = functional.pad(torch.stack(curves).mean(0), (1, 0), value=1.0)
+        lost = (survival[:, :-1] - survival[:, 1:]).clamp(min=SMALLEST_PROBABILITY**2)
+        return lost.log() - survival[:, 1:].clamp(min=SMALLEST_PROBABILITY**2).log()
+
+    def _survival_at(self, logits: Tensor, times: Sequence[float]) -> Tensor:
+        """Return survival at other edges than those of the task, (B, K) float64, as `pooled` does."""
+        own = functional.logsigmoid(-self._hazard_logits(logits).double()).cumsum(1).exp()
+        # interpolation is linear in the curve, so that curves with a single 1, moved, are the rows of its matrix
+        edges, wanted = np.asarray(self.edges), np.asarray(times)
+        from_start = _moved(np.zeros((1, self.bins)), edges, wanted)
+        matrix = _moved(np.eye(self.bins), edges, wanted) - from_start
+        start, moving = (torch.from_numpy(part).to(own.device) for part in (from_start, matrix))
+        return start + own @ moving
 
     def risk(self, outputs: Floats) -> Floats:
         """Return minus the sum of the survival probabilities."""
