@@ -246,6 +246,7 @@ def test_the_deployed_model_does_not_depend_on_the_batch(name):
 
 CAUTIOUS = {"set_transformer", "mhim_v2_dsmil"}  # residual blocks, or recycled tokens, without norm die of large steps
 HIDES = {"mhim_v2", "mhim_v2_dsmil"}  # what is left of a small bag may lack what makes it positive
+HINGED = {"mi_max", "mi_max_hidden", "mi_max_polyhedral"}  # a loss that is flat where a bag is right, and slow
 GENTLE = {"mhim_transmil": {"low_ratio": 0.3}}  # the paper's 0.8 leaves one of twelve, which a fresh teacher chooses
 
 
@@ -269,8 +270,13 @@ def test_separable_bags_are_fitted(name):
         target[:, 1] = 1.0  # a bin for either kind of bag, so that the loss can become small
     examples = Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=DIM)), ids, ids, target)
     rate = 1e-3 if name in CAUTIOUS else 1e-2
-    training = {"epochs": 15, "lr": rate, "bags_per_step": 5, "select": "last", "warmup": 0.0, "optimizer": "adamw"}
+    training = {"epochs": 60 if name in HINGED else 15, "lr": rate, "bags_per_step": 5, "select": "last"}
+    training |= {"warmup": 0.0, "optimizer": "adamw"}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
     fitted = fit(recipe, task, examples)
-    whole = task.loss(fitted.model(PackedBags.pack(list(bags.values()))).logits, target)
+    logits = fitted.model(PackedBags.pack(list(bags.values()))).logits
+    if name in HINGED:
+        assert (logits.argmax(1) == target).float().mean() > 0.9
+        return
+    whole = task.loss(logits, target)
     assert (whole if name in HIDES else fitted.history[-1]["train_bag"]) < 0.35
