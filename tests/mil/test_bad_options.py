@@ -251,4 +251,4 @@ def test_no_name_serves_two_slots_by_accident():
     both = [
         name for first, second in itertools.combinations(REGISTRIES.values(), 2) for name in first if name in second
     ]
-    assert set(both) <= {"ins", "owlora"}  # a paper's aggregator and the strategy that trains it
+    assert set(both) <= {"ins", "mi_max", "owlora"}  # a paper's aggregator and the strategy that trains it
