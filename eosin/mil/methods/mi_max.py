@@ -6,7 +6,7 @@ supervised object detection in artworks, ECCV workshops 2018, https://arxiv.org/
 
 1. Instance scores on frozen features, for each class its own: ``f(x) = w · x + b`` (``linear``), ``w · relu(V x + c) +
    b`` (``hidden``), or ``max_r (w_r · x + b_r)`` over several hyperplanes (``polyhedral``). The logit of a bag is
-   ``max_n f(x_n)``, so that an instance can only ever speak for a class.
+   ``max_n f(x_n)``, so that an instance can only ever be evidence for a class.
 2. Loss of a class: ``mean over bags of ((1 - y) / (1 - p) - y / p) tanh(max_n f(x_n)) + C |w|²``, with p the share of
    bags that have the class: positive and negative bags count equally, and a bag beyond doubt no longer counts.
 3. `restarts` + 1 classifiers start from different weights and are trained beside each other. Of each class the one with
