@@ -109,6 +109,19 @@ STAGES: Mapping[str, Stage] = {
             "formats": "which files are written",
         },
     ),
+    "counterfactual": Stage(
+        1,
+        {
+            "model": "hash of weights and card of the models that answer",
+            "features": "size, first and last MiB of the feature file: all its checksums",
+            "slide": _SLIDE,
+            "slide_mpp": "the mpp, scene and focal plane that the user gives for the slide",
+            "regions": "all bytes of the slide's GeoJSON",
+            "donors": "size, first and last MiB of each donor's features, slide and GeoJSON",
+            "questions": "all options of the questions, the class and the classes of regions",
+            "formats": "which files are written",
+        },
+    ),
     "study": Stage(
         1,
         {

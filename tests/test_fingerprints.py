@@ -19,16 +19,21 @@ from eosin._records import Report
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoding import Extraction
 from eosin.features._store import write_bag
+from eosin.heatmaps._counterfactual import Effect
+from eosin.heatmaps._examination import Questions
 from eosin.mil._checkpoint import ModelCard, save_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._resume import STATE
+from eosin.mil._seen import Sight
 from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks._classification import Classification
+from eosin.pipeline._cohort_answers import Answers, AskStage, Question
 from eosin.pipeline._embed import EmbedderChoice, EmbedStage, Group
+from eosin.pipeline._question import DonorFile
 from eosin.pipeline._run import Drawing, DrawStage
 from eosin.wsi._coordinates import read_footer, read_grid
 from eosin.wsi._grid import Tiling
@@ -276,6 +281,38 @@ class Map:
 
 
 @dataclass
+class Ask(Map):
+    """What the answers of one slide of a cohort are made from; asking itself is another test's."""
+
+    regions: bytes = b"regions"
+    donor: bytes = b"donor"
+    seed: int = 0
+    class_name: str = "a"
+    region_classes: tuple[str, ...] = ()
+
+    def run(self, folder: Path) -> bool:
+        """Write the answers where it is needed; return whether it was."""
+        Predict(threshold=self.threshold).run(folder)
+        for name, data in (
+            ("s.h5", self.features), ("s.tiff", self.slide), ("s.geojson", self.regions), ("d.h5", self.donor)
+        ):  # fmt: skip
+            (folder / name).write_bytes(data)
+        slide = SlideFile(folder / "s.tiff", "s", self.slide_mpp)
+        item = Question("s", folder / "s.h5", folder, slide, folder / "s.geojson")
+        donors = (DonorFile(folder / "d.h5"),)
+        questions = Questions(seed=self.seed)
+        stage = AskStage(folder / "model", self.class_name, {}, self.region_classes, donors, questions, self.formats)
+        if self.cut:
+            item.note.write_text(item.note.read_text().replace("0.25", "0.75", 1))
+        if stage.is_done(item):
+            return False
+        answers = Answers({}, [Effect("remove", "tiles", 1, 0.25, 0.5)], [], [], Sight(), "")
+        stage.write(item, answers)
+        self.cut = False
+        return True
+
+
+@dataclass
 class Scene:
     """One stage, and for each of its inputs another value of it."""
 
@@ -328,6 +365,19 @@ SCENES = {
             "slide": [{"slide": b"other"}],
             "slide_mpp": [{"slide_mpp": 0.25}],
             "formats": [{"formats": ("png", "csv")}, {"cut": True}],
+        },
+    ),
+    "counterfactual": Scene(
+        Ask,
+        {
+            "model": [{"threshold": 0.9}],
+            "features": [{"features": b"others"}],
+            "slide": [{"slide": b"other"}],
+            "slide_mpp": [{"slide_mpp": 0.25}],
+            "regions": [{"regions": b"others"}],
+            "donors": [{"donor": b"other"}],
+            "questions": [{"seed": 1}, {"class_name": "b"}, {"region_classes": ("fat",)}],
+            "formats": [{"formats": ("geojson",)}, {"cut": True}],
         },
     ),
     "train": Scene(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     "questions",
     rare=("region_class", "donor", "donor_slides", "donor_regions", "slide_mpp", "scene", "plane"),
     of_job={"model": "model", "out": "counterfactuals"},
+    cluster="out",
 )  # fmt: skip
 def counterfactual(
     *,

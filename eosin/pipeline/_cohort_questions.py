@@ -1,7 +1,7 @@
 """The same counterfactual questions to every slide of a cohort: tables, one report, and what holds over patients."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -11,40 +11,26 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eosin import __version__
-from eosin._batch import Outcome, run_batch
+from eosin._batch import run_stage
 from eosin._records import Record, Report
 from eosin.errors import ConfigError
-from eosin.features._bag import FeatureBag
-from eosin.features._store import read_bag
 from eosin.heatmaps._cohort import CohortEffect, Interval, holm, mean_change, summarise_cohort
 from eosin.heatmaps._counterfactual import Effect, Origin
-from eosin.heatmaps._examination import SHUFFLES, Donor, Questions, examine, see_donor
-from eosin.heatmaps._findings import Counterfactuals
-from eosin.heatmaps._subject import class_choices, look, predict_bag, require_same_slide
+from eosin.heatmaps._examination import Questions
+from eosin.heatmaps._subject import class_choices
 from eosin.heatmaps.export._png import DPI, render
 from eosin.heatmaps.export._table import write_frame
 from eosin.mil._checkpoint import ModelCard
-from eosin.mil._jury import Asked, Jury
-from eosin.mil._seen import Sight, seen_notes
-from eosin.mil._shuffled import shuffle_weights
+from eosin.mil._seen import seen_notes
 from eosin.mil._tables import LabelTable
 from eosin.mil.slots import Aggregator
-from eosin.pipeline._question import (
-    DonorFile,
-    open_donor,
-    open_optional,
-    read_sets,
-    require_formats,
-    seen_table,
-    tissue_shares,
-    write_findings,
-)
+from eosin.pipeline._cohort_answers import Answers, AskInMemory, AskStage, Question
+from eosin.pipeline._question import DonorFile, open_donor, require_formats
 from eosin.report._page import Picture, ReportData, SlideCard, write_report
 from eosin.wsi._slide_file import SlideFile
 
 logger = logging.getLogger(__name__)
 
-STAGE = "counterfactual"
 FEWEST_SLIDES = 2
 TESTS = ("p", "p_over_random", "p_turned", "p_shuffled")
 COHORT_FORMATS = ("csv", "parquet", "html")
@@ -72,18 +58,6 @@ class Cohort:
     labels: LabelTable | None = None
     slides: Mapping[str, SlideFile] = field(default_factory=dict)
     annotations: Mapping[str, Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """What a slide left behind: its prediction and effects, without the arrays of its tiles."""
-
-    prediction: Mapping[str, str]
-    effects: list[Effect]
-    table: pd.DataFrame
-    sentences: list[str]
-    shuffled: list[dict[tuple[str, str], Effect]]
-    sight: Sight
 
 
 def question_cohort(
@@ -131,37 +105,37 @@ def question_cohort(
     ConfigError
         If a format or the class is unknown, or fewer than two slides could be asked.
     """
-    ask, card = _asking(model, cohort)
     require_formats(formats, has_slide=bool(cohort.slides))
+    of_slides = tuple(name for name in formats if name not in COHORT_FORMATS)
+    patients = {} if cohort.labels is None else cohort.labels.patient_of()
+    fields = (class_name, patients, tuple(region_classes), tuple(donors), questions, of_slides)
+    stage = AskInMemory(Path(), *fields, model) if isinstance(model, tuple) else AskStage(Path(model), *fields)
+    card = stage.first_card()
     _require_class(card, class_name)
-    given = [open_donor(donor, card, region_classes) for donor in donors]
-    of_slides = [name for name in formats if name not in COHORT_FORMATS]
-    work = _Work(ask, cohort, out_dir / "slides", class_name, region_classes, given, questions, of_slides)
-    report = run_batch(list(cohort.features), work, key=str, stage=STAGE, progress=progress)
-    if len(work.asked) < FEWEST_SLIDES:
+    for donor in donors:
+        open_donor(donor, card, region_classes)  # a donor that does not fit is told before the first slide is asked
+    items = [
+        Question(name, path, Path(out_dir) / "slides", cohort.slides.get(name), cohort.annotations.get(name))
+        for name, path in cohort.features.items()
+    ]
+    report = run_stage(stage, items, run_json=Path(out_dir) / "run.json", progress=progress)
+    made = {record.slide_id for record in report.records if record.status in ("ok", "skipped")}
+    found = {item.slide_id: item.read() for item in items if item.slide_id in made}
+    asked = {name: answers for name, answers in found.items() if answers is not None}
+    if len(asked) < FEWEST_SLIDES:
         reasons = "; ".join(f"{record.slide_id}: {record.message}" for record in report.failed[:3])
         raise ConfigError(
-            f"{len(work.asked)} of {len(cohort.features)} slides could be examined ({reasons}); a cohort needs more"
+            f"{len(asked)} of {len(cohort.features)} slides could be examined ({reasons}); a cohort needs more"
         )
-    for note in seen_notes({name: answers.sight for name, answers in work.asked.items()}):
+    for note in seen_notes({name: answers.sight for name, answers in asked.items()}):
         logger.warning("%s", note)
-    summary = _summaries(work.asked, cohort, card, class_name)
-    unseen = {name: answers for name, answers in work.asked.items() if answers.sight.is_new}
-    fewer = FEWEST_SLIDES <= len(unseen) < len(work.asked)
+    summary = _summaries(asked, cohort, card, class_name)
+    unseen = {name: answers for name, answers in asked.items() if answers.sight.is_new}
+    fewer = FEWEST_SLIDES <= len(unseen) < len(asked)
     alone = _summaries(unseen, cohort, card, class_name) if fewer else []
     return _write_cohort(
-        out_dir, work.asked, summary, alone, card=card, class_name=class_name, formats=formats, report=report
+        out_dir, asked, summary, alone, card=card, class_name=class_name, formats=formats, report=report
     ), report
-
-
-def _asking(model: Path | tuple[Aggregator, ModelCard], cohort: Cohort) -> tuple[Callable[[str], Asked], ModelCard]:
-    """Return who answers for each slide, and a card for what all models have in common."""
-    if isinstance(model, tuple):
-        return lambda _slide: Asked(*model), model[1]
-    jury = Jury.open([model], device="cpu")
-    if cohort.labels is not None:
-        jury = replace(jury, patient_of=cohort.labels.patient_of())
-    return jury.ask, jury.ensemble.cards[0]
 
 
 def _require_class(card: ModelCard, class_name: str) -> None:
@@ -170,80 +144,7 @@ def _require_class(card: ModelCard, class_name: str) -> None:
         raise ConfigError(f"the model has no class {class_name!r}; it has {', '.join(classes) or 'none'}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """The work on one slide, for `run_batch`."""
-
-    ask: Callable[[str], Asked]
-    cohort: Cohort
-    folder: Path
-    class_name: str
-    region_classes: Sequence[str]
-    donors: Sequence[Donor]
-    questions: Questions
-    formats: Sequence[str]
-    asked: dict[str, _Asked] = field(default_factory=dict)
-    seen_donors: dict[Aggregator, list[Donor]] = field(default_factory=dict)
-
-    def __call__(self, slide_id: str) -> Outcome:
-        asked = self.ask(slide_id)
-        aggregator, card = asked.model, asked.card
-        bag = read_bag(self.cohort.features[slide_id])
-        card.features.require_match(bag.spec, self.cohort.features[slide_id])
-        if bag.n_instances < 2:
-            return Outcome("empty", f"{bag.n_instances} tiles, too few to remove some")
-        annotation = self.cohort.annotations.get(slide_id)
-        with open_optional(self.cohort.slides.get(slide_id)) as slide:
-            if slide is not None:
-                require_same_slide(slide, bag)
-            bounds = None if slide is None else slide.bounds_px0
-            regions = {} if annotation is None else read_sets(annotation, bag, bounds, self.region_classes)
-            found = examine(
-                aggregator,
-                card,
-                bag,
-                class_name=self.class_name,
-                regions=regions,
-                donors=[donor for donor in self._donors_of(asked) if donor.bag.slide_id != slide_id],
-                questions=self.questions,
-                tissue=tissue_shares(slide, bag, self.questions),
-            )
-            formats = [name for name in self.formats if name != "png" or slide is not None]
-            write_findings(found, bag, slide, asked, self.folder, formats=formats)
-            quick = self.questions.model_copy(update={"controls": 0, "matched": "number"})
-            others = [
-                examine(model, card, bag, class_name=self.class_name, regions=regions, donors=given, questions=quick)
-                for model, given in self._shuffled(slide_id, aggregator, bag)
-            ]
-        self.asked[slide_id] = _remembered(found, asked, predict_bag(aggregator, card, bag), others)
-        return Outcome()
-
-    def _donors_of(self, asked: Asked) -> list[Donor]:
-        """Return the donors as the model sees them, which takes one look for each model."""
-        if asked.model not in self.seen_donors:
-            self.seen_donors[asked.model] = [see_donor(asked.model, asked.card, donor) for donor in self.donors]
-        return self.seen_donors[asked.model]
-
-    def _shuffled(self, slide_id: str, model: Aggregator, bag: FeatureBag) -> Iterator[tuple[Aggregator, list[Donor]]]:
-        """Yield models with shuffled weights, and the donors that they have not seen."""
-        donors = [donor for donor in self.donors if donor.bag.slide_id != slide_id]
-        wanted = self.questions.shuffles
-        if wanted is None:
-            # every copy that must be run again costs as much as the model itself
-            wanted = 0 if look(model, bag).subsets.price else SHUFFLES
-        for seed in range(wanted):
-            yield shuffle_weights(model, seed), donors
-
-
-def _remembered(
-    found: Counterfactuals, asked: Asked, prediction: Mapping[str, str], others: Sequence[Counterfactuals]
-) -> _Asked:
-    shuffled = [{(str(effect.kind), effect.what): effect for effect in other.effects} for other in others]
-    sentences = [*asked.notes, *found.sentences()]
-    return _Asked(prediction, found.effects, seen_table(found, asked), sentences, shuffled, asked.sight)
-
-
-def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
+def _summaries(asked: Mapping[str, Answers], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
     """Return the summary of each intervention that at least two slides share."""
     kinds: dict[tuple[str, Origin, str], list[tuple[str, Effect]]] = {}
     for slide_id, answers in asked.items():
@@ -265,13 +166,18 @@ def _summaries(asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, cla
 
 
 def _of_shuffled(
-    key: tuple[str, str], asked: Mapping[str, _Asked], cohort: Cohort, card: ModelCard, class_name: str
+    key: tuple[str, str], asked: Mapping[str, Answers], cohort: Cohort, card: ModelCard, class_name: str
 ) -> list[float]:
     """Return the mean change of one intervention in each model with shuffled weights."""
     changes = []
     for number in range(min(len(answers.shuffled) for answers in asked.values())):
         models = {name: answers.shuffled[number] for name, answers in asked.items()}
-        found = {name: effects[key] for name, effects in models.items() if key in effects}
+        found = {
+            name: effect
+            for name, effects in models.items()
+            for effect in effects
+            if (str(effect.kind), effect.what) == key
+        }
         _, patients = _truth_and_patients(list(found), cohort, card, class_name)
         changes.append(mean_change(list(found.values()), patients))
     return changes
@@ -372,7 +278,7 @@ def _chance(effect: CohortEffect) -> str:
 
 def _write_cohort(
     out_dir: Path,
-    asked: Mapping[str, _Asked],
+    asked: Mapping[str, Answers],
     summary: Sequence[CohortEffect],
     unseen: Sequence[CohortEffect],
     *,
@@ -381,7 +287,7 @@ def _write_cohort(
     formats: Sequence[str],
     report: Report,
 ) -> list[Path]:
-    every = pd.concat([answers.table for answers in asked.values()], ignore_index=True)
+    every = pd.concat([answers.table(name, class_name) for name, answers in asked.items()], ignore_index=True)
     paths = []
     for name in (name for name in formats if name in ("csv", "parquet")):
         tables = [cohort_table(summary).assign(slides="all")]
@@ -396,7 +302,7 @@ def _write_cohort(
 
 
 def _cohort_report(
-    asked: Mapping[str, _Asked],
+    asked: Mapping[str, Answers],
     summary: Sequence[CohortEffect],
     unseen: Sequence[CohortEffect],
     card: ModelCard,

@@ -191,6 +191,31 @@ def test_cohort_gives_tables_tests_and_one_report(
     assert len(list((tmp_path / "slides").glob("*.geojson"))) == len(list((tmp_path / "slides").glob("*.png"))) == 6
 
 
+def test_a_cohort_that_was_asked_is_not_asked_again_and_damaged_answers_are(
+    study: Path, models: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    asked = (
+        "counterfactual", "--model", models["abmil"], "--features", study / "features", "--class", "tumour",
+        "--out", tmp_path, "--format", "csv", "--set", "questions.rounds=3", "--set", "questions.controls=4",
+        "--set", "questions.shuffles=2",
+    )  # fmt: skip
+
+    def ask(*more: object) -> tuple[list[bytes], dict[str, int]]:
+        assert run(*asked, *more).exit_code == 0
+        tables = [(tmp_path / name).read_bytes() for name in ("cohort.csv", "interventions.csv")]
+        return tables, {path.name: path.stat().st_mtime_ns for path in (tmp_path / "slides").glob("*_answers.json")}
+
+    tables, written = ask()
+    assert len(written) == 6
+    assert ask() == (tables, written)
+    note = tmp_path / "slides/s3_answers.json"
+    note.write_text(note.read_text(encoding="utf-8").replace('"n_tiles": 1', '"n_tiles": 2', 1), encoding="utf-8")
+    again = ask()
+    assert again[0] == tables
+    assert {name for name, at in again[1].items() if at != written[name]} == {note.name}
+    assert not set(ask("--set", "questions.seed=1")[1].items()) & set(written.items())
+
+
 def test_one_bad_slide_of_a_cohort_is_listed(study: Path, models: dict[str, Path], run: Run, tmp_path: Path) -> None:
     features = tmp_path / "features"
     features.mkdir()
