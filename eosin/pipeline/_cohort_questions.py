@@ -113,7 +113,7 @@ def question_cohort(
     card = stage.first_card()
     _require_class(card, class_name)
     for donor in donors:
-        open_donor(donor, card, region_classes)  # a donor that does not fit is told before the first slide is asked
+        open_donor(donor, card, region_classes)  # refuses one that does not fit, before the first slide
     items = [
         Question(name, path, Path(out_dir) / "slides", cohort.slides.get(name), cohort.annotations.get(name))
         for name, path in cohort.features.items()
