@@ -50,6 +50,9 @@ __all__ = [
     "WorkerError",
 ]
 
+MOST_LISTED = 30
+"""Names that exist are listed up to this number when a near one can be suggested."""
+
 EXTRAS = {  # a package that not every user needs -> the extra of eosin that installs it
     "bokeh": "viewer",
     "huggingface_hub": "encoders",
@@ -181,10 +184,11 @@ class UnknownNameError(ConfigError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, near: Sequence[str] = ()) -> None:
         names = sorted(known)
-        near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near = list(near) or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}? " if near else ""
-        super().__init__(f"no {kind} named {name!r}; {hint}known: {', '.join(names) or 'none'}")
-        self.name = name
+        listed = "" if near and len(names) > MOST_LISTED else f"known: {', '.join(names) or 'none'}"
+        super().__init__(f"no {kind} named {name!r}; {hint}{listed}".rstrip())
+        self.name, self.near = name, near
 
 
 class CheckpointError(_FileBoundError, ValueError):

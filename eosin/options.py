@@ -6,12 +6,12 @@ Every group of options is a subclass of `Options` beside the code that it config
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from eosin.errors import ConfigError, UnknownNameError
 
@@ -47,6 +47,17 @@ class Options(BaseModel, metaclass=_Checked):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, data: Any) -> Any:
+        """Refuse ``max_blur: yes``, which pydantic would take for 1."""
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(name) if isinstance(value, bool) else None
+            kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError(f"{name}: {str(value).lower()} is not a number")
+        return data
+
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, source: str = "options") -> Self:
         """Check a plain mapping and return the options.
@@ -80,10 +91,13 @@ class Options(BaseModel, metaclass=_Checked):
 def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
     faults = error.errors()
     for fault in faults:
-        *parents, leaf = (str(part) for part in fault["loc"] or ("",))
-        group = _group(cls, parents)
+        *parents, leaf = fault["loc"] or ("",)
+        group = _group(cls, [part for part in parents if isinstance(part, str)])
         if fault["type"] == "extra_forbidden" and group is not None:
-            return unknown_option(".".join([source, *parents]), leaf, group.model_fields, elsewhere=option_paths(cls))
+            where, known = ".".join([source, *map(str, parents)]), group.model_fields
+            if {"name", "options"} <= set(known) and not _near(str(leaf), known):  # a registered part has its own there
+                return UnknownNameError(f"option in {where}", str(leaf), known, near=[f"options.{leaf}"])
+            return unknown_option(where, str(leaf), known, elsewhere=option_paths(cls))
     return ConfigError(f"{source}: {'; '.join(in_words(fault) for fault in faults)}")
 
 
@@ -104,6 +118,10 @@ def unknown_option(group: str, name: str, known: Iterable[str], *, elsewhere: It
     places = [path for path in elsewhere if path.split(".")[-1] == meant and path != meant]
     near = [meant] if meant in known and meant != name else places
     return UnknownNameError(f"option in {group}", name, known, near=near)
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(OTHER_TOOLS.get(name, name), list(known), n=1, cutoff=0.6)
 
 
 OTHER_TOOLS = {
@@ -153,6 +171,8 @@ def in_words(fault: Mapping[str, Any]) -> str:
         said = f"{value} is out of range; it must be {word} {limits[limit]:g}"
     elif kind.split("_")[0] in _KINDS:
         said = f"{value} is not {_KINDS[kind.split('_')[0]]}"
+        if kind.split("_")[0] in ("string", "path") and isinstance(fault.get("input"), int | float):
+            said += "; put it in quotes"
     else:
         said = str(fault["msg"]).removeprefix("Value error, ")
     return f"{where}: {said}" if where else said
@@ -181,7 +201,8 @@ LONGEST_QUOTE = 60
 
 
 def _quoted(value: object) -> str:
-    text = repr(value)
+    as_yaml = {"None": "nothing", "True": "true", "False": "false"}
+    text = as_yaml.get(repr(value), repr(value))
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} ..."
 
 
@@ -218,36 +239,97 @@ def option_paths(cls: type[BaseModel], before: str = "") -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
+    """Read a YAML mapping of plain values; keys are text, whatever YAML would make of them.
 
     Raises
     ------
     ConfigError
-        If the file is missing, larger than the limits of this module, not YAML or not a mapping.
+        If the file is missing, larger than the limits of this module, not YAML, not a mapping, or has a key twice.
     """
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: is larger than {MAX_YAML_BYTES:,} bytes, the limit of a configuration file")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8; save it as UTF-8") from None
     data = _load_yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, found {type(data).__name__}")
+        found = "a list" if isinstance(data, list) else f"the value {_quoted(data)}"
+        raise ConfigError(f"{path}: expected lines like `key: value`, found {found}")
     return data
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Makes text, numbers, true and false, lists and groups; keys are the text that the file has."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
+        self.flatten_mapping(node)
+        found: dict[Hashable, Any] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is None:
+                raise yaml.MarkedYAMLError(problem="a list or a group cannot be a key", problem_mark=key.start_mark)
+            if name in found:
+                raise yaml.MarkedYAMLError(problem=f"the key {name!r} stands there twice", problem_mark=key.start_mark)
+            found[name] = self.construct_object(value, deep=deep)
+        return found
+
+
+_PlainLoader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] not in ("binary", "timestamp", "set", "omap", "pairs")
+}
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+"""Without dates: a folder named 2024-01-01 is text."""
 
 
 def _load_yaml(text: str, source: str) -> Any:
     """Load YAML whose size is known: aliases may make a few lines stand for billions of values."""
     try:
         _require_small(yaml.parse(text, Loader=yaml.SafeLoader), source)
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that does not exist
-        if isinstance(error, ConfigError):
-            raise
+        return yaml.load(text, Loader=_PlainLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{source}: {_yaml_in_words(error)}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{source}: has the character U+{error.character:04X}, which YAML does not allow") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number that does not exist
         raise ConfigError(f"{source}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+
+
+def _yaml_in_words(error: yaml.MarkedYAMLError) -> str:
+    """Return what is wrong with a YAML text, and where."""
+    problem, marks = str(error.problem), (error.problem_mark, error.context_mark)
+    said, opening = next(((said, opening) for part, said, opening in _YAML_FAULTS if part in problem), (problem, False))
+    mark = next((mark for mark in (reversed(marks) if opening else marks) if mark is not None), None)
+    return said if mark is None else f"line {mark.line + 1}: {said}"
+
+
+_YAML_FAULTS: tuple[tuple[str, str, bool], ...] = (
+    ("'\\t'", "there is a tab; indent with spaces", False),
+    (
+        "mapping values are not allowed",
+        "there is a second `key:` where a value was expected; correct the indentation, or put the value in quotes",
+        False,
+    ),
+    ("expected ',' or", "a bracket is opened and never closed", True),
+    ("unexpected end of stream", "a quote is opened and never closed", True),
+    ("expected <block end>", "this line is indented otherwise than the lines before it", False),
+    ("could not find expected ':'", "`:` is missing after the key", True),
+    ("determine a constructor", "values with a tag (!!) are not allowed; write text, a number, true or false", False),
+    ("but found another document", "a second document begins (---); keep one only", False),
+    ("cannot start any token", "the value starts with a character that YAML keeps for itself; put it in quotes", False),
+)
+"""What PyYAML says, what we say, and whether the place where the fault begins helps more than where it shows."""
 
 
 def _require_small(events: Iterable[yaml.Event], source: str) -> None:

@@ -93,7 +93,7 @@ def options() -> frozenset[str]:
     """Return every option of every command, hidden ones included."""
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
-    found = {"--version", "--help", "-h"}
+    found = {"--version", "--help", "-h", "--install-completion"}
     for command in group.commands.values():  # type: ignore[attr-defined]
         for parameter in command.params:
             found.update(parameter.opts, parameter.secondary_opts)

@@ -71,7 +71,7 @@ def test_yaml_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_yaml_never_builds_objects(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+    with pytest.raises(ConfigError, match="values with a tag"):
         read_yaml(tmp_path / "c.yaml")
     (tmp_path / "empty.yaml").write_text("")
     assert read_yaml(tmp_path / "empty.yaml") == {}

@@ -14,6 +14,9 @@ FeaturesFolder = Annotated[Path, typer.Option(help="Folder of feature files, one
 Labels = Annotated[
     Path, typer.Option(help="Table with one row per slide: slide, patient, label (csv, tsv, xlsx, parquet).")
 ]
+LabelsIfAny = Annotated[
+    Path | None, typer.Option(help="Table with one row per slide: slide, patient, label (csv, tsv, xlsx, parquet).")
+]
 SlideMpp = Annotated[
     str | None,
     typer.Option(
@@ -101,10 +104,12 @@ Timeout = Annotated[
 ]
 EncoderName = Annotated[str, typer.Option(help="Tile encoder; `eosin encoders` lists the names.")]
 Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights; no download.")]
-BatchSize = Annotated[int, typer.Option(help="Number of tiles per batch.")]
+BatchSize = Annotated[int, typer.Option(help="Number of tiles per batch.", min=1)]
 Precision = Annotated[str, typer.Option(help="Number format: fp32, bf16 or fp16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses a GPU if there is one.")]
-Workers = Annotated[int, typer.Option(help="Number of child processes; a crash in one loses one slide. 0: none.")]
+Workers = Annotated[
+    int, typer.Option(help="Number of child processes; a crash in one loses one slide. 0: none.", min=0)
+]
 Shard = Annotated[
     str,
     typer.Option(

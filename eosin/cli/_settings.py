@@ -8,6 +8,7 @@ The flag wins over ``--set``, ``--set`` wins over the file, the file wins over w
 wins over the default.
 """
 
+import difflib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from typer.models import ArgumentInfo
 
-from eosin.errors import ConfigError, UnknownNameError
+from eosin._tables import first_few
+from eosin.errors import MOST_LISTED, ConfigError, EosinError, SeveralErrors, UnknownNameError
 
 if TYPE_CHECKING:
     from eosin.options import Options
@@ -31,6 +33,16 @@ GROUPS = (
     "selection", "second",  # as `eosin.pipeline._selection.Selection`, `eosin.pipeline._two_stage.SecondStage`
 )  # fmt: skip
 PLUGINS = "plugins"
+LISTS = ("formats", "maps")
+"""Options that may be text with commas."""
+
+USUAL = (
+    "slides", "labels", "job", "target", "task", "encoder", "tiling", "tissue", "quality", "slide_mpp", "splits",
+    "folds", "recipe", "formats", "maps", "missing", "ids", "workers", "device", "cluster", "plugins",
+)  # fmt: skip
+"""What most study files hold, in the order of `eosin init`."""
+
+CLOSE = 0.75
 PATHS_OR_NUMBERS = ("slide_mpp",)
 """Options whose text may be the path of a table."""
 
@@ -68,25 +80,28 @@ class Settings:
         ConfigError
             If the file cannot be read, or a group or option is unknown.
         """
-        from eosin.options import override, read_yaml
+        from eosin.options import override
 
-        data = {str(key).replace("-", "_"): value for key, value in (read_yaml(file) if file else {}).items()}
-        for key in data:
-            if key not in {*GROUPS, *option_names, PLUGINS}:
-                raise _unknown(str(file), key, {*GROUPS, *option_names, PLUGINS})
+        data = _read_file(file) if file else {}
         roots = [assignment.split("=")[0].split(".")[0].strip().replace("-", "_") for assignment in assignments]
         for root, assignment in zip(roots, assignments, strict=True):
             if root not in known:
                 raise _unknown(f"--set {assignment}", root, known)
         fixed = [f"{root}{text.strip()[len(root) :]}" for root, text in zip(roots, assignments, strict=True)]
         folder = Path() if file is None else file.parent
-        return cls(override(data, fixed), folder, frozenset(data) - set(roots))
+        merged = override(data, fixed)
+        for key in LISTS:
+            if isinstance(merged.get(key), str):
+                merged[key] = merged[key].split(",")
+        return cls(merged, folder, frozenset(data) - set(roots))
 
     @property
     def plugins(self) -> list[str]:
         """Plug-ins that the file names."""
         wanted = self.data.get(PLUGINS) or []
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = [wanted] if isinstance(wanted, str) else wanted
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{PLUGINS}: {wanted!r} is not a list of Python modules or .py files")
         return [str(self.folder / name) if str(name).endswith(".py") else str(name) for name in names]
 
     def named(self, name: str) -> tuple[str | None, dict[str, Any]]:
@@ -103,7 +118,7 @@ class Settings:
         """Return the options of one group, overridden by the flags that were given (are not None)."""
         options = self.data.get(name) or {}
         if not isinstance(options, Mapping):
-            raise ConfigError(f"group of options {name!r}: expected a list of name: value, found {options!r}")
+            raise ConfigError(f"{name}: {options!r} is not a group of options, like {{key: value}}")
         return dict(options) | {key: value for key, value in flags.items() if value is not None}
 
     def parse(self, name: str, kind: type[OptionsT], **flags: Any) -> OptionsT:
@@ -121,15 +136,18 @@ class Settings:
         from eosin.options import in_words
 
         value = self.data[key]
+        if isinstance(value, str) and not value.strip():
+            raise ConfigError(f"{key}: the value is empty; write one, or remove the line")
         if _holds(annotation, list) and not isinstance(value, list):
             value = [value]
+        if not _holds(annotation, list) and _holds(annotation, str) and isinstance(value, list):
+            value = ",".join(map(str, value))
         if _holds(annotation, str) and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         try:
             found = TypeAdapter(annotation).validate_python(value)
         except ValidationError as error:
-            faults = "; ".join(in_words(fault) for fault in error.errors()[:1])
-            raise ConfigError(f"{key}: {faults.split(': ', 1)[-1]}") from None
+            raise ConfigError(f"{key}: {in_words({**error.errors()[0], 'loc': ()})}") from None
         return self._placed(key, found) if key in self.of_file else found
 
     def _placed(self, key: str, value: Any) -> Any:
@@ -143,11 +161,48 @@ class Settings:
         return value
 
 
+def _read_file(file: Path) -> dict[str, Any]:
+    """Return what a study file states; a key without a value states nothing.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or has keys that no command knows; all of them are named.
+    """
+    from eosin.options import read_yaml
+
+    data = {key.replace("-", "_"): value for key, value in read_yaml(file).items()}
+    if not data:
+        raise ConfigError(f"{file}: is empty; `eosin init` writes a study file with comments")
+    known = {*GROUPS, *option_names, PLUGINS}
+    unknown = [_unknown(str(file), key, known) for key in data if key not in known]
+    if len(unknown) == len(data) and not any(_meant(key, known) for key in data):
+        raise ConfigError(
+            f"{file}: not a study file of eosin, whose keys are slides, labels, job ...; found {first_few([*data])}; "
+            "`eosin init` writes a study file"
+        )
+    if unknown:
+        raise unknown[0] if len(unknown) == 1 else SeveralErrors(unknown)
+    return {key: value for key, value in data.items() if value is not None}
+
+
 def _unknown(where: str, name: str, known: Collection[str]) -> UnknownNameError:
+    """Return the error of a key; without a near one it lists those that most studies have."""
     from eosin.options import option_paths, unknown_option
     from eosin.pipeline._run import Pipeline
 
-    return unknown_option(where, name, known, elsewhere=option_paths(Pipeline))
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=CLOSE)
+    if near:
+        return UnknownNameError(f"option in {where}", name, known, near=near)
+    usual = known if len(known) <= MOST_LISTED else USUAL
+    return unknown_option(where, name, usual, elsewhere=option_paths(Pipeline))
+
+
+def _meant(name: str, known: Collection[str]) -> bool:
+    """Return whether a key was probably meant for us."""
+    from eosin.options import OTHER_TOOLS
+
+    return name in OTHER_TOOLS or bool(difflib.get_close_matches(name.lower(), known, n=1, cutoff=CLOSE))
 
 
 def _holds(annotation: Any, kind: type) -> bool:
@@ -168,12 +223,15 @@ class Option:
         Name in a study file.
     annotation : type
     required : bool
+    least : float, optional
+        Smallest value that the flag takes.
     """
 
     parameter: str
     key: str
     annotation: Any
     required: bool
+    least: float | None = None
 
     @property
     def is_list(self) -> bool:
@@ -202,7 +260,8 @@ def options_of(signature: inspect.Signature) -> list[Option]:
         names = (getattr(declared, "default", None), *(getattr(declared, "param_decls", None) or ()))
         long = next((text for text in names if str(text).startswith("--")), f"--{name}").split("/")[0]
         key = long.removeprefix("--").replace("-", "_")
-        found.append(Option(name, key, annotation, parameter.default is parameter.empty))
+        least = getattr(declared, "min", None)
+        found.append(Option(name, key, annotation, parameter.default is parameter.empty, least))
     return found
 
 
@@ -222,22 +281,38 @@ def fill(
     ConfigError
         If an option that must be there is missing; all of them are named.
     """
-    filled = dict(arguments)
+    filled, wrong = dict(arguments), dict[str, EosinError]()
     for option in options:
         if option.parameter in given or option.key in groups:
             continue
         if option.key in settings.data:
-            filled[option.parameter] = settings.value(option.key, option.annotation)
+            try:
+                filled[option.parameter] = settings.value(option.key, option.annotation)
+                _require_least(option, filled[option.parameter])
+            except ConfigError as error:
+                wrong[option.key] = error
         elif "job" not in settings.data:
             continue
         elif option.key == "features" and (option.required or option.key in of_job):
             filled[option.parameter] = _as_asked(_features(settings), option.annotation)
         elif option.key in of_job:
             filled[option.parameter] = _as_asked(_study_folder(settings) / of_job[option.key], option.annotation)
-    missing = [option.flag for option in options if option.required and filled[option.parameter] in (None, [])]
+    missing = [
+        option.flag
+        for option in options
+        if option.required and filled[option.parameter] in (None, []) and option.key not in wrong
+    ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: missing; pass it as an option, or in a study file (--config FILE)")
+        wrong[""] = ConfigError(f"{', '.join(missing)}: missing; pass it as an option, or in a study file")
+    if wrong:
+        errors = list(wrong.values())
+        raise errors[0] if len(errors) == 1 else SeveralErrors(errors)
     return filled
+
+
+def _require_least(option: Option, value: Any) -> None:
+    if option.least is not None and value is not None and value < option.least:
+        raise ConfigError(f"{option.key}: {value} is out of range; it must be at least {option.least:g}")
 
 
 def _as_asked(path: Path, annotation: Any) -> Any:

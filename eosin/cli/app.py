@@ -19,6 +19,7 @@ from eosin.cli import (
     heatmap,
     import_,
     info,
+    init,
     jobs,
     methods,
     predict,
@@ -43,7 +44,6 @@ def _spelled(name: str) -> str:
 app = typer.Typer(
     name="eosin",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -74,6 +74,7 @@ def eosin(
 COMMANDS = {
     "demo": demo.demo,
     "doctor": doctor.doctor,
+    "init": init.init,
     "info": info.info,
     "check": check.check,
     "run": run.run,

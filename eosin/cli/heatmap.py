@@ -23,7 +23,7 @@ from eosin.cli._arguments import (
 )
 from eosin.cli._common import Done, apply_to_each, command, progress
 from eosin.cli._settings import Settings
-from eosin.errors import SlideError, UnknownNameError
+from eosin.errors import SlideError
 
 if TYPE_CHECKING:
     from eosin._batch import Outcome
@@ -128,12 +128,10 @@ def _formats(wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _chosen(wanted: str | None) -> list[str] | None:
-    from eosin.heatmaps._maps import ATTRIBUTIONS
+    from eosin.pipeline._explain import require_maps
 
     names = wanted.split(",") if wanted else None
-    for name in names or ():
-        if name not in ATTRIBUTIONS:
-            raise UnknownNameError("map", name, ATTRIBUTIONS)
+    require_maps(names or ())
     return names
 
 

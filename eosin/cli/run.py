@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._run import Checked, Inputs
     from eosin.pipeline._two_stage import SecondStage
 
-GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "second")
+GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "maps", "second")
 RARE = (
     "task", "splits", "folds", "missing", "ids", "slide_mpp", "scene", "plane", "max_blur", "max_pen", "max_fold",
     "weights", "batch_size", "precision", "study_name",
@@ -120,7 +120,7 @@ def plan(
     problems.attempt(require_one_source, splits, folds)
     flags = {"encoder": encoder, "task": task, "target": target, "folds": folds}
     groups = {name: settings.choose(name, flag, None) for name, flag in flags.items()}
-    groups |= {name: settings.data.get(name) for name in ("tiling", "tissue", "formats")}
+    groups |= {name: settings.data.get(name) for name in ("tiling", "tissue", "formats", "maps")}
     groups["quality"] = problems.attempt(
         settings.group, "quality", max_blur=max_blur, max_pen=max_pen, max_fold=max_fold
     )

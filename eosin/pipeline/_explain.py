@@ -9,7 +9,7 @@ from eosin.errors import UnknownNameError
 from eosin.features._bag import FeatureBag
 from eosin.heatmaps._colour import scale_of
 from eosin.heatmaps._heatmap import Heatmap
-from eosin.heatmaps._maps import MapSet, map_slide
+from eosin.heatmaps._maps import ATTRIBUTIONS, MapSet, map_slide
 from eosin.heatmaps._subject import class_choices, predict_bag, prediction_in_words, require_same_slide
 from eosin.heatmaps.export._geojson import write_geojson
 from eosin.heatmaps.export._png import View, blend, draw, take_view, write_png
@@ -139,6 +139,13 @@ def require_formats(formats: Sequence[str]) -> None:
     for name in formats:
         if name not in FORMATS:
             raise UnknownNameError("heat-map format", name, FORMATS)
+
+
+def require_maps(maps: Sequence[str]) -> None:
+    """Raise `UnknownNameError` for a map that is not among `eosin.heatmaps._maps.ATTRIBUTIONS`."""
+    for name in maps:
+        if name not in ATTRIBUTIONS:
+            raise UnknownNameError("map", name, ATTRIBUTIONS)
 
 
 def _maps(model: Aggregator, bag: FeatureBag, card: ModelCard, wanted: Sequence[str] | None) -> MapSet:

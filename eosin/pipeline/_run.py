@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from eosin._batch import Outcome, run_stage
 from eosin._devices import choose_device
 from eosin._files import file_fingerprint, paths_of, write_json
@@ -41,7 +43,7 @@ from eosin.pipeline._deploy import (
     encode_slides,
     no_progress,
 )
-from eosin.pipeline._explain import explain_slide, require_formats
+from eosin.pipeline._explain import explain_slide, require_formats, require_maps
 from eosin.pipeline._preflight import (
     Headers,
     Labelled,
@@ -95,6 +97,8 @@ class Pipeline(Options):
         Folds of the cross-validation; `splits` given to `run_pipeline` win.
     formats : tuple of str
         Of the heat maps.
+    maps : tuple of str
+        Of each slide; all that the model can give unless they are named, see `eosin.heatmaps._maps`.
     """
 
     tiling: Tiling = Tiling()
@@ -104,8 +108,9 @@ class Pipeline(Options):
     recipe: Recipe = Recipe()
     task: str = "classification"
     target: str | None = None
-    folds: int = 5
+    folds: int = Field(default=5, ge=2)
     formats: tuple[str, ...] = ("png", "geojson")
+    maps: tuple[str, ...] = ()
 
     @property
     def val_fraction(self) -> float:
@@ -309,7 +314,7 @@ def run_checked(
         earlier=tuple(earlier),
     )
     with progress("heat maps", len(result.predictions)) as advance:
-        drawn = draw_maps(result, options.formats, advance)
+        drawn = draw_maps(result, options.formats, advance, maps=options.maps)
     result = replace(result, report=encoded.report.then(drawn))
     if report:
         write_report(out / "report.html", make_report(result))
@@ -405,7 +410,7 @@ def study_key(
     second: Mapping[str, Any] | None = None,
 ) -> StudyKey:
     """Return what decides the results of a study."""
-    plain = options.model_dump(mode="json", exclude={"formats"})
+    plain = options.model_dump(mode="json", exclude={"formats", "maps"})
     chosen = plain if second is None else {**plain, "second": dict(second)}
     rows, given = labelled.hash_rows(), None if splits is None else _hash_splits(splits)
     mpp: object = content_hash(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp
@@ -437,6 +442,7 @@ def check_options(problems: Problems, options: Pipeline, folder: Path, machine: 
     encoder = problems.attempt(require_encoder, options.encoder, weights=machine.weights, precision=machine.precision)
     problems.attempt(require_methods, options.recipe)
     problems.attempt(require_formats, options.formats)
+    problems.attempt(require_maps, options.maps)
     problems.attempt(choose_device, machine.device)
     problems.attempt(check_folder, folder)
     return encoder or Problems().attempt(find_encoder, options.encoder)
@@ -456,7 +462,9 @@ def _open_study(inputs: Inputs, files: Sequence[SlideFile], encoded: Encoded) ->
     )
 
 
-def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = None) -> Report:
+def draw_maps(
+    result: Result, formats: Sequence[str], advance: Advance | None = None, *, maps: Sequence[str] = ()
+) -> Report:
     """Draw every tested slide's heat map by the model that has not seen it, into ``heatmaps/``.
 
     Parameters
@@ -466,6 +474,8 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
         Among `eosin.pipeline._explain.FORMATS`.
     advance : callable, optional
         Called with the record of each slide.
+    maps : sequence of str
+        Among `eosin.heatmaps._maps.ATTRIBUTIONS`; none: all that the model can give.
     """
     items = [
         Drawing(
@@ -474,6 +484,7 @@ def draw_maps(result: Result, formats: Sequence[str], advance: Advance | None = 
             result.fold_model(slide),
             result.heatmaps,
             tuple(formats),
+            tuple(maps) or None,
         )
         for slide in result.predictions["slide_id"]
     ]

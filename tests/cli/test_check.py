@@ -42,7 +42,7 @@ def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
     first, *lines = result.stderr.splitlines()
     assert first == f"error: {len(lines)} problems; nothing was done"
     expected = {
-        "did you mean abmil": "known:",
+        "named 'abmill'": "did you mean abmil",
         "named 'mppp'": "did you mean mpp",
         "quality.max_pen": "at most 1",
         "none: no such file": "correct --slides",

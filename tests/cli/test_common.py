@@ -137,7 +137,7 @@ def test_one_file_may_hold_the_groups_of_other_commands(tmp_path: Path) -> None:
         (["--set", "recipe.training.lr=1"], "known: mpp, tiling"),
         (["--set", "tiling.mp=1"], "did you mean mpp"),
         (["--set", "tiling.mpp"], "expected key=value"),
-        (["--set", "tiling=3"], "expected a list of name: value"),
+        (["--set", "tiling=3"], "is not a group of options"),
         (["--set", "tiling.mpp=fast"], "tiling: mpp"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     ],
