@@ -81,11 +81,11 @@ def can_be_label(column: Sequence[str], kind: str = "") -> bool:
     if len(distinct) < 2 or 2 * len(filled) < len(column) or all(DATE.fullmatch(value) for value in filled):
         return False
     if kind in NUMBER_KINDS:
-        return all(_is_number(value) for value in filled)
+        return all(is_number(value) for value in filled)
     return 2 * len(distinct) <= len(filled)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     try:
         float(decimal_point(text))
     except ValueError:
@@ -96,14 +96,14 @@ def _is_number(text: str) -> bool:
 def _several(columns: Sequence[str], values: Mapping[str, Sequence[str]]) -> str:
     if not columns:
         return "the table has no column 'label', and no other that could be it; add one, or pass another --labels"
-    told = "; ".join(f"{column} ({_values_in_words(values[column])})" for column in columns)
+    told = "; ".join(f"{column} ({values_in_words(values[column])})" for column in columns)
     return (
         f"the table has no column 'label', and {len(columns)} columns could be it: {told}; say which, for example "
         f"--target {quoted(columns[0])}"
     )
 
 
-def _values_in_words(column: Sequence[str]) -> str:
+def values_in_words(column: Sequence[str]) -> str:
     """Return the most frequent values of a column with their counts."""
     counts = Counter(value for value in column if has_value(value)).most_common()
     told = [f"{value[:30]}: {count}" for value, count in counts[:MOST_VALUES_SHOWN]]

@@ -1,7 +1,5 @@
 """A first study file, drafted from a folder of slides and a table: what can be guessed is, the rest is marked."""
 
-import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +8,21 @@ from typing import Any
 import yaml
 
 from eosin._names import is_missing
-from eosin._tables import first_few, normalised
+from eosin._tables import decimal_point, first_few
 from eosin.errors import EosinError
 from eosin.mil._study import open_labels
-from eosin.mil._tables import FEW, OTHER_COLUMNS, SURVIVAL_COLUMNS, LabelTable, has_value
+from eosin.mil._tables import FEW, LabelTable
+from eosin.mil._target import can_be_label, has_value, is_number, target_column, values_in_words
 from eosin.pipeline._preflight import Headers, Problems, collect_slides, open_headers, rough_table
 from eosin.wsi._slide_file import SlideFile, open_file
 
 MARK = "DECIDE"
-LABEL_NAMES = (
-    "label", "target", "class", "diagnosis", "outcome", "status", "response", "grade", "subtype", "type", "mutation",
-)  # fmt: skip
-MOST_CLASSES = 10
+ORDINAL = "ordinal"
 LEAST_NUMBERS = 12
 """A column of numbers with so many different values is measured, not counted."""
 
-DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}")
 MOST_FOLDS = 5
 MEASURED_SLIDES = 8
-SHOWN_CLASSES = 6
 USUAL_MPP, COARSEST = 0.5, 1.05
 
 
@@ -176,57 +170,36 @@ def _table(problems: Problems, labels: Path) -> tuple[LabelTable | None, EosinEr
 
 
 def guess_target(table: LabelTable) -> tuple[Line, Line]:
-    """Return the lines of the label column and of the kind of label, both open when several columns could be meant."""
+    """Return the lines of the label column and of the kind of label; the first is open when several could be meant."""
     target = Line("target", "Label column; COLUMN=VALUE names the positive class; time,event is for survival.")
     task = Line("task", "Kind of label: classification, ordinal, multilabel, regression, survival ...")
-    pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(table.values)), None)
-    could = {name: kind for name in table.values if (kind := _kind(name, table.values[name]))}
-    if pair is not None:
-        could = {name: kind for name, kind in could.items() if name not in pair} | {",".join(pair): "survival"}
-    named = [name for name in could if normalised(name) in LABEL_NAMES or "," in name]
-    chosen = next((names[0] for names in (named, list(could)) if len(names) == 1), None)
-    if chosen is None:
-        choice = "; ".join(f"{name} ({_values(table, name)})" for name in (named or could)) or "no column has classes"
-        return replace(target, found=choice), replace(task, value="classification", is_active=False)
-    found = _values(table, chosen)
-    if could[chosen] == "ordinal":
-        return replace(target, value=chosen, found=found), replace(
-            task, value="classification", found="ordinal, if the order of the numbers matters"
-        )
-    return replace(target, value=chosen, found=found), replace(task, value=could[chosen])
+    chosen = Problems().attempt(target_column, table.values)
+    if chosen is None or ("," not in chosen and not _can_be_label(table.values[chosen])):
+        could = [name for name, values in table.values.items() if can_be_label(values)]
+        choice = "; ".join(f"{name} ({values_in_words(table.values[name])})" for name in could)
+        found = choice or "no column holds classes or numbers"
+        return replace(target, found=found), replace(task, value="classification", is_active=False)
+    kind = "survival" if "," in chosen else _kind(table.values[chosen])
+    target = replace(target, value=chosen, found=values_in_words(table.values[chosen.split(",")[-1]]))
+    if kind == ORDINAL:
+        note = "ordinal, if the order of the numbers matters"
+        return target, replace(task, value="classification", found=note)
+    return target, replace(task, value=kind)
 
 
-def _kind(name: str, values: Sequence[str]) -> str:
-    """Return which task a column could pose; nothing for ids, dates, remarks and constants."""
+def _can_be_label(values: Sequence[str]) -> bool:
+    return can_be_label(values) or can_be_label(values, "regression")
+
+
+def _kind(values: Sequence[str]) -> str:
+    """Return the task that a column poses: measured numbers, a few whole numbers, or classes."""
     stated = [value for value in values if has_value(value)]
-    distinct = set(stated)
-    if normalised(name) in OTHER_COLUMNS or len(distinct) < 2 or all(DATE.match(value) for value in distinct):
-        return ""
-    numbers = [number for value in stated if (number := _number(value)) is not None]
-    if len(numbers) == len(stated):
-        whole = all(number.is_integer() for number in numbers)
-        if len(distinct) >= LEAST_NUMBERS or not whole:
-            return "regression"
-        return "classification" if len(distinct) == 2 else "ordinal"
-    return "classification" if len(distinct) <= min(MOST_CLASSES, len(stated) // 2) else ""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "."))
-    except ValueError:
-        return None
-
-
-def _values(table: LabelTable, name: str) -> str:
-    """Return the values of a column with their counts, or their range."""
-    column = name.split(",")[0]
-    stated = [value for value in table.values[column] if has_value(value)]
-    counts = Counter(stated)
-    if len(counts) <= MOST_CLASSES:
-        return first_few([f"{value} {count}" for value, count in counts.most_common()], most=SHOWN_CLASSES)
-    numbers = [number for value in stated if (number := _number(value)) is not None]
-    return f"{min(numbers):g} to {max(numbers):g}" if numbers else f"{len(counts)} values"
+    if not all(is_number(value) for value in stated):
+        return "classification"
+    numbers = {float(decimal_point(value)) for value in stated}
+    if len(numbers) >= LEAST_NUMBERS or not all(number.is_integer() for number in numbers):
+        return "regression"
+    return "classification" if len(numbers) <= 2 else ORDINAL
 
 
 def _missing(table: LabelTable, names: Collection[str], column: str | None) -> Line:

@@ -23,9 +23,11 @@ def slides(cohort: Path) -> Path:
     return cohort / "slides"
 
 
-def table(folder: Path, *, without_slide: int = 0, header: str = "slide,patient,Diagnosis,Age,Remark") -> Path:
+def table(folder: Path, *, without_slide: int = 0, header: str = "slide,patient,Diagnosis,Age,Remark,Stage") -> Path:
     rows = N + without_slide
-    lines = [f"S{n:03},p{n // 2},{'Tumour' if n % 4 < 2 else 'Normal'},{50 + n},x{n}" for n in range(rows)]
+    lines = [
+        f"S{n:03},p{n // 2},{'Tumour' if n % 4 < 2 else 'Normal'},{50 + n},x{n},{'ab'[n % 2]}" for n in range(rows)
+    ]
     path = folder / "labels 2024.csv"
     path.write_text("\n".join([header, *lines]) + "\n")
     return path
@@ -46,12 +48,12 @@ def test_a_clear_case_needs_no_decision_and_passes_the_check(slides: Path, tmp_p
 
 
 def test_what_cannot_be_decided_is_marked_and_named(slides: Path, tmp_path: Path) -> None:
-    labels = table(tmp_path, without_slide=8, header="slide,patient,Marker,Age,Remark")
+    labels = table(tmp_path, without_slide=8, header="slide,patient,Marker,Age,Remark,Stage")
     made = init("--slides", slides, "--labels", labels, "--out", tmp_path / "s.yml")
     assert made.exit_code == 0, made.stderr
     text = (tmp_path / "s.yml").read_text()
     assert "to decide, marked DECIDE in the file: target, missing" in made.stderr
-    assert "target:  # DECIDE: Marker (Tumour 10, Normal 10); Age (50 to 69)" in text
+    assert "target:  # DECIDE: Marker (Tumour: 10, Normal: 10); Stage (a: 10, b: 10)" in text
     assert "missing:  # DECIDE: 8 of 20 rows have no slide or no label" in text
     assert yaml.safe_load(text)["target"] is None
 
@@ -86,7 +88,7 @@ def test_slides_and_one_table_are_needed(arguments: list[str]) -> None:
         ({"grade": ["1", "2", "3"] * 4}, "grade", "classification"),
         ({"score": [f"{n}.5" for n in range(12)]}, "score", "regression"),
         ({"time": [str(n) for n in range(12)], "event": ["0", "1"] * 6}, "time,event", "survival"),
-        ({"status": ["a", "b"] * 6, "stage": ["x", "y"] * 6}, "status", "classification"),
+        ({"outcome": ["a", "b"] * 6, "stage": ["x", "y"] * 6}, "outcome", "classification"),
         ({"a": ["a", "b"] * 6, "b": ["x", "y"] * 6}, None, "classification"),
         ({"remark": [f"r{n}" for n in range(12)]}, None, "classification"),
         ({"received": ["2024-01-01", "2024-01-02"] * 6, "er": ["+", "-"] * 6}, "er", "classification"),
