@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from typer.models import ArgumentInfo
 
-from eosin._tables import first_few
 from eosin.errors import MOST_LISTED, ConfigError, EosinError, SeveralErrors, UnknownNameError
 
 if TYPE_CHECKING:
@@ -169,6 +168,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     ConfigError
         If it cannot be read, or has keys that no command knows; all of them are named.
     """
+    from eosin._tables import first_few
     from eosin.options import read_yaml
 
     data = {key.replace("-", "_"): value for key, value in read_yaml(file).items()}
