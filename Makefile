@@ -6,13 +6,13 @@ OUT ?= demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: demo test long lint check campaign bench docs dist lock clean
+.PHONY: demo test long scverse lint check campaign bench docs dist lock clean
 
 demo: $(STAMP)
 	$(BIN)/eosin demo --out $(OUT)
 
 test: $(STAMP)
-	$(PYTEST) -m 'not (long or slurm or slow or gpu)'
+	$(PYTEST) -m 'not (long or slurm or slow or gpu or scverse)'
 
 # tests of several seconds each: processes that are killed, clusters, the whole way with other options
 long: $(STAMP)
@@ -22,6 +22,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# AnnData and SpatialData hold pandas back, so they are read in an environment of their own
+scverse:
+	test -x .venv-scverse/bin/python || $(PYTHON) -m venv .venv-scverse
+	$(subst $(BIN),.venv-scverse/bin,$(INSTALL)) -e '.[report,spatialdata]' pytest
+	OMP_NUM_THREADS=1 .venv-scverse/bin/python -m pytest -m scverse -W default tests/pipeline
 
 check: lint test long
 
@@ -57,7 +63,7 @@ lock: $(STAMP)
 	    --no-annotate --no-header pyproject.toml -o release/requirements.txt
 
 clean:
-	rm -rf .venv demo dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-scverse demo dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eosin needs Python 3.11 or newer; try make PYTHON=python3.12")'

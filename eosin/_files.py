@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,36 @@ def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
             raise OutputError(path, "reads back differently from what was written; check the disk")
 
     write_file(path, write, verify=verify)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it is whole or not there, for libraries whose files are folders (Zarr).
+
+    Parameters
+    ----------
+    path : Path
+        Final name; a folder of this name is replaced.
+    write : callable
+        Is given the name of a folder that does not exist yet, and makes it.
+
+    Raises
+    ------
+    OutputError
+        When the folder cannot be written or renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    before = temporary.with_name(f"{temporary.name}.before")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if path.exists():  # a folder cannot be renamed onto one that has files
+            path.replace(before)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(path, f"could not be written ({error.strerror or error})") from error
+    finally:
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:
@@ -245,7 +276,10 @@ def clear_leftovers(root: Path) -> None:
 
     A file whose process lives, or whose lock is held, is kept; so is whatever eosin did not name.
     """
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        for name in [name for name in folders if TEMPORARY.search(name) and _is_orphan(Path(folder) / name)]:
+            folders.remove(name)
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
         for name in names:
             path = Path(folder) / name
             with suppress(OSError):  # another run removes it, or it is of another user

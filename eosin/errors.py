@@ -54,13 +54,16 @@ MOST_LISTED = 30
 """Names that exist are listed up to this number when a near one can be suggested."""
 
 EXTRAS = {  # a package that not every user needs -> the extra of eosin that installs it
+    "anndata": "anndata",
     "bokeh": "viewer",
+    "geopandas": "spatialdata",
     "huggingface_hub": "encoders",
     "jinja2": "report",
     "matplotlib": "report",
     "openpyxl": "tables",
     "parsl": "cluster",
     "pyarrow": "tables",
+    "spatialdata": "spatialdata",
     "tensorboard": "tensorboard",
     "timm": "encoders",
     "transformers": "hf",

@@ -154,10 +154,16 @@ def require_same_slide(slide: Slide, bag: FeatureBag) -> None:
 
 def predict_bag(model: Aggregator, card: ModelCard, bag: FeatureBag) -> dict[str, str]:
     """Return the prediction for one slide, column by column, as it is printed."""
+    cells = predict_cells(model, card, bag)
+    return {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in cells.items()}
+
+
+def predict_cells(model: Aggregator, card: ModelCard, bag: FeatureBag) -> dict[str, str | float]:
+    """Return the prediction for one slide, column by column: numbers as numbers, everything else as text."""
     task = card.load_task()
     columns = task.table(task.activate(compute_logits(model, [pack_bag(model, bag)])))
     first = {name: values[0] for name, values in columns.items()}
-    return {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in first.items()}
+    return {name: float(value) if isinstance(value, float) else str(value) for name, value in first.items()}
 
 
 def prediction_in_words(prediction: Mapping[str, str]) -> str:

@@ -1,19 +1,22 @@
-"""What training says of itself, one line per pass: ``log.csv``, and the same for TensorBoard."""
+"""What training says of itself, one line per pass: ``log.csv``, the same for TensorBoard, and as it happens."""
 
 import csv
 import hashlib
 import io
+import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eosin._files import write_bytes, write_text
+from eosin._files import append_line, write_bytes, write_text
 from eosin._tables import csv_text
 from eosin.errors import MissingPackageError
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.csv"
+METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents.0.eosin"
 FILE_VERSION = "brain.Event:2"
 
@@ -32,6 +35,25 @@ def write_log(folder: Path, history: Sequence[Line]) -> str:
     text = csv_text([names, *([epoch.get(name) for name in names] for epoch in history)])
     write_text(folder / LOG, text)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def append_metrics(folder: Path, run: str, epoch: Line) -> None:
+    """Append a pass to ``metrics.jsonl`` as it ends, for programs that follow a training (`docs/trackers.md`).
+
+    Parameters
+    ----------
+    folder : Path
+    run : str
+        Fingerprint of recipe and examples: a folder can have seen several runs.
+    epoch : mapping
+        An undefined value is null. A run that was killed repeats the passes since its last saved state.
+
+    Raises
+    ------
+    OutputError
+        When it cannot be written.
+    """
+    append_line(folder / METRICS, json.dumps({"run": run, "time": round(time.time(), 3), **epoch}))
 
 
 def read_log(folder: Path, stated: str) -> tuple[dict[str, float | int | None], ...]:

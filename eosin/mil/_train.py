@@ -18,7 +18,7 @@ from eosin.errors import CheckpointError, ConfigError, LabelError
 from eosin.kernels._rates import faster_precision, processor
 from eosin.mil._checkpoint import CARD, WEIGHTS, load_model, save_model
 from eosin.mil._data import Examples
-from eosin.mil._log import LOG, read_log
+from eosin.mil._log import LOG, append_metrics, read_log
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._registry import ModuleRegistry
 from eosin.mil._resume import forget_state, read_state, write_state
@@ -58,9 +58,10 @@ def fit(
         Bags to learn from, and bags by which the epoch is chosen and training is stopped early; without `val`, the
         recipe must select the last epoch.
     folder : Path, optional
-        Receives ``model.safetensors``, ``model.json``, ``log.csv``, the same log for TensorBoard, ``seen.csv`` (the
-        slides that shaped the model), and while training lasts the state to resume from: the last weights, the best,
-        the optimizer's. A run with the same recipe and examples that was killed continues there.
+        Receives ``model.safetensors``, ``model.json``, ``log.csv``, the same log for TensorBoard and, pass by pass, as
+        ``metrics.jsonl``, ``seen.csv`` (the slides that shaped the model), and while training lasts the state to resume
+        from: the last weights, the best, the optimizer's. A run with the same recipe and examples that was killed
+        continues there.
     device : str
         ``auto``, ``cpu``, ``cuda``.
     precision : {"fp32", "bf16"}
@@ -100,8 +101,10 @@ def fit(
         for epoch in run.passes():
             if progress is not None:
                 progress(epoch)
-            # one process writes for all, whose weights are equal
-            if folder is not None and not run.rank and time.monotonic() - saved > state_interval_s:
+            if folder is None or run.rank:  # one process writes for all, whose weights are equal
+                continue
+            append_metrics(folder, made_from, epoch)
+            if time.monotonic() - saved > state_interval_s:
                 write_state(folder, run.state())
                 run.write_logs(folder)
                 saved = time.monotonic()

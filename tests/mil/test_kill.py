@@ -95,5 +95,5 @@ def test_killed_training_ends_with_the_same_weights(tmp_path, kills):
     assert found["kills"] == kills
     assert all(run == found["straight"] for run in found["killed"])
     assert {name for name in found["left"] if not name.startswith(".")} == {
-        "events.out.tfevents.0.eosin", "log.csv", "model.json", "model.safetensors", "seen.csv",
+        "events.out.tfevents.0.eosin", "log.csv", "metrics.jsonl", "model.json", "model.safetensors", "seen.csv",
     }  # fmt: skip

@@ -1,6 +1,10 @@
+import json
 import logging
 import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -420,3 +424,27 @@ def test_validation_features_that_are_not_finite_name_their_slide(toy):
     examples = type(val)(MemoryBags(bags, toy.bags.spec), val.ids, val.patient_ids, val.targets)
     with pytest.raises(EosinError, match=f"features of {val.ids[3]} are infinite or NaN"):
         fit(quick(), toy.task, train, examples)
+
+
+def test_every_pass_is_appended_as_it_ends_and_the_documented_script_reads_it(toy, tmp_path):
+    train, val = toy.parts()
+    seen = []
+    lines = tmp_path / "runs" / "a" / "metrics.jsonl"
+    fitted = fit(quick(), toy.task, train, val, folder=lines.parent, progress=lambda _: seen.append(lines.exists()))
+    assert seen == [False, True, True, True], "not only when all is done"
+    said = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert len({line.pop("run") for line in said}) == 1
+    assert all(line.pop("time") > 0 for line in said)
+    assert tuple(said) == fitted.history
+
+    page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text(encoding="utf-8")
+    script = page.partition("```python\n")[2].partition("```")[0]
+    with lines.open("a", encoding="utf-8") as file:
+        file.write('{"run": "half a li')
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "runs", "once"], capture_output=True, text=True, check=True
+    )
+    printed = done.stdout.splitlines()
+    assert len(printed) == 4
+    assert printed[0].startswith(f"a {said[0]['epoch']} {{'")
+    assert f"{list(fitted.history[3])[-1]!r}: " in printed[3]

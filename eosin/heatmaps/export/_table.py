@@ -8,6 +8,7 @@ import pandas as pd
 from eosin._files import write_bytes, write_text
 from eosin._tables import frame_text
 from eosin.heatmaps._heatmap import Heatmap
+from eosin.wsi._grid import TileGrid
 
 
 def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
@@ -16,11 +17,14 @@ def tile_table(heatmaps: Sequence[Heatmap]) -> pd.DataFrame:
     Columns ``x_px0, y_px0`` (top-left corner), ``size_px0`` (level-0 pixels of the slide file, not of its scanned box),
     then each map by its kind; the maps' labels are metadata.
     """
-    grid = heatmaps[0].grid
-    columns = {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
-    frame = pd.DataFrame(columns | {heatmap.kind: heatmap.values for heatmap in heatmaps})
+    frame = pd.DataFrame(tile_columns(heatmaps[0].grid) | {heatmap.kind: heatmap.values for heatmap in heatmaps})
     frame.attrs = {"labels": {heatmap.kind: heatmap.caption for heatmap in heatmaps}}
     return frame
+
+
+def tile_columns(grid: TileGrid) -> dict[str, object]:
+    """Return where the tiles lie, column by column: corner and side in level-0 pixels."""
+    return {"x_px0": grid.origins_px0[:, 0], "y_px0": grid.origins_px0[:, 1], "size_px0": grid.tile_px0}
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
