@@ -118,7 +118,7 @@ Shard = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option(help="Training recipe: a name from `eosin methods`, or a YAML file.", show_default="abmil"),
+    typer.Option(help="Training recipe: a name from `eosin methods`, or a YAML file.", show_default="everyday"),
 ]
 TaskKind = Annotated[
     str | None,

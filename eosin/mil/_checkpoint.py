@@ -19,6 +19,7 @@ from eosin._files import write_bytes, write_json
 from eosin._seals import KEY, is_intact, read_json, sealed
 from eosin.errors import CheckpointError, ConfigError
 from eosin.features._bag import FeatureSpec
+from eosin.mil._linear import LinearPart, WithLinear
 from eosin.mil._recipe import Recipe
 from eosin.mil._standardize import Standardized, Standardizer
 from eosin.mil.slots import AGGREGATORS, Aggregator
@@ -223,7 +224,8 @@ def _require_plugins(folder: Path, card: ModelCard) -> None:
 
 def _empty(card: ModelCard) -> Aggregator:
     with torch.random.fork_rng(devices=[]):
-        model = build_model(card.recipe, card.load_task(), card.features.dim)
-    if not card.recipe.training.standardize:
-        return model
-    return Standardized(Standardizer(card.features.dim), model)
+        model, dim = build_model(card.recipe, card.load_task(), card.features.dim), card.features.dim
+        linear = LinearPart(dim, model.n_outputs) if card.training.get("linear") else None
+    if card.recipe.training.standardize:
+        model = Standardized(Standardizer(dim), model)
+    return model if linear is None else WithLinear(model, linear)

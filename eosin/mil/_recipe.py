@@ -141,6 +141,9 @@ class Recipe(Options):
     bag_weight : float
         Weight of the loss of the task in the objective.
     training : Training
+    linear_below : int
+        With fewer training and validation slides than this the model has a linear part beside its aggregator, see
+        `eosin.mil._linear`; 0 for none.
     """
 
     aggregator: Component = Component(name="abmil")
@@ -148,8 +151,10 @@ class Recipe(Options):
     strategy: Component = Component(name="supervised")
     bag_weight: NonNegativeFloat = 1.0
     training: Training = EVERYDAY
+    linear_below: int = Field(default=0, ge=0)
 
 
+DEFAULT = "everyday"
 RECIPES: Registry[Recipe] = Registry("recipe", METHODS)
 
 
@@ -159,7 +164,7 @@ def choose_recipe(name: str | None = None, changes: Mapping[str, Any] | None = N
     Parameters
     ----------
     name : str, optional
-        Of a registered recipe, or the path of a ``.yaml`` file; ``abmil`` unless given.
+        Of a registered recipe, or the path of a ``.yaml`` file; ``everyday`` unless given.
     changes : mapping, optional
         Options to change, as in YAML. A part that gets another name loses the options of the old one.
 
@@ -173,7 +178,7 @@ def choose_recipe(name: str | None = None, changes: Mapping[str, Any] | None = N
     if name is not None and Path(name).suffix in (".yaml", ".yml"):
         base = Recipe.parse(read_yaml(Path(name)), source=name)
     else:
-        base = RECIPES[name or "abmil"]
+        base = RECIPES[name or DEFAULT]
     recipe = Recipe.parse(merge(base.model_dump(mode="json"), changes or {}), source="recipe")
     require_methods(recipe)
     return recipe

@@ -32,7 +32,7 @@ from eosin.mil._interop import (
     split_by_column,
     write_patient_splits,
 )
-from eosin.mil._recipe import Recipe, choose_recipe
+from eosin.mil._recipe import DEFAULT, Recipe, choose_recipe
 from eosin.mil._splits import (
     Split,
     check_splits,
@@ -355,7 +355,7 @@ def prepare(study: Study, out: Path, recipes: Iterable[Recipe], *, device: str, 
 
 def fit_study(
     study: Study,
-    recipe: Recipe | str = "abmil",
+    recipe: Recipe | str = DEFAULT,
     out: Path | str | None = None,
     *,
     split: Split | None = None,
@@ -405,7 +405,7 @@ def fit_study(
 
 def crossval_study(
     study: Study,
-    recipe: Recipe | str = "abmil",
+    recipe: Recipe | str = DEFAULT,
     out: Path | str = Path("crossval"),
     *,
     splits: Sequence[FoldSplits] | None = None,

@@ -22,7 +22,7 @@ from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import METRICS, VAL_FRACTION, Fold, FoldSplits, crossval, result_files, write_folds
 from eosin.mil._data import Examples
 from eosin.mil._evaluate import RESAMPLES, summarise_folds
-from eosin.mil._recipe import RECIPES, Recipe
+from eosin.mil._recipe import DEFAULT, RECIPES, Recipe
 from eosin.mil.task import Task
 from eosin.options import Options, override
 
@@ -44,7 +44,7 @@ class Sweep(Options):
         Each combination is trained with each of these seeds.
     """
 
-    recipes: tuple[str, ...] = Field(default=("abmil",), min_length=1)
+    recipes: tuple[str, ...] = Field(default=(DEFAULT,), min_length=1)
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
 

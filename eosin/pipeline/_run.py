@@ -27,7 +27,7 @@ from eosin.features._weights import find_weights
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._flow import Flow
-from eosin.mil._recipe import Recipe, require_methods
+from eosin.mil._recipe import Recipe, choose_recipe, require_methods
 from eosin.mil._seen import Models
 from eosin.mil._splits import write_splits
 from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
@@ -105,7 +105,7 @@ class Pipeline(Options):
     tissue: TissueOptions = TissueOptions()
     quality: QualityLimits = QualityLimits()
     encoder: str = "he_texture"
-    recipe: Recipe = Recipe()
+    recipe: Recipe = Field(default_factory=choose_recipe)
     task: str = "classification"
     target: str | None = None
     folds: int = Field(default=5, ge=2)

@@ -220,6 +220,7 @@ def _with_update(recipe: Recipe, run: Path, card: ModelCard, task: _LaterClasses
         update={
             "aggregator": Component(name=METHOD, options=options),
             "strategy": Component(name=METHOD, options={**strategy, **origin}),
+            "linear_below": 0,  # a linear part would know the new classes alone
             "training": recipe.training.model_copy(update={"standardize": False}),  # the first task's statistics stay
         }
     )

@@ -34,7 +34,7 @@ from eosin.mil._layers import (
     head,
     initialise,
 )
-from eosin.mil._recipe import EVERYDAY, RECIPES, Component, Recipe, Training
+from eosin.mil._recipe import DEFAULT, EVERYDAY, RECIPES, Component, Recipe, Training
 from eosin.mil.bags import PackedBags
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker, Tensors, block_diagonal
 from eosin.mil.options import Count, Dropout
@@ -252,6 +252,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 RECIPE = Recipe(aggregator=Component(name="abmil"))
 RECIPES.add("abmil", RECIPE)
+RECIPES.add(DEFAULT, RECIPE.model_copy(update={"linear_below": 200}))
 _ILSE = Training(optimizer="adam", lr=5e-4, weight_decay=1e-4, epochs=20, schedule="constant", patience=0)
 CLASSIC = Training(
     optimizer="sgd", lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, epochs=50, schedule="constant", select="last"

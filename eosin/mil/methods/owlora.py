@@ -41,6 +41,7 @@ from typing_extensions import override
 from eosin.errors import CheckpointError, ConfigError
 from eosin.mil._attention import by_rows
 from eosin.mil._checkpoint import load_model
+from eosin.mil._linear import WithLinear
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._standardize import Standardized, Standardizer
 from eosin.mil.bags import PackedBags
@@ -199,6 +200,7 @@ class UpdatedInSequence(Wrapper):
         ConfigError
             If it is another model.
         """
+        model = model.aggregator if isinstance(model, WithLinear) else model
         plain = model.aggregator if isinstance(model, Standardized) else model
         fresh = self.n_tasks == 2 and not isinstance(plain, UpdatedInSequence)
         weights = self._renamed(plain.state_dict()) if fresh else plain.state_dict()
