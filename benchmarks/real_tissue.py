@@ -1,6 +1,6 @@
 """Real tissue end to end: 58 H&E images of breast TMA cores, benign and malignant (UCSB; Ilse et al. 2018 use them).
 
-    python benchmarks/real_tissue.py [--encoders he_texture effnet_lite0] [--recipes abmil] [--repeats 5]
+    python benchmarks/real_tissue.py [--encoders he_texture effnet_lite0] [--recipes everyday abmil] [--repeats 5]
 
 Tiles of 128 px at an assumed 0.25 µm/px (the set states none) are encoded once, into --job. Then every recipe, and a
 logistic regression on the mean and the standard deviation of each feature, is cross-validated twice: on random folds of
@@ -42,7 +42,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 def features(job: Path, encoder: str) -> Path:
     """Return the folder of features, made unless it is there."""
-    eosin = [sys.executable, "-m", "eosin.cli.app"]
+    eosin = [sys.executable, "-m", "eosin"]
     tiling = ["--mpp", MPP, "--patch-size", "128", "--slide-mpp", MPP]
     subprocess.run([*eosin, "tile", str(DATA), "--job", str(job), *tiling], check=True)
     subprocess.run(
@@ -108,7 +108,7 @@ def main() -> int:
     """Run every combination; rows replace those of the same key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="+", default=["he_texture", "effnet_lite0"])
-    parser.add_argument("--recipes", nargs="*", default=["abmil"])
+    parser.add_argument("--recipes", nargs="*", default=["everyday", "abmil"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--job", type=Path, default=Path("ucsb"))
     arguments = parser.parse_args()

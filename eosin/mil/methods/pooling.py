@@ -11,9 +11,6 @@
 Options of all three: `embed_dims`, `embed_activation` and `dropout` are the layers before the pooling, none pools the
 features themselves; `level` says whether embedded instances or their logits are pooled.
 
-The recipe `linear` is the mean of the features and a linear classifier. It is a baseline: on 58 images of real tissue
-a logistic regression on the same means is more accurate (0.828 against 0.797).
-
 An empty bag pools to 0. Deviation: the layers of these baselines differ from repository to repository; here they are
 those of ABMIL.
 """
@@ -28,7 +25,7 @@ from typing_extensions import override
 from eosin.kernels import segment_logsumexp, segment_max, segment_mean, segment_pool, segment_topk_mask
 from eosin.mil._closed_forms import MaxBag, PooledBag, SmoothMaxBag, linear_terms
 from eosin.mil._layers import Activation, as_dtype, embedding
-from eosin.mil._recipe import RECIPES, Component, Recipe, Training
+from eosin.mil._recipe import RECIPES, Component, Recipe
 from eosin.mil.bags import PackedBags
 from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout, Positive
@@ -240,11 +237,3 @@ LAYOUTS.add("CLAM MIL_fc", Layout((r"fc\.0\.weight", r"classifiers?\..*"), _read
 
 for _name in ("mean", "max", "lse"):
     RECIPES.add(_name, Recipe(aggregator=Component(name=_name)))
-
-FEW_UPDATES = Training(
-    lr=1e-2, weight_decay=0.1, epochs=20, bags_per_step=64, schedule="constant", select="last", patience=0
-)
-"""So few steps on all bags at once that the weights of a linear model stay small, as the penalty of a logistic
-regression keeps them; no bag is spent on validation."""
-_LINEAR = Component(name="mean", options={"embed_dims": (), "dropout": 0.0})
-RECIPES.add("linear", Recipe(aggregator=_LINEAR, training=FEW_UPDATES))
