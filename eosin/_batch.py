@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -108,6 +108,7 @@ def run_stage(
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
     progress: Callable[[Record], None] | None = None,
+    ahead: Callable[[Sequence[T]], AbstractContextManager[None]] | None = None,
 ) -> Report:
     """Run a stage over items: here, in child processes, or where `elsewhere` says; arguments as of `run_batch`.
 
@@ -136,6 +137,7 @@ def run_stage(
         shard=shard,
         timeout_s=timeout_s,
         progress=progress,
+        ahead=ahead,
     )
 
 
@@ -152,6 +154,7 @@ def run_batch(
     shard: tuple[int, int] = (0, 1),
     timeout_s: float | None = None,
     progress: Callable[[Record], None] | None = None,
+    ahead: Callable[[Sequence[T]], AbstractContextManager[None]] | None = None,
 ) -> Report:
     """Apply `work` to every item; one bad slide never stops the others.
 
@@ -180,6 +183,8 @@ def run_batch(
         Wall-clock seconds after which a slide in a child process is given up.
     progress : callable, optional
         Called with each record as it is made.
+    ahead : callable, optional
+        Given the items that are left, returns what is open while they are worked on.
 
     Raises
     ------
@@ -206,6 +211,7 @@ def run_batch(
         run_json=run_json,
         shard=shard,
         progress=progress,
+        ahead=ahead,
     )
 
 
@@ -220,6 +226,7 @@ def collect(
     run_json: Path | None = None,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[Record], None] | None = None,
+    ahead: Callable[[Sequence[T]], AbstractContextManager[None]] | None = None,
     is_here: bool = True,
 ) -> Report:
     """Record the results of items as they come; arguments and errors as of `run_batch`.
@@ -255,7 +262,7 @@ def collect(
             left.append(item)
     todo = Todo(left, key=key, output=output, is_done=is_done, begin=begin, fits=deadline.allows)
     try:
-        with closing(make(todo)) as results:
+        with ahead(left) if ahead else nullcontext(), closing(make(todo)) as results:
             for slide_id, result in results:
                 seconds = deadline.end(slide_id)
                 note(record_of(slide_id, stage, result, seconds), is_new=not _is_recorded(result))

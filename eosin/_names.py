@@ -37,6 +37,7 @@ MISSING = frozenset({
     "desconocido", "sconosciuto",
 })  # fmt: skip
 TCGA = re.compile(r"(TCGA-\w{2}-\w{4})-\d\d", re.IGNORECASE)
+URL = re.compile(r"^(s3|gs|gcs|https?):/+(?=[^/])", re.IGNORECASE)
 SHOWN = 12
 
 Value = TypeVar("Value")
@@ -136,6 +137,16 @@ def listed(groups: Sequence[Sequence[str]]) -> str:
 def visible(text: str) -> str:
     """Return an id in quotes, with what is not ASCII as an escape."""
     return ascii(text)
+
+
+def as_url(path: Path | str) -> str:
+    """Return the address that a path on the command line is; empty for a local one.
+
+    ``Path`` takes two slashes for one, which is put right here.
+    """
+    text = str(path)
+    found = URL.match(text)
+    return f"{found[1].lower()}://{text[found.end() :]}" if found else ""
 
 
 def is_picture(path: Path) -> bool:

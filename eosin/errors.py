@@ -54,8 +54,11 @@ MOST_LISTED = 30
 """Names that exist are listed up to this number when a near one can be suggested."""
 
 EXTRAS = {  # a package that not every user needs -> the extra of eosin that installs it
+    "aiohttp": "remote",
     "anndata": "anndata",
     "bokeh": "viewer",
+    "fsspec": "remote",
+    "gcsfs": "remote",
     "geopandas": "spatialdata",
     "huggingface_hub": "encoders",
     "jinja2": "report",
@@ -63,6 +66,7 @@ EXTRAS = {  # a package that not every user needs -> the extra of eosin that ins
     "openpyxl": "tables",
     "parsl": "cluster",
     "pyarrow": "tables",
+    "s3fs": "remote",
     "spatialdata": "spatialdata",
     "tensorboard": "tensorboard",
     "timm": "encoders",

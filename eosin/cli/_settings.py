@@ -151,10 +151,12 @@ class Settings:
 
     def _placed(self, key: str, value: Any) -> Any:
         """Return paths of the file as they are seen from the working directory."""
+        from eosin._names import as_url
+
         if isinstance(value, list):
             return [self._placed(key, one) for one in value]
         if isinstance(value, Path):
-            return self.folder / value
+            return value if as_url(value) else self.folder / value
         if key in PATHS_OR_NUMBERS and (self.folder / str(value)).is_file():
             return str(self.folder / value)
         return value

@@ -63,9 +63,13 @@ def _is_slide_folder(path: Path) -> bool:
 
 def _each(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield files, and of folders the slides in them."""
+    from eosin._names import as_url
     from eosin.wsi._slide_file import find_slides
 
     for path in paths:
+        if as_url(path):
+            yield from (Path(slide.url) for slide in find_slides([path]))
+            continue
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder; check the path")
         if _is_slide_folder(path):
@@ -88,11 +92,10 @@ def _slide_facts(path: Path, slide_mpp: str | None, scene: str | None, plane: in
     from eosin.wsi._slide_file import find_slides, open_file
     from eosin.wsi.inventory import listed
 
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder; check the path")
-    with open_file(path) as reader:
-        pictures = listed(reader.pictures)
     (file, *_) = find_slides([path], slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
+    file.stage()
+    with open_file(file.path) as reader:
+        pictures = listed(reader.pictures)
     try:
         with file.open() as slide:
             facts = {"kind": "slide", "slide_id": file.slide_id, **slide.facts(), "notes": "; ".join(slide.notes)}

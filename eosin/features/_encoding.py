@@ -81,7 +81,7 @@ class Extraction:
         """Return 16 hexadecimal digits over all that determines the rows."""
         return fingerprint(
             "extract",
-            slide=[file_fingerprint(slide.path), slide.scene, slide.plane],
+            slide=[slide.version(), slide.scene, slide.plane],
             tiles=[grid.tiling, grid.slide_mpp, grid.origins_px0.tobytes()],
             encoder=[self.encoder.spec.name, self._facts],
             weights=self.encoder.weights_hash,
@@ -97,7 +97,7 @@ class Extraction:
             patch_size=grid.tiling.patch_size,
         )
         facts = self._facts | {
-            "input_fingerprint": file_fingerprint(slide.path),
+            "input_fingerprint": coords.fingerprint or file_fingerprint(slide.path),
             "options_hash": self.options_hash(slide, grid),
             "mpp_source": coords.mpp_source,
         }

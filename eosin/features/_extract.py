@@ -19,7 +19,7 @@ from eosin.features._reading import ReadRequest, SlideEnd, SlideReaders
 from eosin.wsi._coordinates import read_grid
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
-from eosin.wsi._slide_file import SlideFile
+from eosin.wsi._slide_file import SlideFile, copy_ahead
 
 
 def extract(
@@ -133,6 +133,7 @@ def _extract(
         run_json=work.job.run_json,
         shard=shard,
         progress=progress,
+        ahead=copy_ahead,
     )
 
 

@@ -100,6 +100,7 @@ def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
         When its coordinates file cannot be read.
     """
     grid, stated = read_grid(request.patches), read_footer(request.patches).fingerprint
+    request.slide.stage()
     if stated and request.slide.path.is_file() and stated != file_fingerprint(request.slide.path):
         message = "is not the file that was tiled; run `eosin tile` on it again"
         raise SlideError(request.slide.path, message, code="changed")
@@ -118,6 +119,7 @@ class _SlideReader:
 
     def read(self, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
         path = request.slide.path
+        request.slide.stage()  # here, since a process that copies for an hour looks like one that hangs
         self.child.send(request)
         try:
             while not stopping.is_set():

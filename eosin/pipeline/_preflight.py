@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from eosin._batch import Outcome, run_batch
 from eosin._devices import choose_device, count_cores
-from eosin._names import Ids, is_missing, slide_id
+from eosin._names import Ids, as_url, is_missing, slide_id
 from eosin._records import Record
 from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, normalised, read_table
 from eosin.errors import ConfigError, EosinError, LabelError, MissingPackageError, OutputError, SeveralErrors
@@ -163,7 +163,7 @@ def collect_slides(
     """Return the slides that can be found, whatever else is wrong with the paths or the table of resolutions."""
     found = []
     for path in paths:
-        if path.exists():
+        if path.exists() or as_url(path):
             found.append(path)
         else:
             problems.add(ConfigError(f"{path}: no such file or folder; correct --slides"))
@@ -203,6 +203,9 @@ def _id(slide: SlideFile) -> str:
 
 def _open_header(slide: SlideFile) -> Outcome:
     """Return the slide's area as the message of its record, which is all that comes back from a child process."""
+    if slide.url:  # its header is at its end as often as not, so only the store is asked
+        slide.version()
+        return Outcome("skipped")
     with open_file(slide.path) as reader, reader.slide(scene=slide.scene, plane=slide.plane, mpp=slide.mpp) as opened:
         width, height = opened.size_px0
         return Outcome(message=repr(width * height * opened.mpp**2 / 1e6))

@@ -514,7 +514,7 @@ class Drawing:
             "map",
             model=cards[0] if len(cards) == 1 else cards,
             features=file_fingerprint(self.features),
-            slide=file_fingerprint(self.slide.path),
+            slide=self.slide.version(),
             slide_mpp=self.slide.reading,
             formats=[*self.formats, *(self.maps or ())],
         )

@@ -227,7 +227,7 @@ class SelectionPlan:
         outline = self.outline(slide.slide_id)
         return fingerprint(
             "select",
-            slide=file_fingerprint(slide.path),
+            slide=slide.version(),
             slide_mpp=slide.reading,
             tiling=self.tiling,
             rule=self.provenance(slide),
@@ -348,6 +348,7 @@ def _stage_one_bag(plan: SelectionPlan, item: SlideFile) -> FeatureBag:
     plan.spec.require_match(bag.spec, path)
     if bag.grid is None:
         raise FeatureFileError(path, "has no tile coordinates; extract the slide again")
+    item.stage()
     if read_footer(path).input_fingerprint != file_fingerprint(item.path):
         raise SlideError(item.path, "has changed since the first stage read it; extract it again", code="changed")
     return bag

@@ -26,7 +26,7 @@ from eosin.wsi._picture import draw_outline, write_jpeg
 from eosin.wsi._quality import QualityLimits, TileQuality
 from eosin.wsi._scoring import score_tiles
 from eosin.wsi._slide import Slide
-from eosin.wsi._slide_file import SlideFile
+from eosin.wsi._slide_file import SlideFile, copy_ahead
 from eosin.wsi._tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -209,6 +209,7 @@ def tile_slides(
         shard=shard,
         timeout_s=timeout_s,
         progress=progress,
+        ahead=copy_ahead,
     )
     lossy = [record.slide_id for record in report.records if LOSSY in record.message]
     if lossy:
@@ -278,6 +279,7 @@ class TilePlan:
             return Outcome(
                 "skipped", f"eosin cannot read {item.path.suffix} files; convert the slide to OME-TIFF", UNSUPPORTED
             )
+        made_from = self.options_hash(item)  # before it is read: a file that changes meanwhile is read again next time
         with self.open(item) as slide:
             tiled = self.lay_tiles(item, slide)
             _write_pictures(self.job, item.slide_id, slide, tiled.mask, make_thumbnail(slide, tiled.overview.rgb))
@@ -287,7 +289,7 @@ class TilePlan:
                 slide_id=item.slide_id,
                 mpp_source=slide.mpp_source,
                 fingerprint=file_fingerprint(item.path),
-                options_hash=self.options_hash(item),
+                options_hash=made_from,
                 quality=tiled.quality,
                 pictures=" ".join(content_hash(path) for path in _pictures(self.job, item.slide_id)),
             )
@@ -339,7 +341,7 @@ class TilePlan:
         drawn = self.contours.get(slide.slide_id)
         return fingerprint(
             "tile",
-            slide=file_fingerprint(slide.path),
+            slide=slide.version(),
             slide_mpp=slide.mpp,
             picture=[slide.scene, slide.plane],
             tiling=self.tiling,

@@ -4,13 +4,14 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eosin._files import paths_of
-from eosin._names import SLIDE_SUFFIXES, is_folder_slide, is_picture, is_slide, is_unread, slide_stem
-from eosin._tables import SLIDE_COLUMNS, decimal_point, of_slides, read_table
+from eosin._files import file_fingerprint, paths_of
+from eosin._names import SLIDE_SUFFIXES, as_url, is_folder_slide, is_picture, is_slide, is_unread, slide_stem
+from eosin._tables import SLIDE_COLUMNS, SUFFIXES, decimal_point, of_slides, read_table
 from eosin.errors import ConfigError, SlideError, SlideOpenError
 from eosin.wsi._array_impl import PictureReader
 from eosin.wsi._dicom import group_series
@@ -18,6 +19,7 @@ from eosin.wsi._dicom_impl import DicomReader
 from eosin.wsi._geometry import check_levels
 from eosin.wsi._openslide_impl import OpenSlideReader
 from eosin.wsi._picture import is_written_by_eosin
+from eosin.wsi._remote import RemoteFile, fetch, open_copy, working_ahead
 from eosin.wsi._slide import Slide
 from eosin.wsi._tiff_impl import TiffReader
 from eosin.wsi._zarr_impl import ZarrReader
@@ -43,7 +45,7 @@ class SlideFile:
     Parameters
     ----------
     path : Path
-        The file.
+        The file; of a slide in a store the place of its copy.
     slide_id : str
         Names the slide's results.
     mpp : float or None
@@ -52,6 +54,8 @@ class SlideFile:
         Which picture and which focal plane of the file, counted from 1; None takes what `choose_picture` takes.
     unread : bool
         Whether no reader takes its format.
+    url : str
+        Where it comes from; empty for a file on a disk.
     """
 
     path: Path
@@ -60,6 +64,16 @@ class SlideFile:
     scene: int | None = None
     plane: int | None = None
     unread: bool = False
+    url: str = ""
+
+    def stage(self) -> None:
+        """Copy it from its store, where it has one; `open` does so, too."""
+        if self.url:
+            fetch(RemoteFile(self.url))
+
+    def version(self) -> str:
+        """Return 16 hexadecimal digits that change with the file; a store is asked, and nothing is copied."""
+        return RemoteFile(self.url).version().key() if self.url else file_fingerprint(self.path)
 
     @property
     def reading(self) -> object:
@@ -74,7 +88,17 @@ class SlideFile:
         mpp : float, optional
             µm per level-0 pixel in place of its own, as a coordinates file states it.
         """
-        return open_slide(self.path, mpp=self.mpp if mpp is None else mpp, scene=self.scene, plane=self.plane)
+        mpp = self.mpp if mpp is None else mpp
+        if not self.url:
+            return open_slide(self.path, mpp=mpp, scene=self.scene, plane=self.plane)
+        return open_copy(
+            RemoteFile(self.url), lambda path: open_slide(path, mpp=mpp, scene=self.scene, plane=self.plane)
+        )
+
+
+def copy_ahead(slides: Iterable[SlideFile]) -> AbstractContextManager[None]:
+    """Copy the next slides from their stores while the block runs; see `eosin.wsi._remote.working_ahead`."""
+    return working_ahead([RemoteFile(slide.url) for slide in slides if slide.url])
 
 
 def open_file(path: Path) -> Reader:
@@ -143,7 +167,9 @@ def find_slides(
     Parameters
     ----------
     paths : sequence of Path
-        Files are taken as they are; folders are searched, with their subfolders, for known extensions.
+        Files are taken as they are; folders are searched, with their subfolders, for known extensions. Addresses of
+        files and folders in a store (``s3://``, ``gs://``, ``https://``), and tables with a column ``slide`` (or
+        ``url``, ``path``) of files and addresses, count as well.
     slide_mpp : float or Path, optional
         µm per level-0 pixel for all, or a CSV file with the columns ``slide`` and ``mpp``
         (``slide`` is a file name or an id; slides without a row keep what their file says).
@@ -168,21 +194,50 @@ def find_slides(
     ConfigError
         If a path is missing, nothing is found, or two files would have the same id.
     """
-    paths = paths_of(paths)
-    files = _expand(paths)
-    ids = _unique_ids(_one_per_series(files))
+    given = [one for path in paths_of(paths) for one in _listed(path)]
+    remotes = {remote.staged: remote for path in given if (url := as_url(path)) for remote in _in_store(url)}
+    here = [path for path in given if not as_url(path)]
+    files = _expand(here) if here or not remotes else []
+    ids = _unique_ids([*_one_per_series(files), *(path for path in remotes if not is_unread(path))])
     if isinstance(slide_mpp, Path | str):
         stated: Mapping[str, float | None] = _read_mpp_table(Path(slide_mpp), ids)
     else:
         stated = dict.fromkeys(ids, slide_mpp)
     number = None if scene == "all" else scene
-    found = [SlideFile(path, slide_id, stated.get(slide_id), number, plane) for slide_id, path in sorted(ids.items())]
+    found = [
+        SlideFile(path, slide_id, stated.get(slide_id), number, plane, url=remotes[path].url if path in remotes else "")
+        for slide_id, path in sorted(ids.items())
+    ]
     if scene == "all":
         found = [one for slide in found for one in _scenes(slide)]
-    passed = [SlideFile(path, path.name, unread=True) for path in _unread(paths)]
+    unreadable = [*_unread(here), *(path for path in remotes if is_unread(path))]
+    passed = [SlideFile(path, path.name, unread=True) for path in unreadable]
     if passed and not unread:
         logger.warning("eosin cannot read these slides: %s", ", ".join(slide.slide_id for slide in passed))
     return [*found, *passed] if unread else found
+
+
+def _listed(path: Path) -> list[Path]:
+    """Return the files and addresses that a table lists, relative to it; anything else as it is."""
+    if path.suffix.lower() not in SUFFIXES or as_url(path) or not path.is_file():
+        return [path]
+    rows = read_table(path).rows(slide=("url", "path", *SLIDE_COLUMNS))
+    return [Path(row["slide"]) if as_url(row["slide"]) else path.parent / row["slide"] for row in rows if row["slide"]]
+
+
+def _in_store(url: str) -> list[RemoteFile]:
+    """Return the file at an address, or the slides in the folder that it is."""
+    remote = RemoteFile(url)
+    if is_slide(Path(remote.name)) or is_unread(Path(remote.name)):
+        return [remote]
+    try:
+        files = [RemoteFile(one) for one in remote.files()]
+    except SlideOpenError as error:
+        raise ConfigError(f"{url.split('?', 1)[0]}: {error.detail}") from error
+    found = [one for one in files if is_slide(Path(one.name)) or is_unread(Path(one.name))]
+    if not found:
+        raise ConfigError(f"{url.split('?', 1)[0]}: no slide in this folder (looked for {', '.join(SLIDE_SUFFIXES)})")
+    return found
 
 
 def _unread(paths: Sequence[Path]) -> list[Path]:
@@ -206,6 +261,7 @@ def _may_be_slide(path: Path) -> bool:
 def _scenes(slide: SlideFile) -> list[SlideFile]:
     """Return each scene of a file as a slide; a file that cannot be opened stays, and fails as a slide of the run."""
     try:
+        slide.stage()
         with open_file(slide.path) as reader:
             count = len(scenes(reader.pictures))
     except SlideError:
