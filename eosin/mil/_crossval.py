@@ -195,7 +195,7 @@ def write_folds(
     patients = by_patient(folds)
     if patients:
         write_text(out / PATIENTS, _predictions(patients))
-        summary["patients"] = _pooled(task, patients, resamples)
+        summary["patients"] = pooled_figures(task, patients, resamples)
     if flow is not None:
         flow.write(out)
         summary["cohort"] = flow.as_json()
@@ -335,7 +335,7 @@ def by_patient(folds: Sequence[Fold]) -> list[Fold]:
     return made if any(len(one.ids) < len(other.ids) for one, other in zip(made, folds, strict=True)) else []
 
 
-def _pooled(task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+def pooled_figures(task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
     """Return every metric over all rows of the folds with its interval."""
     judge, outputs = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
     found = bootstrap(
@@ -363,6 +363,6 @@ def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) 
         "recipe": recipe.model_dump(mode="json"),
         "n_folds": len(folds),
         "metrics": summarise_folds([fold.metrics for fold in folds], test_per_train=_test_per_train(folds)),
-        "out_of_fold": _pooled(task, folds, resamples),
+        "out_of_fold": pooled_figures(task, folds, resamples),
         "folds": [{"fold": fold.number, "n_test": len(fold.ids), **fold.metrics} for fold in folds],
     }

@@ -25,6 +25,7 @@ STEPS = {
     "predicted": "predicted",
     "labelled": "with a label",
     "in splits": "in the splits",
+    "unseen": "not seen by the model",
 }
 """The steps in their order, each with what is said of slides that pass it."""
 

@@ -6,7 +6,7 @@ is kept by later runs as long as models and features are the same.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from eosin.mil._metrics import Floats
 from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients_file
 from eosin.mil._prediction_table import SEEN_COLUMNS, Cell, PredictionTable, Row, require_table_suffix
 from eosin.mil._seen import seen_notes
+from eosin.mil._tables import LabelTable
+from eosin.mil.task import Task
 
 COLUMNS = (*SEEN_COLUMNS, "n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
 
@@ -39,6 +41,7 @@ def predict(
     *,
     failures: Sequence[Record] = (),
     patient_of: Mapping[str, str] | None = None,
+    labels: LabelTable | None = None,
     ids: Ids = "ask",
     device: str = "auto",
     progress: Callable[[Record], None] | None = None,
@@ -68,6 +71,8 @@ def predict(
         the mean over the slides, or one bag of all slides for models that were trained so; ``n_slides`` it has,
         ``n_used`` of them, and ``bad_slides`` with why. A slide that is in neither `files` nor `failures` is one that
         failed.
+    labels : LabelTable, optional
+        Says which patients slides have, without a table of patients: what the models have seen depends on it.
     ids : {"ask", "merge", "exact"}
         ``exact`` takes no slide or patient for another one of the training whose name looks like it.
     device : str
@@ -101,6 +106,8 @@ def predict(
         patient_of = by_known_slides(patient_of, known)
         lost = lost_slides(jury.ensemble, patient_of, known)
         jury = replace(jury, patient_of=patient_of)
+    elif labels is not None:
+        jury = replace(jury, patient_of=labels.named_as(known, ids).patient_of())
     choices = {slide: jury.choose(slide) for slide in (*known, *(record.slide_id for record in lost))}
     everyone = jury.ensemble
     table = PredictionTable(out, "slide_id", everyone.task, everyone.facts, COLUMNS, everyone.content_hash)
@@ -132,7 +139,9 @@ def predict(
     for note in seen_notes({slide: choices[slide].sight for slide in table.rows if table.rows[slide]["n_tiles"]}):
         logger.warning("%s", note)
     empty = {slide for slide, row in table.rows.items() if row.get("status") == "empty"}
-    return Predictions((*report.records, *lost), _account(out, Flow.of_predictions(records, empty, patient_of)))
+    flow = Flow.of_predictions(records, empty, patient_of)
+    write_account(out, flow)
+    return Predictions((*report.records, *lost), flow, everyone.task, table.rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,16 +152,21 @@ class Predictions(Report):
     ----------
     flow : Flow
         Also in ``<table>_cohort.csv`` and ``<table>_cohort.json``.
+    task : Task
+        What all models ask in common.
+    rows : mapping of str to Row
+        The row of each slide that was predicted or is empty.
     """
 
-    flow: Flow = field(default_factory=Flow)
+    flow: Flow
+    task: Task
+    rows: Mapping[str, Row]
 
 
-def _account(out: Path, flow: Flow) -> Flow:
-    """Write the account beside the table; return it."""
+def write_account(out: Path, flow: Flow) -> None:
+    """Write the account of the slides beside a table of predictions."""
     flow.write(out.parent, f"{out.stem}_cohort.csv")
     write_json(out.with_name(f"{out.stem}_cohort.json"), {"cohort": flow.as_json()})
-    return flow
 
 
 def _features_hash(path: Path) -> str:

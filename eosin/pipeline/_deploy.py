@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from eosin.mil._checkpoint import load_card
 from eosin.mil._flow import Flow
 from eosin.mil._predict import Predictions, predict
 from eosin.mil._seen import Models
+from eosin.mil._tables import LabelTable
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides
@@ -174,6 +175,7 @@ def predict_slides(
     out: Path | str,
     *,
     patient_of: Mapping[str, str] | None = None,
+    labels: LabelTable | None = None,
     ids: Ids = "ask",
     slide_mpp: float | Path | str | None = None,
     scene: SceneChoice = None,
@@ -195,6 +197,8 @@ def predict_slides(
         The table, see `eosin.mil._predict.predict`; a slide that could not be tiled or encoded has a row that says why.
     patient_of : mapping of str to str, optional
         Patient of each slide, for a second table.
+    labels : LabelTable, optional
+        As of `eosin.mil._predict.predict`.
     ids : {"ask", "merge", "exact"}
         As of `eosin.mil._predict.predict`.
     slide_mpp, scene, plane : optional
@@ -225,8 +229,9 @@ def predict_slides(
             out,
             failures=encoded.report.failed,
             patient_of=patient_of,
+            labels=labels,
             ids=ids,
             device=machine.device,
             progress=advance,
         )
-    return Predictions(encoded.report.then(predicted).records, predicted.flow)
+    return replace(predicted, records=encoded.report.then(predicted).records)

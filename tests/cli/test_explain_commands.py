@@ -523,3 +523,78 @@ def test_folds_of_every_task_answer_together_in_maps_and_in_the_viewer(
     viewed = run("view", *given, *slide, "--html", tmp_path / "v.html")
     assert viewed.exit_code == 0, viewed.output
     assert "mean of all 2 models" in (tmp_path / "v.html").read_text(encoding="utf-8")
+
+
+def test_figures_of_an_external_cohort_are_over_slides_that_the_models_have_not_seen(
+    study: Path, crossval: Path, run: Run, refused: Run, tmp_path: Path
+) -> None:
+    """The truth is turned for s4 and s5, so that rates over all slides and over unseen ones differ."""
+    words = {
+        "s0": "TUMOUR",
+        "s1": "Normal ",
+        "s2": "Tumour",
+        "s3": "normal",
+        "s4": "normal",
+        "s5": "tumour",
+        "s9": "normal",
+    }
+    lines = [f"{slide}.tiff,p{slide[1]},{word}" for slide, word in words.items()]
+    table = tmp_path / "external.csv"
+    table.write_text("\n".join(("Slide,Patient,Befund", *lines)) + "\n")
+    given = ("predict", "--features", study / "features", "--labels", table)
+    fold = ("--model", crossval / "fold_0", "--out", tmp_path / "p.csv")
+    assert "is in 'label', which the table of labels does not have; it has Befund" in refused(*given, *fold)
+    aimed = (*given, "--target", "Befund", *fold)
+    result = run(*aimed)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "p_metrics.json").read_text())
+    assert told["seen"] == {"trained": 3, "validated": 0, "unknown": 0, "no": 3}
+    # s3 is right; s4 is called tumour and s5 normal
+    assert [told["metrics"][name]["value"] for name in ("accuracy", "sensitivity", "specificity")] == [1 / 3, 0, 0.5]
+    over = "3 slides of 3 patients that the models have not seen"
+    assert told["over"] == over
+    assert f"figures over {over}: " in result.stderr
+    assert "Specificity 0.500" in result.stderr
+    page = (tmp_path / "p_report.html").read_text(encoding="utf-8")
+    assert over in page
+    assert [Path(line).name for line in result.stdout.splitlines()] == ["p.csv", "p_metrics.json", "p_report.html"]
+    losses = pd.read_csv(tmp_path / "p_cohort.csv").set_index("slide_id")
+    assert set(losses[losses.used == 1].index) == {"s3", "s4", "s5"}
+    assert losses.reason["s0"] == "has shaped the model that answers"
+    assert losses.reason["s9"] == "has no slide or feature file"
+    everyone = run(*aimed, "--with-seen")
+    assert "3 slides, or their patients, have shaped the models; figures with them are too good" in everyone.stderr
+    told = json.loads((tmp_path / "p_metrics.json").read_text())
+    assert told["metrics"]["accuracy"]["value"] == 4 / 6
+    assert told["over"] == "6 slides of 6 patients (3 of the slides have shaped the models)"
+    # of a cross-validation, folds answer that have not seen the slide
+    run(*given, "--target", "Befund", "--model", crossval, "--out", tmp_path / "cv.csv")
+    assert json.loads((tmp_path / "cv_metrics.json").read_text())["seen"]["no"] == 6
+    table.write_text("Slide,Befund\ns3,benign\ns4,tumour\n")
+    assert "'benign' in column 'label' is not one of the classes normal, tumour" in refused(*aimed)
+    assert "pass --labels, too" in refused("predict", "--features", study / "features", *fold, "--with-seen")
+
+
+def test_survival_of_an_external_cohort_is_read_as_its_own_table_says(
+    study: Path, run: Run, refused: Run, tmp_path: Path
+) -> None:
+    recipe = Recipe(aggregator=Component(name="abmil"), training=Training(standardize=False))
+    rows = [{"time": str(n + 1), "event": str(n % 2)} for n in range(6)]
+    posed = make_task("cox", rows, target="time,event")
+    task = posed.fit_to(posed.encode(rows))
+    torch.manual_seed(0)
+    model = build_model(recipe, task, DIM)
+    spec = read_spec(study / "features/s0.h5")
+    save_model(tmp_path / "m", model, ModelCard(recipe=recipe, task=task.model_dump(mode="json"), features=spec))
+    table = tmp_path / "external.csv"
+    given = ("predict", "--model", tmp_path / "m", "--features", study / "features", "--labels", table)
+    values = {}
+    for name, ones in {"death": 1, "alive": 0}.items():
+        lines = [f"s{n},{n + 1},{ones if n % 2 else 1 - ones}" for n in range(6)]
+        table.write_text("\n".join((f"slide,months,{name}", *lines)))
+        result = run(*given, "--target", f"months,{name}", "--out", tmp_path / f"{name}.csv")
+        assert result.exit_code == 0, result.output
+        assert "each slide counts as a patient" in result.stderr
+        assert "6 slides may be among them" in result.stderr
+        values[name] = json.loads((tmp_path / f"{name}_metrics.json").read_text())["metrics"]["cindex"]["value"]
+    assert values["death"] == values["alive"] is not None

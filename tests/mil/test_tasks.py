@@ -185,8 +185,8 @@ def test_numbers_are_learnt_in_units_of_the_training_part():
     assert found["r2"] == pytest.approx(1 - 4 / 500)
     assert fitted.metrics(outputs[:1], target.numpy()[:1])["r2"] is None
     assert task.strata(data) == ["0", "1", "2", "3"]
-    with pytest.raises(LabelError, match=r"'n\.a\.' in column 'label' is not a number"):
-        make_task("regression", table_of(label=["1", "n.a."]))
+    with pytest.raises(LabelError, match="'many' in column 'label' is not a number"):
+        make_task("regression", table_of(label=["1", "many"]))
     with pytest.raises(ConfigError, match="no classes to balance"):
         task.balance(target)
     with pytest.raises(ConfigError, match="use --task classification"):
