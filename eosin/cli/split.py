@@ -47,7 +47,16 @@ def split(
     """
     from eosin.errors import UnknownNameError
     from eosin.mil._splits import SplitKind, make_nested_splits, make_splits
-    from eosin.mil._study import SITE, label_cohort, note_on_sites, open_labels, owner, pose_task, write_all_splits
+    from eosin.mil._study import (
+        SITE,
+        confounded_sites,
+        label_cohort,
+        note_on_sites,
+        open_labels,
+        owner,
+        pose_task,
+        write_all_splits,
+    )
 
     if kind not in KINDS:
         raise UnknownNameError("kind of split", kind, KINDS)
@@ -63,5 +72,6 @@ def split(
         nested = [make_splits(cohort, folds=number, kind=kind_, seed=seed, **fractions)]
     write_all_splits(out, nested, cohort)
     sites = [note_on_sites(table)] if group == SITE else []
+    sites += confounded_sites(table, posed)
     say("; ".join((*table.notes, *sites, posed.describe(table.rows()))))
     return Done([out])

@@ -231,12 +231,16 @@ def _rates(
     return (before, after), (max(low, -1.0), min(high, 1.0))
 
 
-def _turned(right: NDArray[np.bool_], patients: Sequence[str]) -> float:
-    """Return the exact two-sided p value of the sum over patients of slides lost minus slides won, signs turned."""
+def _turned(right: NDArray[np.bool_], patients: Sequence[str] | None = None) -> float:
+    """Return the exact two-sided p value of the sum over patients of slides lost minus slides won, signs turned.
+
+    Without `patients` every slide is a patient of its own, which is McNemar's exact test.
+    """
     if not len(right):
         return 1.0
     lost = right[:, 0].astype(np.int64) - right[:, 1]
-    sums = np.abs(np.bincount(np.unique(np.asarray(patients), return_inverse=True)[1], lost)).astype(np.int64)
+    whose = np.arange(len(right)) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    sums = np.abs(np.bincount(whose, lost)).astype(np.int64)
     observed = abs(int(lost.sum()))
     chances = np.ones(1)  # of each sum from -reach to reach
     for step in sums[sums > 0]:

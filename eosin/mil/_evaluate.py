@@ -180,7 +180,8 @@ def _percentiles(name: str, value: float | None, draws: Floats, resamples: int, 
     if f"_{name}".endswith("_ece"):
         bias = np.mean(draws) - value
         lower, upper = max(lower - bias, 0.0), upper - bias
-    return Estimate(value, float(lower), float(upper), len(draws))
+    # the draws of a value at the end of what is possible, 0 error or an R² of 0, lie on one side of it
+    return Estimate(value, min(float(lower), value), max(float(upper), value), len(draws))
 
 
 def summarise_folds(

@@ -568,6 +568,23 @@ def note_on_sites(table: LabelTable) -> str:
     return f"sites: column {require_sites(table)!r}"
 
 
+def confounded_sites(table: LabelTable, task: Task) -> tuple[str, ...]:
+    """Return a note where every site has slides of one class only, so that a model may have learnt the site."""
+    column = table.site_column()
+    strata = list(task.strata(table.rows()))
+    if column is None or task.soft_strata(table.rows()) or len(set(strata)) < 2:
+        return ()
+    pairs = set(zip(table.values[column], strata, strict=True))
+    sites = {site for site, _ in pairs}
+    # a site of its own for every slide says nothing about sites
+    if len(pairs) > len(sites) or len(sites) == len(table):
+        return ()
+    return (
+        f"warning: every site in column {column!r} has slides of one class only; site and class cannot be separated, "
+        "so no result on these slides shows that the disease was learnt",
+    )
+
+
 def label_cohort(table: LabelTable, task: Task, *, keep_sites: bool = False) -> Cohort:
     """Return what splits must know of the slides of a table, before there are features."""
     rows = table.rows()
@@ -689,7 +706,7 @@ def open_study(
     left_out = [f"{spare} of {len(files)} slides with features have no label and are left out"] if spare else []
     left_out += [f"{lost} of {len(table)} labelled slides have no features and are left out"] if lost else []
     left_out += [f"{len(blank)} slides have no label and are left out: {shown(list(blank))}"] if blank else []
-    sites = (note_on_sites(table),) if keep_sites else ()
+    sites = (*((note_on_sites(table),) if keep_sites else ()), *confounded_sites(table, made))
     notes = (*table.notes, *sites, made.describe(rows), *left_out, *notes_on_tiles)
     return Study(
         made,

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import binomtest
 
 from eosin.errors import ConfigError
-from eosin.heatmaps._cohort import holm, mean_change, summarise_cohort
+from eosin.heatmaps._cohort import _turned, holm, mean_change, summarise_cohort
 from eosin.heatmaps._counterfactual import Effect, Origin
 
 
@@ -131,3 +131,8 @@ def test_one_or_two_patients_claim_nothing(patients):
     assert -1 <= low < high <= 1
     assert high > 0
     assert np.isnan(summary.interval).all() == (len(set(patients)) == 1)
+
+
+def test_without_patients_every_slide_is_one_and_the_test_is_mcnemar():
+    right = np.array([[True, False]] * 7 + [[False, True]] * 2 + [[True, True]] * 5)
+    assert _turned(right) == pytest.approx(binomtest(2, 9).pvalue)

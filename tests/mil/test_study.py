@@ -5,7 +5,7 @@ from eosin.errors import LabelError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import write_bag
 from eosin.mil._splits import Split, make_nested_splits, write_splits
-from eosin.mil._study import open_study, write_all_splits
+from eosin.mil._study import confounded_sites, open_labels, open_study, pose_task, write_all_splits
 
 SPEC = FeatureSpec(encoder="toy", dim=2)
 
@@ -138,3 +138,15 @@ def test_splits_of_another_cohort_are_refused(folder):
     (folder / "plain.csv").write_text((folder / "labels.csv").read_text().replace("site,", "where,"))
     with pytest.raises(LabelError, match="no column 'site'"):
         open_study(folder / "features", folder / "plain.csv", target="grade", keep_sites=True)
+
+
+def test_sites_that_tell_the_class_are_reported(tmp_path):
+    def notes(site_of):
+        lines = ["patient_id,slide_id,site,label", *(f"p{i},s{i},{site_of(i)},{'ab'[i % 2]}" for i in range(8))]
+        (tmp_path / "labels.csv").write_text("\n".join(lines))
+        table = open_labels(tmp_path / "labels.csv")
+        return confounded_sites(table, pose_task("classification", table, None))
+
+    assert "site and class cannot be separated" in notes(lambda i: f"site{i % 2}")[0]
+    assert not notes(lambda i: f"site{i % 3}")
+    assert not notes(lambda i: f"site{i}")
