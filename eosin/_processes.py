@@ -29,6 +29,7 @@ GRACE_S = 10.0
 IMPATIENT_S = 1.0
 JOIN_S = 10.0
 START_S = 300.0
+WHOLE_S = 60.0  # a message that has begun is whole by then, however long its beginning may take
 STOPPING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 T = TypeVar("T")
@@ -158,14 +159,15 @@ class Child:
         Parameters
         ----------
         timeout_s : float, optional
-            How long to wait for it.
+            How long to wait for its beginning; the rest must come within `WHOLE_S` seconds.
         is_needed : callable, optional
             Asked while nothing comes; None is returned once it says no.
 
         Raises
         ------
         WorkerError
-            With code ``crashed`` when the process died, ``timeout`` when nothing came in time.
+            With code ``crashed`` when the process died, ``timeout`` when the message did not come in time; a process
+            that stops in the midst of one is killed.
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -175,9 +177,10 @@ class Child:
                     return None
                 if end is not None and time.monotonic() >= end:
                     raise WorkerError(f"gave no answer for {timeout_s:g} s", code="timeout")
-            message = self.connection.recv()
         except (EOFError, OSError):
             raise self._dead() from None
+        with self._whole_within(WHOLE_S):
+            message = self.connection.recv()
         if isinstance(message, EosinError):
             raise message
         return message
@@ -190,6 +193,12 @@ class Child:
         WorkerError
             As `receive`; a process that stops in the midst of them is killed, which ends the wait.
         """
+        with self._whole_within(timeout_s):
+            self.connection.recv_bytes_into(memory)
+
+    @contextmanager
+    def _whole_within(self, timeout_s: float) -> Iterator[None]:
+        """Kill the process when the block, which waits for it inside the system, goes on for too long."""
         late = threading.Event()
 
         def give_up() -> None:
@@ -200,10 +209,11 @@ class Child:
         watch.daemon = True
         watch.start()
         try:
-            self.connection.recv_bytes_into(memory)
+            yield
         except (EOFError, OSError):
-            late_error = WorkerError(f"gave no answer for {timeout_s:g} s", code="timeout")
-            raise (late_error if late.is_set() else self._dead()) from None
+            if late.is_set():
+                raise WorkerError(f"gave no answer for {timeout_s:g} s", code="timeout") from None
+            raise self._dead() from None
         finally:
             watch.cancel()
 
@@ -339,7 +349,7 @@ def call_apart(function: Callable[..., T], *args: Any, timeout_s: float, most_by
     WorkerError
         With code ``crashed``, ``timeout``, ``out-of-memory``, or ``internal`` for any other exception.
     """
-    child = Child(serve_calls, most_bytes)
+    child = Child(serve_calls, most_bytes, needs_script=False)
     try:
         child.send((int, ()))
         child.receive(START_S)

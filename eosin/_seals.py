@@ -25,8 +25,9 @@ USER_BLOCK_BYTES = 512
 MAX_METADATA_BYTES = 2**30
 
 KEY = "checksum"
-MAX_JSON_BYTES = 256 * 2**20
-MAX_JSON_VALUES = 20_000_000
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_VALUES = 4_000_000
+LARGE_JSON_BYTES, LARGE_JSON_VALUES = 256 * 2**20, 20_000_000  # of what eosin wrote, one object for each tile
 MAX_JSON_DEPTH = 64
 CHUNK_BYTES = 2**20
 NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
@@ -48,13 +49,13 @@ def _checksum(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES, most_values: int = MAX_JSON_VALUES) -> Any:
     """Read a JSON file that is measured before it is parsed, so that a hostile one takes neither time nor memory.
 
     Raises
     ------
     ValueError
-        If it is not JSON, larger than `most_bytes`, or holds more values or levels than this module allows.
+        If it is not JSON, larger than `most_bytes`, or holds more values than `most_values` or too many levels.
     OSError
         If it cannot be read.
     """
@@ -62,18 +63,18 @@ def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> Any:
     if size > most_bytes:
         raise ValueError(f"it has {size:,} bytes; the limit is {most_bytes:,}")
     with path.open("rb") as file:
-        _require_few_values(file)
+        _require_few_values(file, most_values)
         file.seek(0)
         return parse_json(file.read())
 
 
-def _require_few_values(file: BinaryIO) -> None:
+def _require_few_values(file: BinaryIO, most: int) -> None:
     """Count commas and brackets: there are never more values, and counting is a hundred times faster than parsing."""
     found = 0
     while chunk := file.read(CHUNK_BYTES):
         found += sum(map(chunk.count, (b",", b"[", b"{")))
-        if found > MAX_JSON_VALUES:
-            raise ValueError(f"it may hold more than {MAX_JSON_VALUES:,} values, the limit")
+        if found > most:
+            raise ValueError(f"it may hold more than {most:,} values, the limit")
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -48,8 +48,11 @@ RUN_OF_CYRILLIC = 2.5  # mean length of runs of bytes above 127; in European lan
 
 MAX_ROWS = 2**20
 MAX_CELLS = 10_000_000
+MAX_COLUMNS = 2**14  # as in a spreadsheet
+MAX_LINE_BYTES = 16 * 2**20
 MAX_TEXT_BYTES = 256 * 2**20
 MAX_PARQUET_BYTES = 256 * 2**20
+MAX_FOOTER_BYTES = 4 * 2**20
 MAX_WORKBOOK_BYTES = 64 * 2**20
 MAX_WORKBOOK_PARTS = 10_000
 MAX_WORKBOOK_CELLS = 4_000_000
@@ -382,14 +385,27 @@ def _find_encoding(path: Path) -> tuple[str, tuple[str, ...]]:
 
 def _require_few_cells(path: Path, most_cells: int) -> None:
     """Count the ends of lines and the separators, which takes a tenth of a second where parsing takes a minute."""
-    lines = separators = 0
+    lines = separators = unended = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
-            lines += max(chunk.count(b"\n"), chunk.count(b"\r"))
+            ends = max(chunk.count(b"\n"), chunk.count(b"\r"))
+            if not lines:
+                head = chunk.split(b"\n", 1)[0] if ends else chunk
+                _require_few_columns(path, separators + max(map(head.count, (b",", b";", b"\t"))))
+            unended = len(chunk) - max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) if ends else unended + len(chunk)
+            if unended > MAX_LINE_BYTES:
+                limit = f"{MAX_LINE_BYTES // 2**20} MiB"
+                raise _refuse(path, f"has a line of more than {limit}", f"{limit} in a line")
+            lines += ends
             separators += max(map(chunk.count, (b",", b";", b"\t")))
             _require_size(path, lines - 1, 1)
             if lines + separators > most_cells:
                 raise _refuse(path, f"holds more than {most_cells:,} cells", f"{most_cells:,} cells")
+
+
+def _require_few_columns(path: Path, n_columns: int) -> None:
+    if n_columns > MAX_COLUMNS:
+        raise _refuse(path, f"has more than {MAX_COLUMNS:,} columns", f"{MAX_COLUMNS:,} columns")
 
 
 def _decodes(path: Path, encoding: str) -> bool:
@@ -443,18 +459,35 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _require_small_footer(path)
     with pq.ParquetFile(path) as file:
         facts, names = file.metadata, file.schema_arrow.names
         _require_size(path, facts.num_rows, max(1, facts.num_columns))
+        _require_few_columns(path, facts.num_columns)
         size = sum(facts.row_group(place).total_byte_size for place in range(facts.num_row_groups))
         if size > MAX_PARQUET_BYTES:
             limit = f"{MAX_PARQUET_BYTES // 2**20} MiB"
             raise _refuse(path, f"unpacks to more than {limit}", f"{limit} of parquet")
         text = [item.name for item in file.schema_arrow if pa.types.is_string(item.type)]
-    columns = pq.read_table(path, read_dictionary=text, use_pandas_metadata=False)
+        nested = [item.name for item in file.schema_arrow if pa.types.is_nested(item.type)]  # one cell may fill a disk
     _require_distinct(names, path)
+    names = [name for name in names if name not in nested]
+    columns = pq.read_table(path, columns=names, read_dictionary=text, use_pandas_metadata=False)
     kept = [name for name in names if not re.fullmatch(r"__index_level_\d+__", name)]  # pandas' number of the row
-    return _typed_table(path, {name: _values(columns[name]) for name in kept})
+    notes = (f"columns of lists are not read: {first_few(nested)}",) if nested else ()
+    return _typed_table(path, {name: _values(columns[name]) for name in kept}, notes=notes)
+
+
+def _require_small_footer(path: Path) -> None:
+    """Refuse a description of the columns that the library would unpack to gigabytes; its size stands at the end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8))
+        size = int.from_bytes(file.read(4), "little")
+    if size > MAX_FOOTER_BYTES:
+        limit = f"{MAX_FOOTER_BYTES // 2**20} MiB"
+        raise _refuse(
+            path, f"describes its columns in more than {limit}", f"{limit} of that (about {MAX_COLUMNS:,} columns)"
+        )
 
 
 def _values(column: Any) -> list[Any]:
@@ -562,11 +595,15 @@ def _checked_workbook(path: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         limit = f"{MAX_WORKBOOK_BYTES // 2**20} MiB"
-        if len(parts) > MAX_WORKBOOK_PARTS or sum(part.file_size for part in parts) > MAX_WORKBOOK_BYTES:
+        if len(parts) > MAX_WORKBOOK_PARTS:
+            raise _refuse(
+                path, f"has {len(parts):,} parts; save it as csv", f"{MAX_WORKBOOK_PARTS:,} parts of workbook"
+            )
+        if sum(part.file_size for part in parts) > MAX_WORKBOOK_BYTES:
             raise _refuse(path, f"unpacks to more than {limit}; save the table as csv", f"{limit} of workbook")
         for part in parts:
             with archive.open(part) as file:
-                chunk, n_cells = file.read(CHUNK_BYTES), 0
+                chunk, n_cells, n_rows = file.read(CHUNK_BYTES), 0, 0
                 if b"<!DOCTYPE" in chunk[:4096]:
                     raise TableError(f"{path}: is not a workbook of Excel ({part.filename} defines entities)")
                 while chunk and part.filename.startswith("xl/worksheets/"):
@@ -574,6 +611,8 @@ def _checked_workbook(path: Path) -> dict[str, list[str]]:
                     if n_cells > MAX_WORKBOOK_CELLS:
                         limit = f"{MAX_WORKBOOK_CELLS:,} cells of workbook"
                         raise _refuse(path, f"holds more than {MAX_WORKBOOK_CELLS:,} cells; save it as csv", limit)
+                    n_rows += chunk.count(b"<row")
+                    _require_size(path, n_rows, 1)
                     chunk = file.read(CHUNK_BYTES)
         sheets = [part for part in parts if "worksheets/" in part.filename and part.filename.endswith(".xml")]
         return {part.filename: [ref.decode() for ref in MERGED.findall(archive.read(part))] for part in sheets}

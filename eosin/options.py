@@ -6,6 +6,7 @@ Every group of options is a subclass of `Options` beside the code that it config
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -20,6 +21,8 @@ __all__ = ["Options"]
 MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 20_000
 MAX_YAML_DEPTH = 50
+MAX_DIGITS = 1000
+LONG_NUMBER = re.compile(rf"(?<![\d._:])[\d._:]{{{MAX_DIGITS + 1}}}")
 
 
 if TYPE_CHECKING:  # type checkers keep to the fields of each class
@@ -294,6 +297,8 @@ _PlainLoader.yaml_implicit_resolvers = {
 def _load_yaml(text: str, source: str) -> Any:
     """Load YAML whose size is known: aliases may make a few lines stand for billions of values."""
     try:
+        if LONG_NUMBER.search(text):  # 9:9:9 ... takes the square of its length
+            raise ValueError(f"it holds a number of more than {MAX_DIGITS:,} digits, the limit")
         _require_small(yaml.parse(text, Loader=yaml.SafeLoader), source)
         return yaml.load(text, Loader=_PlainLoader)
     except yaml.MarkedYAMLError as error:

@@ -1,6 +1,7 @@
 """Options are frozen, refuse what they do not know, and say so in one line."""
 
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,12 @@ def test_errors_cross_processes_unchanged(error: ConfigError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert (str(copy), copy.code, vars(copy)) == (str(error), error.code, vars(error))
+
+
+def test_a_long_number_is_refused_at_once(tmp_path: Path) -> None:
+    """YAML 1.1 has numbers to the base of 60, whose value takes the square of their length."""
+    (tmp_path / "a.yaml").write_text("a: " + "9:" * 100_000 + "9")
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="a number of more than 1,000 digits, the limit"):
+        read_yaml(tmp_path / "a.yaml")
+    assert time.process_time() - started < 1

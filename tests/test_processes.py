@@ -1,7 +1,9 @@
 """Children that die, hang or eat memory, and signals that end a run in an orderly way or hard."""
 
 import os
+import pickle
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from eosin import _processes as processes
 from eosin._processes import (
     Child,
     Helper,
@@ -84,6 +87,24 @@ def test_bytes_come_into_memory_that_is_there() -> None:
     child.receive_into(memoryview(memory), timeout_s=60)
     child.stop()
     assert memory == bytes(range(5))
+
+
+def serve_half_a_message(connection: Connection) -> None:
+    connection.recv()
+    whole = pickle.dumps("x" * 1000)
+    os.write(connection.fileno(), struct.pack("!i", len(whole)) + whole[:500])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_child_that_stops_in_the_midst_of_a_message_does_not_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WHOLE_S", 0.3)
+    child = Child(serve_half_a_message)
+    child.send("go")
+    with pytest.raises(WorkerError, match=r"gave no answer for 0.3 s") as caught:
+        child.receive()
+    assert caught.value.code == "timeout"
+    assert child.cause_of_death() == "SIGKILL"
+    child.stop()
 
 
 def test_a_child_that_is_not_needed_any_more_gives_nothing() -> None:

@@ -56,13 +56,14 @@ def test_what_is_not_json_is_a_value_error(text: str) -> None:
 
 
 BOMBS = {
-    "a sparse file": (lambda file: file.truncate(seals.MAX_JSON_BYTES + 1), "the limit is 268,435,456"),
+    "a sparse file": (lambda file: file.truncate(seals.MAX_JSON_BYTES + 1), "the limit is 67,108,864"),
     "empty lists": (
-        lambda file: file.write(b"[" + b"[]," * 20_000_001 + b"1]"),
-        "more than 20,000,000 values, the limit",
+        lambda file: file.write(b"[" + b"[]," * 2_000_001 + b"1]"),
+        "more than 4,000,000 values, the limit",
     ),
-    "open lists": (lambda file: file.write(b"[" * 15_000_000), "more than 64 levels, the limit"),
-    "closed lists": (lambda file: file.write(b"[" * 9_000_000 + b"]" * 9_000_000), "more than 64 levels, the limit"),
+    "one text": (lambda file: file.write(b'["' + b"x" * 2**26 + b'"]'), "the limit is 67,108,864"),
+    "open lists": (lambda file: file.write(b"[" * 3_900_000), "more than 64 levels, the limit"),
+    "closed lists": (lambda file: file.write(b"[" * 3_900_000 + b"]" * 3_900_000), "more than 64 levels, the limit"),
 }
 
 

@@ -6,6 +6,8 @@ import io
 import os
 import re
 import resource
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -205,7 +207,15 @@ def too_many_rows(path: Path) -> None:
 
 
 def too_many_cells(path: Path) -> None:
-    path.write_bytes((b"," * 20_000 + b"\n") * 600)
+    path.write_bytes((b"," * 10_000 + b"\n") * 1200)
+
+
+def too_many_columns(path: Path) -> None:
+    path.write_bytes(b"slide" + b",c" * 1_000_000 + b"\n")
+
+
+def one_line(path: Path) -> None:
+    path.write_bytes(b"slide,label\n" + b"a" * (200 * 2**20) + b",b\n")
 
 
 def too_large(path: Path) -> None:
@@ -216,6 +226,20 @@ def too_large(path: Path) -> None:
 def parquet_of_one_word(path: Path) -> None:
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000_000, pa.int8()), pa.array(["x" * 1000]))
     pq.write_table(pa.table({"slide": column}), path)
+
+
+def parquet_of_columns(path: Path) -> None:
+    pq.write_table(pa.table({f"c{number}": [1] for number in range(25_000)}), path)
+
+
+def workbook_of_rows(path: Path) -> None:
+    workbook_with(path, b"<row><c><v>1</v></c></row>" * (tables.MAX_ROWS + 10_000))
+
+
+def workbook_of_parts(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(tables.MAX_WORKBOOK_PARTS + 1):
+            archive.writestr(f"x{number}", b"")
 
 
 def workbook_of_cells(path: Path) -> None:
@@ -253,7 +277,12 @@ def workbook_of_zeros(path: Path) -> None:
         ("a.csv", too_many_rows, "1,048,576 rows"),
         ("b.csv", too_many_cells, "10,000,000 cells"),
         ("c.csv", too_large, "256 MiB of text"),
+        ("h.csv", too_many_columns, "16,384 columns"),
+        ("i.csv", one_line, "16 MiB in a line"),
         ("d.parquet", parquet_of_one_word, "1,048,576 rows"),
+        ("j.parquet", parquet_of_columns, "4 MiB of that"),
+        ("k.xlsx", workbook_of_rows, "1,048,576 rows"),
+        ("l.xlsx", workbook_of_parts, "10,000 parts of workbook"),
         ("e.xlsx", workbook_of_zeros, "64 MiB of workbook"),
         ("f.xlsx", workbook_of_cells, "4,000,000 cells of workbook"),
         ("g.xlsx", workbook_of_wide_rows, "4,000,000 cells of workbook"),
@@ -268,6 +297,22 @@ def test_what_is_too_large_is_refused_at_once_and_the_limit_is_named(tmp_path, n
     assert caught.value.code == "unsafe"
     assert time.process_time() - started < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB
+
+
+def test_a_cell_of_parquet_that_holds_a_list_is_not_unpacked(tmp_path) -> None:
+    pq.write_table(pa.table({"slide": ["a", "b"], "label": [[0] * 1_000_000, [1]]}), tmp_path / "a.parquet")
+    table = read_table(tmp_path / "a.parquet")
+    assert (list(table), table.notes) == (["slide"], ("columns of lists are not read: label",))
+
+
+def test_a_script_without_a_guard_may_read_a_workbook(tmp_path) -> None:
+    pq.write_table(pa.table({"slide": ["a"]}), tmp_path / "a.parquet")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom eosin._tables import read_table\nprint(read_table(Path('a.parquet'))['slide'])"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "('a',)\n", done.stderr
 
 
 def test_a_library_that_hangs_or_dies_is_a_table_that_cannot_be_read(tmp_path, monkeypatch) -> None:

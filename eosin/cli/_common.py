@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 
 from eosin._devices import choose_device, limit_threads, parse_devices
-from eosin._processes import Stopped, stoppable
+from eosin._processes import Stopped, require_running, stoppable
+from eosin.cli._folders import Folders
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
 from eosin.errors import ConfigError, EosinError, MissingPackageError, MoreToDo, OutputError, SeveralErrors
 
@@ -43,6 +44,7 @@ MINUTE_S = 60.0
 PIPE_WIDTH = 200
 
 STUDY_SUFFIXES = (".yaml", ".yml")
+_at_work: list[Folders] = []
 option_names.add("cluster")  # every command may meet it in a study file
 
 StudyFile = Annotated[
@@ -134,7 +136,8 @@ def command(
         ) -> None:
             from eosin.plugins import add_plugin
 
-            with _reported(verbose=verbose):
+            with _reported(verbose=verbose) as folders:
+                folders.add({"study": study, "config": config} | arguments)
                 given = {name for name in arguments if _is_given(context, name)}
                 file, paths = _study_file(config, study or [])
                 if paths:
@@ -144,9 +147,11 @@ def command(
                 for name in [*settings.plugins, *(plugins or [])]:
                     add_plugin(name)
                 arguments = fill(arguments, options, settings, given=given, groups=groups, of_job=of_job or {})
+                folders.add(arguments)
                 if checks_device:
                     _require_devices(arguments)
                 _clear_leftovers(arguments)
+                require_running()
                 if "settings" in signature.parameters:
                     arguments["settings"] = settings
                 with on_cluster(site or _stated_site(settings), arguments.get(cluster), dry_run=dry_run):
@@ -290,22 +295,36 @@ def _finish(done: Done) -> None:
 
 
 def say(message: str) -> None:
-    """Write one line to stderr."""
+    """Write one line to stderr, without the folders that the command at work was given."""
+    for folders in _at_work:
+        message = folders.left_out(message)
     typer.echo(" ".join(message.split()), err=True)
 
 
 @contextmanager
-def _reported(*, verbose: bool) -> Iterator[None]:
+def _discreet(*, verbose: bool) -> Iterator[Folders]:
+    folders = Folders()
+    _at_work[:] = [] if verbose else [folders]
+    try:
+        yield folders
+    finally:
+        _at_work.clear()
+
+
+@contextmanager
+def _reported(*, verbose: bool) -> Iterator[Folders]:
     limit_threads()
-    with _listening(verbose=verbose), stoppable():
+    with _discreet(verbose=verbose) as folders, _listening(verbose=verbose), stoppable():
         try:
-            yield
+            yield folders
         except typer.Exit:
             raise
         except (Exception, KeyboardInterrupt, Stopped) as error:  # noqa: BLE001 - a person must not see a traceback
             if verbose:
                 traceback.print_exc(file=sys.stderr)
             lines, code = _ending(error)
+            if any(folders.left_out(line) != line for line in lines):
+                lines[-1] += "; --verbose names the folders"
             for number, line in enumerate(lines):
                 say(line if number else f"error: {line}")
             raise typer.Exit(code) from None

@@ -45,7 +45,7 @@ def test_every_problem_is_printed_with_its_cure_and_nothing_is_written(
         "named 'abmill'": "did you mean abmil",
         "named 'mppp'": "did you mean mpp",
         "quality.max_pen": "at most 1",
-        "none: no such file": "correct --slides",
+        "no such file": "correct --slides",
         "no id of a patient": "complete the table",
         "'q2' = 'Q2'": "--ids merge",
         "2 of 13 labelled slides": "--missing drop",

@@ -36,4 +36,4 @@ def test_wrong_pixels_are_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_that_cannot_be_written_to_is_named(run: Run, tmp_path: Path) -> None:
     result = run("doctor", tmp_path / "missing")
     assert result.exit_code == 3
-    assert f"write to {tmp_path / 'missing'}" in result.stderr
+    assert "write to missing" in result.stderr

@@ -4,11 +4,14 @@ The canaries: pixels of label and macro, description, XMP and OME-XML of a TIFF,
 the folder that holds the slides.
 """
 
+import inspect
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +24,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from typer.testing import CliRunner
 
+from eosin.cli._folders import Folders
+from eosin.cli._settings import options_of
+from eosin.cli.app import COMMANDS, app
 from eosin.wsi._slide_file import open_slide
 from eosin.wsi._synthetic import Cohort, make_cohort
+
+from .conftest import Run
 
 FOLDER = "Canary_Doe, Jane 1961"
 WORDS = ("Canary", "canary", "CANARY", "Doe, Jane", "Doe^Jane")
@@ -136,7 +145,7 @@ def test_nothing_of_a_patient_leaves_the_slides(clinic: SimpleNamespace) -> None
     one = ("--slide", clinic.slides / "S001.svs")
     eosin(clinic, "predict", *model, "--out", clinic.out / "p.parquet")
     eosin(clinic, "heatmap", *model, *one, "--out", clinic.out / "maps")
-    eosin(clinic, "counterfactual", *model, *one, "--out", clinic.out / "why")
+    eosin(clinic, "counterfactual", *model, *one, "--class", "tumour", "--out", clinic.out / "why")
     eosin(clinic, "export", features, "--to", "trident", "--out", clinic.out / "export")
     eosin(clinic, "view", *model, "--slides", clinic.slides, "--html", clinic.out / "page.html", codes=(0, 1))
     eosin(clinic, "verify", job)
@@ -162,8 +171,9 @@ def words_of(path: Path) -> str:
         text += pd.read_parquet(path).to_csv()
     if path.suffix == ".h5":
         with h5py.File(path) as file:
-            text += str(dict(file.attrs))
-            file.visititems(lambda name, item: None if text is None else str((name, dict(item.attrs))))
+            said = [str(dict(file.attrs))]
+            file.visititems(lambda name, item: said.append(str((name, dict(item.attrs)))))
+            text += "".join(said)
     return text
 
 
@@ -191,3 +201,97 @@ def test_the_check_sees_a_label() -> None:
     assert is_beside(flat(LABEL_RGB))
     assert is_beside(np.asarray(Image.fromarray(flat(MACRO_RGB)).resize((40, 30))))
     assert not is_beside(np.full((50, 50, 3), 240, np.uint8))
+
+
+WRONG = {
+    "nothing": lambda path: None,
+    "a folder without files": lambda path: path.mkdir(),
+    "a text": lambda path: path.write_text("see the other disk\n"),
+    "a name below a file": lambda path: path.parent.write_text("x"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A path that a command takes: after its flag, or without one."""
+
+    name: str
+    flag: str
+    is_needed: bool
+
+
+def paths_of(command: Callable[..., None]) -> list[Given]:
+    signature = inspect.signature(command)
+    flags = {option.parameter: option.flag for option in options_of(signature)}
+    own = inspect.signature(command.__wrapped__)  # type: ignore[attr-defined]
+    needed = [option.parameter for option in options_of(own) if option.required]
+    return [
+        Given(name, flags.get(name, ""), name in needed or name not in flags)
+        for name, parameter in signature.parameters.items()
+        if "Path" in str(parameter.annotation) and name not in ("study", "site")
+    ]
+
+
+PATHS = {name: paths_of(command) for name, command in COMMANDS.items() if name not in ("demo", "doctor")}
+
+
+def refuses(name: str, option: Given, kind: str, suffix: str, run: Run, root: Path) -> str:
+    """Return what a command says of a wrong path, with what it needs beside it as wrong as that."""
+    folder = root / FOLDER / ("file" if "below" in kind else "")
+    (folder.parent if "below" in kind else folder).mkdir(parents=True)
+    path = folder / f"wrong{suffix}"
+    WRONG[kind](path)
+    flags = {option.flag, *(one.flag for one in PATHS[name] if one.is_needed)}
+    result = run(name, *(part for flag in sorted(flags) for part in (flag, path) if part))
+    assert result.exit_code in (0, 2, 3), result.output
+    assert not any(word in result.stderr for word in WORDS), (option.flag, result.stderr)
+    return result.stderr
+
+
+COMMANDS_WITH_PATHS = [name for name, paths in PATHS.items() if paths]
+
+
+@pytest.mark.parametrize("name", COMMANDS_WITH_PATHS)
+def test_errors_of_usage_do_not_repeat_folders(name: str, run: Run, tmp_path: Path) -> None:
+    """Each path of each command in turn, wrong in one way."""
+    said = ""
+    for number, option in enumerate(PATHS[name]):
+        kind, suffix = list(WRONG)[number % len(WRONG)], ("", ".csv")[number % 3 == 0]
+        said += refuses(name, option, kind, suffix, run, tmp_path / str(number))
+    assert "error: " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS_WITH_PATHS)
+def test_no_error_of_usage_repeats_folders(name: str, run: Run, tmp_path: Path) -> None:
+    cases = [(option, kind, suffix) for option in PATHS[name] for kind in WRONG for suffix in ("", ".csv", ".svs")]
+    for number, case in enumerate(cases):
+        refuses(name, *case, run, tmp_path / str(number))
+
+
+def test_folders_are_named_when_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    wrong = ("tile", "--slides", tmp_path / FOLDER / "a.svs", "--job", tmp_path / "job")
+    assert run(*wrong).stderr == ("error: a.svs: no such file or folder; check the path; --verbose names the folders\n")
+    done = CliRunner().invoke(app, [*map(str, wrong), "--verbose"])
+    assert f"error: {tmp_path / FOLDER}/a.svs: no such" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("{root}/Doe, Jane/s.svs: bad", "s.svs: bad"),
+        ("{root}: no slide", "<slides>: no slide"),
+        ("run `eosin tile --slides {root}`", "run `eosin tile --slides <slides>`"),
+        ("{root}/Doe, J/a.svs and {root}/Dr Roe/b/a.svs are", "a.svs and a.svs are"),
+        ("2 slides: 2 ok", "2 slides: 2 ok"),
+        ("{root}2/s.svs", "slides2/s.svs"),
+        ("{job}/records/x.json", "job/records/x.json"),
+        ("{root.parent} is full", "<folder> is full"),
+    ],
+)
+def test_what_is_left_out_of_a_line(said: str, left: str, tmp_path: Path) -> None:
+    root, job = tmp_path / FOLDER / "slides", tmp_path / FOLDER / "job"
+    root.mkdir(parents=True)
+    folders = Folders()
+    folders.add({"slides": [root, Path("slides")], "job": job, "shard": "0/2"})
+    assert folders.left_out(said.format(root=root, job=job)) == left

@@ -1,5 +1,6 @@
-"""One SIGTERM or SIGHUP ends every long command, wherever it arrives, and the next run finishes the work."""
+"""One SIGTERM, SIGINT or SIGHUP ends every long command, wherever it arrives, and the next run finishes the work."""
 
+import inspect
 import os
 import random
 import signal
@@ -13,6 +14,10 @@ from scaling import scaled
 from typer.testing import Result
 
 from eosin import _processes as processes
+from eosin.cli import _common
+from eosin.cli._settings import options_of
+from eosin.cli.app import COMMANDS
+from eosin.features.interop import export_bag
 
 from .conftest import Run
 
@@ -27,6 +32,18 @@ def model(cohort: Path, features: Path, run: Run, tmp_path_factory: pytest.TempP
     arguments = ("--features", features, "--labels", cohort / "labels.csv", "--recipe", "abmil", "--out", folder)
     assert run("train", *arguments, *QUICK).exit_code == 0
     return folder
+
+
+DEMO = ("--set", "cohort.n_slides=8", "--set", "cohort.size_um=[400, 440]", "--set", "pipeline.folds=2", *QUICK)
+
+
+def imported(features: Path, out: Path) -> list[object]:
+    """Return the arguments that import what another tool would have written."""
+    theirs = out.parent / "theirs"
+    if not theirs.exists():
+        for path in sorted(features.glob("*.h5")):
+            export_bag(path, theirs, "trident")
+    return [theirs, "--slide-mpp", 0.5]
 
 
 def commands(cohort: Path, job: Path, features: Path, model: Path) -> dict[str, Callable[[Path], list[object]]]:
@@ -53,6 +70,11 @@ def commands(cohort: Path, job: Path, features: Path, model: Path) -> dict[str, 
         "counterfactual": lambda out: ["counterfactual", *explained, "--slide", slides, "--out", out / "why"],
         "run": lambda out: ["run", slides, "--labels", labels, "--job", out / "all", "--encoder", "he_texture",
                             "--set", "tiling.mpp=1.0", "--set", "tiling.patch_size=128", "--folds", 2, *QUICK],
+        "export": lambda out: ["export", features, "--to", "trident", "--out", out / "export"],
+        "import": lambda out: ["import", *imported(features, out), "--out", out / "import"],
+        "verify": lambda out: ["verify", job],
+        "check": lambda out: ["check", "--slides", slides, "--labels", labels, "--job", out / "job"],
+        "demo": lambda out: ["demo", "--out", out / "demo", *DEMO],
     }  # fmt: skip
 
 
@@ -86,7 +108,7 @@ def strike_often(name: str, rounds: int, run: Run, arguments: Callable[[Path], l
     rng = random.Random(name)
     stopped = 0
     for turn in range(rounds):
-        number = rng.choice([signal.SIGTERM, signal.SIGHUP])
+        number = rng.choice(sorted(processes.STOPPING))
         delay = 0.9 * duration * (turn + rng.random()) / rounds
         result, seconds = struck(run, arguments(folder / "again"), number, delay)
         assert result.exit_code in (0, 128 + number), result.output
@@ -101,6 +123,21 @@ def strike_often(name: str, rounds: int, run: Run, arguments: Callable[[Path], l
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_S", 60.0)  # the hard end would be that of the tests
+
+
+@pytest.mark.parametrize("number", sorted(processes.STOPPING))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_before_its_work_ends_every_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(_common, "_clear_leftovers", lambda _: os.kill(os.getpid(), number))
+    signature = inspect.signature(COMMANDS[name].__wrapped__)  # type: ignore[attr-defined]
+    flags = {option.parameter: option.flag for option in options_of(signature)}
+    own = [one for one in signature.parameters.values() if one.name != "settings" and one.default is one.empty]
+    needed = [flags.get(one.name, "") for one in own]
+    result = run(name, *(text for flag in needed for text in (flag, "1") if text))
+    assert result.exit_code == 128 + number, result.output
+    assert result.stderr == f"error: stopped by {number.name}; finished results are kept\n"
 
 
 @pytest.mark.parametrize("name", ["tile", "extract in processes", "train", "heatmap"])

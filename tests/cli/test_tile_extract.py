@@ -160,8 +160,7 @@ def test_two_slides_of_one_name(refused: Run, slide: Path, tmp_path: Path) -> No
     other.parent.mkdir()
     other.write_bytes(slide.read_bytes())
     line = refused("tile", tmp_path / "slides", "--job", tmp_path / "job")
-    assert str(slide) in line
-    assert str(other) in line
+    assert "a (a.tiff, a.tiff); --verbose names the folders" in line
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_an_output_folder_that_cannot_be_written_to(
     (tmp_path / "file").write_text("not a folder")
     code = 3 if command == ["tile"] else 2  # nothing was tiled into that job, which extract notices first
     line = refused(command[0], slide, "--job", tmp_path / "file/job", *command[1:], code=code)
-    assert str(tmp_path / "file") in line
+    assert "error: job: " in line
 
 
 def test_extract_before_tile(refused: Run, slide: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import json
+import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -163,3 +165,32 @@ def test_files_of_qupath(shared):
     assert areas["qupath-line"] == areas["qupath-point"] == areas["qupath-multipoint"] == 0
     assert all(np.isfinite(area) for area in areas.values())
     assert areas["qupath-core-polygon"] > 0
+
+
+SQUARE = b'{"type":"Feature","geometry":{"type":"Polygon","coordinates":[[[0,0],[9,0],[9,9],[0,0]]]},"properties":{}},'
+BOMBS = {
+    "areas": (b"[" + SQUARE * 300_000 + b"{}]", "more than 100000 areas or 5000000 points"),
+    "points": (b'{"type":"Polygon","coordinates":[[' + b"[1,2]," * 6_000_000 + b"[1,2]]]}", "more than 100000 areas"),
+    "levels": (
+        b'{"type":"Polygon","coordinates":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "levels than 64, the limit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_at_once_and_the_limit_is_named(tmp_path, name):
+    data, words = BOMBS[name]
+    (tmp_path / "a.geojson").write_bytes(data)
+    started, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=words):
+        read_regions(tmp_path / "a.geojson")
+    assert time.process_time() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB
+
+
+def test_many_features_of_other_classes_take_time_in_proportion(tmp_path):
+    (tmp_path / "a.geojson").write_bytes(b"[" + SQUARE * 20_000 + SQUARE.replace(b"{}", b'{"name":"T"}')[:-1] + b"]")
+    started = time.process_time()
+    assert read_regions(tmp_path / "a.geojson", classes=["T"]).area == 40.5
+    assert time.process_time() - started < 2

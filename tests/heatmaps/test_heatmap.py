@@ -29,9 +29,10 @@ def test_marked_tile_covers_its_pixels_and_no_others(tiling_mpp, slide_mpp, rast
         assert (lit[inside]).all() if expected else not lit[~inside].any()
 
 
-def test_neighbours_leave_no_line_between_them():
-    grid = lattice(size_px0=(4001, 3001), slide_mpp=0.2428, mpp=0.5, patch_size=33)
-    plane = Heatmap(np.ones(grid.n_tiles), grid, "attention", "attention").raster(0.2428)
+@pytest.mark.parametrize("slide_mpp", [0.2428, 0.2416])  # 67.96 and 68.29 pixels from tile to tile, each of 68
+def test_neighbours_leave_no_line_between_them(slide_mpp):
+    grid = lattice(size_px0=(2001, 1501), slide_mpp=slide_mpp, mpp=0.5, patch_size=33)
+    plane = Heatmap(np.ones(grid.n_tiles), grid, "attention", "attention").raster(slide_mpp)
     boxes = grid.boxes_px0()
     covered = plane[boxes[:, 1].min() : boxes[:, 3].max(), boxes[:, 0].min() : boxes[:, 2].max()]
     assert not np.isnan(covered).any()

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin._files import write_file
-from eosin._seals import read_json
+from eosin._seals import LARGE_JSON_BYTES, LARGE_JSON_VALUES, read_json
 from eosin.heatmaps._colour import ColourScale, scale_of
 from eosin.heatmaps._heatmap import Heatmap
 
@@ -144,7 +144,7 @@ def check_geojson(path: Path, *, size_px: tuple[int, int]) -> list[dict[str, Any
     ValueError
         With the first rule that is broken and the feature that breaks it.
     """
-    data = read_json(path)
+    data = read_json(path, most_bytes=LARGE_JSON_BYTES, most_values=LARGE_JSON_VALUES)
     _rule(data.get("type") == "FeatureCollection" and isinstance(data.get("features"), list), "not a FeatureCollection")
     _rule("crs" not in data, "a crs is not allowed")
     features: list[dict[str, Any]] = data["features"]
