@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from eosin.mil._checkpoint import ModelCard, load_model
     from eosin.mil._convert import convert_checkpoint
     from eosin.mil._predict import predict
+    from eosin.mil._probe import Probe
+    from eosin.mil._probe import probe_study as probe
     from eosin.mil._recipe import Recipe, choose_recipe
     from eosin.mil._study import Study, open_study
     from eosin.mil._study import crossval_study as crossval
@@ -55,6 +57,7 @@ __all__ = [
     "ModelCard",
     "PackedBags",
     "Pipeline",
+    "Probe",
     "Recipe",
     "Result",
     "SlideError",
@@ -85,6 +88,7 @@ __all__ = [
     "open_study",
     "predict",
     "predict_slides",
+    "probe",
     "read_bag",
     "run_pipeline",
     "tile_slides",

@@ -79,10 +79,11 @@ def crossval(
     from eosin.cli._study import begin, read_study, recipe_of, require_one_source, settle
     from eosin.mil._compare import require_comparable
     from eosin.mil._crossval import METRICS, PREDICTIONS, read_predictions, tested_slides
+    from eosin.mil._probe import BASELINE, Probe, write_baseline
     from eosin.mil._recipe import Recipe
     from eosin.pipeline._preflight import Problems
     from eosin.report._evaluation import Context, report_crossval
-    from eosin.report._measures import compare_runs, sweep_table
+    from eosin.report._measures import baseline_table, compare_runs, sweep_table
 
     problems = Problems()
     problems.attempt(require_one_source, splits, folds)
@@ -123,6 +124,8 @@ def crossval(
     tables = {} if compare is None else compare_runs(metrics["task"], results / PREDICTIONS, compare / PREDICTIONS)
     if sweep is not None:
         tables |= sweep_table(out / SWEEP_TABLE, metrics)
+    baseline = write_baseline(study, parts, out / BASELINE)
+    tables |= baseline_table(metrics["task"], results / PREDICTIONS, baseline, Probe().in_words(study.task))
     context = Context(
         flow=study.account(parts),
         thumbnails=features.parent.parent / "thumbnails",

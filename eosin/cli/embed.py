@@ -42,7 +42,7 @@ def embed(
 ) -> Done:
     """Make one vector per slide or per patient from the features of its tiles.
 
-    A vector is a feature file with one row: `eosin crossval`, `eosin train` and `eosin predict` read it.
+    A vector is a feature file with one row: `eosin probe`, `eosin crossval` and `eosin predict` read it.
     """
     from eosin.cli._study import ids_policy
     from eosin.features._store import find_bags

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from eosin.mil._compare import compare_predictions
     from eosin.mil._convert import convert_checkpoint
     from eosin.mil._data import Examples, FeatureFolder, MemoryBags, make_examples
+    from eosin.mil._probe import Probe, probe_study
     from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training, choose_recipe
     from eosin.mil._splits import Split, check_splits, make_nested_splits, make_splits, read_splits, write_splits
     from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
@@ -46,6 +47,7 @@ __all__ = [
     "MemoryBags",
     "ModelCard",
     "PackedBags",
+    "Probe",
     "Recipe",
     "Split",
     "Step",
@@ -69,6 +71,7 @@ __all__ = [
     "make_task",
     "open_labels",
     "open_study",
+    "probe_study",
     "read_labels",
     "read_splits",
     "run_sweep",

@@ -26,6 +26,7 @@ from eosin.mil._splits import Split, check_splits, with_validation
 from eosin.mil._train import fit
 from eosin.mil._training_run import Fitted
 from eosin.mil.task import Task
+from eosin.options import Options
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
@@ -174,8 +175,13 @@ def result_files(summary: Mapping[str, Any]) -> list[str]:
     return [PREDICTIONS, METRICS, *([PATIENTS] if "patients" in summary else [])]
 
 
+def write_predictions(path: Path, folds: Sequence[Fold]) -> None:
+    """Write the table of the test predictions of folds."""
+    write_text(path, _predictions(folds))
+
+
 def write_folds(
-    recipe: Recipe,
+    recipe: Options,
     task: Task,
     folds: Sequence[Fold],
     out: Path,
@@ -189,12 +195,12 @@ def write_folds(
     Where a patient has several slides with one target, ``predictions_patients.csv``, too. `part` is what the models did
     with the slides that judge them; the metrics count them under ``seen``.
     """
-    write_text(out / PREDICTIONS, _predictions(folds))
+    write_predictions(out / PREDICTIONS, folds)
     summary = _summary(recipe, task, folds, resamples)
     summary["seen"] = seen_counts(Sight(part) for fold in folds for _ in fold.ids)
     patients = by_patient(folds)
     if patients:
-        write_text(out / PATIENTS, _predictions(patients))
+        write_predictions(out / PATIENTS, patients)
         summary["patients"] = pooled_figures(task, patients, resamples)
     if flow is not None:
         flow.write(out)
@@ -356,7 +362,7 @@ def _test_per_train(folds: Sequence[Fold]) -> float:
     return float(np.mean([len(fold.ids) / fold.n_train if fold.n_train else 0.0 for fold in folds]))
 
 
-def _summary(recipe: Recipe, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
+def _summary(recipe: Options, task: Task, folds: Sequence[Fold], resamples: int) -> dict[str, Any]:
     judge, _ = task.pooled([fold.task for fold in folds], [fold.outputs for fold in folds])
     return {
         "task": judge.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from eosin._filesets import finish_set, members_of
 from eosin._names import Ids
 from eosin._tables import SLIDE_COLUMNS, detect_column, read_table
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
-from eosin.features._store import find_bags
+from eosin.features._store import find_bags, read_spec
 from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import (
     VAL_FRACTION,
@@ -686,6 +686,8 @@ def open_study(
     )
     full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
+    if _are_of_patients(files, full):
+        full = full.of_patients(TASKS[task].named_columns(full.target_column(target, kind=task)))
     full = full.named_as({*files, *(flow or Flow()).slide_ids}, ids)
     blank = without_label(full, task, target) if missing != "error" and task in TASKS else {}
     lost_rows = {*blank, *(slide for slide in full.slide_ids if slide not in files)}
@@ -718,6 +720,13 @@ def open_study(
         _account((flow or Flow()).lose("labelled", blank), files, full, filled),
         source,
     )
+
+
+def _are_of_patients(files: Mapping[str, Path], table: LabelTable) -> bool:
+    """Return whether the files are vectors of the table's patients."""
+    if not set(files).isdisjoint(table.slide_ids) or set(files).isdisjoint(table.patient_ids):
+        return False
+    return read_spec(next(iter(files.values()))).is_vector
 
 
 def _account(before: Flow, files: Collection[str], table: LabelTable, filled: LabelTable) -> Flow:

@@ -107,6 +107,30 @@ class LabelTable:
         file_of = {row: file for file, row in {**plain, **alike}.items()}
         return replace(self, slide_ids=tuple(file_of.get(one, one) for one in self.slide_ids))
 
+    def of_patients(self, columns: Iterable[str]) -> "LabelTable":
+        """Return a table with one row per patient, whose id is that of its slide, for vectors of patients.
+
+        Raises
+        ------
+        LabelError
+            If the rows of a patient differ in one of the columns.
+        """
+        first: dict[str, int] = {}
+        for row, patient in enumerate(self.patient_ids):
+            first.setdefault(patient, row)
+        for name in columns:
+            column = self.values.get(name, ())
+            unlike = {patient for patient, value in zip(self.patient_ids, column, strict=bool(column))
+                      if value != column[first[patient]]}  # fmt: skip
+            if unlike:
+                raise LabelError(
+                    f"the vectors are of patients, and rows of a patient differ in column {name!r}: "
+                    f"{shown(sorted(unlike))}; correct the table, or make one vector per slide"
+                )
+        rows = list(first.values())
+        values = {name: tuple(column[row] for row in rows) for name, column in self.values.items()}
+        return LabelTable(tuple(first), tuple(first), values, (*self.notes, "one vector per patient"))
+
     def patient_of(self) -> dict[str, str]:
         """Return the patient of each slide."""
         return dict(zip(self.slide_ids, self.patient_ids, strict=True))

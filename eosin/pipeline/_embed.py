@@ -218,7 +218,7 @@ def embed_slides(
     *,
     encoder: str = MEAN,
     model: Path | str | None = None,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     per: Per = "slide",
     patient_of: Mapping[str, str] | None = None,
     allow_remote_code: bool = False,
@@ -274,7 +274,8 @@ def embed_slides(
         raise ConfigError("--model brings its own weights; remove --encoder and --weights")
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
     groups = _groups(files, per, patient_of)
-    choice = EmbedderChoice(encoder, None if model is None else Path(model), weights, allow_remote_code, device)
+    local, folder_of_model = (None if one is None else Path(one) for one in (weights, model))
+    choice = EmbedderChoice(encoder, folder_of_model, local, allow_remote_code, device)
     embedder = choice.load()
     _require_some(embedder, files)
     folder = Path(out) if out is not None else _folder(next(iter(files.values())), embedder, per)

@@ -16,8 +16,9 @@ from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps._maps import first_map
 from eosin.heatmaps._subject import class_choices
 from eosin.mil._checkpoint import ModelCard, load_card, load_model
-from eosin.mil._crossval import read_predictions
+from eosin.mil._crossval import PREDICTIONS, read_predictions
 from eosin.mil._flow import Flow
+from eosin.mil._probe import BASELINE, Probe
 from eosin.mil._tables import shown
 from eosin.mil.slots import Aggregator
 from eosin.mil.task import Task
@@ -30,7 +31,7 @@ from eosin.report._evaluation import (
     verdict,
     worst_rows,
 )
-from eosin.report._measures import Evaluated, fold_table, metric_name, threshold_table
+from eosin.report._measures import Evaluated, baseline_table, fold_table, metric_name, threshold_table
 from eosin.report._page import Link, Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
@@ -159,12 +160,20 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         slides=tuple(_card(result, row, truth) for row in pictured),
         slides_heading="Slides" if everyone else f"The {len(pictured)} worst predictions of {len(rows)}",
         predictions=result.predictions.head(SHOWN_PREDICTIONS),
-        tables=threshold_table(found) | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
+        tables=threshold_table(found)
+        | _beside(result)
+        | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
         notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
         flow=result.flow,
         links=tuple(Link(one.name, one.report, one.note) for one in result.earlier),
     )
+
+
+def _beside(result: Result) -> dict[str, pd.DataFrame]:
+    """Return the table of the baseline."""
+    predictions, baseline = (folder / PREDICTIONS for folder in (result.crossval, result.crossval / BASELINE))
+    return baseline_table(result.metrics["task"], predictions, baseline, Probe().in_words(result.task))
 
 
 def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:

@@ -27,6 +27,7 @@ from eosin.features._weights import find_weights
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._flow import Flow
+from eosin.mil._probe import BASELINE, write_baseline
 from eosin.mil._recipe import Recipe, choose_recipe, require_methods
 from eosin.mil._seen import Models
 from eosin.mil._splits import write_splits
@@ -294,6 +295,7 @@ def run_checked(
         metrics = crossval_study(
             study, options.recipe, out / "crossval", splits=parts, device=machine.device, progress=advance
         )
+    write_baseline(study, parts, out / "crossval" / BASELINE)
     with progress("train", options.recipe.training.epochs) as advance:
         fit_study(study, options.recipe, out / "model", device=machine.device, progress=advance)
     result = Result(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from eosin.errors import LabelError
 from eosin.mil._compare import compare_predictions
 from eosin.mil._crossval import read_predictions
 from eosin.mil._evaluate import bootstrap
@@ -253,6 +254,59 @@ def _mean_and_spread(mean: float, spread: float) -> str:
     if np.isnan(mean):
         return "undefined"
     return f"{mean:.3f}" if np.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def shots_table(summary: Sequence[Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+    """Return few-shot probes, mean ± standard deviation over draws and folds, a row per number of patients.
+
+    Parameters
+    ----------
+    summary : sequence of mappings
+        As `eosin.mil._probe.summarise_shots` returns.
+    """
+    names = [name for name in summary[0] if f"{name}_sd" in summary[0]][:FOLD_METRICS]
+    rows = []
+    for line in summary:
+        row: dict[str, str] = {"Patients per class": str(line["k"]), "Probes": str(line["n"])}
+        for name in names:
+            mean, spread = (np.nan if line[key] is None else float(line[key]) for key in (name, f"{name}_sd"))
+            row[metric_name(name)] = _mean_and_spread(mean, spread)
+        rows.append(row)
+    return {"Few-shot": pd.DataFrame(rows)}
+
+
+def baseline_table(
+    task: Mapping[str, Any], predictions: Path, baseline: Path | None, words: str
+) -> dict[str, pd.DataFrame]:
+    """Return the table that sets a model beside its baseline; empty where there is none.
+
+    Parameters
+    ----------
+    task : mapping
+        As ``metrics.json`` has it.
+    predictions, baseline : Path
+        The ``predictions.csv`` of both.
+    words : str
+        What the baseline is.
+    """
+    if baseline is None or not baseline.is_file():
+        return {}
+    try:
+        (table,) = compare_runs(task, predictions, baseline).values()
+    except LabelError:  # slides that several folds test are not pairs
+        table = _side_by_side(load_task(task), predictions, baseline)
+    named = {"This": "Model", "Other": "Baseline", "95 % interval": "95 % interval of the difference"}
+    return {f"Beside a baseline: {words}": table.rename(columns=named)}
+
+
+def _side_by_side(task: Task, first: Path, second: Path) -> pd.DataFrame:
+    """Return every measure of two tables of predictions, without a test of the difference."""
+    found = [Evaluated.of(task, pd.DataFrame(read_predictions(path).columns)) for path in (first, second)]
+    this, other = (task.metrics(one.outputs, one.targets, one.decided, folds=one.folds) for one in found)
+    return pd.DataFrame(
+        {"Measure": metric_name(name), "This": or_undefined(value), "Other": or_undefined(other[name])}
+        for name, value in led_by(task.selection_metric, this).items()
+    )
 
 
 def compare_runs(task: Mapping[str, Any], first: Path, second: Path) -> dict[str, pd.DataFrame]:

@@ -135,6 +135,10 @@ def test_crossval_writes_models_predictions_metrics_and_a_report(
     page = (tmp_path / "report.html").read_text()
     assert "Area under the ROC curve" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "Beside a baseline: mean of the tiles, logistic regression" in page
+    assert sorted(row["slide_id"] for row in rows(tmp_path / "baseline/predictions.csv")) == [
+        row["slide_id"] for row in sorted(rows(tmp_path / "predictions.csv"), key=lambda row: row["slide_id"])
+    ]
     for fold in range(3):
         assert load_card(tmp_path / f"fold_{fold}").features.encoder == "he_texture"
 

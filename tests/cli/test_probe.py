@@ -1,0 +1,31 @@
+"""`eosin probe` on pooled tiles and on vectors, and the baseline in the report of a model."""
+
+import json
+from pathlib import Path
+
+from .conftest import Run
+
+
+def test_vectors_are_probed_with_a_report(features: Path, cohort: Path, run: Run, tmp_path: Path) -> None:
+    assert run("embed", "--features", features, "--out", tmp_path / "mean").exit_code == 0
+    labels = ("--labels", cohort / "labels.csv", "--folds", 2)
+    result = run("probe", "--features", tmp_path / "mean", *labels, "--few-shot", "1", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    paths = [tmp_path / "out" / n for n in ("metrics.json", "predictions.csv", "few_shot.csv", "report.html")]
+    assert result.stdout.split() == list(map(str, paths))
+    assert json.loads(paths[0].read_text())["recipe"]["method"] == "logistic"
+    page = paths[3].read_text()
+    assert "Few-shot" in page
+    assert "mean of the tiles, logistic regression" in page
+
+
+def test_refusals_are_one_line(features: Path, cohort: Path, refused: Run, tmp_path: Path) -> None:
+    def line(*arguments: object) -> str:
+        given = ("--features", features, "--labels", cohort / "labels.csv", "--folds", 2, "--out", tmp_path / "out")
+        return refused("probe", *given, *arguments)
+
+    assert "few-shot with 32 patients" in line("--few-shot", "1,32")
+    assert "whole numbers" in line("--few-shot", "0,two")
+    assert "method" in line("--method", "svm")
+    assert "does not fit task classification" in line("--method", "cox")
+    assert not (tmp_path / "out").exists()
