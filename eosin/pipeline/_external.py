@@ -251,9 +251,7 @@ def _notes(truth: Truth, seen: Mapping[str, int]) -> tuple[str, ...]:
     shaped = sum(seen[part] for part in SEEN_PARTS)
     notes = [NO_PATIENTS] if NO_PATIENTS in truth.table.notes else []
     if shaped and truth.with_seen:
-        notes.append(
-            f"{shaped} slides, or their patients, have shaped the models: figures with them flatter the models"
-        )
+        notes.append(f"{shaped} slides, or their patients, have shaped the models; figures with them are too good")
     elif shaped:
         notes.append(
             f"{shaped} slides, or their patients, have shaped the models that answer and do not count; "
