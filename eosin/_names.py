@@ -259,6 +259,56 @@ def match_slides(
     return Matched(values, tuple(unknown), tuple(notes))
 
 
+def spelled_as(
+    names: Iterable[str], known: Iterable[str], *, what: str, where: str, than: str, policy: Ids = "ask"
+) -> dict[str, str]:
+    """Return for names that are none of the known ones which of these they mean; without those that mean none.
+
+    A file name or a path means its slide. A name that only looks like another one is a question to a person.
+
+    Parameters
+    ----------
+    names : iterable of str
+    known : iterable of str
+    what, where, than : str
+        For the message: "slides", "the splits" and "the label table".
+    policy : {"ask", "merge", "exact"}
+        ``merge`` takes look-alikes for the known name, ``exact`` for other names.
+
+    Raises
+    ------
+    LabelError
+        With all of them, if names only look like known ones and `policy` is ``ask``, or one could be several.
+    """
+    exact = dict.fromkeys(known)
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for one in exact:
+        alike[same_patient(one) if what == "patients" else look_alike(one)].append(one)
+    meant: dict[str, str] = {}
+    only_alike, faults = [], []
+    for name in dict.fromkeys(name for name in names if name not in exact):
+        plain = _meant(name, exact, {})
+        key = same_patient(name) if what == "patients" else look_alike(slide_id(name))
+        found = plain or ([] if policy == "exact" else alike.get(key, []))
+        if len(found) > 1:
+            faults.append(f"{name!r} could be {' or '.join(found)}")
+        elif found:
+            meant[name] = found[0]
+            if not plain:
+                only_alike.append((name, found[0]))
+    if faults:
+        raise LabelError(
+            f"{where} names {what} that could be several in {than}: {'; '.join(faults[:SHOWN])}; correct it"
+        )
+    if only_alike and policy == "ask":
+        count = f"1 {what[:-1]} is" if len(only_alike) == 1 else f"{len(only_alike)} {what} are"
+        raise LabelError(
+            f"{count} written in another way in {where} than in {than}: {listed(only_alike)}; "
+            "correct one of them, or say whether they are the same (--ids merge) or different (--ids exact)"
+        )
+    return meant
+
+
 def _meant(name: str, known: Mapping[str, object], alike: Mapping[str, Sequence[str]]) -> Sequence[str]:
     """Return the slides that a name may mean."""
     # a picture keeps its suffix in its id where it lies beside a slide of the same name, so the whole name comes first

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._arguments import Model, Out, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
+from eosin.cli._arguments import IdsPolicy, Model, Out, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
 from eosin.cli._common import Done, command, progress, say
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @command(
     "questions",
-    rare=("region_class", "donor", "donor_slides", "donor_regions", "slide_mpp", "scene", "plane"),
+    rare=("region_class", "donor", "donor_slides", "donor_regions", "ids", "slide_mpp", "scene", "plane"),
     of_job={"model": "model", "out": "counterfactuals"},
     cluster="out",
 )  # fmt: skip
@@ -62,6 +62,7 @@ def counterfactual(
         str,
         typer.Option("--format", help="Output formats, comma-separated: csv, parquet, geojson, png, figure.png, html."),
     ] = "csv,geojson,html",
+    ids: IdsPolicy = "ask",
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
     plane: Plane = None,
@@ -80,7 +81,7 @@ def counterfactual(
     formats, classes = format_.split(","), region_class or ()
     found = _slides(slides, slide_mpp, scene, plane) if slides else None
     if features.is_dir():
-        cohort = _cohort(features, labels, found or {}, regions)
+        cohort = _cohort(features, labels, found or {}, regions, ids)
         return _ask_cohort(
             model,
             cohort,
@@ -172,16 +173,21 @@ def _ask_slide(
     return Done(paths)
 
 
-def _cohort(features: Path, labels: Path | None, slides: "dict[str, SlideFile]", regions: Path | None) -> "Cohort":
+def _cohort(
+    features: Path, labels: Path | None, slides: "dict[str, SlideFile]", regions: Path | None, ids: str
+) -> "Cohort":
+    from eosin._tables import of_slides
+    from eosin.cli._study import ids_policy
     from eosin.features._store import find_bags
     from eosin.mil._tables import read_labels
     from eosin.pipeline._cohort_questions import Cohort
 
     if regions is not None and not regions.is_dir():
         raise ConfigError(f"--regions {regions}: pass a folder of <slide>.geojson when --features is a folder")
-    annotations = {} if regions is None else {path.stem: path for path in sorted(regions.glob("*.geojson"))}
     files = find_bags(features)
-    table = None if labels is None else read_labels(labels)
+    outlines = [] if regions is None else [(path.name, path) for path in sorted(regions.glob("*.geojson"))]
+    annotations = of_slides(outlines, files, str(regions))
+    table = None if labels is None else read_labels(labels, ids=ids_policy(ids)).named_as(files, ids_policy(ids))
     if table is not None:
         files = {name: path for name, path in files.items() if name in table.slide_ids}
         if not files:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eosin._files import write_json
-from eosin._names import Ids, same_patient, slide_id, unify
+from eosin._names import Ids, same_patient, slide_id, spelled_as, unify
 from eosin._seals import read_json
 from eosin._tables import SLIDE_COLUMNS, Table, detect_column, normalised, read_table
 from eosin.errors import LabelError
@@ -128,7 +128,7 @@ def split_by_column(table: LabelTable, column: str) -> Split:
     return Split(*(tuple(members[part]) for part in PARTS))
 
 
-def read_patient_splits(path: Path, cohort: Cohort) -> list[Split]:
+def read_patient_splits(path: Path, cohort: Cohort, ids: Ids = "ask") -> list[Split]:
     """Read STAMP's ``splits.json`` and turn its patients into their slides; there is no validation part.
 
     Raises
@@ -147,6 +147,11 @@ def read_patient_splits(path: Path, cohort: Cohort) -> list[Split]:
     slides: dict[str, list[str]] = {}
     for slide, patient in zip(cohort.slide_ids, cohort.patient_ids, strict=True):
         slides.setdefault(patient, []).append(slide)
+    everyone = [str(patient) for side in sides for part in side for patient in part]
+    meant = spelled_as(everyone, slides, what="patients", where="the splits", than="the label table", policy=ids)
+    sides = [
+        ([meant.get(str(p), str(p)) for p in train], [meant.get(str(p), str(p)) for p in test]) for train, test in sides
+    ]
     unknown = sorted({patient for side in sides for part in side for patient in part} - set(slides))
     if unknown:
         raise LabelError(

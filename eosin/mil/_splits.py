@@ -15,13 +15,14 @@ import numpy as np
 
 from eosin._files import write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set, members_of, require_named
-from eosin._names import slide_id
-from eosin._tables import csv_text, read_table
+from eosin._names import Ids, is_missing, slide_id, spelled_as
+from eosin._tables import csv_text, detect_column, read_table
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._cohort import Cohort, deal, draw
 from eosin.mil._tables import shown
 
 PARTS = ("train", "val", "test")
+OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 OUTER = "outer_"
 OWNED = rf"splits_\d+(_descriptor)?\.csv|splits\.json|{OUTER}\d+"
 
@@ -170,6 +171,27 @@ def with_validation(split: Split, cohort: Cohort, *, val_fraction: float = 0.15,
     val = draw(train, val_fraction, np.random.default_rng(seed))
     # slides that the split leaves out would else be trained on
     return _ordered(cohort.select((*split.train, *split.test)), val=val, test=split.test)
+
+
+def named_splits(splits: Sequence[Split], slides: Iterable[str], ids: Ids = "ask") -> list[Split]:
+    """Return splits with the slides named as they are here, see `eosin._names.spelled_as`; unknown names stay.
+
+    Parameters
+    ----------
+    splits : sequence of Split
+    slides : iterable of str
+        Slides; and patients, where splits may name these.
+    ids : {"ask", "merge", "exact"}
+        What becomes of names that only look alike.
+
+    Raises
+    ------
+    LabelError
+        With all of them, if names only look alike and it is not said what they are.
+    """
+    everyone = (name for split in splits for part in split.parts().values() for name in part)
+    meant = spelled_as(everyone, slides, what="slides", where="the splits", than="the label table", policy=ids)
+    return [Split(*(tuple(meant.get(n, n) for n in part) for part in split.parts().values())) for split in splits]
 
 
 def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
@@ -374,16 +396,17 @@ def _read_csv(path: Path) -> Split:
     table = read_table(path)
     if path.stem.endswith("_descriptor"):
         raise LabelError(f"{path}: lists numbers of slides, not their names; pass the file without _descriptor")
-    if not {"train", "test"} <= set(table):
+    named = [detect_column(table, (part, *OTHER_NAMES.get(part, ()))) for part in PARTS]
+    if named[0] is None or named[2] is None:
         raise LabelError(
             f"{path}: not a table of splits; expected the columns train, val, test, found {', '.join(table)}"
         )
-    columns = [table.get(part, ()) for part in PARTS]
-    # one row per slide and a flag per part
-    if all(value in ("True", "False", "") for column in columns for value in column):
+    columns = [() if name is None else table[name] for name in named]
+    # one row per slide and a flag per part; a spreadsheet writes flags in capitals
+    if all(value.casefold() in ("true", "false", "") for column in columns for value in column):
         names = [slide_id(name) for name in next(iter(table.values()))]
         columns = [
-            tuple(name for name, flag in zip(names, column, strict=True) if flag == "True") if column else ()
+            tuple(name for name, flag in zip(names, column, strict=True) if flag.casefold() == "true") if column else ()
             for column in columns
         ]
-    return Split(*(tuple(slide_id(value) for value in column if value) for column in columns))
+    return Split(*(tuple(slide_id(value) for value in column if not is_missing(value)) for column in columns))

@@ -37,6 +37,7 @@ from eosin.mil._splits import (
     Split,
     check_splits,
     make_splits,
+    named_splits,
     read_nested_splits,
     read_splits,
     with_validation,
@@ -228,7 +229,11 @@ class Study:
         """
         if path is None:
             return make_splits(self.cohort, folds=folds, val_fraction=val_fraction, seed=seed)
-        return self.checked(read_any_splits(path, self.table))
+        return self.checked(read_any_splits(path, self.table, self._ids))
+
+    @property
+    def _ids(self) -> Ids:
+        return "ask" if self.source is None else self.source.ids
 
     def training_split(self, recipe: Recipe, splits: Path | None = None, fold: int | None = None) -> Split:
         """Return the split that one model trains on: a fold, or all slides.
@@ -271,7 +276,9 @@ class Study:
 
     def checked(self, splits: Sequence[Split]) -> list[Split]:
         """Return splits with the ids that bags have here; errors as of `checked_splits`."""
-        fitting = [self._of_bags(split) for split in _without(splits, self.left_out)]
+        names = (*self.table.slide_ids, *self.cohort.slide_ids, *self.cohort.patient_ids)
+        named = named_splits(splits, names, self._ids)
+        fitting = [self._of_bags(split) for split in _without(named, self.left_out)]
         check_splits(fitting, self.cohort)
         return fitting
 
@@ -283,15 +290,17 @@ class Study:
         return Split(*(tuple(dict.fromkeys(patient.get(n, n) for n in part)) for part in split.parts().values()))
 
 
-def checked_splits(splits: Sequence[Split], cohort: Cohort, *, left_out: Collection[str] = ()) -> list[Split]:
-    """Return splits without the slides that are left out.
+def checked_splits(
+    splits: Sequence[Split], cohort: Cohort, *, left_out: Collection[str] = (), ids: Ids = "ask"
+) -> list[Split]:
+    """Return splits without the slides that are left out, and with those that are named as in the cohort.
 
     Raises
     ------
     LabelError
         If they leak or name slides that are not in the cohort.
     """
-    kept = _without(splits, left_out)
+    kept = _without(named_splits(splits, (*cohort.slide_ids, *left_out), ids), left_out)
     check_splits(kept, cohort)
     return kept
 
@@ -312,15 +321,16 @@ def _one_of(splits: Sequence[Split], fold: int | None, path: Path) -> Split:
     return splits[number]
 
 
-def read_any_splits(path: Path, table: LabelTable) -> list[Split]:
+def read_any_splits(path: Path, table: LabelTable, ids: Ids = "ask") -> list[Split]:
     """Read splits in any layout that `Study.splits` names, for the slides of a table."""
     if path.suffix.lower() == ".json":
         slides = table.slide_ids
-        return read_patient_splits(path, Cohort(slides, table.patient_ids, ("",) * len(slides)))
+        return read_patient_splits(path, Cohort(slides, table.patient_ids, ("",) * len(slides)), ids)
     if path.is_file():
         column = detect_column(read_table(path), SPLIT_COLUMN)
         if column is not None:
-            return [split_by_column(read_labels(path, group="slide").select(table.slide_ids), column)]
+            stated = read_labels(path, group="slide", ids=ids).named_as(table.slide_ids, ids)
+            return [split_by_column(stated.select(table.slide_ids), column)]
     return read_splits(path)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eosin._names import Ids, is_missing, listed, look_alike, match_slides, same_patient, slide_id, unify
+from eosin._names import Ids, is_missing, look_alike, same_patient, slide_id, spelled_as, unify
 from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, read_table
 from eosin.errors import LabelError
 from eosin.mil._target import SITE_COLUMNS, has_value, target_column
@@ -93,18 +93,9 @@ class LabelTable:
             With all of them, if names look like those of files and it is not said what they are.
         """
         known, named = set(slide_ids), set(self.slide_ids)
-        rest = [one for one in self.slide_ids if one not in known]
         free = [one for one in slide_ids if one not in named]
-        plain = match_slides([(one, one) for one in rest], free, where="the label table", policy="exact").values
-        rest, free = [one for one in rest if one not in plain.values()], [one for one in free if one not in plain]
-        alike = match_slides([(one, one) for one in rest], free, where="the label table", policy=ids).values
-        if alike and ids == "ask":
-            pairs = listed([(row, file) for file, row in alike.items()])
-            raise LabelError(
-                f"{len(alike)} slides are written in another way in the label table than their files: {pairs}; correct "
-                "the table, or say whether they are the same (--ids merge) or different (--ids exact)"
-            )
-        file_of = {row: file for file, row in {**plain, **alike}.items()}
+        rest = [one for one in self.slide_ids if one not in known]
+        file_of = spelled_as(rest, free, what="slides", where="the label table", than="their files", policy=ids)
         return replace(self, slide_ids=tuple(file_of.get(one, one) for one in self.slide_ids))
 
     def of_patients(self, columns: Iterable[str]) -> "LabelTable":

@@ -439,10 +439,11 @@ def _count_splits(asked: Question, table: LabelTable, task: Task, gone: Sequence
             raise LabelError(f"{asked.splits}: no such file or folder of splits; correct --splits")
         nested = read_nested_splits(asked.splits)
         for splits in nested:
-            checked_splits(splits, cohort, left_out=gone)
+            checked_splits(splits, cohort, left_out=gone, ids=asked.ids)
         if nested:
             return len(nested)
-        return len(checked_splits(read_any_splits(asked.splits, table), cohort, left_out=gone))
+        given = read_any_splits(asked.splits, table, asked.ids)
+        return len(checked_splits(given, cohort, left_out=gone, ids=asked.ids))
     if not asked.folds:
         return 0
     return len(make_splits(cohort, folds=asked.folds, val_fraction=asked.val_fraction, seed=asked.seed))

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from scaling import scaled
 
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._cohort import Cohort
+from eosin.mil._interop import read_patient_splits
 from eosin.mil._splits import (
     Split,
     check_splits,
@@ -17,6 +20,7 @@ from eosin.mil._splits import (
     write_nested_splits,
     write_splits,
 )
+from eosin.mil._study import checked_splits
 from eosin.mil.task import make_task
 
 
@@ -361,3 +365,41 @@ def test_nobody_is_on_two_sides_whichever_they_are(part, other, kind):
     cohort = Cohort(ids, keys if kind == "patient" else ids, ("0", "1") * 4, keys if kind == "site" else ())
     with pytest.raises(LabelError, match=f"{kind}s in both {part} and {other}"):
         check_splits([Split(*(tuple(parts[name]) for name in ("train", "val", "test")))], cohort)
+
+
+SLIDES = ("S1", "S2", "S3", "S4")
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "found"),
+    [
+        ("train,val,test\nS1.svs,/data/S3.tiff,S4\nS2,,\n", "ask", (("S1", "S2"), ("S3",), ("S4",))),
+        ("Train,Validation,Test\ns1,S3,S4\nS2,nan,\n", "merge", (("S1", "S2"), ("S3",), ("S4",))),
+        ("slide,train,val,test\nS1,TRUE,FALSE,FALSE\nS3,FALSE,FALSE,TRUE\n", "ask", (("S1",), (), ("S3",))),
+        ("train,test\ns1,S4\nS2,S\u200b3\n", "ask", "1 slide is written in another way in the splits .*'s1' = 'S1'"),
+        ("train,test\ns1,S4\nS2,S3\n", "exact", "fold 0: slides that are not in the label table: s1"),
+        ("train,test\ns1,S4\nS1,S3\n", "merge", "fold 0: slides named more than once: S1"),
+        ("train,test\nS1,s1\nS2,S3\n", "merge", "fold 0: patients in both train and test: 1"),
+    ],
+)
+def test_names_in_given_splits_go_through_the_same_rules_as_all_others(tmp_path, text, policy, found):
+    (tmp_path / "splits_0.csv").write_text(text, encoding="utf-8")
+    cohort = Cohort(SLIDES, ("1", "2", "3", "4"), ("x", "x", "x", "x"))
+
+    def read():
+        return checked_splits(read_splits(tmp_path), cohort, ids=policy)
+
+    if isinstance(found, tuple):
+        assert read() == [Split(*found)]
+        return
+    with pytest.raises(LabelError, match=found):
+        read()
+
+
+def test_patients_in_splits_of_stamp_go_through_the_same_rules(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"splits": [{"train_patients": ["TCGA-A1-A0SB-01Z", "p2"], "test_patients": [3]}]}))
+    cohort = Cohort(SLIDES[:3], ("TCGA-A1-A0SB", "P2", "3"), ("x", "x", "x"))
+    with pytest.raises(LabelError, match=r"2 patients are written in another way.*'p2' = 'P2'"):
+        read_patient_splits(path, cohort)
+    assert read_patient_splits(path, cohort, "merge") == [Split(("S1", "S2"), (), ("S3",))]

@@ -98,7 +98,7 @@ def test_a_disk_that_is_too_small_and_folders_that_cannot_be_made(
 def test_labels_and_files_match_by_extension_and_else_as_a_person_says() -> None:
     table = LabelTable(("a.png", "B7", "c"), ("1", "2", "3"), {})
     files = ("a", "b7", "c")
-    with pytest.raises(LabelError, match=r"1 slides are written in another way.*'B7' = 'b7'.*--ids merge.*--ids exact"):
+    with pytest.raises(LabelError, match=r"1 slide is written in another way.*'B7' = 'b7'.*--ids merge.*--ids exact"):
         table.named_as(files)
     assert table.named_as(files, "merge").slide_ids == files
     assert table.named_as(files, "exact").slide_ids == ("a", "B7", "c")
