@@ -99,6 +99,28 @@ def is_elsewhere() -> bool:
     return bool(_places)
 
 
+Meter = Callable[[str, int, int], None]
+"""Told the id of a slide, how many of its tiles are done, and how many it has."""
+
+_meters: list[Meter] = []
+
+
+@contextmanager
+def metered(meter: Meter) -> Iterator[None]:
+    """Tell a meter of all tiles that this process finishes in the block."""
+    _meters.append(meter)
+    try:
+        yield
+    finally:
+        _meters.pop()
+
+
+def tell_tiles(slide_id: str, done: int, of: int) -> None:
+    """Tell the meter, if there is one, how far a slide is; a stage whose slides take long calls this after a batch."""
+    if _meters:
+        _meters[-1](slide_id, done, of)
+
+
 def run_stage(
     stage: Stage[T],
     items: Sequence[T],

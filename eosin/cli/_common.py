@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import typer
 from eosin._devices import choose_device, limit_threads, parse_devices
 from eosin._processes import Stopped, require_running, stoppable
 from eosin.cli._folders import Folders
+from eosin.cli._progress import at_work, progress, say
 from eosin.cli._settings import Option, Settings, declaration, fill, option_names, options_of
 from eosin.errors import ConfigError, EosinError, MissingPackageError, MoreToDo, OutputError, SeveralErrors
 
@@ -40,11 +40,9 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 
 USAGE, ENVIRONMENT, MORE_TO_DO = 2, 3, 4
-MINUTE_S = 60.0
 PIPE_WIDTH = 200
 
 STUDY_SUFFIXES = (".yaml", ".yml")
-_at_work: list[Folders] = []
 option_names.add("cluster")  # every command may meet it in a study file
 
 StudyFile = Annotated[
@@ -294,21 +292,14 @@ def _finish(done: Done) -> None:
         raise typer.Exit(done.report.exit_code)
 
 
-def say(message: str) -> None:
-    """Write one line to stderr, without the folders that the command at work was given."""
-    for folders in _at_work:
-        message = folders.left_out(message)
-    typer.echo(" ".join(message.split()), err=True)
-
-
 @contextmanager
 def _discreet(*, verbose: bool) -> Iterator[Folders]:
     folders = Folders()
-    _at_work[:] = [] if verbose else [folders]
+    at_work[:] = [] if verbose else [folders]
     try:
         yield folders
     finally:
-        _at_work.clear()
+        at_work.clear()
 
 
 @contextmanager
@@ -388,72 +379,6 @@ def _listening(*, verbose: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-@contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] | None]:
-    """Show a bar on stderr while the block runs, or a line a minute where there is no terminal.
-
-    Yields
-    ------
-    callable or None
-        To be called once per finished item.
-    """
-    if not sys.stderr.isatty():
-        yield Pace(what, total).note
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda _item: bars.advance(task)
-
-
-class Pace:
-    """How fast items are finished, said once a minute, for the logs of batch systems.
-
-    Parameters
-    ----------
-    what : str
-        Name of the stage.
-    total : int or None
-        Number of items.
-    """
-
-    def __init__(self, what: str, total: int | None) -> None:
-        self.what, self.total = what, total
-        self.begun = self.said = time.monotonic()
-        self.done = self.made = self.failed = 0
-
-    def note(self, item: object) -> None:
-        """Count an item; what was done before does not count for the pace."""
-        self.done += 1
-        status = getattr(item, "status", "ok")
-        self.made += status != "skipped"
-        self.failed += status == "failed"
-        now = time.monotonic()
-        if now - self.said >= MINUTE_S:
-            self.said = now
-            say(self.line(now))
-
-    def line(self, now: float) -> str:
-        """Return what to say at a time of `time.monotonic`."""
-        of = f" of {self.total}" if self.total else ""
-        per_hour = 3600 * self.made / max(now - self.begun, 1e-9)
-        line = f"{self.what}: {self.done}{of} done, {per_hour:.0f} per hour"
-        if self.total and self.made:
-            line += f", {duration((self.total - self.done) / per_hour * 3600)} left"
-        return f"{line}, {self.failed} failed" if self.failed else line
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def apply_to_each(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from eosin.cli._common import say
+from eosin.cli._progress import say
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, UnknownNameError
 

@@ -1,6 +1,7 @@
 """`eosin check`: find the problems of a run before it starts."""
 
-from eosin.cli._common import Done, command, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import say
 from eosin.cli.run import GROUPS, RARE, Plan, planned
 
 

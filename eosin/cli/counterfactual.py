@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import IdsPolicy, Model, Out, Plane, Scene, SlideMpp, scene_number, slide_mpp_source
-from eosin.cli._common import Done, command, progress, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress, say
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 

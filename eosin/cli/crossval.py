@@ -20,7 +20,8 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 from eosin.cli._study import CacheGb, MaxInstancesPerStep, SlideTable
 from eosin.errors import ConfigError
@@ -83,7 +84,7 @@ def crossval(
     from eosin.mil._recipe import Recipe
     from eosin.pipeline._preflight import Problems
     from eosin.report._evaluation import Context, report_crossval
-    from eosin.report._measures import baseline_table, compare_runs, sweep_table
+    from eosin.report._measures import baseline_table, compare_runs, headline, sweep_table
 
     problems = Problems()
     problems.attempt(require_one_source, splits, folds)
@@ -140,7 +141,7 @@ def crossval(
     first = [] if sweep is None else [out / SWEEP_TABLE]
     return Done(
         [*first, results / METRICS, results / PREDICTIONS, out / REPORT],
-        lines=tuple(study.account(parts).lines()),
+        lines=(*study.account(parts).lines(), headline(metrics), f"open {out / REPORT} in a browser"),
     )
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from eosin.cli._arguments import Device, Workers
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 
 

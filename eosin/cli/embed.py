@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from eosin.cli._arguments import Device, FeaturesFolder, IdsPolicy, Weights
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 
 if TYPE_CHECKING:
     from eosin.pipeline._embed import Per

@@ -21,7 +21,8 @@ from eosin.cli._arguments import (
     shard_numbers,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 
 if TYPE_CHECKING:
     from eosin.features._encoders import Precision as PrecisionName

@@ -21,7 +21,8 @@ from eosin.cli._arguments import (
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, apply_to_each, command, progress
+from eosin.cli._common import Done, apply_to_each, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 from eosin.errors import SlideError
 

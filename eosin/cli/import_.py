@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eosin.cli._arguments import Out
-from eosin.cli._common import Done, apply_to_each, command, say
+from eosin.cli._common import Done, apply_to_each, command
+from eosin.cli._progress import say
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from eosin.cli._arguments import Plane, Scene, SlideMpp, scene_number, slide_mpp_source
-from eosin.cli._common import Done, command, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import say
 from eosin.errors import ConfigError, EosinError, SlideError
 
 

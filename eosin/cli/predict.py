@@ -18,7 +18,8 @@ from eosin.cli._arguments import (
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, command, progress, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress, say
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:

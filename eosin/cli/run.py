@@ -34,7 +34,8 @@ from eosin.cli._arguments import (
     scene_number,
     slide_mpp_source,
 )
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def run(asked: Plan) -> Done:
     """
     from eosin.pipeline._run import run_inputs
     from eosin.pipeline._two_stage import STAGES, run_both
+    from eosin.report._measures import headline
 
     paths: list[Path] = []
     if asked.second is not None:
@@ -194,4 +196,5 @@ def run(asked: Plan) -> Done:
         result = run_inputs(asked.inputs, problems=asked.problems, progress=progress)
         report = result.report
     paths += [result.crossval / "metrics.json", result.model, result.heatmaps, result.out / "report.html"]
-    return Done(paths, report, lines=tuple(result.flow.lines()))
+    ending = (*result.flow.lines(), headline(result.metrics), f"open {paths[-1]} in a browser")
+    return Done(paths, report, lines=ending)

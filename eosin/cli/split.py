@@ -5,7 +5,8 @@ from typing import Annotated, cast
 import typer
 
 from eosin.cli._arguments import Group, IdsPolicy, Labels, Out, Target, TaskKind
-from eosin.cli._common import Done, command, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import say
 from eosin.cli._settings import Settings
 from eosin.cli._study import SlideTable, ids_policy
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli._common import Done, command, console, say
+from eosin.cli._common import Done, command, console
+from eosin.cli._progress import say
 
 if TYPE_CHECKING:
     from eosin.pipeline._comparison import Compared

@@ -33,7 +33,8 @@ from eosin.cli._arguments import (
     slide_timeout,
     tile_mpp,
 )
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 

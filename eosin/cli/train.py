@@ -21,7 +21,8 @@ from eosin.cli._arguments import (
     TaskKind,
     TrainPrecision,
 )
-from eosin.cli._common import Done, command, progress, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress, say
 from eosin.cli._settings import Settings
 from eosin.cli._study import CacheGb, DeviceCacheGb, MaxInstancesPerStep, SlideTable
 

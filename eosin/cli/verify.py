@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 
 
 @command()

@@ -11,7 +11,8 @@ import typer
 
 from eosin._processes import Stopped
 from eosin.cli._arguments import Model, Plane, Scene, SlideMpp, Slides, scene_number, slide_mpp_source
-from eosin.cli._common import Done, command, progress, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress, say
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:

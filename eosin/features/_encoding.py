@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eosin._batch import Outcome
+from eosin._batch import Outcome, tell_tiles
 from eosin._files import file_fingerprint
 from eosin._fingerprints import fingerprint
 from eosin._processes import Stopped
@@ -137,6 +137,7 @@ class _Partial:
     grid: TileGrid
     coords: CoordsFooter
     rows: NDArray[np.float32]
+    n_done: int = 0
 
 
 class Encoding:
@@ -283,6 +284,8 @@ class Encoding:
                 code="non-finite",
             )
         begun.rows[batch.index] = rows
+        begun.n_done += len(rows)
+        tell_tiles(slide.slide_id, begun.n_done, len(begun.rows))
 
     def _write(self, begun: _Partial) -> Outcome:
         write_bag(self.run.output(begun.slide), self.run.bag(begun.slide, begun.grid, begun.coords, begun.rows))

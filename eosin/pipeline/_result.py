@@ -1,5 +1,6 @@
 """What a pipeline leaves behind, and the report that puts it together for a person."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from shapely.geometry.base import BaseGeometry
 
 from eosin import __version__
 from eosin._records import Report
+from eosin._seals import read_json
+from eosin.errors import EosinError
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
 from eosin.heatmaps._heatmap import Heatmap
@@ -31,7 +34,15 @@ from eosin.report._evaluation import (
     verdict,
     worst_rows,
 )
-from eosin.report._measures import Evaluated, baseline_table, fold_table, metric_name, threshold_table
+from eosin.report._measures import (
+    Evaluated,
+    baseline_table,
+    fold_table,
+    led_by,
+    metric_name,
+    over_folds,
+    threshold_table,
+)
 from eosin.report._page import Link, Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
@@ -160,9 +171,7 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         slides=tuple(_card(result, row, truth) for row in pictured),
         slides_heading="Slides" if everyone else f"The {len(pictured)} worst predictions of {len(rows)}",
         predictions=result.predictions.head(SHOWN_PREDICTIONS),
-        tables=threshold_table(found)
-        | _beside(result)
-        | {"Folds": fold_table(result.metrics["folds"], result.task.selection_metric)},
+        tables=threshold_table(found) | _beside(result) | _fold_tables(result.metrics, result.task.selection_metric),
         notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
         flow=result.flow,
@@ -174,6 +183,11 @@ def _beside(result: Result) -> dict[str, pd.DataFrame]:
     """Return the table of the baseline."""
     predictions, baseline = (folder / PREDICTIONS for folder in (result.crossval, result.crossval / BASELINE))
     return baseline_table(result.metrics["task"], predictions, baseline, Probe().in_words(result.task))
+
+
+def _fold_tables(metrics: Mapping[str, Any], first: str) -> dict[str, pd.DataFrame]:
+    over = over_folds(led_by(first, metrics["metrics"])) if len(metrics["folds"]) > 1 else None
+    return ({} if over is None else {"Over folds": over}) | {"Folds": fold_table(metrics["folds"], first)}
 
 
 def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
@@ -198,7 +212,34 @@ def _card(result: Result, row: Mapping[str, Any], truth: Mapping[str, BaseGeomet
         outline = None if truth is None else truth.get(slide_id)
         with file.open() as slide:
             pictures = slide_pictures(slide, heatmap, truth=outline, longest_px=PICTURE_PX)
-    return SlideCard(slide_id, facts | said | {"tiles": str(bag.n_instances)}, pictures, correct=correct)
+    tiles = {"tiles": str(bag.n_instances)}
+    return SlideCard(
+        slide_id, facts | said | tiles, pictures, correct=correct, links=_links(result, slide_id),
+        command=_view_command(result, slide_id),
+    )  # fmt: skip
+
+
+LINK_NAMES = {"png": "heat map", "geojson": "GeoJSON for QuPath", "html": "tiles and maps", "csv": "tiles as a table"}
+
+
+def _links(result: Result, slide_id: str) -> tuple[Link, ...]:
+    """Return the files of a slide's heat map, as the report finds them."""
+    try:
+        names = list(read_json(result.heatmaps / f"{slide_id}.json")["files"])
+    except (OSError, ValueError, LookupError, TypeError, EosinError):
+        return ()
+    folder = result.heatmaps.relative_to(result.out)
+    return tuple(Link(LINK_NAMES.get(name.rpartition(".")[2], name), (folder / name).as_posix()) for name in names)
+
+
+def _view_command(result: Result, slide_id: str) -> str:
+    """Return the command that shows a slide with the model that has not seen it."""
+    paths = {
+        "--slides": result.slides[slide_id].path,
+        "--features": result.feature_file(slide_id),
+        "--model": result.fold_model(slide_id),
+    }
+    return " ".join(["eosin view", *(f"{name} {shlex.quote(str(path))}" for name, path in paths.items())])
 
 
 def _shown_map(model: Aggregator, card: ModelCard, bag: FeatureBag) -> Heatmap:

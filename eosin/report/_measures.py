@@ -141,13 +141,38 @@ def metric_name(metric: str) -> str:
     return f"{named} ↓" if base in LOWER_IS_BETTER else named
 
 
+def headline(metrics: Mapping[str, Any]) -> str:
+    """Return the main metric of an evaluation with its interval, and its mean and spread over folds, as one line.
+
+    Parameters
+    ----------
+    metrics : mapping
+        As `eosin.mil._crossval.crossval` returns.
+    """
+    name = load_task(metrics["task"]).selection_metric
+    found, folds = metrics["out_of_fold"].get(name, {}), metrics.get("metrics", {}).get(name, {})
+    if found.get("value") is None:
+        return f"{metric_name(name)}: undefined, because the test slides do not define it"
+    interval = "" if found["lower"] is None else f" (95 % interval {found['lower']:.3f} to {found['upper']:.3f})"
+    spread = mean_and_sd(folds)
+    over = f"; {spread} over {folds['n_folds']} folds (mean ± sd)" if "±" in spread else ""
+    return f"{metric_name(name)}: {found['value']:.3f}{interval}{over}"
+
+
+def mean_and_sd(found: Mapping[str, Any]) -> str:
+    """Return mean ± standard deviation over folds; the mean alone where there is one fold."""
+    if found.get("mean") is None:
+        return "undefined"
+    spread = found.get("standard_deviation")
+    return f"{found['mean']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
 def over_folds(figures: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Return mean, spread and interval over folds, a row per metric."""
     rows = [
         {
             "Measure": metric_name(name),
-            "Mean": or_undefined(found["mean"]),
-            "Standard deviation": or_undefined(found["standard_deviation"]),
+            "Mean ± sd": mean_and_sd(found),
             "Standard error": or_undefined(found["standard_error"]),
             "95 % interval of the mean": tuple(found["interval"]) if found["interval"] else "undefined",
             "Folds": found["n_folds"],

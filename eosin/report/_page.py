@@ -5,6 +5,7 @@ one held-out test set, cross-validation with its folds.
 """
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from eosin.heatmaps._colour import ColourScale, scale_of
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps.export._png import OPACITY, TRUTH_COLOUR, Contour, blend, draw, take_view
 from eosin.mil._flow import Flow
+from eosin.report._card import CardPart
 from eosin.report._figures import Panel
 from eosin.report._flow import flow_svg
 from eosin.wsi._slide import Slide
@@ -121,6 +123,10 @@ class SlideCard:
         What the model says about the slide, in plain words; shown as one paragraph.
     correct : bool or None
         Whether the prediction agrees with the truth; None when there is no truth.
+    links : tuple of Link
+        Files about the slide, from the folder of the page.
+    command : str
+        Shows the slide in the viewer.
     """
 
     slide_id: str
@@ -128,6 +134,8 @@ class SlideCard:
     pictures: tuple[Picture, ...] = ()
     sentences: tuple[str, ...] = ()
     correct: bool | None = None
+    links: "tuple[Link, ...]" = ()
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,8 @@ class ReportData:
         From the slides that were given to those that were used; drawn as a diagram.
     links : tuple of Link
         Earlier studies of the same slides.
+    card : tuple of CardPart
+        The model card, see `eosin.report._card`.
     """
 
     title: str
@@ -193,6 +203,7 @@ class ReportData:
     slides_heading: str = "Slides"
     flow: Flow | None = None
     links: tuple[Link, ...] = ()
+    card: tuple[CardPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +254,9 @@ def slide_pictures(
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write a report as one HTML file that needs no network, no script and no other file.
+    """Write a report as one HTML file that needs no network and no other file.
+
+    Its own script sorts tables and enlarges pictures; the page states the hash, so that no other script can run.
 
     Parameters
     ----------
@@ -261,7 +274,9 @@ def write_report(path: Path, data: ReportData) -> None:
         flow=None if data.flow is None else flow_svg(data.flow),
         number=_cell,
         interval=_interval,
-        say_how=any(metric.note for metric in data.metrics),
+        hows=_hows(data.metrics),
+        script=_script(),
+        script_hash=_hash(_script()),
         opacity=OPACITY,
         small=all(len(card.pictures) <= 1 and not card.sentences for card in data.slides),
     )
@@ -275,6 +290,25 @@ def _template() -> Template:
     return environment.get_template("page.html.jinja")
 
 
+@cache
+def _script() -> str:
+    return (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """Return a script's hash as a Content-Security-Policy states it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _hows(metrics: Sequence[Metric]) -> list[tuple[str, list[str]]]:
+    """Return each way in which metrics were made, with their names."""
+    found: dict[str, list[str]] = {}
+    for metric in metrics:
+        if metric.note:
+            found.setdefault(metric.note, []).append(metric.name)
+    return list(found.items())
+
+
 def _sections(data: ReportData) -> list[tuple[str, str]]:
     sections = [("performance", "Performance")] if data.metrics else []
     sections += [("figures", "Figures")] if data.panels or data.confusions else []
@@ -283,6 +317,7 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
     sections += [("slides", data.slides_heading)] if data.slides else []
     sections += [("predictions", "Predictions")] if data.predictions is not None else []
     sections += [("earlier", "Earlier studies")] if data.links else []
+    sections += [("card", "Model card")] if data.card else []
     return sections + ([("provenance", "Provenance")] if data.provenance else [])
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import io
 import logging
 import os
 import signal
@@ -17,7 +16,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from eosin._records import Record, Report
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 from eosin.errors import ConfigError, LabelError, OutputError, SlideOpenError, UnknownNameError
 from eosin.options import Options, merge
@@ -185,24 +185,6 @@ def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         assert advance is not None
         advance("a")
     assert capsys.readouterr().err == ""
-
-
-class Terminal(io.StringIO):
-    """Something that a person looks at."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_bar_counts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    with progress("tile", 3) as advance:
-        assert advance is not None
-        advance("a")
-        advance("b")
-    assert "tile" in screen.getvalue()
-    assert "2/3" in screen.getvalue()
 
 
 @pytest.mark.parametrize(
