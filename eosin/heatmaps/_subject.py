@@ -99,7 +99,8 @@ def pack_bag(model: torch.nn.Module, bag: FeatureBag) -> PackedBags:
     # widens it several times faster than numpy
     values = torch.from_numpy(np.array(bag.features)).to(parameter.device, parameter.dtype)
     coords = None if bag.grid is None else [torch.from_numpy(bag.grid.origins_px0)]
-    return PackedBags.pack([values], coords_px0=coords, ids=(bag.slide_id,))
+    places = None if bag.grid is None else [torch.from_numpy(bag.grid.places()).to(values.device)]
+    return PackedBags.pack([values], coords_px0=coords, ids=(bag.slide_id,), places=places)
 
 
 @contextmanager

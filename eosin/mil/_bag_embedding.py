@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eosin._devices import choose_device
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.mil._checkpoint import ModelCard, load_model
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import PackedBags, side_by_side
 from eosin.mil.slots import Aggregator
 
 
@@ -71,6 +71,8 @@ class ModelEmbedder:
     def vector(self, bags: Sequence[FeatureBag]) -> NDArray[np.float32]:
         """Return the embedding of all tiles as one bag."""
         rows = np.concatenate([np.asarray(bag.features, np.float32) for bag in bags])
-        output = self.model(PackedBags.pack([torch.from_numpy(rows).to(self.device)]))
+        known = [torch.from_numpy(bag.grid.places()).to(self.device) for bag in bags if bag.grid is not None]
+        places = [side_by_side(known)] if len(known) == len(bags) else None
+        output = self.model(PackedBags.pack([torch.from_numpy(rows).to(self.device)], places=places))
         vector: NDArray[np.float32] = output.embedding[0].reshape(-1).float().cpu().numpy()
         return vector

@@ -20,6 +20,7 @@ from eosin.errors import LabelError
 from eosin.features._bag import FeatureSpec
 from eosin.features._store import read_bag, read_common_spec, read_footer, read_rows_hash
 from eosin.mil._tables import LabelTable, shown
+from eosin.mil.bags import side_by_side
 from eosin.mil.task import Task
 
 
@@ -40,6 +41,9 @@ class BagSource(Protocol):
     def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
         """Return the instances (n, D) in their stored dtype, or some rows of them; the caller must not change them."""
 
+    def places(self, bag_id: str) -> Tensor | None:
+        """Return where the tiles lie in steps of their grid, (n, 2) float32; None without tile coordinates."""
+
     def content_hash(self, bag_id: str) -> str:
         """Return a hash of all instances: a model of other instances is another model."""
 
@@ -51,9 +55,18 @@ class MemoryBags:
     ----------
     bags : mapping of str to (n, D) tensor or array
     spec : FeatureSpec
+    places : mapping of str to (n, 2) tensor, optional
+        Where the tiles of a bag lie; bags that are not in it have no tile coordinates.
     """
 
-    def __init__(self, bags: Mapping[str, Tensor | NDArray[np.floating]], spec: FeatureSpec):
+    def __init__(
+        self,
+        bags: Mapping[str, Tensor | NDArray[np.floating]],
+        spec: FeatureSpec,
+        *,
+        places: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._places = dict(places or {})
         self._bags = {name: torch.as_tensor(bag) for name, bag in bags.items()}
         self.spec = spec
         self.ids: Sequence[str] = tuple(self._bags)
@@ -66,6 +79,10 @@ class MemoryBags:
         """Return the instances, or some rows of them."""
         bag = self._bags[bag_id]
         return bag if rows is None else bag[rows]
+
+    def places(self, bag_id: str) -> Tensor | None:
+        """Return where the tiles lie, or None."""
+        return self._places.get(bag_id)
 
     def content_hash(self, bag_id: str) -> str:
         """Return a hash of all instances, their shape and type."""
@@ -117,6 +134,11 @@ class FeatureFolder:
         bag = self._cache[bag_id]
         return bag if rows is None else bag[rows]
 
+    def places(self, bag_id: str) -> Tensor | None:
+        """Return where the tiles lie, from the coordinates in the file, or None."""
+        grid = read_bag(self._files[bag_id]).grid
+        return None if grid is None else torch.from_numpy(grid.places())
+
     def content_hash(self, bag_id: str) -> str:
         """Return a hash of all instances, from the checksums of the file and without reading its rows."""
         return read_rows_hash(self._files[bag_id])
@@ -146,6 +168,12 @@ class PatientBags:
         """Return the instances of all slides, or some rows of them."""
         bag = torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
         return bag if rows is None else bag[rows]
+
+    def places(self, bag_id: str) -> Tensor | None:
+        """Return where the tiles of all slides lie, the slides side by side, or None where one has no coordinates."""
+        parts = [self._slides.places(slide) for slide in self._slides_of[bag_id]]
+        known = [part for part in parts if part is not None]
+        return side_by_side(known) if len(known) == len(parts) else None
 
     def content_hash(self, bag_id: str) -> str:
         """Return a hash of all instances of all slides, in their order."""

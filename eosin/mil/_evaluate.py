@@ -65,7 +65,10 @@ def predict_outputs(
     if not ids:
         return task.activate(torch.zeros(0, model.n_outputs))
     return task.activate(
-        compute_logits(model.to(place), EvaluationPacks(bags, ids, place, most_instances=most_instances))
+        compute_logits(
+            model.to(place),
+            EvaluationPacks(bags, ids, place, most_instances=most_instances, places=model.reads_places),
+        )
     )
 
 

@@ -8,8 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from eosin.errors import ConfigError
 from eosin.kernels._memory import new_tensor
 from eosin.mil._data import BagSource, Examples
+from eosin.mil._tables import shown
 from eosin.mil.bags import PackedBags
 
 EVALUATION_INSTANCES = 100_000
@@ -20,7 +22,12 @@ T = TypeVar("T")
 
 
 def pack_bags(
-    bags: BagSource, ids: Sequence[str], *, most_per_bag: int = 0, generator: torch.Generator | None = None
+    bags: BagSource,
+    ids: Sequence[str],
+    *,
+    most_per_bag: int = 0,
+    generator: torch.Generator | None = None,
+    places: bool = False,
 ) -> PackedBags:
     """Load bags and pack them, in their stored dtype, on the host.
 
@@ -32,16 +39,44 @@ def pack_bags(
         A random sample of this many instances stands for a larger bag; 0 takes all.
     generator : torch.Generator, optional
         Draws the samples.
+    places : bool
+        Whether the pack has the places of the tiles, for a model that reads them.
     """
-    return PackedBags.pack([_load(bags, name, most_per_bag, generator) for name in ids], ids=tuple(ids))
+    chosen = [_sample(bags.length(name), most_per_bag, generator) for name in ids]
+    values = [bags.load(name, rows) for name, rows in zip(ids, chosen, strict=True)]
+    where = [_places(bags, name, rows) for name, rows in zip(ids, chosen, strict=True)] if places else None
+    return PackedBags.pack(values, ids=tuple(ids), places=where)
 
 
-def _load(bags: BagSource, name: str, most: int, generator: torch.Generator | None) -> Tensor:
-    length = bags.length(name)
+def _sample(length: int, most: int, generator: torch.Generator | None) -> Tensor | None:
+    """Return the rows of a random sample, or None for all."""
     if not most or length <= most:
-        return bags.load(name)
+        return None
     # in the order of the file: read in one sweep, and neighbours stay beside each other
-    return bags.load(name, torch.randperm(length, generator=generator)[:most].sort().values)
+    return torch.randperm(length, generator=generator)[:most].sort().values
+
+
+def _places(bags: BagSource, name: str, rows: Tensor | None) -> Tensor:
+    where = bags.places(name)
+    if where is None and bags.length(name):
+        raise without_places([name])
+    where = torch.zeros(0, 2) if where is None else where
+    return where if rows is None else where[rows]
+
+
+def without_places(names: Sequence[str]) -> ConfigError:
+    """Return the error for bags whose features have no tile coordinates, of a model that reads them."""
+    return ConfigError(
+        f"the model reads where tiles lie, but the features of {shown(names)} have no tile coordinates; extract them "
+        "again, or choose an aggregator or an option that does not read them (eosin methods)"
+    )
+
+
+def require_places(bags: BagSource, ids: Sequence[str]) -> None:
+    """Raise `ConfigError` that names the bags without tile coordinates."""
+    lacking = [name for name in ids if bags.length(name) and bags.places(name) is None]
+    if lacking:
+        raise without_places(lacking)
 
 
 def group_by_budget(lengths: Sequence[int], most_instances: int) -> list[list[int]]:
@@ -100,6 +135,10 @@ class DeviceBags:
             self._free_bytes -= bag.nbytes
         return bag
 
+    def places(self, bag_id: str) -> Tensor | None:
+        """Return where the tiles lie, on the host, or None."""
+        return self._bags.places(bag_id)
+
     def content_hash(self, bag_id: str) -> str:
         """Return a hash of all instances."""
         return self._bags.content_hash(bag_id)
@@ -115,11 +154,20 @@ class EvaluationPacks:
     device : torch.device
     most_instances : int
         Per pack.
+    places : bool
+        As of `pack_bags`.
     """
 
     def __init__(
-        self, bags: BagSource, ids: Sequence[str], device: torch.device, *, most_instances: int = EVALUATION_INSTANCES
+        self,
+        bags: BagSource,
+        ids: Sequence[str],
+        device: torch.device,
+        *,
+        most_instances: int = EVALUATION_INSTANCES,
+        places: bool = False,
     ) -> None:
+        self._places = places
         lengths = [bags.length(name) for name in ids]
         self._bags = bags
         self._groups = [[ids[place] for place in group] for group in group_by_budget(lengths, most_instances)]
@@ -131,7 +179,7 @@ class EvaluationPacks:
         if self._kept:
             yield from self._kept
             return
-        for host in ahead(pack_bags(self._bags, group) for group in self._groups):
+        for host in ahead(pack_bags(self._bags, group, places=self._places) for group in self._groups):
             pack = on_device(host, self._device)
             if self._keep:
                 self._kept.append(pack)

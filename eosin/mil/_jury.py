@@ -82,6 +82,7 @@ class Committee(Aggregator):
         weighs = all(issubclass(model.output_type, AttentionOutput) for model in models)
         self.output_type = AttentionOutput if weighs else AggregatorOutput  # type: ignore[misc]  # of this instance
         self.order_dependent = any(model.order_dependent for model in models)  # type: ignore[misc]
+        self.reads_places = any(model.reads_places for model in models)  # type: ignore[misc]
 
     @override
     def forward(self, bags: PackedBags) -> AggregatorOutput:

@@ -194,7 +194,8 @@ def predict_slide(ensemble: Ensemble, path: Path) -> tuple[Row, Floats | None]:
     cells["encoder_hash"] = bag.spec.weights_hash
     if not bag.n_instances:
         return cells | {"status": "empty"}, None
-    bags = MemoryBags({bag.slide_id: torch.from_numpy(np.array(bag.features))}, bag.spec)
+    places = {} if bag.grid is None else {bag.slide_id: torch.from_numpy(bag.grid.places())}
+    bags = MemoryBags({bag.slide_id: torch.from_numpy(np.array(bag.features))}, bag.spec, places=places)
     outputs = ensemble.outputs(bags, bag.slide_id)
     if not np.isfinite(outputs).all():
         raise FeatureFileError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from eosin._processes import require_running
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import PackedBags, side_by_side
 from eosin.mil.slots import Aggregator
 from eosin.mil.subsets import Direction, Floats, Indices, Search, Subsets, Target, cost_of
 
@@ -230,8 +230,10 @@ class ForwardBag(Subsets):
 
     @override
     def join(self, donor: Self) -> Self:
-        # instances of two slides have no places in common
-        return replace(self, pack=PackedBags.pack([torch.cat([self.pack.values, donor.pack.values])]))
+        # level-0 pixels of two slides have nothing in common, but their tiles can lie side by side
+        mine, others = self.pack.places, donor.pack.places
+        places = None if mine is None or others is None else [side_by_side([mine, others])]
+        return replace(self, pack=PackedBags.pack([torch.cat([self.pack.values, donor.pack.values])], places=places))
 
     @override
     def with_zero_logit(self) -> Self:
@@ -247,9 +249,11 @@ class ForwardBag(Subsets):
 
     def _packed(self, subsets: Sequence[NDArray[np.int64]]) -> PackedBags:
         rows = [torch.from_numpy(subset).to(self.pack.values.device) for subset in subsets]
-        places = self.pack.coords_px0
-        coords = None if places is None else [places[chosen] for chosen in rows]
-        return PackedBags.pack([self.pack.values[chosen] for chosen in rows], coords_px0=coords)
+        coords, places = (
+            None if where is None else [where[chosen] for chosen in rows]
+            for where in (self.pack.coords_px0, self.pack.places)
+        )
+        return PackedBags.pack([self.pack.values[chosen] for chosen in rows], coords_px0=coords, places=places)
 
     def _value(self, target: Target, logits: Tensor) -> Tensor:
         return target.of_tensor(self._wide(logits[None])[0])

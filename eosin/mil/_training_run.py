@@ -33,6 +33,7 @@ from eosin.mil._feed import (
     group_by_budget,
     on_device,
     pack_bags,
+    require_places,
 )
 from eosin.mil._linear import LinearPart, WithLinear
 from eosin.mil._log import write_events, write_log
@@ -126,6 +127,9 @@ class TrainingRun:
         self.options = recipe.training
         self.step_losses = StepLosses()
         model = build_model(recipe, task, train.bags.spec.dim)
+        self.reads_places = model.reads_places
+        if self.reads_places:
+            require_places(train.bags, (*train.ids, *(() if val is None else val.ids)))
         self.objective = Objective(recipe, model, task.across_packs(self.step_losses)).to(self.device)
         self.standardizer: Standardizer | None = None
         if self.options.standardize:
@@ -156,7 +160,8 @@ class TrainingRun:
 
     def _evaluation_packs(self, val: Examples) -> EvaluationPacks:
         most = self.options.max_instances_per_step or EVALUATION_INSTANCES
-        return EvaluationPacks(val.bags, val.ids, self.device, most_instances=most)
+        places = self.reads_places
+        return EvaluationPacks(val.bags, val.ids, self.device, most_instances=most, places=places)
 
     def passes(self) -> Iterator[Epoch]:
         """Train and validate until the recipe's last pass or the early stop."""
@@ -225,7 +230,8 @@ class TrainingRun:
             groups = group_by_budget(capped, self.options.max_instances_per_step)
             for place, group in enumerate(groups):
                 rows = [mine[place] for place in group]
-                pack = pack_bags(bags, [self.train.ids[row] for row in rows], most_per_bag=most, generator=generator)
+                ids, places = [self.train.ids[row] for row in rows], self.reads_places
+                pack = pack_bags(bags, ids, most_per_bag=most, generator=generator, places=places)
                 yield _Part(number, place, place == len(groups) - 1, len(rows) * share, rows, pack)
 
     def _in_turn(self, feed: Iterable["_Part"], number: int, n_steps: int) -> Iterator["_Part"]:

@@ -12,6 +12,8 @@ from eosin.kernels._memory import new_tensor
 
 __all__ = ["PackedBags"]
 
+SLIDE_GAP = 64  # steps of the tile grid between slides that lie in one bag, beyond what any method calls near
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBags:
@@ -29,6 +31,9 @@ class PackedBags:
         Top-left corners of the tiles, x then y, level-0 pixels.
     ids : tuple of str
         Names of the bags, or empty.
+    places : (N, 2) float32 or None
+        Where the tiles lie, x then y in steps of their grid, so that neighbours are 1 apart on every slide; several
+        slides of one bag lie side by side. None where the model does not read them, or features have no coordinates.
     """
 
     values: Tensor
@@ -36,14 +41,16 @@ class PackedBags:
     lengths: tuple[int, ...]
     coords_px0: Tensor | None = None
     ids: tuple[str, ...] = ()
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
             raise ValueError(f"values must be (N, D), not {tuple(self.values.shape)}")
         if sum(self.lengths) != self.n_instances or len(self.cu_seqlens) != self.n_bags + 1:
             raise ValueError(f"lengths {self.lengths} do not add up to {self.n_instances} instances")
-        if self.coords_px0 is not None and len(self.coords_px0) != self.n_instances:
-            raise ValueError(f"{len(self.coords_px0)} coordinates for {self.n_instances} instances")
+        for where in (self.coords_px0, self.places):
+            if where is not None and len(where) != self.n_instances:
+                raise ValueError(f"{len(where)} coordinates for {self.n_instances} instances")
         if self.ids and len(self.ids) != self.n_bags:
             raise ValueError(f"{len(self.ids)} ids for {self.n_bags} bags")
 
@@ -53,21 +60,19 @@ class PackedBags:
 
     @classmethod
     def pack(
-        cls, bags: Sequence[Tensor], *, coords_px0: Sequence[Tensor] | None = None, ids: Sequence[str] = ()
+        cls,
+        bags: Sequence[Tensor],
+        *,
+        coords_px0: Sequence[Tensor] | None = None,
+        ids: Sequence[str] = (),
+        places: Sequence[Tensor] | None = None,
     ) -> Self:
         """Pack a list of (n, D) matrices of one width, dtype and device; a bag may have no rows."""
         if not bags:
             raise ValueError("a pack needs at least one bag")
-        return cls._of(
-            _joined(bags),
-            tuple(len(bag) for bag in bags),
-            coords_px0=None if coords_px0 is None else torch.cat(list(coords_px0)),
-            ids=tuple(ids),
-        )
-
-    @classmethod
-    def _of(cls, values: Tensor, lengths: tuple[int, ...], *, coords_px0: Tensor | None, ids: tuple[str, ...]) -> Self:
-        return cls(values, bag_offsets(lengths, values.device), lengths, coords_px0, ids)
+        values, lengths = _joined(bags), tuple(len(bag) for bag in bags)
+        coords, where = (None if parts is None else torch.cat(list(parts)) for parts in (coords_px0, places))
+        return cls(values, bag_offsets(lengths, values.device), lengths, coords, tuple(ids), where)
 
     @property
     def n_bags(self) -> int:
@@ -113,8 +118,12 @@ class PackedBags:
         counts = torch.zeros(self.n_bags, dtype=torch.int64, device=keep.device).index_add_(
             0, self.bag_index(), keep.to(torch.int64)
         )
-        coords_px0 = None if self.coords_px0 is None else self.coords_px0[keep]
-        return self._of(self.values[keep], tuple(counts.tolist()), coords_px0=coords_px0, ids=self.ids)
+        lengths = tuple(counts.tolist())
+        coords, places = (None if where is None else where[keep] for where in (self.coords_px0, self.places))
+        offsets = bag_offsets(lengths, self.values.device)
+        return replace(
+            self, values=self.values[keep], cu_seqlens=offsets, lengths=lengths, coords_px0=coords, places=places
+        )
 
     def to_padded(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return zero-padded values (B, L, D) and the mask of real instances (B, L); L is the longest bag."""
@@ -131,7 +140,20 @@ class PackedBags:
             values=self.values.to(device, dtype, non_blocking=True),
             cu_seqlens=bag_offsets(self.lengths, device),
             coords_px0=None if self.coords_px0 is None else self.coords_px0.to(device, non_blocking=True),
+            places=None if self.places is None else self.places.to(device, non_blocking=True),
         )
+
+
+def side_by_side(places: Sequence[Tensor]) -> Tensor:
+    """Return places of tiles of several slides as one list, the slides in a row so that no tiles of two are near."""
+    moved: list[Tensor] = []
+    start = 0.0
+    for slide in places:
+        if len(slide):
+            shift = start - slide[:, 0].min()
+            moved.append(slide + torch.stack([shift, shift.new_zeros(())]))
+            start = float(moved[-1][:, 0].max()) + SLIDE_GAP
+    return torch.cat(moved) if moved else torch.cat(list(places))
 
 
 def _joined(bags: Sequence[Tensor]) -> Tensor:

@@ -108,10 +108,14 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
         What `forward` returns: a capability is a type.
     order_dependent : bool
         True when the order of the instances of a bag matters.
+    reads_places : bool
+        True when it reads where tiles lie: packs then have `PackedBags.places`, and features without tile coordinates
+        are refused.
     """
 
     output_type: ClassVar[type[AggregatorOutput]] = AggregatorOutput
     order_dependent: ClassVar[bool] = False
+    reads_places: ClassVar[bool] = False
 
     def __init__(self, in_dim: int, n_outputs: int, *, embed_dim: int) -> None:
         super().__init__()
@@ -122,6 +126,22 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return one row of logits per bag; a bag without instances gives a finite row."""
         raise NotImplementedError
+
+    def require_places(self, bags: PackedBags) -> Tensor:
+        """Return where the tiles lie, (N, 2), x then y in steps of their grid.
+
+        Raises
+        ------
+        ConfigError
+            If the pack has instances without places.
+        """
+        if bags.places is None and bags.n_instances:
+            raise ConfigError(
+                f"{type(self).__name__} reads where tiles lie, but these bags have no places; give "
+                "PackedBags.pack(..., places=...), or use features with tile coordinates"
+            )
+        places = bags.values.new_zeros(0, 2) if bags.places is None else bags.places
+        return places.to(torch.promote_types(bags.values.dtype, torch.float32))
 
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> Subsets | None:
         """Return one bag as a form that answers every what-if without this model, or None where there is none.
@@ -194,6 +214,7 @@ class Wrapper(Aggregator):
         super().__init__(in_dim, n_outputs, embed_dim=inner.embed_dim)
         self.output_type = inner.output_type  # type: ignore[misc]  # of this instance: what the inner one can do
         self.order_dependent = inner.order_dependent  # type: ignore[misc]
+        self.reads_places = inner.reads_places  # type: ignore[misc]
 
     @property
     def inner(self) -> Aggregator:

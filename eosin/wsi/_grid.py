@@ -128,6 +128,14 @@ class TileGrid:
         """Return (n, 4) boxes x0, y0, x1, y1 in level-0 pixels; x1 and y1 are exclusive."""
         return np.concatenate([self.origins_px0, self.origins_px0 + self.tile_px0], axis=1)
 
+    def places(self) -> NDArray[np.float32]:
+        """Return where the tiles lie, (n, 2), x then y in steps of the lattice, from its leftmost and uppermost tile.
+
+        Neighbours are 1 apart on every slide, whatever its resolution.
+        """
+        first = self.origins_px0.min(axis=0, initial=np.iinfo(np.int64).max)
+        return np.asarray((self.origins_px0 - first) / self.tiling.step_px0(self.slide_mpp), dtype=np.float32)
+
     def reach_px0(self) -> tuple[int, int]:
         """Return where the lattice ends: right and lower side of the last tile that it has room for."""
         step = self.tiling.step_px0(self.slide_mpp)

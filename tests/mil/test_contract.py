@@ -69,6 +69,16 @@ def some_bags(lengths=LENGTHS, seed=1, dtype=torch.float32):
     return [torch.randn(n, DIM, generator=generator, dtype=dtype) for n in lengths]
 
 
+def on_grid(n):
+    """Places of n tiles, four in a row."""
+    return torch.stack([torch.arange(n) % 4, torch.arange(n) // 4], 1).float()
+
+
+def packed(bags):
+    """A pack with places, which some methods read."""
+    return PackedBags.pack(bags, places=[on_grid(len(bag)) for bag in bags])
+
+
 def parts(output):
     """Every tensor of an output by name: one row per bag, or one per instance."""
     return {name: value for name, value in vars(output).items() if isinstance(value, torch.Tensor)}
@@ -80,7 +90,7 @@ def close(first, second):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_and_output_type(name):
-    model, bags = build(name), PackedBags.pack(some_bags())
+    model, bags = build(name), packed(some_bags())
     output = model(bags)
     assert type(output) is model.output_type
     assert output.logits.shape == (bags.n_bags, len(CLASSES))
@@ -93,18 +103,18 @@ def test_shapes_and_output_type(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_equals_one_by_one(name):
     model, bags = build(name).double(), some_bags(dtype=torch.float64)
-    packed = parts(model(PackedBags.pack(bags)))
-    alone = [parts(model(PackedBags.pack([bag]))) for bag in bags]
-    for key, value in packed.items():
+    together = parts(model(packed(bags)))
+    alone = [parts(model(packed([bag]))) for bag in bags]
+    for key, value in together.items():
         close(value, torch.cat([output[key] for output in alone]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changing_a_bag_changes_no_other(name):
     model, bags = build(name).double(), some_bags(dtype=torch.float64)
-    before = model(PackedBags.pack(bags)).logits
+    before = model(packed(bags)).logits
     bags[0] = bags[0] + 100
-    after = model(PackedBags.pack(bags)).logits
+    after = model(packed(bags)).logits
     close(before[1:], after[1:])
     assert not torch.allclose(before[0], after[0])
 
@@ -113,7 +123,10 @@ def test_changing_a_bag_changes_no_other(name):
 def test_the_order_of_instances_is_of_no_matter_unless_declared(name):
     model, (bag,) = build(name).double(), some_bags((300,), dtype=torch.float64)
     order = torch.randperm(len(bag), generator=torch.Generator().manual_seed(3))
-    before, after = (model(PackedBags.pack([rows])).logits for rows in (bag, bag[order]))
+    place = on_grid(len(bag))
+    before, after = (
+        model(PackedBags.pack([bag[rows]], places=[place[rows]])).logits for rows in (torch.arange(len(bag)), order)
+    )
     if model.order_dependent:
         assert not torch.allclose(before, after)
     else:
@@ -122,7 +135,7 @@ def test_the_order_of_instances_is_of_no_matter_unless_declared(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_sums_to_one_in_each_bag(name):
-    model, bags = build(name), PackedBags.pack(some_bags())
+    model, bags = build(name), packed(some_bags())
     if not issubclass(model.output_type, AttentionOutput):
         pytest.skip(f"{name} declares no attention")
     for scores in bags.unpack(model(bags).scores):
@@ -133,13 +146,13 @@ def test_attention_sums_to_one_in_each_bag(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_is_deterministic(name):
-    model, bags = build(name), PackedBags.pack(some_bags())
+    model, bags = build(name), packed(some_bags())
     assert torch.equal(model(bags).logits, model(bags).logits)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast_stays_close(name):
-    model, bags = build(name), PackedBags.pack(some_bags())
+    model, bags = build(name), packed(some_bags())
     plain = model(bags).logits
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(bags).logits
@@ -148,7 +161,7 @@ def test_bf16_autocast_stays_close(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_and_options_survive_a_checkpoint(name, tmp_path):
-    model, bags = AGGREGATORS.build(name, DIM, len(CLASSES)).eval(), PackedBags.pack(some_bags())
+    model, bags = AGGREGATORS.build(name, DIM, len(CLASSES)).eval(), packed(some_bags())
     recipe = Recipe.parse({"aggregator": {"name": name}, "training": {"standardize": False}})
     card = ModelCard(recipe=recipe, task=TASK.model_dump(mode="json"), features=FeatureSpec(encoder="toy", dim=DIM))
     saved = save_model(tmp_path, model, card)
@@ -163,7 +176,7 @@ def test_every_parameter_of_a_recipe_gets_a_gradient(name):
     objective = objective_of(small(RECIPES[name]))
     target = targets_of(task_of(RECIPES[name]), torch.tensor([0, 1, 2, 1, 0]))
     for seed in range(3):
-        total, step, _ = objective(PackedBags.pack(some_bags((30, 25, 40, 33, 28), seed=seed)), target)
+        total, step, _ = objective(packed(some_bags((30, 25, 40, 33, 28), seed=seed)), target)
         total.backward()
         objective.strategy.after_step(step)
     lost = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
@@ -184,7 +197,7 @@ def test_recipes_train_in_bf16(name):
     objective = objective_of(small(RECIPES[name]))
     target = targets_of(task_of(RECIPES[name]), torch.tensor([0, 1, 2]))
     with torch.autocast("cpu", torch.bfloat16):
-        total, step, _ = objective(PackedBags.pack(some_bags((20, 7, 30))), target)
+        total, step, _ = objective(packed(some_bags((20, 7, 30))), target)
     total.backward()
     objective.strategy.after_step(step)
     assert total.dtype == torch.float32
@@ -198,7 +211,7 @@ def test_recipes_train_on_tiny_bags(name):
     objective = objective_of(small(RECIPES[name]))
     for lengths in [(1, 2, 1), (3, 0, 1), (1,), (7, 2, 0)]:
         target = targets_of(task_of(RECIPES[name]), torch.arange(len(lengths)) % 3)
-        total, *_ = objective(PackedBags.pack(some_bags(lengths)), target)
+        total, *_ = objective(packed(some_bags(lengths)), target)
         assert total.isfinite()
         total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
@@ -218,7 +231,7 @@ def test_terms_are_finite_differentiable_and_do_not_grow_with_the_batch(name):
     bags, target = some_bags((20, 25, 30)), torch.tensor([0, 1, 2])
 
     def value(bags, target):
-        pack = PackedBags.pack(bags)
+        pack = packed(bags)
         return term(model(pack), pack, target)
 
     once = value(bags, target)
@@ -236,12 +249,12 @@ def test_the_deployed_model_does_not_depend_on_the_batch(name):
     plain = (takes_attention and name != "owlora") or own is None  # owlora trains the aggregator of its name
     objective = objective_of(small(Recipe(strategy=Component(name=name)) if plain else own))
     target = torch.tensor([0, 1, 2])
-    total, step, _ = objective(PackedBags.pack(some_bags((20, 30, 25))), target)
+    total, step, _ = objective(packed(some_bags((20, 30, 25))), target)
     total.backward()
     objective.strategy.after_step(step)
     deployed = copy.deepcopy(objective.strategy.inference_model()).eval().double()
     bags = some_bags(dtype=torch.float64)
-    close(deployed(PackedBags.pack(bags)).logits[:1], deployed(PackedBags.pack(bags[:1])).logits)
+    close(deployed(packed(bags)).logits[:1], deployed(packed(bags[:1])).logits)
 
 
 CAUTIOUS = {"set_transformer", "mhim_v2_dsmil"}  # residual blocks, or recycled tokens, without norm die of large steps
@@ -268,13 +281,18 @@ def test_separable_bags_are_fitted(name):
     ids, target = tuple(bags), targets_of(task, torch.arange(30) % 2)
     if isinstance(task, DiscreteSurvival):
         target[:, 1] = 1.0  # a bin for either kind of bag, so that the loss can become small
-    examples = Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=DIM)), ids, ids, target)
+    examples = Examples(
+        MemoryBags(bags, FeatureSpec(encoder="toy", dim=DIM), places={name: on_grid(12) for name in bags}),
+        ids,
+        ids,
+        target,
+    )
     rate = 1e-3 if name in CAUTIOUS else 1e-2
     training = {"epochs": 60 if name in HINGED else 15, "lr": rate, "bags_per_step": 5, "select": "last"}
     training |= {"warmup": 0.0, "optimizer": "adamw"}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
     fitted = fit(recipe, task, examples)
-    logits = fitted.model(PackedBags.pack(list(bags.values()))).logits
+    logits = fitted.model(packed(list(bags.values()))).logits
     if name in HINGED:
         assert (logits.argmax(1) == target).float().mean() > 0.9
         return

@@ -24,9 +24,18 @@ MODELS = {
     "mambamil": {"width": WIDTH, "hidden": 16, "d_state": 2},
     "owlora": {"host_options": GDAT},
     "set_transformer": {"embed_dims": (WIDTH,), "width": WIDTH, "heads": 8, "tokens": 4},
+    "transformer": {"width": WIDTH, "heads": 8, "feed_forward": WIDTH},
     "transmil": {"width": WIDTH, "heads": 8, "landmarks": 16},
 }
-LIMITS = {"downsampled": 2.5, "gdat": 6.5, "mambamil": 10, "owlora": 6.5, "set_transformer": 4, "transmil": 10}
+LIMITS = {
+    "downsampled": 2.5,
+    "gdat": 6.5,
+    "mambamil": 10,
+    "owlora": 6.5,
+    "set_transformer": 4,
+    "transformer": 11.5,
+    "transmil": 10,
+}
 IN_DIMS = {"downsampled": WIDTH, "owlora": 2 * WIDTH}  # features matter where copies of them are made
 
 

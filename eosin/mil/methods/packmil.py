@@ -194,8 +194,8 @@ def _taken(bags: PackedBags, rank: Tensor, counts: Sequence[int], first: Tensor)
     low, high = first.to(rank.device), (first + count).to(rank.device)
     bag = bags.bag_index()
     rows = torch.nonzero_static((rank >= low[bag]) & (rank < high[bag]), size=sum(counts))[:, 0]
-    coords_px0 = None if bags.coords_px0 is None else bags.coords_px0[rows]
-    return PackedBags(bags.values[rows], bag_offsets(counts, rank.device), tuple(counts), coords_px0, bags.ids)
+    coords, places = (None if where is None else where[rows] for where in (bags.coords_px0, bags.places))
+    return PackedBags(bags.values[rows], bag_offsets(counts, rank.device), tuple(counts), coords, bags.ids, places)
 
 
 def next_fit(lengths: Sequence[int], limit: int) -> list[int]:
