@@ -133,7 +133,7 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
         Raises
         ------
         ConfigError
-            If the pack has instances without places.
+            If the pack has instances, but no places.
         """
         if bags.places is None and bags.n_instances:
             raise ConfigError(
