@@ -375,7 +375,8 @@ def attempt(work: Callable[[T], Outcome], slide_id: str, item: T) -> Outcome | E
         if error.errno in ENVIRONMENT_ERRNOS:
             raise OutputError(error.filename or slide_id, error.strerror or str(error)) from error
         where = f"{Path(str(error.filename)).name}: " if error.filename else ""
-        return WorkerError(f"{where}{error.strerror or error}", code="io-error")
+        code = "missing" if isinstance(error, FileNotFoundError) else "io-error"
+        return WorkerError(f"{where}{error.strerror or error}", code=code)
     except Exception as error:  # whatever one slide provokes must not stop the cohort
         logger.debug("slide %s failed unexpectedly", slide_id, exc_info=True)
         return WorkerError(f"{type(error).__name__}: {error}", code="internal")

@@ -142,6 +142,18 @@ def fill_the_disk(item: str) -> Outcome:
     return Outcome()
 
 
+def read_missing(item: str) -> Outcome:
+    Path(item).read_bytes()
+    return Outcome()
+
+
+def test_a_slide_that_is_gone_is_called_missing(tmp_path: Path) -> None:
+    report = run_batch([str(tmp_path / "gone.svs")], read_missing, key=str, stage="tile")
+    assert [(record.reason, record.message) for record in report.records] == [
+        ("missing", "gone.svs: No such file or directory")
+    ]
+
+
 @pytest.mark.parametrize("change", [("S1", "S2"), ('"ok"', '"failed"'), ("checksum", "check"), ("records", "record")])
 def test_a_run_json_that_was_changed_is_refused_and_never_overwritten(tmp_path: Path, change: tuple[str, str]) -> None:
     path = tmp_path / "run.json"

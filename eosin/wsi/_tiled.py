@@ -241,7 +241,9 @@ class TiledSlide(Slide):
             raise CorruptSlideError(self.path, f"stored pixels cannot be decoded ({where}): {error}") from error
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file, and the decoded pixels: a slide refers to itself and may live long after this."""
+        self._cache = SegmentCache(0)
+        self._plan.cache_clear()
         for file in self._files:
             file.close()
 

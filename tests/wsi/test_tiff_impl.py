@@ -1,5 +1,6 @@
 import io
 import struct
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -390,3 +391,15 @@ def test_a_picture_that_is_larger_than_its_table_is_damage_and_not_a_sea_of_glas
     path.write_bytes(data)
     with pytest.raises(SlideOpenError, match="lists 150 of the 7500 stored pieces"):
         open_slide(path)
+
+
+def test_a_closed_slide_keeps_no_pixels(tmp_path):
+    """It refers to itself, so that it may live long after it was closed."""
+    path = tmp_path / "a.tiff"
+    tifffile.imwrite(path, np.full((512, 512, 3), 200, np.uint8), tile=(256, 256), photometric="rgb")
+    slide = open_slide(path, mpp=0.5)
+    slide.read_level(0, (0, 0), (512, 512))
+    kept = [weakref.ref(pixels) for pixels in slide._cache._kept.values()]
+    assert kept
+    slide.close()
+    assert not any(pixels() is not None for pixels in kept)
