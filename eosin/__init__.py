@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._question import question_slide as counterfactual
     from eosin.pipeline._result import Result
     from eosin.pipeline._run import Pipeline, run_pipeline
+    from eosin.pipeline._zeroshot import zeroshot_slides as zeroshot
     from eosin.wsi._grid import TileGrid, Tiling, make_grid
     from eosin.wsi._job import JobFolder, tile_slides
     from eosin.wsi._slide_file import find_slides, open_slide
@@ -94,6 +95,7 @@ __all__ = [
     "tile_slides",
     "verify_job",
     "write_bag",
+    "zeroshot",
 ]
 __version__ = "0.1.0"
 

@@ -31,6 +31,7 @@ from eosin.cli import (
     train,
     verify,
     view,
+    zeroshot,
 )
 
 OLD_SPELLINGS = {"slide": "slides", "donor-slide": "donor-slides"}
@@ -88,6 +89,7 @@ COMMANDS = {
     "train": train.train,
     "crossval": crossval.crossval,
     "probe": probe.probe,
+    "zeroshot": zeroshot.zeroshot,
     "predict": predict.predict,
     "heatmap": heatmap.heatmap,
     "counterfactual": counterfactual.counterfactual,

@@ -68,7 +68,7 @@ def probe(
     from eosin.cli._study import read_study, require_one_source
     from eosin.mil._compare import require_comparable
     from eosin.mil._crossval import METRICS, PREDICTIONS, read_predictions, tested_slides
-    from eosin.mil._probe import FEW_SHOT, Probe, probe_study, require_shots
+    from eosin.mil._probe import FEW_SHOT, Probe, probe_study, require_no_models, require_shots
     from eosin.pipeline._preflight import Problems
     from eosin.report._evaluation import Context, report_crossval
     from eosin.report._measures import compare_runs, shots_table
@@ -78,6 +78,7 @@ def probe(
     options = {"method": method, "pool": pool, "strength": strength, "neighbours": neighbours, "seed": seed}
     chosen = cast("Probe", problems.attempt(Probe.parse, options, source="the command line")) or Probe()
     shots = problems.attempt(_numbers, few_shot) or ()
+    problems.attempt(require_no_models, out)
     if repeats < 1:
         problems.add(ConfigError(f"--repeats {repeats}: pass 1 or more"))
     study = read_study(

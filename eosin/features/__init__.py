@@ -11,22 +11,27 @@ if TYPE_CHECKING:
     from eosin.features._slide_encoders import SLIDE_ENCODERS, SlideEncoderSpec, find_slide_encoder, load_slide_encoder
     from eosin.features._slide_networks import SlideNetwork
     from eosin.features._store import find_bags, read_bag, verify_bag, write_bag
+    from eosin.features._text_towers import TEXT_TOWERS, TextTower, TextTowerSpec, load_text_tower
     from eosin.features._verify import verify_job
 
 __all__ = [
     "ENCODERS",
     "SLIDE_ENCODERS",
+    "TEXT_TOWERS",
     "Encoder",
     "EncoderSpec",
     "FeatureBag",
     "FeatureSpec",
     "SlideEncoderSpec",
     "SlideNetwork",
+    "TextTower",
+    "TextTowerSpec",
     "find_bags",
     "find_encoder",
     "find_slide_encoder",
     "load_encoder",
     "load_slide_encoder",
+    "load_text_tower",
     "read_bag",
     "verify_bag",
     "verify_job",

@@ -22,7 +22,14 @@ CONCH_TOWER = (
 MUSK = ("musk.modeling", "musk", "https://github.com/lilab-stanford/MUSK")
 
 
-def _require(module: str, encoder: str, package: str) -> ModuleType:
+def require_module(module: str, encoder: str, package: str) -> ModuleType:
+    """Import a module of a package that only the user can install.
+
+    Raises
+    ------
+    ConfigError
+        When it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -96,7 +103,7 @@ def build_conch(*, contrast: bool) -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    package = _require(*CONCH)
+    package = require_module(*CONCH)
     folder = Path(str(package.__file__)).parent / "model_configs"
     settings = json.loads((folder / "conch_ViT-B-16.json").read_text(encoding="utf-8"))
     settings.pop("custom_text", None)
@@ -111,7 +118,7 @@ def build_conch_tower() -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    package = _require(*CONCH_TOWER)
+    package = require_module(*CONCH_TOWER)
     return ConchTower(package.CONCHVisionTower(), package)
 
 
@@ -123,7 +130,7 @@ def build_musk(*, multi_scale: bool) -> EncoderNetwork:
     ConfigError
         When it is not installed.
     """
-    package = _require(*MUSK)
+    package = require_module(*MUSK)
     return MuskNetwork(package.musk_large_patch16_384(), multi_scale=multi_scale)
 
 
@@ -137,4 +144,4 @@ def require_package(build: Callable[..., EncoderNetwork]) -> None:
     """
     needed = {build_conch: CONCH, build_conch_tower: CONCH_TOWER, build_musk: MUSK}.get(build)
     if needed is not None:
-        _require(*needed)
+        require_module(*needed)

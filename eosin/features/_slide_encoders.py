@@ -252,7 +252,7 @@ class SlideEncoder:
                 f"has no tile coordinates, which slide encoder {self.name} reads; import it with them",
                 code="no-places",
             )
-        rows = torch.from_numpy(np.asarray(bag.features, np.float32)).to(self.device)
+        rows = torch.from_numpy(np.array(bag.features, np.float32)).to(self.device)  # a copy: a map is read-only
         return rows, torch.from_numpy(bag.grid.origins_px0), bag.grid.tile_px0
 
 

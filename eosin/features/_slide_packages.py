@@ -71,20 +71,20 @@ def ask_gigapath(model: Any, features: Tensor, places: Tensor, _tile_px0: int) -
 
 def load_titan(place: str, revision: str) -> SlideNetwork:
     """Load TITAN from the hub or a folder."""
-    return HubEncoder(_from_hub(place, revision), ask_titan)
+    return HubEncoder(load_from_hub(place, revision), ask_titan)
 
 
 def load_prism(place: str, revision: str) -> SlideNetwork:
     """Load PRISM without its decoder of reports."""
-    model = _from_hub(place, revision)
+    model = load_from_hub(place, revision)
     model.text_decoder = None
     return HubEncoder(model, ask_prism)
 
 
 def load_prism2(place: str, revision: str) -> SlideNetwork:
     """Load PRISM2 with its processor, which is what makes a batch of tiles."""
-    model = _from_hub(place, revision)
-    object.__setattr__(model, "processor", _from_hub(place, revision, "AutoProcessor"))
+    model = load_from_hub(place, revision)
+    object.__setattr__(model, "processor", load_from_hub(place, revision, "AutoProcessor"))
     return HubEncoder(model, ask_prism2)
 
 
@@ -92,7 +92,7 @@ def load_gigapath(place: str, _revision: str) -> SlideNetwork:
     """Load GigaPath's slide encoder by the authors' package; it needs a GPU and flash-attn."""
     package = _package("gigapath.slide_encoder", "git+https://github.com/prov-gigapath/prov-gigapath fairscale")
     name = place if Path(place).exists() else f"hf_hub:{place}"
-    model = _loaded(place, lambda: package.create_model(name, "gigapath_slide_enc12l768d", 1536, global_pool=True))
+    model = load_foreign(place, lambda: package.create_model(name, "gigapath_slide_enc12l768d", 1536, global_pool=True))
     return HubEncoder(model, ask_gigapath)
 
 
@@ -107,7 +107,9 @@ class Moozy(SlideNetwork):
         self.package = _package("moozy.encoding", "moozy")
         self.patch_px = patch_px
         path = place if Path(place).is_file() else str(self.package.ensure_checkpoint())
-        self.model = _loaded(place, lambda: self.package.load_stage2_inference_model(path, device=torch.device("cpu")))
+        self.model = load_foreign(
+            place, lambda: self.package.load_stage2_inference_model(path, device=torch.device("cpu"))
+        )
 
     def forward(self, features: Tensor, origins_px0: Tensor | None = None, tile_px0: int = 0) -> Tensor:
         """Return (768,) of one slide."""
@@ -143,17 +145,25 @@ def load_moozy(place: str, _revision: str) -> SlideNetwork:
     return Moozy(place)
 
 
-def _from_hub(place: str, revision: str, kind: str = "AutoModel") -> Any:
+def load_from_hub(place: str, revision: str, kind: str = "AutoModel") -> Any:
+    """Load a model, tokenizer or processor of the hub, or of a folder, whose code comes with it.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, in one line.
+    """
     try:
         import transformers
     except ImportError as error:
         raise MissingPackageError(error) from error
     options = {} if Path(place).exists() or not revision else {"revision": revision}
     loader = getattr(transformers, kind)
-    return _loaded(place, lambda: loader.from_pretrained(place, trust_remote_code=True, **options))
+    return load_foreign(place, lambda: loader.from_pretrained(place, trust_remote_code=True, **options))
 
 
-def _loaded(place: str, load: Callable[[], Any]) -> Any:
+def load_foreign(place: str, load: Callable[[], Any]) -> Any:
+    """Return what foreign code loads; whatever it raises becomes one `ConfigError`."""
     try:
         return load()
     except Exception as error:  # whatever foreign code raises becomes one line

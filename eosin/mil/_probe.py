@@ -49,6 +49,8 @@ STRENGTHS = tuple(10.0**power for power in range(2, -5, -1))
 INNER_FOLDS = 5
 FEW_SHOT = "few_shot.csv"
 BASELINE = "baseline"
+NO_FOLDER = r"(?!)"
+"""Matches no name: a probe has no folders of models, and deletes none."""
 LINEAR = {
     "classification": "logistic",
     "binary": "logistic",
@@ -310,8 +312,9 @@ def probe_study(
     for fold in parts:
         check_splits(inner_splits(fold), study.cohort)
     require_shots(study.task, study.cohort, parts, shots)
+    require_no_models(folder)
     vectors = Vectors.of(study.examples, study.cohort, chosen.pool)
-    begin_set(folder, [PREDICTIONS, METRICS, *([FEW_SHOT] if shots else [])], pattern=r"fold_\d+")
+    begin_set(folder, [PREDICTIONS, METRICS, *([FEW_SHOT] if shots else [])], pattern=NO_FOLDER)
     folds = [_fold(chosen, study.task, vectors, number, fold) for number, fold in enumerate(parts)]
     summary = write_folds(chosen, study.task, folds, folder, resamples=resamples, flow=flow)
     if shots:
@@ -320,6 +323,17 @@ def probe_study(
         summary["few_shot"] = summarise_shots(few)
     finish_set(folder, [*result_files(summary), *([FEW_SHOT] if shots else [])])
     return summary
+
+
+def require_no_models(out: Path) -> None:
+    """Refuse the folder of a cross-validation, whose predictions would be overwritten and not its models.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if any(out.glob("fold_*")):
+        raise ConfigError(f"{out}: holds the models of a cross-validation; pass another --out")
 
 
 def write_baseline(study: Study, splits: Sequence[FoldSplits], out: Path, *, probe: Probe | None = None) -> Path | None:
@@ -337,7 +351,7 @@ def write_baseline(study: Study, splits: Sequence[FoldSplits], out: Path, *, pro
     except EosinError as error:
         logger.warning("the report has no baseline: %s", error)
         return None
-    begin_set(out, [PREDICTIONS], pattern=r"fold_\d+")
+    begin_set(out, [PREDICTIONS], pattern=NO_FOLDER)
     write_predictions(out / PREDICTIONS, folds)
     finish_set(out, [PREDICTIONS])
     return out / PREDICTIONS

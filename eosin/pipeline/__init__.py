@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eosin.pipeline._run import run_pipeline as run_stages  # noqa: F401 - its name in 0.1
     from eosin.pipeline._selection import Selection, tile_selected
     from eosin.pipeline._two_stage import SecondStage, TwoStageResult, run_two_stage
+    from eosin.pipeline._zeroshot import Prompts, ZeroShotResult, zeroshot_slides
     from eosin.wsi._job import TissueTiles
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "Embedded",
     "Machine",
     "Pipeline",
+    "Prompts",
     "Result",
     "SecondStage",
     "Selection",
     "TissueTiles",
     "TwoStageResult",
+    "ZeroShotResult",
     "embed_slides",
     "encode_slides",
     "explain_slide",
@@ -39,6 +42,7 @@ __all__ = [
     "run_pipeline",
     "run_two_stage",
     "tile_selected",
+    "zeroshot_slides",
 ]
 
 __getattr__, __dir__ = lazy(__name__)
