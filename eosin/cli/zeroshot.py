@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from eosin.cli._arguments import FeaturesFolder, Group, IdsPolicy, Missing, Target, TaskKind
-from eosin.cli._common import Done, command, progress
+from eosin.cli._common import Done, command
+from eosin.cli._progress import progress
 from eosin.cli._settings import Settings
 from eosin.cli._study import SlideTable
 
