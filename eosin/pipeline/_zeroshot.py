@@ -184,7 +184,7 @@ def zeroshot_slides(
     begin_set(folder, [SCORES, PREDICTIONS, METRICS], pattern=NO_FOLDER)
     write_text(folder / SCORES, _table(report, rows, list(said.classes), judge))
     how = ZeroShot(encoder=encoder, top_k=top_k, prompts=dict(said.classes))
-    metrics = None if study is None else _judged(study, said, rows, judge, how, folder)
+    metrics = None if study is None else _judged(study, rows, judge, how, folder)
     finish_set(folder, [SCORES, *([] if metrics is None else result_files(metrics))])
     return ZeroShotResult(folder, report, metrics)
 
@@ -268,12 +268,10 @@ def _table(report: Report, rows: Mapping[str, Floats], classes: Sequence[str], j
     return csv_text(lines)
 
 
-def _judged(
-    study: Study, prompts: Prompts, rows: Mapping[str, Floats], judge: _Judge, how: ZeroShot, out: Path
-) -> dict[str, Any]:
+def _judged(study: Study, rows: Mapping[str, Floats], judge: _Judge, how: ZeroShot, out: Path) -> dict[str, Any]:
     """Write the predictions and metrics of the labelled slides, as one fold that nobody was trained for."""
     known = study.examples.subset(name for name in study.examples.ids if name in rows)
-    order = [list(prompts.classes).index(name) for name in getattr(study.task, "classes", ())]
+    order = [list(how.prompts).index(name) for name in getattr(study.task, "classes", ())]
     outputs = np.stack([judge.probabilities(rows[name])[order] for name in known.ids])
     targets = known.targets.numpy()
     fold = Fold(0, known.ids, known.patient_ids, outputs, targets, study.task.metrics(outputs, targets), study.task)
