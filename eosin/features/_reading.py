@@ -115,7 +115,7 @@ class _SlideReader:
 
     def __init__(self, allocate: Allocate) -> None:
         self.allocate = allocate
-        self.child = Child(_serve, has_children=True)
+        self.child = Child(_serve, has_children=True, needs_script=False)
 
     def read(self, request: ReadRequest, stopping: threading.Event) -> Iterator[TileBatch]:
         path = request.slide.path

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from eosin.wsi._quality import QualityLimits
     from eosin.wsi._slide import Slide
     from eosin.wsi._slide_file import SlideFile, find_slides, open_slide
-    from eosin.wsi._synthetic import make_cohort, make_slide
+    from eosin.wsi._synthetic import Cohort, make_cohort, make_slide
     from eosin.wsi._tiles import iterate_tiles
     from eosin.wsi._tissue import TissueMask, TissueOptions, find_tissue
 
 __all__ = [
     "ArraySlide",
+    "Cohort",
     "JobFolder",
     "QualityLimits",
     "Slide",
