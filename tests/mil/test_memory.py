@@ -21,6 +21,7 @@ GDAT = {"width": WIDTH, "heads": 8, "hidden": 16, "region_size": 4}
 MODELS = {
     "downsampled": {"host_options": {"embed_dims": (WIDTH // 2,), "hidden": 8}, "hidden": 8},
     "gdat": GDAT,
+    "ilra": {"width": WIDTH, "heads": 8, "tokens": 2, "layer_norm": True},
     "mambamil": {"width": WIDTH, "hidden": 16, "d_state": 2},
     "owlora": {"host_options": GDAT},
     "set_transformer": {"embed_dims": (WIDTH,), "width": WIDTH, "heads": 8, "tokens": 4},
@@ -30,6 +31,7 @@ MODELS = {
 LIMITS = {
     "downsampled": 2.5,
     "gdat": 6.5,
+    "ilra": 8,
     "mambamil": 10,
     "owlora": 6.5,
     "set_transformer": 4,

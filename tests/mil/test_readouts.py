@@ -15,9 +15,9 @@ from eosin.mil.subsets import Target
 DIM, N = 8, 13
 SMALL = {
     "embed_dims": (8,), "width": 8, "hidden": 6, "branches": 3, "projection": 4, "landmarks": 4, "tokens": 3,
-    "region_size": 2, "d_state": 4, "rank": 2, "feed_forward": 6,
+    "region_size": 2, "d_state": 4, "rank": 2, "feed_forward": 6, "variances": 3, "head_dim": 5,
 }  # fmt: skip
-HEADS = {"acmil_mha", "gdat", "set_transformer", "transformer", "transmil"}
+HEADS = {"acmil_mha", "gdat", "ilra", "set_transformer", "transformer", "transmil"}
 HOST = {"host": "abmil", "host_options": {"embed_dims": (8,), "hidden": 6}}
 CASES = [
     *((name, {}) for name in AGGREGATORS),
@@ -26,6 +26,8 @@ CASES = [
     ("mean", {"level": "instance"}),
     ("max", {"level": "instance"}),
     ("lse", {"level": "instance"}),
+    ("varmil", {"spread": "log"}),
+    ("varmil", {"separate": True}),
     ("dsmil", {"prediction": "mean"}),
     ("dsmil", {"prediction": "mean", "embed_dims": (8,), "passing_v": True}),
 ]
