@@ -31,7 +31,7 @@ MODELS = {
 LIMITS = {
     "downsampled": 2.5,
     "gdat": 6.5,
-    "ilra": 8,
+    "ilra": 11.5,
     "mambamil": 10,
     "owlora": 6.5,
     "set_transformer": 4,

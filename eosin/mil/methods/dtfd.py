@@ -13,12 +13,13 @@ for histopathology whole slide image classification, CVPR 2022, https://arxiv.or
    reaches both tiers.
 
 In evaluation the pseudo-bags are not drawn but dealt: instance i of the list goes to pseudo-bag i mod `groups`, so that
-a prediction does not depend on chance and every pseudo-bag has tiles from the whole slide. What-ifs run the model again,
-because without a tile all others are dealt anew.
+a prediction does not depend on chance and every pseudo-bag has tiles from the whole slide. What-ifs run the model
+again, because without a tile all others are dealt anew.
 
 Deviations from the authors' code. It draws pseudo-bags in evaluation, too, once, so that the same slide has another
 prediction each time. It trains both tiers by optimizers of their own, of which the first clips and steps before the
-second reads its gradients; here one optimizer minimises the sum. One logit ranks by itself, where the code needs two classes.
+second reads its gradients; here one optimizer minimises the sum. One logit ranks by itself; the code needs two
+classes.
 """
 
 from dataclasses import dataclass
