@@ -14,7 +14,7 @@ for histopathology whole slide image classification, CVPR 2022, https://arxiv.or
 
 In evaluation the pseudo-bags are not drawn but dealt: instance i of the list goes to pseudo-bag i mod `groups`, so that
 a prediction does not depend on chance and every pseudo-bag has tiles from the whole slide. What-ifs run the model
-again, because without a tile all others are dealt anew.
+again, because without a tile all others are dealt again.
 
 Deviations from the authors' code. It draws pseudo-bags in evaluation, too, once, so that the same slide has another
 prediction each time. It trains both tiers by optimizers of their own, of which the first clips and steps before the
