@@ -51,6 +51,14 @@ STAGES: Mapping[str, Stage] = {
             "outline": "all bytes of the outline that a person drew",
         },
     ),
+    "tissue": Stage(
+        1,
+        {
+            "slide": _SLIDE,
+            "slide_mpp": "the mpp, scene and focal plane that the user gives for the slide",
+            "weights": "hash of all weights of the tissue network",
+        },
+    ),
     "select": Stage(
         2,
         {

@@ -30,6 +30,12 @@ UNREAD_SUFFIXES = (
     ".mds", ".mdsx", ".hdx", ".eet", ".gndcl",
 )  # fmt: skip
 """Of slides that no reader here takes, unless a plug-in does; a folder's are named instead of passed over."""
+OTHER_READERS = {
+    ".vsi": "bioformats2raw", ".kfb": "kfbslide", ".kfbf": "kfbslide", ".tmap": "tmapslide", ".isyntax": "pyisyntax",
+    ".i2syntax": "pyisyntax", ".sdpc": "opensdpc", ".dyqx": "opensdpc", ".zvi": "bioformats2raw", ".lif": "liffile",
+    ".nd2": "nd2",
+}  # fmt: skip
+"""Kept programs and packages that read what is not read here."""
 RESULT_SUFFIXES = (".geojson", ".json", ".h5", ".pt", ".hdf5")  # files about a slide, named after it
 MISSING = frozenset({
     "", "-", "--", "---", ".", "?", "n/a", "#n/a", "<na>", "na", "n.a.", "n.a", "nan", "<nan>", "null", "nil", "none",

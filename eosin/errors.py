@@ -70,6 +70,7 @@ EXTRAS = {  # a package that not every user needs -> the extra of eosin that ins
     "spatialdata": "spatialdata",
     "tensorboard": "tensorboard",
     "timm": "encoders",
+    "torchvision": "encoders",
     "transformers": "hf",
     "zarr": "zarr",
 }

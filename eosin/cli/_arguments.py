@@ -69,6 +69,14 @@ Contours = Annotated[
         rich_help_panel="Tissue",
     ),
 ]
+TissueWeights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights of a DeepLabV3 tissue network (HEST, TRIDENT); it replaces automatic tissue detection.",
+        rich_help_panel="Tissue",
+    ),
+]
 Overrides = Annotated[
     Path | None,
     typer.Option(

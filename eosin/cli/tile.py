@@ -1,5 +1,6 @@
 """`eosin tile`: slides → tissue, contours, tile coordinates; or the tiles that a first model chooses for a second."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,7 @@ from eosin.cli._arguments import (
     SlideMpp,
     Slides,
     Timeout,
+    TissueWeights,
     Workers,
     scene_number,
     shard_numbers,
@@ -39,6 +41,7 @@ from eosin.cli._settings import Settings
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from eosin._records import Report
     from eosin.wsi._grid import Tiling
     from eosin.wsi._slide_file import SlideFile
 
@@ -47,8 +50,8 @@ STAGES = "Two stages"
 
 @command(
     "tiling", "tissue", "quality", "selection",
-    rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "overrides", "max_blur", "max_pen",
-          "max_fold", "edges", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
+    rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "tissue_weights", "overrides",
+          "max_blur", "max_pen", "max_fold", "edges", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
     bare="slides", cluster="job",
 )  # fmt: skip
 def tile(
@@ -63,6 +66,7 @@ def tile(
     edges: Edges = None,
     icc: Icc = False,
     contours: Contours = None,
+    tissue_weights: TissueWeights = None,
     overrides: Overrides = None,
     max_blur: MaxBlur = None,
     max_pen: MaxPen = None,
@@ -135,7 +139,13 @@ def tile(
     )
     index, count = shard_numbers(shard)
     if from_ is not None:
-        wrong = {"preview": preview, "contours": contours, "overrides": overrides, "tissue": settings.group("tissue")}
+        wrong = {
+            "preview": preview,
+            "contours": contours,
+            "tissue-weights": tissue_weights,
+            "overrides": overrides,
+            "tissue": settings.group("tissue"),
+        }
         _refuse_together(**wrong, quality=quality != QualityLimits())
         return _tile_selected(
             files,
@@ -154,6 +164,13 @@ def tile(
         raise ConfigError(
             "--budget, --features, --allow-seen and selection need --from RUN; add --from RUN or remove them"
         )
+    before = None
+    if tissue_weights is not None:
+        if contours is not None:
+            raise ConfigError("--contours and --tissue-weights both say where tissue is; remove one of them")
+        contours = job / "tissue_by_network"
+        files, before = _outlined(files[index::count], tissue_weights, contours, job)
+        index, count = 0, 1
     treat = preview_slides if preview else tile_slides
     with progress("tile", len(files[index::count])) as advance:
         report = treat(
@@ -165,7 +182,22 @@ def tile(
             timeout_s=slide_timeout(timeout, workers),
             progress=advance,
         )
+    report = report if before is None else before.then(report)
     return Done([job / ("previews" if preview else tiling.folder)], report)
+
+
+def _outlined(files: "Sequence[SlideFile]", weights: Path, folder: Path, job: Path) -> "tuple[list[SlideFile], Report]":
+    """Outline slides by a network; return those that can be tiled, and what became of all."""
+    from eosin._devices import choose_device
+    from eosin.features._tissue_model import load_tissue_model, outline_slides
+    from eosin.wsi._job import JobFolder
+
+    mine = [file for file in files if not file.unread]
+    model = load_tissue_model(weights, choose_device())
+    with progress("tissue", len(mine)) as advance:
+        report = outline_slides(mine, model, folder, run_json=JobFolder(job).run_json, progress=advance)
+    lost = {record.slide_id for record in report.failed}
+    return [file for file in files if file.slide_id not in lost], report
 
 
 def _refuse_together(**given: object) -> None:

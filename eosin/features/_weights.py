@@ -97,6 +97,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     CheckpointError
         When the file holds anything but tensors and plain values, or no tensors at all.
     """
+    return _without_prefixes(read_tensors(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of weights under the names that they have within the wrappers of training code.
+
+    Raises
+    ------
+    CheckpointError
+        As of `read_state`.
+    """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(path, f"holds a {type(content).__name__}; pass a state dict of the encoder")
@@ -104,7 +115,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(path, "holds no tensors; pass a state dict of the encoder")
-    return _without_prefixes(tensors)
+    return tensors
 
 
 def _read_safetensors(path: Path) -> Mapping[str, object]:

@@ -12,7 +12,7 @@ from shapely import box
 from eosin._batch import Outcome, run_stage
 from eosin._files import file_fingerprint, write_text
 from eosin._fingerprints import content_hash, fingerprint
-from eosin._names import match_slides
+from eosin._names import OTHER_READERS, match_slides
 from eosin._records import Record, Report
 from eosin._tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
 from eosin.errors import ConfigError, EosinError, SlideError
@@ -276,9 +276,7 @@ class TilePlan:
     def do(self, item: SlideFile) -> Outcome:
         """Tile one slide and write what the job keeps of it."""
         if item.unread:
-            return Outcome(
-                "skipped", f"eosin cannot read {item.path.suffix} files; convert the slide to OME-TIFF", UNSUPPORTED
-            )
+            return Outcome("skipped", _unread(item.path.suffix), UNSUPPORTED)
         made_from = self.options_hash(item)  # before it is read: a file that changes meanwhile is read again next time
         with self.open(item) as slide:
             tiled = self.lay_tiles(item, slide)
@@ -381,6 +379,12 @@ def _outlines(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of contours; check the path")
     return [(path.name, path) for path in sorted(folder.iterdir()) if path.suffix.lower() in OUTLINE_SUFFIXES]
+
+
+def _unread(suffix: str) -> str:
+    reader = OTHER_READERS.get(suffix.lower())
+    how = f", for example with {reader}" if reader else ""
+    return f"eosin cannot read {suffix} files; convert the slide to OME-TIFF{how}"
 
 
 def _pictures(job: JobFolder, slide_id: str) -> list[Path]:

@@ -89,9 +89,27 @@ class TiledSlide(Slide):
         self._files = files
         self._orientation = orientation
         self._stored = list(levels)
+        self.offsets_px0 = self._corners()
         self._cache = SegmentCache(_cache_bytes(levels[0]))
         self._plan = lru_cache(maxsize=8)(self._plan_reading)
         self._refuse_missing(levels[0].segments.missing(), sparse=sparse)
+
+    def _corners(self) -> list[tuple[float, float]]:
+        """Return where the corner of each level lies, in level-0 pixels.
+
+        What is stored backwards ends where the finest level ends, and what rounding added or left out is at its start.
+        """
+        backwards = flips(self._orientation)
+        if turns(self._orientation):
+            backwards = backwards[::-1]
+        corners = []
+        for size, scale in zip(self.level_sizes, self.downsamples, strict=True):
+            x, y = (
+                whole - side * scale if is_backwards else 0.0
+                for whole, side, is_backwards in zip(self.size_px0, size, backwards, strict=True)
+            )
+            corners.append((x, y))
+        return corners
 
     def _refuse_missing(self, missing: float, *, sparse: bool) -> None:
         if missing > (MAX_MISSING_SPARSE if sparse else MAX_MISSING):

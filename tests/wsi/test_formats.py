@@ -129,6 +129,29 @@ def test_orientation_turns_the_picture_and_every_level(tmp_path, picture, orient
 
 
 @pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("layout", [{"tile": (128, 128)}, {"rowsperstrip": 50}])
+def test_levels_of_a_turned_picture_lie_where_they_were_before(tmp_path, picture, orientation, layout):
+    picture = picture[:509, :697]  # the last column and row of a level are partly filled, and come first when turned
+    options = {"photometric": "rgb", "compression": "deflate", "metadata": None, **layout}
+    tag = [(274, "H", 1, orientation, False)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(picture, extratags=tag, **options, **CM)
+        for factor in (2, 8):
+            tiff.write(np.asarray(Image.fromarray(picture).reduce(factor)), subfiletype=1, extratags=tag, **options)
+    wanted = turned(picture, orientation).astype(float)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.residual_px0 < 1.5
+        for factor in (2, 8):
+            found = slide.read((64, 64), (384 // factor, 384 // factor), 0.5 * factor)
+            right, left, up = (
+                np.abs(found - wanted[y : y + 384, x : x + 384].reshape(384 // factor, factor, 384 // factor, factor, 3)
+                       .mean(axis=(1, 3))).mean()
+                for x, y in ((64, 64), (64 - factor // 2, 64), (64, 64 - factor // 2))
+            )  # fmt: skip
+            assert right < min(left, up) / 1.5
+
+
+@pytest.mark.parametrize("orientation", TURNS)
 def test_orientation_of_a_jpeg_picture(tmp_path, picture, orientation):
     exif = Image.Exif()
     exif[274] = orientation

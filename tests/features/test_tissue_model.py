@@ -1,0 +1,101 @@
+"""Tissue by a network: fields are laid edge to edge, and their answers become the outlines that tiles are cut from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eosin.errors import CheckpointError
+from eosin.features import _tissue_model
+from eosin.features._tissue_model import TissueModel, load_tissue_model, outline_slides, segment_slide
+from eosin.wsi import ArraySlide, find_slides
+from eosin.wsi._synthetic import Cohort, make_cohort
+
+
+class Dark(nn.Module):
+    """Says tissue where the normalised red is low."""
+
+    def forward(self, pixels):
+        return {"out": torch.cat([pixels[:, :1], torch.ones_like(pixels[:, :1])], dim=1)}
+
+
+DARK = TissueModel(Dark(), "dark", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mpp", [0.5, 1.0])
+def test_every_field_lies_where_it_was_read(mpp):
+    picture = np.full((900, 1300, 3), 240, np.uint8)
+    picture[160:704, 320:1152] = 90  # crosses the borders of fields
+    mask = segment_slide(ArraySlide(picture, mpp=mpp), DARK)
+    step = 8 / mpp
+    assert mask.px0_per_cell == (step, step)
+    wanted = np.zeros(mask.mask.shape, bool)
+    wanted[round(160 / step) : round(704 / step), round(320 / step) : round(1152 / step)] = True
+    assert np.array_equal(mask.mask, wanted)
+
+
+def test_weights_are_read_as_hest_and_trident_store_them(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=2, aux_loss=True
+    )
+    state = {f"model.{name}": value.half() for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "seg.ckpt")
+    model = load_tissue_model(tmp_path / "seg.ckpt", torch.device("cpu"))
+    assert torch.equal(model.network.classifier[4].weight, network.classifier[4].weight.half().float())
+    assert not model.network.training
+    del state["model.classifier.4.bias"]
+    torch.save({"state_dict": state}, tmp_path / "seg.ckpt")
+    with pytest.raises(CheckpointError, match=r"classifier\.4\.bias is missing"):
+        load_tissue_model(tmp_path / "seg.ckpt", torch.device("cpu"))
+
+
+def test_outlines_are_kept_and_made_again_when_weights_change(tmp_path):
+    make_cohort(tmp_path, Cohort(n_slides=1, size_um=(300.0, 300.0)))
+    slides = find_slides([tmp_path / "slides"])
+    other, (slide,) = TissueModel(Dark(), "other", torch.device("cpu")), slides
+
+    def outline(slide, model):
+        return outline_slides([slide], model, tmp_path / "out").records[0].reason
+
+    assert [outline(slide, DARK), outline(slide, DARK)] == ["", "done"]
+    assert outline(slide, other) == ""
+    assert outline(replace(slide, mpp=0.6), other) == ""
+    with slide.path.open("ab") as file:
+        file.write(b"x")
+    assert outline(replace(slide, mpp=0.6), other) == ""
+    (file,) = (tmp_path / "out").iterdir()
+    assert json.loads(file.read_text())["features"]
+
+
+def test_the_command_cuts_tiles_from_what_the_network_found(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from eosin.cli.app import app
+    from eosin.wsi._coordinates import read_grid
+
+    def tile(*more):
+        arguments = ["tile", "--slides", tmp_path / "s", "--job", tmp_path / "job", "--slide-mpp", 0.5, *more]
+        return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+
+    from PIL import Image
+
+    picture = np.full((512, 1024, 3), 245, np.uint8)
+    picture[:, 512:] = 60  # grey, so that only the network calls it tissue
+    (tmp_path / "s").mkdir()
+    Image.fromarray(picture).save(tmp_path / "s/a.png")
+    monkeypatch.setattr(_tissue_model, "load_tissue_model", lambda path, device: DARK)
+    result = tile("--tissue-weights", Path("weights.ckpt"))
+    assert result.exit_code == 0, result.output
+    (coordinates,) = (tmp_path / "job").glob("*/patches/*.h5")
+    assert sorted(map(tuple, read_grid(coordinates).origins_px0.tolist())) == [
+        (512, 0), (512, 256), (768, 0), (768, 256),
+    ]  # fmt: skip
+    both = tile("--tissue-weights", "w.ckpt", "--contours", tmp_path)
+    assert both.exit_code == 2
+    assert "--contours and --tissue-weights" in both.stderr
