@@ -1,7 +1,8 @@
 """Tiling side by side with the usual ways, both sides interleaved in one run.
 
 1. `native`: tiles of the stored resolution. `loop` is the per-tile ``read_region(...).convert("RGB")`` of most tools,
-   `decode` the bare decoding of every stored JPEG tile once, without delivering tiles.
+   `decode` the bare decoding of every stored JPEG tile once, without delivering tiles. The packages fastslide and
+   microtome-wsi take part where they are installed; microtome reads stored tiles only, here the same.
 2. `half`: tiles of twice the mpp from a slide that has no such level. `loop` reads level 0 and resizes with Pillow.
 3. `giant`: `eosin tile` on 100,000 x 100,000 px (shared JPEG tiles, so the file is small) in a child process.
 4. `cohort`: tissue and tile coordinates per slide, beside CLAM's ``create_patches_fp.py`` when ``--clam`` names a
@@ -110,6 +111,42 @@ def openslide_tiles(path: Path, factor: int, threads: int) -> Run:
     return run
 
 
+def fastslide_tiles(path: Path, factor: int, threads: int) -> Run:
+    """Open a slide with fastslide; return its loop, whose arrays are views."""
+    import fastslide
+
+    with open_slide(path) as slide:
+        origins = whole_grid(slide, factor).origins_px0.tolist()
+    handle = fastslide.FastSlide.from_file_path(path, cache=64 * 2**20)
+
+    def run() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda origin: handle.read_region(tuple(origin), 0, (TILE_PX, TILE_PX)).numpy(), origins))
+        handle.close()
+
+    return run
+
+
+def microtome_tiles(path: Path, factor: int, threads: int) -> Run:
+    """Open a slide with microtome-wsi; return what reads its stored tiles in batches."""
+    del factor
+    import microtome
+
+    handle = microtome.open(str(path))
+    width, height = (-(-side // TILE_PX) for side in handle.dimensions)
+    indices = list(range(width * height))
+
+    def run() -> None:
+        for start in range(0, len(indices), BATCH):
+            handle.read_batch(0, indices[start : start + BATCH], threads)
+
+    return run
+
+
+COMPETITORS = {"fastslide": ("fastslide", fastslide_tiles), "microtome": ("microtome", microtome_tiles)}
+"""Further readers by name: the module that must be installed, and its loop."""
+
+
 def bare_decode(path: Path, factor: int, threads: int) -> Run:
     """Read every stored tile's bytes; return what decodes each once and drops it."""
     del factor
@@ -183,6 +220,9 @@ def bench_reading(path: Path, repeats: int) -> list[Row]:
             sides = {"loop": openslide_tiles, "eosin": eosin_tiles}
             if factor == 1:
                 sides["decode"] = bare_decode
+                sides |= {
+                    name: tiles for name, (module, tiles) in COMPETITORS.items() if importlib.util.find_spec(module)
+                }
             runs = {name: partial(reading, passes, side, path, factor, threads) for name, side in sides.items()}
             found = interleaved(runs, repeats)
             for name, times in found.items():

@@ -265,7 +265,11 @@ class Copy:
         return True
 
 
-def fetch(remote: RemoteFile, *, is_needed: Callable[[], bool] = lambda: True) -> Copy:
+class NoRoomError(Exception):
+    """A copy that is made ahead would need the room of one that nobody has read yet."""
+
+
+def fetch(remote: RemoteFile, *, is_needed: Callable[[], bool] = lambda: True, is_ahead: bool = False) -> Copy:
     """Copy a file of a store into the staging folder, unless its present version is there.
 
     Parameters
@@ -273,11 +277,15 @@ def fetch(remote: RemoteFile, *, is_needed: Callable[[], bool] = lambda: True) -
     remote : RemoteFile
     is_needed : callable
         Asked between pieces; what has come so far stays when it says no.
+    is_ahead : bool
+        Whether nobody waits for it, so that copies which wait to be read stay.
 
     Raises
     ------
     SlideOpenError
         If the store does not hand it out, or the file changes meanwhile (code ``changed``).
+    NoRoomError
+        If there is room only for who waits.
     """
     if remote.name.lower().endswith(WHOLE):
         why = "slides of several files are not copied from a store; copy the folder to a disk first"
@@ -288,7 +296,8 @@ def fetch(remote: RemoteFile, *, is_needed: Callable[[], bool] = lambda: True) -
         version = remote.version()
         if copy.is_of(version):
             return copy
-        make_room(max(version.size, 0), but=copy.path.parent)
+        if not make_room(max(version.size, 0), but=copy.path.parent, of_unread=not is_ahead) and is_ahead:
+            raise NoRoomError
         copy.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _resume(remote, copy, version, is_needed)
         if not is_needed():
@@ -343,17 +352,32 @@ def _finish(remote: RemoteFile, copy: Copy, version: Version) -> None:
     )
 
 
-def make_room(size: int, *, but: Path) -> None:
-    """Remove copies that nobody reads, those read longest ago first, until a file of `size` bytes fits the bound."""
+def make_room(size: int, *, but: Path, of_unread: bool) -> bool:
+    """Remove copies that nobody reads, those read longest ago first, until a file of `size` bytes fits the bound.
+
+    Parameters
+    ----------
+    size : int
+    but : Path
+        Folder of a copy that stays.
+    of_unread : bool
+        Whether copies that nobody has read yet may go, too.
+
+    Returns
+    -------
+    bool
+        Whether it fits.
+    """
     most = _number(GIGABYTES, DEFAULT_GB) * 1e9
     copies = [copy for copy in _copies() if copy.path.parent != but]
     total = sum(copy.path.stat().st_size for copy in copies if copy.path.exists())
     for copy in sorted(copies, key=_last_used):
-        if total + size <= most:
-            return
+        if total + size <= most or not (of_unread or copy.used.exists()):
+            break
         taken = copy.path.stat().st_size if copy.path.exists() else 0
         if copy.remove():
             total -= taken
+    return total + size <= most
 
 
 def _copies() -> list[Copy]:
@@ -451,10 +475,14 @@ def _work_ahead(remotes: Sequence[RemoteFile], stopping: threading.Event) -> Non
     most = int(_number(AHEAD, DEFAULT_AHEAD))
     waiting: list[Copy] = []
     for remote in remotes:
-        while len(waiting) >= max(most, 0) and not stopping.wait(POLL_S):
+        while len(waiting) >= most and not stopping.wait(POLL_S):
             waiting = [copy for copy in waiting if copy.path.exists() and not copy.used.exists()]
-        if stopping.is_set():
-            return
-        # whatever is wrong is met again, and recorded, by who reads the slide
-        with suppress(Exception):
-            waiting.append(fetch(remote, is_needed=lambda: not stopping.is_set()))
+        while not stopping.is_set():
+            # whatever is wrong is met again, and recorded, by who reads the slide
+            with suppress(SlideOpenError, OSError, MissingPackageError):
+                try:
+                    waiting.append(fetch(remote, is_needed=lambda: not stopping.is_set(), is_ahead=True))
+                except NoRoomError:
+                    stopping.wait(POLL_S)
+                    continue
+            break

@@ -141,14 +141,13 @@ def test_levels_of_a_turned_picture_lie_where_they_were_before(tmp_path, picture
     wanted = turned(picture, orientation).astype(float)
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.residual_px0 < 1.5
-        for factor in (2, 8):
-            found = slide.read((64, 64), (384 // factor, 384 // factor), 0.5 * factor)
-            right, left, up = (
-                np.abs(found - wanted[y : y + 384, x : x + 384].reshape(384 // factor, factor, 384 // factor, factor, 3)
-                       .mean(axis=(1, 3))).mean()
-                for x, y in ((64, 64), (64 - factor // 2, 64), (64, 64 - factor // 2))
-            )  # fmt: skip
-            assert right < min(left, up) / 1.5
+        assert set(slide.offsets_px0[2]) <= {0.0, -7.0, -3.0}  # 8 * 88 - 697, 8 * 64 - 509
+        found = slide.read((64, 64), (48, 48), 4.0)
+    right, left, up = (
+        np.abs(found - wanted[y : y + 384, x : x + 384].reshape(48, 8, 48, 8, 3).mean(axis=(1, 3))).mean()
+        for x, y in ((64, 64), (60, 64), (64, 60))
+    )
+    assert right < min(left, up) / 1.5
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -222,6 +221,17 @@ def test_the_largest_scene_is_taken_reported_and_can_be_chosen(tmp_path, picture
     with pytest.raises(SlideError, match="there is no scene 3; the file has 2") as caught:
         open_slide(path, scene=3)
     assert caught.value.code == "no-scene"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_each_scene_has_its_own_resolution(tmp_path, picture, order):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", byteorder=order, ome=True) as tiff:
+        for mpp, unit, pixels in ((0.5, "µm", picture[:300, :300]), (250, "nm", picture)):
+            sizes = {f"PhysicalSize{axis}": mpp for axis in "XY"} | {f"PhysicalSize{axis}Unit": unit for axis in "XY"}
+            tiff.write(pixels, photometric="rgb", tile=(128, 128), metadata={"axes": "YXS", **sizes})
+    for scene, mpp in ((None, 0.25), (1, 0.5), (2, 0.25)):
+        with open_slide(tmp_path / "a.ome.tif", scene=scene) as slide:
+            assert slide.mpp == pytest.approx(mpp)
 
 
 def test_the_middle_plane_is_taken_reported_and_can_be_chosen(tmp_path, picture):

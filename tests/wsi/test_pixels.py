@@ -68,7 +68,7 @@ def test_between_levels_a_ramp_keeps_its_place(ratio):
     assert np.abs(found[2, :, 0] - centres * 0.25).max() < 1.3
 
 
-@pytest.mark.parametrize("ratio", [1.37, 2.0, 3.0, 2.51])
+@pytest.mark.parametrize("ratio", [1 / 1.1, 0.75, 1.37, 2.0, 3.0, 2.51])
 def test_pixels_do_not_depend_on_how_the_region_is_cut(noise, ratio):
     whole = read_scaled(reader(noise), [1.0], (20, 30), (200, 100), ratio)
     right = read_scaled(reader(noise), [1.0], (20 + 100 * ratio, 30 + 40 * ratio), (100, 60), ratio)

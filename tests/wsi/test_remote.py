@@ -235,6 +235,19 @@ def test_the_next_slides_are_copied_ahead_and_no_more(store, monkeypatch):
     assert not slides[3].path.exists()
 
 
+def test_what_was_copied_ahead_is_not_thrown_away_for_the_next(store, monkeypatch):
+    monkeypatch.setenv("EOSIN_STAGING_GB", str(1.5 * len(store.files["a.tiff"]) / 1e9))
+    store.files["b.tiff"] = store.files["a.tiff"]
+    a, b = slide_of(store), slide_of(store, "b.tiff")
+    with working_ahead([RemoteFile(a.url), RemoteFile(b.url)]):
+        wait(a.path.exists)
+        threading.Event().wait(3 * _remote.POLL_S)
+        assert a.path.exists()
+        assert not b.path.exists()
+        a.open().close()
+        wait(b.path.exists)
+
+
 def wait(until):
     for _ in range(500):
         if until():
