@@ -31,11 +31,11 @@ def flatten(rgba: Image.Image, background: tuple[int, int, int]) -> NDArray[np.u
     -------
     (h, w, 3) uint8
     """
-    low, _ = rgba.getchannel("A").getextrema()
-    if low != 255:
+    # packing the bytes takes a third of the time of `convert` and `getextrema`, which is a tenth of reading a tile
+    if np.frombuffer(rgba.tobytes("raw", "A"), np.uint8).min(initial=255) != 255:
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
         rgba = Image.alpha_composite(canvas, rgba)
-    return np.asarray(rgba.convert("RGB"))
+    return np.frombuffer(rgba.tobytes("raw", "RGB"), np.uint8).reshape(rgba.height, rgba.width, 3)
 
 
 def to_8_bit(pixels: NDArray[Any], top: int) -> NDArray[np.uint8]:

@@ -44,6 +44,7 @@ CHUNK_BYTES = 8 * 2**20
 TRIES = 5
 FIRST_PAUSE_S = 0.5
 POLL_S = 0.2
+JOIN_S = 10.0
 REFUSED = (401, 403)
 WITHOUT_KEY = ("NoCredentialsError", "DefaultCredentialsError")
 """How the clients of S3 and Google say that they have no key; neither is a package of ours."""
@@ -468,7 +469,7 @@ def working_ahead(remotes: Sequence[RemoteFile]) -> Iterator[None]:
         yield
     finally:
         stopping.set()
-        thread.join()
+        thread.join(JOIN_S)  # a store that does not answer must not hold up the end
 
 
 def _work_ahead(remotes: Sequence[RemoteFile], stopping: threading.Event) -> None:
@@ -479,7 +480,7 @@ def _work_ahead(remotes: Sequence[RemoteFile], stopping: threading.Event) -> Non
             waiting = [copy for copy in waiting if copy.path.exists() and not copy.used.exists()]
         while not stopping.is_set():
             # whatever is wrong is met again, and recorded, by who reads the slide
-            with suppress(SlideOpenError, OSError, MissingPackageError):
+            with suppress(Exception):
                 try:
                     waiting.append(fetch(remote, is_needed=lambda: not stopping.is_set(), is_ahead=True))
                 except NoRoomError:
