@@ -56,9 +56,9 @@ def test_weights_are_read_as_hest_and_trident_store_them(tmp_path):
 
 
 def test_outlines_are_kept_and_made_again_when_weights_change(tmp_path):
-    make_cohort(tmp_path, Cohort(n_slides=1, size_um=(300.0, 300.0)))
-    slides = find_slides([tmp_path / "slides"])
-    other, (slide,) = TissueModel(Dark(), "other", torch.device("cpu")), slides
+    make_cohort(tmp_path, Cohort(n_slides=2, size_um=(300.0, 300.0)))
+    slide, _ = find_slides([tmp_path / "slides"])
+    other = TissueModel(Dark(), "other", torch.device("cpu"))
 
     def outline(slide, model):
         return outline_slides([slide], model, tmp_path / "out").records[0].reason

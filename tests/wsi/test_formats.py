@@ -131,7 +131,7 @@ def test_orientation_turns_the_picture_and_every_level(tmp_path, picture, orient
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("layout", [{"tile": (128, 128)}, {"rowsperstrip": 50}])
 def test_levels_of_a_turned_picture_lie_where_they_were_before(tmp_path, picture, orientation, layout):
-    picture = picture[:509, :697]  # the last column and row of a level are partly filled, and come first when turned
+    picture = picture[:505, :697]  # the last column and row of a level are partly filled, and come first when turned
     options = {"photometric": "rgb", "compression": "deflate", "metadata": None, **layout}
     tag = [(274, "H", 1, orientation, False)]
     with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
@@ -141,7 +141,7 @@ def test_levels_of_a_turned_picture_lie_where_they_were_before(tmp_path, picture
     wanted = turned(picture, orientation).astype(float)
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.residual_px0 < 1.5
-        assert set(slide.offsets_px0[2]) <= {0.0, -7.0, -3.0}  # 8 * 88 - 697, 8 * 64 - 509
+        assert set(slide.offsets_px0[2]) <= {0.0, -7.0}  # 697 = 8 * 88 - 7, 505 = 8 * 64 - 7
         found = slide.read((64, 64), (48, 48), 4.0)
     right, left, up = (
         np.abs(found - wanted[y : y + 384, x : x + 384].reshape(48, 8, 48, 8, 3).mean(axis=(1, 3))).mean()
