@@ -73,7 +73,7 @@ def test_pixels_do_not_depend_on_how_the_region_is_cut(noise, ratio):
     whole = read_scaled(reader(noise), [1.0], (20, 30), (200, 100), ratio)
     right = read_scaled(reader(noise), [1.0], (20 + 100 * ratio, 30 + 40 * ratio), (100, 60), ratio)
     difference = np.abs(whole[40:, 100:].astype(int) - right)
-    # Pillow rounds the filter's weights anew for each cut; those of the cubic filter, for enlarging, add up to more than 1
+    # Pillow rounds the filter's weights anew for each cut; the cubic filter, for enlarging, has larger ones
     assert difference.max() <= (0 if ratio in (2.0, 3.0) else 1 if ratio > 1 else 2)
 
 
