@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tifffile
@@ -19,14 +20,21 @@ MARK = (60, 20, 90)
 
 
 def lattice(
-    *, size_px0: tuple[int, int], slide_mpp: float, mpp: float = 0.5, patch_size: int = 64, overlap: int = 0
+    *,
+    size_px0: tuple[int, int],
+    slide_mpp: float,
+    mpp: float = 0.5,
+    patch_size: int = 64,
+    overlap: int = 0,
+    edges: Literal["drop", "pad"] = "drop",
 ) -> TileGrid:
-    """Return every tile of the lattice that lies inside the slide."""
-    tiling = Tiling(mpp=mpp, patch_size=patch_size, overlap=overlap)
+    """Return every tile of the lattice that lies inside the slide; with `edges` "pad" also those that begin in it."""
+    tiling = Tiling(mpp=mpp, patch_size=patch_size, overlap=overlap, edges=edges)
     scale = tiling.delivered_mpp(slide_mpp) / slide_mpp
     tile_px0, step = round(patch_size * scale), (patch_size - overlap) * scale
     sides = [np.floor(np.arange(int(side / step) + 1) * step + 0.5).astype(np.int64) for side in size_px0]
-    xs, ys = ([x for x in axis if x + tile_px0 <= side] for axis, side in zip(sides, size_px0, strict=True))
+    reach = 1 if edges == "pad" else tile_px0
+    xs, ys = ([x for x in axis if x + reach <= side] for axis, side in zip(sides, size_px0, strict=True))
     origins = np.array([(x, y) for y in ys for x in xs], dtype=np.int64)
     return TileGrid(origins, tile_px0, tiling, size_px0, slide_mpp)
 

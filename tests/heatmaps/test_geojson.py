@@ -48,6 +48,18 @@ def test_scanned_box_becomes_the_origin_and_tiles_are_clipped_to_it(tmp_path):
     assert max(corners(feature)[2] for feature in features) == 701
 
 
+def test_padded_tiles_end_where_the_slide_ends(tmp_path):
+    grid = lattice(size_px0=(403, 301), slide_mpp=0.5, patch_size=64, edges="pad")
+    heatmap = marked_map(grid, grid.n_tiles - 1)
+    write_geojson(tmp_path / "a.geojson", [heatmap], slide_id="s")
+    (lit,) = [one for one in check_geojson(tmp_path / "a.geojson", size_px=(403, 301)) if attention(one) == 1]
+    assert corners(lit) == [384, 256, 403, 301]
+    raster = heatmap.raster(32.0)
+    assert raster.shape == (5, 7)
+    assert raster[-1, -1] == 1
+    assert np.isfinite(raster).all()
+
+
 def test_colour_is_that_of_the_shared_scale(tmp_path):
     grid = lattice(size_px0=(400, 400), slide_mpp=0.5, patch_size=40)
     heatmap = Heatmap(np.linspace(0, 1, grid.n_tiles), grid, "attention", "attention").percentile()

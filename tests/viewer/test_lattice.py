@@ -37,6 +37,13 @@ def test_a_tile_without_overlap_is_one_cell():
     np.testing.assert_array_equal(lattice.paint(np.arange(192.0)), np.arange(192.0).reshape(12, 16))
 
 
+def test_padded_tiles_are_whole_cells_that_reach_the_edge():
+    grid = make_grid(size_px0=(403, 301), slide_mpp=0.5, patch_size=64, edges="pad")
+    lattice = make_lattice(grid)
+    assert lattice.shape == (5, 7)
+    np.testing.assert_array_equal(lattice.paint(np.arange(35.0)), np.arange(35.0).reshape(5, 7))
+
+
 def test_tiles_off_any_lattice_are_told_apart():
     grid = make_grid(size_px0=(640, 480), slide_mpp=0.5, patch_size=40).select([0, 50, 100])
     grid.origins_px0[1] += 13
