@@ -140,7 +140,7 @@ def test_levels_of_a_turned_picture_lie_where_they_were_before(tmp_path, picture
             tiff.write(np.asarray(Image.fromarray(picture).reduce(factor)), subfiletype=1, extratags=tag, **options)
     wanted = turned(picture, orientation).astype(float)
     with open_slide(tmp_path / "a.tif") as slide:
-        assert slide.residual_px0 < 1.5
+        assert slide.residual_px0 < 4  # half a pixel of the level
         assert set(slide.offsets_px0[2]) <= {0.0, -7.0}  # 697 = 8 * 88 - 7, 505 = 8 * 64 - 7
         found = slide.read((64, 64), (48, 48), 4.0)
     right, left, up = (
