@@ -14,7 +14,8 @@ from eosin.errors import LabelError
 
 SURVIVAL_COLUMNS = (
     ("survival_months", "censorship"), ("time", "event"), ("time", "censorship"), ("Event", "Status"),
-    ("time", "status"), ("OS.time", "OS"), ("OS_time", "OS_event"),
+    ("time", "status"), ("OS.time", "OS"), ("OS_time", "OS_event"), ("OS_MONTHS", "OS_STATUS"),
+    ("survival_time", "event"), ("survival_months", "event"), ("months", "event"), ("days", "event"),
 )  # fmt: skip
 SURVIVAL_KINDS = ("survival", "cox")
 NUMBER_KINDS = ("regression",)
@@ -57,11 +58,18 @@ def target_column(values: Mapping[str, Sequence[str]], kind: str = "") -> str:
     LabelError
         If there is none, or several could be meant: with the values of each.
     """
-    pair = next((pair for pair in SURVIVAL_COLUMNS if set(pair) <= set(values)), None)
+    spelled = {normalised(column): column for column in values}
+    pairs = (tuple(spelled.get(normalised(name), "") for name in pair) for pair in SURVIVAL_COLUMNS)
+    pair = next((found for found in pairs if all(found)), None)
     label = detect_column(values, ("label",))
     # a column called label wins unless survival was asked for
     if pair is not None and (kind in SURVIVAL_KINDS or (not kind and label is None)):
         return ",".join(pair)
+    if kind in SURVIVAL_KINDS:
+        raise LabelError(
+            f"survival needs two columns, time and event; the table has {', '.join(values) or 'none'}; say which "
+            "(--target TIME,EVENT)"
+        )
     if label is not None:
         return label
     # sites, splits and the like are never the label by themselves
@@ -113,4 +121,4 @@ def values_in_words(column: Sequence[str]) -> str:
 
 def quoted(column: str) -> str:
     """Return a column's name as a shell takes it."""
-    return column if re.fullmatch(r"[\w.,:/+-]+", column) else "'" + column.replace("'", "'\\''") + "'"
+    return column if re.fullmatch(r"[\w.,:/+=-]+", column) else "'" + column.replace("'", "'\\''") + "'"

@@ -1,3 +1,6 @@
+import re
+import shlex
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +173,7 @@ def test_words_mean_what_they_say_and_a_value_can_be_named():
     assert turned.encode(rows((3, 0), (5, 1)))[:, 1].tolist() == [1, 0]
     with pytest.raises(LabelError, match="holds 0, 1, 2; the event was said to be '2', one of two"):
         make_task("cox", rows((3, 2), (5, 1), (6, 0)), target="time,event=2")
-    with pytest.raises(LabelError, match=r"nor a known word for event .* state which value is the event"):
+    with pytest.raises(LabelError, match=r"holds 1 and 2, .*if it is 1, 1 of 2 have one; .*--target time,event=2"):
         make_task("cox", rows((3, 2), (5, 1)), target="time,event")
 
 
@@ -207,21 +210,32 @@ def test_strata_and_metrics(kind):
 @pytest.mark.parametrize(
     ("column", "event"),
     [
-        ("event", True), ("OS", True), ("Status", True), ("vital_status", True), ("DeathEvent", True),
+        ("event", True), ("OS", True), ("Status", True), ("DeathEvent", True), ("OS_STATUS", True), ("PFS.event", True),
         ("uncensored", True), ("non_censored", True), ("noncensored", True), ("not censored", True),
         ("not_alive", True), ("non_survivors", True), ("event_observed", True), ("uncensored_status", True),
+        ("deceased", True), ("death_from_cancer", True), ("overall_survival_event", True), ("dead", True),
+        ("Décès", True), ("Événement", True), ("gestorben", True), ("Tod", True), ("unzensiert", True),
+        ("nicht zensiert", True), ("muerto", True), ("overleden", True), ("nicht_lebend", True),
         ("censored", False), ("censorship", False), ("OS_censorship", False), ("Censor", False), ("alive", False),
         ("is_alive", False), ("survived", False), ("event_free", False), ("no_event", False), ("alive_status", False),
-        ("x", None), ("vital", None), ("outcome", None), ("label", None), ("survival", None),
-        ("dead_or_alive", None), ("alive/dead", None), ("Décès", True), ("Événement", True), ("Überlebt", None),
+        ("Überlebt", False), ("lebt", False), ("zensiert", False), ("censuré", False), ("vivant", False),
+        ("progression_free", False), ("isAlive", False), ("nicht verstorben", False), ("sin evento", False),
+        ("x", None), ("vital", None), ("outcome", None), ("label", None), ("survival", None), ("vital_status", None),
+        ("last_status", None), ("statut_vital", None), ("Vitalstatus", None), ("follow up status", None),
+        ("dead_or_alive", None), ("alive/dead", None), ("progression_free_survival", None), ("delta", None),
+        ("overall_survival_status", None), ("tumor_free", None), ("fustat", None),
     ],
 )  # fmt: skip
 def test_the_name_of_a_column_of_0_and_1_says_which_is_the_event_or_nothing(column, event):
     assert says_event(column) is event
     rows = [{"t": "1", column: "1"}, {"t": "2", column: "0"}, {"t": "3", column: "0"}]
     if event is None:
-        with pytest.raises(LabelError, match=rf"1, 1 of 3 have one; if it is 0, 2 have; .*--target t,{column}=1 or"):
+        with pytest.raises(LabelError, match="1, 1 of 3 have one; if it is 0, 2 of 3 have one; say") as asked:
             DiscreteSurvival.from_rows(rows, f"t,{column}")
+        first, second = re.findall(r"--target (.+?)(?: or |\)$)", str(asked.value))
+        for way, events in ((first, [1, 0, 0]), (second, [0, 1, 1])):
+            chosen = DiscreteSurvival.from_rows(rows, *shlex.split(way))
+            assert chosen.encode(rows)[:, 1].tolist() == events
     else:
         assert DiscreteSurvival.from_rows(rows, f"t,{column}").encode(rows)[:, 1].tolist() == (
             [1, 0, 0] if event else [0, 1, 1]
@@ -241,6 +255,30 @@ def test_a_comma_that_may_stand_for_thousands_is_a_question():
     rows = [{"t": "1,234", "event": "1"}, {"t": "2", "event": "0"}]
     with pytest.raises(LabelError, match="can be read in two ways"):
         DiscreteSurvival.from_rows(rows, "t,event")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (("1:DECEASED", "0:LIVING", "0:LIVING"), [1, 0, 0]),
+        (("1:Recurred/Progressed", "0:DiseaseFree", "0:DiseaseFree"), [1, 0, 0]),
+        (
+            ("2", "1", "1"),
+            r"if it is 1, 2 of 3 have one; if it is 2, 1 of 3 .*status=1 or --target t,vital_status=2",
+        ),
+        (("AWD", "DOD", "DOD"), r"holds AWD and DOD.*--target t,vital_status=AWD or"),
+        (("1", "1.0", "0"), r"if it is 1, 2 of 3 have one; if it is 0, 1 of 3"),
+        (("yes", "no", "no"), r"if it is yes, 1 of 3 .*--target t,vital_status=yes or --target t,vital_status=no"),
+        (("dead", "alive", "lost"), "'lost' in column 'vital_status' is neither 0 nor 1"),
+    ],
+)
+def test_values_of_a_column_whose_name_says_nothing(values, told):
+    rows = [{"t": "1", "vital_status": value} for value in values]
+    if isinstance(told, list):
+        assert DiscreteSurvival.from_rows(rows, "t,vital_status").encode(rows)[:, 1].tolist() == told
+        return
+    with pytest.raises(LabelError, match=told):
+        DiscreteSurvival.from_rows(rows, "t,vital_status")
 
 
 @pytest.mark.parametrize("column", ["uncensored", "alive", "outcome"])

@@ -9,6 +9,7 @@ readings and their counts, for the two answers give opposite models.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,34 +26,49 @@ from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._survival_metrics import concordance, concordance_ipcw, discordance, integrated_brier, time_auc
+from eosin.mil._target import quoted
 from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
 YES = frozenset({"1", "1.0", "true", "yes", "y", "ja", "j", "oui", "si", "sim", "wahr", "vrai", "verdadero", "vero"})
 NO = frozenset({"0", "0.0", "false", "no", "n", "nein", "non", "nao", "nee", "falsch", "faux", "falso"})
 EVENT = frozenset({
-    "dead", "deceased", "died", "event", "1:deceased", "tot", "verstorben", "gestorben", "mort", "decede", "muerto",
+    "dead", "deceased", "died", "event", "tot", "verstorben", "gestorben", "mort", "decede", "muerto",
     "fallecido", "morto", "deceduto", "overleden",
 })  # fmt: skip
 CENSORED = frozenset({
-    "alive", "living", "censored", "0:living", "lebend", "lebt", "zensiert", "vivant", "censure", "vivo", "censurado",
+    "alive", "living", "censored", "lebend", "lebt", "zensiert", "vivant", "censure", "vivo", "censurado",
     "levend",
 })  # fmt: skip
 BINS = 4
+TWO = 2
 THIRDS = ("early", "middle", "late")
 EVENT_NAMES = frozenset({
     "event", "events", "dead", "death", "died", "deceased", "relapse", "relapsed", "recurrence", "recurred",
-    "progression", "progressed", "metastasis", "failure", "failed", "mortality", "observed", "status", "os", "pfs",
-    "dfs", "dss", "pfi", "dfi", "efs", "rfs", "bcr", "tod", "exitus", "evenement", "ereignis", "evento", "muerte",
-    "deces", "verstorben",
+    "progression", "progressed", "metastasis", "failure", "failed", "mortality", "observed", "tod", "tot", "exitus",
+    "gestorben", "verstorben", "ereignis", "rezidiv", "evenement", "deces", "decede", "mort", "evento", "muerte",
+    "muerto", "fallecido", "morto", "morte", "deceduto", "obito", "overleden", "overlijden", "gebeurtenis",
 })  # fmt: skip
+ENDPOINTS = frozenset({"os", "pfs", "dfs", "dss", "pfi", "dfi", "efs", "rfs", "bcr", "css", "dmfs", "ttp"})
+"""Abbreviations that name an indicator with 1 for the event, as in the tables of TCGA."""
+
 CENSORED_NAMES = frozenset({
     "censor", "censored", "censoring", "censorship", "cens", "alive", "living", "lives", "survived", "survivor",
-    "survivors", "surviving", "lost", "lebend", "vivo", "vivant", "zensiert",
+    "survivors", "surviving", "lost", "lebend", "lebt", "uberlebt", "ueberlebt", "zensiert", "vivant", "vivants",
+    "censure", "vivo", "viva", "vivos", "censurado", "censurato", "levend", "gecensureerd",
 })  # fmt: skip
-DEATHS = frozenset({"dead", "death", "died", "deceased", "mortality", "tod", "tot", "exitus", "muerte", "deces"})
-LIVES = frozenset({"alive", "living", "lives", "survived", "lebend", "vivo", "vivant"})
-NEGATIONS = frozenset({"not", "no", "non", "un", "without", "free", "never"})
+DEATHS = frozenset({
+    "dead", "death", "died", "deceased", "mortality", "tod", "tot", "exitus", "gestorben", "verstorben", "mort",
+    "muerte", "muerto", "deces", "decede", "morto", "fallecido", "overleden",
+})  # fmt: skip
+LIVES = frozenset({"alive", "living", "lives", "survived", "lebend", "lebt", "vivo", "vivant", "levend"})
+NEGATIONS = frozenset({
+    "not", "no", "non", "un", "without", "free", "never", "nicht", "kein", "keine", "ohne", "frei", "pas", "sans",
+    "sin", "senza", "sem", "niet", "geen", "zonder", "nao",
+})  # fmt: skip
+SURVIVAL_WORDS = frozenset({"survival", "uberleben", "ueberleben", "survie", "supervivencia", "sopravvivenza"})
+NUMBERED = re.compile(r"([01]):.+")
+"""As cBioPortal writes them: ``1:DECEASED``, ``0:Censored``; 1 is the event."""
 
 
 class SurvivalTask(Task):
@@ -137,15 +153,17 @@ class SurvivalTask(Task):
         return time, float(self._is_event(row[self.event]))
 
     def _is_event(self, text: str) -> bool:
-        value = plain_word(text)
+        value = plain_value(text)
         if self.event_value:
-            if value not in (plain_word(self.event_value), plain_word(self.censored_value)):
+            if value not in (plain_value(self.event_value), plain_value(self.censored_value)):
                 raise LabelError(
                     f"{text!r} in column {self.event!r} is neither {self.event_value!r} nor {self.censored_value!r}"
                 )
-            return value == plain_word(self.event_value)
+            return value == plain_value(self.event_value)
         if value in EVENT | CENSORED:
             return value in EVENT
+        if NUMBERED.fullmatch(value):
+            return value.startswith("1")
         if value not in YES | NO:
             raise LabelError(
                 f"{text!r} in column {self.event!r} is neither 0 nor 1, nor a known word for event or censored; "
@@ -382,17 +400,23 @@ def _moved(survival: Floats, edges: Floats, times: Floats) -> Floats:
 
 def _one_is_censored(rows: Sequence[Row], time: str, event: str) -> bool:
     """Return the orientation of a column of 0 and 1; of one of words it is of no effect."""
-    values = [plain_word(row[event]) for row in rows]
-    ones = sum(value in YES for value in values)
-    numbers = ones + sum(value in NO for value in values)
-    said = says_event(event)
-    if said is None and numbers:
-        raise LabelError(
-            f"column {event!r} holds 0 and 1, or no and yes, and its name does not say which of them is the event: "
-            f"if it is 1, {ones} of {len(rows)} have one; if it is 0, {numbers - ones} have; say which "
-            f"(--target {time},{event}=1 or {time},{event}=0)"
-        )
-    return said is False
+    spelled = {plain_value(row[event]): row[event].strip() for row in reversed(rows)}
+    unsaid = [value for value in spelled if value not in EVENT | CENSORED and not NUMBERED.fullmatch(value)]
+    said, flags = says_event(event), all(value in YES | NO for value in unsaid)
+    if not unsaid or (flags and said is not None):
+        return said is False
+    if not flags and (len(spelled) != TWO or len(unsaid) < len(spelled)):
+        return False  # the first value that means nothing is reported with its column
+    counts = Counter(plain_value(row[event]) for row in rows)
+    ones, zeros = ([value for value in unsaid if value in words] for words in (YES, NO))
+    groups = [group for group in (ones, zeros) if group] if flags else [[value] for value in sorted(unsaid)]
+    shown = {spelled[group[0]]: sum(counts[value] for value in group) for group in groups}
+    readings = "; ".join(f"if it is {value}, {count} of {len(rows)} have one" for value, count in shown.items())
+    ways = " or ".join(f"--target {quoted(f'{time},{event}={value}')}" for value in shown)
+    raise LabelError(
+        f"column {event!r} holds {' and '.join(shown)}, and its name does not say which of them is the event: "
+        f"{readings}; say which ({ways})"
+    )
 
 
 def says_event(column: str) -> bool | None:
@@ -415,9 +439,15 @@ def says_event(column: str) -> bool | None:
         meaning = _meaning(root or word)
         if meaning:
             meant.add(meaning == "event")
+    if not meant:
+        # "status" and "OS_STATUS" have 1 for the event by convention, but of a vital status 1 is often alive
+        by_convention = words and set(words) <= {*ENDPOINTS, "status"}
+        return True if by_convention else None
+    # "progression_free_survival" spells out the name of an endpoint, and does not count those who are free of it
+    if SURVIVAL_WORDS & set(words) and negated and False not in meant:
+        return None
     # "OS_censorship", "event_censored": the name of the endpoint comes along, and what is censored decides
-    says = False if False in meant else (True if meant else None)
-    return says if says is None else says ^ negated
+    return (False not in meant) ^ negated
 
 
 def _meaning(word: str) -> Literal["event", "censored", ""]:
@@ -426,11 +456,16 @@ def _meaning(word: str) -> Literal["event", "censored", ""]:
     return "event" if word in EVENT_NAMES else ""
 
 
+def plain_value(text: str) -> str:
+    """Return a value as it is compared: without capitals, accents, and the ``.0`` of spreadsheets."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", plain_word(text))
+
+
 def _other(rows: Sequence[Row], column: str, value: str) -> str:
     """Return the value of a column that is not the event."""
     found = sorted({row[column].strip() for row in rows})
-    others = [text for text in found if plain_word(text) != plain_word(value)]
-    if len(others) == len(found) or len({plain_word(text) for text in others}) > 1:
+    others = [text for text in found if plain_value(text) != plain_value(value)]
+    if len(others) == len(found) or len({plain_value(text) for text in others}) > 1:
         raise LabelError(f"column {column!r} holds {', '.join(found)}; the event was said to be {value!r}, one of two")
     return others[0] if others else ""
 
