@@ -1,25 +1,78 @@
 """Data parallel training: each process computes its share of the bags of a step, gradients are summed.
 
-Start the same command once per device with ``torchrun``; it sets the variables that `join` reads. The result is that of
-one process that accumulates the same step, up to rounding and to the random numbers of dropout.
+Start the same command once per device with ``torchrun``, or as the tasks of one step of a batch system. The result is
+that of one process that accumulates the same step, up to rounding and to the random numbers of dropout.
 """
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, MutableMapping
 
 import torch
 from torch import Tensor, distributed, nn
 
+from eosin.errors import ConfigError
 
-def join(device: torch.device) -> tuple[int, int]:
-    """Join the other processes, if there are any, and return this one's rank and their number."""
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Where processes of a batch system meet: a port that follows from the numbers of job and step, below those that
+systems give to outgoing connections."""
+
+
+def join(device: torch.device, processes: int = 1) -> tuple[int, int]:
+    """Join the other processes, if there are any, and return this one's rank and their number.
+
+    Parameters
+    ----------
+    device : torch.device
+    processes : int
+        How many the recipe asks for. Variables of a batch system count only then: most of its steps with several tasks
+        are not meant to train one model.
+
+    Raises
+    ------
+    ConfigError
+        If more are asked for than were started.
+    """
     if not distributed.is_available():
+        _require(processes, 1)
         return 0, 1
     if not distributed.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        started = _processes(os.environ, processes)
+        if started == 1:
             return 0, 1
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def _processes(environment: MutableMapping[str, str], asked: int) -> int:
+    """Return how many processes were started; where a batch system did it, set what torch reads."""
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if started == 1 and asked > 1 and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        started = int(environment["SLURM_STEP_NUM_TASKS"])
+        host, port = meeting_point(environment)
+        environment.setdefault("MASTER_ADDR", host)
+        environment.setdefault("MASTER_PORT", str(port))
+        for name, source in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
+            environment[name] = environment[source]
+        environment["WORLD_SIZE"] = str(started)
+    _require(asked, started)
+    return started
+
+
+def _require(asked: int, started: int) -> None:
+    if asked not in (1, started):
+        raise ConfigError(
+            f"recipe.training.processes asks for {asked} processes, and {started} started; start the command with "
+            f"torchrun --nproc-per-node {asked} -m eosin ..., or with srun --ntasks {asked} eosin ..."
+        )
+
+
+def meeting_point(environment: MutableMapping[str, str]) -> tuple[str, int]:
+    """Return host and port at which the tasks of one step of SLURM meet: the first host of ``gpu[03-05,07]``."""
+    host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+    assert host is not None
+    numbers = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return "".join(part or "" for part in host.groups()), FIRST_PORT + sum(numbers) % PORTS
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -90,6 +90,8 @@ class Training(Options):
         model. On by default: it changes little for encoders with normalised output and rescues unscaled features.
     seed : int
         Initial weights, order of bags, dropout.
+    processes : int
+        How many processes share the bags of each step, see `eosin.mil._parallel`; all must have been started.
     """
 
     epochs: PositiveInt = 50
@@ -113,6 +115,7 @@ class Training(Options):
     temperature: bool = False
     standardize: bool = True
     seed: int = Field(default=0, ge=0)
+    processes: PositiveInt = 1
 
     @model_validator(mode="after")
     def _passes(self) -> Self:

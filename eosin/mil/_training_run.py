@@ -122,7 +122,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, task: Task, train: Examples, val: Examples | None, place: Place) -> None:
         self.device = own_device(choose_device(place.device))
         self.precision, self.dtype = place.precision, PRECISIONS[place.precision]
-        self.rank, self.world = join(self.device)
+        self.rank, self.world = join(self.device, recipe.training.processes)
         self.recipe, self.task, self.train, self.val = recipe, task, train, val
         self.options = recipe.training
         self.step_losses = StepLosses()

@@ -7,14 +7,20 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from cluster_runs import RECIPE, arrays_of, eosin, start
+from safetensors.torch import load_file
 
 from eosin._records import read_run_json
+from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin.features._store import write_bag
 
 SCRIPT = Path(__file__).parents[3] / "shared/slurm/slurm.sh"
 SITE = """
@@ -85,6 +91,29 @@ def test_pixels_to_folds_are_bit_equal_to_a_run_here(
     eosin(*asked, *quick, "--out", tmp_path / "asked_far", "--cluster", site, **slurm)
     for name in ("cohort.csv", "interventions.csv"):
         assert (tmp_path / "asked_far" / name).read_bytes() == (tmp_path / "asked_near" / name).read_bytes()
+
+
+def test_tasks_of_one_step_train_the_model_of_one_process(tmp_path: Path, slurm: dict[str, str]) -> None:
+    rows, lines = np.random.default_rng(0), ["patient_id,slide_id,label"]
+    (tmp_path / "features").mkdir()
+    for number in range(12):
+        bag = rows.normal(number % 2, 1, (6, 4)).astype(np.float32)
+        write_bag(tmp_path / f"features/s{number}.h5", FeatureBag(bag, FeatureSpec(encoder="toy", dim=4), f"s{number}"))
+        lines.append(f"p{number},s{number},{'ab'[number % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    train = ("train", "--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", "--precision", "fp32")
+    options = ("epochs=2", "optimizer=sgd", "refit=false", "bags_per_step=4")
+    settings = [word for option in options for word in ("--set", f"recipe.training.{option}")]
+    settings += ["--set", "recipe.aggregator.name=mean"]
+    eosin(*train, *settings, "--out", tmp_path / "one")
+    told = ("--set", "recipe.training.processes=2")
+    step = ("srun", "--ntasks", "2", "--mem", "2G", sys.executable, "-m", "eosin")
+    command = [str(word) for word in (*step, *train, *settings, *told, "--out", tmp_path / "two")]
+    done = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

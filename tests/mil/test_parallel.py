@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eosin.errors import ConfigError
+from eosin.mil import _parallel
 from eosin.mil._parallel import own_device
 
 SCRIPT = """
@@ -95,6 +97,35 @@ def test_two_processes_train_the_model_of_one(runs, kind):
     alone, first, second = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two0", "two1"))
     assert first == second
     assert first == pytest.approx(alone, rel=0.2)
+
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-05,07],big1", "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+}  # fmt: skip
+
+
+def test_tasks_of_a_batch_system_are_one_training_only_where_the_recipe_asks():
+    environment = dict(STEP)
+    assert _parallel._processes(environment, 1) == 1
+    assert environment == STEP
+    assert _parallel._processes(environment, 4) == 4
+    assert {name: value for name, value in environment.items() if name not in STEP} == {
+        "MASTER_ADDR": "gpu03", "MASTER_PORT": "20347", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", [{}, STEP, {"WORLD_SIZE": "4"}])
+def test_processes_that_were_not_started_are_missed(environment):
+    with pytest.raises(ConfigError, match=r"asks for 3 processes, and . started; start the command with torchrun"):
+        _parallel._processes(dict(environment), 3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[3,5]", "gpu3"), ("a-b[001-100]", "a-b001")]
+)
+def test_the_first_machine_is_where_all_meet(nodes, host):
+    assert _parallel.meeting_point(STEP | {"SLURM_STEP_NODELIST": nodes})[0] == host
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
