@@ -4,7 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from eosin._names import clean, groups_of_look_alikes, is_missing, look_alike, match_slides, slide_id, slide_stem, unify
+from eosin._names import (
+    Matched,
+    clean,
+    groups_of_look_alikes,
+    is_missing,
+    listed,
+    look_alike,
+    match_slides,
+    same_patient,
+    slide_id,
+    slide_stem,
+    unify,
+)
 from eosin.errors import LabelError
 
 
@@ -141,3 +153,32 @@ def test_a_picture_beside_a_slide_keeps_its_own_name():
     matched = match_slides([("a.png", 1), ("a", 2)], ["a", "a.png"], where="t")
     assert matched.values == {"a.png": 1, "a": 2}
     assert match_slides([("a.png", 1)], ["a"], where="t").values == {"a": 1}
+
+
+def test_a_long_list_of_look_alikes_says_how_many_more_there_are():
+    groups = [(f"a{number}", f"A{number}") for number in range(14)]
+    assert listed(groups[:12]).endswith("'a11' = 'A11'")
+    assert listed(groups).endswith("'a11' = 'A11' and 2 more")
+
+
+@pytest.mark.parametrize(("one", "other"), [("a--b", "a-b"), ("a - b", "a_b"), ("a\u2212b", "a-b")])
+def test_runs_of_dashes_and_blanks_are_one(one, other):
+    assert look_alike(one) == look_alike(other) != look_alike("ab")
+
+
+def test_a_dash_is_no_letter():
+    assert look_alike("aXX-XXb") != look_alike("a-b")
+
+
+def test_what_is_alike_is_asked_of_the_key_that_is_given():
+    with pytest.raises(LabelError, match="spelled in several ways"):
+        unify(["TCGA-A1-A0SB-01Z", "TCGA-A1-A0SB"], what="patients", where="t", key=same_patient)
+
+
+@pytest.mark.parametrize("name", ["C:\\scans\\b.png", "/data/b.png", "x/y/b.png"])
+def test_a_picture_is_found_by_its_path(name):
+    assert match_slides([(name, 1)], ["b.png", "b"], where="t").values == {"b.png": 1}
+
+
+def test_rows_after_one_that_is_unknown_count():
+    assert match_slides([("x", 1), ("a", 2)], ["a"], where="t") == Matched({"a": 2}, ("x",), ())

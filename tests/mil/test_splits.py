@@ -403,3 +403,86 @@ def test_patients_in_splits_of_stamp_go_through_the_same_rules(tmp_path):
     with pytest.raises(LabelError, match=r"2 patients are written in another way.*'p2' = 'P2'"):
         read_patient_splits(path, cohort)
     assert read_patient_splits(path, cohort, "merge") == [Split(("S1", "S2"), (), ("S3",))]
+
+
+def test_the_same_seed_makes_the_same_splits_and_another_seed_others():
+    cohort = a_cohort()
+    for make in (
+        lambda seed: make_splits(cohort, seed=seed),
+        lambda seed: make_splits(cohort, kind="monte-carlo", seed=seed),
+        lambda seed: make_nested_splits(cohort, folds=3, inner_folds=3, seed=seed),
+        lambda seed: with_validation(Split(cohort.slide_ids[9:], (), cohort.slide_ids[:3]), cohort, seed=seed),
+    ):
+        assert make(3) == make(3) != make(4)
+
+
+def test_what_is_not_asked_for_is_five_folds_of_seed_0():
+    cohort, given = a_cohort(), Split(a_cohort().slide_ids, (), ())
+    assert make_splits(cohort) == make_splits(cohort, folds=5, seed=0)
+    assert make_nested_splits(cohort) == make_nested_splits(cohort, folds=5, inner_folds=5, seed=0)
+    assert with_validation(given, cohort) == with_validation(given, cohort, val_fraction=0.15, seed=0)
+
+
+def of_each_class(n_patients):
+    numbers = range(2 * n_patients)
+    return Cohort(tuple(f"s{i}" for i in numbers), tuple(f"p{i}" for i in numbers), tuple("ab"[i % 2] for i in numbers))
+
+
+@pytest.mark.parametrize(
+    ("n_patients", "options"),
+    [
+        (3, {"folds": 3}),
+        (3, {"folds": 2}),
+        (2, {"folds": 2, "val_fraction": 0.0}),
+        (2, {"folds": 1, "kind": "monte-carlo", "val_fraction": 0.0, "test_fraction": 0.5}),
+        (3, {"folds": 2, "kind": "holdout"}),
+    ],
+)
+def test_as_few_patients_as_parts_or_folds_are_enough_and_one_less_is_refused(n_patients, options):
+    assert len(make_splits(of_each_class(n_patients), **options)) == options["folds"]
+    with pytest.raises(LabelError, match=f"has {n_patients - 1} patient.*at least {n_patients} are needed"):
+        make_splits(of_each_class(n_patients - 1), **options)
+
+
+def test_as_few_patients_as_nested_folds_need_are_enough_and_one_less_is_refused():
+    assert len(make_nested_splits(of_each_class(4), folds=2, inner_folds=3)) == 2
+    assert len(make_nested_splits(of_each_class(4), folds=4, inner_folds=3)) == 4
+    with pytest.raises(LabelError, match="has 3 patients, at least 4 are needed"):
+        make_nested_splits(of_each_class(3), folds=2, inner_folds=3)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.2), (0.2, 1.0), (0.5, 0.5), (-0.1, 0.2), (0.2, 0.0)])
+def test_shares_at_the_border_are_refused(shares):
+    with pytest.raises(LabelError, match="greater than 0 and their sum less than 1"):
+        make_splits(a_cohort(), val_fraction=shares[0], test_fraction=shares[1])
+
+
+def test_a_monte_carlo_draw_may_be_single_and_folds_may_not():
+    assert len(make_splits(a_cohort(), folds=1, kind="monte-carlo")) == 1
+    for kind in ("kfold", "holdout"):
+        with pytest.raises(LabelError, match="cross-validation needs at least 2"):
+            make_splits(a_cohort(), folds=1, kind=kind)
+
+
+def test_draws_test_the_share_that_is_asked_for_and_may_overlap():
+    cohort = of_each_class(50)
+    draws = make_splits(cohort, folds=4, kind="monte-carlo", test_fraction=0.3, val_fraction=0.1)
+    assert [len(split.test) for split in draws] == [30] * 4
+    assert len({slide for split in draws for slide in split.test}) < 4 * 30
+
+
+def test_flags_of_clam_are_read_as_names(tmp_path):
+    path = tmp_path / "splits_0_bool.csv"
+    path.write_text(",train,val,test\na.svs,True,False,False\nb,False,True,False\nc,False,False,True\n")
+    assert read_splits(path) == [Split(("a",), ("b",), ("c",))]
+    path.write_text(",train,test\na,True,False\nb,False,True\n")
+    assert read_splits(path) == [Split(("a",), (), ("b",))]
+
+
+def test_counts_of_a_split_are_those_of_its_slides(tmp_path):
+    cohort = of_each_class(3)
+    write_splits(tmp_path, [Split(cohort.slide_ids[:3], cohort.slide_ids[3:5], cohort.slide_ids[5:])], cohort)
+    counts = tmp_path / "splits_0_descriptor.csv"
+    assert counts.read_text().splitlines() == [",train,val,test", "a,2,1,0", "b,1,1,1"]
+    with pytest.raises(LabelError, match="lists numbers of slides, not their names"):
+        read_splits(counts)
