@@ -180,5 +180,10 @@ def test_a_picture_is_found_by_its_path(name):
     assert match_slides([(name, 1)], ["b.png", "b"], where="t").values == {"b.png": 1}
 
 
+@pytest.mark.parametrize("name", ["b.svs", "/data/x/b.svs", "C:\\scans\\b.svs"])
+def test_an_id_that_kept_its_suffix_in_another_tool_is_found_by_its_path(name):
+    assert match_slides([(name, 1)], ["b.svs"], where="t").values == {"b.svs": 1}
+
+
 def test_rows_after_one_that_is_unknown_count():
     assert match_slides([("x", 1), ("a", 2)], ["a"], where="t") == Matched({"a": 2}, ("x",), ())

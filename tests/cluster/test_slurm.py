@@ -104,12 +104,12 @@ def test_tasks_of_one_step_train_the_model_of_one_process(tmp_path: Path, slurm:
     train = ("train", "--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", "--precision", "fp32")
     options = ("epochs=2", "optimizer=sgd", "refit=false", "bags_per_step=4")
     settings = [word for option in options for word in ("--set", f"recipe.training.{option}")]
-    settings += ["--set", "recipe.aggregator.name=mean"]
+    settings += ["--set", "recipe.aggregator={name: mean, options: {dropout: 0}}"]
     eosin(*train, *settings, "--out", tmp_path / "one")
     told = ("--set", "recipe.training.processes=2")
-    step = ("srun", "--ntasks", "2", "--mem", "2G", sys.executable, "-m", "eosin")
+    step = ("srun", "--ntasks", "2", "--overcommit", "--mem", "2G", sys.executable, "-m", "eosin")
     command = [str(word) for word in (*step, *train, *settings, *told, "--out", tmp_path / "two")]
-    done = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
