@@ -225,7 +225,8 @@ def _require_plugins(folder: Path, card: ModelCard) -> None:
 def _empty(card: ModelCard) -> Aggregator:
     with torch.random.fork_rng(devices=[]):
         model, dim = build_model(card.recipe, card.load_task(), card.features.dim), card.features.dim
-        linear = LinearPart(dim, model.n_outputs) if card.training.get("linear") else None
+        share = card.training.get("linear_share", 0.0)
+        linear = LinearPart(dim, model.n_outputs) if share else None
     if card.recipe.training.standardize:
         model = Standardized(Standardizer(dim), model)
-    return model if linear is None else WithLinear(model, linear)
+    return model if linear is None else WithLinear(model, linear, share)

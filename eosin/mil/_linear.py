@@ -4,7 +4,7 @@
 2. ``logits = W m + b``, where the loss of all training bags plus ``RIDGE / 2 |W|²`` is least, with every column of m
    scaled to deviation 1. The losses of the tasks are convex in the logits, so there is one solution; it is computed,
    not approached by passes, and needs no validation bags.
-3. The model answers with the mean of the logits of both parts.
+3. The model answers with a weighted mean of the logits of both parts, see `share_of`.
 
 |z| and not the standard deviation, because a mean over instances is a sum of what single instances say: every what-if
 stays exact (`eosin.mil._closed_forms.PooledBag` with one more branch, whose weights are equal).
@@ -32,8 +32,21 @@ from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
 
 RIDGE = 10.0
-SHARE = 0.5
+LEAST_SHARE = 0.5
 MOST_STEPS = 1000
+
+
+def share_of(slides: int, below: int) -> float:
+    """Return the share of the linear part in the answer: the fewer slides, the less a network has learnt from them.
+
+    Parameters
+    ----------
+    slides : int
+        Of training and validation.
+    below : int
+        ``linear_below`` of the recipe, which is more.
+    """
+    return max(1 - slides / below, LEAST_SHARE)
 
 
 class LinearPart(nn.Module):
@@ -113,18 +126,21 @@ def ridge(task: Task, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 class WithLinear(Wrapper):
-    """An aggregator and a linear part that answer together, with the mean of their logits.
+    """An aggregator and a linear part that answer together, with a mean of their logits.
 
     Parameters
     ----------
     aggregator : Aggregator
     linear : LinearPart
+    share : float
+        Weight of the linear part in the mean.
     """
 
-    def __init__(self, aggregator: Aggregator, linear: LinearPart) -> None:
+    def __init__(self, aggregator: Aggregator, linear: LinearPart, share: float) -> None:
         super().__init__(aggregator.in_dim, aggregator.n_outputs, aggregator)
         self.aggregator = aggregator
         self.linear = linear
+        self.share = share
 
     @property
     @override
@@ -141,19 +157,19 @@ class WithLinear(Wrapper):
         return replace(output, logits=self._joined(output.logits, self.linear(bags)))
 
     def _joined(self, logits: Tensor, linear: Tensor) -> Tensor:
-        return (1 - SHARE) * logits + SHARE * linear.to(logits.dtype)
+        return (1 - self.share) * logits + self.share * linear.to(logits.dtype)
 
     @override
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> Subsets | None:
         form = self.aggregator.readout(bags, output)
         if not isinstance(form, PooledBag):  # a maximum and the like cannot be joined with a mean
             return None
-        terms = SHARE * self.linear.terms(bags)
+        terms = self.share * self.linear.terms(bags)
         return replace(
             form,
             scores=np.concatenate([form.scores, np.zeros((len(terms), 1))], 1),
-            terms=np.concatenate([(1 - SHARE) * form.terms, terms[:, None]], 1),
-            bias=(1 - SHARE) * form.bias + SHARE * as_array(self.linear.readout.bias),
+            terms=np.concatenate([(1 - self.share) * form.terms, terms[:, None]], 1),
+            bias=(1 - self.share) * form.bias + self.share * as_array(self.linear.readout.bias),
         )
 
     @override
@@ -166,4 +182,4 @@ class WithLinear(Wrapper):
         # the weights of a mean are equal: the slope of instance i is a share of how far its term is from the mean
         terms = self.linear.terms(bags)
         slope = as_array(slope_of(self._joined(logits[0], linear[0]), value))
-        return np.asarray(inner + SHARE / len(terms) * (terms - terms.mean(0)) @ slope)
+        return np.asarray(inner + self.share / len(terms) * (terms - terms.mean(0)) @ slope)

@@ -35,7 +35,7 @@ from eosin.mil._feed import (
     pack_bags,
     require_places,
 )
-from eosin.mil._linear import LinearPart, WithLinear
+from eosin.mil._linear import LinearPart, WithLinear, share_of
 from eosin.mil._log import write_events, write_log
 from eosin.mil._objective import Objective
 from eosin.mil._optimizer import make_optimizer, move_average, rate_factor
@@ -136,8 +136,11 @@ class TrainingRun:
             self.standardizer = Standardizer.measure(train.bags, train.ids).to(self.device)
         self.linear: LinearPart | None = None
         # the refit, which has no validation part, trains on as many
-        if len(train) + len(val or ()) < recipe.linear_below:
+        self.share = 0.0
+        slides = len(train) + len(val or ())
+        if slides < recipe.linear_below:
             self.linear = LinearPart.solve(task, train).to(self.device)
+            self.share = share_of(slides, recipe.linear_below)
         self.average = copy.deepcopy(self.objective.strategy.inference_model()) if self.options.ema else None
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.options, self.parameters)
@@ -194,7 +197,7 @@ class TrainingRun:
         model = self.average or self.objective.strategy.inference_model()
         if self.standardizer is not None:
             model = Standardized(self.standardizer, model)
-        return model if self.linear is None else WithLinear(model, self.linear)
+        return model if self.linear is None else WithLinear(model, self.linear, self.share)
 
     def _train_pass(self, number: int) -> Epoch:
         # a sum would give pass 1 of seed 0 the draws of pass 0 of seed 1
@@ -375,7 +378,7 @@ class TrainingRun:
             "n_train": len(self.train),
             "n_train_patients": len(set(self.train.patient_ids)),
             "n_val": len(self.val) if self.val is not None else 0,
-            "linear": self.linear is not None,
+            "linear_share": self.share,
             "precision": self.precision,
             "fingerprint": self.fingerprint,
         }

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from eosin.features._bag import FeatureSpec
 from eosin.mil._checkpoint import load_model
 from eosin.mil._data import Examples, MemoryBags
-from eosin.mil._linear import RIDGE, LinearPart, WithLinear, ridge
+from eosin.mil._linear import RIDGE, LinearPart, WithLinear, ridge, share_of
 from eosin.mil._recipe import Component, Recipe, Training, choose_recipe
 from eosin.mil._train import fit
 from eosin.mil.bags import PackedBags
@@ -17,7 +17,7 @@ from eosin.mil.tasks._regression import Regression
 
 TASK = Classification(classes=("a", "b"))
 SMALL = Component(name="abmil", options={"embed_dims": [8], "hidden": 4})
-RECIPE = Recipe(aggregator=SMALL, training=Training(epochs=2, select="last"), linear_below=30)
+RECIPE = Recipe(aggregator=SMALL, training=Training(epochs=2, select="last"), linear_below=60)
 
 
 def examples(n=24, dim=5, seed=0):
@@ -68,9 +68,13 @@ def test_only_small_sets_get_one():
     assert choose_recipe("abmil").linear_below == 0
     fitted = fit(RECIPE, TASK, examples())
     assert isinstance(fitted.model, WithLinear)
-    assert fitted.card.training["linear"]
+    assert fitted.card.training["linear_share"] == 0.6
     large = fit(RECIPE.model_copy(update={"linear_below": 24}), TASK, examples())
     assert not isinstance(large.model, WithLinear)
+
+
+def test_few_slides_leave_the_network_less_to_say():
+    assert [share_of(slides, 200) for slides in (20, 50, 100, 199)] == [0.9, 0.75, 0.5, 0.5]
 
 
 def test_validation_slides_count_and_the_refit_has_one_too():
