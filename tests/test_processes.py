@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from multiprocessing.connection import Connection
@@ -100,8 +101,11 @@ def test_a_child_that_stops_in_the_midst_of_a_message_does_not_hold_the_run(monk
     monkeypatch.setattr(processes, "WHOLE_S", 0.3)
     child = Child(serve_half_a_message)
     child.send("go")
+    guard = threading.Timer(10, child.process.kill)  # so that this test fails and does not hang
+    guard.start()
     with pytest.raises(WorkerError, match=r"gave no answer for 0.3 s") as caught:
         child.receive()
+    guard.cancel()
     assert caught.value.code == "timeout"
     assert child.cause_of_death() == "SIGKILL"
     child.stop()
