@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from eosin import __version__
 from eosin._files import append_line, is_running, locked, write_json
-from eosin._seals import KEY, is_intact, parse_json, read_json, sealed
+from eosin._seals import KEY, LARGE_JSON_BYTES, LARGE_JSON_VALUES, is_intact, parse_json, read_json, sealed
 from eosin.errors import ConfigError
 
 Status = Literal["ok", "empty", "failed", "skipped"]
@@ -290,7 +290,7 @@ def _read_merged(path: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        data = read_json(path)
+        data = read_json(path, most_bytes=LARGE_JSON_BYTES, most_values=LARGE_JSON_VALUES)
         if data["schema"] not in (1, SCHEMA) or (data["schema"] == SCHEMA and not is_intact(data)):
             raise ValueError("it is damaged or was changed by hand")
         return [Record(**record) for record in data["records"]]
