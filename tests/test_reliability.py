@@ -263,14 +263,17 @@ def test_a_bag_of_200_000_tiles_fits(command: str, most_gib: float, tmp_path: Pa
     for number, n in enumerate([n_tiles, 50, 50, 50, 50, 50]):
         rows = rng.random((n, spec.dim), np.float32)
         write_bag(tmp_path / f"features/s{number}.h5", FeatureBag(rows, spec, f"s{number}"))
-    (tmp_path / "labels.csv").write_text("slide_id,label\n" + "".join(f"s{n},{'ab'[n % 2]}\n" for n in range(6)))
+    rows = "".join(f"p{n},s{n},{'ab'[n % 2]}\n" for n in range(6))
+    (tmp_path / "labels.csv").write_text(f"patient_id,slide_id,label\n{rows}")
     recipe = ("--recipe", "abmil", "--set", "recipe.training.epochs=1", "--set", "recipe.training.select=last")
     study = ("--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", *recipe)
     arguments = ("train", *study, "--out", tmp_path / "model")
-    assert limited(*arguments) < (most_gib if command == "train" else 4.0)
+    peak = limited(*arguments)
     if command == "predict":
         model = ("--model", tmp_path / "model", "--features", tmp_path / "features")
-        assert limited("predict", *model, "--out", tmp_path / "p.csv") < most_gib
+        peak = limited("predict", *model, "--out", tmp_path / "p.csv")
+    print(f"{command}: {peak:.2f} GiB")  # noqa: T201
+    assert peak < most_gib
 
 
 def limited(*arguments: object) -> float:
