@@ -262,6 +262,7 @@ def test_slides_of_several_files_are_refused_in_one_line(store, tmp_path):
     assert (made.status, made.reason) == ("failed", "unsupported-format")
 
 
+@pytest.mark.long
 def test_a_bucket_of_s3(store, tmp_path, monkeypatch):
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
