@@ -4,7 +4,9 @@
 2. ``logits = W m + b``, where the loss of all training bags plus ``RIDGE / 2 |W|²`` is least, with every column of m
    scaled to deviation 1. The losses of the tasks are convex in the logits, so there is one solution; it is computed,
    not approached by passes, and needs no validation bags.
-3. The model answers with a weighted mean of the logits of both parts, see `share_of`.
+3. The part is used where it predicts, in a cross-validation inside the training slides, better than one answer for all:
+   where a few tiles decide, a mean over all tiles says nothing.
+4. The model answers with a weighted mean of the logits of both parts, see `share_of`.
 
 |z| and not the standard deviation, because a mean over instances is a sum of what single instances say: every what-if
 stays exact (`eosin.mil._closed_forms.PooledBag` with one more branch, whose weights are equal).
@@ -34,6 +36,7 @@ from eosin.mil.task import Task
 RIDGE = 10.0
 LEAST_SHARE = 0.5
 MOST_STEPS = 1000
+FOLDS = 5
 
 
 def share_of(slides: int, below: int) -> float:
@@ -64,8 +67,8 @@ class LinearPart(nn.Module):
         self.readout = nn.Linear(2 * dim, n_outputs)
 
     @classmethod
-    def solve(cls, task: Task, train: Examples) -> Self:
-        """Return the one solution for these bags, see the text of this module.
+    def solve(cls, task: Task, train: Examples) -> Self | None:
+        """Return the one solution for these bags, or None where it does not help, see the text of this module.
 
         Parameters
         ----------
@@ -76,11 +79,14 @@ class LinearPart(nn.Module):
         part = cls(train.bags.spec.dim, task.n_outputs).requires_grad_(False)
         part.standardizer = Standardizer.measure(train.bags, train.ids)
         if not part.standardizer.mean.isfinite().all():
-            return part  # the first pass of training refuses such features and names the slides
+            return None  # the first pass of training refuses such features and names the slides
         means = torch.cat([part.means(PackedBags.pack([train.bags.load(name).float()])) for name in train.ids]).double()
         centre, spread = means.mean(0), means.std(0, unbiased=False)
         scale = torch.where(spread > SMALLEST_DEVIATION, 1 / spread, 0.0)
-        weight, bias = ridge(task, (means - centre) * scale, train.targets)
+        columns = (means - centre) * scale
+        if not helps(task, columns, train):
+            return None
+        weight, bias = ridge(task, columns, train.targets)
         part.readout.weight.copy_(weight * scale)
         part.readout.bias.copy_(bias - weight @ (centre * scale))
         return part
@@ -101,6 +107,23 @@ class LinearPart(nn.Module):
         rows = self.standardizer.rows(bags.values.float())
         level, spread = self.readout.weight.chunk(2, 1)
         return linear_terms("nd,kd->nk", rows, level) + linear_terms("nd,kd->nk", rows.abs(), spread)
+
+
+def helps(task: Task, columns: Tensor, train: Examples) -> bool:
+    """Return whether columns (B, M) predict held-out patients with less loss than the best answer that ignores them."""
+    names, patient = np.unique(np.asarray(train.patient_ids), return_inverse=True)
+    first = train.targets.reshape(len(train), -1)[:, 0].double().numpy()
+    value = np.bincount(patient, first) / np.bincount(patient)
+    # dealt in the order of their targets, so that every fold has some of each
+    fold = np.empty(len(names), dtype=np.int64)
+    fold[np.argsort(value, kind="stable")] = np.arange(len(names)) % FOLDS
+    gained = 0.0
+    for number in range(min(FOLDS, len(names))):
+        held = torch.from_numpy(fold[patient] == number)
+        for sign, known in ((1.0, columns), (-1.0, 0 * columns)):
+            weight, bias = ridge(task, known[~held], train.targets[~held])
+            gained -= sign * float(task.bag_losses(known[held] @ weight.T + bias, train.targets[held]).sum())
+    return gained > 0
 
 
 def ridge(task: Task, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

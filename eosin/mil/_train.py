@@ -194,7 +194,9 @@ def _refit(
     run = TrainingRun(whole, task, train.joined(val), None, place)
     for _ in range(fitted.card.training["best_epoch"]):
         run.one_pass()
-    return Fitted(run.result().model, fitted.card, fitted.history)
+    facts = fitted.card.training | {"linear_share": run.share}
+    card = fitted.card.model_copy(update={"training": facts})
+    return Fitted(run.result().model, card, fitted.history)
 
 
 def _finished(folder: Path, made_from: str) -> Fitted | None:

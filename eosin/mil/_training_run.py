@@ -139,7 +139,9 @@ class TrainingRun:
         self.share = 0.0
         slides = len(train) + len(val or ())
         if slides < recipe.linear_below:
-            self.linear = LinearPart.solve(task, train).to(self.device)
+            self.linear = LinearPart.solve(task, train)
+        if self.linear is not None:
+            self.linear = self.linear.to(self.device)
             self.share = share_of(slides, recipe.linear_below)
         self.average = copy.deepcopy(self.objective.strategy.inference_model()) if self.options.ema else None
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]

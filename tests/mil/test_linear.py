@@ -73,6 +73,14 @@ def test_only_small_sets_get_one():
     assert not isinstance(large.model, WithLinear)
 
 
+def test_there_is_none_where_means_say_nothing():
+    plain = examples()
+    shuffled = Examples(plain.bags, plain.ids, plain.ids, torch.arange(24) // 2 % 2)
+    assert LinearPart.solve(TASK, plain) is not None
+    assert LinearPart.solve(TASK, shuffled) is None
+    assert fit(RECIPE, TASK, shuffled).card.training["linear_share"] == 0
+
+
 def test_few_slides_leave_the_network_less_to_say():
     assert [share_of(slides, 200) for slides in (20, 50, 100, 199)] == [0.9, 0.75, 0.5, 0.5]
 
