@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods import mambamil, set_transformer, transmil
+from eosin.mil.methods import mambamil, set_transformer, transmil, wikg
 from eosin.mil.slots import AGGREGATORS
 
 WIDTH = 64
@@ -25,6 +25,7 @@ MODELS = {
     "mambamil": {"width": WIDTH, "hidden": 16, "d_state": 2},
     "owlora": {"host_options": GDAT},
     "set_transformer": {"embed_dims": (WIDTH,), "width": WIDTH, "heads": 8, "tokens": 4},
+    "wikg": {"width": WIDTH, "neighbours": 4},
     "transformer": {"width": WIDTH, "heads": 8, "feed_forward": WIDTH},
     "transmil": {"width": WIDTH, "heads": 8, "landmarks": 16},
 }
@@ -36,6 +37,7 @@ LIMITS = {
     "owlora": 6.5,
     "set_transformer": 4,
     "transformer": 11.5,
+    "wikg": 8,
     "transmil": 10,
 }
 IN_DIMS = {"downsampled": WIDTH, "owlora": 2 * WIDTH}  # features matter where copies of them are made
@@ -82,6 +84,7 @@ def _small_pieces(monkeypatch):
         monkeypatch.setattr(attention, size, 64)
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 2**13)
     monkeypatch.setattr(set_transformer, "SMALL_BAG", 0)
+    monkeypatch.setattr(wikg, "EDGE_ROWS", 64)
     monkeypatch.setattr(mambamil, "GROUP_ELEMENTS", 2**14)
     monkeypatch.setattr(transmil, "PPEG_CHANNELS", WIDTH // 4)
 
