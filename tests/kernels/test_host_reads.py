@@ -55,7 +55,8 @@ def test_no_step_reads_a_value_on_the_host(name, monkeypatch):
     targets = (
         torch.tensor([[1.0, 1], [2, 0], [3, 1]]).double() if isinstance(task, DiscreteSurvival) else torch.arange(3)
     )
-    host = PackedBags.pack([torch.randn(n, DIM) for n in LENGTHS])
+    places = [torch.stack([torch.arange(n) * 1.0] * 2, 1) for n in LENGTHS]
+    host = PackedBags.pack([torch.randn(n, DIM) for n in LENGTHS], places=places)
     with PretendedGpu():
         to_gpu(objective)
         objective.start_step(0.5)

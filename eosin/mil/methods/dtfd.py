@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eosin.kernels import bag_offsets, segment_softmax, segment_sum, segment_topk_mask
+from eosin.kernels import bag_offsets, segment_softmax, segment_topk_mask
 from eosin.mil._layers import Attention, as_dtype, embedding
 from eosin.mil._recipe import RECIPES, Component, Recipe, Term, Training
 from eosin.mil.bags import PackedBags
@@ -110,29 +110,29 @@ class Dtfd(Aggregator):
         dealt = PackedBags(bags.values[order], bag_offsets(lengths, bags.values.device), lengths)  # (B * groups) bags
         pool = self.first.pool(dealt.values, dealt)
         pooled = as_dtype(pool.pooled[:, 0], self.classifier.weight)  # (B * groups, E)
-        filled = (counts > 0).to(pooled.device)
-        first = self.first_classifier(pooled).view(bags.n_bags, self.groups, -1) * filled[..., None]
+        filled = counts > 0  # on the host, so that no step waits for a device
+        first = self.first_classifier(pooled).view(bags.n_bags, self.groups, -1) * filled[..., None].to(pooled.device)
         weights = segment_softmax(pool.scores, dealt.cu_seqlens)  # (N, 1)
         if self.distillation == "afs":
-            kept = filled.flatten()
-            tier, per_bag = pooled[kept], (counts > 0).sum(1)
-            share_of = torch.repeat_interleave(kept.cumsum(0) - 1, counts.flatten().to(kept.device))
+            number = filled.flatten().cumsum(0) - 1  # of each pseudo-bag among those with instances
+            tier, per_bag = pooled[filled.flatten().nonzero()[:, 0].to(pooled.device)], filled.sum(1)
+            rows = torch.repeat_interleave(number, counts.flatten()).to(pooled.device)
         else:
-            chosen = self._chosen(dealt, weights)
-            number = segment_sum(chosen[:, None].to(weights.dtype), dealt.cu_seqlens)  # ties may be highest and lowest
-            tier, per_bag = dealt.values[chosen], number.view(counts.shape).sum(1).long()
+            per_bag = counts.clamp(max=self.kept * (2 if self.distillation == "maxmin" else 1)).sum(1)
+            rows = torch.nonzero_static(self._chosen(dealt, weights), size=int(per_bag.sum()))[:, 0]
+            tier = dealt.values[rows]
         upper = tuple(per_bag.tolist())
         second = PackedBags(tier, bag_offsets(upper, tier.device), upper)
         read = self.second.pool(second.values, second)
         bag = as_dtype(read.pooled[:, 0], self.classifier.weight)
         top = segment_softmax(read.scores, second.cu_seqlens)
         if self.distillation == "afs":
-            whole = weights * top[share_of]
+            whole = weights * top[rows]
         else:
-            whole = torch.zeros_like(weights).index_copy(0, chosen.nonzero()[:, 0], top.to(weights.dtype))
+            whole = torch.zeros_like(weights).index_copy(0, rows, top.to(weights.dtype))
         whole = torch.zeros_like(whole).index_copy(0, order, whole)  # in the order of the bags
         scores = whole.clamp_min(torch.finfo(whole.dtype).tiny).log()
-        return DtfdOutput(self.classifier(bag), bag, scores, bags.values, first, filled)
+        return DtfdOutput(self.classifier(bag), bag, scores, bags.values, first, filled.to(bag.device))
 
     def _dealt(self, bags: PackedBags) -> tuple[Tensor, Tensor]:
         """Return the rows of all pseudo-bags, (N,), and how many instances each has, (B, groups) on the host."""
@@ -158,7 +158,8 @@ class Dtfd(Aggregator):
             rank = activation if self.n_outputs == 1 else activation.softmax(1)[:, -1:]
             chosen = segment_topk_mask(rank, dealt.cu_seqlens, self.kept)
             if self.distillation == "maxmin":
-                chosen = chosen | segment_topk_mask(rank, dealt.cu_seqlens, self.kept, largest=False)
+                rest = rank.masked_fill(chosen, torch.inf)  # of equal ranks none is both
+                chosen = chosen | segment_topk_mask(rest, dealt.cu_seqlens, self.kept, largest=False)
         return chosen[:, 0]
 
 

@@ -233,6 +233,14 @@ class Group:
             return rows.view(*self.there.shape, *rows.shape[1:])
         return nn.utils.rnn.pad_sequence(list(torch.split(rows, list(self.lengths))), batch_first=True)
 
+    def packed(self, taken: Tensor) -> Tensor:
+        """Return (b, L, ...), or a piece of a single bag, as packed rows."""
+        flat = taken.flatten(0, 1)
+        if self.even:
+            return flat
+        # how many there are is known, so that no device is asked
+        return flat[torch.nonzero_static(self.there.flatten(), size=sum(self.lengths))[:, 0]]
+
 
 class Layer(nn.Module):
     """One layer of equation 2.
@@ -276,10 +284,10 @@ class Layer(nn.Module):
             for first in range(0, group.there.shape[1], step):
                 piece = slice(first, first + step)
                 given = (queries[:, :, piece], keys, values)
-                attend = partial(self._attend, places=places, piece=piece, there=group.there)
+                attend = partial(self._attend, places=places, piece=piece, there=None if group.even else group.there)
                 large = step < group.there.shape[1] and torch.is_grad_enabled()
                 some = checkpoint(attend, *given, use_reentrant=False) if large else attend(*given)
-                read.append(some.transpose(1, 2)[group.there[:, piece]])
+                read.append(group.packed(some.transpose(1, 2)))
         whole = torch.cat(read).flatten(1)
         del read, queries, keys, values  # a large bag fills the memory
         tokens = tokens + by_rows(self.out, whole)
@@ -306,12 +314,11 @@ class Layer(nn.Module):
         query, key = self._projected(tokens, self.query, self.key)
         weights = torch.from_numpy(row).to(tokens)
         places = None if layout.places is None else layout.places[None]
-        there = torch.ones_like(weights, dtype=torch.bool)[None]
         total = torch.zeros_like(weights)
         asked = weights.nonzero()[:, 0]
         for piece in torch.split(asked, max(1, attention.CHUNK_ELEMENTS // (self.heads * len(weights)))):
             scores = torch.einsum("qhd,khd->hqk", query[piece], key) * query.shape[2] ** -0.5
-            bias = self._bias(places, piece, there)
+            bias = self._bias(places, piece, None)
             maps = (scores if bias is None else scores + bias[0]).softmax(2).mean(0)
             total += weights[piece] @ maps
         return as_array(total)
@@ -322,20 +329,20 @@ class Layer(nn.Module):
         return [part.view(len(tokens), self.heads, -1) for part in rows]
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, places: Tensor | None, piece: slice, there: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, *, places: Tensor | None, piece: slice, there: Tensor | None
     ) -> Tensor:
         """Return what some queries (b, H, q, d) read of keys and values (b, H, L, d)."""
         bias = self._bias(places, piece, there)
         mask = None if bias is None else bias.to(query.dtype).expand(-1, -1, query.shape[2], -1)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
-    def _bias(self, places: Tensor | None, piece: slice | Tensor, there: Tensor) -> Tensor | None:
+    def _bias(self, places: Tensor | None, piece: slice | Tensor, there: Tensor | None) -> Tensor | None:
         """Return what is added to the scores of some tokens (b, q) of a group with all of their bags, or None."""
         bias = None
         if places is not None:
             far = torch.cdist(places[:, piece], places).nan_to_num()  # (b, q, L); class tokens are far from nothing
             bias = -self.slopes[:, None, None] * far[:, None]
-        if there.all():
+        if there is None:
             return bias
         hidden = torch.where(there, 0.0, -torch.inf).to(self.slopes)[:, None, None]
         return hidden if bias is None else bias + hidden
