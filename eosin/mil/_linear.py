@@ -12,8 +12,7 @@
 stays exact (`eosin.mil._closed_forms.PooledBag` with one more branch, whose weights are equal).
 
 The ridge is the prior that a weight is about 0.3 log-odds per deviation. It is fixed, because choosing it by
-cross-validation inside 50 bags was worse on each of three sets; docs/training.md has the figures and says which sets
-were seen when it was fixed.
+cross-validation inside 50 bags was worse on UCSB and MUSK1; docs/evaluation.md says which sets were seen.
 """
 
 from dataclasses import replace
