@@ -37,7 +37,8 @@ HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HOPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 LUNIT: tuple[Triple, Triple] = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
-STATISTICS = {"ImageNet": IMAGENET, "half": HALF, "CLIP": CLIP, "H-optimus": HOPTIMUS, "Lunit": LUNIT}
+HIBOU: tuple[Triple, Triple] = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
+STATISTICS = {"ImageNet": IMAGENET, "half": HALF, "CLIP": CLIP, "H-optimus": HOPTIMUS, "Lunit": LUNIT, "Hibou": HIBOU}
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,8 @@ _ROWS: Sequence[EncoderSpec] = (
          **_BIOPTIMUS),
     _row("h0_mini_mean", 1536, HOPTIMUS, _h0_mini("cls_mean"), source="bioptimus/H0-mini", licence=_NC_ND, gated=True,
          note="class token and mean patch", **_BIOPTIMUS),
+    _row("hibou_b", 768, HIBOU, _h0_mini("cls"), source="histai/hibou-b", licence="Apache-2.0",
+         revision="5cc6343e7d777b4dd6e78954162b9772af27f274", aliases=("hibou",), **_BICUBIC),
     _row("kaiko_vits16", 384, HALF, _kaiko("small", 16)),
     _row("kaiko_vits8", 384, HALF, _kaiko("small", 8)),
     _row("kaiko_vitb16", 768, HALF, _kaiko("base", 16)),

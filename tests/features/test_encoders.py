@@ -14,8 +14,8 @@ from eosin.features._encoders import ENCODERS, Precision, find_encoder, folder_n
 from eosin.features._inference import load_encoder
 
 SMALL = "timm:test_vit?random"
-IMAGENET, HALF, CLIP, HOPTIMUS, LUNIT = (
-    encoders.IMAGENET, encoders.HALF, encoders.CLIP, encoders.HOPTIMUS, encoders.LUNIT
+IMAGENET, HALF, CLIP, HOPTIMUS, LUNIT, HIBOU = (
+    encoders.IMAGENET, encoders.HALF, encoders.CLIP, encoders.HOPTIMUS, encoders.LUNIT, encoders.HIBOU
 )  # fmt: skip
 NETWORKS = {  # width, tokens before the first patch, input px, statistics, interpolation: as the model cards say
     "resnet50": (1024, 0, 224, IMAGENET, "bilinear"),
@@ -32,6 +32,7 @@ NETWORKS = {  # width, tokens before the first patch, input px, statistics, inte
     "hoptimus1": (1536, 5, 224, HOPTIMUS, "bicubic"),
     "h0_mini": (768, 5, 224, HOPTIMUS, "bicubic"),
     "h0_mini_mean": (1536, 5, 224, HOPTIMUS, "bicubic"),
+    "hibou_b": (768, 5, 224, HIBOU, "bicubic"),
     "kaiko_vits16": (384, 1, 224, HALF, "bilinear"),
     "kaiko_vits8": (384, 1, 224, HALF, "bilinear"),
     "kaiko_vitb16": (768, 1, 224, HALF, "bilinear"),

@@ -347,3 +347,21 @@ def test_efficientnet_lite_takes_its_published_names() -> None:
     assert set(network.adapt(dict(state))) == set(state)
     with pytest.raises(ValueError, match="293 tensors, where the network has 294"):
         network.adapt({name: value for name, value in published.items() if name != "_bn0.bias"})
+
+
+def test_hibou_is_a_transformer_with_registers_and_gates() -> None:
+    """Two blocks of the size that the model's config.json states, from the package transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=768, num_hidden_layers=2, num_attention_heads=12, image_size=224, patch_size=14,
+        num_register_tokens=4, use_swiglu_ffn=True, mlp_ratio=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Dinov2WithRegistersModel(config).eval()
+    build = ENCODERS["hibou_b"].build
+    architecture, pooling, arguments = build.args
+    network = build.func(architecture, pooling, {**arguments, "depth": 2}, **build.keywords)
+    network.trunk.load_state_dict(network.adapt(dict(theirs.state_dict())))
+    pictures = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(pictures), theirs(pixel_values=pictures).pooler_output)
