@@ -11,11 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from eosin._batch import Outcome, run_batch
+from eosin._batch import run_batch
 from eosin._devices import choose_device, count_cores
 from eosin._names import Ids, as_url, is_missing, slide_id
 from eosin._records import Record
@@ -45,8 +45,8 @@ from eosin.mil.task import TASKS, Task
 from eosin.mil.tasks._classification import Binary, Classification
 from eosin.pipeline._deploy import tiles_like
 from eosin.wsi._grid import Tiling
-from eosin.wsi._job import JobFolder
-from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides, open_file
+from eosin.wsi._job import JobFolder, open_header, slide_key
+from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,7 +55,8 @@ STAGE = "check"
 HEADERS_S = 30.0
 """After so many seconds no further header is opened: a check of 10,000 slides on a slow disk still ends."""
 
-AT_ONCE = 1000
+AT_ONCE = 100
+SLOW = "timeout"
 FEW_SLIDES = 64
 """Headers of so many slides are opened in this process: child processes would take longer to start."""
 
@@ -184,31 +185,14 @@ def open_headers(files: Sequence[SlideFile], workers: int = 0) -> Headers:
     """
     if len(files) > FEW_SLIDES:
         workers = max(workers, min(4, count_cores()))
-    rounds = -(-len(files) // AT_ONCE)
-    end, records = time.monotonic() + HEADERS_S, list[Record]()
-    for number in range(rounds):
-        report = run_batch(
-            files[number::rounds], _open_header, key=_id, stage=STAGE, workers=workers,
-            timeout_s=HEADER_TIMEOUT_S if workers else None,
-        )  # fmt: skip
-        records += report.records
-        if time.monotonic() > end:
-            break
-    return Headers(len(files), tuple(records))
-
-
-def _id(slide: SlideFile) -> str:
-    return slide.slide_id
-
-
-def _open_header(slide: SlideFile) -> Outcome:
-    """Return the slide's area as the message of its record, which is all that comes back from a child process."""
-    if slide.url:  # its header is at its end as often as not, so only the store is asked
-        slide.version()
-        return Outcome("skipped")
-    with open_file(slide.path) as reader, reader.slide(scene=slide.scene, plane=slide.plane, mpp=slide.mpp) as opened:
-        width, height = opened.size_px0
-        return Outcome(message=repr(width * height * opened.mpp**2 / 1e6))
+    # the first of them are spread over the cohort, whose slides often lie in the order of their scanners
+    spread = [one for start in range(AT_ONCE) for one in files[start::AT_ONCE]]
+    report = run_batch(
+        spread, partial(open_header, until=time.time() + HEADERS_S), key=slide_key, stage=STAGE, workers=workers,
+        timeout_s=HEADER_TIMEOUT_S if workers else None,
+    )  # fmt: skip
+    # a header that takes longer, on a busy machine or a slow disk, says nothing against its slide
+    return Headers(len(files), tuple(one for one in report.records if one.status != "skipped" and one.reason != SLOW))
 
 
 def check_headers(problems: Problems, files: Sequence[SlideFile], workers: int = 0) -> Headers:

@@ -1,6 +1,8 @@
 """The job folder (the layout that TRIDENT users know) and the stage that fills its first part."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from eosin.wsi._picture import draw_outline, write_jpeg
 from eosin.wsi._quality import QualityLimits, TileQuality
 from eosin.wsi._scoring import score_tiles
 from eosin.wsi._slide import Slide
-from eosin.wsi._slide_file import SlideFile, copy_ahead
+from eosin.wsi._slide_file import SlideFile, copy_ahead, open_file
 from eosin.wsi._tissue import TISSUE_VERSION, TissueMask, TissueOptions, find_tissue, look_over, tissue_from_outline
 
 logger = logging.getLogger(__name__)
@@ -410,6 +412,29 @@ def _outcome(grid: TileGrid, mask: TissueMask, notes: Sequence[str]) -> Outcome:
         return Outcome("empty", "; ".join(["no tissue was found", *notes]))
     reason = f"no tile has {grid.tiling.min_tissue:.0%} tissue and passes every limit of quality"
     return Outcome("empty", "; ".join([reason, *notes]))
+
+
+def open_header(slide: SlideFile, *, until: float = math.inf) -> Outcome:
+    """Open a slide and nothing of its pixels, as long as `time.time` is not `until`.
+
+    It is here, and not where it is asked for, so that a child process starts without torch.
+
+    Returns
+    -------
+    Outcome
+        With the area in mm² as its message, which is all that comes back from a child process; skipped where it is too
+        late.
+    """
+    if time.time() > until:
+        return Outcome("skipped")
+    with open_file(slide.path) as reader, reader.slide(scene=slide.scene, plane=slide.plane, mpp=slide.mpp) as opened:
+        width, height = opened.size_px0
+        return Outcome(message=repr(width * height * opened.mpp**2 / 1e6))
+
+
+def slide_key(slide: SlideFile) -> str:
+    """Return the id of a slide, as the key of a batch."""
+    return slide.slide_id
 
 
 def read_overrides(path: Path, tissue: TissueOptions) -> dict[str, TissueOptions]:
