@@ -270,7 +270,7 @@ def _counted(number: int, cohort: Cohort) -> str:
 def _ordered(cohort: Cohort, *, val: Iterable[str], test: Iterable[str]) -> Split:
     in_val, in_test = set(val), set(test)
     return Split(
-        tuple(slide for slide in cohort.slide_ids if slide not in in_val | in_test),
+        tuple(slide for slide in cohort.slide_ids if slide not in in_val and slide not in in_test),
         tuple(slide for slide in cohort.slide_ids if slide in in_val),
         tuple(slide for slide in cohort.slide_ids if slide in in_test),
     )
