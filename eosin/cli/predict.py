@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 @command(
-    rare=("ids", "slide_mpp", "scene", "plane", "weights"), of_job={"model": "model", "out": "predictions.csv"},
+    rare=("ids", "slide_mpp", "scene", "plane", "weights", "target", "with_seen"),
+    of_job={"model": "model", "out": "predictions.csv"},
     cluster="job", checks_device=False,
 )  # fmt: skip
 def predict(

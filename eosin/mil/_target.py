@@ -94,6 +94,7 @@ def can_be_label(column: Sequence[str], kind: str = "") -> bool:
 
 
 def is_number(text: str) -> bool:
+    """Return whether a cell is a number, with a decimal point or comma."""
     try:
         float(decimal_point(text))
     except ValueError:
