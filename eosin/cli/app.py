@@ -69,7 +69,7 @@ def eosin(
     """Find tissue on slides, encode tiles, train slide-level models, predict, and draw heat maps.
 
     `eosin COMMAND --help` explains one command. Exit codes: 0 all done, 1 some slides failed, 2 wrong usage or options,
-    3 a problem of the machine (disk, device, package), 128+n stopped by signal n.
+    3 a problem of the machine (disk, device, package), 4 time is over and slides are left, 128+n stopped by signal n.
     """
 
 
