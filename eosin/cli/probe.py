@@ -16,7 +16,10 @@ REPORT = "report.html"
 
 @command(
     "task", "target", "folds",
-    rare=("slide_table", "task", "group", "level", "missing", "ids", "compare", "strength", "neighbours", "repeats"),
+    rare=(
+        "splits", "seed", "slide_table", "task", "group", "level", "missing", "ids", "compare", "strength", "neighbours",
+        "repeats",
+    ),
     of_job={"out": "probe"},
 )  # fmt: skip
 def probe(

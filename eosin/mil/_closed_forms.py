@@ -107,6 +107,16 @@ class PooledBag(Subsets):
         return replace(self, terms=terms, bias=np.concatenate([np.zeros_like(self.bias), self.bias]))
 
     @override
+    def with_linear(self, share: float, terms: Floats, bias: Floats) -> Self:
+        # one more branch, in which all instances have the same attention
+        return replace(
+            self,
+            scores=np.concatenate([self.scores, np.zeros((len(terms), 1))], 1),
+            terms=np.concatenate([(1 - share) * self.terms, share * terms[:, None]], 1),
+            bias=(1 - share) * self.bias + share * bias,
+        )
+
+    @override
     def join(self, donor: Self) -> Self:
         scores = np.concatenate([self.scores, donor.scores])
         return replace(self, scores=scores, terms=np.concatenate([self.terms, donor.terms]))

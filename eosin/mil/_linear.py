@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from eosin.kernels import segment_mean
-from eosin.mil._closed_forms import PooledBag, linear_terms
+from eosin.mil._closed_forms import linear_terms
 from eosin.mil._data import Examples
 from eosin.mil._standardize import SMALLEST_DEVIATION, Standardizer
 from eosin.mil.bags import PackedBags
@@ -184,15 +184,9 @@ class WithLinear(Wrapper):
     @override
     def readout(self, bags: PackedBags, output: AggregatorOutput) -> Subsets | None:
         form = self.aggregator.readout(bags, output)
-        if not isinstance(form, PooledBag):  # a maximum and the like cannot be joined with a mean
+        if form is None:
             return None
-        terms = self.share * self.linear.terms(bags)
-        return replace(
-            form,
-            scores=np.concatenate([form.scores, np.zeros((len(terms), 1))], 1),
-            terms=np.concatenate([(1 - self.share) * form.terms, terms[:, None]], 1),
-            bias=(1 - self.share) * form.bias + self.share * as_array(self.linear.readout.bias),
-        )
+        return form.with_linear(self.share, self.linear.terms(bags), as_array(self.linear.readout.bias))
 
     @override
     def weight_gradient(self, bags: PackedBags, value: Value) -> Floats | None:

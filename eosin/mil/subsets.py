@@ -145,6 +145,19 @@ class Subsets(ABC):
         """Whether no question at all runs the model."""
         return not self.price
 
+    def with_linear(self, share: float, terms: Floats, bias: Floats) -> "Subsets | None":
+        """Return the bag of a model that answers together with a linear one; None where no such form is known.
+
+        Parameters
+        ----------
+        share : float
+            Weight of the linear model in the mean of the logits.
+        terms : (n, K) float64
+            What each instance adds to its logits when it is alone.
+        bias : (K,) float64
+        """
+        return None
+
     @abstractmethod
     def logits(self) -> Floats:
         """Return the prediction, (K,)."""

@@ -14,6 +14,7 @@ from eosin import __version__
 from eosin.cli._settings import options_of
 from eosin.cli.app import COMMANDS, app
 from eosin.cli.heatmap import DEFAULT_FORMATS
+from eosin.mil._recipe import choose_recipe
 from eosin.pipeline._run import Pipeline
 from eosin.wsi._grid import Tiling
 
@@ -33,6 +34,10 @@ PROMISED = {  # names that scripts rely on
     "check": "--slides --labels --encoder --recipe --job",
     "run": "--slides --labels --encoder --recipe --job --study",
     "studies": "--against",
+    "init": "--slides --labels --out",
+    "embed": "--features --encoder --model --out",
+    "probe": "--features --labels --method --out",
+    "zeroshot": "--features --prompts --labels --out",
     "jobs": "",
     "counterfactual": "--model --features --slides --out",
     "view": "--model --features --slides --out --port --html --replay",
@@ -92,7 +97,7 @@ def test_the_help_of_the_pipeline_states_its_defaults() -> None:
     for field in ("encoder", "task", "folds"):
         assert options("run")[f"--{field}"].show_default == str(Pipeline.model_fields[field].default)
     assert options("heatmap")["--format"].show_default == ",".join(Pipeline().formats) == ",".join(DEFAULT_FORMATS)
-    assert options("run")["--recipe"].show_default == Pipeline().recipe.aggregator.name
+    assert choose_recipe(str(options("run")["--recipe"].show_default)) == Pipeline().recipe
 
 
 def test_underscores_are_taken_for_dashes(run: Run) -> None:
