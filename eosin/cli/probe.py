@@ -17,8 +17,8 @@ REPORT = "report.html"
 @command(
     "task", "target", "folds",
     rare=(
-        "splits", "seed", "slide_table", "task", "group", "level", "missing", "ids", "compare", "strength", "neighbours",
-        "repeats",
+        "splits", "seed", "slide_table", "task", "group", "level", "missing", "ids", "compare", "strength",
+        "neighbours", "repeats",
     ),
     of_job={"out": "probe"},
 )  # fmt: skip
