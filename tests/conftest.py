@@ -1,6 +1,7 @@
 """Fixtures and guards that every test shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton, which reads it once
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["EOSIN_PRECISION"] = "fp32"  # what is faster here must not decide what a test finds
 
