@@ -40,9 +40,10 @@ class Folders:
 
     def _hide(self, path: Path, placeholder: str) -> None:
         is_word = len(path.parts) == 1  # `--slides slides`: the word has other meanings in the midst of a line
-        self._rules[
-            rf"(?:(?<=: )|^){re.escape(str(path))}(?=:)" if is_word else f"{BEGINS}{re.escape(str(path))}{ENDS}"
-        ] = placeholder
+        if str(path) not in SLIDES:  # a folder called slides names nobody, and tables have slides, too
+            self._rules[
+                rf"(?:(?<=: )|^){re.escape(str(path))}(?=:)" if is_word else f"{BEGINS}{re.escape(str(path))}{ENDS}"
+            ] = placeholder
         self._rules[f"{BEGINS}{re.escape(str(path))}{os.sep}{BELOW}"] = ""
 
     def left_out(self, text: str) -> str:

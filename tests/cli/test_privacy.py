@@ -284,6 +284,7 @@ def test_folders_are_named_when_that_is_asked_for(run: Run, tmp_path: Path) -> N
         ("run `eosin tile --slides {root}`", "run `eosin tile --slides <slides>`"),
         ("{root}/Doe, J/a.svs and {root}/Dr Roe/b/a.svs are", "a.svs and a.svs are"),
         ("2 slides: 2 ok", "2 slides: 2 ok"),
+        ("labels: slides: column 'Slide'", "labels: slides: column 'Slide'"),
         ("{root}2/s.svs", "slides2/s.svs"),
         ("{job}/records/x.json", "job/records/x.json"),
         ("{root.parent} is full", "<folder> is full"),
