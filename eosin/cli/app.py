@@ -6,6 +6,7 @@ import typer
 
 from eosin import __version__
 from eosin.cli import (
+    card,
     check,
     convert,
     counterfactual,
@@ -91,6 +92,7 @@ COMMANDS = {
     "probe": probe.probe,
     "zeroshot": zeroshot.zeroshot,
     "predict": predict.predict,
+    "card": card.card,
     "heatmap": heatmap.heatmap,
     "counterfactual": counterfactual.counterfactual,
     "view": view.view,

@@ -43,6 +43,7 @@ from eosin.report._measures import (
     over_folds,
     threshold_table,
 )
+from eosin.report._model_card import model_card
 from eosin.report._page import Link, Metric, Picture, ReportData, SlideCard, slide_pictures
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
@@ -175,6 +176,7 @@ def make_report(result: Result, *, truth: Mapping[str, BaseGeometry] | None = No
         notes=(*_notes(result), *shortened(result.predictions)),
         provenance=_provenance(result),
         flow=result.flow,
+        card=model_card(result.metrics, load_card(result.model), notes=_notes(result)[1:]),
         links=tuple(Link(one.name, one.report, one.note) for one in result.earlier),
     )
 

@@ -1,8 +1,4 @@
-"""The model card: what a reader must know of a model, filled from its run, with what only a person knows left open.
-
-Items carry their number in the checklists that journals ask for: TRIPOD+AI (Collins et al., BMJ 2024;385:e078378) as T,
-and CLAIM (Tejani et al., Radiology: Artificial Intelligence 2024;6:e240300) as C.
-"""
+"""The parts of a model card, for a page and as Markdown; `eosin.report._model_card` fills them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,17 +35,22 @@ class CardPart:
 
 def card_markdown(title: str, parts: Sequence[CardPart]) -> str:
     """Return a card as Markdown, with a check list of what is open at its end."""
-    lines = [f"# {title}", "", "Numbers in brackets: items of TRIPOD+AI (T) and CLAIM (C).", ""]
+    lines = [f"# {title}", "", "In brackets: items of TRIPOD+AI (T) and CLAIM that ask for it.", ""]
     for part in parts:
         lines += [f"## {part.heading}", ""]
         lines += [
             f"- **{item.name}**{_numbers(item)}: {_plain(item.text) or f'*open: {item.ask}*'}" for item in part.items
         ]
         lines += [""]
-    open_items = [item for part in parts for item in part.items if not item.text]
-    if open_items:
-        lines += ["## Open", "", *(f"- [ ] {item.name}{_numbers(item)}: {item.ask}" for item in open_items), ""]
+    left = open_items(parts)
+    if left:
+        lines += ["## Open", "", *(f"- [ ] {item.name}{_numbers(item)}: {item.ask}" for item in left), ""]
     return "\n".join(lines)
+
+
+def open_items(parts: Sequence[CardPart]) -> list[CardItem]:
+    """Return the items that a person must write."""
+    return [item for part in parts for item in part.items if not item.text]
 
 
 def _numbers(item: CardItem) -> str:

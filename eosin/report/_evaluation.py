@@ -41,6 +41,7 @@ from eosin.report._measures import (
     site_table,
     threshold_table,
 )
+from eosin.report._model_card import model_card
 from eosin.report._page import Confusion, Picture, ReportData, SlideCard, write_report
 
 WORST = 12
@@ -177,6 +178,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         notes=(*context.notes, *shortened(frame)),
         provenance=context.provenance,
         flow=context.flow,
+        card=model_card(metrics, notes=context.notes),
     )
 
 

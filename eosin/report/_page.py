@@ -301,12 +301,13 @@ def _hash(script: str) -> str:
 
 
 def _hows(metrics: Sequence[Metric]) -> list[tuple[str, list[str]]]:
-    """Return each way in which metrics were made, with their names."""
+    """Return each way in which metrics were made, with their names; without names that of most, which comes first."""
     found: dict[str, list[str]] = {}
     for metric in metrics:
         if metric.note:
             found.setdefault(metric.note, []).append(metric.name)
-    return list(found.items())
+    ordered = sorted(found.items(), key=lambda how: -len(how[1]))
+    return [(note, names if number else []) for number, (note, names) in enumerate(ordered)]
 
 
 def _sections(data: ReportData) -> list[tuple[str, str]]:

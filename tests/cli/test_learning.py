@@ -141,6 +141,15 @@ def test_crossval_writes_models_predictions_metrics_and_a_report(
     ]
     for fold in range(3):
         assert load_card(tmp_path / f"fold_{fold}").features.encoder == "he_texture"
+    lines = result.stderr.splitlines()
+    assert any(line.startswith("Area under the ROC curve: ") and "3 folds (mean ± sd)" in line for line in lines)
+    assert lines[-1].endswith("report.html in a browser")
+    made = run("card", tmp_path)
+    assert (made.exit_code, made.stdout.strip()) == (0, str(tmp_path / "model_card.md"))
+    assert "**Preparation** (T 7, 9; CLAIM: data preparation): features of he\\_texture" in (
+        tmp_path / "model_card.md"
+    ).read_text()
+    assert "items are open" in made.stderr
 
 
 def test_predict_gives_a_row_per_slide(model: Path, features: Path, run: Run, tmp_path: Path) -> None:

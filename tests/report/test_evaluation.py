@@ -72,6 +72,7 @@ def judged(kind, n=60, seed=0):
     metrics = task.metrics(outputs, target.numpy())
     estimates = bootstrap(task, outputs, target.numpy(), frame["patient_id"].tolist(), resamples=10)
     summary = {
+        "task": task.model_dump(mode="json"),
         "n_folds": 3,
         "metrics": summarise_folds([metrics] * 3),
         "out_of_fold": {name: estimate.as_json() for name, estimate in estimates.items()},
@@ -316,16 +317,57 @@ def test_the_report_opens_in_a_browser_without_the_network(tmp_path, kind):
         pytest.skip("there is no chromium at /usr/bin/chromium")
     task, frame, summary = judged(kind)
     write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
+    wrong, over = [], {}
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: wrong.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        pictures = page.evaluate("[...document.images].map(i => i.naturalWidth)")
+        for width in (390, 1280, 3840):
+            page.set_viewport_size({"width": width, "height": 900})
+            over[width] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            widest = page.evaluate("Math.max(...[...document.querySelectorAll('h2')].map(h => h.offsetWidth))")
+            assert widest > 0.3 * width
+        browser.close()
+    assert all(pictures)
+    assert max(over.values()) <= 0
+    assert [text for text in wrong if not text.startswith(("file:", "data:"))] == []
+
+
+def test_tables_sort_and_filter_and_pictures_enlarge(tmp_path):
+    sync = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip("there is no chromium at /usr/bin/chromium")
+    task, frame, summary = judged("binary")
+    write_report(tmp_path / "report.html", evaluation_report(summary, frame, task, Context()))
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        said: list[str] = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("request", lambda request: said.append(request.url))
         page.goto((tmp_path / "report.html").as_uri())
-        pictures = page.evaluate("[...document.images].map(i => i.naturalWidth)")
-        width = page.evaluate("document.documentElement.scrollWidth")
+        table = page.locator("#predictions + .filter + .wide table, #predictions ~ .wide table").last
+        column = table.locator("th", has_text="prob_pos")
+        place = column.evaluate("th => th.cellIndex")
+        read = f"table => [...table.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[{place}].textContent)"
+        column.click()
+        rising = [float(text) for text in table.evaluate(read)]
+        column.press("Enter")
+        falling = [float(text) for text in table.evaluate(read)]
+        page.get_by_placeholder("Filter rows").last.fill("s1 ")
+        filtered = table.evaluate(read)
+        page.locator("figure > img").first.click()
+        large = page.locator("dialog[open] img").evaluate("i => i.naturalWidth")
+        first = page.locator("dialog[open] p").inner_text()
+        page.keyboard.press("ArrowRight")
+        second = page.locator("dialog[open] p").inner_text()
+        page.keyboard.press("Escape")
+        closed = page.locator("dialog[open]").count()
         browser.close()
-    assert all(pictures)
-    assert width <= 1280
-    assert [text for text in said if not text.startswith(("file:", "data:"))] == []
+    assert (rising, falling) == (sorted(rising), sorted(falling, reverse=True))
+    assert rising != falling
+    assert 0 < len(filtered) < len(rising)
+    assert large > 100
+    assert first != second
+    assert closed == 0
