@@ -205,6 +205,11 @@ def append_line(path: Path, line: str) -> None:
         raise OutputError(path, "could not be appended to (the disk is full)")
 
 
+def open_part(path: Path) -> BinaryIO:
+    """Open what is there of a copy to go on with it; nobody reads it before it is whole, checked and renamed."""
+    return path.open("ab")
+
+
 def paths_of(given: Path | str | Sequence[Path | str]) -> list[Path]:
     """Return one path or several, as people write them, as a list."""
     return [Path(given)] if isinstance(given, Path | str) else [Path(one) for one in given]

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
@@ -254,6 +255,7 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # the first process of all starts it, and unblocks signals while it does
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

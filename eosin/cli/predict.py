@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    rare=("ids", "slide_mpp", "scene", "plane", "weights", "target", "with_seen"),
+    rare=("ids", "slide_mpp", "scene", "plane", "weights", "workers", "target", "with_seen"),
     of_job={"model": "model", "out": "predictions.csv"},
     cluster="job", checks_device=False,
 )  # fmt: skip

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from eosin._files import locked, write_json
+from eosin._files import locked, open_part, write_json
 from eosin._processes import require_running
 from eosin.errors import ConfigError, MissingPackageError, SlideOpenError
 from eosin.wsi._slide import Slide
@@ -319,7 +319,7 @@ def _resume(remote: RemoteFile, copy: Copy, version: Version, is_needed: Callabl
     if not version.has_ranges or version.size < 0:
         remote._ask(lambda files, path: files.get_file(path, str(copy.part)))
         return
-    with copy.part.open("ab") as file:
+    with open_part(copy.part) as file:
         if file.tell():
             logger.info("%s: the copy goes on at %d of %d bytes", remote.name, file.tell(), version.size)
         while file.tell() < version.size and is_needed():

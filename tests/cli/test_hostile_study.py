@@ -118,7 +118,7 @@ def test_all_wrong_keys_and_values_are_named_at_once(run: Run, tmp_path: Path) -
 
 
 def test_text_that_yaml_would_change_stays_text(run: Run, tmp_path: Path) -> None:
-    assert "2024-01-31: no such file" in told(run, tmp_path, "slides: 2024-01-31\nlabels: none.csv\njob: j\n")
+    assert "2024-01-31: not a table by its suffix" in told(run, tmp_path, "slides: none\nlabels: 2024-01-31\njob: j\n")
 
 
 @pytest.mark.parametrize("command", ["tile", "extract", "split", "train", "crossval", "predict", "heatmap", "view"])

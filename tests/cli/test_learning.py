@@ -501,7 +501,7 @@ def twelve(*values: str) -> list[str]:
         ([*twelve("a")[:-1], "P11,S011,b"], "label", "binary", "class 'b' has 1 patient,"),
         (twelve("3,0", "5,0"), "time,event", "cox", "holds no event"),
         (twelve("3,1", "5,1"), "time,censorship", "cox", "1 being censored"),
-        (twelve("3,2", "5,1"), "time,event", "survival", "state which value is the event"),
+        (twelve("3,2", "5,1"), "time,event", "survival", "say which (--target time,event=1 or"),
         (twelve("5"), "label", "regression", "every value in column 'label' is the same"),
         (twelve("high", "low"), "label", "ordinal", "is not known; state it"),
     ],
@@ -542,11 +542,11 @@ def rewrite_with_nan(path: Path) -> None:
     [
         ("patient_id,scan,label", "slide_id"),
         ("who,slide_id,label", "--group slide"),
-        ("patient_id,slide_id,x,y", "x, y"),
+        ("patient_id,slide_id,x,y", "2 columns could be it: x (0: 4, 1: 4); y (0: 4, 1: 4)"),
     ],
 )
 def test_a_label_table_without_the_columns(refused: Run, tmp_path: Path, header: str, told: str) -> None:
-    lines = [f"p{i},s{i},{i % 2},0"[: None if header.endswith("y") else -2] for i in range(8)]
+    lines = [f"p{i},s{i},{i % 2},{i // 4}"[: None if header.endswith("y") else -2] for i in range(8)]
     path = table(tmp_path / "l.csv", lines, header=header)
     assert told in refused("split", "--labels", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,13 @@ from eosin.mil.subsets import Target
 DIM = 8
 CLASSES = ("normal", "benign", "tumour")
 SMALL = {
+    "additive": {"embed_dims": (8,), "hidden": 6, "head_dims": (6,)},
+    "dtfd": {"embed_dims": (8,), "hidden": 6},
+    "ilra": {"width": 8, "heads": 2},
+    "mi_max": {"hidden": 6},
+    "transformer": {"width": 8, "heads": 2, "feed_forward": 8},
+    "varmil": {"embed_dims": (8,), "hidden": 6, "head_dim": 6},
+    "wikg": {"width": 8, "neighbours": 3},
     "abmil": {"embed_dims": (8,), "hidden": 6, "heads": 2},
     "acmil": {"width": 8, "hidden": 6, "branches": 3},
     "acmil_mha": {"width": 8, "heads": 2, "branches": 3},
@@ -32,10 +39,10 @@ SMALL = {
     "set_transformer": {"embed_dims": (8,), "width": 8, "heads": 2, "tokens": 3},
     "transmil": {"width": 8, "heads": 2, "landmarks": 4},
 }
-WITHOUT_ATTENTION = {"ins", "lse", "max", "mean"}
-WITH_INSTANCE_LOGITS = {"dsmil", "ins"}
-WITHOUT_WEIGHTS = {"ins", "max"}
-WITH_ROLLOUT = {"gdat", "set_transformer", "transmil"}
+WITHOUT_ATTENTION = {"ins", "lse", "max", "mean", "mi_max"}
+WITH_INSTANCE_LOGITS = {"additive", "dsmil", "ins", "mi_max"}
+WITHOUT_WEIGHTS = {"dtfd", "ilra", "ins", "max", "mi_max", "wikg"}
+WITH_ROLLOUT = {"gdat", "set_transformer", "transformer", "transmil"}
 
 
 @pytest.fixture(scope="module")

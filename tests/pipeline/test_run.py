@@ -143,7 +143,7 @@ def test_the_report_of_a_number_has_a_card_per_slide(result: Result) -> None:
     frame = result.predictions[["fold", "slide_id", "patient_id"]]
     frame = frame.assign(area=[str(n) for n in range(len(frame))], predicted=[f"{n}.25" for n in range(len(frame))])
     folds = [{"fold": fold, "n_test": 4, "r2": 0.5} for fold in range(2)]
-    metrics = {"task": result.metrics["task"], "folds": folds, "out_of_fold": {}, "n_folds": 2}
+    metrics = {"task": result.metrics["task"], "folds": folds, "out_of_fold": {}, "metrics": {}, "n_folds": 2}
     data = make_report(replace(result, task=Regression(target="area"), predictions=frame, metrics=metrics))
     assert data.slides[3].facts["predicted"] == "3.250"
     assert data.slides[3].correct is None
