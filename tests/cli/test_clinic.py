@@ -64,4 +64,4 @@ def test_a_clinics_workbook_runs_to_the_report(run: Run, cohort: Path, workbook:
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "job/report.html").is_file()
-    assert result.stderr.splitlines()[-1].strip() == "12 used"
+    assert "12 used" in [line.strip() for line in result.stderr.splitlines()]
