@@ -112,7 +112,7 @@ Timeout = Annotated[
 ]
 EncoderName = Annotated[str, typer.Option(help="Tile encoder; `eosin encoders` lists the names.")]
 Weights = Annotated[Path | None, typer.Option(help="File or folder with the encoder's weights; no download.")]
-BatchSize = Annotated[int, typer.Option(help="Number of tiles per batch.")]
+BatchSize = Annotated[int, typer.Option(help="Number of tiles per batch.", min=1)]
 Precision = Annotated[str, typer.Option(help="Number format: fp32, bf16 or fp16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses a GPU if there is one.")]
 Workers = Annotated[

@@ -178,7 +178,7 @@ def evaluation_report(metrics: Mapping[str, Any], frame: pd.DataFrame, task: Tas
         notes=(*context.notes, *shortened(frame)),
         provenance=context.provenance,
         flow=context.flow,
-        card=model_card(metrics, notes=context.notes),
+        card=model_card(metrics, notes=context.notes) if "task" in metrics else (),  # not of an external cohort
     )
 
 

@@ -80,7 +80,10 @@ def _step(count: Mapping[str, Any]) -> str:
 
 def _model(metrics: Mapping[str, Any], card: ModelCard | None) -> Iterator[CardItem]:
     recipe = metrics.get("recipe") or (card.recipe.model_dump(mode="json") if card is not None else None)
-    if recipe is not None:
+    if recipe is not None and not {"aggregator", "terms", "training"} <= set(recipe):  # a probe, or a choice per fold
+        shown = (f"{name} {value}" for name, value in recipe.items() if isinstance(value, str | int | float))
+        yield CardItem("Model", ", ".join(shown) or "one for each fold", "T 12c, 22; CLAIM: model")
+    elif recipe is not None:
         terms = "".join(f" + {term['name']}" for term in recipe["terms"])
         architecture = f"{recipe['aggregator']['name']}{terms}, strategy {recipe['strategy']['name']}"
         yield CardItem("Architecture", architecture, "T 12c, 22; CLAIM: model")

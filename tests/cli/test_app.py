@@ -33,6 +33,7 @@ PROMISED = {  # names that scripts rely on
     "heatmap": "--model --slides --features --out --format",
     "check": "--slides --labels --encoder --recipe --job",
     "run": "--slides --labels --encoder --recipe --job --study",
+    "card": "--job --study --out",
     "studies": "--against",
     "init": "--slides --labels --out",
     "embed": "--features --encoder --model --out",

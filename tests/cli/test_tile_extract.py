@@ -256,7 +256,6 @@ def test_a_slide_that_was_not_tiled_fails_alone(run: Run, slide: Path, tmp_path:
         (["--encoder", "he_textur"], "did you mean he_texture"),
         (["--encoder", "he_texture", "--precision", "fp8"], "fp8"),
         (["--encoder", "he_texture", "--device", "toaster"], "toaster"),
-        (["--encoder", "he_texture", "--batch-size", "0"], "batch size 0"),
         (["--encoder", "he_texture", "--weights", "w.pt"], "remove --weights"),
         (["--encoder", "he_texture", "--tiling", "9mpp"], "has no tiling 9mpp"),
         (["--encoder", "kaiko_vits16", "--weights", "nowhere"], "nowhere"),
