@@ -92,7 +92,8 @@ STAGES: Mapping[str, Stage] = {
         {
             "recipe": "all options of the recipe, with the aggregator's defaults and the weights of models they name",
             "task": "kind, target and classes",
-            "features": "encoder, weights, tile size and mpp; of each slide a hash of all rows",
+            "features": "encoder, weights, tile size and mpp; of each slide a hash of all rows, and of the places of "
+            "its tiles for a model that reads them",
             "train": "ids, patients and targets of the training bags, in their order",
             "validation": "the same of the validation bags",
             "machine": "kind of device and precision",
@@ -120,7 +121,7 @@ STAGES: Mapping[str, Stage] = {
     "counterfactual": Stage(
         1,
         {
-            "model": "hash of weights and card of the models that answer",
+            "model": "hash of weights and card of the models that answer, and what they have seen of the slide",
             "features": "size, first and last MiB of the feature file: all its checksums",
             "slide": _SLIDE,
             "slide_mpp": "the mpp, scene and focal plane that the user gives for the slide",

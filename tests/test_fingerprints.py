@@ -21,7 +21,7 @@ from eosin.features._encoding import Extraction
 from eosin.features._store import write_bag
 from eosin.heatmaps._counterfactual import Effect
 from eosin.heatmaps._examination import Questions
-from eosin.mil._checkpoint import ModelCard, save_model
+from eosin.mil._checkpoint import ModelCard, load_model, save_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
@@ -31,7 +31,7 @@ from eosin.mil._train import fit
 from eosin.mil.methods.abmil import Abmil
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks._classification import Classification
-from eosin.pipeline._cohort_answers import Answers, AskStage, Question
+from eosin.pipeline._cohort_answers import Answers, AskInMemory, AskStage, Question
 from eosin.pipeline._embed import EmbedderChoice, EmbedStage, Group
 from eosin.pipeline._question import DonorFile
 from eosin.pipeline._run import Drawing, DrawStage
@@ -66,13 +66,16 @@ class Training_:
     plugin: int = 0
     encoder: str = "toy"
     teacher: int | None = None
+    places: bool = False
+    moved: float = 0.0
 
     def run(self, folder: Path) -> bool:
         """Train; return whether a pass was made."""
         generator = torch.Generator().manual_seed(0)
         bags = {name: torch.randn(3, 6, generator=generator) for name in "stuvwxyz"}
         bags["s"][2, 5] += self.shift
-        source = MemoryBags(bags, FeatureSpec(encoder=self.encoder, dim=6))
+        places = {name: torch.arange(6.0).reshape(3, 2) + self.moved for name in bags}
+        source = MemoryBags(bags, FeatureSpec(encoder=self.encoder, dim=6), places=places)
         examples = Examples(source, tuple(bags), self.patients, torch.tensor(self.targets))
         load_plugin(folder.parent, self.plugin)
         recipe = self.recipe(folder)
@@ -87,6 +90,9 @@ class Training_:
     def recipe(self, folder: Path) -> Recipe:
         """Return a recipe, which starts from a model in a folder if there is a teacher."""
         training = Training(epochs=self.epochs, standardize=False, lr=0.1)
+        if self.places:
+            options = {"width": 8, "heads": 2, "feed_forward": 8, "positions": "sincos"}
+            return Recipe(aggregator=Component(name="transformer", options=options), training=training)
         if self.teacher is None:
             return Recipe(aggregator=Component(name="of_a_user"), training=training)
         Predict(seed=self.teacher).save(folder.parent)
@@ -437,6 +443,38 @@ def test_a_model_that_an_option_names_is_an_input_with_its_weights(tmp_path):
     assert not Training_(teacher=0).run(tmp_path / "out")
     assert Training_(teacher=1).run(tmp_path / "out")
     assert not Training_(teacher=1).run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_where_tiles_lie_is_an_input_of_models_that_read_it(tmp_path, places):
+    assert Training_(places=places).run(tmp_path / "out")
+    assert not Training_(places=places).run(tmp_path / "out")
+    assert Training_(places=places, moved=1.5).run(tmp_path / "out") == places
+
+
+def test_a_slide_is_asked_again_when_its_patient_turns_out_to_be_seen(tmp_path):
+    Training_(places=True).run(tmp_path / "model")
+    item = Question("new", tmp_path / "new.h5", tmp_path)
+    item.features.write_bytes(b"features")
+    answers = Answers({}, [Effect("remove", "tiles", 1, 0.25, 0.5)], [], [], Sight(), "model")
+
+    def stage(**patient_of: str) -> AskStage:
+        return AskStage(tmp_path / "model", "a", patient_of, (), (), Questions(), ("csv",))
+
+    stage().write(item, answers)
+    assert stage().is_done(item)
+    assert stage(new="somebody else").is_done(item)
+    assert not stage(new="a").is_done(item)
+
+
+def test_answers_of_a_model_without_a_file_are_not_kept(tmp_path):
+    Training_(places=True).run(tmp_path / "model")
+    item = Question("new", tmp_path / "new.h5", tmp_path)
+    item.features.write_bytes(b"features")
+    fields = ("a", {}, (), (), Questions(), ("csv",))
+    stage = AskInMemory(tmp_path, *fields, load_model(tmp_path / "model"))
+    stage.write(item, Answers({}, [], [], [], Sight(), ""))
+    assert not stage.is_done(item)
 
 
 def test_half_a_training_is_not_continued_with_other_features(tmp_path, monkeypatch):

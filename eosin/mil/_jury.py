@@ -150,7 +150,7 @@ class Jury:
             As `load_ensemble` and `eosin.mil._seen.Run.open`.
         """
         models = Models.open(roots)
-        return cls(models, load_ensemble(models.folders, device=device), ids=ids)
+        return cls(models, load_ensemble(models.folders, device=device), patient_of or {}, ids)
 
     def choose(self, *slides: str) -> Choice:
         """Return the models that answer for slides of one patient."""

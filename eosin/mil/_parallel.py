@@ -75,6 +75,31 @@ def meeting_point(environment: MutableMapping[str, str]) -> tuple[str, int]:
     return "".join(part or "" for part in host.groups()), FIRST_PORT + sum(numbers) % PORTS
 
 
+def require_same(made_from: str, device: torch.device) -> None:
+    """Refuse processes that train different models: their gradients would be summed all the same.
+
+    Parameters
+    ----------
+    made_from : str
+        Hexadecimal digits over all inputs of the training, the precision among them.
+    device : torch.device
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    number = int(made_from, 16) >> 1  # fits a signed integer
+    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    distributed.all_reduce(ends, op=distributed.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise ConfigError(
+            "the processes would train different models: recipe, features, labels or precision differ; start all with "
+            "the same command, and with --precision fp32 or bf16 instead of auto"
+        )
+
+
 def own_device(device: torch.device) -> torch.device:
     """Return this process's device: of GPUs without a number, the one of its place on the machine (``LOCAL_RANK``)."""
     if device.type != "cuda" or device.index is not None:

@@ -1,5 +1,6 @@
 """Training a model: checks before, the loop of `eosin.mil._training_run`, the refit, and the folder that remains."""
 
+import hashlib
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from eosin.kernels._rates import faster_precision, processor
 from eosin.mil._checkpoint import CARD, WEIGHTS, load_model, save_model
 from eosin.mil._data import Examples
 from eosin.mil._log import LOG, append_metrics, read_log
+from eosin.mil._parallel import require_same
 from eosin.mil._recipe import Component, Recipe, Training
 from eosin.mil._registry import ModuleRegistry
 from eosin.mil._resume import forget_state, read_state, write_state
@@ -95,6 +97,7 @@ def fit(
         place = Place(device, precision, device_cache_bytes)
         run = TrainingRun(recipe, task, train, val, place)
         run.fingerprint = made_from
+        require_same(made_from, run.device)
         if folder is not None:
             run.resume(read_state(folder, made_from))
         saved = time.monotonic()
@@ -224,7 +227,11 @@ def _fingerprint(recipe: Recipe, task: Task, train: Examples, val: Examples | No
         "train",
         recipe=recipe.model_dump(mode="json") | {"resolved": [_resolved(slot, c) for slot, c in parts]},
         task=task,
-        features={"spec": train.bags.spec, "rows": _rows(train) + _rows(val)},
+        features={
+            "spec": train.bags.spec,
+            "rows": _rows(train) + _rows(val),
+            "places": _places(train) + _places(val) if _reads_places(recipe, task, train) else [],
+        },
         train=_described(train),
         validation=_described(val),
         machine=machine,
@@ -246,6 +253,22 @@ def _content(option: Any) -> Any:
 
 def _rows(examples: Examples | None) -> list[str]:
     return [] if examples is None else [examples.bags.content_hash(name) for name in examples.ids]
+
+
+def _reads_places(recipe: Recipe, task: Task, train: Examples) -> bool:
+    """Return whether the aggregator reads where tiles lie, which its options may decide."""
+    part = recipe.aggregator
+    with torch.random.fork_rng(devices=[]):
+        made = AGGREGATORS.build(part.name, train.bags.spec.dim, task.n_outputs, options=part.options)
+    return made.reads_places
+
+
+def _places(examples: Examples | None) -> list[bytes]:
+    """Return where the tiles of each bag lie; nothing for a bag without coordinates, which training refuses."""
+    if examples is None:
+        return []
+    found = [examples.bags.places(name) for name in examples.ids]
+    return [b"" if places is None else hashlib.sha256(places.numpy().tobytes()).digest() for places in found]
 
 
 def _described(examples: Examples | None) -> list[object]:

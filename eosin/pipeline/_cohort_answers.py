@@ -135,8 +135,11 @@ class AskStage:
         """Return a card for what all models have in common."""
         return self._jury.ensemble.cards[0]
 
-    def _cards(self, slide_id: str) -> list[ModelCard]:
-        return list(self._jury.of(self._jury.choose(slide_id)).cards)
+    def _answers_for(self, slide_id: str) -> list[object]:
+        """Return which models answer, and what they have seen: a patient who is known changes that, and no model."""
+        choice = self._jury.choose(slide_id)
+        sight = choice.sight
+        return [list(self._jury.of(choice).cards), choice.how, sight.part, sight.by, sight.name]
 
     def key(self, item: Question) -> str:
         """Return the id of a slide."""
@@ -158,7 +161,7 @@ class AskStage:
         slide = item.slide
         return fingerprint(
             "counterfactual",
-            model=self._cards(item.slide_id),
+            model=self._answers_for(item.slide_id),
             features=file_fingerprint(item.features),
             slide=None if slide is None else file_fingerprint(slide.path),
             slide_mpp=None if slide is None else slide.reading,
@@ -250,8 +253,13 @@ class AskInMemory(AskStage):
         return card
 
     @override
-    def _cards(self, slide_id: str) -> list[ModelCard]:
+    def _answers_for(self, slide_id: str) -> list[object]:
         return [self.first_card()]
+
+    @override
+    def is_done(self, item: Question) -> bool:
+        """Tell nothing is done: weights that were never saved have no hash."""
+        return False
 
 
 def _donor_fingerprint(donor: DonorFile) -> list[str]:

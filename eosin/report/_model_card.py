@@ -44,7 +44,7 @@ def model_card(
 def _use() -> tuple[CardItem, ...]:
     return (
         CardItem("Intended use and users", "", "T 3b; CLAIM: study goal", "who uses it, for whom, where in care"),
-        CardItem("Not for", f"Diagnosis or treatment without approval: eosin {__version__} is for research.", "T 27"),
+        CardItem("Not for", f"Diagnosis or treatment without approval: eosin {__version__} is for research."),
         CardItem("Groups that may be treated unequally", "", "T 3c, 14", "known inequalities, and checks of fairness"),
     )
 
@@ -67,7 +67,7 @@ def _data(metrics: Mapping[str, Any], card: ModelCard | None) -> Iterator[CardIt
         spec = card.features
         size = "" if spec.mpp is None else f", tiles of {spec.patch_size} px at {spec.mpp:g} µm/px"
         features = f"features of {spec.encoder} {spec.weights_hash}".strip()
-        yield CardItem("Preparation", features + size, "T 7, 9; CLAIM: data preparation")
+        yield CardItem("Preparation", features + size, "T 7, 9b; CLAIM: data preparation")
     yield CardItem("Demographics", "", "T 20b; CLAIM: demographics", "age, sex and other facts of each part")
 
 
@@ -91,7 +91,8 @@ def _model(metrics: Mapping[str, Any], card: ModelCard | None) -> Iterator[CardI
         yield CardItem("Training", ", ".join(shown), "T 12c; CLAIM: training")
     count = metrics["n_folds"]
     folds = f"{count} folds" if count > 1 else "one split"
-    yield CardItem("Splits", f"{folds}; no patient of the table is on two sides", "T 12a; CLAIM: data partitions")
+    apart = "no patient is on two sides (no slide, where each slide counts as a patient)"
+    yield CardItem("Splits", f"{folds}; {apart}", "T 12a; CLAIM: data partitions")
     yield CardItem("Sample size", "", "T 10; CLAIM: sample size", "why this many patients are enough")
     yield CardItem("Software", f"eosin {card.eosin if card else __version__}", "T 12c; CLAIM: software")
     if card is not None:

@@ -147,7 +147,7 @@ def test_crossval_writes_models_predictions_metrics_and_a_report(
     made = run("card", tmp_path)
     assert (made.exit_code, made.stdout.strip()) == (0, str(tmp_path / "model_card.md"))
     assert (
-        "**Preparation** (T 7, 9; CLAIM: data preparation): features of he\\_texture"
+        "**Preparation** (T 7, 9b; CLAIM: data preparation): features of he\\_texture"
         in (tmp_path / "model_card.md").read_text()
     )
     assert "items are open" in made.stderr

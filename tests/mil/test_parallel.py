@@ -51,6 +51,13 @@ def run(name, kind, target, **variables):
     task = make_task(kind, rows, target=target)
     examples = Examples(MemoryBags(bags, FeatureSpec(encoder="toy", dim=8)), ids, ids, task.encode(rows))
     train, val = examples.subset(ids[:13]), examples.subset(ids[13:])
+    if name == "other":
+        own = recipe.training.model_copy(update={"lr": 0.01 + int(variables["RANK"])})
+        try:
+            fit(recipe.model_copy(update={"training": own}), task, train, val, device="cpu")
+        except Exception as error:
+            (folder / f"refused{variables['RANK']}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(0)
     fitted = fit(recipe, task, train, val, folder=folder / kind / name, device="cpu")
     loss = fitted.history[-1]["train_objective"]
     (folder / kind / f"{name}{variables.get('RANK', '')}.json").write_text(json.dumps(loss))
@@ -63,6 +70,8 @@ for kind, target, port in json.loads(sys.argv[2]):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     children += [run("two", kind, target, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     children.append(run("one", kind, target))
+shared["MASTER_PORT"] = sys.argv[3]
+children += [run("other", kind, target, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
@@ -74,13 +83,13 @@ TASKS = {"classification": "label", "cox": "time,event", "multitask": "label; co
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in TASKS]
+        sockets = [stack.enter_context(socket.socket()) for _ in (*TASKS, "other")]
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         ports = [str(free.getsockname()[1]) for free in sockets]
-    asked = json.dumps([(kind, target, port) for (kind, target), port in zip(TASKS.items(), ports, strict=True)])
+    asked = json.dumps([(kind, target, port) for (kind, target), port in zip(TASKS.items(), ports[1:], strict=True)])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), asked]
+    command = [sys.executable, "-c", SCRIPT, str(folder), asked, ports[0]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -97,6 +106,14 @@ def test_two_processes_train_the_model_of_one(runs, kind):
     alone, first, second = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two0", "two1"))
     assert first == second
     assert first == pytest.approx(alone, rel=0.2)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.long
+def test_processes_that_would_train_different_models_are_refused(runs):
+    for rank in range(2):
+        told = (runs / f"refused{rank}.txt").read_text()
+        assert told.startswith("ConfigError: the processes would train different models: recipe,")
 
 
 STEP = {

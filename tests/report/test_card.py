@@ -15,7 +15,7 @@ def test_a_card_states_figures_with_intervals_and_asks_for_the_rest(kind):
     text = card_markdown("Model card: x", parts)
     found = summary["out_of_fold"][task.selection_metric]
     assert f"{found['value']:.3f} (95 % interval {found['lower']:.3f} to {found['upper']:.3f})" in text
-    assert "3 folds; no patient of the table is on two sides" in text
+    assert "3 folds; no patient is on two sides (no slide," in text
     assert "A limit." in text
     for heading in ("Use", "Data", "Model", "Performance", "Limits", "Open science", "Open"):
         assert f"## {heading}\n" in text
