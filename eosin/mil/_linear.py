@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Self
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -126,25 +127,40 @@ def helps(task: Task, columns: Tensor, train: Examples) -> bool:
 
 
 def ridge(task: Task, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight (K, M) and bias (K,) with the least loss of bags (B, M) plus penalty, by L-BFGS in float64."""
+    """Return weight (K, M) and bias (K,) with the least loss of bags (B, M) plus penalty."""
     # the penalty keeps the weights in the space that the bags span, which has few dimensions
     left, sizes, directions = torch.linalg.svd(columns, full_matrices=False)
-    reduced = left * sizes
-    weight = columns.new_zeros(task.n_outputs, len(sizes)).requires_grad_()
-    bias = columns.new_zeros(task.n_outputs).requires_grad_()
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=MOST_STEPS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+    found = fit_linear(task, (left * sizes).numpy(), targets, RIDGE / len(columns))
+    return found[:-1].T @ directions, found[-1]
 
-    def objective() -> Tensor:
-        solver.zero_grad()
-        total = task.bag_losses(reduced @ weight.T + bias, targets).sum() + RIDGE / 2 * weight.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
 
-    with torch.enable_grad():
-        solver.step(objective)  # type: ignore[no-untyped-call]
-    return weight.detach() @ directions, bias.detach()
+def fit_linear(task: Task, rows: Floats, targets: Tensor, strength: float, start: Tensor | None = None) -> Tensor:
+    """Return (E + 1, K) float64 weights, the offset last, that minimise ``mean loss + strength / 2 |weights|²``.
+
+    The loss is the task's, so this is logistic, ridge or Cox regression. The offset is not penalised.
+    """
+    inputs = torch.from_numpy(np.ascontiguousarray(rows))
+    shape = (inputs.shape[1] + 1, task.n_outputs)
+
+    def objective(flat: Floats) -> tuple[float, Floats]:
+        weights = torch.from_numpy(flat.reshape(shape)).requires_grad_()
+        with torch.enable_grad():
+            loss = task.bag_losses(logits_of(inputs, weights), targets).mean()
+            loss = loss + strength / 2 * weights[:-1].square().sum()
+            (gradient,) = torch.autograd.grad(loss, weights)
+        return float(loss.detach()), gradient.numpy().ravel()
+
+    first = np.zeros(shape) if start is None else start.numpy()
+    found = scipy.optimize.minimize(
+        objective, first.ravel(), jac=True, method="L-BFGS-B",
+        options={"maxiter": MOST_STEPS, "ftol": 1e-12, "gtol": 1e-7},
+    )  # fmt: skip
+    return torch.from_numpy(found.x.reshape(shape))
+
+
+def logits_of(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return the logits (n, K) of vectors (n, E) for weights as `fit_linear` returns them."""
+    return rows @ weights[:-1] + weights[-1]
 
 
 class WithLinear(Wrapper):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import scipy
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -36,6 +35,7 @@ from eosin.mil._crossval import (
 from eosin.mil._data import BagSource, Examples
 from eosin.mil._evaluate import RESAMPLES
 from eosin.mil._flow import Flow
+from eosin.mil._linear import fit_linear, logits_of
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._splits import check_splits
 from eosin.mil._study import Study
@@ -204,32 +204,7 @@ def fit_probe(probe: Probe, task: Task, train: Vectors) -> Fitted:
     rotated = replace(train, rows=scaled(train.rows) @ basis.T)
     strength = probe.strength or _best_strength(own, rotated, probe.seed)
     weights = fit_linear(own, rotated.rows, train.targets, strength)
-    return Fitted(own, lambda rows: own.activate(_logits(torch.from_numpy(scaled(rows) @ basis.T), weights)))
-
-
-def fit_linear(task: Task, rows: Floats, targets: Tensor, strength: float, start: Tensor | None = None) -> Tensor:
-    """Return (E + 1, K) float64 weights, the offset last, that minimise ``mean loss + strength / 2 |weights|²``.
-
-    The loss is the task's, so this is logistic, ridge or Cox regression. The offset is not penalised.
-    """
-    inputs = torch.from_numpy(np.ascontiguousarray(rows))
-    shape = (inputs.shape[1] + 1, task.n_outputs)
-
-    def objective(flat: Floats) -> tuple[float, Floats]:
-        weights = torch.from_numpy(flat.reshape(shape)).requires_grad_()
-        loss = task.bag_losses(_logits(inputs, weights), targets).mean() + strength / 2 * weights[:-1].square().sum()
-        (gradient,) = torch.autograd.grad(loss, weights)
-        return float(loss.detach()), gradient.numpy().ravel()
-
-    first = np.zeros(shape) if start is None else start.numpy()
-    found = scipy.optimize.minimize(
-        objective, first.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}
-    )
-    return torch.from_numpy(found.x.reshape(shape))
-
-
-def _logits(rows: Tensor, weights: Tensor) -> Tensor:
-    return rows @ weights[:-1] + weights[-1]
+    return Fitted(own, lambda rows: own.activate(logits_of(torch.from_numpy(scaled(rows) @ basis.T), weights)))
 
 
 def _best_strength(task: Task, train: Vectors, seed: int) -> float:
@@ -246,7 +221,7 @@ def _best_strength(task: Task, train: Vectors, seed: int) -> float:
         weights: Tensor | None = None
         for number, strength in enumerate(STRENGTHS):  # from strong to weak, each from where the last one ended
             weights = fit_linear(task, train.rows[rest], train.targets[rest], strength, weights)
-            said = _logits(torch.from_numpy(train.rows[held]), weights)
+            said = logits_of(torch.from_numpy(train.rows[held]), weights)
             losses[number] += float(task.bag_losses(said, train.targets[held]).sum())
     return STRENGTHS[int(np.argmin(losses))]
 

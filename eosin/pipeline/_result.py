@@ -193,7 +193,7 @@ def _fold_tables(metrics: Mapping[str, Any], first: str) -> dict[str, pd.DataFra
 
 
 def _metrics(result: Result, patients: int) -> tuple[Metric, ...]:
-    note = f"all held-out slides together; 95 % interval that counts {patients} patients"
+    note = f"All held-out slides together; 95 % interval that counts {patients} patients"
     estimates = result.metrics["out_of_fold"]
     names = sorted(estimates, key=lambda name: name != result.task.selection_metric)
     return tuple(

@@ -85,7 +85,9 @@ def _model(metrics: Mapping[str, Any], card: ModelCard | None) -> Iterator[CardI
         yield CardItem("Model", ", ".join(shown) or "one for each fold", "T 12c, 22; CLAIM: model")
     elif recipe is not None:
         terms = "".join(f" + {term['name']}" for term in recipe["terms"])
-        architecture = f"{recipe['aggregator']['name']}{terms}, strategy {recipe['strategy']['name']}"
+        share = 0.0 if card is None else card.training.get("linear_share", 0.0)
+        linear = f" with a linear part (weight {share:.2g})" if share else ""
+        architecture = f"{recipe['aggregator']['name']}{linear}{terms}, strategy {recipe['strategy']['name']}"
         yield CardItem("Architecture", architecture, "T 12c, 22; CLAIM: model")
         shown = (f"{name} {recipe['training'][name]}" for name in SHOWN_TRAINING)
         yield CardItem("Training", ", ".join(shown), "T 12c; CLAIM: training")

@@ -14,11 +14,11 @@ from eosin.features._bag import FeatureBag, FeatureSpec, vector_name
 from eosin.features._store import write_bag
 from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import PREDICTIONS
+from eosin.mil._linear import fit_linear
 from eosin.mil._probe import (
     FEW_SHOT,
     Probe,
     Vectors,
-    fit_linear,
     fit_probe,
     pool_vectors,
     probe_study,
