@@ -97,7 +97,7 @@ __all__ = [
     "write_bag",
     "zeroshot",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 __getattr__, __dir__ = lazy(__name__)

@@ -7,7 +7,7 @@
 # ## Write the method
 #
 # `forward` receives several slides at once as `PackedBags`: the rows of all tiles one below the other, and where each slide
-# begins. The functions of `eosin.kernels` compute on every slide separately, so there is no loop and no padding. The
+# begins. The functions of `eosin.kernels` compute on every slide separately: a method needs neither a loop nor padding. The
 # signature of the constructor is the list of options; `Count` says that `k` is a whole number from 1.
 
 # %%

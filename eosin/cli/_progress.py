@@ -31,7 +31,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] | None]:
-    """Show a bar on stderr while the block runs, or a line a minute where there is no terminal.
+    """Show a bar on stderr while the block runs; without a terminal, write a line per minute.
 
     Where the block tells of tiles (`eosin._batch.tell_tiles`), they are counted, because a slide may take an hour.
 

@@ -331,7 +331,7 @@ def load_encoder(
     Raises
     ------
     UnknownNameError
-        When there is no such encoder.
+        When the encoder is unknown.
     ConfigError
         When the options contradict each other, or the weights can be had neither locally nor from the hub.
     CheckpointError

@@ -276,7 +276,7 @@ def load_slide_encoder(
     Raises
     ------
     UnknownNameError
-        When there is no such encoder.
+        When the encoder is unknown.
     ConfigError
         When foreign code is needed and not allowed, options contradict each other, or weights cannot be had.
     CheckpointError

@@ -33,7 +33,7 @@ def card_of_run(run: Path, study: str | None = None) -> tuple[CardPart, ...]:
     Raises
     ------
     ConfigError
-        If there are no metrics in it.
+        If the folder holds no metrics.
     """
     if (run / "study.json").is_file() or (run / "studies").is_dir():
         run = find_study(JobFolder(run), study).path

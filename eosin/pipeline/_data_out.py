@@ -33,7 +33,7 @@ def require_layout(to: str, *, is_judged: bool, has_slides: bool, maps: str | No
     Raises
     ------
     UnknownNameError
-        If there is no such layout.
+        If the layout is unknown.
     ConfigError
         If it needs a model or slides, or maps were wanted that it cannot hold.
     """
@@ -56,7 +56,7 @@ def collect_tiles(bag: FeatureBag, model: Model | None = None, *, maps: Sequence
     ----------
     bag : FeatureBag
     model : Path, (Aggregator, ModelCard) or Asked, optional
-        As for `eosin.pipeline.explain_slide`; without one there are no maps and no prediction.
+        As for `eosin.pipeline.explain_slide`; without a model the table holds neither maps nor a prediction.
     maps : sequence of str, optional
         Among `eosin.heatmaps._maps.ATTRIBUTIONS`; everything that the model can give unless given.
 
