@@ -192,7 +192,7 @@ class UnknownNameError(ConfigError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, near: Sequence[str] = ()) -> None:
         names = sorted(known)
-        near = list(near) or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near = list(near) or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         listed = "" if near and len(names) > MOST_LISTED else f"known: {', '.join(names) or 'none'}"
         super().__init__(f"no {kind} named {name!r}; {hint}{listed}".rstrip())

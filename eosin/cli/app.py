@@ -1,8 +1,12 @@
 """The `eosin` command: the list of its subcommands."""
 
-from typing import Annotated
+import re
+import sys
+from functools import partial
+from typing import Annotated, Any, Never
 
 import typer
+from typer.core import TyperGroup
 
 from eosin import __version__
 from eosin.cli import (
@@ -44,8 +48,41 @@ def _spelled(name: str) -> str:
     return OLD_SPELLINGS.get(name, name)
 
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Every fault that typer finds in a command line; typer exports its kinds only."""
+
+
+class OneLine(TyperGroup):
+    """The commands; a wrong command line ends as every other error does, in one line and with exit code 2."""
+
+    def main(
+        self, args: Any = None, prog_name: str | None = None, *_: Any, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        """Run one command; see `typer.core.TyperGroup.main`."""
+        run = partial(super().main, args, prog_name, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except typer.Abort:
+            sys.exit(130)
+        except UsageError as error:
+            _refuse(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(error: Any) -> Never:
+    """End with what typer found."""
+    text = re.sub("Input should be ([^,]*).*", r"must be \1", error.format_message()).strip().removesuffix(".")
+    if text:  # a bare `eosin` has printed its help, which typer holds for an error without text
+        command = error.ctx.command_path if error.ctx else "eosin"
+        typer.echo(f"error: {text[:1].lower()}{text[1:]}; see {command} -h", err=True)
+    sys.exit(2)
+
+
 app = typer.Typer(
     name="eosin",
+    cls=OneLine,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={

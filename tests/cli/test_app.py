@@ -116,6 +116,30 @@ def test_set_of_an_unknown_group_is_refused_by_every_command(name: str) -> None:
     assert result.stderr.startswith("error: no option in --set nonsense.x=1 named 'nonsense'")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("extract --batch-size 0", "invalid value for '--batch-size': must be greater than or equal to 1"),
+        ("extract --batch-size x", "invalid value for '--batch-size': must be a valid integer"),
+        ("trian", "no such command 'trian'. Did you mean 'train'?"),
+        ("train --featrues x", "no such option: --featrues (Possible options: --features)"),
+        ("tile --slides", "option '--slides' requires an argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments: str, found: str) -> None:
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {found}; see eosin")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bare_eosin_prints_its_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "tile" in result.output
+    assert "error" not in result.output.splitlines()[0]
+
+
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:7", "nonsense"])
 @pytest.mark.parametrize("name", [name for name in COMMANDS if any("device" in option for option in options(name))])
 def test_a_device_that_is_not_there_is_one_line_in_every_command(name: str, device: str) -> None:
