@@ -74,7 +74,7 @@ STAGES: Mapping[str, Stage] = {
         2,
         {
             "slide": _SLIDE,
-            "tiles": "all coordinates, the grid's options and the slide's mpp",
+            "tiles": "all coordinates, the grid's options, the slide's mpp, and the image if the file holds several",
             "encoder": "name, transform, precision and all other facts of the encoder",
             "weights": "hash of all weights",
         },

@@ -121,6 +121,7 @@ def _coordinates_facts(path: Path) -> Mapping[str, object]:
         "n_tiles": grid.n_tiles,
         "tile_px0": grid.tile_px0,
         "slide_size_px0": grid.slide_size_px0,
+        "image": grid.image or None,
         "slide_mpp": grid.slide_mpp,
         "mpp_source": footer.mpp_source,
         **{f"mean_{name}": value for name, value in means.items() if value == value},

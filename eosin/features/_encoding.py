@@ -29,6 +29,7 @@ from eosin.wsi._coordinates import read_footer as read_coords_footer
 from eosin.wsi._grid import TileGrid, Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._slide_file import SlideFile
+from eosin.wsi.inventory import ONLY_IMAGE
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Extraction:
         return fingerprint(
             "extract",
             slide=[slide.version(), slide.scene, slide.plane],
-            tiles=[grid.tiling, grid.slide_mpp, grid.origins_px0.tobytes()],
+            # the image counts only where a file holds several, so that features made before it was stored stay valid
+            tiles=[grid.tiling, grid.slide_mpp, grid.origins_px0.tobytes(), *{grid.image} - {"", ONLY_IMAGE}],
             encoder=[self.encoder.spec.name, self._facts],
             weights=self.encoder.weights_hash,
         )

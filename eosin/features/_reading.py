@@ -105,6 +105,8 @@ def read_slide(request: ReadRequest) -> Iterator[TileBatch]:
         message = "is not the file that was tiled; run `eosin tile` on it again"
         raise SlideError(request.slide.path, message, code="changed")
     with request.slide.open(mpp=grid.slide_mpp) as slide:
+        if other := slide.other_image(grid.image):
+            raise SlideError(slide.path, f"its tiles are of {other}, or tile it again", code="changed")
         batches = iterate_tiles(slide, grid, batch_size=request.batch_size, threads=request.threads)
         for tiles, index in batches:
             yield TileBatch(request.slide.slide_id, tiles, index)

@@ -114,7 +114,8 @@ def _are_others(grid: TileGrid, path: Path) -> bool:
         today = read_grid(JobFolder(path.parents[2]).patches(path.parents[1].name, path.stem))
     except FeatureFileError:
         return False
-    return not np.array_equal(today.origins_px0, grid.origins_px0)
+    images = {today.image, grid.image} - {""}
+    return len(images) > 1 or not np.array_equal(today.origins_px0, grid.origins_px0)
 
 
 def _verify_coordinates(path: Path) -> Outcome:

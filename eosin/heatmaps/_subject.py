@@ -141,6 +141,8 @@ def require_same_slide(slide: Slide, bag: FeatureBag) -> None:
             f"the features were made from a slide of {grid.slide_size_px0} pixels, {slide.path} has {slide.size_px0}; "
             "pass the slide that they came from",
         )
+    if other := slide.other_image(grid.image):
+        raise FeatureMismatchError(bag.slide_id, f"the features were made from {other}")
     # features of 0.1 and of other tools carry none; their size is all that can be compared
     fingerprint = bag.provenance.get("input_fingerprint", "")
     if fingerprint and fingerprint != file_fingerprint(slide.path):

@@ -5,6 +5,8 @@ Li, Li, Gertych, Knudsen, Speier, Arnold, 2019, https://arxiv.org/abs/1905.13208
 10,000 tiles are fitted to that many, evenly spaced.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
@@ -97,7 +99,7 @@ def child_grid(parents: TileGrid, tiling: Tiling) -> TileGrid:
     origins = (parents.origins_px0[:, None] + np.stack([x, y], 1)).reshape(-1, 2)
     origins = np.minimum(origins, np.array(parents.slide_size_px0) - side)  # rounding may push a tile over the edge
     rows = np.unique(origins[:, ::-1], axis=0)[:, ::-1] if len(origins) else origins
-    return TileGrid(np.ascontiguousarray(rows), side, tiling, parents.slide_size_px0, parents.slide_mpp)
+    return replace(parents, origins_px0=np.ascontiguousarray(rows), tile_px0=side, tiling=tiling)
 
 
 def tile_ratio(large: Tiling, small: Tiling) -> int:

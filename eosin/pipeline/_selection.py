@@ -328,6 +328,8 @@ def _select(plan: SelectionPlan, item: SlideFile) -> Outcome:
 
 
 def _require_same_slide(grid: TileGrid, slide: Slide) -> None:
+    if other := slide.other_image(grid.image):
+        raise SlideError(slide.path, f"its features of the first stage are of {other}", code="changed")
     if abs(slide.mpp / grid.slide_mpp - 1) > MPP_TOLERANCE or slide.size_px0 != grid.slide_size_px0:
         raise SlideError(
             slide.path,

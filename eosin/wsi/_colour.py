@@ -45,6 +45,7 @@ class ManagedSlide(Slide):
     def __init__(self, slide: Slide) -> None:
         super().__init__(slide.path, slide.picture, reader=slide.reader)
         self.bounds_px0, self.resolution, self.notes = slide.bounds_px0, slide.resolution, slide.notes
+        self.image = slide.image
         self._slide = slide
         self._transform = _build(slide.path, slide.icc_profile or b"")
 

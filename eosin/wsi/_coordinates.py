@@ -247,10 +247,8 @@ def _own_attributes(grid: TileGrid, footer: CoordsFooter, rows: NDArray[np.int64
         "options_hash": footer.options_hash,
         "coords_sha256": _digest(rows),
     }
-    for name in ("selection", "pictures"):
-        if getattr(footer, name):
-            attributes[name] = getattr(footer, name)
-    return attributes
+    optional = {"selection": footer.selection, "pictures": footer.pictures, "image": grid.image}
+    return attributes | {name: value for name, value in optional.items() if value}
 
 
 def nominal_magnification(mpp: float) -> int:
@@ -293,6 +291,7 @@ def read_coords(group: h5py.Group, path: Path, *, checked: bool = False) -> Tile
             Tiling.parse(json.loads(attributes["tiling"]), source="tiling"),
             (int(attributes["level0_width"]), int(attributes["level0_height"])),
             float(attributes["slide_mpp"]),
+            str(attributes.get("image", "")),
         )
 
 

@@ -1,7 +1,7 @@
 """Which squares of a slide become tiles: pure geometry in level-0 pixels."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -97,6 +97,8 @@ class TileGrid:
         Width and height of the slide.
     slide_mpp : float
         µm per level-0 pixel.
+    image : str
+        `eosin.wsi._slide.Slide.image` of the slide; empty where it is not known.
     """
 
     origins_px0: NDArray[np.int64]
@@ -104,6 +106,7 @@ class TileGrid:
     tiling: Tiling
     slide_size_px0: tuple[int, int]
     slide_mpp: float
+    image: str = ""
 
     def __post_init__(self) -> None:
         """Refuse arrays that are not a list of points."""
@@ -169,7 +172,7 @@ class TileGrid:
         """Return the grid of the tiles at `index`, in that order; a boolean mask is accepted too."""
         rows = np.asarray(index)
         chosen = np.ascontiguousarray(self.origins_px0[rows if rows.size else np.zeros(0, np.int64)])
-        return type(self)(chosen, self.tile_px0, self.tiling, self.slide_size_px0, self.slide_mpp)
+        return replace(self, origins_px0=chosen)
 
 
 def make_grid(

@@ -326,6 +326,7 @@ class TilePlan:
         check_colours(slide, overview.few)
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
+        grid = replace(grid, image=slide.image)
         account = account_for(mask, grid)
         quality = score_tiles(slide, grid, mask, overview, tissue=share, with_blur=self.tiles.quality.measures_blur)
         keep, left_out = quality.within(self.tiles.quality)

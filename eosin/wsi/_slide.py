@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eosin.wsi._pixels import WHITE, read_scaled
 from eosin.wsi._resolution import Resolution, resolve_mpp
-from eosin.wsi.inventory import Picture
+from eosin.wsi.inventory import ONLY_IMAGE, Picture
 
 Fact = str | int | float | list[int] | list[float] | None
 
@@ -38,6 +38,8 @@ class Slide(ABC):
         Width and height in level-0 pixels.
     bounds_px0 : tuple of int or None
         x, y, width, height of the scanned part when the file states it; QuPath's origin is its corner.
+    image : str
+        Which scene and focal plane of the file this is: ``scene 1, plane 1``.
     icc_profile : bytes or None
         The colour profile that the file states for its pixels; applied only by `eosin.wsi._colour.in_srgb`.
     level_sizes, downsamples, offsets_px0 : list
@@ -51,6 +53,7 @@ class Slide(ABC):
     """
 
     bounds_px0: tuple[int, int, int, int] | None = None
+    image: str = ONLY_IMAGE
     icc_profile: bytes | None = None
     residual_px0: float | None = None
     background: tuple[int, int, int] = WHITE
@@ -135,6 +138,16 @@ class Slide(ABC):
         self.downsamples = [self.downsamples[level] for level in levels]
         self.offsets_px0 = [self.offsets_px0[level] for level in levels]
         self.declared = [self.declared[level] for level in levels]
+
+    def other_image(self, image: str) -> str:
+        """Return a sentence that names both images if `image`, of tiles or features, is not this one; else nothing.
+
+        Files of eosin 0.1 and of other tools do not say which image they are of; they are taken for this one's.
+        """
+        if not image or image == self.image:
+            return ""
+        options = f"--{image.replace(', ', ' --')}"
+        return f"{image} of the file, but {self.image} was opened; pass {options}"
 
     def facts(self) -> dict[str, Fact]:
         """Return what may be shown about the file: never label, name, date or other raw properties."""

@@ -141,7 +141,6 @@ def open_slide(
         Code ``bad-pyramid``, ``missing-tiles``, ``no-scene`` or ``no-plane``.
     """
     path = Path(path)
-    path = Path(path)
     if not path.exists():
         raise SlideOpenError(path, "no such file; check the path", code="missing")
     with open_file(path) as reader:

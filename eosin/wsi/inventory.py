@@ -12,6 +12,8 @@ from eosin.wsi._resolution import StatedMpp
 __all__ = ["Kind", "Picture"]
 
 Kind = Literal["slide", "label", "macro", "thumbnail", "other"]
+ONLY_IMAGE = "scene 1, plane 1"
+"""`image_name` of files that hold nothing to choose from."""
 MACRO_WORDS = ("macro", "overview")
 ROUNDING_PX = 1.0
 CONVERT = "convert it with `vips tiffsave {name} out.tif --tile --pyramid --compression jpeg --bigtiff`"
@@ -145,12 +147,18 @@ def choose_plane(picture: Picture, path: Path, plane: int | None) -> int:
     return plane - 1
 
 
+def image_name(pictures: Sequence[Picture], chosen: Picture, plane: int) -> str:
+    """Return which image of the file was chosen, as coordinates and features keep it: ``scene 2, plane 1``."""
+    number = next(index for index, picture in enumerate(scenes(pictures), 1) if picture is chosen)
+    return f"scene {number}, plane {plane + 1}"
+
+
 def choices(pictures: Sequence[Picture], chosen: Picture, plane: int) -> list[str]:
     """Return sentences that name what was not taken: other scenes and planes."""
     found, notes = scenes(pictures), []
     if len(found) > 1:
-        number = next(index for index, picture in enumerate(found, 1) if picture is chosen)
-        notes.append(f"scene {number} of {len(found)} was read; --scene chooses another")
+        scene, _, _ = image_name(pictures, chosen, plane).partition(",")
+        notes.append(f"{scene} of {len(found)} was read; --scene chooses another")
     if chosen.planes > 1:
         notes.append(f"focal plane {plane + 1} of {chosen.planes} was read; --plane chooses another")
     return notes

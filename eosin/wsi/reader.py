@@ -9,7 +9,7 @@ from typing import ClassVar, Self, TypeVar
 from eosin.errors import SlideOpenError
 from eosin.plugins import load_plugins
 from eosin.wsi._slide import Slide
-from eosin.wsi.inventory import Picture, choices, choose_picture, choose_plane
+from eosin.wsi.inventory import Picture, choices, choose_picture, choose_plane, image_name
 
 __all__ = ["READERS", "Reader"]
 
@@ -67,6 +67,7 @@ class Reader(ABC):
         picture = choose_picture(self.pictures, self.path, scene=scene)
         number = choose_plane(picture, self.path, plane)
         slide = self.open(picture, number, mpp)
+        slide.image = image_name(self.pictures, picture, number)
         slide.notes += choices(self.pictures, picture, number)
         return slide
 

@@ -111,3 +111,40 @@ def test_a_run_of_all_scenes_finds_their_labels(folder: Path, run: Run, tmp_path
     result = run(*base, "--folds", 2, "--scene", "both")
     assert result.exit_code == 2
     assert "--scene both: expected all or a number" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory, run: Run, folder: Path) -> Path:
+    """Two slides of equal size in one file, the second of them tiled and encoded."""
+    twins = tmp_path_factory.mktemp("twins")
+    picture = tifffile.imread(folder / "slides/a.ome.tif", series=1)
+    with tifffile.TiffWriter(twins / "t.ome.tif", ome=True) as tiff:
+        for turned in (picture, picture[:, ::-1]):
+            metadata = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+            tiff.write(np.ascontiguousarray(turned), photometric="rgb", tile=(128, 128), metadata=metadata)
+    slides = (twins / "t.ome.tif", "--job", twins / "job", "--scene", 2)
+    assert run("tile", *slides, *TILES).exit_code == 0
+    assert run("extract", *slides, "--encoder", "he_texture").exit_code == 0
+    return twins
+
+
+def test_tiles_and_features_of_one_scene_are_refused_on_another_of_its_size(
+    twins: Path, folder: Path, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(twins, tmp_path / "t")
+    slide, job = tmp_path / "t/t.ome.tif", tmp_path / "t/job"
+    of_second = "of scene 2, plane 1 of the file, but scene 1, plane 1 was opened; pass --scene 2 --plane 1"
+    assert read_bag(features(tmp_path / "t") / "t.h5").grid.image == "scene 2, plane 1"
+    on_first = run("extract", slide, "--job", job, "--encoder", "he_texture")
+    assert on_first.exit_code == 1
+    assert of_second in on_first.output
+    asked = ("--model", folder / "model", "--features", features(tmp_path / "t") / "t.h5", "--slides", slide)
+    for command in (("heatmap", "--out"), ("counterfactual", "--out"), ("view", "--html")):
+        refused = run(command[0], *asked, command[1], tmp_path / "out.html")
+        assert refused.exit_code == 2, refused.output
+        assert of_second.removeprefix("of ") in refused.output
+    # the same rows on the other scene: features are made again, and stale ones are found
+    assert run("tile", slide, "--job", job, "--scene", 1, *TILES).exit_code == 0
+    checked = run("verify", job)
+    assert checked.exit_code == 1
+    assert "stale" in checked.output
