@@ -142,7 +142,7 @@ class Slide(ABC):
     def other_image(self, image: str) -> str:
         """Return a sentence that names both images if `image`, of tiles or features, is not this one; else nothing.
 
-        Files of eosin 0.1 and of other tools do not say which image they are of; they are taken for this one's.
+        Files of eosin 0.1 and of other tools do not say which image they are of; they pass.
         """
         if not image or image == self.image:
             return ""
