@@ -36,7 +36,7 @@ campaign: $(STAMP)
 	tests/campaign.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_reliability.py tests/test_mutants.py tests/cli/test_signals.py \
 	    tests/features/test_faults.py tests/features/test_store.py tests/wsi/test_fuzz.py tests/wsi/test_job.py \
-	    tests/mil/test_kill.py tests/mil/test_splits.py
+	    tests/mil/test_kill.py tests/mil/test_splits.py tests/mil/test_convert_authors.py
 	$(BIN)/python tests/mutants.py
 	$(BIN)/python benchmarks/scale.py --slides $(if $(EOSIN_CAMPAIGN),50 200,100 1000 20000)
 

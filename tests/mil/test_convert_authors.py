@@ -5,7 +5,6 @@ header of the file names was built with small widths and given random weights; t
 the authors' names (`state/...`), a bag (`x`), and its answer in float64 (`logits`). Nothing of eosin took part.
 """
 
-import contextlib
 import csv
 import random
 from dataclasses import dataclass, field
@@ -91,6 +90,12 @@ FILES = {
     "torchmil_abmil_embedded": Known("abmil", "sigmoid", RELU | {"attention_activation": "relu"}),
     "torchmil_clam": Known("abmil", "sigmoid", {"attention_activation": "tanh"}),
     "torchmil_dsmil": Known("dsmil", "sigmoid"),
+    "torchmil_transmil": Known("transmil", "sigmoid", {"heads": "2", "landmarks": "4"}),
+    "torchmil_transmil_plain": Known("transmil", "sigmoid", {"heads": "4", "landmarks": "3"}),
+    "stamp_vit": Known("transformer", options={"heads": "2"}),
+    "stamp_mlp": Known("abmil"),
+    "stamp_linear": Known("mean", options={"pooling": "mean"}),
+    "stamp_trans_mil": Known("transmil"),
     "set_transformer": Known("set_transformer", options={"heads": "2"}),
     "set_transformer_seeds": Known("set_transformer", options={"heads": "2"}),
     "set_transformer_two_seeds": Known("set_transformer", "sigmoid", {"heads": "2"}),
@@ -261,23 +266,55 @@ DAMAGES = {
     "besides": lambda state, name, _: state.update({f"{name}.0": torch.zeros(2, 2)}),
     "no tensor": lambda state, name, _: state.update({name: "text"}),
     "truncated": lambda state, name, _: None,
+    "flipped": lambda state, name, _: None,
 }
+
+
+def damaged(damage, path, chance):
+    """Write one of the authors' files with one fault of this kind, and return its name and its answer."""
+    name = chance.choice(sorted(FILES))
+    state, _, logits = read(name)
+    DAMAGES[damage](state, chance.choice(sorted(state)), chance)
+    torch.save(state, path, _use_new_zipfile_serialization=chance.random() < 0.7)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+    if damage == "flipped":
+        content = bytearray(path.read_bytes())
+        for _ in range(chance.choice((1, 8, 64))):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    return name, logits
+
+
+def read_or_refused(path, folder, known, logits):
+    """Recognise and convert a file; say whether it was refused. Any error but a `CheckpointError` is a fault."""
+    try:
+        found, _ = recognise(read_tensors(path), path, known.options)
+        spec = FeatureSpec(encoder="theirs", dim=found.dim)
+        said = {"classes": [f"c{k}" for k in range(max(2, len(logits)))], "outputs": known.outputs}
+        convert_checkpoint(path, folder / "out", features=spec, options=known.options, **said)
+    except CheckpointError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_read_or_refused(damage, tmp_path):
-    chance, path = random.Random(damage), tmp_path / "their.pt"
-    for name in chance.sample(sorted(FILES), 20):
-        state, _, logits = read(name)
-        DAMAGES[damage](state, chance.choice(sorted(state)), chance)
-        torch.save(state, path, _use_new_zipfile_serialization=chance.random() < 0.7)
-        if damage == "truncated":
-            path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
-        with contextlib.suppress(CheckpointError):  # any other error is a fault
-            found, _ = recognise(read_tensors(path), path, FILES[name].options)
-            spec = FeatureSpec(encoder="theirs", dim=found.dim)
-            said = {"classes": [f"c{k}" for k in range(max(2, len(logits)))], "outputs": FILES[name].outputs}
-            convert_checkpoint(path, tmp_path / "out", features=spec, options=FILES[name].options, **said)
+    chance = random.Random(damage)
+    for _ in range(20):
+        name, logits = damaged(damage, tmp_path / "their.pt", chance)
+        read_or_refused(tmp_path / "their.pt", tmp_path, FILES[name], logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_4_000_damaged_files_are_read_or_refused(damage, tmp_path):
+    chance, refused = random.Random(f"many {damage}"), 0
+    each = -(-4000 // len(DAMAGES))
+    for _ in range(each):
+        name, logits = damaged(damage, tmp_path / "their.pt", chance)
+        refused += read_or_refused(tmp_path / "their.pt", tmp_path, FILES[name], logits)
+    assert (refused == 0) == (damage == "half")  # weights in half precision are whole
 
 
 @pytest.mark.parametrize("damage", ["not a number", "larger than the file", "besides", "no tensor", "truncated"])

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from eosin.errors import ConfigError
+from eosin.errors import CheckpointError, ConfigError
 from eosin.mil._closed_forms import PooledBag, ReadoutBag, linear_terms
 from eosin.mil._layers import (
     Activation,
@@ -225,6 +225,24 @@ def _read_trident(taker: Taker) -> Found:
     )
 
 
+def _read_stamp_mlp(taker: Taker) -> Found:
+    """Read STAMP's multilayer perceptron on the mean of the tiles: attention whose scores are all 0."""
+    numbers = taker.numbers(r"mlp\.(\d+)\.weight")
+    tensors: Tensors = {}
+    widths: list[int] = []
+    for place, number in enumerate(numbers):
+        tensors |= taker.linear(f"mlp.{number}", f"classifier.{2 * place}", None, widths[-1] if widths else None)
+        widths.append(len(tensors[f"classifier.{2 * place}.weight"]))
+    if len(widths) < 2:
+        raise CheckpointError(taker.path, "lacks layers of mlp; it is only a part of a model")
+    dim = tensors["classifier.0.weight"].shape[1]
+    tensors |= {"attention.V.weight": torch.zeros(1, dim), "attention.V.bias": torch.zeros(1)}
+    tensors |= {"attention.w.weight": torch.zeros(1, 1), "attention.w.bias": torch.zeros(1)}
+    hidden = tuple(widths[:-1])
+    return _found("STAMP's perceptron", tensors, head_dims=hidden, head_activations=("relu",) * len(hidden))
+
+
+LAYOUTS.add("STAMP MLP", Layout((r"mlp\.0\.weight", r"mlp\.3\.weight"), _read_stamp_mlp))
 LAYOUTS.add("TRIDENT", Layout((r"(feature_encoder\.model\.)?image_pooler\..*",), _read_trident))
 LAYOUTS.add("torchmil", Layout((r"pool\.fc1\..*", r"pool\.fc2\..*"), _read_torchmil, unused=("inst_classifiers.",)))
 LAYOUTS.add(

@@ -232,6 +232,17 @@ def _read_head(taker: Taker) -> Found:
     return Found("MeanMIL or MaxMIL", Component(name=pooling, options=options), tensors)
 
 
+def _read_linear(taker: Taker) -> Found:
+    """Read STAMP's linear layer on the mean of the tiles; a single layer does not say what stands before it."""
+    pooling = taker.ask("pooling", "mean", "max")
+    tensors = taker.linear("fc", "classifier")
+    options = {"embed_dims": (), "level": "embedding"}
+    return Found(
+        "a linear layer", Component(name=pooling, options=options), tensors, reads_features="classifier.weight"
+    )
+
+
+LAYOUTS.add("STAMP Linear", Layout((r"fc\.weight", r"fc\.bias"), _read_linear))
 LAYOUTS.add("MeanMIL", Layout((r"head\.0\.weight", r"head\.[23]\.weight"), _read_head))
 LAYOUTS.add("CLAM MIL_fc", Layout((r"fc\.0\.weight", r"classifiers?\..*"), _read_fc))
 

@@ -41,6 +41,7 @@ from eosin.mil._layers import Activation, as_dtype, embedding
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._rollout import Trace
 from eosin.mil.bags import PackedBags
+from eosin.mil.layouts import LAYOUTS, Found, Layout, Taker
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 from eosin.mil.subsets import Floats, Value, as_array
@@ -347,6 +348,33 @@ class Layer(nn.Module):
         hidden = torch.where(there, 0.0, -torch.inf).to(self.slopes)[:, None, None]
         return hidden if bias is None else bias + hidden
 
+
+def _read_stamp(taker: Taker) -> Found:
+    """Read STAMP's transformer without ALiBi; with it, distances are taken from weights that a softmax has made."""
+    heads = taker.ask("heads")
+    tensors = {"cls_token": taker.take("class_token", None)}
+    width = len(tensors["cls_token"])
+    tensors |= taker.linear("project_features.0", "embed.0", width)
+    numbers = taker.numbers(r"transformer\.layers\.(\d+)\.0\.norm\.weight")
+    for new, number in enumerate(numbers):
+        old = f"transformer.layers.{number}"
+        thirds = [taker.take(f"{old}.0.mhsa.in_proj_{part}", *shape).chunk(3)
+                  for part, shape in (("weight", (3 * width, width)), ("bias", (3 * width,)))]  # fmt: skip
+        for name, weight, bias in zip(("query", "key", "value"), *thirds, strict=True):
+            tensors |= {f"layers.{new}.{name}.weight": weight, f"layers.{new}.{name}.bias": bias}
+        tensors |= taker.norm(f"{old}.0.norm", f"layers.{new}.norm", width)
+        tensors |= taker.linear(f"{old}.0.mhsa.out_proj", f"layers.{new}.out", width, width)
+        tensors |= taker.norm(f"{old}.1.0", f"layers.{new}.mlp.0", width)
+        tensors |= taker.linear(f"{old}.1.1", f"layers.{new}.mlp.1", None, width)
+        hidden = len(tensors[f"layers.{new}.mlp.1.weight"])
+        tensors |= taker.linear(f"{old}.1.4", f"layers.{new}.mlp.4", width, hidden)
+    tensors |= taker.norm("transformer.norm", "norm", width) | taker.head("mlp_head.0", "classifier", width)
+    hidden = len(tensors.get("layers.0.mlp.1.weight", ())) or 1
+    sizes: dict[str, object] = {"width": width, "layers": len(numbers), "feed_forward": hidden, "heads": int(heads)}
+    return Found("STAMP's transformer", Component(name="transformer", options=sizes), tensors)
+
+
+LAYOUTS.add("STAMP", Layout((r"class_token", r"project_features\.0\..*", r".*\.mhsa\.in_proj_weight"), _read_stamp))
 
 _TRAINING = Training(
     lr=1e-4, weight_decay=1e-2, epochs=50, patience=10, bags_per_step=4, max_instances_per_bag=2048, warmup=2.0

@@ -29,7 +29,7 @@ is with RAdam without Lookahead. Bags are never padded to each other (`eosin.mil
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from eosin.errors import ConfigError
+from eosin.errors import CheckpointError, ConfigError
 from eosin.mil import _attention as attention
 from eosin.mil._attention import bag_attention, by_rows, mixed_weights, recomputed
 from eosin.mil._layers import Activation, Init, embedding, initialise
-from eosin.mil._nystrom import NystromFactors, NystromLayer, TokenBags, starts, through_landmarks
+from eosin.mil._nystrom import TAPS, NystromFactors, NystromLayer, TokenBags, starts, through_landmarks
 from eosin.mil._recipe import RECIPES, Component, Recipe, Training
 from eosin.mil._rollout import Trace, inputs_of
 from eosin.mil.bags import PackedBags
@@ -393,6 +393,34 @@ def _read_millab(taker: Taker) -> Found:
     return found("MIL-Lab's TransMIL", tensors, widths)
 
 
+def _read_torchmil(taker: Taker) -> Found:
+    """Read torchmil's TransMIL, whose attention lacks the projection and the convolution of the values.
+
+    An identity and zeros in their places are the same network. Each layer has a second norm, which is read where a
+    multilayer perceptron follows it; that network is not converted.
+    """
+    heads, landmarks = (int(taker.ask(option)) for option in ("heads", "landmarks"))
+    tensors = {"cls_token": taker.take("cls_token", 1, 1, None)[0]}
+    width = tensors["cls_token"].shape[1]
+    if width % heads:
+        raise CheckpointError(taker.path, f"has width {width}, which --option heads={heads} does not divide")
+    embedded = taker.has(r"fc1\..*")
+    tensors |= taker.linear("fc1", "embed.0", width) if embedded else {}
+    numbers = taker.numbers(r"layers\.(\d+)\.norm1\.weight")
+    for number, new in zip(numbers, TransMil._names(len(numbers)), strict=True):
+        tensors |= taker.norm(f"layers.{number}.norm1", f"{new}.norm", width)
+        taker.norm(f"layers.{number}.norm2", "", width)
+        tensors[f"{new}.to_qkv.weight"] = taker.take(f"layers.{number}.att_module.qkv_nn.weight", 3 * width, width)
+        tensors |= {f"{new}.to_out.weight": torch.eye(width), f"{new}.to_out.bias": torch.zeros(width)}
+        tensors[f"{new}.res_conv.weight"] = torch.zeros(heads, 1, TAPS, 1)
+    tensors |= _read_ppeg(taker, "pos_layer", width)
+    tensors |= taker.norm("norm", "norm", width) | taker.head("classifier", "classifier", width)
+    known = found("torchmil's TransMIL", tensors, [width] if embedded else [], embed_activation="none")
+    options = known.aggregator.options | {"landmarks": landmarks}
+    first = "embed.0.weight" if embedded else "layer1.to_qkv.weight"
+    return replace(known, aggregator=Component(name="transmil", options=options), reads_features=first)
+
+
 def _read_layers(
     taker: Taker,
     layers: Sequence[str],
@@ -410,17 +438,23 @@ def _read_layers(
         tensors |= taker.linear(f"{before}{old}{attention}.to_out.0", f"{new}.to_out", width, width)
         tensors[f"{new}.to_qkv.weight"] = taker.take(f"{before}{old}{attention}.to_qkv.weight", 3 * width, width)
         tensors[f"{new}.res_conv.weight"] = taker.take(f"{before}{old}{attention}.res_conv.weight", None, 1, None, 1)
-    if taker.has(re.escape(f"{before}{ppeg}") + r"\..*"):
-        for name, new, size in (("proj", "conv7", 7), ("proj1", "conv5", 5), ("proj2", "conv3", 3)):
-            tensors[f"ppeg.{new}.weight"] = taker.take(f"{before}{ppeg}.{name}.weight", width, 1, size, size)
-            tensors[f"ppeg.{new}.bias"] = taker.take(f"{before}{ppeg}.{name}.bias", width)
+    present = taker.has(re.escape(f"{before}{ppeg}") + r"\..*")
+    return tensors | (_read_ppeg(taker, f"{before}{ppeg}", width) if present else {})
+
+
+def _read_ppeg(taker: Taker, old: str, width: int) -> Tensors:
+    """Return the three convolutions of the position encoding."""
+    tensors = {}
+    for name, new, size in (("proj", "conv7", 7), ("proj1", "conv5", 5), ("proj2", "conv3", 3)):
+        tensors[f"ppeg.{new}.weight"] = taker.take(f"{old}.{name}.weight", width, 1, size, size)
+        tensors[f"ppeg.{new}.bias"] = taker.take(f"{old}.{name}.bias", width)
     return tensors
 
 
 def found(tool: str, tensors: Tensors, widths: list[int], *, outputs: Meaning | None = None, **said: str) -> Found:
     """Return TransMIL with these tensors, of which the sizes are read."""
     layers = sum(name.endswith(".to_qkv.weight") for name in tensors)
-    options: dict[str, object] = {"width": widths[-1], "embed_layers": len(widths), "layers": layers}
+    options: dict[str, object] = {"width": len(tensors["norm.weight"]), "embed_layers": len(widths), "layers": layers}
     options["heads"] = len(tensors.get("layer1.res_conv.weight", ())) or 1
     options["positions"] = "ppeg" if "ppeg.conv7.weight" in tensors else "none"
     return Found(tool, Component(name="transmil", options=options | said), tensors, outputs=outputs)
@@ -448,6 +482,7 @@ def _read_grid(taker: Taker) -> Found:
 _LAYER = r"layer1\.attn\..*"
 LAYOUTS.add("TransMIL", Layout((r"(_fc1|feature)\..*", _LAYER, r"cls_token"), _read))
 LAYOUTS.add("MIL-Lab TransMIL", Layout((r"patch_embed\.0\.weight", r"blocks\.0\.attention\..*"), _read_millab))
+LAYOUTS.add("torchmil TransMIL", Layout((r"layers\.0\.att_module\.qkv_nn\..*", r"cls_token"), _read_torchmil))
 _INSIDE = (r"(online_encoder|mil\.aggregate)\." + _LAYER, r"predictor\..*", r".*\.cls_token")
 LAYOUTS.add("TransMIL of MHIM-MIL", Layout(_INSIDE, _read_grid, unused=("predictor_res.",)))
 
