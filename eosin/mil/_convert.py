@@ -1,9 +1,9 @@
 """Trained aggregators of other tools become model folders.
 
-A foreign file is read with ``weights_only=True``, without fallback: it can hold tensors and nothing that runs. Which
-network it is follows from the names and shapes of its tensors; a tensor that nothing here explains is an error, never
-left out in silence, and so is a layer that is missing unless the caller wants it filled. What neither names nor shapes
-say (an activation, the meaning of the outputs) is stated by the caller; it is asked for, not guessed.
+A foreign file is read with ``weights_only=True``, without fallback: nothing in it runs, whatever it holds besides
+tensors. Which network it is follows from the names and shapes of its tensors; a tensor that nothing here explains is
+an error, never left out in silence, and so is a layer that is missing unless the caller wants it filled. What neither
+names nor shapes say (an activation, the meaning of the outputs) is stated by the caller; it is asked for, not guessed.
 """
 
 import re
@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from eosin.errors import CheckpointError, ConfigError
 from eosin.features._bag import FeatureSpec
@@ -217,11 +219,7 @@ def read_tensors(path: Path) -> Tensors:
     if not path.is_file():
         raise CheckpointError(path, "is not a file" if path.exists() else "no such file")
     try:
-        loaded: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        loaded: Any = load_file(path) if path.suffix == ".safetensors" else _load_inert(path)
     except UnpicklingError as error:
         if "Unsupported" not in str(error):
             raise CheckpointError(path, "is damaged or is not a checkpoint of torch; copy it again") from None
@@ -233,6 +231,31 @@ def read_tensors(path: Path) -> Tensors:
     except Exception as error:  # noqa: BLE001  (torch's reader says of nothing what it raises for a damaged file)
         raise CheckpointError(path, f"cannot be read ({' '.join(str(error).split())[:200]}); copy it again") from None
     return _unwrapped(loaded, path)
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for an object of a class that is not torch's: it takes whatever the file gives it, and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> "_Inert":
+        return dict.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        """Drop what the object was made of."""
+
+
+def _load_inert(path: Path) -> object:
+    """Read a file of torch whose settings may be objects of other packages (STAMP, Lightning, argparse).
+
+    None of these packages is imported: to torch's reader for tensors each name means an empty object. It refuses names
+    with which a file could do harm (``os.system``) all the same.
+    """
+    # the older format has no list of names; such files hold tensors and plain values, or are refused
+    names = get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
+    with safe_globals([(type("_Inert", (_Inert,), {}), name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrapped(loaded: object, path: Path) -> Tensors:

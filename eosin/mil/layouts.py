@@ -164,6 +164,8 @@ class Taker:
 
     def stack(self, old: str, new: str, count: int, outputs: int | None = None, inputs: int | None = None) -> Tensors:
         """Return `count` linear layers, one per branch and with its number for ``*`` in the name, as one."""
+        if not count:
+            raise CheckpointError(self.path, f"lacks the layers {old}; it is only a part of a model")
         layers = []
         for branch in range(count):
             layer = self.linear(old.replace("*", str(branch)), "", outputs, inputs)

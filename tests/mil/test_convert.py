@@ -1,3 +1,9 @@
+import contextlib
+import os
+from argparse import Namespace
+from enum import Enum
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -207,15 +213,43 @@ def test_what_does_not_fit_is_refused(shared, tmp_path):
 
 
 class Payload:
+    """Runs a function when it is unpickled."""
+
+    def __init__(self, function, argument):
+        self.parts = function, (argument,)
+
     def __reduce__(self):
-        return print, ("ran",)
+        return self.parts
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
-    torch.save({"model": Payload()}, tmp_path / "evil.pt")
+class Setting(Enum):
+    """A setting as training scripts keep it beside the weights."""
+
+    VIT = "vit"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("function", [print, os.system, eval])
+def test_nothing_in_a_file_runs(function, zipped, tmp_path, capfd):
+    payload = Payload(function, "print('ran')" if function is eval else "echo ran")
+    for content in ({"model": payload}, {"state_dict": {"fc.weight": torch.zeros(2, 3)}, "config": payload}):
+        torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
+        with contextlib.suppress(CheckpointError):
+            assert set(read_tensors(tmp_path / "evil.pt")) == {"fc.weight"}
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_settings_of_any_class_beside_the_weights_are_not_looked_at(tmp_path):
+    weights = {"model.fc.weight": torch.ones(2, 3), "model.fc.bias": torch.zeros(2)}
+    settings = {"name": Setting.VIT, "where": Path("/data"), "args": Namespace(lr=0.1), "counts": np.ones(3)}
+    torch.save({"state_dict": weights, "hyper_parameters": settings}, tmp_path / "stamp.ckpt")
+    assert set(read_tensors(tmp_path / "stamp.ckpt")) == {"fc.weight", "fc.bias"}
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    torch.save({"model": Payload(print, "ran")}, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="holds more than tensors"):
         read_tensors(tmp_path / "evil.pt")
-    assert "ran" not in capsys.readouterr().out
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(CheckpointError):
         read_tensors(tmp_path / "text.pt")
