@@ -31,8 +31,6 @@ ENCODING_TYPE = "eosin-features"
 ENCODING_VERSION = "1.0"
 SUFFIX = ".h5"
 
-BLOCK_BYTES = 512
-
 BLOCK_BYTES = 2**20
 ALIGNMENT_BYTES = 64
 
@@ -142,6 +140,18 @@ def _block_sums(rows: NDArray[np.generic]) -> NDArray[np.uint32]:
     return np.array([zlib.crc32(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)], "<u4")
 
 
+def _stored_sums(path: Path, offset: int, n_bytes: int) -> NDArray[np.uint32]:
+    """Return the CRC-32 of each block of the rows in a file; read, since the pages of a map would count as memory."""
+    block = memoryview(bytearray(BLOCK_BYTES))
+    sums = []
+    with path.open("rb") as file:
+        file.seek(offset)
+        for first in range(0, n_bytes, BLOCK_BYTES):
+            found = file.readinto(block[: min(BLOCK_BYTES, n_bytes - first)])
+            sums.append(zlib.crc32(block[:found]))
+    return np.array(sums, "<u4")
+
+
 def _write_attributes(file: h5py.File, bag: FeatureBag) -> None:
     spec = bag.spec.model_dump(exclude_none=True)
     provenance = dict(bag.provenance)
@@ -209,7 +219,7 @@ def read_bag(path: Path | str, *, verify: bool | None = None) -> FeatureBag:
         provenance = _read_provenance(file, footer)
         identity = _identity(path)
         if verify or (verify is None and identity not in _used):
-            _check_rows(file, path, features)
+            _check_rows(file, path, features, offset)
             _used.add(identity)
         if grid is not None and grid.n_tiles != footer.n_rows:
             raise FeatureFileError(
@@ -464,9 +474,9 @@ def _map_rows(
     return mapped.view(np.ndarray)
 
 
-def _check_rows(file: h5py.File, path: Path, rows: NDArray[np.float16] | NDArray[np.float32]) -> None:
+def _check_rows(file: h5py.File, path: Path, rows: NDArray[np.float16] | NDArray[np.float32], offset: int) -> None:
     table = require_dataset(file, "checksums", path)
-    stated, found = table[:], _block_sums(rows)
+    stated, found = table[:], _stored_sums(path, offset, rows.nbytes)
     if table.attrs["block_bytes"] != BLOCK_BYTES or stated.shape != found.shape:
         raise FeatureFileError(path, "has no table of checksums for its rows; make it again")
     bad = np.flatnonzero(stated != found)

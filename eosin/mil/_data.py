@@ -166,8 +166,20 @@ class PatientBags:
 
     def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
         """Return the instances of all slides, or some rows of them."""
-        bag = torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
-        return bag if rows is None else bag[rows]
+        if rows is None:
+            return torch.cat([self._slides.load(slide) for slide in self._slides_of[bag_id]])
+        bag: Tensor | None = None
+        first = 0
+        for slide in self._slides_of[bag_id]:
+            last = first + self._slides.length(slide)
+            here = (rows >= first) & (rows < last)
+            if here.any() or bag is None:
+                part = self._slides.load(slide, rows[here] - first)
+                bag = part.new_empty(len(rows), part.shape[1]) if bag is None else bag
+                bag[here] = part
+            first = last
+        assert bag is not None  # a patient has a slide
+        return bag
 
     def places(self, bag_id: str) -> Tensor | None:
         """Return where the tiles of all slides lie, the slides side by side, or None where one has no coordinates."""

@@ -14,7 +14,7 @@ from eosin.mil._data import BagSource
 from eosin.mil._feed import EVALUATION_INSTANCES, EvaluationPacks
 from eosin.mil._intervals import Clusters, Support, score_interval
 from eosin.mil._metrics import Floats, Metrics, value_range
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import BagInPieces, PackedBags
 from eosin.mil.slots import Aggregator
 from eosin.mil.task import Task
 
@@ -23,13 +23,14 @@ LEVEL = 0.95
 
 
 @torch.no_grad()
-def compute_logits(model: Aggregator, packs: Iterable[PackedBags]) -> torch.Tensor:
+def compute_logits(model: Aggregator, packs: Iterable[PackedBags | BagInPieces]) -> torch.Tensor:
     """Return the logits (B, K) of all bags of the packs, on the host; sets the model to evaluation mode."""
     model.eval()
     rows = []
     for pack in packs:
         require_running()
-        rows.append(model(pack).logits)
+        output = model.forward_pieces(pack) if isinstance(pack, BagInPieces) else model(pack)
+        rows.append(output.logits)
     return torch.cat(rows).cpu()
 
 

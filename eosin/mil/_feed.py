@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from eosin.errors import ConfigError
 from eosin.kernels._memory import new_tensor
 from eosin.mil._data import BagSource, Examples
 from eosin.mil._tables import shown
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import LARGE_BAG, PIECE_ROWS, BagInPieces, PackedBags
 
 EVALUATION_INSTANCES = 100_000
 KEPT_BYTES = 256 * 2**20
@@ -147,6 +148,8 @@ class DeviceBags:
 class EvaluationPacks:
     """All examples in packs, made again at each pass, or kept on the device when they are small.
 
+    A bag of more than `LARGE_BAG` instances that is alone in its pack comes in pieces.
+
     Parameters
     ----------
     bags : BagSource
@@ -175,23 +178,50 @@ class EvaluationPacks:
         self._kept: list[PackedBags] = []
         self._keep = 4 * sum(lengths) * bags.spec.dim <= KEPT_BYTES
 
-    def __iter__(self) -> Iterator[PackedBags]:
+    def __iter__(self) -> Iterator[PackedBags | BagInPieces]:
         if self._kept:
             yield from self._kept
             return
-        for host in ahead(pack_bags(self._bags, group, places=self._places) for group in self._groups):
-            pack = on_device(host, self._device)
-            if self._keep:
+        for pack in map(self._on_device, ahead(map(self._pack, self._groups))):
+            if self._keep and isinstance(pack, PackedBags):
                 self._kept.append(pack)
             yield pack
+
+    def _pack(self, group: Sequence[str]) -> PackedBags | BagInPieces:
+        length = self._bags.length(group[0])
+        if self._keep or len(group) > 1 or length <= LARGE_BAG:
+            return pack_bags(self._bags, group, places=self._places)
+        where = _places(self._bags, group[0], None).to(self._device) if self._places else None
+        return BagInPieces(_Pieces(self._bags, group[0]), length, group[0], where)
+
+    def _on_device(self, pack: PackedBags | BagInPieces) -> PackedBags | BagInPieces:
+        if isinstance(pack, PackedBags):
+            return on_device(pack, self._device)
+        return pack.map(lambda piece: _widened(piece.to(self._device)))
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The instances of a bag, a piece at a time; of a file, a piece is in memory only while it is used."""
+
+    bags: BagSource
+    bag_id: str
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in torch.arange(self.bags.length(self.bag_id)).split(PIECE_ROWS):  # type: ignore[no-untyped-call]
+            yield self.bags.load(self.bag_id, rows)
 
 
 def on_device(bags: PackedBags, device: torch.device) -> PackedBags:
     """Return the bags on a device with float32 values (float64 stays), converted after the transfer."""
     moved = bags.to(device)
-    if moved.values.dtype in (torch.float32, torch.float64):
-        return moved
-    return moved.with_values(new_tensor(moved.values, tuple(moved.values.shape), torch.float32).copy_(moved.values))
+    return moved.with_values(_widened(moved.values))
+
+
+def _widened(values: Tensor) -> Tensor:
+    if values.dtype in (torch.float32, torch.float64):
+        return values
+    return new_tensor(values, tuple(values.shape), torch.float32).copy_(values)
 
 
 def draw_order(

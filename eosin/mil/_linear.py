@@ -28,7 +28,7 @@ from eosin.kernels import segment_mean
 from eosin.mil._closed_forms import linear_terms
 from eosin.mil._data import Examples
 from eosin.mil._standardize import SMALLEST_DEVIATION, Standardizer
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import PIECE_ROWS, BagInPieces, PackedBags, is_large
 from eosin.mil.slots import Aggregator, AggregatorOutput, Wrapper
 from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
@@ -96,17 +96,35 @@ class LinearPart(nn.Module):
         rows = self.standardizer.rows(bags.values)
         return torch.cat([segment_mean(rows, bags.cu_seqlens), segment_mean(rows.abs(), bags.cu_seqlens)], 1)
 
+    def means_of_pieces(self, bag: BagInPieces) -> Tensor:
+        """Return (1, 2 D)."""
+        total = torch.zeros(1, self.readout.in_features, dtype=torch.float64)
+        for piece in bag.pieces:
+            total += len(piece) * self.means(PackedBags.pack([piece.float()])).double().cpu()
+        return (total / bag.length).to(self.readout.weight)
+
     def forward(self, bags: PackedBags) -> Tensor:
         """Return logits (B, K) in float32: a precision that is chosen for the aggregator does not apply here."""
+        if is_large(bags):
+            return self.forward_pieces(BagInPieces.of(bags))
         with torch.autocast(bags.values.device.type, enabled=False):
             logits: Tensor = self.readout(self.means(bags.with_values(bags.values.float())))
         return logits
 
+    def forward_pieces(self, bag: BagInPieces) -> Tensor:
+        """Return the logits (1, K) of a bag that is read piece by piece."""
+        with torch.autocast(self.readout.weight.device.type, enabled=False):
+            logits: Tensor = self.readout(self.means_of_pieces(bag))
+        return logits
+
     def terms(self, bags: PackedBags) -> Floats:
         """Return the logits of every instance without the bias, (n, K), whose mean over a bag is the bag's."""
-        rows = self.standardizer.rows(bags.values.float())
         level, spread = self.readout.weight.chunk(2, 1)
-        return linear_terms("nd,kd->nk", rows, level) + linear_terms("nd,kd->nk", rows.abs(), spread)
+        terms = []
+        for piece in torch.split(bags.values, PIECE_ROWS):
+            rows = self.standardizer.rows(piece.float())
+            terms.append(linear_terms("nd,kd->nk", rows, level) + linear_terms("nd,kd->nk", rows.abs_(), spread))
+        return np.concatenate(terms)
 
 
 def helps(task: Task, columns: Tensor, train: Examples) -> bool:
@@ -193,6 +211,11 @@ class WithLinear(Wrapper):
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         output: AggregatorOutput = self.aggregator(bags)
         return replace(output, logits=self._joined(output.logits, self.linear(bags)))
+
+    @override
+    def forward_pieces(self, bag: BagInPieces) -> AggregatorOutput:
+        output = self.aggregator.forward_pieces(bag)
+        return replace(output, logits=self._joined(output.logits, self.linear.forward_pieces(bag)))
 
     def _joined(self, logits: Tensor, linear: Tensor) -> Tensor:
         return (1 - self.share) * logits + self.share * linear.to(logits.dtype)

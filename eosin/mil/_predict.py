@@ -17,8 +17,9 @@ from eosin._files import file_fingerprint, paths_of, write_json
 from eosin._names import Ids
 from eosin._records import Record, Report
 from eosin.errors import FeatureFileError, FeatureMismatchError
+from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
-from eosin.mil._data import MemoryBags
+from eosin.mil._data import BagSource, FeatureFolder, MemoryBags
 from eosin.mil._ensemble import Ensemble
 from eosin.mil._flow import Flow
 from eosin.mil._jury import Jury
@@ -27,6 +28,7 @@ from eosin.mil._patients import Patients, by_known_slides, lost_slides, patients
 from eosin.mil._prediction_table import SEEN_COLUMNS, Cell, PredictionTable, Row, require_table_suffix
 from eosin.mil._seen import seen_notes
 from eosin.mil._tables import LabelTable
+from eosin.mil.bags import LARGE_BAG
 from eosin.mil.task import Task
 
 COLUMNS = (*SEEN_COLUMNS, "n_tiles", "model", "encoder", "encoder_hash", "features_hash", "message")
@@ -194,11 +196,17 @@ def predict_slide(ensemble: Ensemble, path: Path) -> tuple[Row, Floats | None]:
     cells["encoder_hash"] = bag.spec.weights_hash
     if not bag.n_instances:
         return cells | {"status": "empty"}, None
-    places = {} if bag.grid is None else {bag.slide_id: torch.from_numpy(bag.grid.places())}
-    bags = MemoryBags({bag.slide_id: torch.from_numpy(np.array(bag.features))}, bag.spec, places=places)
-    outputs = ensemble.outputs(bags, bag.slide_id)
+    outputs = ensemble.outputs(_source(path, bag), bag.slide_id)
     if not np.isfinite(outputs).all():
         raise FeatureFileError(
             path, "leads to a prediction that is infinite or NaN; extract the slide again", code="not-finite"
         )
     return cells | ensemble.answer(outputs) | {"status": "ok"}, outputs
+
+
+def _source(path: Path, bag: FeatureBag) -> BagSource:
+    """Return what the models read: the bag in memory, once for all of them, or a large one from its file in pieces."""
+    if bag.n_instances > LARGE_BAG:
+        return FeatureFolder({bag.slide_id: path}, cache_bytes=0)
+    places = {} if bag.grid is None else {bag.slide_id: torch.from_numpy(bag.grid.places())}
+    return MemoryBags({bag.slide_id: torch.from_numpy(np.array(bag.features))}, bag.spec, places=places)

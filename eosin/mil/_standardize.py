@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from eosin.mil._data import BagSource
-from eosin.mil.bags import PackedBags
-from eosin.mil.slots import Aggregator, Wrapper
+from eosin.mil.bags import BagInPieces, PackedBags, is_large
+from eosin.mil.slots import Aggregator, AggregatorOutput, Wrapper
 
 ROWS_PER_BAG = 2000
 SMALLEST_DEVIATION = 1e-6
@@ -97,3 +97,13 @@ class Standardized(Wrapper):
     def prepare(self, bags: PackedBags) -> PackedBags:
         prepared: PackedBags = self.standardizer(bags)
         return prepared
+
+    @override
+    def forward(self, bags: PackedBags) -> AggregatorOutput:
+        if is_large(bags):
+            return self.forward_pieces(BagInPieces.of(bags))
+        return super().forward(bags)
+
+    @override
+    def forward_pieces(self, bag: BagInPieces) -> AggregatorOutput:
+        return self.aggregator.forward_pieces(bag.map(self.standardizer.rows))

@@ -1,6 +1,6 @@
-"""The one batch type: bags of any length, packed into one matrix."""
+"""The batch type, bags of any length packed into one matrix, and a bag too large to be in memory whole."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from eosin.kernels import bag_offsets
 from eosin.kernels._memory import new_tensor
 
-__all__ = ["PackedBags"]
+__all__ = ["BagInPieces", "PackedBags"]
 
+LARGE_BAG = 2**15  # instances of a bag that predictions read in pieces, where it is one bag in one pack
+PIECE_ROWS = 3072  # as many rows as the kernels compute at once: answers are those of the whole bag
 SLIDE_GAP = 64  # steps of the tile grid between slides that lie in one bag, beyond what any method calls near
 
 
@@ -67,7 +69,7 @@ class PackedBags:
         ids: Sequence[str] = (),
         places: Sequence[Tensor] | None = None,
     ) -> Self:
-        """Pack a list of (n, D) matrices of one width, dtype and device; a bag may have no rows."""
+        """Pack (n, D) matrices of one width, dtype and device; a bag may be empty. One alone is not copied."""
         if not bags:
             raise ValueError("a pack needs at least one bag")
         values, lengths = _joined(bags), tuple(len(bag) for bag in bags)
@@ -144,6 +146,64 @@ class PackedBags:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class BagInPieces:
+    """One large bag whose instances are read piece by piece, anew each time, so that they never exist all at once.
+
+    Attributes
+    ----------
+    pieces : iterable of (n_i, D) float
+        Instances in their order; may be gone through more than once.
+    length : int
+        Number of instances.
+    id : str
+        Name of the bag.
+    places : (length, 2) float32 or None
+        As of `PackedBags`.
+    """
+
+    pieces: Iterable[Tensor]
+    length: int
+    id: str = ""
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, bag: PackedBags) -> Self:
+        """Return a pack of one bag in pieces, views of its values."""
+        return cls(torch.split(bag.values, PIECE_ROWS), bag.n_instances, "".join(bag.ids), bag.places)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the bag with a function applied to each piece when it is read."""
+        return replace(self, pieces=_Mapped(function, self.pieces))
+
+    def pack(self) -> PackedBags:
+        """Return the bag as a pack, which holds all instances."""
+        values: Tensor | None = None
+        first = 0
+        for piece in self.pieces:
+            if values is None:
+                values = new_tensor(piece, (self.length, piece.shape[1]))
+            values[first : first + len(piece)] = piece
+            first += len(piece)
+        if values is None or first != self.length:
+            raise ValueError(f"the pieces of {self.id or 'the bag'} have {first} instances, not {self.length}")
+        return PackedBags.pack([values], ids=(self.id,), places=None if self.places is None else [self.places])
+
+
+def is_large(bags: PackedBags) -> bool:
+    """Return whether a pack is one large bag of which no gradient is asked."""
+    return bags.n_bags == 1 and bags.n_instances > LARGE_BAG and not torch.is_grad_enabled()
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    function: Callable[[Tensor], Tensor]
+    pieces: Iterable[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.function, self.pieces)
+
+
 def side_by_side(places: Sequence[Tensor]) -> Tensor:
     """Return places of tiles of several slides as one list, the slides in a row so that no tiles of two are near."""
     moved: list[Tensor] = []
@@ -157,6 +217,8 @@ def side_by_side(places: Sequence[Tensor]) -> Tensor:
 
 
 def _joined(bags: Sequence[Tensor]) -> Tensor:
+    if len(bags) == 1:
+        return bags[0]
     if any(bag.requires_grad or bag.dtype != bags[0].dtype for bag in bags):
         return torch.cat(list(bags))  # follows gradients, and takes the widest type
     return torch.cat(list(bags), out=new_tensor(bags[0], (sum(map(len, bags)), *bags[0].shape[1:])))

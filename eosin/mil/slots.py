@@ -17,7 +17,7 @@ from eosin.errors import ConfigError
 from eosin.mil._closed_forms import PooledBag, contributions
 from eosin.mil._registry import METHODS, ModuleRegistry, OptionsChecked
 from eosin.mil._rollout import Trace
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import BagInPieces, PackedBags
 from eosin.mil.subsets import Floats, Subsets, Value, as_array, slope_of
 from eosin.mil.task import Task
 
@@ -126,6 +126,17 @@ class Aggregator(nn.Module, metaclass=OptionsChecked):
     def forward(self, bags: PackedBags) -> AggregatorOutput:
         """Return one row of logits per bag; a bag without instances gives a finite row."""
         raise NotImplementedError
+
+    def forward_pieces(self, bag: BagInPieces) -> AggregatorOutput:
+        """Return the output for one bag that is read piece by piece, for predictions.
+
+        Embedded instances are often narrower than features, so an `EmbeddingAggregator` embeds each piece as it comes;
+        every other one is given the whole bag.
+        """
+        if isinstance(self, EmbeddingAggregator) and _starts_with_embed(type(self)):
+            return self.aggregate(bag.map(self.embed).pack())
+        output: AggregatorOutput = self(bag.pack())
+        return output
 
     def require_places(self, bags: PackedBags) -> Tensor:
         """Return where the tiles lie, (N, 2), x then y in steps of their grid.
@@ -266,6 +277,14 @@ class EmbeddingAggregator(Protocol):
     def aggregate(self, bags: PackedBags) -> AttentionOutput:
         """Return the output for bags of embedded instances."""
         ...
+
+
+def _starts_with_embed(kind: type) -> bool:
+    """Return whether `forward` is still that of the class that gave `aggregate`, or of one that it was made from."""
+    givers = [
+        next(at for at, base in enumerate(kind.__mro__) if name in vars(base)) for name in ("forward", "aggregate")
+    ]
+    return givers[0] >= givers[1]
 
 
 def instance_width(model: Aggregator) -> int:

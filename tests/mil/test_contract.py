@@ -12,7 +12,7 @@ from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES, Component, Recipe
 from eosin.mil._train import fit
-from eosin.mil.bags import PackedBags
+from eosin.mil.bags import BagInPieces, PackedBags
 from eosin.mil.slots import AGGREGATORS, LOSS_TERMS, STRATEGIES, AttentionOutput
 from eosin.mil.tasks._classification import Classification
 from eosin.mil.tasks._survival import DiscreteSurvival
@@ -298,3 +298,27 @@ def test_separable_bags_are_fitted(name):
         return
     whole = task.loss(logits, target)
     assert (whole if name in HIDES else fitted.history[-1]["train_bag"]) < 0.35
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bag_in_pieces_is_the_whole_bag(name):
+    model, whole = build(name).double(), packed(some_bags([12], dtype=torch.float64))
+    pieces = BagInPieces(torch.split(whole.values, 5), 12, places=whole.places)
+    with torch.no_grad():
+        answers = parts(model(whole)), parts(model.forward_pieces(pieces))
+    for key, value in answers[0].items():
+        close(value, answers[1][key])
+
+
+def test_a_forward_of_ones_own_reads_pieces_too():
+    class Doubled(AGGREGATORS["abmil"]):
+        def forward(self, bags):
+            return super().forward(bags.with_values(2 * bags.values))
+
+    model, whole = Doubled(DIM, len(CLASSES)).double().eval(), packed(some_bags([12], dtype=torch.float64))
+    close(model(whole).logits, model.forward_pieces(BagInPieces.of(whole)).logits)
+
+
+def test_pieces_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="the pieces of s1 have 3 instances, not 4"):
+        BagInPieces([torch.zeros(3, DIM)], 4, "s1").pack()

@@ -6,6 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from eosin.features._bag import FeatureSpec
+from eosin.mil import _linear
+from eosin.mil import bags as mil_bags
 from eosin.mil._checkpoint import load_model
 from eosin.mil._data import Examples, MemoryBags
 from eosin.mil._linear import RIDGE, LinearPart, WithLinear, ridge, share_of
@@ -132,3 +134,26 @@ def test_slope_of_weights_is_that_of_the_closed_form(model):
 
 def test_a_bag_without_instances_has_an_answer(model):
     assert model(PackedBags.pack([torch.zeros(0, 5)])).logits.isfinite().all()
+
+
+def test_a_large_bag_is_answered_in_pieces_as_whole(model, monkeypatch):
+    bag = PackedBags.pack([examples().bags.load("s05")])
+    with torch.no_grad():
+        whole = model(bag)
+        terms = model.linear.terms(bag)
+        monkeypatch.setattr(mil_bags, "LARGE_BAG", 4)
+        monkeypatch.setattr(mil_bags, "PIECE_ROWS", 4)
+        monkeypatch.setattr(_linear, "PIECE_ROWS", 4)
+        monkeypatch.setattr(LinearPart, "means", only_pieces_of(4, LinearPart.means))
+        pieces = model(bag)
+        np.testing.assert_allclose(model.linear.terms(bag), terms, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pieces.scores, whole.scores, rtol=1e-5, atol=1e-6)
+
+
+def only_pieces_of(most, means):
+    def checked(self, bags):
+        assert bags.n_instances <= most
+        return means(self, bags)
+
+    return checked

@@ -100,6 +100,8 @@ def test_a_patient_has_those_of_all_slides(tmp_path):
     source = cohort(tmp_path, ["a", "b"])
     patients = PatientBags(source, {"p": ["a", "b"]})
     assert torch.equal(patients.places("p"), side_by_side([source.places("a"), source.places("b")]))
+    rows = torch.tensor([source.length("a") + 1, 0, 2])
+    assert torch.equal(patients.load("p", rows), patients.load("p")[rows])
     torch.manual_seed(0)
     task = make_task("binary", [{"label": "n"}, {"label": "p"}])
     said = predict_outputs(Corner(4, 1), task, patients, ["p"])

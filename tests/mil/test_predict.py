@@ -14,9 +14,11 @@ from eosin._records import Record
 from eosin.errors import ConfigError, FeatureMismatchError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import find_bags, write_bag
+from eosin.mil import _feed as feed
 from eosin.mil import _predict as prediction
 from eosin.mil._checkpoint import load_card, load_model, save_model
 from eosin.mil._crossval import crossval
+from eosin.mil._data import FeatureFolder
 from eosin.mil._ensemble import load_ensemble
 from eosin.mil._predict import predict
 from eosin.mil._recipe import Component, Recipe, Training
@@ -73,6 +75,24 @@ def test_every_slide_is_one_row_whatever_becomes_of_it(models, folder, tmp_path)
     assert ok["n_tiles"] != "0"
     assert ok["encoder"] == "toy"
     assert ok["uncertainty"] == ""
+
+
+def test_a_large_bag_is_read_in_pieces_and_gets_the_same_answer(models, folder, tmp_path, monkeypatch):
+    predict(models, find_bags(folder), tmp_path / "whole.csv")
+    read_rows = []
+    load = FeatureFolder.load
+    monkeypatch.setattr(
+        FeatureFolder, "load", lambda self, name, rows: read_rows.append(rows) or load(self, name, rows)
+    )
+    for module in (prediction, feed):
+        monkeypatch.setattr(module, "LARGE_BAG", 3)
+    monkeypatch.setattr(feed, "PIECE_ROWS", 2)
+    monkeypatch.setattr(feed, "KEPT_BYTES", 0)
+    predict(models, find_bags(folder), tmp_path / "pieces.csv")
+    assert max(map(len, read_rows)) == 2
+    whole, pieces = read(tmp_path / "whole.csv"), read(tmp_path / "pieces.csv")
+    for slide in ("s000", "s001", "s003"):
+        assert float(pieces[slide]["prob_c1"]) == pytest.approx(float(whole[slide]["prob_c1"]), rel=1e-6)
 
 
 def test_every_slide_is_accounted_for_by_name_step_and_reason(models, folder, tmp_path):
@@ -199,6 +219,7 @@ import torch
 
 torch.set_num_threads(1)
 from eosin.features._store import find_bags
+from eosin.mil import _feed as feed
 from eosin.mil import _predict as prediction
 from eosin.mil import _prediction_table as prediction_table
 
