@@ -148,7 +148,7 @@ class PackedBags:
 
 @dataclass(frozen=True, eq=False)
 class BagInPieces:
-    """One large bag whose instances are read piece by piece, anew each time, so that they never exist all at once.
+    """One large bag whose instances are read piece by piece, again each time, so that they never exist all at once.
 
     Attributes
     ----------
