@@ -2,7 +2,8 @@
 
 Each process appends to a file of its own in the folder ``records`` beside `run.json`, so that nobody waits for a lock
 and a process that is killed loses nothing that it finished. `merge` brings the lines into `run.json`, once, when a run
-ends; readers take both, so that a run can be watched while it goes on.
+ends; readers take both, so that a run can be watched while it goes on. Of more records than `MOST_IN_JSON`, `run.json`
+holds the counts and names the `eosin._record_store.Store` that they lie in.
 """
 
 import json
@@ -10,24 +11,36 @@ import os
 import platform
 import re
 import secrets
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from eosin import __version__
 from eosin._files import append_line, is_running, locked, write_json
+from eosin._record_store import SUFFIX as STORE_SUFFIX
+from eosin._record_store import Store, write_store
 from eosin._seals import KEY, LARGE_JSON_BYTES, LARGE_JSON_VALUES, is_intact, parse_json, read_json, sealed
 from eosin.errors import ConfigError
 
+T = TypeVar("T")
+
 Status = Literal["ok", "empty", "failed", "skipped"]
 
-SCHEMA = 2
-"""Of `run.json`; 1, of eosin 0.1, has no checksum."""
+Key: TypeAlias = tuple[str, str]
+"""Stage and slide."""
+
+SCHEMA, STORE_SCHEMA = 2, 3
+"""Of `run.json`; 1, of eosin 0.1, has no checksum; with 3 the records lie in a store."""
+
+MOST_IN_JSON = 50_000
+"""Records that `run.json` holds itself: 15 MB, which a process reads and a person searches in about a second."""
 
 PARTS = "records"
 SUFFIX = ".jsonl"
@@ -139,12 +152,19 @@ class Log:
 
     def __init__(self, run_json: Path | None) -> None:
         self.run_json = run_json
-        before = [] if run_json is None else read_run_json(run_json)
-        self._fine = {(record.stage, record.slide_id) for record in before if record.status != "failed"}
+        self._merged = Merged() if run_json is None else Merged.read(run_json)
+        self._mine: dict[Key, Record] = {}
 
     def knows(self, slide_id: str, stage: str) -> bool:
         """Return whether there was a record of a slide that did not fail: a skip must not take its place."""
-        return (stage, slide_id) in self._fine
+        name = stage, slide_id
+        record = self._mine.get(name) or self._appended.get(name) or self._merged.find(name)
+        return record is not None and record.status != "failed"
+
+    @cached_property
+    def _appended(self) -> dict[Key, Record]:
+        """What was not merged when this process first asked; a run in which nothing is skipped does not ask."""
+        return {} if self.run_json is None else _latest({}, _appended(self.run_json.with_name(PARTS)))
 
     def begin(self, slide_id: str, stage: str) -> None:
         """Note that this process works on a slide from now on."""
@@ -154,8 +174,7 @@ class Log:
         """Append a record; return it with the time and this process in it."""
         stamped = replace(record, at=round(time.time(), 3), by=record.by or process_name())
         self._append(asdict(stamped))
-        if record.status != "failed":
-            self._fine.add((record.stage, record.slide_id))
+        self._mine[record.stage, record.slide_id] = stamped
         return stamped
 
     def merge(self) -> None:
@@ -198,14 +217,30 @@ def merge(run_json: Path) -> None:
         parts = {part: part.stat() for part in _parts(folder)}
         if not parts:
             return
-        ordered = sorted(read_run_json(run_json), key=lambda record: (record.stage, record.slide_id))
-        records = [asdict(record) for record in ordered]
-        write_json(run_json, sealed({"schema": SCHEMA, "eosin": __version__, "records": records}))
+        before = Merged.read(run_json)
+        if before.store is None and len(records := _latest(before.records, _appended(folder))) <= MOST_IN_JSON:
+            ordered = [asdict(records[name]) for name in sorted(records)]
+            write_json(run_json, sealed({"schema": SCHEMA, "eosin": __version__, "records": ordered}))
+        else:
+            _write_store(run_json, before)
         for part, seen in parts.items():
             if _is_closed(part, seen) and part.stat().st_size == seen.st_size:
                 part.unlink(missing_ok=True)
         with suppress(OSError):  # somebody still appends
             folder.rmdir()
+
+
+def _write_store(run_json: Path, before: "Merged") -> None:
+    """Write a new store, let `run.json` name it, and remove the one that it named before."""
+    folder = run_json.with_name(PARTS)
+    rows = map(astuple, chain(before.records.values(), _appended(folder)))
+    path = folder / f"all-{secrets.token_hex(4)}{STORE_SUFFIX}"
+    store = write_store(path, before.store, rows, lambda row, other: _replaces(Record(*row), Record(*other)))
+    head = {"schema": STORE_SCHEMA, "eosin": __version__, "store": path.name, "crc32": store.checksum}
+    write_json(run_json, sealed({**head, "counts": store.counts()}))
+    for other in folder.glob(f"*{STORE_SUFFIX}"):
+        if other != path:
+            other.unlink(missing_ok=True)
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -228,12 +263,26 @@ def read_run_json(path: Path) -> list[Record]:
     ConfigError
         If the file is not one of ours; it is never overwritten then.
     """
-    records = {(record.stage, record.slide_id): record for record in _read_merged(path)}
-    for line in _lines(path.with_name(PARTS)):
+    merged = Merged.read(path)
+    return list(_latest(merged.all(), _appended(path.with_name(PARTS))).values())
+
+
+def _appended(folder: Path) -> Iterator[Record]:
+    """Yield what was appended and may not be merged yet, part by part."""
+    for line in _lines(folder):
         record = _record(line)
-        if record is not None and _replaces(record, records.get((record.stage, record.slide_id))):
-            records[record.stage, record.slide_id] = record
-    return list(records.values())
+        if record is not None:
+            yield record
+
+
+def _latest(records: Mapping[Key, Record], new: Iterable[Record]) -> dict[Key, Record]:
+    """Return the record that counts of each stage and slide."""
+    found = dict(records)
+    for record in new:
+        name = record.stage, record.slide_id
+        if _replaces(record, found.get(name)):
+            found[name] = record
+    return found
 
 
 def _replaces(record: Record, other: Record | None) -> bool:
@@ -286,13 +335,68 @@ def _record(line: Mapping[str, Any]) -> Record | None:
         return None
 
 
-def _read_merged(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
+@dataclass(frozen=True)
+class Merged:
+    """What `run.json` says: the records, or where they are.
+
+    Attributes
+    ----------
+    records : mapping
+        By stage and slide; empty where there is a store.
+    store : Store, optional
+    run_json : Path, optional
+    """
+
+    records: Mapping[Key, Record] = field(default_factory=dict)
+    store: Store | None = None
+    run_json: Path | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Merged":
+        """Read `run.json`; nothing is in one that is missing."""
+        if not path.exists():
+            return cls()
+        with _understood(path):
+            data = read_json(path, most_bytes=LARGE_JSON_BYTES, most_values=LARGE_JSON_VALUES)
+            if data["schema"] not in (1, SCHEMA, STORE_SCHEMA) or (data["schema"] != 1 and not is_intact(data)):
+                raise ValueError("it is damaged or was changed by hand")
+            if data["schema"] == STORE_SCHEMA:
+                return cls({}, Store(path.with_name(PARTS) / Path(data["store"]).name, data["crc32"]), path)
+            records = [Record(**record) for record in data["records"]]
+        return cls({(record.stage, record.slide_id): record for record in records})
+
+    def find(self, name: Key) -> Record | None:
+        """Return the record of a stage and slide."""
+        if self.store is None or self.run_json is None:
+            return self.records.get(name)
+        row = self._ask(lambda store: store.find(*name))
+        return None if row is None else Record(*row)
+
+    def all(self) -> Mapping[Key, Record]:
+        """Return all records."""
+        if self.store is None or self.run_json is None:
+            return self.records
+        rows = self._ask(lambda store: list(store.rows()))
+        return {(row[1], row[0]): Record(*row) for row in rows}
+
+    def _ask(self, ask: Callable[[Store], T]) -> T:
+        """Ask the store; once more the one that is named now, when it was replaced in the meantime."""
+        assert self.store is not None
+        assert self.run_json is not None
+        with _understood(self.run_json):
+            try:
+                return ask(self.store)
+            except (OSError, sqlite3.Error):
+                now = Merged.read(self.run_json).store
+                if now is None or now == self.store:
+                    raise
+                return ask(now)
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Let whatever is wrong with a `run.json` be one error that names it."""
     try:
-        data = read_json(path, most_bytes=LARGE_JSON_BYTES, most_values=LARGE_JSON_VALUES)
-        if data["schema"] not in (1, SCHEMA) or (data["schema"] == SCHEMA and not is_intact(data)):
-            raise ValueError("it is damaged or was changed by hand")
-        return [Record(**record) for record in data["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
         raise ConfigError(f"{path}: is not a run.json of eosin ({error}); move it away or choose another job") from None

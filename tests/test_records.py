@@ -16,6 +16,7 @@ from eosin._batch import Outcome, run_batch
 from eosin._files import append_line
 from eosin._records import Log, Record, merge, read_begun, read_run_json
 from eosin._seals import sealed
+from eosin.errors import ConfigError
 
 DIES_AT_S2 = """
 import os, signal, sys
@@ -202,3 +203,79 @@ def test_the_work_per_record_does_not_grow_with_their_number(tmp_path: Path, mon
     )
     run_batch(range(200), lambda _: Outcome(), key=str, stage="t", run_json=tmp_path / "run.json")
     assert sum(written) == 200 * 3  # begun, finished, merged
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the run.json of a job with more records than one JSON file is to hold."""
+    monkeypatch.setattr(records, "MOST_IN_JSON", 20)
+    run_batch([f"S{n:02}" for n in range(30)], lambda _: Outcome(message="ü"), key=str, stage="tile",
+              run_json=tmp_path / "run.json")  # fmt: skip
+    return tmp_path / "run.json"
+
+
+def test_a_large_job_has_an_indexed_store_that_run_json_names(large: Path) -> None:
+    head = json.loads(large.read_text())
+    assert head["counts"] == {"tile": {"ok": 30}}
+    assert "records" not in head
+    assert [path.name for path in large.with_name("records").iterdir()] == [head["store"]]
+    assert [record.slide_id for record in read_run_json(large)] == [f"S{n:02}" for n in range(30)]
+    assert read_run_json(large)[0].message == "ü"
+
+
+def test_what_is_new_goes_into_a_store_by_the_rule_of_all_records(large: Path) -> None:
+    first = read_run_json(large)
+    report = run_batch(["S00", "S01", "X"], lambda item: Outcome(message=item), key=str, stage="tile", run_json=large,
+                       is_done=lambda item: item == "S00")  # fmt: skip
+    assert [record.status for record in report.records] == ["skipped", "ok", "ok"]
+    after = {record.slide_id: record for record in read_run_json(large)}
+    assert len(after) == 31
+    assert after["S00"] == first[0]
+    assert (after["S01"].message, after["X"].message) == ("S01", "X")
+    assert len(list(large.with_name("records").iterdir())) == 1
+
+
+def test_one_line_is_added_to_a_large_job_without_reading_the_others(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(records.Store, "rows", refuse)
+    log = Log(large)
+    assert log.knows("S03", "tile")
+    assert not log.knows("S03", "extract")
+    log.add(Record("Y", "tile", "ok"))
+    assert log.knows("Y", "tile")
+    merge(large)
+    assert Log(large).knows("Y", "tile")
+
+
+def test_a_reader_takes_the_store_that_takes_the_place_of_its_own(large: Path) -> None:
+    log = Log(large)
+    Log(large).add(Record("Y", "tile", "ok"))
+    merge(large)
+    assert log.knows("S03", "tile")
+    assert log.knows("Y", "tile")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_store_is_refused(damage: str, large: Path) -> None:
+    (store,) = large.with_name("records").iterdir()
+    data = bytearray(store.read_bytes())
+    data[len(data) // 2] ^= 1
+    store.write_bytes(data if damage == "flip" else data[:-100])
+    if damage == "gone":
+        store.unlink()
+    with pytest.raises(ConfigError, match=r"run\.json: is not a run\.json of eosin"):
+        read_run_json(large)
+
+
+def test_a_small_job_that_grows_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_json = tmp_path / "run.json"
+    run_batch(["a", "b"], lambda _: Outcome(), key=str, stage="t", run_json=run_json)
+    before = read_run_json(run_json)
+    monkeypatch.setattr(records, "MOST_IN_JSON", 2)
+    run_batch(["c"], lambda _: Outcome(), key=str, stage="t", run_json=run_json)
+    assert read_run_json(run_json)[:2] == before
+    assert [record.slide_id for record in read_run_json(run_json)] == ["a", "b", "c"]
