@@ -38,7 +38,7 @@ from eosin.mil.subsets import Target
 from eosin.mil.task import make_task
 from eosin.viewer._canvas import make_canvas
 from eosin.viewer._catalogue import Catalogue, Listed, SlideStudy
-from eosin.viewer._lattice import make_lattice, tiles_in_outline
+from eosin.viewer._lattice import area_in_outline, make_lattice, tiles_within
 from eosin.viewer._layers import Layers
 from eosin.viewer._server import serving
 from eosin.viewer._session import Edited, in_words, judge
@@ -106,7 +106,7 @@ def measure_answers(name: str, n_tiles: int, repetitions: int) -> Iterator[dict[
         outline = wobbly_circle(side / 2, side / 2 * np.sqrt(share))
 
         def answer(outline: np.ndarray = outline) -> Edited:
-            edited = whole.act("remove", tiles_in_outline(study.grid, outline))
+            edited = whole.act("remove", tiles_within(study.grid, area_in_outline(study.grid, outline)))
             in_words(catalogue, edited, before, judge(study.asked, edited.logits()), "tumour")
             canvas.show_removed(edited.present)
             return edited

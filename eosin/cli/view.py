@@ -39,8 +39,11 @@ def view(
         ),
     ] = None,
     slides: Slides,
+    beside: Annotated[
+        Path | None, typer.Option(help="Second model (folder or job), shown beside the first, for the same slides.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for saved sessions. Without --out, sessions cannot be saved.")
+        Path | None, typer.Option(help="Folder for sessions and annotations. Without --out, nothing is saved.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port on this machine; 0: any free port.", min=0, max=65535)] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
@@ -70,6 +73,10 @@ def view(
     report = _require_shown(catalogue)
     sights = {one.slide_id: catalogue.ask(one.slide_id).sight for one in catalogue.shown}
     notes = [f"warning: {note}" for note in seen_notes(sights)]
+    second = None
+    if beside is not None:
+        of_second = job_features(beside)
+        second = open_catalogue(model_of(beside), features if of_second is None else [of_second], files)
     with contextlib.closing(catalogue.slides):
         if replay:
             return Done(replay_sessions(catalogue, replay, out or replay[0].parent, tell=typer.echo), report, notes)
@@ -79,7 +86,7 @@ def view(
         for one in catalogue.refused:
             say(f"not shown: {one.refusal}")
         try:
-            show_slides(catalogue, out=out, port=port, ready=partial(_announce, notes), browser=browser)
+            show_slides(catalogue, second=second, out=out, port=port, ready=partial(_announce, notes), browser=browser)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT:  # Ctrl+C is the way to end it
                 raise

@@ -86,10 +86,10 @@ def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[BaseGeometry
         if not classes:
             _require_few(path)
         for feature in stream_features(path):
-            name = _name(feature)
+            name = name_of(feature)
             names.add(name)
             if not classes or name in classes:
-                areas = _areas(feature, path)
+                areas = areas_of(feature, path)
                 chosen += areas
                 points += sum(shapely.get_num_coordinates(area) for area in areas)
             if len(chosen) > MAX_AREAS or points > MAX_POINTS:
@@ -123,7 +123,8 @@ def _too_many(path: Path) -> ConfigError:
     )
 
 
-def _name(feature: Mapping[str, Any]) -> str:
+def name_of(feature: Mapping[str, Any]) -> str:
+    """Return the class of a feature, or its name where it has no class; empty without both."""
     properties = feature.get("properties") or {}
     classification = properties.get("classification")
     if isinstance(classification, dict):
@@ -131,14 +132,16 @@ def _name(feature: Mapping[str, Any]) -> str:
     return str(classification or properties.get("name") or "")
 
 
-def _areas(feature: Mapping[str, Any], path: Path) -> list[BaseGeometry]:
+def areas_of(feature: Mapping[str, Any], path: Path) -> list[BaseGeometry]:
+    """Return the polygons of a feature, none for points and lines; `path` is named where they are damaged."""
     geometry = feature.get("geometry") or {}
     if geometry.get("type") not in ("Polygon", "MultiPolygon"):
         return []
     try:
         drawn = shapely.geometry.shape(geometry)
     except (GEOSException, ValueError, TypeError, KeyError, IndexError) as error:
-        raise ConfigError(f"{path}: region {_name(feature) or feature.get('id', '')!r} is damaged ({error})") from None
+        name = name_of(feature) or feature.get("id", "")
+        raise ConfigError(f"{path}: region {name!r} is damaged ({error})") from None
     return list(drawn.geoms) if isinstance(drawn, MultiPolygon) else [drawn]
 
 
@@ -278,8 +281,10 @@ def _features_of(item: Any) -> Iterator[dict[str, Any]]:
     if kind == "Feature":
         yield item
     elif kind == "FeatureCollection":
-        for feature in item.get("features") or []:
-            yield from _features_of(feature)
+        features = item.get("features") or []
+        if not isinstance(features, list):
+            raise ValueError("its features are not a list")
+        yield from _features_of(features)
     elif isinstance(item, dict) and "coordinates" in item:
         yield {"type": "Feature", "geometry": item, "properties": {}}
     else:

@@ -58,12 +58,16 @@ class ColourScale:
 
     def over(self, ground: Floats, values: NDArray[np.floating], *, opacity: float) -> Floats:
         """Return the colours as they look over a grey ground, 0 to 255, of the shape of `values` and an axis of 3."""
-        strength = np.full(np.shape(values), opacity)
-        if self.colormap == DIVERGING:
-            middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2 or 1.0
-            strength = opacity * np.clip(np.abs(np.asarray(values) - middle) / half, 0, 1) ** 0.5
+        strength = opacity * self.strength(values)
         colours: Floats = self.rgb(values).astype(np.float64)
         return (1 - strength)[..., None] * ground + strength[..., None] * colours
+
+    def strength(self, values: NDArray[np.floating]) -> Floats:
+        """Return how much of the ground a value hides at full opacity, 0 to 1: less near the zero of signed numbers."""
+        if self.colormap != DIVERGING:
+            return np.ones(np.shape(values))
+        middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2 or 1.0
+        return np.asarray(np.clip(np.abs(np.asarray(values) - middle) / half, 0, 1) ** 0.5)
 
     def stops(self, n: int = 9, *, opacity: float = 1.0, ground: float = 0.85) -> list[str]:
         """Return `n` colours from low to high as ``#rrggbb``, as they look at `opacity` over a grey of `ground`."""

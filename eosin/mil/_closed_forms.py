@@ -131,12 +131,9 @@ class PooledBag(Subsets):
         return np.asarray(np.einsum("nh,nhk->hk", self.attention, self.terms))
 
     @override
-    def edited(
-        self, present: NDArray[np.bool_], donor: Self | None = None, added: NDArray[np.bool_] | None = None
-    ) -> Floats:
+    def edited(self, present: NDArray[np.bool_], added: Sequence[tuple[Self, NDArray[np.bool_]]] = ()) -> Floats:
         # sums that are taken again instead of a copy of the bag: what keeps the viewer instant on large slides
-        parts = [(self, present)] if donor is None or added is None else [(self, present), (donor, added)]
-        return pooled_logits(parts)
+        return pooled_logits([(self, present), *added])
 
     def add_one(self, donor: Self) -> Floats:
         """Return the prediction with each single instance of a donor added, (n of the donor, K).

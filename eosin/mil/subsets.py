@@ -6,7 +6,7 @@ follow from sums or extremes says so in its own file (`Aggregator.readout`) by o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -200,22 +200,19 @@ class Subsets(ABC):
         """Return the prediction with all instances of a donor added, (K,)."""
         return self.join(donor).logits()
 
-    def edited(
-        self, present: NDArray[np.bool_], donor: Self | None = None, added: NDArray[np.bool_] | None = None
-    ) -> Floats:
-        """Return the prediction for the instances that are present and those of a donor that are added, (K,).
+    def edited(self, present: NDArray[np.bool_], added: Sequence[tuple[Self, NDArray[np.bool_]]] = ()) -> Floats:
+        """Return the prediction for the instances that are present and those of donors that are added, (K,).
 
         Parameters
         ----------
         present : (n,) bool
-        donor : Subsets, optional
-            Another slide as the same model sees it.
-        added : (n of the donor,) bool
+        added : sequence of (Subsets, (n of the donor,) bool)
+            Other slides as the same model sees them, and which of their instances are added.
         """
-        if donor is None or added is None:
-            return self.logits() if present.all() else self.keep_only(np.flatnonzero(present))
-        rest = self if present.all() else self.select(np.flatnonzero(present))
-        return rest.add(donor.select(np.flatnonzero(added)))
+        whole = self if present.all() else self.select(np.flatnonzero(present))
+        for donor, chosen in added:
+            whole = whole.join(donor.select(np.flatnonzero(chosen)))
+        return whole.logits()
 
     def effects(self, target: Target) -> tuple[Floats, float]:
         """Return what each instance adds to the log-odds (or logit) of a target, and how far to trust it.

@@ -101,6 +101,12 @@ class SlideStudy:
             return slide.bounds_px0
 
     @cached_property
+    def is_mpp_given(self) -> bool:
+        """Whether a person stated the resolution, because the file does not."""
+        with self.slides.borrow(self.listed.key) as slide:
+            return slide.mpp_source == "user"
+
+    @cached_property
     def tissue(self) -> MultiPolygon:
         """The outline of the tissue, level-0 pixels; empty where none was found."""
         with self.slides.borrow(self.listed.key) as slide:
@@ -215,7 +221,7 @@ def open_catalogue(
     """
     jury = Jury.open([model], device="cpu")
     card = jury.ensemble.cards[0]
-    files = _feature_files(features)
+    files = _feature_files(card, features)
     check = partial(_check, card, files)
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:
         listed = [_noted(one, progress) for one in pool.map(check, slides)]
@@ -228,14 +234,31 @@ def _noted(listed: Listed, progress: Callable[[object], None] | None) -> Listed:
     return listed
 
 
-def _feature_files(paths: Iterable[Path]) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def _feature_files(card: ModelCard, paths: Iterable[Path]) -> dict[str, Path]:
+    files: dict[str, list[Path]] = {}
     for path in paths:
         found = find_bags(path) if path.is_dir() else {path.name.removesuffix(".h5"): path}
         for slide_id, file in found.items():
-            if files.setdefault(slide_id, file).resolve() != file.resolve():
-                raise ConfigError(f"slide {slide_id} has two feature files, {files[slide_id]} and {file}; pass one")
-    return files
+            known = files.setdefault(slide_id, [])
+            if file.resolve() not in [one.resolve() for one in known]:
+                known.append(file)
+    return {slide_id: _one_of(card, slide_id, found) for slide_id, found in files.items()}
+
+
+def _one_of(card: ModelCard, slide_id: str, files: Sequence[Path]) -> Path:
+    """Return the file of the model's encoder; two models side by side may need features of two."""
+    fitting = [file for file in files if _fits(card, file)] if len(files) > 1 else files
+    if len(fitting) > 1:
+        raise ConfigError(f"slide {slide_id} has two feature files, {fitting[0]} and {fitting[1]}; pass one")
+    return (fitting or files)[0]
+
+
+def _fits(card: ModelCard, file: Path) -> bool:
+    try:
+        card.features.require_match(read_bag(file).spec, file)
+    except EosinError:
+        return False
+    return True
 
 
 def _check(card: ModelCard, files: Mapping[str, Path], slide: SlideFile) -> Listed:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from bokeh.events import SelectionGeometry
+from bokeh.events import DoubleTap, SelectionGeometry
 from bokeh.models import (
     BoxSelectTool,
     ColumnDataSource,
@@ -13,6 +13,7 @@ from bokeh.models import (
     LassoSelectTool,
     MultiLine,
     PanTool,
+    PolySelectTool,
     TileRenderer,
     WMTSTileSource,
 )
@@ -24,7 +25,12 @@ from eosin.viewer._tiles import TilePyramid
 from eosin.wsi._grid import TileGrid
 
 SCREEN_TILE_PX = 256  # of a tile: the server sends twice as many, so that pixels are sharp at every zoom
-FADE = "for (const glyph of glyphs) glyph.global_alpha = slider.value"
+# Bokeh ends a polygon with the Enter key or a long press; people double-click
+CLOSE = """
+const view = Bokeh.index.find_one(plot).tool_views.get(tool)
+const none = {shift: false, ctrl: false}
+if (tool.active && view._is_selecting) view._finish_selection({...none, modifiers: none})
+"""
 Points = NDArray[np.float64]
 
 
@@ -50,7 +56,7 @@ def add_tools(
     draw: Callable[[SelectionGeometry], None],
     paint: Callable[[ColumnDataSource, dict[str, Any]], None],
 ) -> None:
-    """Give the canvas lasso, box and brush, switched by the panel's buttons, and its opacity slider.
+    """Give the canvas lasso, polygon, box and brush, switched by the panel's buttons.
 
     Parameters
     ----------
@@ -67,14 +73,18 @@ def add_tools(
     tools = [
         canvas.plot.select_one(PanTool),
         LassoSelectTool(renderers=[], continuous=False),
+        PolySelectTool(renderers=[], continuous=False),
         BoxSelectTool(renderers=[], continuous=False),
         FreehandDrawTool(renderers=[brush], num_objects=1),
     ]
     canvas.plot.add_tools(*tools[1:])
-    canvas.plot.toolbar.active_drag = tools[panel.tool.active or 0]
+    chosen = tools[panel.tool.active or 0]
+    if isinstance(chosen, PolySelectTool):
+        canvas.plot.toolbar.active_tap = chosen
+    else:
+        canvas.plot.toolbar.active_drag = chosen
+    canvas.plot.js_on_event(DoubleTap, CustomJS(args={"tool": tools[2], "plot": canvas.plot}, code=CLOSE))
     switch_tools(panel.tool, tools, panel.brush)
-    fade = CustomJS(args={"glyphs": [canvas.shown.glyph], "slider": panel.opacity}, code=FADE)
-    panel.opacity.js_property_callbacks = {"change:value": [fade]}
     canvas.plot.on_event(SelectionGeometry, draw)
     strokes.on_change("data", lambda _attribute, _old, new: paint(strokes, new))
 

@@ -104,26 +104,25 @@ def centres_px0(grid: TileGrid) -> Points:
     return np.asarray(grid.origins_px0 + grid.tile_px0 / 2)
 
 
-def tiles_in_outline(grid: TileGrid, outline_px0: Points) -> Indices:
-    """Return the tiles whose centre lies in a drawn outline (m, 2); one that crosses itself holds what it surrounds."""
+def area_in_outline(grid: TileGrid, outline_px0: Points) -> shapely.Geometry:
+    """Return what a drawn outline (m, 2) surrounds, to a twentieth of a tile; it may cross itself."""
     if len(outline_px0) < 3 or not np.isfinite(outline_px0).all():
-        return np.zeros(0, dtype=np.int64)
+        return shapely.Polygon()
     corners = outline_px0.round(3)  # coordinates below any screen's pixel make geometry fail
-    drawn = shapely.simplify(shapely.Polygon(corners), grid.tile_px0 / 20)
-    return _tiles_within(grid, shapely.make_valid(drawn))
+    return shapely.make_valid(shapely.simplify(shapely.Polygon(corners), grid.tile_px0 / 20))
 
 
-def tiles_under_stroke(grid: TileGrid, stroke_px0: Points, *, width_tiles: float) -> Indices:
-    """Return the tiles whose centre lies under a brush stroke (m, 2) that is `width_tiles` tiles wide."""
+def area_under_stroke(grid: TileGrid, stroke_px0: Points, *, width_tiles: float) -> shapely.Geometry:
+    """Return the area of a brush stroke (m, 2) that is `width_tiles` tiles wide."""
     if not len(stroke_px0) or not np.isfinite(stroke_px0).all():
-        return np.zeros(0, dtype=np.int64)
+        return shapely.Polygon()
     points = stroke_px0.round(3)
     line = shapely.LineString(np.repeat(points, 2, axis=0) if len(points) == 1 else points)
-    thin = shapely.simplify(line, grid.tile_px0 / 20)
-    return _tiles_within(grid, shapely.buffer(thin, width_tiles * grid.tile_px0 / 2))
+    return shapely.buffer(shapely.simplify(line, grid.tile_px0 / 20), width_tiles * grid.tile_px0 / 2)
 
 
-def _tiles_within(grid: TileGrid, area: shapely.Geometry) -> Indices:
+def tiles_within(grid: TileGrid, area: shapely.Geometry) -> Indices:
+    """Return the tiles whose centre lies in an area, level-0 pixels."""
     if area.is_empty:
         return np.zeros(0, dtype=np.int64)
     centres = centres_px0(grid)

@@ -143,6 +143,20 @@ def default_scaling(heatmap: Heatmap) -> str:
     return PLAIN if heatmap.signed else PERCENTILE
 
 
+def choose(layers: Layers, family: str, class_name: str) -> Choice:
+    """Return the map of a family that is about a class, or the last of the family where none is.
+
+    Raises
+    ------
+    LookupError
+        If there is no such family.
+    """
+    names = layers.classes_of(family)
+    if not names:
+        raise LookupError("there is no such map")
+    return Choice(family, class_name if class_name in names else names[-1])
+
+
 def _choice_of(heatmap: Heatmap, classes: tuple[str, ...]) -> Choice:
     families = {"instance_logit": OWN_LOGIT, "attention": "attention of the class"}
     if heatmap.of in classes and heatmap.shows in families:

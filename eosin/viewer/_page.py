@@ -7,30 +7,34 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from bokeh.document import Document
-from bokeh.events import ButtonClick, SelectionGeometry, Tap
+from bokeh.events import ButtonClick, DocumentReady, SelectionGeometry, Tap
 from bokeh.layouts import column, row
-from bokeh.models import ColumnDataSource, Div, WMTSTileSource
+from bokeh.models import ColumnDataSource, CustomJS, Div
 from numpy.typing import NDArray
+from shapely import Geometry
 from tornado.ioloop import IOLoop
 
 from eosin.errors import EosinError
 from eosin.heatmaps._heatmap import Heatmap
-from eosin.viewer._canvas import Canvas, make_canvas, outline_columns
+from eosin.viewer._annotations import Annotation, Annotations
+from eosin.viewer._beside import Beside, Second, view_title
 from eosin.viewer._catalogue import Catalogue, SlideStudy
-from eosin.viewer._drawing import add_slide, add_tools, last_stroke, outline_of
-from eosin.viewer._lattice import Indices, tiles_in_outline, tiles_under_stroke
-from eosin.viewer._layers import Choice, default_scaling, scalings_of
+from eosin.viewer._drawing import add_tools, last_stroke, outline_of
+from eosin.viewer._lattice import Indices, area_in_outline, area_under_stroke, tiles_within
+from eosin.viewer._layers import Choice, choose, default_scaling, scalings_of
+from eosin.viewer._pane import Pane, connect_opacity, make_pane
 from eosin.viewer._panel import (
-    SHOW_GREY,
-    SHOW_MAP,
-    SHOW_TISSUE,
+    ANNOTATE,
+    COPY,
+    NARROW_PX,
+    TEXT,
     SidePanel,
     highest,
     history_html,
@@ -59,7 +63,18 @@ from eosin.viewer._tiles import TileStore
 logger = logging.getLogger(__name__)
 
 LOOK_TILES = 12
-COPY = 3
+WHOLE = {"height": "100vh", "padding": "8px", "box-sizing": "border-box"}
+UPON_EACH_OTHER = f"""
+@media (max-width: {NARROW_PX}px) {{
+    :host {{ flex-direction: column !important; height: auto !important; padding: 4px !important }}
+}}
+"""
+VIEWS_STYLE = f"""
+@media (max-width: {NARROW_PX}px) {{
+    :host {{ flex-direction: column !important; height: auto !important; flex: none !important }}
+}}
+"""
+VIEW_STYLE = f"@media (max-width: {NARROW_PX}px) {{ :host {{ height: 62vh !important; flex: none !important }} }}"
 ResultT = TypeVar("ResultT")
 
 
@@ -75,12 +90,20 @@ class Desk:
         Folder of the sessions; None where nothing may be saved.
     pool : ThreadPoolExecutor
         One thread: a model is asked one thing at a time.
+    second : Catalogue, optional
+        Of a second model, which answers beside the first.
     """
 
     catalogue: Catalogue
     store: TileStore
     out: Path | None
     pool: ThreadPoolExecutor
+    second: Catalogue | None = None
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """The annotations that all pages share."""
+        return Annotations(self.out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,19 +157,24 @@ class Page:
 
     def __init__(self, desk: Desk, document: Document, template: str) -> None:
         self.desk, self.document, self.template = desk, document, template
-        catalogue = desk.catalogue
+        catalogue, second = desk.catalogue, desk.second
+        slides = [(one.key, one.slide_id) for one in catalogue.shown]
+        self.first_name, name = ("", "") if second is None else _names(catalogue, second)
+        self.beside = Beside(second or catalogue, slides, name)
         self.panel: SidePanel = make_panel(
-            [(one.key, one.slide_id) for one in catalogue.shown],
+            slides,
             [(one.slide_id, one.refusal) for one in catalogue.refused],
             catalogue.classes,
+            self.beside.controls,
         )
-        self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas")
+        self.holder = column(Div(text=""), sizing_mode="stretch_both", name="canvas", styles={"position": "relative"})
+        self.title = Div(text="", styles=TEXT, sizing_mode="stretch_width", visible=False)
         self.steps: dict[str, list[_Step]] = {}
         self.befores: dict[str, Verdict] = {}
         self.copied: tuple[SlideStudy, Indices] | None = None
-        self.canvas: Canvas | None = None
-        self.slide_tiles: WMTSTileSource | None = None
+        self.pane: Pane | None = None
         self.study: SlideStudy | None = None
+        self.drawn: dict[str, list[str]] = {}
         self.choice = Choice("")
         self._is_filling = self._is_working = False
         self._has_chosen_class = False
@@ -154,12 +182,25 @@ class Page:
         if desk.out is None:
             self.panel.save.label = "Saving needs --out"
         document.title = "eosin view"
-        whole = {"height": "100vh", "padding": "8px", "box-sizing": "border-box"}
-        document.add_root(row(self.holder, self.panel.layout, sizing_mode="stretch_both", styles=whole))
+        views = row(self.holder, self.beside.layout, sizing_mode="stretch_both", stylesheets=[VIEWS_STYLE])
+        self.holder.stylesheets = self.beside.layout.stylesheets = [VIEW_STYLE]
+        whole = row(views, self.panel.layout, sizing_mode="stretch_both", styles=WHOLE, stylesheets=[UPON_EACH_OTHER])
+        document.add_root(whole)
+        document.js_on_event(DocumentReady, self._keys())
         self.open(catalogue.shown[0].key)
+
+    def _keys(self) -> CustomJS:
+        panel = self.panel
+        code = (Path(__file__).parent / "keys.js").read_text(encoding="utf-8")
+        parts = {"slide": panel.slide, "shown": panel.shown, "tool": panel.tool, "undo": panel.undo, "help": panel.help}
+        return CustomJS(args={"holder": self.holder, **parts}, code=code)
 
     def _connect(self) -> None:
         panel = self.panel
+        self.beside.select.on_change("value", lambda _attribute, _old, _new: self.look_beside())
+        self.beside.family.on_change("value", lambda _attribute, _old, _new: self.look_beside())
+        panel.action.on_change("active", lambda _attribute, _old, _new: self._enable())
+        panel.notes.on_change("value", lambda _attribute, _old, new: self.look_at_annotation(new))
         panel.slide.on_change("value", lambda _attribute, _old, new: self.open(new))
         panel.family.on_change("value", lambda _attribute, _old, _new: self.choose_map())
         panel.class_name.on_change("value", lambda _attribute, _old, _new: self.choose_class())
@@ -170,6 +211,7 @@ class Page:
             (panel.start_over, self.start_over),
             (panel.transplant, self.transplant),
             (panel.save, self.save),
+            (panel.drop, self.drop),
         ):
             button.on_event(ButtonClick, partial(_press, act))
         panel.gallery_plot.on_event(Tap, self.jump)
@@ -234,7 +276,7 @@ class Page:
         before = judge(study.asked, study.seen.subsets.logits())
         name = self.class_name if self._has_chosen_class else before.leading
         families = study.layers.families()
-        choice = _choose(study, self.choice.family if self.choice.family in families else families[0], name)
+        choice = choose(study.layers, self.choice.family if self.choice.family in families else families[0], name)
         _ = study.tissue  # found here, away from the page's loop
         return _Prepared(study, choice, study.layers.get(choice), before)
 
@@ -246,15 +288,15 @@ class Page:
         self._fill_choices(prepared)
         shown = self._shown_map(prepared.heatmap)
         opacity = float(panel.opacity.value)
-        self.canvas = make_canvas(study.lattice, shown, prepared.heatmap, opacity=opacity)
-        self.slide_tiles = add_slide(self.canvas, study.grid, self._address("colour"))
-        add_tools(self.canvas, self.panel, self.draw, self.paint)
-        self.holder.children = [self.canvas.plot, self.canvas.readout]
-        self.canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
+        self.pane = make_pane(study, shown, prepared.heatmap, partial(self._address, key), opacity=opacity)
+        add_tools(self.pane.canvas, self.panel, self.draw, self.paint)
+        self.holder.children = [*self.pane.parts, self.title]
         self.document.title = f"eosin · {study.listed.slide_id}"
         self.show_parts()
         self._refresh(self.edited)
         self._tell_result()
+        self._read_annotations()
+        self.look_beside()
 
     def _fill_choices(self, prepared: _Prepared) -> None:
         panel, layers = self.panel, prepared.study.layers
@@ -271,29 +313,135 @@ class Page:
     def _shown_map(self, heatmap: Heatmap) -> Heatmap:
         return self._shown_study().layers.get(self.choice, str(self.panel.scaling.value))
 
-    def _address(self, look: str) -> str:
-        return self.template.replace("{key}", self._shown_study().listed.key).replace("{look}", look)
+    def _address(self, key: str, look: str) -> str:
+        return self.template.replace("{key}", key).replace("{look}", look)
+
+    @told
+    def look_beside(self) -> None:
+        """Show a second slide, or the same slide by a second model."""
+        beside, names = self.beside, {one.key: one.slide_id for one in self.desk.catalogue.shown}
+        if beside.is_filling or self.study is None:
+            return
+        key = beside.wanted(self.study.listed.slide_id, names)
+        if not key:
+            beside.hide()
+            self.title.visible = False
+            self.show_parts()
+            return
+        choice, name = self.choice, self.class_name
+        self.later("Loading the second view ...", lambda: beside.prepare(key, choice, name), self._show_beside)
+
+    def _show_beside(self, second: Second) -> None:
+        if self.pane is None:
+            return
+        slide_id = second.study.listed.slide_id
+        key = next(one.key for one in self.desk.catalogue.shown if one.slide_id == slide_id)
+        scaling = str(self.panel.scaling.value) if second.choice.family == self.choice.family else ""
+        address, opacity = partial(self._address, key), float(self.panel.opacity.value)
+        self.beside.show(second, self.pane, scaling=scaling, address=address, opacity=opacity)
+        before = self.befores[self._shown_study().listed.key]
+        self.title.text = view_title(self._shown_study().listed.slide_id, self.first_name, state_in_words(before))
+        self.title.visible = True
+        self.show_parts()
+        self._read_annotations()
 
     @told
     def draw(self, event: SelectionGeometry) -> None:
         """Act on the tiles inside a lasso or a box."""
         if event.final:
-            started = time.perf_counter()
-            self._act(tiles_in_outline(self._shown_study().grid, self._to_px0(outline_of(event.geometry))), started)
+            self._use(area_in_outline(self._shown_study().grid, self._to_px0(outline_of(event.geometry))))
 
     @told
     def paint(self, strokes: ColumnDataSource, data: dict[str, Any]) -> None:
         """Act on the tiles under a brush stroke."""
         if not len(data.get("xs", ())):
             return
-        started = time.perf_counter()
         stroke = last_stroke(data)
         strokes.data = {"xs": [], "ys": []}
         width = float(self.panel.brush.value)
-        self._act(tiles_under_stroke(self._shown_study().grid, self._to_px0(stroke), width_tiles=width), started)
+        self._use(area_under_stroke(self._shown_study().grid, self._to_px0(stroke), width_tiles=width))
 
     def _to_px0(self, points_um: NDArray[np.float64]) -> NDArray[np.float64]:
         return points_um * (1, -1) / self._shown_study().grid.slide_mpp
+
+    def _use(self, area: Geometry) -> None:
+        """Do what the reader chose with an area that was drawn."""
+        started = time.perf_counter()
+        if self.panel.action.active == ANNOTATE:
+            self._annotate(area)
+        else:
+            self._act(tiles_within(self._shown_study().grid, area), started)
+
+    def _annotate(self, area: Geometry) -> None:
+        study, name = self._shown_study(), str(self.panel.name.value_input or self.panel.name.value)
+        self.later(
+            "Saving the annotation ...",
+            lambda: self.desk.annotations.add(study, name, area),
+            partial(self._annotated, study.listed.key),
+        )
+
+    def _annotated(self, key: str, one: str) -> None:
+        self.drawn[key] = [*self.drawn.get(key, []), one][-MAX_UNDO:]
+        self._read_annotations(tell=True)
+
+    def _read_annotations(self, *, tell: bool = False) -> None:
+        """Show what the slides' files hold now."""
+        panes = [pane for pane in (self.pane, self.beside.pane) if pane is not None]
+
+        def show(found: list[list[Annotation]]) -> None:
+            for pane, annotations in zip(panes, found, strict=True):
+                pane.show_annotations(annotations)
+            self._list_annotations(found[0])
+            if tell:
+                self.tell(self._saved_where())
+
+        self.later("", lambda: [self.desk.annotations.of(pane.study) for pane in panes], show)
+
+    def _list_annotations(self, found: list[Annotation]) -> None:
+        mpp = self._shown_study().grid.slide_mpp
+        self._is_filling = True
+        self.panel.notes.options = [("", f"{len(found)} drawn"), *((one.id, one.in_words(mpp)) for one in found)]
+        if self.panel.notes.value not in [one.id for one in found]:
+            self.panel.notes.value = ""
+        self._is_filling = False
+        self._enable()
+
+    def _saved_where(self) -> str:
+        path = self.desk.annotations.path(self._shown_study().listed.slide_id)
+        if path is None:
+            return "Kept until the viewer ends; start it with --out FOLDER to save annotations."
+        return f"Saved in {path.parent.name}/{path.name} of the folder --out; QuPath opens it."
+
+    @told
+    def look_at_annotation(self, key: str) -> None:
+        """Go to an annotation of the list."""
+        if self._is_filling or self.pane is None or not key:
+            self._enable()
+            return
+        study, canvas = self._shown_study(), self.pane.canvas
+
+        def go(found: list[Annotation]) -> None:
+            for one in found:
+                if one.id == key:
+                    x0, y0, x1, y1 = (side * study.grid.slide_mpp for side in one.area.bounds)
+                    canvas.look_at(((x0 + x1) / 2, (y0 + y1) / 2), 2 * max(x1 - x0, y1 - y0))
+            self._enable()
+
+        self.later("", lambda: self.desk.annotations.of(study), go)
+
+    @told
+    def drop(self) -> None:
+        """Delete the annotation that is chosen in the list."""
+        self._drop(str(self.panel.notes.value))
+
+    def _drop(self, one: str) -> None:
+        study = self._shown_study()
+        self.drawn[study.listed.key] = [key for key in self.drawn.get(study.listed.key, []) if key != one]
+        self.later(
+            "Deleting the annotation ...",
+            lambda: self.desk.annotations.remove(study, one),
+            lambda _nothing: self._read_annotations(tell=True),
+        )
 
     def _act(self, tiles: Indices, started: float) -> None:
         if not len(tiles):
@@ -355,8 +503,8 @@ class Page:
 
     def _refresh(self, edited: Edited) -> None:
         """Show what is removed and which tiles stand highest among the others."""
-        if self.canvas is not None:
-            self.canvas.show_removed(edited.present)
+        if self.pane is not None:
+            self.pane.canvas.show_removed(edited.present)
         self._enable()
         study, choice = edited.study, self.choice
         self.later(
@@ -367,7 +515,9 @@ class Page:
 
     def _enable(self) -> None:
         panel, edited = self.panel, self.edited
-        panel.undo.disabled = panel.start_over.disabled = not self._shown_steps()
+        panel.start_over.disabled = not self._shown_steps()
+        panel.undo.disabled = not (self._own_drawings() if panel.action.active == ANNOTATE else self._shown_steps())
+        panel.drop.disabled = not panel.notes.value
         panel.save.disabled = not (edited.is_touched and self.desk.out is not None)
         source, tiles = self.copied or (None, ())
         panel.transplant.visible = source is not None and source.listed.key != edited.study.listed.key
@@ -384,10 +534,17 @@ class Page:
         self.panel.result.text = result_html(sentences[-1]) if sentences else ""
         self.panel.history.text = history_html(sentences)
 
+    def _own_drawings(self) -> list[str]:
+        """Return the annotations of the slide that were drawn on this page."""
+        return self.drawn.get(self._shown_study().listed.key, [])
+
     @told
     def undo(self) -> None:
-        """Take the last edit back."""
-        self._go_back_to(self._shown_steps()[:-1])
+        """Take the last edit back, or while annotating the last annotation."""
+        if self.panel.action.active != ANNOTATE:
+            self._go_back_to(self._shown_steps()[:-1])
+        elif self._own_drawings():
+            self._drop(self._own_drawings()[-1])
 
     @told
     def start_over(self) -> None:
@@ -438,7 +595,7 @@ class Page:
 
     def _change_map(self, family: str, name: str) -> None:
         study = self._shown_study()
-        choice = _choose(study, family, name)
+        choice = choose(study.layers, family, name)
         words = "" if study.layers.is_made(choice) else f"Computing {family} ..."
         self.later(words, lambda: study.layers.get(choice), lambda heatmap: self._put_map(choice, heatmap))
 
@@ -453,9 +610,10 @@ class Page:
         self._paint_map(heatmap)
 
     def _paint_map(self, heatmap: Heatmap) -> None:
-        if self.canvas is not None:
-            self.canvas.show_map(self._shown_map(heatmap), heatmap)
+        if self.pane is not None:
+            self.pane.canvas.show_map(self._shown_map(heatmap), heatmap)
         self._refresh(self.edited)
+        self.look_beside()
 
     @told
     def rescale(self) -> None:
@@ -465,24 +623,21 @@ class Page:
 
     @told
     def show_parts(self) -> None:
-        """Show or hide map and outline, and take the colours out of the slide."""
-        if self.canvas is None:
-            return
-        active = self.panel.shown.active
-        self.canvas.shown.visible = self.canvas.bar.visible = SHOW_MAP in active
-        self.canvas.outline.visible = SHOW_TISSUE in active
-        if self.slide_tiles is not None:
-            self.slide_tiles.url = self._address("grey" if SHOW_GREY in active else "colour")
+        """Show or hide map, outline and annotations, and take the colours out of the slides."""
+        panes = [pane for pane in (self.pane, self.beside.pane) if pane is not None]
+        for pane in panes:
+            pane.show_parts(self.panel.shown.active)
+        connect_opacity(self.panel.opacity, panes)
 
     @told
     def jump(self, event: Tap) -> None:
         """Look at the tile of the gallery that was pressed."""
         ranked = highest(self._shown_study().layers.get(self.choice), self.edited.present)
         place = place_in_gallery(float(event.x), float(event.y))
-        if self.canvas is not None and 0 <= place < len(ranked):
+        if self.pane is not None and 0 <= place < len(ranked):
             grid = self._shown_study().grid
             x, y = (grid.origins_px0[ranked[place]] + grid.tile_px0 / 2) * grid.slide_mpp
-            self.canvas.look_at((float(x), float(y)), LOOK_TILES * grid.tile_px0 * grid.slide_mpp)
+            self.pane.canvas.look_at((float(x), float(y)), LOOK_TILES * grid.tile_px0 * grid.slide_mpp)
 
     def _show_gallery(self, columns: dict[str, Any]) -> None:
         self.panel.gallery.data = columns
@@ -491,12 +646,10 @@ class Page:
         self.panel.gallery_title.text = words if count else ""
 
 
-def _choose(study: SlideStudy, family: str, name: str) -> Choice:
-    """Return the map of a family that is about a class, or the last of the family where none is."""
-    names = study.layers.classes_of(family)
-    if not names:
-        raise LookupError("there is no such map")
-    return Choice(family, name if name in names else names[-1])
+def _names(first: Catalogue, second: Catalogue) -> tuple[str, str]:
+    """Return what two models are called: their methods, with their ids where these are equal."""
+    a, b = (one.card.recipe.aggregator.name for one in (first, second))
+    return (a, b) if a != b else (f"{a} {first.card.model_id[:6]}", f"{b} {second.card.model_id[:6]}")
 
 
 def _press(act: Callable[[], None], _event: ButtonClick) -> None:

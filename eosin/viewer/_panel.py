@@ -1,11 +1,13 @@
 """The controls beside the slide: what there is to press, without what it does."""
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
+from bokeh.events import ButtonClick
 from bokeh.layouts import column, row
 from bokeh.models import (
     Button,
@@ -15,11 +17,13 @@ from bokeh.models import (
     CustomJS,
     Div,
     ImageURL,
+    LayoutDOM,
     RadioButtonGroup,
     Range1d,
     Select,
     Slider,
     Text,
+    TextInput,
 )
 from bokeh.plotting import figure
 from numpy.typing import NDArray
@@ -34,10 +38,14 @@ from eosin.viewer._tiles import TileStore
 WIDTH = 390
 GALLERY_COLUMNS, GALLERY_ROWS = 4, 3
 GALLERY_PX = 192
+GALLERY_WIDTH = 366  # fits on a phone
 GALLERY_SIZE = GALLERY_COLUMNS * GALLERY_ROWS
-TOOLS = ("Move", "Lasso", "Box", "Brush")
-ACTIONS = ("Remove", "Keep only", "Restore", "Copy")
-SHOW_MAP, SHOW_TISSUE, SHOW_GREY = range(3)
+TOOLS = ("Move", "Lasso", "Polygon", "Box", "Brush")
+ACTIONS = ("Remove", "Keep only", "Restore", "Copy", "Annotate")
+COPY, ANNOTATE = 3, 4
+SHOW_MAP, SHOW_TISSUE, SHOW_GREY, SHOW_NOTES = range(4)
+NARROW_PX = 900
+FILL = {"sizing_mode": "stretch_width"}
 SPIN = (
     "<style>@keyframes eosin-spin {to {transform: rotate(360deg)}}</style>"
     '<span class="eosin-spinner" style="display:inline-block;width:11px;height:11px;border:2px solid #bbb;'
@@ -46,6 +54,25 @@ SPIN = (
 TEXT = {"font-size": "14px", "line-height": "1.4"}
 SMALL = {"font-size": "12px", "color": "#555555", "line-height": "1.35"}
 MAX_HISTORY = 12
+OVERLAY = {
+    "position": "fixed", "left": "50%", "top": "50%", "transform": "translate(-50%, -50%)", "z-index": "10",
+    "background": "#ffffff", "border": "1px solid #888", "border-radius": "6px", "padding": "14px 18px",
+    "box-shadow": "0 6px 30px rgba(0, 0, 0, 0.35)", "font-size": "14px", "max-height": "90vh", "overflow": "auto",
+    "min-width": "250px",
+}  # fmt: skip
+KEYS = (
+    ("← → ↑ ↓", "move"), ("+ −", "zoom in, zoom out"), ("0", "the whole slide"), ("n p", "next slide, previous slide"),
+    ("m", "map on and off"), ("g", "grey below the map on and off"), ("t", "tissue outline on and off"),
+    ("a", "annotations on and off"), ("v l o b r", "tools: move, lasso, polygon, box, brush"),
+    ("u", "undo; also Ctrl+Z"), ("?", "show and hide this list"),
+)  # fmt: skip
+PANEL_STYLE = f"""
+:host {{ overflow: hidden auto; padding-left: 12px; box-sizing: border-box }}
+@media (max-width: {NARROW_PX}px) {{
+    :host {{ width: 100% !important; padding-left: 0; overflow: visible; flex: none !important }}
+}}
+@media (min-width: 2400px) {{ :host {{ width: 560px !important }} }}
+"""
 CAUTION = "font-size:12px;color:#8a4b00;border-left:3px solid #e08a00;padding-left:7px;margin-top:4px"
 
 
@@ -67,16 +94,25 @@ class SidePanel:
     start_over: Button
     transplant: Button
     save: Button
+    name: TextInput
+    notes: Select
+    drop: Button
     status: Div
     result: Div
     history: Div
     gallery: ColumnDataSource
     gallery_plot: figure
     gallery_title: Div
+    help: Div
     layout: Column
 
 
-def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], classes: tuple[str, ...]) -> SidePanel:
+def make_panel(
+    slides: list[tuple[str, str]],
+    refused: list[tuple[str, str]],
+    classes: tuple[str, ...],
+    beside: Sequence[LayoutDOM] = (),
+) -> SidePanel:
     """Return the controls.
 
     Parameters
@@ -85,52 +121,70 @@ def make_panel(slides: list[tuple[str, str]], refused: list[tuple[str, str]], cl
     refused : list of (slide id, reason)
     classes : tuple of str
         Empty for tasks without.
+    beside : sequence of LayoutDOM
+        Controls of the second view.
     """
     gallery, gallery_plot = _make_gallery()
     parts: dict[str, Any] = {
-        "verdict": Div(text="", name="verdict", styles={**TEXT, "font-size": "15px"}, width=WIDTH),
-        "slide": Select(title="Slide", options=slides, value=slides[0][0], width=WIDTH, name="slide"),
-        "family": Select(title="Map", options=[], width=230, name="family"),
-        "class_name": Select(title="Class", options=list(classes), width=150, name="class", visible=bool(classes)),
-        "scaling": Select(title="Scale", options=[], width=230, name="scaling"),
-        "opacity": Slider(title="Opacity", start=0, end=1, step=0.05, value=OPACITY, width=150, name="opacity"),
+        "verdict": Div(text="", name="verdict", styles={**TEXT, "font-size": "15px"}, **FILL),
+        "slide": Select(title="Slide", options=slides, value=slides[0][0], name="slide", **FILL),
+        "family": Select(title="Map", options=[], name="family", **FILL),
+        "class_name": Select(title="Class", options=list(classes), width=140, name="class", visible=bool(classes)),
+        "scaling": Select(title="Scale", options=[], name="scaling", **FILL),
+        "opacity": Slider(title="Opacity", start=0, end=1, step=0.05, value=OPACITY, width=140, name="opacity"),
         "shown": CheckboxGroup(
-            labels=["map", "tissue outline", "slide in grey"], active=[SHOW_MAP, SHOW_TISSUE], inline=True, name="shown"
+            labels=["map", "tissue outline", "grey below the map", "annotations"],
+            active=[SHOW_MAP, SHOW_TISSUE, SHOW_GREY, SHOW_NOTES], inline=True, name="shown", **FILL,
         ),
-        "tool": RadioButtonGroup(labels=list(TOOLS), active=0, width=WIDTH, name="tool"),
-        "action": RadioButtonGroup(labels=list(ACTIONS), active=0, width=WIDTH, name="action"),
+        "tool": RadioButtonGroup(labels=list(TOOLS), active=0, name="tool", **FILL),
+        "action": RadioButtonGroup(labels=list(ACTIONS), active=0, name="action", **FILL),
         "brush": Slider(
-            title="Brush width (tiles)", start=1, end=20, step=1, value=3, width=WIDTH, visible=False, name="brush"
+            title="Brush width (tiles)", start=1, end=20, step=1, value=3, visible=False, name="brush", **FILL
         ),
-        "undo": Button(label="Undo", width=80, disabled=True, name="undo"),
-        "start_over": Button(label="Start over", width=100, disabled=True, name="start_over"),
-        "transplant": Button(label="Add copied tiles", width=WIDTH, visible=False, name="transplant"),
-        "save": Button(label="Save session", width=190, disabled=True, name="save"),
-        "status": Div(text="", name="status", styles={**SMALL, "min-height": "20px"}, width=WIDTH),
-        "result": Div(text="", name="result", styles=TEXT, width=WIDTH),
-        "history": Div(text="", name="history", styles=SMALL, width=WIDTH),
+        "undo": Button(label="Undo", disabled=True, name="undo", **FILL),
+        "start_over": Button(label="Start over", disabled=True, name="start_over", **FILL),
+        "transplant": Button(label="Add copied tiles", visible=False, name="transplant", **FILL),
+        "save": Button(label="Save session", disabled=True, name="save", **FILL),
+        "name": TextInput(title="Name of what you draw", value="Tumour", name="name", max_length=80, **FILL),
+        "notes": Select(title="Go to", options=[], name="notes", **FILL),
+        "drop": Button(label="Delete", disabled=True, width=80, align="end", name="drop"),
+        "status": Div(text="", name="status", styles={**SMALL, "min-height": "20px"}, **FILL),
+        "result": Div(text="", name="result", styles=TEXT, **FILL),
+        "history": Div(text="", name="history", styles=SMALL, **FILL),
         "gallery": gallery,
         "gallery_plot": gallery_plot,
-        "gallery_title": Div(text="", name="gallery_title", styles=SMALL, width=WIDTH),
-    }
-    return SidePanel(**parts, layout=_arrange(parts, refused))
+        "gallery_title": Div(text="", name="gallery_title", styles=SMALL, **FILL),
+        "help": Div(text=_help_html(), name="help", visible=False, styles=OVERLAY),
+    }  # fmt: skip
+    return SidePanel(**parts, layout=_arrange(parts, refused, beside))
 
 
-def _arrange(parts: dict[str, Any], refused: list[tuple[str, str]]) -> Column:
+def _arrange(parts: dict[str, Any], refused: list[tuple[str, str]], beside: Sequence[LayoutDOM]) -> Column:
     p = parts
-    head = Div(text=_heading("What if?"), width=WIDTH)
-    help_ = Div(
-        text="Draw on the slide. <i>Copy</i> keeps tiles for another slide.", styles=SMALL, width=WIDTH
+    head = Div(text=_heading("What if?"), **FILL)
+    hint = Div(
+        text="Draw on the slide. <i>Copy</i> keeps tiles for another slide. <i>Annotate</i> names what you draw.",
+        styles=SMALL, **FILL,
     )  # fmt: skip
-    note = Div(text=_refused_in_words(refused), styles=SMALL, width=WIDTH, visible=bool(refused), name="refused")
+    note = Div(text=_refused_in_words(refused), styles=SMALL, visible=bool(refused), name="refused", **FILL)
+    notes = column(p["name"], row(p["notes"], p["drop"], **FILL), visible=False, name="annotating", **FILL)
+    show = CustomJS(args={"notes": notes, "action": p["action"]}, code=f"notes.visible = action.active == {ANNOTATE}")
+    p["action"].js_on_change("active", show)
+    keys = Button(label="Keys (?)", width=76, align="end", name="keys")
+    keys.js_on_event(ButtonClick, CustomJS(args={"help": p["help"]}, code="help.visible = !help.visible"))
     return column(
-        p["verdict"], p["slide"], note, row(p["family"], p["class_name"]), row(p["scaling"], p["opacity"]), p["shown"],
-        head, help_, p["tool"], p["action"], p["brush"], row(p["undo"], p["start_over"], p["save"]),
+        p["verdict"], row(p["slide"], keys, **FILL), note,
+        row(p["family"], p["class_name"], **FILL), row(p["scaling"], p["opacity"], **FILL), p["shown"], *beside,
+        head, hint, p["tool"], p["action"], p["brush"], notes, row(p["undo"], p["start_over"], p["save"], **FILL),
         p["transplant"],
-        p["status"], p["result"], p["history"], p["gallery_title"], p["gallery_plot"],
-        width=WIDTH + 30, sizing_mode="stretch_height",
-        styles={"overflow-y": "auto", "overflow-x": "hidden", "padding-left": "12px"}, name="panel",
+        p["status"], p["result"], p["history"], p["gallery_title"], p["gallery_plot"], p["help"],
+        width=WIDTH + 30, sizing_mode="stretch_height", stylesheets=[PANEL_STYLE], name="panel",
     )  # fmt: skip
+
+
+def _help_html() -> str:
+    rows = "".join(f"<tr><td><kbd>{keys}</kbd></td><td>{what}</td></tr>" for keys, what in KEYS)
+    return f'<div style="font-weight:600;margin-bottom:6px">Keys</div><table>{rows}</table>'
 
 
 def _heading(words: str) -> str:
@@ -146,7 +200,7 @@ def _make_gallery() -> tuple[ColumnDataSource, figure]:
     source = ColumnDataSource(gallery_columns([], []))
     plot = figure(
         x_range=Range1d(0, GALLERY_COLUMNS), y_range=Range1d(-GALLERY_ROWS * 1.18, 0), tools="tap",
-        toolbar_location=None, width=WIDTH, height=round(WIDTH / GALLERY_COLUMNS * GALLERY_ROWS * 1.18),
+        toolbar_location=None, width=GALLERY_WIDTH, height=round(GALLERY_WIDTH / GALLERY_COLUMNS * GALLERY_ROWS * 1.18),
         min_border=0, outline_line_color=None, name="gallery",
     )  # fmt: skip
     plot.axis.visible = False
@@ -190,9 +244,9 @@ def place_in_gallery(x: float, y: float) -> int:
 
 
 def switch_tools(radio: RadioButtonGroup, tools: list[Any], brush: Slider) -> None:
-    """Let the buttons choose which tool a drag of the mouse uses, in the browser; `brush` shows with the last."""
+    """Let the buttons choose which tool the mouse uses, in the browser; `brush` shows with the last."""
     code = """
-tools.forEach((tool, i) => { if (i == radio.active) tool.active = true })
+tools.forEach((tool, i) => { tool.active = i == radio.active })
 brush.visible = radio.active == tools.length - 1
 """
     callback = CustomJS(args={"radio": radio, "tools": tools, "brush": brush}, code=code)

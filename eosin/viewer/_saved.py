@@ -2,12 +2,13 @@
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import shapely
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from shapely import MultiPolygon, affinity
 
 from eosin import __version__
@@ -50,6 +51,11 @@ class SavedTiles(Options):
     tiles: Ranges
 
 
+def _as_many(added: Any) -> Any:
+    """Return what older versions wrote of their one donor as what is written now."""
+    return added if isinstance(added, list | tuple) else () if added is None else (added,)
+
+
 class SavedSession(Options):
     """One slide of a session.
 
@@ -65,7 +71,8 @@ class SavedSession(Options):
     method : str
         How the numbers were made.
     removed : SavedTiles
-    added : SavedTiles or None
+    added : tuple of SavedTiles
+        One for each donor; versions 1 and 2 have one or none.
     before, after : Verdict
     words : str
     seen : str
@@ -73,14 +80,14 @@ class SavedSession(Options):
     """
 
     kind: Literal["eosin-viewer-session"]
-    version: Literal[1, 2]
+    version: Literal[1, 2, 3]
     eosin: str
     model_id: str
     aggregator: str
     class_name: str
     method: str
     removed: SavedTiles
-    added: SavedTiles | None = None
+    added: Annotated[tuple[SavedTiles, ...], BeforeValidator(_as_many)] = ()
     before: Verdict
     after: Verdict
     words: str
@@ -96,8 +103,8 @@ def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: 
     edited : Edited
     class_name : str
     folder : Path
-        Gets ``<slide id>_<number>.json`` and ``.geojson``, and ``_added.geojson`` with the donor's tiles; earlier
-        sessions keep their files.
+        Gets ``<slide id>_<number>.json`` and ``.geojson``, and for each donor ``_added.geojson``, ``_added_2.geojson``
+        and so on with its tiles; earlier sessions keep their files.
 
     Returns
     -------
@@ -109,9 +116,9 @@ def save_session(catalogue: Catalogue, edited: Edited, class_name: str, folder: 
     write_session(paths[0], record)
     gone = np.flatnonzero(~edited.present)
     write_json(paths[1], _regions(edited.study, gone, "Removed", REMOVED_RGB))
-    if edited.added is not None:
-        paths.append(folder / f"{stem}_added.geojson")
-        write_json(paths[2], _regions(edited.added.donor, edited.added.tiles, "Added", ADDED_RGB))
+    for number, one in enumerate(edited.added, 1):
+        paths.append(folder / f"{stem}_added{'' if number == 1 else f'_{number}'}.geojson")
+        write_json(paths[-1], _regions(one.donor, one.tiles, "Added", ADDED_RGB))
     return paths
 
 
@@ -132,10 +139,9 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
     asked = edited.study.asked
     before = judge(asked, edited.study.seen.subsets.logits())
     after = judge(asked, edited.logits())
-    added = edited.added
     return SavedSession(
         kind="eosin-viewer-session",
-        version=2,
+        version=3,
         eosin=__version__,
         model_id=asked.card.model_id,
         aggregator=asked.card.recipe.aggregator.name,
@@ -143,7 +149,7 @@ def describe_session(catalogue: Catalogue, edited: Edited, class_name: str) -> S
         class_name=class_name,
         method=edited.study.seen.method,
         removed=_saved_tiles(edited.study, np.flatnonzero(~edited.present)),
-        added=None if added is None else _saved_tiles(added.donor, added.tiles),
+        added=tuple(_saved_tiles(one.donor, one.tiles) for one in edited.added),
         before=before,
         after=after,
         words=in_words(catalogue, edited, before, after, class_name),
@@ -249,9 +255,7 @@ def replay_session(catalogue: Catalogue, path: Path) -> SavedSession:
         )
     study, gone = _find(catalogue, saved.removed, path)
     edited = Edited.untouched(study).act("remove", gone)
-    if saved.added is not None:
-        donor, tiles = _find(catalogue, saved.added, path)
-        edited = Edited(study, edited.present, Added(donor, tiles))
+    edited = replace(edited, added=tuple(Added(*_find(catalogue, one, path)) for one in saved.added))
     if catalogue.classes and saved.class_name not in catalogue.classes:
         raise ConfigError(
             f"{path}: was saved for the class {saved.class_name!r}, which the model does not have; pass the same model"

@@ -55,12 +55,13 @@ class Edited:
     study : SlideStudy
     present : (n,) bool
         Tiles that the model still gets.
-    added : Added or None
+    added : tuple of Added
+        One for each donor, in the order in which they came.
     """
 
     study: SlideStudy
     present: NDArray[np.bool_]
-    added: Added | None = None
+    added: tuple[Added, ...] = ()
 
     @classmethod
     def untouched(cls, study: SlideStudy) -> "Edited":
@@ -74,8 +75,8 @@ class Edited:
 
     @property
     def n_added(self) -> int:
-        """Tiles of another slide that were added."""
-        return 0 if self.added is None else len(self.added.tiles)
+        """Tiles of other slides that were added."""
+        return sum(len(one.tiles) for one in self.added)
 
     @property
     def is_touched(self) -> bool:
@@ -102,40 +103,36 @@ class Edited:
         return replace(self, present=changes[action])
 
     def transplant(self, donor: SlideStudy, tiles: Indices) -> "Edited":
-        """Return the slide with tiles of a donor added to those of it that were added before.
+        """Return the slide with tiles of a donor added to those that were added before.
 
         Raises
         ------
         ConfigError
-            If the donor is the slide itself, not the one whose tiles were added before, or one that another model
-            answers for.
+            If the donor is the slide itself, or one that another model answers for.
         """
         if donor.listed.key == self.study.listed.key:
             raise ConfigError("these tiles are from this slide; copy tiles of another slide")
         if donor.asked.model is not self.study.asked.model:
             raise ConfigError("other folds answer for that slide than for this one, so its tiles cannot be added here")
-        before = np.zeros(0, dtype=np.int64)
-        if self.added is not None:
-            if self.added.donor.listed.key != donor.listed.key:
-                raise ConfigError(f"tiles of {self.added.donor.listed.slide_id} are added already; drop them first")
-            before = self.added.tiles
-        return replace(self, added=Added(donor, np.union1d(before, tiles)))
+        given = {one.donor.listed.key: one for one in (*self.added, Added(donor, tiles))}  # keeps the order of donors
+        before = [one.tiles for one in self.added if one.donor.listed.key == donor.listed.key]
+        given[donor.listed.key] = Added(donor, np.unique(np.concatenate([*before, tiles])))
+        return replace(self, added=tuple(given.values()))
 
     def logits(self) -> Floats:
         """Return what the model says now, (K,): exact, from sums or by running it again."""
-        subsets, added = self.study.seen.subsets, self.added
-        if added is None:
-            return subsets.edited(self.present)
-        return subsets.edited(self.present, added.donor.seen.subsets, added.mask)
+        added = [(one.donor.seen.subsets, one.mask) for one in self.added]
+        return self.study.seen.subsets.edited(self.present, added)
 
     def random_like(self, rng: np.random.Generator) -> "Edited":
         """Return as many tiles removed and added, chosen by chance: what such a change does whatever they show."""
         present = np.zeros(len(self.present), dtype=bool)
         present[rng.choice(len(present), size=np.count_nonzero(self.present), replace=False)] = True
-        if self.added is None:
-            return replace(self, present=present)
-        drawn = np.sort(rng.choice(self.added.donor.n_tiles, size=self.n_added, replace=False))
-        return replace(self, present=present, added=replace(self.added, tiles=drawn))
+        drawn = (
+            replace(one, tiles=np.sort(rng.choice(one.donor.n_tiles, size=len(one.tiles), replace=False)))
+            for one in self.added
+        )
+        return replace(self, present=present, added=tuple(drawn))
 
 
 class Verdict(Options):
@@ -199,9 +196,10 @@ def _how(edited: Edited) -> str:
         parts.append(f"With only {_tiles(n - gone, n)}")
     elif gone:
         parts.append(f"Without {_tiles(gone, n)}")
-    if edited.added is not None:
+    if edited.added:
         start = "and with" if parts else "With"
-        parts.append(f"{start} {counted(edited.n_added)} of {edited.added.donor.listed.slide_id} added")
+        tiles = " and ".join(f"{counted(len(one.tiles))} of {one.donor.listed.slide_id}" for one in edited.added)
+        parts.append(f"{start} {tiles} added")
     return " ".join(parts) or "With all tiles"
 
 

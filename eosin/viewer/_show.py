@@ -11,6 +11,7 @@ from bokeh.document import Document
 from bokeh.models import Div
 
 from eosin._files import write_text
+from eosin.viewer._annotations import require_apart
 from eosin.viewer._catalogue import Catalogue
 from eosin.viewer._page import Desk, Page
 from eosin.viewer._server import BuildPage, run_until_stopped, start_viewer
@@ -27,6 +28,7 @@ REDIRECT = (
 def show_slides(
     catalogue: Catalogue,
     *,
+    second: Catalogue | None = None,
     out: Path | None = None,
     port: int = 0,
     ready: Callable[[str], None],
@@ -38,8 +40,11 @@ def show_slides(
     ----------
     catalogue : Catalogue
         With at least one slide that can be shown.
+    second : Catalogue, optional
+        The same slides for a second model, which is shown beside the first.
     out : Path, optional
-        Folder of the sessions that readers save; the only place that is written to. Without it nothing is saved.
+        Folder of the sessions and annotations that readers save; the only place that is written to. Without it
+        nothing is saved.
     port : int
         0 takes a free one.
     ready : callable
@@ -50,8 +55,9 @@ def show_slides(
     Raises
     ------
     ConfigError
-        If the port cannot be used.
+        If the port cannot be used, or slides lie in `out`.
     """
+    require_apart(out, [one.file.path for one in catalogue.listed])
     store = TileStore(catalogue.slides)
 
     def announce(url: str) -> None:
@@ -60,7 +66,7 @@ def show_slides(
             open_browser(url, Path(private))
 
     with ThreadPoolExecutor(1, thread_name_prefix="model") as pool, tempfile.TemporaryDirectory() as private:
-        desk = Desk(catalogue, store, out, pool)
+        desk = Desk(catalogue, store, out, pool, second)
         try:
             run_until_stopped(lambda: start_viewer(page_builder(desk), store, port=port), announce)
         finally:

@@ -20,6 +20,7 @@ from bokeh.models import (
     TabPanel,
     Tabs,
 )
+from bokeh.plotting import figure
 from bokeh.resources import INLINE
 
 from eosin._files import write_text
@@ -27,13 +28,15 @@ from eosin.errors import ConfigError
 from eosin.heatmaps._colour import scale_of
 from eosin.heatmaps._heatmap import Heatmap
 from eosin.heatmaps.export._png import View, take_view
-from eosin.viewer._canvas import OPACITY, Canvas, make_canvas, outline_columns, palette, picture
+from eosin.viewer._canvas import OPACITY, Canvas, fade, make_canvas, outline_columns, palette, picture
 from eosin.viewer._catalogue import Catalogue, SlideStudy
 from eosin.viewer._drawing import add_slide
 from eosin.viewer._layers import PERCENTILE, PLAIN, TIMES, Choice, default_scaling, scalings_of
+from eosin.viewer._minimap import make_minimap
 from eosin.viewer._panel import TEXT, verdict_html
 from eosin.viewer._session import judge, state_in_words
 from eosin.viewer._tiles import blank_png, encode_jpeg
+from eosin.wsi._grid import TileGrid
 
 PICTURE_PX = 2000
 MAX_SLIDES = 50
@@ -49,7 +52,6 @@ mapper.setv({palette: entry.palette, low: entry.low, high: entry.high, tags: [en
 bar.major_label_overrides = new Map([[entry.low, entry.low_words], [entry.high, entry.high_words]])
 bar.ticker.ticks = [entry.low, entry.high]
 """
-FADE = "glyph.global_alpha = slider.value"
 TOGGLE = "parts.forEach((part, i) => { part.visible = box.active.includes(i) })"
 
 
@@ -98,27 +100,30 @@ def _slide_page(study: SlideStudy) -> Row:
     choice = study.layers.choices[0]
     plain = study.layers.get(choice)
     first = default_scaling(plain)
-    canvas = make_canvas(study.lattice, study.layers.get(choice, first), plain)
+    canvas = make_canvas(study.lattice, study.layers.get(choice, first), plain, is_given=study.is_mpp_given)
     add_slide(canvas, study.grid, NO_TILES)
-    _add_picture(canvas, view)
+    minimap = _add_picture(canvas, view, study.grid)
     canvas.outline.data_source.data = outline_columns(study.tissue, study.grid.slide_mpp)
     store, entries = _all_maps(study)
     before = judge(study.asked, study.seen.subsets.logits())
     words = verdict_html(study, state_in_words(before), before, study.asked.card.recipe.aggregator.name)
     controls = _controls(canvas, store, entries, _name(choice, first))
+    foot = row(canvas.readout, canvas.lens, sizing_mode="stretch_width")
     return row(
-        column(canvas.plot, canvas.readout, sizing_mode="stretch_both"),
+        column(canvas.plot, minimap, foot, sizing_mode="stretch_both", styles={"position": "relative"}),
         column(Div(text=words, styles=TEXT, width=380), *controls, width=400),
         sizing_mode="stretch_both",
     )
 
 
-def _add_picture(canvas: Canvas, view: View) -> None:
+def _add_picture(canvas: Canvas, view: View, grid: TileGrid) -> figure:
+    """Put the picture below the map, and return the overview that shows it, too."""
     x, y, width, height = (side * view.slide_mpp for side in view.window_px0)
     url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(view.image)).decode()}"
     place = {"url": [url], "x": [x], "y": [-y], "w": [width], "h": [height]}
     glyph = ImageURL(url="url", x="x", y="y", w="w", h="h", anchor="top_left")
     canvas.plot.add_glyph(ColumnDataSource(place), glyph, level="image", name="pixels")
+    return make_minimap(canvas.plot, grid, url, (x, y, width, height))
 
 
 def _all_maps(study: SlideStudy) -> tuple[ColumnDataSource, dict[str, Any]]:
@@ -163,9 +168,10 @@ def _controls(canvas: Canvas, store: ColumnDataSource, entries: dict[str, Any], 
         "select": select, "entries": entries, "store": store, "source": canvas.maps, "mapper": canvas.mapper,
         "bar": canvas.bar,
     }  # fmt: skip
-    select.js_on_change("value", CustomJS(args=args, code=SHOW))
     slider = Slider(title="Opacity", start=0, end=1, step=0.05, value=OPACITY, width=380)
-    slider.js_on_change("value", CustomJS(args={"glyph": canvas.shown.glyph, "slider": slider}, code=FADE))
+    fading = fade(slider, [canvas])
+    select.js_on_change("value", CustomJS(args=args, code=SHOW), fading)
+    slider.js_on_change("value", fading)
     box = CheckboxGroup(labels=["map", "tissue outline"], active=[0, 1], inline=True)
     parts = [canvas.shown, canvas.outline]
     box.js_on_change("active", CustomJS(args={"parts": parts, "box": box}, code=TOGGLE))

@@ -185,8 +185,11 @@ def test_edits_of_a_viewer_are_the_model_on_what_is_left(name, options):
     present, added = np.ones(N, dtype=bool), np.array([True, False, True, False, False])
     present[[1, 4]] = False
     np.testing.assert_allclose(subsets.edited(present), forward(model, rows[present]), rtol=1e-8, atol=1e-10)
-    both = np.concatenate([rows[present], others[added]])
-    np.testing.assert_allclose(subsets.edited(present, donor, added), forward(model, both), rtol=1e-8, atol=1e-10)
+    third, some = features(11, 4), np.array([False, True, True, False])
+    more = look(model, feature_bag(third, None)).subsets
+    for donors, rest in (([(donor, added)], []), ([(donor, added), (more, some)], [third[some]])):
+        whole = np.concatenate([rows[present], others[added], *rest])
+        np.testing.assert_allclose(subsets.edited(present, donors), forward(model, whole), rtol=1e-8, atol=1e-10)
 
 
 def test_a_method_that_joined_as_in_0_1_is_still_exact():

@@ -6,7 +6,7 @@ from scenes import marked_pixels, write_slide
 
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureBag
-from eosin.features._store import write_bag
+from eosin.features._store import read_bag, write_bag
 from eosin.viewer._catalogue import open_catalogue
 from eosin.viewer._layers import (
     ALONE,
@@ -74,6 +74,16 @@ def test_slides_that_do_not_fit_are_listed_with_their_reason_and_the_others_show
         catalogue.study(catalogue.refused[0].key)
     assert catalogue.refused[0].key not in catalogue.slides
     catalogue.slides.close()
+
+
+def test_of_two_feature_files_the_one_of_the_models_encoder_is_taken(folder, model_folder, tmp_path):
+    bag = read_bag(folder / "features/slide-1.h5")
+    other = dataclasses.replace(bag, spec=bag.spec.model_copy(update={"encoder": "another"}))
+    write_bag(tmp_path / "slide-1.h5", other)
+    for order in ([tmp_path, folder / "features"], [folder / "features", tmp_path]):
+        catalogue = open_catalogue(model_folder, order, find_slides([folder / "slide-1.tiff"]))
+        assert catalogue.shown[0].features == folder / "features/slide-1.h5"
+        catalogue.slides.close()
 
 
 def test_two_feature_files_of_one_slide_are_refused(folder, model_folder, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 from scenes import lattice as make_grid
 
 from eosin.heatmaps._heatmap import Heatmap
-from eosin.viewer._lattice import centres_px0, make_lattice, tiles_in_outline, tiles_under_stroke
+from eosin.viewer._lattice import area_in_outline, area_under_stroke, centres_px0, make_lattice, tiles_within
 
 GRID = make_grid(size_px0=(640, 480), slide_mpp=0.5, patch_size=40)
 
@@ -65,7 +65,7 @@ def test_covered_cells_and_their_border(chosen):
 @given(st.lists(st.tuples(st.floats(-50, 700), st.floats(-50, 500)), min_size=0, max_size=8))
 def test_a_lasso_takes_the_tiles_whose_centre_it_surrounds(points):
     outline = np.array(points, dtype=float).reshape(-1, 2).round(3)
-    found = tiles_in_outline(GRID, outline)
+    found = tiles_within(GRID, area_in_outline(GRID, outline))
     if len(points) < 3:
         assert not len(found)
         return
@@ -76,13 +76,13 @@ def test_a_lasso_takes_the_tiles_whose_centre_it_surrounds(points):
 
 def test_a_brush_takes_what_it_passes_over_and_is_as_wide_as_asked():
     stroke = np.array([(0, 100), (640, 100)], dtype=float)
-    assert set(tiles_under_stroke(GRID, stroke, width_tiles=1)) == set(range(32, 48))
-    assert set(tiles_under_stroke(GRID, stroke, width_tiles=3)) == set(range(16, 64))
-    assert tiles_under_stroke(GRID, np.array([(20.0, 20.0)]), width_tiles=1).tolist() == [0]
+    assert set(tiles_within(GRID, area_under_stroke(GRID, stroke, width_tiles=1))) == set(range(32, 48))
+    assert set(tiles_within(GRID, area_under_stroke(GRID, stroke, width_tiles=3))) == set(range(16, 64))
+    assert tiles_within(GRID, area_under_stroke(GRID, np.array([(20.0, 20.0)]), width_tiles=1)).tolist() == [0]
 
 
 def test_points_that_are_no_numbers_take_nothing():
     bad = np.array([(0, 0), (np.nan, 1), (2, np.inf)])
-    assert not len(tiles_in_outline(GRID, bad))
-    assert not len(tiles_under_stroke(GRID, bad, width_tiles=2))
-    assert not len(tiles_under_stroke(GRID, np.zeros((0, 2)), width_tiles=2))
+    assert not len(tiles_within(GRID, area_in_outline(GRID, bad)))
+    assert not len(tiles_within(GRID, area_under_stroke(GRID, bad, width_tiles=2)))
+    assert not len(tiles_within(GRID, area_under_stroke(GRID, np.zeros((0, 2)), width_tiles=2)))

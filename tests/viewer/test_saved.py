@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eosin._seals import sealed
+from eosin._seals import KEY, sealed
 from eosin.errors import ConfigError
 from eosin.heatmaps._annotations import read_regions, tiles_inside
 from eosin.heatmaps.export._geojson import check_geojson
@@ -85,7 +86,7 @@ def test_regions_open_in_qupath_and_name_the_same_tiles(saved, studies):
     [
         ({"model_id": "0" * 16}, "was saved with the model"),
         ({"kind": "other"}, "not a saved session"),
-        ({"version": 3}, "version"),
+        ({"version": 4}, "version"),
         ({"class_name": "zebra"}, "zebra"),
         ({"removed": {"slide_id": "slide-9", "n_tiles": 192, "tiles": []}}, "not in --slides"),
         ({"removed": {"slide_id": "slide-1", "n_tiles": 191, "tiles": []}}, "differ from those"),
@@ -110,3 +111,21 @@ def test_what_is_no_session_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ConfigError):
         read_session(tmp_path / "a.json")
+
+
+def test_sessions_of_older_versions_with_one_donor_are_repeated(catalogue, saved):
+    _, (path, *_) = saved
+    data = json.loads(path.read_text())
+    data = {**data, "version": 2, "added": data["added"][0]}
+    path.write_text(json.dumps(sealed({name: value for name, value in data.items() if name != KEY})))
+    assert is_same(read_session(path), replay_session(catalogue, path))
+
+
+def test_a_session_of_two_donors_keeps_both(catalogue, studies, tmp_path):
+    third = dataclasses.replace(studies[1], listed=dataclasses.replace(studies[1].listed, key="other"))
+    vars(third)["bounds_px0"] = None
+    edited = Edited.untouched(studies[0]).transplant(studies[1], np.array([0, 1])).transplant(third, np.array([4]))
+    paths = save_session(catalogue, edited, "tumour", tmp_path)
+    assert [path.name for path in paths[2:]] == ["slide-1_1_added.geojson", "slide-1_1_added_2.geojson"]
+    assert [one.tiles for one in read_session(paths[0]).added] == [[(0, 2)], [(4, 5)]]
+    np.testing.assert_allclose(replay_session(catalogue, paths[0]).after.logits, edited.logits())

@@ -59,14 +59,21 @@ def test_an_edit_that_leaves_no_tile_is_refused(studies):
         whole.act("remove", np.arange(100)).act("keep only", np.arange(100))
 
 
-def test_tiles_are_added_of_one_other_slide(studies):
+def test_tiles_are_added_of_several_other_slides_but_not_of_the_slide_itself(catalogue, studies):
     study, donor = studies
     with pytest.raises(ConfigError, match="from this slide"):
         Edited.untouched(study).transplant(study, np.array([1]))
     grafted = Edited.untouched(study).transplant(donor, np.array([1]))
     third = dataclasses.replace(donor, listed=dataclasses.replace(donor.listed, key="other", slide_id="slide-3"))
-    with pytest.raises(ConfigError, match="slide-2 are added already"):
-        grafted.transplant(third, np.array([1]))
+    both = grafted.transplant(third, np.array([4, 7])).transplant(donor, np.array([0]))
+    x, y = np.array(study.bag.features), np.array(donor.bag.features)
+    np.testing.assert_allclose(both.logits(), run_model(catalogue, x, y[[0, 1, 4, 7]]), rtol=1e-5, atol=1e-5)
+    drawn = both.random_like(np.random.default_rng(0))
+    assert [len(one.tiles) for one in both.added] == [len(one.tiles) for one in drawn.added] == [2, 2]
+    before = judge(study.asked, Edited.untouched(study).logits())
+    assert in_words(catalogue, both, before, judge(study.asked, both.logits()), "tumour").startswith(
+        "With 2 tiles of slide-2 and 2 tiles of slide-3 added the model"
+    )
 
 
 def test_words_say_what_was_done_and_what_changed(catalogue, studies):
