@@ -323,7 +323,8 @@ class TilePlan:
     def lay_tiles(self, item: SlideFile, slide: Slide) -> "Tiled":
         """Find the tissue of an open slide, lay the grid over it and leave out the tiles that exceed a limit."""
         overview = look_over(slide, self.tissue_of(item))
-        check_colours(slide, overview.few)
+        if not overview.is_dark:  # fluorescence has colours of its own, and is refused by `find_tissue`
+            check_colours(slide, overview.few)
         mask = self.find_mask(item, slide, overview)
         grid, share = lay_grid(mask, self.tiling, slide_size_px0=slide.size_px0, slide_mpp=slide.mpp, path=item.path)
         grid = replace(grid, image=slide.image)

@@ -63,6 +63,14 @@ def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(np.clip(np.rint(rgb), 0, 255), np.uint8)
 
 
+def rgb_to_ycbcr(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return YCbCr of RGB, (h, w, 3); see `ycbcr_to_rgb`."""
+    red, green, blue = (pixels[..., index].astype(np.float32) for index in range(3))
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    planes = np.stack([luma, 128 + (blue - luma) / 1.772, 128 + (red - luma) / 1.402], axis=-1)
+    return np.asarray(np.clip(np.rint(planes), 0, 255), np.uint8)
+
+
 def is_native(ratio: float, longest_px: int) -> bool:
     """Return whether pixels `ratio` times as fine as delivered are within half a delivered pixel over the region.
 

@@ -13,8 +13,9 @@ from pydicom.sequence import Sequence
 from pydicom.uid import UID, generate_uid
 
 from eosin.errors import SlideError, SlideOpenError
-from eosin.wsi._pixels import ycbcr_to_rgb
-from eosin.wsi._slide_file import find_slides, open_file, open_slide
+from eosin.wsi._job import JobFolder, tile_slides
+from eosin.wsi._pixels import rgb_to_ycbcr, ycbcr_to_rgb
+from eosin.wsi._slide_file import SlideFile, find_slides, open_file, open_slide
 
 PREFIX = "1.2.840.10008.1.2"
 FRAME_PX = 128
@@ -260,3 +261,11 @@ def test_real_files_against_pydicom(shared, name):
         y, x = (value * side for value in divmod(number, across))
         region = found[y : y + side, x : x + side]
         assert np.array_equal(region, frame[: region.shape[0], : region.shape[1]])
+
+
+@pytest.mark.parametrize("stated", ["RGB", "YBR_FULL"])
+def test_frames_whose_colours_are_not_those_that_are_stated_fail(tmp_path, tissue_picture, stated):
+    pixels = rgb_to_ycbcr(tissue_picture) if stated == "RGB" else tissue_picture
+    write_dicom(tmp_path / "a.dcm", pixels, PhotometricInterpretation=stated)
+    record = tile_slides([SlideFile(tmp_path / "a.dcm", "a")], JobFolder(tmp_path / "job")).records[0]
+    assert (record.status, record.reason) == ("failed", "false-colours")

@@ -29,7 +29,12 @@ def jfif(picture, subsampling=0):
 def bare(picture, *, ycbcr):
     """Return a JPEG without any marker that says its colours."""
     space = "YCBCR" if ycbcr else "RGB"
-    data = imagecodecs.jpeg8_encode(picture, level=95, colorspace="RGB", outcolorspace=space, subsampling=(1, 1))
+    return without_markers(
+        imagecodecs.jpeg8_encode(picture, level=95, colorspace="RGB", outcolorspace=space, subsampling=(1, 1))
+    )
+
+
+def without_markers(data):
     for kind in (b"\xff\xe0", b"\xff\xee"):
         place = data.find(kind)
         if place >= 0:
@@ -75,12 +80,12 @@ def test_both_decoders_follow_the_rule(picture, ycbcr):
     assert np.abs(small - cells).mean() < 2
 
 
-def write_tiff(path, picture, encode, photometric):
+def write_tiff(path, picture, encode, photometric, description=None):
     """Write tiles that were encoded already, with any PhotometricInterpretation."""
     tiles = [encode(picture[y : y + 256, x : x + 256]) for y in (0, 256) for x in (0, 256)]
     tifffile.imwrite(
         path, iter(tiles), shape=picture.shape, dtype=np.uint8, tile=(256, 256), compression="jpeg",
-        photometric="rgb", metadata=None, **CM,
+        photometric="rgb", metadata=None, description=description, **CM,
     )  # fmt: skip
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags["PhotometricInterpretation"].overwrite(photometric)
@@ -110,6 +115,42 @@ def test_false_colours_that_no_marker_tells_fail_the_slide(tmp_path, picture, yc
     record = tile_slides([SlideFile(path, "a")], JobFolder(tmp_path / "job")).records[0]
     assert (record.status, record.reason) == ("failed", "false-colours")
     assert cause in record.message
+
+
+TINTS = {
+    "plain": (243, 243, 243), "pale": (252, 252, 252), "pink": (243, 212, 226), "blue": (214, 230, 243),
+    "dim": (170, 170, 170), "yellow": (243, 232, 206),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("glass", TINTS.values(), ids=list(TINTS))
+@pytest.mark.parametrize("vendor", [None, "Aperio Image Library v11|AppMag = 20|MPP = 0.5"], ids=["tiff", "svs"])
+@pytest.mark.parametrize("ycbcr", [True, False])
+def test_false_colours_are_found_whatever_the_tint_of_the_glass(tmp_path, picture, ycbcr, vendor, glass):
+    tinted = (picture.astype(float) * glass / 243).clip(0, 255).astype(np.uint8)
+    path = write_tiff(tmp_path / "a.svs", tinted, lambda tile: bare(tile, ycbcr=ycbcr), 2 if ycbcr else 6, vendor)
+    record = tile_slides([SlideFile(path, "a")], JobFolder(tmp_path / "job")).records[0]
+    assert (record.status, record.reason) == ("failed", "false-colours"), record
+
+
+@pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("marker", [b"", "jfif", YCBCR_MARKER], ids=["none", "jfif", "adobe"])
+@pytest.mark.parametrize("photometric", [2, 6])
+def test_ycbcr_of_every_sampling_is_read_or_refused(tmp_path, picture, subsampling, marker, photometric):
+    def encode(tile):
+        data = imagecodecs.jpeg8_encode(
+            tile, level=95, colorspace="RGB", outcolorspace="YCBCR", subsampling=subsampling
+        )
+        return data if marker == "jfif" else marked(without_markers(data), marker)
+
+    path = write_tiff(tmp_path / "a.tif", picture, encode, photometric)
+    with open_slide(path) as slide:
+        found = slide.read_level(0, (0, 0), (512, 512))
+    if photometric == 2 and not marker and subsampling == (1, 1):  # nothing in the file says so
+        record = tile_slides([SlideFile(path, "a")], JobFolder(tmp_path / "job")).records[0]
+        assert record.reason == "false-colours"
+    else:
+        assert np.abs(found.astype(int) - picture).mean() < 4
 
 
 @pytest.mark.parametrize("glass", [(243, 243, 243), (250, 246, 228), (228, 235, 246), (240, 226, 238), (200, 190, 205)])
