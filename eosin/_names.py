@@ -38,13 +38,25 @@ OTHER_READERS = {
 """Kept programs and packages that read what is not read here."""
 RESULT_SUFFIXES = (".geojson", ".json", ".h5", ".pt", ".hdf5")  # files about a slide, named after it
 MISSING = frozenset({
-    "", "-", "--", "---", ".", "?", "n/a", "#n/a", "<na>", "na", "n.a.", "n.a", "nan", "<nan>", "null", "nil", "none",
-    "nat", "missing", "unknown", "unk", "not available", "not known", "not applicable", "unbekannt", "inconnu",
-    "desconocido", "sconosciuto",
+    "", "-", "--", "---", ".", "..", "...", "?", "??", "/", "n/a", "#n/a", "<na>", "na", "n.a.", "n.a", "nan",
+    "<nan>", "null", "nil", "none", "nat", "missing", "unknown", "unk", "unspecified", "not available", "not known",
+    "not applicable", "not recorded", "not reported", "not stated", "not specified", "not done", "not determined",
+    "no data", "n/d", "n.d.", "n.d", "nd", "n/k", "nk", "n.r.", "nr", "tbd", "pending", "unbekannt",
+    "nicht bekannt", "keine angabe", "keine angaben", "k.a.", "k.a", "k. a.", "ka", "o.a.", "fehlt", "fehlend",
+    "ausstehend", "inconnu", "inconnue", "manquant", "non connu", "non renseigne", "desconocido", "desconocida",
+    "sin dato", "sin datos", "s/d", "no disponible", "no consta", "sconosciuto", "non disponibile", "non noto",
+    "desconhecido", "sem dados", "nao informado", "onbekend", "brak", "brak danych", "b/d", "b.d.", "nieznany",
+    "nieznane", "bilinmiyor", "yok", "veri yok", "неизвестно", "нет данных", "н/д", "未知", "不明", "不详", "不詳",
+    "无", "無", "缺失", "暂无", "#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!",
 })  # fmt: skip
 TCGA = re.compile(r"(TCGA-\w{2}-\w{4})-\d\d", re.IGNORECASE)
 URL = re.compile(r"^(s3|gs|gcs|https?):/+(?=[^/])", re.IGNORECASE)
+STROKES = str.maketrans(
+    "\u0142\u0131\u00f8\u0111", "liod"
+)  # of Polish, Turkish, Danish and Croatian: no accents to Unicode
+QUOTES = "'\"`\u00b4\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 SHOWN = 12
+COMPARED = 2000
 
 Value = TypeVar("Value")
 
@@ -68,18 +80,28 @@ def look_alike(text: str) -> str:
     """Return what all spellings of an id have in common that a person would take for the same.
 
     Beyond `clean`, letters of other widths or with ligatures are folded (NFKC), capitals, kinds of dashes, underscores
-    and blanks are one, and leading zeros and the ``.0`` that a spreadsheet adds to whole numbers are dropped.
+    and blanks are one, quotation marks around it, leading zeros and the ``.0`` that a spreadsheet adds to whole numbers
+    are dropped.
     """
     folded = unicodedata.normalize("NFKC", clean(text)).casefold()
+    folded = folded.strip(QUOTES) or folded
     # U+2212 is the minus sign, which is a symbol and not a dash for Unicode
     dashed = "".join("-" if unicodedata.category(one) in ("Pd", "Pc") or one in "\u2212 " else one for one in folded)
     whole = re.sub(r"^(\d+)\.0+$", r"\1", re.sub(r"-+", "-", dashed))
     return re.sub(r"(?<![\d.])0+(?=\d)", "", whole)
 
 
+def plain_word(text: str) -> str:
+    """Return a word without capitals and accents, as lists of words are compared: ``Décès`` and ``DECES`` are one."""
+    if text.isascii():
+        return text.strip().lower()
+    folded = unicodedata.normalize("NFKD", text.strip().casefold()).translate(STROKES)
+    return "".join(letter for letter in folded if not unicodedata.combining(letter))
+
+
 def is_missing(text: str) -> bool:
     """Tell whether a cell is empty or holds one of the words for "not known", in any capitals."""
-    return clean(text).casefold() in MISSING
+    return plain_word(clean(text)) in MISSING
 
 
 def groups_of_look_alikes(ids: Iterable[str], key: Callable[[str], str] = look_alike) -> list[tuple[str, ...]]:
@@ -263,6 +285,13 @@ def match_slides(
     if faults:
         raise TableError(f"{where}: {'; '.join(faults)}; keep one row or file per slide")
     return Matched(values, tuple(unknown), tuple(notes))
+
+
+def matches(cells: Sequence[str], slides: Iterable[str]) -> int:
+    """Return how many of the first cells of a column look like the name of a slide; of several in a cell one counts."""
+    known = {look_alike(one) for one in slides}
+    firsts = (re.split(r"[;\n]", cell.strip(), maxsplit=1)[0] for cell in cells[:COMPARED])
+    return sum(look_alike(slide_id(first)) in known or look_alike(slide_stem(Path(first))) in known for first in firsts)
 
 
 def spelled_as(

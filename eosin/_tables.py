@@ -11,7 +11,6 @@ import io
 import itertools
 import logging
 import re
-import unicodedata
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from eosin._columns import ID_COLUMNS, SLIDE_COLUMNS, detect_column, normalised, require_unlike_columns
 from eosin._names import match_slides
 from eosin._processes import call_apart
 from eosin.errors import EosinError, TableError, WorkerError
@@ -62,13 +62,13 @@ CHUNK_BYTES = 2**20
 
 EXACT_DIGITS = 15
 MERGED = re.compile(rb'<mergeCell ref="([A-Z]{1,3}\d{1,7}:[A-Z]{1,3}\d{1,7})"')
+HIDDEN = re.compile(rb'<row\b[^>]*\shidden="(?:1|true)"')
+UNCOMPUTED = re.compile(rb"</f>\s*(?:<v\s*/>|<v></v>|</c>)")
 UNNAMED = "Unnamed: "
 FORMULA = re.compile(r"'*[=+\-@\x00-\x1f＝＋－＠]")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf")
-SLIDE_COLUMNS = ("slide_id", "slide", "filename", "image_id", "tissue_sample_id", "wsi", "image", "id")
-ID_COLUMNS = frozenset({*SLIDE_COLUMNS, "patient_id", "patient", "case_id", "case", "subject_id", "submitter_id"})
-"""A row that names one of these columns is the header, whatever titles stand above it."""
 MOST_TITLE_ROWS = 20
+READ_BY_NAME = ID_COLUMNS | {"label"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,8 @@ class Table(Mapping[str, tuple[str, ...]]):
         Of such columns: what makes one of their values unfit for an id (a date, a fraction, a rounded number).
     notes : tuple of str
         What a person should know about the reading: the sheet that was taken, the code page that was assumed.
+    shown_at : tuple of int
+        See `row_numbers`; empty where a file does not say.
     """
 
     path: Path
@@ -94,6 +96,12 @@ class Table(Mapping[str, tuple[str, ...]]):
     numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     spoilt: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shown_at: tuple[int, ...] = ()
+
+    @property
+    def row_numbers(self) -> Sequence[int]:
+        """Where a spreadsheet shows each row; below a header in the first row where the file does not say."""
+        return self.shown_at or range(2, 2 + len(next(iter(self.columns.values()), ())))
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
         return self.columns[name]
@@ -126,23 +134,6 @@ class Table(Mapping[str, tuple[str, ...]]):
         renamed = {column: key for key, column in found.items()}
         names = [renamed.get(name, name) for name in self]
         return [dict(zip(names, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
-
-
-def normalised(column: str) -> str:
-    """Return a column name in lower case with underscores."""
-    return column.strip().lower().replace(" ", "_")
-
-
-def detect_column(table: Mapping[str, Sequence[str]], names: Sequence[str]) -> str | None:
-    """Return the column that has the first of these normalised names that is there, or None."""
-    by_name = {normalised(column): column for column in table}
-    return next((by_name[name] for name in map(normalised, names) if name in by_name), None)
-
-
-def plain_word(text: str) -> str:
-    """Return a word without capitals and accents, as lists of words are compared: ``Décès`` and ``DECES`` are one."""
-    folded = unicodedata.normalize("NFKD", text.strip().casefold())
-    return "".join(letter for letter in folded if not unicodedata.combining(letter))
 
 
 def decimal_point(text: str) -> str:
@@ -278,23 +269,51 @@ def _require_distinct(names: Sequence[str], path: Path) -> None:
 def _read_text(path: Path) -> Table:
     """Read the rows that are not blank; one with more cells than columns is refused, for it would shift the others."""
     text = TextFile(path)
-    rows: Iterator[tuple[int, list[str]]] = ((line, row) for line, row in text.rows() if any(row))
+    rows = ((place, line, row) for place, (line, row) in enumerate(text.rows(), 1) if any(row))
     head = list(itertools.islice(rows, MOST_TITLE_ROWS))
-    place = _header_place([row for _, row in head]) or 0
-    first, rows = (head[place][1] if head else []), itertools.chain(head[place + 1 :], rows)
+    titles = _header_place([row for *_, row in head]) or 0
+    first = head[titles][2] if head else []
     header = [f"{UNNAMED}{place}" if not name or name.startswith(UNNAMED) else name for place, name in enumerate(first)]
-    _require_distinct(header, path)
     kept: list[list[str]] = []
-    for line, row in rows:
+    places: list[int] = []
+    for place, line, row in itertools.chain(head[titles + 1 :], rows):
         if any(row[len(header) :]):
             raise TableError(
                 f"{path}: line {line} has {len(row)} cells, but the first line names {len(header)} columns; "
                 "put cells that hold the separator in quotes"
             )
         kept.append(row[: len(header)] + [""] * (len(header) - len(row)))
+        places.append(place)
         _require_size(path, len(kept), len(header))
     columns = zip(*kept, strict=True) if kept else [()] * len(header)
-    return Table(path, dict(zip(header, columns, strict=True)), notes=(*text.notes, *_title_notes(place)))
+    by_name, notes = _told_apart(path, zip(header, columns, strict=True))
+    notes = (*text.notes, *_title_notes(titles, head[titles][0] if head else 1), *notes)
+    return Table(path, by_name, notes=notes, shown_at=tuple(places))
+
+
+def _told_apart(
+    path: Path, columns: Iterable[tuple[str, tuple[T, ...]]]
+) -> tuple[dict[str, tuple[T, ...]], tuple[str, ...]]:
+    """Return columns by name: of two that are the same one, and two of one name that differ under a name each.
+
+    Raises
+    ------
+    TableError
+        If two that differ could both be the ids, or the label.
+    """
+    found: dict[str, tuple[T, ...]] = {}
+    twice: dict[str, None] = {}
+    for name, values in columns:
+        if name in found and found[name] != values:
+            if normalised(name) in READ_BY_NAME:
+                raise TableError(f"{path}: two columns are called {name!r}; rename one")
+            twice[name] = None
+            number = next(n for n in itertools.count(2) if f"{name} ({n})" not in found)
+            found[f"{name} ({number})"] = values
+        else:
+            found[name] = values
+    require_unlike_columns(path, found, READ_BY_NAME)
+    return found, tuple(f"columns: several are called {name!r}, the second is read as '{name} (2)'" for name in twice)
 
 
 def _header_place(rows: Sequence[Sequence[str]]) -> int | None:
@@ -304,9 +323,9 @@ def _header_place(rows: Sequence[Sequence[str]]) -> int | None:
     return named.index(max(named)) if any(named) else None
 
 
-def _title_notes(rows: int) -> tuple[str, ...]:
-    above = "the row above it is a title" if rows == 1 else f"the {rows} rows above it are titles"
-    return (f"header: row {rows + 1}, blank rows not counted; {above} and not read",) if rows else ()
+def _title_notes(titles: int, row: int) -> tuple[str, ...]:
+    above = "the row above it is a title" if titles == 1 else f"the {titles} rows above it are titles"
+    return (f"header: row {row}; {above} and not read",) if titles else ()
 
 
 class TextFile:
@@ -333,11 +352,11 @@ class TextFile:
         self.separator = "\t" if path.suffix.lower() == ".tsv" else self._find_separator()
 
     def _find_separator(self) -> str:
-        """Return the most frequent of comma, semicolon and tab in the first line, outside quotation marks."""
+        """Return the most frequent of comma, semicolon, tab and bar in the first line, outside quotation marks."""
         with self.path.open(newline=None, encoding=self.encoding) as file:
             first = next((line for line in file if line.strip()), "")
         stated = _stated_separator(first.strip())
-        return stated or max(",;\t", key=re.sub('"[^"]*"', "", first).count)
+        return stated or max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the number of each line and its cells without surrounding blanks.
@@ -391,13 +410,13 @@ def _require_few_cells(path: Path, most_cells: int) -> None:
             ends = max(chunk.count(b"\n"), chunk.count(b"\r"))
             if not lines:
                 head = chunk.split(b"\n", 1)[0] if ends else chunk
-                _require_few_columns(path, separators + max(map(head.count, (b",", b";", b"\t"))))
+                _require_few_columns(path, separators + max(map(head.count, (b",", b";", b"\t", b"|"))))
             unended = len(chunk) - max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) if ends else unended + len(chunk)
             if unended > MAX_LINE_BYTES:
                 limit = f"{MAX_LINE_BYTES // 2**20} MiB"
                 raise _refuse(path, f"has a line of more than {limit}", f"{limit} in a line")
             lines += ends
-            separators += max(map(chunk.count, (b",", b";", b"\t")))
+            separators += max(map(chunk.count, (b",", b";", b"\t", b"|")))
             _require_size(path, lines - 1, 1)
             if lines + separators > most_cells:
                 raise _refuse(path, f"holds more than {most_cells:,} cells", f"{most_cells:,} cells")
@@ -506,43 +525,61 @@ def _read_xlsx(path: Path) -> Table:
     """
     import openpyxl
 
-    merged = _checked_workbook(path)
+    facts = _checked_workbook(path)
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
         visible = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
-        areas = {
-            sheet.title: merged.get(sheet._worksheet_path, []) for sheet in visible
-        }  # openpyxl does not state them
-        found = [(sheet.title, rows) for sheet in visible if (rows := _filled_rows(sheet, areas[sheet.title], path))]
+        # openpyxl does not state what is merged and hidden when it only reads
+        parts = {sheet.title: facts.get(sheet._worksheet_path, SheetFacts()) for sheet in visible}
+        found = [
+            (sheet.title, rows) for sheet in visible if (rows := _filled_rows(sheet, parts[sheet.title].merged, path))
+        ]
     finally:
         book.close()
     if not found:
         return Table(path, {})
-    heads = [_header_place([[_as_text(value) for value in row] for row in rows[:MOST_TITLE_ROWS]]) for _, rows in found]
+    heads = [_header_place([[_as_text(value) for value in row] for row in [*rows.values()][:MOST_TITLE_ROWS]])
+             for _, rows in found]  # fmt: skip
     named = [place for place, head in enumerate(heads) if head is not None]
     # a sheet of slides comes before one of patients
-    with_slides = [place for place in named if _names_slides(found[place][1][heads[place] or 0])]
-    chosen = (*with_slides, *named, 0)[0]
-    (title, rows), head = found[chosen], heads[chosen] or 0
-    names = book.sheetnames
-    others = f" of {len(names)}; the others are not read" if len(names) > 1 else ""
-    header = _header_names(rows[: head + 1])
-    _require_distinct([name for name in header if name], path)
-    _require_size(path, len(rows), len(header))
-    columns = {
-        unshielded(name): [row[place] if place < len(row) else None for row in rows[head + 1 :]]
+    of_slides = [place for place in named if _names_slides([*found[place][1].values()][heads[place] or 0])]
+    chosen = (*of_slides, *named, 0)[0]
+    (title, by_number), head = found[chosen], heads[chosen] or 0
+    numbers, lines = list(by_number), list(by_number.values())
+    header = _header_names(lines[: head + 1])
+    _require_size(path, len(lines), len(header))
+    below = lines[head + 1 :]
+    cells = [
+        (unshielded(name), tuple(row[place] if place < len(row) else None for row in below))
         for place, name in enumerate(header)
         if name
-    }
-    return _typed_table(path, columns, notes=(f"sheet: {title!r}{others}", *_title_notes(head)))
+    ]
+    columns, said = _told_apart(path, cells)
+    notes = (
+        _sheet_note(title, book.sheetnames, [found[place][0] for place in of_slides if place != chosen]),
+        *_title_notes(head, numbers[head]),
+        *said,
+        *parts[title].notes(path),
+    )
+    return _typed_table(path, columns, notes=notes, shown_at=tuple(numbers[head + 1 :]))
+
+
+def _sheet_note(title: str, names: Sequence[str], with_slides: Sequence[str]) -> str:
+    """Return which sheet was read, and which others it could have been."""
+    rest = f" of {len(names)}; the others are not read" if len(names) > 1 else ""
+    slides = f", although slides are named in {' and '.join(map(repr, with_slides))}, too" if with_slides else ""
+    return f"sheet: {title!r}{rest}{slides}"
 
 
 def _names_slides(row: Sequence[Any]) -> bool:
     return any(normalised(_as_text(value)) in SLIDE_COLUMNS for value in row)
 
 
-def _filled_rows(sheet: Any, areas: Sequence[str], path: Path) -> list[list[Any]]:
-    """Return the rows that are not blank; one cell far to the right makes every row as long as the sheet is wide."""
+def _filled_rows(sheet: Any, areas: Sequence[str], path: Path) -> dict[int, list[Any]]:
+    """Return the rows that are not blank by their numbers.
+
+    One cell far to the right makes every row as long as the sheet is wide.
+    """
     sheet.reset_dimensions()  # what the sheet says of its size would fill up every row, and may be wrong
     rows: dict[int, list[Any]] = {}
     seen = width = 0
@@ -558,7 +595,7 @@ def _filled_rows(sheet: Any, areas: Sequence[str], path: Path) -> list[list[Any]
     for row in rows.values():
         row += [None] * (width - len(row))
     _fill_merged(rows, areas, path)
-    return list(rows.values())
+    return rows
 
 
 def _fill_merged(rows: Mapping[int, list[Any]], areas: Sequence[str], path: Path) -> None:
@@ -590,8 +627,8 @@ def _header_names(rows: Sequence[Sequence[Any]]) -> list[str]:
     ]
 
 
-def _checked_workbook(path: Path) -> dict[str, list[str]]:
-    """Refuse a workbook that unpacks to too much, or that defines entities; return the merged cells of each sheet."""
+def _checked_workbook(path: Path) -> "dict[str, SheetFacts]":
+    """Refuse a workbook that unpacks to too much, or that defines entities; return what each sheet says of itself."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         limit = f"{MAX_WORKBOOK_BYTES // 2**20} MiB"
@@ -615,7 +652,31 @@ def _checked_workbook(path: Path) -> dict[str, list[str]]:
                     _require_size(path, n_rows, 1)
                     chunk = file.read(CHUNK_BYTES)
         sheets = [part for part in parts if "worksheets/" in part.filename and part.filename.endswith(".xml")]
-        return {part.filename: [ref.decode() for ref in MERGED.findall(archive.read(part))] for part in sheets}
+        return {part.filename: SheetFacts.of(archive.read(part)) for part in sheets}
+
+
+@dataclass(frozen=True)
+class SheetFacts:
+    """What a sheet says besides its cells: merged areas, rows that are hidden, and formulas without a value."""
+
+    merged: tuple[str, ...] = ()
+    hidden: int = 0
+    uncomputed: int = 0
+
+    @classmethod
+    def of(cls, sheet: bytes) -> "SheetFacts":
+        """Read the XML of a sheet."""
+        merged = tuple(area.decode() for area in MERGED.findall(sheet))
+        return cls(merged, len(HIDDEN.findall(sheet)), len(UNCOMPUTED.findall(sheet)))
+
+    def notes(self, path: Path) -> tuple[str, ...]:
+        """Return what a person should know of it; `TableError` where formulas have no values."""
+        if self.uncomputed:
+            raise TableError(
+                f"{path}: {self.uncomputed} cells hold formulas whose values are not in the file; open it in a "
+                "spreadsheet program and save it again"
+            )
+        return (f"hidden rows: {self.hidden} are read like the others",) if self.hidden else ()
 
 
 def _shown_value(cell: Any) -> Any:
@@ -625,7 +686,13 @@ def _shown_value(cell: Any) -> Any:
     return unshielded(cell.value) if isinstance(cell.value, str) else cell.value
 
 
-def _typed_table(path: Path, columns: Mapping[str, Sequence[Any]], *, notes: tuple[str, ...] = ()) -> Table:
+def _typed_table(
+    path: Path,
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    notes: tuple[str, ...] = (),
+    shown_at: tuple[int, ...] = (),
+) -> Table:
     texts: dict[str, tuple[str, ...]] = {}
     numbers: dict[str, tuple[int, ...]] = {}
     spoilt: dict[str, str] = {}
@@ -636,8 +703,8 @@ def _typed_table(path: Path, columns: Mapping[str, Sequence[Any]], *, notes: tup
             numbers[name] = found
         fault = next(((row, fault) for row, value in enumerate(values) if (fault := _fault(value))), None)
         if fault is not None:
-            spoilt[name] = f"row {fault[0] + 2} is {fault[1]}"
-    return Table(path, texts, numbers, spoilt, notes)
+            spoilt[name] = f"row {(shown_at or range(2, 2 + len(values)))[fault[0]]} is {fault[1]}"
+    return Table(path, texts, numbers, spoilt, notes, shown_at)
 
 
 def _is_number(value: Any) -> bool:

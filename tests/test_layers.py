@@ -21,6 +21,7 @@ ORDER = (
     "filesets",
     "devices",
     "processes",
+    "columns",
     "tables",
     "plugins",
     "record_store",
@@ -46,6 +47,7 @@ LEAST = {"pydantic", "yaml"}
 MAY = {  # third-party packages, beside the standard library
     "errors": set(),
     "names": set(),
+    "columns": set(),
     "options": LEAST,
     "files": set(),
     "fingerprints": set(),

@@ -1,7 +1,6 @@
 """`eosin check`: find the problems of a run before it starts."""
 
 from eosin.cli._common import Done, command
-from eosin.cli._progress import say
 from eosin.cli.run import GROUPS, RARE, Plan, planned
 
 
@@ -13,7 +12,5 @@ def check(asked: Plan) -> Done:
     Every problem is listed with its solution. Exit code 2: there are problems; 3: all are problems of the machine.
     """
     checked = asked.check()
-    for warning in asked.problems.warnings:
-        say(f"warning: {warning}")
     asked.problems.require()
     return Done(lines=(*checked.lines(), "no problems found"))

@@ -19,7 +19,7 @@ from eosin.cli._arguments import (
     slide_mpp_source,
 )
 from eosin.cli._common import Done, command
-from eosin.cli._progress import progress, say
+from eosin.cli._progress import progress
 from eosin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,8 +120,6 @@ def predict(
             workers=workers,
         )
         problems.require()
-        for warning in problems.warnings:
-            say(f"warning: {warning}")
         report = predict_slides(
             model,
             slides,

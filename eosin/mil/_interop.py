@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eosin._columns import PATIENT_COLUMNS, SLIDE_COLUMNS, detect_column, normalised
 from eosin._files import write_json
 from eosin._names import Ids, same_patient, slide_id, spelled_as, unify
 from eosin._seals import read_json
-from eosin._tables import SLIDE_COLUMNS, Table, detect_column, normalised, read_table
+from eosin._tables import Table, read_table
 from eosin.errors import LabelError
 from eosin.mil._cohort import Cohort
 from eosin.mil._splits import PARTS, Split, require_unchanged
-from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, identify, rows_without_id, several_slides, shown
+from eosin.mil._tables import LabelTable, identify, rows_without_id, several_slides, shown
 from eosin.mil._target import SITE_COLUMNS
 
 
@@ -42,10 +43,10 @@ def read_two_tables(patients: Path, slides: Path, ids: Ids = "ask") -> LabelTabl
     of_slide = _column(files, PATIENT_COLUMNS, slides, "patients")
     names = _column(files, SLIDE_COLUMNS, slides, "slides")
     rows_of = [*clinical[key], *files[of_slide]]
-    faults = rows_without_id(patients, clinical[key], "patient")
+    faults = rows_without_id(patients, clinical[key], "patient", clinical.row_numbers)
     if faults:
         raise LabelError(faults[0])
-    slide_ids, _ = identify(slides, files[names], files[of_slide], "exact")
+    slide_ids, _ = identify(slides, files[names], files[of_slide], "exact", files.row_numbers)
     both = f"{patients.name} and {slides.name}"
     all_ids = unify(rows_of, what="patients", where=both, policy=ids, key=same_patient)
     labelled, owners = all_ids[: len(clinical[key])], all_ids[len(clinical[key]) :]

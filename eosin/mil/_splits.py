@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 
+from eosin._columns import detect_column
 from eosin._files import write_text
 from eosin._filesets import MANIFEST, begin_set, finish_set, members_of, require_named
 from eosin._names import Ids, is_missing, slide_id, spelled_as
-from eosin._tables import csv_text, detect_column, read_table
+from eosin._tables import csv_text, read_table
 from eosin.errors import ConfigError, LabelError
 from eosin.mil._cohort import Cohort, deal, draw
 from eosin.mil._tables import shown

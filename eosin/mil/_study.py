@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from eosin._batch import Outcome, is_elsewhere, run_stage
+from eosin._columns import PATIENT_COLUMNS, SLIDE_COLUMNS, detect_column
 from eosin._filesets import finish_set, members_of
 from eosin._names import Ids
-from eosin._tables import SLIDE_COLUMNS, detect_column, read_table
+from eosin._tables import read_table
 from eosin.errors import ConfigError, LabelError, OutputError, UnknownNameError
 from eosin.features._store import find_bags, read_spec
 from eosin.mil._cohort import Cohort
@@ -45,7 +46,6 @@ from eosin.mil._splits import (
     write_splits,
 )
 from eosin.mil._tables import (
-    PATIENT_COLUMNS,
     LabelTable,
     Missing,
     id_notes,
@@ -71,6 +71,7 @@ def open_labels(
     slide_table: Path | None = None,
     group: Literal["patient", "slide"] = "patient",
     ids: Ids = "ask",
+    among: Collection[str] = (),
 ) -> LabelTable:
     """Read a table of labels in any layout that is known, told by its columns.
 
@@ -85,6 +86,8 @@ def open_labels(
         ``slide`` makes each slide its own patient.
     ids : {"ask", "merge", "exact"}
         What becomes of ids that look alike, see `eosin._names.unify`.
+    among : collection of str
+        Slides that are there, see `eosin.mil._tables.read_labels`.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def open_labels(
         table, _ = read_fold_table(labels)
         notes = ("slides: the columns train, val and test of a fold of TransMIL", "patients: each slide its own")
         return replace(table, notes=notes)
-    return read_labels(labels, group=group, ids=ids)
+    return read_labels(labels, group=group, ids=ids, among=among)
 
 
 def _notes_on_ids(path: Path) -> list[str]:
@@ -694,8 +697,8 @@ def open_study(
         ids,
         cache_bytes,
     )
-    full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids)
     files = dict(features) if isinstance(features, Mapping) else find_bags(Path(features))
+    full = open_labels(Path(labels), slide_table=slide_table, group=group, ids=ids, among=files)
     if _are_of_patients(files, full):
         full = full.of_patients(TASKS[task].named_columns(full.target_column(target, kind=task)))
     full = full.named_as({*files, *(flow or Flow()).slide_ids}, ids)

@@ -4,19 +4,26 @@ Ids are text: leading zeros and the dots of TCGA names stay. A label that is emp
 or say what the slide is. What a spreadsheet did to ids is refused where it can be seen and stated where it cannot.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from eosin._columns import PATIENT_COLUMNS, detect_column
+from eosin._columns import slide_column as find_slide_column
 from eosin._names import Ids, is_missing, look_alike, same_patient, slide_id, spelled_as, unify
-from eosin._tables import SLIDE_COLUMNS, UNNAMED, Table, detect_column, read_table
+from eosin._tables import UNNAMED, Table, read_table
 from eosin.errors import LabelError
-from eosin.mil._target import SITE_COLUMNS, has_value, target_column
+from eosin.mil._target import DATE, SITE_COLUMNS, has_value, same_class, target_column
 
-PATIENT_COLUMNS = ("patient_id", "case_id", "patient", "subject_id", "case", "submitter_id", "id")
 SHOWN = 5
+FEW_VALUES = 20
+"""A column of more values than that holds no classes."""
+
+ROUNDED = re.compile(r"\d[.,]\d+[eE]\+\d+")
+"""How a spreadsheet writes long numbers, of which it keeps the first digits."""
 
 Missing = Literal["error", "few", "drop"]
 """What becomes of rows without a slide or a label: stop, stop if they are more than a few, or leave them out."""
@@ -42,9 +49,9 @@ class LabelTable:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        twice = [slide for slide, count in Counter(self.slide_ids).items() if count > 1]
-        if twice:
-            raise LabelError(f"slides with more than one row: {shown(twice)}; keep one row per slide")
+        faults = slides_named_twice(self.slide_ids)
+        if faults:
+            raise LabelError(faults[0])
 
     def __repr__(self) -> str:
         patients = len(set(self.patient_ids))
@@ -179,6 +186,7 @@ def read_labels(
     patient_column: str | None = None,
     group: Literal["patient", "slide"] = "patient",
     ids: Ids = "ask",
+    among: Collection[str] = (),
 ) -> LabelTable:
     """Read a label table of this or another tool; its columns are found by their names.
 
@@ -195,12 +203,15 @@ def read_labels(
     group : {"patient", "slide"}
         ``slide`` makes each slide its own patient, for tables without patients.
     ids : {"ask", "merge", "exact"}
-        What becomes of ids that look alike, see `eosin._names.unify`.
+        What becomes of ids that look alike, see `eosin._names.unify`; ``merge`` also takes spellings of one class, or
+        of another value that repeats, for one.
+    among : collection of str
+        Slides that are there: of several columns that could name slides the one that names most of these is taken.
 
     Returns
     -------
     LabelTable
-        One row per slide.
+        One row per slide. Rows that are the same in every column are one.
 
     Raises
     ------
@@ -210,7 +221,7 @@ def read_labels(
     """
     table = read_table(path)
     frame: Mapping[str, tuple[str, ...]] = table
-    slides = slide_column or detect_column(frame, SLIDE_COLUMNS)
+    slides = slide_column or find_slide_column(frame, among)
     rest = {name: values for name, values in frame.items() if name != slides}
     patients = slides if group == "slide" else patient_column or detect_column(rest, PATIENT_COLUMNS)
     found = f"found {', '.join(frame)}"
@@ -224,20 +235,36 @@ def read_labels(
     id_columns = dict.fromkeys((slides, patients))
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]
     notes += [*table.notes, *(note for name in id_columns for note in id_notes(table, name))]
-    frame = _one_row_per_slide(frame, slides)
+    frame, numbers, same = _without_repeats(*_one_row_per_slide(frame, slides, table))
+    notes += [f"rows: {same} are the same as others and count once"] if same else []
     others = [name for name in frame if name not in id_columns and not name.startswith(UNNAMED)]
-    slide_ids, patient_ids = identify(path, frame[slides], None if group == "slide" else frame[patients], ids)
+    owners = None if group == "slide" else frame[patients]
+    slide_ids, patient_ids = identify(path, frame[slides], owners, ids, numbers)
     notes[1] += several_slides(patient_ids)
     if group == "patient" and patient_ids == slide_ids:
         notes.append(f"every id in {patients!r} equals its slide's id, so each slide counts as a separate patient")
     notes.append(f"values: {', '.join(others) or 'none'}")
-    return LabelTable(slide_ids, patient_ids, {name: frame[name] for name in others}, tuple(notes))
+    values = {name: one_spelling(frame[name]) if ids == "merge" else frame[name] for name in others}
+    return LabelTable(slide_ids, patient_ids, values, tuple(notes))
+
+
+def one_spelling(column: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a column in which each value that repeats is written as it is most often, see `same_class`."""
+    counts = Counter(value for value in column if has_value(value))
+    if len(counts) > FEW_VALUES:
+        return column
+    spellings: dict[str, str] = {}
+    for value, _ in counts.most_common():
+        spellings.setdefault(same_class(value), value)
+    return tuple(spellings[same_class(value)] if value in counts else value for value in column)
 
 
 def identify(
-    path: Path, slides: Sequence[str], patients: Sequence[str] | None, ids: Ids
+    path: Path, slides: Sequence[str], patients: Sequence[str] | None, ids: Ids, numbers: Sequence[int]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the ids of the slides and patients of a table, cleaned; without patients each slide is its own.
+
+    `numbers` are those of the rows in a spreadsheet.
 
     Raises
     ------
@@ -251,24 +278,30 @@ def identify(
     ):
         if names is None:
             continue
-        faults += rows_without_id(path, names, what)
+        faults += rows_without_id(path, names, what, numbers)
         try:
             found.append(unify(names, what=f"{what}s", where=str(path), policy=ids, key=key))
         except LabelError as error:
             faults.append(error.message)
+    faults += slides_named_twice([name for name in map(slide_id, slides) if not is_missing(name)])
     if faults:
         raise LabelError("; ".join(faults))
     return found[0], found[-1]
 
 
-def rows_without_id(path: Path, names: Sequence[str], what: str) -> list[str]:
-    """Return a sentence about the rows that name no slide or patient; none where all do."""
-    # numbered as a spreadsheet shows them: row 1 is the header
-    absent = [str(row) for row, name in enumerate(names, 2) if is_missing(name)]
+def rows_without_id(path: Path, names: Sequence[str], what: str, numbers: Sequence[int]) -> list[str]:
+    """Return a sentence about the rows that name no slide or patient, by their numbers; none where all do."""
+    absent = list(dict.fromkeys(str(row) for row, name in zip(numbers, names, strict=True) if is_missing(name)))
     if not absent:
         return []
     rows = f"row {absent[0]} has" if len(absent) == 1 else f"rows {shown(absent)} have"
     return [f"{path}: {rows} no id of a {what} (empty, nan, unknown ...); complete the table or delete such rows"]
+
+
+def slides_named_twice(slide_ids: Iterable[str]) -> list[str]:
+    """Return a sentence about the slides that several rows name; none where there are no such slides."""
+    twice = [slide for slide, count in Counter(slide_ids).items() if count > 1]
+    return [f"slides with more than one row: {shown(twice)}; keep one row per slide"] if twice else []
 
 
 def several_slides(patient_ids: Sequence[str]) -> str:
@@ -294,23 +327,60 @@ def id_notes(table: Table, name: str) -> list[str]:
             f"{table.path}: column {name!r} holds ids, but {table.spoilt[name]}; "
             "format the column as text and enter them again"
         )
+    faults = [(row, fault) for row, cell in enumerate(table[name]) if (fault := _spoilt_text(cell))]
+    dates = sum(fault.startswith("a date") for _, fault in faults)
+    # a column of days alone may be how somebody names patients
+    if faults and dates < sum(map(bool, table[name])):
+        row, fault = faults[0]
+        raise LabelError(
+            f"{table.path}: column {name!r} holds ids, but row {table.row_numbers[row]} is {fault}; "
+            "format the column as text and enter them again"
+        )
+    if faults:
+        return [f"every id in {name!r} is a date, such as {table[name][0]}; check that no spreadsheet made them"]
     if name not in table.numbers:
         return []
     count = len(table.numbers[name])
     return [f"{count} ids in {name!r} are stored as numbers: leading zeros, had there been any, are lost"]
 
 
-def _one_row_per_slide(frame: Mapping[str, tuple[str, ...]], slides: str) -> Mapping[str, tuple[str, ...]]:
-    """Return the table with the rows repeated that name several slides."""
-    parts = [[part.strip() for part in value.split(";") if part.strip()] or [""] for value in frame[slides]]
+def _spoilt_text(cell: str) -> str:
+    """Return what a spreadsheet has made of an id before it was written as text, or nothing."""
+    if ROUNDED.fullmatch(cell):
+        return f"a number that was rounded ({cell})"
+    return f"a date ({cell})" if DATE.fullmatch(cell) else ""
+
+
+def _one_row_per_slide(
+    frame: Mapping[str, tuple[str, ...]], slides: str, table: Table
+) -> tuple[Mapping[str, tuple[str, ...]], list[int]]:
+    """Return the table with the rows repeated that name several slides, and the numbers of its rows."""
+    parts = [[part.strip() for part in re.split(r"[;\n]", value) if part.strip()] or [""] for value in frame[slides]]
+    numbers = [row for row, part in zip(table.row_numbers, parts, strict=True) for _ in part]
     if all(len(part) == 1 for part in parts):
-        return frame
+        return frame, numbers
     times = [len(part) for part in parts]
     repeated = {
         name: tuple(value for value, count in zip(column, times, strict=True) for _ in range(count))
         for name, column in frame.items()
     }
-    return repeated | {slides: tuple(slide for part in parts for slide in part)}
+    return repeated | {slides: tuple(slide for part in parts for slide in part)}, numbers
+
+
+def _without_repeats(
+    frame: Mapping[str, tuple[str, ...]], numbers: Sequence[int]
+) -> tuple[Mapping[str, tuple[str, ...]], Sequence[int], int]:
+    """Return the table without rows that are the same as one above in every column, and how many these were."""
+    first: dict[tuple[str, ...], int] = {}
+    told = [column for name, column in frame.items() if not name.startswith(UNNAMED)]
+    for place, row in enumerate(zip(*told, strict=True)):
+        first.setdefault(row, place)
+    same = len(numbers) - len(first)
+    if not same:
+        return frame, numbers, 0
+    kept = list(first.values())
+    rows = {name: tuple(column[place] for place in kept) for name, column in frame.items()}
+    return rows, [numbers[place] for place in kept], same
 
 
 def _named(column: str | None) -> str:

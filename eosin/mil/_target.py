@@ -8,8 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from eosin._names import MISSING, clean
-from eosin._tables import decimal_point, detect_column, normalised, plain_word
+from eosin._columns import detect_column, normalised
+from eosin._names import MISSING, clean, plain_word
+from eosin._tables import decimal_point
 from eosin.errors import LabelError
 
 SURVIVAL_COLUMNS = (
@@ -23,13 +24,18 @@ SITE_COLUMNS = ("site", "centre", "center", "institution", "hospital")
 OTHER_COLUMNS = (*SITE_COLUMNS, "split", "fold")
 LABEL_NAMES = frozenset({
     "label", "labels", "class", "target", "outcome", "ground_truth", "gt", "diagnosis", "diagnose", "diagnostic",
-    "diagnostico", "diagnosi", "diagnoza", "dx", "klasse", "classe", "clase", "etikett", "befund",
+    "diagnostico", "diagnosi", "diagnoza", "dx", "klasse", "classe", "clase", "etikett", "befund", "rozpoznanie",
+    "tani", "etiqueta", "etichetta", "etykieta", "klasa", "etiket", "sinif", "диагноз", "класс", "метка", "诊断",
+    "标签", "类别", "診断", "診断名", "ラベル",
 })  # fmt: skip
 """What a column is called whose only purpose is to be the label; without accents and capitals."""
 
-SAID_AS_VALUES = frozenset({"-", "none", "nil"})
+SAID_AS_VALUES = frozenset({
+    "-", "none", "nil", "nd", "nk", "nr", "ka", "fehlt", "fehlend", "brak", "yok", "无", "無"
+})  # fmt: skip
 NO_VALUE = MISSING - SAID_AS_VALUES
-"""Words for "not known" in a label: a minus may be the other one of a plus, and ``none`` that of ``metastasis``."""
+"""Words for "not known" in a label: a minus may be the other one of a plus, ``none`` that of ``metastasis``, and ``NR``
+that of a responder."""
 
 DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}")
 MOST_VALUES_SHOWN = 4
@@ -37,7 +43,17 @@ MOST_VALUES_SHOWN = 4
 
 def has_value(text: str) -> bool:
     """Return whether a cell says anything."""
-    return clean(text).casefold() not in NO_VALUE
+    return plain_word(clean(text)) not in NO_VALUE
+
+
+def same_class(text: str) -> str:
+    """Return what the spellings of one class have in common: a number, or words without capitals, accents and dashes.
+
+    ``HER2-neg`` and ``her2 NEG`` are one, and ``0``, ``0.0`` and ``0,0``; ``ER+`` and ``ER-`` are two.
+    """
+    words = re.sub(r"(?<=\w)\s*[-_\u2010-\u2015]\s*(?=[^\W\d])", " ", plain_word(clean(text)))
+    words = " ".join(words.rstrip(" .,;:").split()) or clean(text)
+    return f"{float(decimal_point(words)):g}" if is_number(words) else words
 
 
 def target_column(values: Mapping[str, Sequence[str]], kind: str = "") -> str:

@@ -24,6 +24,9 @@ __all__ = ["TASKS", "Columns", "Row", "Task", "load_task", "make_task"]
 Row = Mapping[str, str]
 Columns = dict[str, NDArray[Any]]
 UNCERTAINTY = "uncertainty"
+THOUSANDS_OR_DECIMALS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
+COMMA_LAST = re.compile(r"[-+]?\d{1,3}(\.\d{3})+,\d+")  # 1.234,5
+POINT_LAST = re.compile(r"[-+]?\d{1,3}(,\d{3})+\.\d+")  # 1,234.5
 
 
 class Task(Options):
@@ -368,17 +371,39 @@ def to_numpy(values: Tensor) -> Floats:
     return array
 
 
-def number(value: str, column: str) -> float:
-    """Return the number in a cell, a decimal comma taken for a point; `LabelError` when it is none."""
-    if re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+", value.strip()):  # 1,234 is a thousand and some, or one and some
-        raise LabelError(f"{value!r} in column {column!r} can be read in two ways; write it without a comma")
+def numbers(rows: Sequence[Row], column: str) -> list[float]:
+    """Return the numbers in a column, with a decimal point or comma, and thousands set apart where that is certain.
+
+    Raises
+    ------
+    LabelError
+        With all cells that hold none, or could be read in two ways.
+    """
+    cells = [row[column] for row in rows]
+    unclear = list(dict.fromkeys(cell for cell in cells if THOUSANDS_OR_DECIMALS.fullmatch(cell.strip())))
+    if unclear:  # 1,234 is a thousand and some, or one and some
+        raise LabelError(f"{_quoted(unclear)} in column {column!r} can be read in two ways; write it without a comma")
+    found = [_number(cell) for cell in cells]
+    bad = list(dict.fromkeys(cell for cell, value in zip(cells, found, strict=True) if not np.isfinite(value)))
+    if bad:
+        what = "is not a number" if len(bad) == 1 else "are not numbers"
+        raise LabelError(f"{_quoted(bad)} in column {column!r} {what}; correct the label table")
+    return found
+
+
+def _number(cell: str) -> float:
+    text = cell.strip().replace("\N{MINUS SIGN}", "-")
+    for pattern, thousands in ((COMMA_LAST, "."), (POINT_LAST, ",")):
+        if pattern.fullmatch(text):
+            text = text.replace(thousands, "")
     try:
-        result = float(decimal_point(value.strip()))
+        return float(decimal_point(text))
     except ValueError:
-        result = float("nan")
-    if not np.isfinite(result):
-        raise LabelError(f"{value!r} in column {column!r} is not a number; correct the label table")
-    return result
+        return float("nan")
+
+
+def _quoted(cells: Sequence[str]) -> str:
+    return shown([repr(cell) for cell in cells])
 
 
 def rank_bins(values: NDArray[Any], n_bins: int) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from eosin import __version__
+from eosin._columns import PATIENT_COLUMNS, detect_column, slide_column
 from eosin._files import write_json
-from eosin._names import Ids
-from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, plain_word, read_table
+from eosin._names import Ids, plain_word
+from eosin._tables import first_few, read_table
 from eosin.errors import LabelError
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import Fold, by_patient, pooled_figures
@@ -26,8 +27,8 @@ from eosin.mil._flow import Flow
 from eosin.mil._predict import Predictions, write_account
 from eosin.mil._seen import PARTS, SEEN, Models
 from eosin.mil._study import open_labels
-from eosin.mil._tables import PATIENT_COLUMNS, LabelTable
-from eosin.mil._target import has_value
+from eosin.mil._tables import LabelTable
+from eosin.mil._target import has_value, same_class
 from eosin.mil.task import Row, Task
 from eosin.report._evaluation import Context, evaluation_report
 from eosin.report._measures import Evaluated, led_by, metric_name
@@ -63,7 +64,7 @@ class Truth:
     def read(cls, path: Path, *, target: str | None = None, with_seen: bool = False, ids: Ids = "ask") -> "Truth":
         """Read a table of labels; where it has no patients each slide is its own. Errors as of `open_labels`."""
         names = dict(read_table(path))
-        names.pop(detect_column(names, SLIDE_COLUMNS) or "", None)
+        names.pop(slide_column(names) or "", None)
         if detect_column(names, PATIENT_COLUMNS) is not None:
             return cls(open_labels(path, ids=ids), target, with_seen, ids)
         table = open_labels(path, group="slide", ids=ids)
@@ -119,7 +120,7 @@ class Truth:
 def _spelled(task: Task, value: str) -> str:
     """Return a class as the model calls it, whatever its capitals and blanks are here."""
     classes: Sequence[str] = getattr(task, "classes", ())
-    alike = [name for name in classes if plain_word(" ".join(name.split())) == plain_word(" ".join(value.split()))]
+    alike = [name for name in classes if same_class(name) == same_class(value)]
     return alike[0] if len(alike) == 1 and value not in classes else value
 
 

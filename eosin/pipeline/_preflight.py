@@ -6,6 +6,7 @@ on, so that a person meets all problems at once. Nothing here writes, and no pix
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from eosin._batch import run_batch
+from eosin._columns import PATIENT_COLUMNS, detect_column, normalised, slide_column
 from eosin._devices import choose_device, count_cores
 from eosin._names import Ids, as_url, is_missing, slide_id
 from eosin._records import Record
-from eosin._tables import SLIDE_COLUMNS, detect_column, first_few, normalised, read_table
+from eosin._tables import first_few, read_table
 from eosin.errors import ConfigError, EosinError, LabelError, MissingPackageError, OutputError, SeveralErrors
 from eosin.features._encoders import folder_name
 from eosin.features._inference import require_encoder
@@ -38,7 +40,7 @@ from eosin.mil._study import (
     require_sites,
     without_label,
 )
-from eosin.mil._tables import PATIENT_COLUMNS, LabelTable, Missing, may_drop, shown
+from eosin.mil._tables import LabelTable, Missing, may_drop, shown
 from eosin.mil._target import SAID_AS_VALUES
 from eosin.mil._train import require_fitting
 from eosin.mil.task import TASKS, Task
@@ -47,6 +49,8 @@ from eosin.pipeline._deploy import tiles_like
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder, open_header, slide_key
 from eosin.wsi._slide_file import SceneChoice, SlideFile, find_slides
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,13 +109,15 @@ class Problems:
                 self.errors.append(error)
 
     def require(self) -> None:
-        """Raise the problem, or all of them.
+        """Say the warnings, and raise the problem, or all of them.
 
         Raises
         ------
         EosinError
             The only one; `SeveralErrors` for several.
         """
+        for warning in self.warnings:
+            logger.warning("%s", warning)
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -275,9 +281,10 @@ class Question:
     val_fraction: float = 0.15
     seed: int = 0
 
-    def open(self) -> LabelTable:
-        """Read the table."""
-        return open_labels(self.labels, slide_table=self.slide_table, group=owner(self.group), ids=self.ids)
+    def open(self, there: Collection[str] = ()) -> LabelTable:
+        """Read the table, which is about these slides."""
+        group = owner(self.group)
+        return open_labels(self.labels, slide_table=self.slide_table, group=group, ids=self.ids, among=there)
 
 
 def check_labels(
@@ -297,11 +304,7 @@ def check_labels(
         Those of which it is known that they will be lost.
     """
     before = len(problems.errors)
-    table = problems.attempt(asked.open)
-    if table is None:
-        table = rough_table(asked.labels)
-    elif there:
-        table = problems.attempt(table.named_as, there, asked.ids) or table.named_as(there, "merge")
+    table = _read_table(problems, asked, there)
     if table is None:
         return None
     if asked.task not in TASKS:
@@ -314,18 +317,34 @@ def check_labels(
         problems.add(_absent(absent, table, there, what))
     if blank and not drop:
         problems.add(_blank(blank))
-    elif drop and asked.missing == "few" and (lost := list(dict.fromkeys((*absent, *blank)))):
-        rows = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
-        problems.warnings.append(f"{rows} no slide or no label and will be left out: {first_few(lost, most=10)}")
+    elif drop and asked.missing == "few":
+        problems.warnings += _left_out(list(dict.fromkeys((*absent, *blank))))
     known = table.select({slide for slide in table.slide_ids if slide not in {*absent, *blank, *bad}})
     task = problems.attempt(pose_task, asked.task, known, asked.target) if len(known) else None
     if task is not None:
         problems.warnings += label_notes(asked, known, task)
     count = None if task is None else problems.attempt(_count_splits, asked, known, task, [*absent, *blank, *bad])
     if task is None or count is None or len(problems.errors) > before:
+        if table.notes:  # a table that is read in another way than was meant shows here
+            problems.warnings.append(f"{asked.labels.name} was read so: {'; '.join(table.notes)}")
         return None
     named = table.select(set(table.slide_ids) - {*absent, *blank})
     return Labelled(named, task, "drop" if drop else "error", count)
+
+
+def _read_table(problems: Problems, asked: Question, there: Collection[str]) -> LabelTable | None:
+    """Return the table with its slides named as their files, or what can be used of one that was refused."""
+    table = problems.attempt(asked.open, there)
+    if table is None:
+        rough = rough_table(asked.labels, there)
+        return rough and (Problems().attempt(rough.named_as, there, "merge") or rough)
+    return (problems.attempt(table.named_as, there, asked.ids) or table.named_as(there, "merge")) if there else table
+
+
+def _left_out(lost: Sequence[str]) -> list[str]:
+    """Return a sentence about rows that are left out; none where there are no such rows."""
+    rows = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
+    return [f"{rows} no slide or no label and will be left out: {first_few(lost, most=10)}"] if lost else []
 
 
 def label_notes(asked: Question, table: LabelTable, task: Task) -> list[str]:
@@ -433,23 +452,27 @@ def _count_splits(asked: Question, table: LabelTable, task: Task, gone: Sequence
     return len(make_splits(cohort, folds=asked.folds, val_fraction=asked.val_fraction, seed=asked.seed))
 
 
-def rough_table(path: Path) -> LabelTable | None:
-    """Return what can be used of a table that was refused, so that the rest of it can be checked, too."""
+def rough_table(path: Path, there: Collection[str] = ()) -> LabelTable | None:
+    """Return what can be used of a table that was refused, so that the rest of it can be checked, too.
+
+    Of several rows of a slide the first counts here; that there are several is a problem of its own.
+    """
     table = Problems().attempt(read_table, path)
     if table is None:
         return None
     rest: dict[str, tuple[str, ...]] = dict(table)
-    slides = rest.pop(detect_column(rest, SLIDE_COLUMNS) or "", ())
+    slides = rest.pop(slide_column(rest, there) or "", ())
     patients = rest.pop(detect_column(rest, PATIENT_COLUMNS) or "", slides)
-    if not slides:
+    rows: dict[str, int] = {}
+    for row, name in enumerate(slides):
+        if not is_missing(name) and not is_missing(patients[row]):
+            rows.setdefault(slide_id(name), row)
+    if not rows:
         return None
-    rows = [row for row, name in enumerate(slides) if not is_missing(name) and not is_missing(patients[row])]
-    if len({slide_id(slides[row]) for row in rows}) < len(rows):
-        return None  # which row of a slide counts is for a person to say
     return LabelTable(
-        tuple(slide_id(slides[row]) for row in rows),
-        tuple(patients[row] for row in rows),
-        {name: tuple(values[row] for row in rows) for name, values in rest.items()},
+        tuple(rows),
+        tuple(patients[row] for row in rows.values()),
+        {name: tuple(values[row] for row in rows.values()) for name, values in rest.items()},
     )
 
 

@@ -4,7 +4,6 @@ Every stage is the function that its own command calls, writes into the job fold
 there already. A slide that fails somewhere is left out of what follows and named at the end.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,8 +73,6 @@ from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._quality import QualityLimits
 from eosin.wsi._slide_file import SceneChoice, SlideFile
 from eosin.wsi._tissue import TissueOptions
-
-logger = logging.getLogger(__name__)
 
 VAL_FRACTION = 0.15
 
@@ -357,11 +354,9 @@ class Checked:
             yield f"study: {self.study.name}{resumed}, in {self.study.path}"
 
     def begin(self, problems: Problems) -> StudyFolder:
-        """Raise the problems; without any, say the warnings and write the key of the study."""
+        """Raise the problems; without any, write the key of the study."""
         problems.require()
         assert self.study is not None  # whatever leaves it out is a problem
-        for warning in problems.warnings:
-            logger.warning("%s", warning)
         self.study.begin()
         return self.study
 
@@ -454,7 +449,7 @@ def _open_study(inputs: Inputs, files: Sequence[SlideFile], encoded: Encoded) ->
     """Join the labels with the features of the slides that did not fail."""
     labels, ids, options = inputs.labels, inputs.ids, inputs.options
     found = [file.slide_id for file in files]
-    flow = Flow.of(found).joined(open_labels(labels, ids=ids).named_as(found, ids).slide_ids)
+    flow = Flow.of(found).joined(open_labels(labels, ids=ids, among=found).named_as(found, ids).slide_ids)
     flow = flow.keep("found", found, "has no slide file")
     flow = encoded.account(flow)
     if not encoded.files:

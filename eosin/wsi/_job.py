@@ -12,11 +12,12 @@ from PIL import Image
 from shapely import box
 
 from eosin._batch import Outcome, run_stage
+from eosin._columns import SLIDE_COLUMNS
 from eosin._files import file_fingerprint, write_text
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import OTHER_READERS, match_slides
 from eosin._records import Record, Report
-from eosin._tables import SLIDE_COLUMNS, decimal_point, first_few, of_slides, read_table
+from eosin._tables import decimal_point, first_few, of_slides, read_table
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.wsi._account import LOSSY, account_for
 from eosin.wsi._colour import check_colours, in_srgb

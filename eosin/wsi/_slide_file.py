@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from eosin._columns import SLIDE_COLUMNS
 from eosin._files import file_fingerprint, paths_of
 from eosin._names import SLIDE_SUFFIXES, as_url, is_folder_slide, is_picture, is_slide, is_unread, slide_stem
-from eosin._tables import SLIDE_COLUMNS, SUFFIXES, decimal_point, of_slides, read_table
+from eosin._tables import SUFFIXES, decimal_point, of_slides, read_table
 from eosin.errors import ConfigError, SlideError, SlideOpenError
 from eosin.wsi._array_impl import PictureReader
 from eosin.wsi._dicom import group_series

@@ -17,6 +17,7 @@ from torch.nn import functional
 from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import EVEN, Floats, Metrics, best_threshold, classification_metrics, confusion, kappa
+from eosin.mil._target import same_class
 from eosin.mil.task import TASKS, Columns, Row, Task, to_numpy, wide
 from eosin.mil.tasks._polarity import positive_last, split_target
 
@@ -412,17 +413,16 @@ def logit_of_mean(logits: Sequence[Tensor]) -> Tensor:
 
 
 def _require_unlike(classes: Sequence[str], column: str) -> None:
-    """Refuse classes that differ in capitals, blanks or the way of writing a number only: one class, entered twice."""
-    spellings: dict[str | float, list[str]] = {}
+    """Refuse classes that differ only in what `same_class` forgets: one class, entered in several ways."""
+    spellings: dict[str, list[str]] = {}
     for name in classes:
-        try:
-            key: str | float = float(name)
-        except ValueError:
-            key = " ".join(name.casefold().split())
-        spellings.setdefault(key, []).append(name)
+        spellings.setdefault(same_class(name), []).append(name)
     groups = [" and ".join(map(repr, group)) for group in spellings.values() if len(group) > 1]
     if groups:
-        raise LabelError(f"column {column!r} has {'; '.join(groups)}, which look like one class; use one spelling")
+        raise LabelError(
+            f"column {column!r} has {'; '.join(groups)}, which look like one class; use one spelling, "
+            "or pass --ids merge"
+        )
 
 
 def sorted_labels(values: set[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from eosin._names import plain_word
 from eosin.errors import LabelError
 
 NEGATIVE = frozenset({
@@ -11,18 +12,30 @@ NEGATIVE = frozenset({
     "benin", "censored", "control", "faible", "falsch", "false", "falso", "faux", "free", "gesund", "goedaardig",
     "gutartig", "healthy", "hrp", "intact", "kein", "keine", "laag", "living", "low", "mss", "nao", "nee", "neg",
     "negatief", "negatif", "negativ", "negativa", "negative", "negativo", "nein", "niedrig", "no", "non", "none",
-    "normal", "normale", "not", "ohne", "pmmr", "proficient", "sain", "sana", "sano", "sans", "saudavel", "sin",
-    "stable", "unauffallig", "unmethylated", "unmutated", "wild", "wildtype", "without", "wt",
+    "normal", "normale", "not", "ohne", "pmmr", "lagodny", "lagodna", "lagodne", "nie", "prawidlowy", "prawidlowe",
+    "zdrowy", "ujemny", "ujemna", "ujemne", "brak", "iyi", "hayir", "yok", "saglikli", "норма", "нормальный",
+    "доброкачественный", "доброкачественная", "нет", "отрицательный", "отрицательно", "здоровый", "без", "いいえ",
+    "proficient", "sain", "sana", "sano", "sans", "saudavel", "sin", "stable", "unauffallig", "unmethylated",
+    "unmutated", "wild", "wildtype", "without", "wt",
 })  # fmt: skip
 POSITIVE = frozenset({
-    "alta", "alto", "amplified", "bosartig", "cancer", "carcinoma", "case", "dead", "deceased", "decede", "deficient",
-    "died", "diseased", "dmmr", "eleve", "event", "fallecido", "high", "hoch", "hoog", "hrd", "invasive", "involved",
-    "ja", "krank", "kwaadaardig", "maligna", "malignant", "maligne", "maligno", "malin", "metastase", "metastasis",
-    "metastatic", "methylated", "msi", "mut", "mutado", "mutant", "mutated", "mutato", "mute", "mutiert", "oui",
-    "pos", "positief", "positif", "positiv", "positiva", "positive", "positivo", "present", "recidiva", "recidive",
-    "recurrence", "relapse", "responder", "rezidiv", "si", "sim", "true", "tumeur", "tumor", "tumore", "tumour",
-    "verdadero", "vero", "verstorben", "vrai", "wahr", "with", "yes",
+    "alta", "alto", "amplified", "bosartig", "cancer", "carcinoma", "case", "dead", "deceased", "decede",
+    "deficient", "died", "diseased", "dmmr", "eleve", "event", "fallecido", "high", "hoch", "hoog", "hrd",
+    "invasive", "involved", "ja", "krank", "kwaadaardig", "maligna", "malignant", "maligne", "maligno", "malin",
+    "metastase", "metastasis", "metastatic", "methylated", "msi", "mut", "mutado", "mutant", "mutated", "mutato",
+    "mute", "mutiert", "oui", "pos", "positief", "positif", "positiv", "positiva", "positive", "positivo",
+    "present", "recidiva", "recidive", "recurrence", "relapse", "responder", "rezidiv", "si", "sim", "true",
+    "tumeur", "tumor", "tumore", "tumour", "dodatni", "dodatnia", "dodatnie", "zlosliwy", "zlosliwa", "zlosliwe",
+    "nowotwor", "rak", "tak", "zgon", "kotu", "evet", "kanser", "var", "опухоль", "злокачественный",
+    "злокачественная", "рак", "да", "положительный", "положительно", "есть", "はい", "verdadero", "vero",
+    "verstorben", "vrai", "wahr", "with", "yes",
 })  # fmt: skip
+NO, YES = (frozenset(map(plain_word, words)) for words in (NEGATIVE, POSITIVE))
+# looked for inside a value, because these languages write no blanks; the first that says no decides
+SAYS_NO = ("阴性", "陰性", "良性", "正常", "野生", "无", "無", "未", "否", "非", "健康")
+SAYS_YES = (
+    "阳性", "陽性", "恶性", "惡性", "悪性", "肿瘤", "腫瘍", "腫瘤", "癌", "突变", "变异", "変異", "有", "是", "死亡",
+)  # fmt: skip
 SIGNS = {"+": 1, "-": -1, "\N{MINUS SIGN}": -1}
 
 
@@ -67,7 +80,9 @@ def polarity(value: str) -> int:
     if text[-1:] in SIGNS:
         return SIGNS[text[-1]]
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", text)]  # Her2Neg -> her neg
-    words += re.findall("[a-z]+", text.lower())  # pMMR -> pmmr
-    if any(word in NEGATIVE or word.startswith("non") or word.endswith("neg") for word in words):
+    words += re.findall(r"[^\W\d_]+", plain_word(value))  # pMMR -> pmmr
+    if any(word in NO or word.startswith("non") or word.endswith("neg") for word in words):
         return -1
-    return int(any(word in POSITIVE or word.endswith("pos") for word in words))
+    if any(part in value for part in SAYS_NO):
+        return -1
+    return int(any(word in YES or word.endswith("pos") for word in words) or any(part in value for part in SAYS_YES))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eosin.errors import LabelError
 from eosin.mil._metrics import Floats, Metrics
-from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, numbers, rank_bins, to_numpy, wide
 
 
 @TASKS.register("regression")
@@ -37,7 +37,7 @@ class Regression(Task):
     @classmethod
     def from_rows(cls, rows: Sequence[Row], target: str) -> Self:
         """Make the task of a column of numbers."""
-        if len({number(row[target], target) for row in rows}) < 2:
+        if len(set(numbers(rows, target))) < 2:
             raise LabelError(f"every value in column {target!r} is the same; there is nothing to learn")
         return cls(target=target)
 
@@ -63,7 +63,7 @@ class Regression(Task):
 
     def encode(self, rows: Sequence[Row]) -> Tensor:
         """Return the numbers, (B,) float64."""
-        return torch.tensor([number(row[self.target], self.target) for row in rows], dtype=torch.float64)
+        return torch.tensor(numbers(rows, self.target), dtype=torch.float64)
 
     def decode(self, target: NDArray[Any]) -> list[NDArray[Any]]:
         """Return the numbers."""

@@ -21,24 +21,32 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from eosin._tables import plain_word
+from eosin._names import STROKES, plain_word
 from eosin.errors import LabelError
 from eosin.mil._intervals import Support
 from eosin.mil._metrics import Floats, Metrics
 from eosin.mil._survival_metrics import concordance, concordance_ipcw, discordance, integrated_brier, time_auc
+from eosin.mil._tables import shown
 from eosin.mil._target import quoted
-from eosin.mil.task import TASKS, Columns, Row, Task, number, rank_bins, to_numpy, wide
+from eosin.mil.task import TASKS, Columns, Row, Task, numbers, rank_bins, to_numpy, wide
 
 SMALLEST_PROBABILITY = 1e-7
-YES = frozenset({"1", "1.0", "true", "yes", "y", "ja", "j", "oui", "si", "sim", "wahr", "vrai", "verdadero", "vero"})
-NO = frozenset({"0", "0.0", "false", "no", "n", "nein", "non", "nao", "nee", "falsch", "faux", "falso"})
+YES = frozenset({
+    "1", "1.0", "true", "yes", "y", "ja", "j", "oui", "si", "sim", "wahr", "vrai", "verdadero", "vero", "tak", "evet",
+    "да", "是", "はい",
+})  # fmt: skip
+NO = frozenset({
+    "0", "0.0", "false", "no", "n", "nein", "non", "nao", "nee", "falsch", "faux", "falso", "nie", "hayir", "нет", "否",
+    plain_word("いいえ"),
+})  # fmt: skip
 EVENT = frozenset({
-    "dead", "deceased", "died", "event", "tot", "verstorben", "gestorben", "mort", "decede", "muerto",
-    "fallecido", "morto", "deceduto", "overleden",
+    "dead", "deceased", "died", "event", "tot", "verstorben", "gestorben", "mort", "decede", "muerto", "fallecido",
+    "fallecida", "muerta", "morto", "morta", "deceduto", "deceduta", "decedee", "overleden", "zgon", "zmarl",
+    "zmarla", "zmarly", "oldu", "olmus", "vefat", "exitus", "умер", "умерла", "死亡",
 })  # fmt: skip
 CENSORED = frozenset({
-    "alive", "living", "censored", "lebend", "lebt", "zensiert", "vivant", "censure", "vivo", "censurado",
-    "levend",
+    "alive", "living", "censored", "lebend", "lebt", "zensiert", "vivant", "vivante", "censure", "vivo", "viva",
+    "censurado", "levend", "zyje", "zywy", "zywa", "sag", "hayatta", "yasiyor", "жив", "жива", "存活", "生存",
 })  # fmt: skip
 BINS = 4
 TWO = 2
@@ -47,21 +55,27 @@ EVENT_NAMES = frozenset({
     "event", "events", "dead", "death", "died", "deceased", "relapse", "relapsed", "recurrence", "recurred",
     "progression", "progressed", "metastasis", "failure", "failed", "mortality", "observed", "tod", "tot", "exitus",
     "gestorben", "verstorben", "ereignis", "rezidiv", "evenement", "deces", "decede", "mort", "evento", "muerte",
-    "muerto", "fallecido", "morto", "morte", "deceduto", "obito", "overleden", "overlijden", "gebeurtenis",
+    "muerto", "fallecido", "morto", "morte", "deceduto", "obito", "overleden", "overlijden", "gebeurtenis", "zgon",
+    "smierc", "zmarl", "olum", "oldu", "vefat", "смерть", "умер", "死亡", "复发", "事件",
 })  # fmt: skip
 ENDPOINTS = frozenset({"os", "pfs", "dfs", "dss", "pfi", "dfi", "efs", "rfs", "bcr", "css", "dmfs", "ttp"})
 """Abbreviations that name an indicator with 1 for the event, as in the tables of TCGA."""
 
 CENSORED_NAMES = frozenset({
     "censor", "censored", "censoring", "censorship", "cens", "alive", "living", "lives", "survived", "survivor",
-    "survivors", "surviving", "lost", "lebend", "lebt", "uberlebt", "ueberlebt", "zensiert", "vivant", "vivants",
-    "censure", "vivo", "viva", "vivos", "censurado", "censurato", "levend", "gecensureerd",
+    "survivors", "surviving", "lebend", "lebt", "uberlebt", "ueberlebt", "zensiert", "vivant", "vivants",
+    "censure", "vivo", "viva", "vivos", "censurado", "censurato", "levend", "gecensureerd", "zyje", "zywy",
+    "hayatta", "yasiyor", "жив", "存活", "生存", "删失",
 })  # fmt: skip
 DEATHS = frozenset({
     "dead", "death", "died", "deceased", "mortality", "tod", "tot", "exitus", "gestorben", "verstorben", "mort",
-    "muerte", "muerto", "deces", "decede", "morto", "fallecido", "overleden",
+    "muerte", "muerto", "deces", "decede", "morto", "fallecido", "overleden", "zgon", "smierc", "zmarl", "olum", "oldu",
+    "vefat", "смерть", "умер", "死亡",
 })  # fmt: skip
-LIVES = frozenset({"alive", "living", "lives", "survived", "lebend", "lebt", "vivo", "vivant", "levend"})
+LIVES = frozenset({
+    "alive", "living", "lives", "survived", "lebend", "lebt", "vivo", "vivant", "levend", "zyje", "yasiyor", "жив",
+    "存活",
+})  # fmt: skip
 NEGATIONS = frozenset({
     "not", "no", "non", "un", "without", "free", "never", "nicht", "kein", "keine", "ohne", "frei", "pas", "sans",
     "sin", "senza", "sem", "niet", "geen", "zonder", "nao",
@@ -144,13 +158,12 @@ class SurvivalTask(Task):
 
     def encode(self, rows: Sequence[Row]) -> Tensor:
         """Return time and event, (B, 2) float64; `LabelError` for a negative time or a value of no meaning."""
-        return torch.tensor([self._pair(row) for row in rows], dtype=torch.float64).reshape(-1, 2)
-
-    def _pair(self, row: Row) -> tuple[float, float]:
-        time = number(row[self.time], self.time)
-        if time < 0:
-            raise LabelError(f"{row[self.time]!r} in column {self.time!r}: a time cannot be negative")
-        return time, float(self._is_event(row[self.event]))
+        times = numbers(rows, self.time)
+        negative = [row[self.time] for row, time in zip(rows, times, strict=True) if time < 0]
+        if negative:
+            raise LabelError(f"{shown(list(map(repr, negative)))} in column {self.time!r}: a time cannot be negative")
+        events = [float(self._is_event(row[self.event])) for row in rows]
+        return torch.tensor(list(zip(times, events, strict=True)), dtype=torch.float64).reshape(-1, 2)
 
     def _is_event(self, text: str) -> bool:
         value = plain_value(text)
@@ -426,7 +439,8 @@ def says_event(column: str) -> bool | None:
     (True, False, None)
     """
     letters = "".join(one for one in unicodedata.normalize("NFKD", column) if not unicodedata.combining(one))
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", letters)]
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", letters.translate(STROKES))]
+    words += re.findall(r"[^\W\d_a-z]+", plain_word(letters))  # in other alphabets
     if DEATHS & set(words) and LIVES & set(words):  # "dead_or_alive" names both
         return None
     meant: set[bool] = set()
