@@ -143,26 +143,40 @@ def net_benefit(truth: Flags, score: Floats, thresholds: Floats = DECISION_THRES
     return np.asarray((acted & truth[:, None]).mean(0) - odds * (acted & ~truth[:, None]).mean(0))
 
 
+def net_benefit_band(truth: Flags, score: Floats, patients: Sequence[str]) -> tuple[Floats, Floats] | None:
+    """Return the ends of the 95 % interval of the net benefit at each threshold, (m,); None for a single patient.
+
+    Percentiles of a bootstrap that draws patients with all their cases.
+    """
+    owner = np.unique(np.asarray(patients), return_inverse=True)[1]
+    rows = [np.flatnonzero(owner == number) for number in range(owner.max() + 1)]
+    if len(rows) < 2:  # every draw would be the same, and the band a line
+        return None
+    drawn = np.random.default_rng(0).integers(len(rows), size=(DECISION_DRAWS, len(rows)))
+    chosen = [np.concatenate([rows[number] for number in draw]) for draw in drawn]
+    low, high = np.quantile([net_benefit(truth[one], score[one]) for one in chosen], [0.025, 0.975], axis=0)
+    return low, high
+
+
 def decision_panel(curve: Curve, patients: Sequence[str], *, title: str = "Decision curve") -> Panel | None:
     """Draw the net benefit over the threshold, with a band over patients, beside acting on all and on none."""
     if not curve.is_defined:
         return None
-    at = DECISION_THRESHOLDS
-    owner = np.unique(np.asarray(patients), return_inverse=True)[1]
-    rows = [np.flatnonzero(owner == number) for number in range(owner.max() + 1)]
-    drawn = np.random.default_rng(0).integers(len(rows), size=(DECISION_DRAWS, len(rows)))
-    chosen = [np.concatenate([rows[number] for number in draw]) for draw in drawn]
-    low, high = np.quantile([net_benefit(curve.truth[one], curve.score[one]) for one in chosen], [0.025, 0.975], axis=0)
+    at, band = DECISION_THRESHOLDS, net_benefit_band(curve.truth, curve.score, patients)
     figure, axes = _square("Threshold probability", "Net benefit")
     everyone = net_benefit(curve.truth, np.ones(len(curve.truth)))
     axes.plot(at, everyone, color=FAINT, linewidth=1.0, label="act on all")
     axes.axhline(0, color="0.4", linewidth=0.8, linestyle=(0, (4, 3)), label="act on none")
-    axes.fill_between(at, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+    share = top = float(curve.truth.mean())
+    said = "no band: all slides are from one patient"
+    if band is not None:
+        axes.fill_between(at, *band, color=COLOURS[0], alpha=0.15, linewidth=0)
+        top = max(top, float(band[1].max()))
+        said = f"band: 95 % bootstrap over {len(set(patients))} patients"
     axes.plot(at, net_benefit(curve.truth, curve.score), color=COLOURS[0], linewidth=1.6, label="act by the model")
-    share = float(curve.truth.mean())
-    axes.set(aspect="auto", ylim=(-0.1 * share - 0.02, 1.05 * max(share, float(high.max()))))
+    axes.set(aspect="auto", ylim=(-0.1 * share - 0.02, 1.05 * top))
     axes.legend(frameon=False, fontsize=8)
-    return Panel(_svg(figure), title, f"{curve.name}; band: 95 % bootstrap over {len(rows)} patients.")
+    return Panel(_svg(figure), title, f"{curve.name}; {said}.")
 
 
 def survival_panel(
