@@ -6,7 +6,7 @@ from typing import Annotated, cast
 import typer
 
 from eosin.cli._arguments import FeaturesFolder, Group, IdsPolicy, Labels, Level, Missing, Splits, Target, TaskKind
-from eosin.cli._common import Done, command
+from eosin.cli._common import Done, command, say
 from eosin.cli._settings import Settings
 from eosin.cli._study import SlideTable
 from eosin.errors import ConfigError
@@ -101,6 +101,7 @@ def probe(
         folds=settings.choose("folds", folds, 5),
         slide_table=slide_table,
     )
+    say("; ".join(study.notes))
     chosen = chosen.of_task(study.task)
     parts = study.nested(splits) or study.splits(splits, folds=settings.choose("folds", folds, 5), seed=seed)
     require_shots(study.task, study.cohort, parts, shots)

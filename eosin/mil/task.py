@@ -424,7 +424,10 @@ def require_values(rows: Sequence[Row], columns: Sequence[str], *, all_of_them: 
     absent = [name for name in columns if name not in known]
     if absent:
         others = [name for name in known if name not in ("slide_id", "patient_id")]
-        raise LabelError(f"the label table has no column {absent[0]!r}; it has {', '.join(others) or 'none'}")
+        # a classification reads one column, and "time,event" is then its name
+        several = all(part.strip().partition("=")[0] in known for part in absent[0].split(","))
+        which = "; for several columns pass --task survival, cox or multilabel" if several else ""
+        raise LabelError(f"the label table has no column {absent[0]!r}; it has {', '.join(others) or 'none'}{which}")
     check = all if all_of_them else any
     empty = [row.get("slide_id", "") for row in rows if not check(has_value(row[name]) for name in columns)]
     if empty:

@@ -13,6 +13,7 @@ def test_vectors_are_probed_with_a_report(features: Path, cohort: Path, run: Run
     assert result.exit_code == 0, result.output
     paths = [tmp_path / "out" / n for n in ("metrics.json", "predictions.csv", "few_shot.csv", "report.html")]
     assert result.stdout.split() == list(map(str, paths))
+    assert "column 'slide_id'" in result.stderr  # what was understood is said, and with it warnings about sites
     assert json.loads(paths[0].read_text())["recipe"]["method"] == "logistic"
     page = paths[3].read_text()
     assert "Few-shot" in page
@@ -28,4 +29,5 @@ def test_refusals_are_one_line(features: Path, cohort: Path, refused: Run, tmp_p
     assert "whole numbers" in line("--few-shot", "0,two")
     assert "method" in line("--method", "svm")
     assert "does not fit task classification" in line("--method", "cox")
+    assert "pass --task survival, cox or multilabel" in line("--target", "label,patient_id")
     assert not (tmp_path / "out").exists()
