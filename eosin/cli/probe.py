@@ -6,7 +6,8 @@ from typing import Annotated, cast
 import typer
 
 from eosin.cli._arguments import FeaturesFolder, Group, IdsPolicy, Labels, Level, Missing, Splits, Target, TaskKind
-from eosin.cli._common import Done, command, say
+from eosin.cli._common import Done, command
+from eosin.cli._progress import say
 from eosin.cli._settings import Settings
 from eosin.cli._study import SlideTable
 from eosin.errors import ConfigError
@@ -101,13 +102,13 @@ def probe(
         folds=settings.choose("folds", folds, 5),
         slide_table=slide_table,
     )
-    say("; ".join(study.notes))
     chosen = chosen.of_task(study.task)
     parts = study.nested(splits) or study.splits(splits, folds=settings.choose("folds", folds, 5), seed=seed)
     require_shots(study.task, study.cohort, parts, shots)
     if compare is not None:
         require_comparable(study.task, tested_slides(parts), read_predictions(compare / PREDICTIONS))
     flow = study.account(parts)
+    say("; ".join(study.notes))
     metrics = probe_study(study, out, probe=chosen, splits=parts, shots=shots, repeats=repeats, flow=flow)
     tables = {} if compare is None else compare_runs(metrics["task"], out / PREDICTIONS, compare / PREDICTIONS)
     if shots:
