@@ -22,6 +22,8 @@ SMALL = {
     "mi_max": {"hidden": 6},
     "transformer": {"width": 8, "heads": 2, "feed_forward": 8},
     "varmil": {"embed_dims": (8,), "hidden": 6, "head_dim": 6},
+    "patch_gcn": {"width": 4, "layers": 2, "neighbours": 3},
+    "rrt": {"width": 8, "heads": 2, "cross_heads": 2, "regions": 2, "hidden": 6},
     "wikg": {"width": 8, "neighbours": 3},
     "abmil": {"embed_dims": (8,), "hidden": 6, "heads": 2},
     "acmil": {"width": 8, "hidden": 6, "branches": 3},
@@ -88,11 +90,11 @@ def test_every_aggregator_gives_every_map_or_says_why_not(bag, name):
 def test_effects_are_exact_for_every_aggregator(bag, name):
     model = build(name)
     values = torch.from_numpy(np.asarray(bag.features)).double()
-    coords = torch.from_numpy(bag.grid.origins_px0)
+    coords, places = torch.from_numpy(bag.grid.origins_px0), torch.from_numpy(bag.grid.places())
 
     @torch.no_grad()
     def says(keep):
-        pack = PackedBags.pack([values[keep]], coords_px0=[coords[keep]])
+        pack = PackedBags.pack([values[keep]], coords_px0=[coords[keep]], places=[places[keep]])
         return model(pack).logits[0].numpy()
 
     everything = np.arange(bag.n_instances)
@@ -108,13 +110,14 @@ def test_effects_are_exact_for_every_aggregator(bag, name):
 def test_the_evidence_of_a_tile_alone_is_the_model_on_that_tile(bag, name):
     model = build(name)
     values = torch.from_numpy(np.asarray(bag.features)).double()
-    coords = torch.from_numpy(bag.grid.origins_px0)
+    coords, places = torch.from_numpy(bag.grid.origins_px0), torch.from_numpy(bag.grid.places())
     found = map_slide(model, bag, classes=CLASSES, wanted=["alone"]).maps
     assert [heatmap.shows for heatmap in found] == ["alone"] * 3
     with torch.no_grad():
-        packs = [PackedBags.pack([values[[i]]], coords_px0=[coords[[i]]]) for i in range(bag.n_instances)]
+        each = range(bag.n_instances)
+        packs = [PackedBags.pack([values[[i]]], coords_px0=[coords[[i]]], places=[places[[i]]]) for i in each]
         logits = np.stack([model(pack).logits[0].numpy() for pack in packs])
-        whole = model(PackedBags.pack([values], coords_px0=[coords])).logits[0].numpy()
+        whole = model(PackedBags.pack([values], coords_px0=[coords], places=[places])).logits[0].numpy()
     expected = Target(int(whole.argmax())).of(logits)
     np.testing.assert_allclose(found[0].values, expected, rtol=1e-7, atol=1e-10)
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import eosin.mil.methods  # noqa: F401 (registers)
 from eosin.mil import _attention as attention
 from eosin.mil.bags import PackedBags
-from eosin.mil.methods import mambamil, set_transformer, transmil, wikg
+from eosin.mil.methods import mambamil, patch_gcn, set_transformer, transmil, wikg
 from eosin.mil.slots import AGGREGATORS
 
 WIDTH = 64
@@ -24,6 +24,8 @@ MODELS = {
     "ilra": {"width": WIDTH, "heads": 8, "tokens": 2, "layer_norm": True},
     "mambamil": {"width": WIDTH, "hidden": 16, "d_state": 2},
     "owlora": {"host_options": GDAT},
+    "patch_gcn": {"width": WIDTH // 4},
+    "rrt": {"width": WIDTH, "hidden": 16, "regions": 2, "cross_regions": 2},
     "set_transformer": {"embed_dims": (WIDTH,), "width": WIDTH, "heads": 8, "tokens": 4},
     "wikg": {"width": WIDTH, "neighbours": 4},
     "transformer": {"width": WIDTH, "heads": 8, "feed_forward": WIDTH},
@@ -35,6 +37,8 @@ LIMITS = {
     "ilra": 11.5,
     "mambamil": 10,
     "owlora": 6.5,
+    "patch_gcn": 7,
+    "rrt": 11.5,
     "set_transformer": 4,
     "transformer": 11.5,
     "wikg": 8,
@@ -72,7 +76,8 @@ def peak_bytes(name, n):
     torch.manual_seed(0)
     in_dim = IN_DIMS.get(name, 4)
     model = AGGREGATORS.build(name, in_dim, 2, options=MODELS[name]).train()
-    bag = PackedBags.pack([torch.randn(n, in_dim)])
+    places = torch.stack([torch.arange(n) % 16, torch.arange(n) // 16], 1).float()
+    bag = PackedBags.pack([torch.randn(n, in_dim)], places=[places])
     with PeakMemory() as memory:
         model(bag).logits.square().sum().backward()
     return memory.peak
@@ -85,6 +90,7 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 2**13)
     monkeypatch.setattr(set_transformer, "SMALL_BAG", 0)
     monkeypatch.setattr(wikg, "EDGE_ROWS", 64)
+    monkeypatch.setattr(patch_gcn, "NODE_ROWS", 16)
     monkeypatch.setattr(mambamil, "GROUP_ELEMENTS", 2**14)
     monkeypatch.setattr(transmil, "PPEG_CHANNELS", WIDTH // 4)
 

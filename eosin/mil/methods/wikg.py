@@ -17,7 +17,7 @@ Deviations from the authors' code. The product of two sums in equation 3 is that
 left out. Bags of fewer tiles than edges have fewer edges. ``near`` is not in the code.
 
 Memory: edges are found for some tiles at a time, and equation 3 is computed again in the backward pass. Time grows with
-the square of the tiles.
+the square of the tiles for `similar` edges.
 """
 
 from functools import partial
@@ -31,12 +31,12 @@ from eosin.kernels import attention_pool, segment_mean
 from eosin.mil import _attention as attention
 from eosin.mil._attention import by_rows
 from eosin.mil._layers import as_dtype
+from eosin.mil._neighbours import nearest_tiles
 from eosin.mil._recipe import RECIPES, Component, Recipe
 from eosin.mil.bags import PackedBags
 from eosin.mil.options import Count, Dropout
 from eosin.mil.slots import AGGREGATORS, Aggregator, AttentionOutput
 
-TIE = (1e-3, 1.7e-4)  # which of equally near tiles comes first: by x, then by y
 EDGE_ROWS = 2**12  # tiles whose edges are computed at once in a large pack
 
 
@@ -99,18 +99,18 @@ class WiKg(Aggregator):
     @torch.no_grad()
     def _edges(self, bags: PackedBags, head: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows (N, k) of the tiles that edges go to, and which edges there are, (N, k) bool."""
-        asks, answers = (self.require_places(bags),) * 2 if self.reads_places else (head, tail)
+        if self.reads_places:
+            return nearest_tiles(self.require_places(bags), bags.lengths, self.neighbours)
         found = torch.arange(bags.n_instances, device=head.device)[:, None].repeat(1, self.neighbours)
         there = torch.zeros_like(found, dtype=torch.bool)
         start = 0
-        for length, theirs in zip(bags.lengths, bags.unpack(answers), strict=True):
+        for length, theirs in zip(bags.lengths, bags.unpack(tail), strict=True):
             count = min(length, self.neighbours)
             for piece in torch.split(
                 torch.arange(start, start + length), max(1, attention.CHUNK_ELEMENTS // max(1, length))
             ):
                 rows = slice(int(piece[0]), int(piece[-1]) + 1) if len(piece) else slice(start, start)
-                close = _nearness(asks[rows], theirs) if self.reads_places else asks[rows] @ theirs.T
-                found[rows, :count] = start + close.topk(count, 1).indices
+                found[rows, :count] = start + (head[rows] @ theirs.T).topk(count, 1).indices
                 there[rows, :count] = True
             start += length
         return found, there
@@ -125,12 +125,6 @@ class WiKg(Aggregator):
         message = (known[..., None] * tails).sum(1)
         sums, products = self.sums(head + message), self.products(head * message)
         return functional.leaky_relu(sums) + functional.leaky_relu(products)
-
-
-def _nearness(places: Tensor, others: Tensor) -> Tensor:
-    """Return (c, n): the larger the nearer, no two alike for tiles in different places around one."""
-    across, down = (others[:, axis] - places[:, axis, None] for axis in range(2))
-    return -(across.square() + down.square() + TIE[0] * across + TIE[1] * down)
 
 
 RECIPES.add("wikg", Recipe(aggregator=Component(name="wikg")))
