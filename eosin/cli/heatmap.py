@@ -77,6 +77,7 @@ def heatmap(
     """Draw heat maps of what a model's prediction rests on, as pictures and for QuPath."""
     from eosin._batch import is_elsewhere, run_stage
     from eosin._records import Report
+    from eosin._spread import find_file
     from eosin.cli._study import job_features, model_of
     from eosin.mil._jury import Jury
     from eosin.mil._seen import seen_notes
@@ -91,7 +92,7 @@ def heatmap(
     found = find_slides(slides, slide_mpp=slide_mpp_source(slide_mpp), scene=scene_number(scene), plane=plane)
     before = Report(())
     made = None if features is not None else job_features(model)
-    if made is not None and all((made / f"{file.slide_id}.h5").is_file() for file in found):
+    if made is not None and all(find_file(made, file.slide_id, ".h5").is_file() for file in found):
         features = made
     if features is None:
         spec, machine = jury.ensemble.cards[0].features, Machine(workers=workers, device=device, weights=weights)
@@ -101,7 +102,7 @@ def heatmap(
     elif features.suffix == ".h5" and len(found) == 1:
         files = {found[0].slide_id: features}
     else:
-        files = {file.slide_id: features / f"{file.slide_id}.h5" for file in found}
+        files = {file.slide_id: find_file(features, file.slide_id, ".h5") for file in found}
     broken = {record.slide_id for record in before.failed}
     usable = [file for file in found if file.slide_id not in broken]
     sights = {file.slide_id: jury.choose(file.slide_id).sight for file in usable}

@@ -51,7 +51,8 @@ STAGES = "Two stages"
 @command(
     "tiling", "tissue", "quality", "selection",
     rare=("scene", "plane", "magnification", "overlap", "min_tissue", "icc", "tissue_weights", "overrides",
-          "max_blur", "max_pen", "max_fold", "edges", "from_", "budget", "features", "allow_seen", "timeout", "shard"),
+          "max_blur", "max_pen", "max_fold", "edges", "from_", "budget", "features", "allow_seen", "spread",
+          "timeout", "shard"),
     bare="slides", cluster="job",
 )  # fmt: skip
 def tile(
@@ -104,6 +105,10 @@ def tile(
         typer.Option(
             "--allow-seen", help="With --from: allow models that were trained on the slide.", rich_help_panel=STAGES
         ),
+    ] = False,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="Spread the job's files over 256 folders each; new jobs of 100,000 slides are."),
     ] = False,
     workers: Workers = 0,
     timeout: Timeout = None,
@@ -171,6 +176,8 @@ def tile(
         contours = job / "tissue_by_network"
         files, before = _outlined(files[index::count], tissue_weights, contours, job)
         index, count = 0, 1
+    if spread:
+        JobFolder(job).spread()
     treat = preview_slides if preview else tile_slides
     with progress("tile", len(files[index::count])) as advance:
         report = treat(

@@ -23,6 +23,7 @@ from eosin import __version__
 from eosin._files import write_bytes, write_file
 from eosin._fingerprints import DIGITS
 from eosin._seals import USER_BLOCK_BYTES, check_image, seal_image
+from eosin._spread import list_files
 from eosin.errors import ConfigError, EosinError, FeatureFileError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.wsi._coordinates import CoordsFooter, read_coords, write_coords
@@ -297,7 +298,7 @@ def find_bags(folder: Path | str) -> dict[str, Path]:
     Parameters
     ----------
     folder : Path
-        Folder with files ``<slide id>.h5``.
+        Folder with files ``<slide id>.h5``, in itself or in the 256 folders of a job that is spread.
 
     Raises
     ------
@@ -307,10 +308,10 @@ def find_bags(folder: Path | str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of features")
-    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    files = list_files(folder, SUFFIX)
     if not files:
         raise ConfigError(f"{folder}: has no feature files (*{SUFFIX}); run `eosin extract` or `eosin import` first")
-    return {path.name.removesuffix(SUFFIX): path for path in files}
+    return files
 
 
 def read_common_spec(bags: Mapping[str, Path]) -> FeatureSpec:

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from eosin._batch import Outcome, run_batch
 from eosin._records import Record, Report
 from eosin._seals import read_json
+from eosin._spread import FOLDERS, whole_folder
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features._bag import FeatureSpec
 from eosin.features._store import read_bag, read_spec, verify_bag
@@ -18,12 +19,13 @@ from eosin.wsi._grid import TileGrid
 from eosin.wsi._job import STUDIES, JobFolder
 
 PATTERNS = (
-    "thumbnails/*.jpg",
-    "contours/*.jpg",
-    "contours_geojson/*.geojson",
-    "*/patches/*_patches.h5",
-    "*/features_*/*.h5",
+    "thumbnails/{}*.jpg",
+    "contours/{}*.jpg",
+    "contours_geojson/{}*.geojson",
+    "*/patches/{}*_patches.h5",
+    "*/features_*/{}*.h5",
 )
+"""With the folders of a job that is spread in the place of the braces."""
 PATCHES = "_patches.h5"
 
 Firsts = dict[Path, tuple[Path, FeatureSpec]]
@@ -55,7 +57,8 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     ConfigError
         When the folder is missing or holds nothing of a job.
     """
-    patterns = [f"{place}{pattern}" for place in ("", f"{STUDIES}/*/") for pattern in PATTERNS]
+    places = [(study, part) for study in ("", f"{STUDIES}/*/") for part in ("", f"{FOLDERS}/")]
+    patterns = [f"{study}{pattern.format(part)}" for study, part in places for pattern in PATTERNS]
     files = sorted({path for pattern in patterns for path in job.root.glob(pattern) if not path.name.startswith(".")})
     if not files:
         raise ConfigError(f"{job.root}: not a job folder, or an empty one; pass the --job of `eosin tile`")
@@ -103,15 +106,17 @@ def _first_readable(path: Path, firsts: Firsts) -> tuple[Path, FeatureSpec]:
     Files are checked in the order of their names, so that it is the first that comes here of each folder: to list the
     folder for each of n files would take n² steps.
     """
-    if path.parent not in firsts:
-        firsts[path.parent] = path, read_spec(path)
-    return firsts[path.parent]
+    folder = whole_folder(path)
+    if folder not in firsts:
+        firsts[folder] = path, read_spec(path)
+    return firsts[folder]
 
 
 def _are_others(grid: TileGrid, path: Path) -> bool:
     """Tell whether the job's coordinates file, where it is sound, has other tiles than `grid`."""
     try:
-        today = read_grid(JobFolder(path.parents[2]).patches(path.parents[1].name, path.stem))
+        tiling = whole_folder(path).parent
+        today = read_grid(JobFolder(tiling.parent).patches(tiling.name, path.stem))
     except FeatureFileError:
         return False
     images = {today.image, grid.image} - {""}

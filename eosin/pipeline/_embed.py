@@ -20,6 +20,7 @@ from eosin._batch import Outcome, run_stage
 from eosin._files import file_fingerprint
 from eosin._fingerprints import DIGITS, fingerprint
 from eosin._records import Record, Report
+from eosin._spread import whole_folder
 from eosin.errors import ConfigError, EosinError, FeatureFileError, FeatureMismatchError, LabelError, UnknownNameError
 from eosin.features._bag import FeatureBag, FeatureSpec, vector_name
 from eosin.features._encoders import folder_name
@@ -341,7 +342,7 @@ def _require_some(embedder: Embedder, files: Mapping[str, Path]) -> None:
 
 
 def _folder(file: Path, embedder: Embedder, per: Per) -> Path:
-    return file.parent.parent / f"{per}_features_{folder_name(embedder.name)}"
+    return whole_folder(file).parent / f"{per}_features_{folder_name(embedder.name)}"
 
 
 def _require_own(folder: Path, embedder: Embedder) -> None:

@@ -12,6 +12,7 @@ from shapely.geometry.base import BaseGeometry
 from eosin import __version__
 from eosin._records import Report
 from eosin._seals import read_json
+from eosin._spread import find_file
 from eosin.errors import EosinError
 from eosin.features._bag import FeatureBag
 from eosin.features._store import read_bag
@@ -129,7 +130,7 @@ class Result:
 
     def feature_file(self, slide_id: str) -> Path:
         """Return the slide's feature file."""
-        return self.features / f"{slide_id}.h5"
+        return find_file(self.features, slide_id, ".h5")
 
 
 def out_of_fold(path: Path) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from eosin._batch import Outcome, run_batch
 from eosin._files import file_fingerprint
 from eosin._fingerprints import fingerprint
 from eosin._records import Record, Report
+from eosin._spread import find_file, list_files
 from eosin.errors import ConfigError, EosinError, FeatureFileError, SlideError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoders import folder_name
@@ -180,7 +181,7 @@ class SelectionPlan:
 
     def stage_one(self, slide_id: str) -> Path:
         """Feature file of a slide in the first stage."""
-        return self.features / f"{slide_id}.h5"
+        return find_file(self.features, slide_id, ".h5")
 
     def outline(self, slide_id: str) -> Path:
         """Tissue outline that the first stage wrote, or a person edited."""
@@ -271,7 +272,7 @@ def _stage_one_features(job: JobFolder, card: ModelCard) -> Path:
     spec = card.features
     fitting = []
     for folder in sorted(job.root.glob(f"*/features_{folder_name(spec.encoder)}")):
-        some = next(iter(sorted(folder.glob("[!.]*.h5"))), None)
+        some = next(iter(list_files(folder, ".h5").values()), None)
         if some is not None and _fits(card, some):
             fitting.append(folder)
     if len(fitting) != 1:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin import __version__
+from eosin._spread import find_file
 from eosin.mil._crossval import read_predictions
 from eosin.mil._flow import Flow
 from eosin.mil._metrics import Floats, confusion, expected_calibration_error
@@ -361,7 +362,7 @@ def _short(value: str) -> str:
 
 
 def _thumbnail(folder: Path | None, slide: str) -> Picture | None:
-    path = None if folder is None else folder / f"{slide}.jpg"
+    path = None if folder is None else find_file(folder, slide, ".jpg")
     if path is None or not path.is_file():
         return None
     with Image.open(path) as image:

@@ -11,12 +11,15 @@ from typing import ClassVar
 from PIL import Image
 from shapely import box
 
+from eosin import __version__
 from eosin._batch import Outcome, run_stage
 from eosin._columns import SLIDE_COLUMNS
-from eosin._files import file_fingerprint, write_text
+from eosin._files import file_fingerprint, write_json, write_text
 from eosin._fingerprints import content_hash, fingerprint
 from eosin._names import OTHER_READERS, match_slides
 from eosin._records import Record, Report
+from eosin._seals import sealed
+from eosin._spread import FOLDERS, place_file
 from eosin._tables import decimal_point, first_few, of_slides, read_table
 from eosin.errors import ConfigError, EosinError, SlideError
 from eosin.wsi._account import LOSSY, account_for
@@ -40,6 +43,11 @@ STUDIES = "studies"
 
 OUTLINE_SUFFIXES = (".geojson", ".json")
 
+LAYOUT = "layout.json"
+MANY = 100_000
+"""Slides from which a new job is spread unasked: folders with so many files are slow on most file servers."""
+PATCHES = ("*_patches.h5", f"{FOLDERS}/*_patches.h5")
+
 
 @dataclass(frozen=True)
 class JobFolder:
@@ -58,27 +66,28 @@ class JobFolder:
 
     def thumbnail(self, slide_id: str) -> Path:
         """Picture of the whole slide, longer side at most 1000 px."""
-        return self.root / "thumbnails" / f"{slide_id}.jpg"
+        return self._place("thumbnails", slide_id, ".jpg")
 
     def contours(self, slide_id: str) -> Path:
         """Thumbnail with the outline of the tissue: the picture to check a slide by."""
-        return self.root / "contours" / f"{slide_id}.jpg"
+        return self._place("contours", slide_id, ".jpg")
 
     def preview(self, slide_id: str) -> Path:
         """Thumbnail with tissue and tiles, drawn before anything is decided."""
-        return self.root / "previews" / f"{slide_id}.jpg"
+        return self._place("previews", slide_id, ".jpg")
 
     def contours_geojson(self, slide_id: str) -> Path:
         """Tissue outline for QuPath."""
-        return self.root / "contours_geojson" / f"{slide_id}.geojson"
+        return self._place("contours_geojson", slide_id, ".geojson")
 
     def tilings(self) -> list[str]:
         """Names of the tilings that have at least one coordinates file, sorted."""
-        return sorted({path.parent.parent.name for path in self.root.glob("*/patches/*_patches.h5")})
+        folders = [folder for folder in self.root.glob("*/patches") if any(any(folder.glob(one)) for one in PATCHES)]
+        return sorted(folder.parent.name for folder in folders)
 
     def patches(self, tiling: str, slide_id: str) -> Path:
         """Coordinates file of one slide in one tiling (`Tiling.folder`)."""
-        return self.root / tiling / "patches" / f"{slide_id}_patches.h5"
+        return self._place(f"{tiling}/patches", slide_id, "_patches.h5")
 
     def features_dir(self, tiling: str, encoder: str) -> Path:
         """Folder of the feature files of one encoder."""
@@ -86,12 +95,31 @@ class JobFolder:
 
     def features(self, tiling: str, encoder: str, slide_id: str) -> Path:
         """Feature file of one slide."""
-        return self.features_dir(tiling, encoder) / f"{slide_id}.h5"
+        return self._place(f"{tiling}/features_{encoder}", slide_id, ".h5")
 
     @property
     def run_json(self) -> Path:
         """One record per slide and stage."""
         return self.root / "run.json"
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether folders with a file for each slide are spread over 256 folders, see `eosin._spread`."""
+        return (self.root / LAYOUT).is_file()
+
+    def spread(self) -> None:
+        """Put files that are made from now on into one of 256 folders; those that are there are found where they are.
+
+        Raises
+        ------
+        OutputError
+            If the job folder cannot be written.
+        """
+        if not self.is_spread:
+            write_json(self.root / LAYOUT, sealed({"schema": 1, "eosin": __version__, "layout": "spread"}))
+
+    def _place(self, folder: str, slide_id: str, suffix: str) -> Path:
+        return place_file(self.root / folder, slide_id, suffix, is_spread=self.is_spread)
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,8 @@ def tile_slides(
     OutputError
         If the job folder cannot be written.
     """
+    if len(slides) > MANY and not job.tilings():
+        job.spread()
     plan = all_of(tiles).plan(slides, job)
     report = run_stage(
         plan,
@@ -383,7 +413,8 @@ def _outlines(folder: Path) -> list[tuple[str, Path]]:
     """Return the outlines in a folder under the names of their files; QuPath appends its suffix to the slide's name."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of contours; check the path")
-    return [(path.name, path) for path in sorted(folder.iterdir()) if path.suffix.lower() in OUTLINE_SUFFIXES]
+    files = sorted([*folder.iterdir(), *folder.glob(f"{FOLDERS}/*")])
+    return [(path.name, path) for path in files if path.suffix.lower() in OUTLINE_SUFFIXES]
 
 
 def _unread(suffix: str) -> str:
