@@ -13,6 +13,7 @@ from eosin.cli._arguments import (
     Scene,
     SlideMpp,
     SlidesIfAny,
+    TissueWeights,
     Weights,
     Workers,
     scene_number,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    rare=("ids", "slide_mpp", "scene", "plane", "weights", "workers", "target", "with_seen"),
+    rare=("ids", "slide_mpp", "scene", "plane", "tissue_weights", "weights", "workers", "target", "with_seen"),
     of_job={"model": "model", "out": "predictions.csv"},
     cluster="job", checks_device=False,
 )  # fmt: skip
@@ -69,6 +70,7 @@ def predict(
     slide_mpp: SlideMpp = None,
     scene: Scene = None,
     plane: Plane = None,
+    tissue_weights: TissueWeights = None,
     weights: Weights = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -80,6 +82,7 @@ def predict(
     from eosin._devices import choose_device
     from eosin.cli._study import ids_policy, model_of
     from eosin.features._store import find_bags
+    from eosin.features._tissue_model import load_tissue_model
     from eosin.mil._patients import patients_file, read_patients
     from eosin.mil._predict import predict as predict_files
     from eosin.mil._prediction_table import require_table_suffix
@@ -119,6 +122,8 @@ def predict(
             weights=weights,
             workers=workers,
         )
+        if tissue_weights is not None:
+            problems.attempt(load_tissue_model, tissue_weights, choose_device("cpu"))
         problems.require()
         report = predict_slides(
             model,
@@ -131,6 +136,7 @@ def predict(
             slide_mpp=mpp,
             scene=number,
             plane=plane,
+            tissue_weights=tissue_weights,
             machine=machine,
             progress=progress,
         )

@@ -29,6 +29,7 @@ from eosin.cli._arguments import (
     StudyName,
     Target,
     TaskKind,
+    TissueWeights,
     Weights,
     Workers,
     scene_number,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 GROUPS = ("tiling", "tissue", "quality", "encoder", "recipe", "task", "target", "folds", "formats", "maps", "second")
 RARE = (
     "task", "splits", "folds", "missing", "ids", "slide_mpp", "scene", "plane", "max_blur", "max_pen", "max_fold",
-    "weights", "batch_size", "precision", "study_name",
+    "tissue_weights", "weights", "batch_size", "precision", "study_name",
 )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def plan(
     max_blur: MaxBlur = None,
     max_pen: MaxPen = None,
     max_fold: MaxFold = None,
+    tissue_weights: TissueWeights = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
@@ -157,6 +159,7 @@ def plan(
         missing=problems.attempt(missing_policy, missing) or "few",
         ids=problems.attempt(ids_policy, ids) or "ask",
         study=study_name,
+        tissue_weights=tissue_weights,
     )
     return Plan(inputs, second, problems)
 

@@ -173,7 +173,9 @@ def tile(
     if tissue_weights is not None:
         if contours is not None:
             raise ConfigError("--contours and --tissue-weights both say where tissue is; remove one of them")
-        contours = job / "tissue_by_network"
+        from eosin.features._tissue_model import FOLDER
+
+        contours = job / FOLDER
         files, before = _outlined(files[index::count], tissue_weights, contours, job)
         index, count = 0, 1
     if spread:

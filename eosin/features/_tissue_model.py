@@ -6,7 +6,7 @@ The network is torchvision's DeepLabV3 with a ResNet-50 and two outputs, glass a
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from eosin._batch import Outcome, Record, Report, run_batch
+from eosin._devices import choose_device
 from eosin._files import write_text
 from eosin._fingerprints import fingerprint
 from eosin.errors import SlideError
 from eosin.features._weights import find_weights, hash_state, load_strictly, read_tensors
 from eosin.wsi._geojson import outline_to_geojson, qupath_origin
+from eosin.wsi._job import JobFolder, TissueTiles
 from eosin.wsi._slide import Slide
 from eosin.wsi._slide_file import SlideFile, copy_ahead
 from eosin.wsi._tissue import TissueMask
 
+FOLDER = "tissue_by_network"
+"""Of the outlines in a job."""
 MPP, FIELD_PX, CELL_PX = 1.0, 512, 8
 MAX_UPSAMPLING = 1.1
 TISSUE = 1
@@ -152,3 +156,43 @@ def outline_slides(
         slides, work, key=lambda slide: slide.slide_id, stage="tissue", is_done=is_done, output=output,
         run_json=run_json, progress=progress, ahead=copy_ahead,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NetworkTiles:
+    """The tiles on the tissue that a network finds; in place of `TissueTiles` wherever a stage writes tiles.
+
+    Attributes
+    ----------
+    tiles : TissueTiles
+        Everything else that decides the tiles.
+    weights : Path
+        Of the network.
+    device : str
+        ``auto``, ``cpu``, ``cuda``.
+    """
+
+    tiles: TissueTiles
+    weights: Path
+    device: str = "auto"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the coordinates in a job."""
+        return self.tiles.folder
+
+    def write(
+        self,
+        slides: Sequence[SlideFile],
+        job: JobFolder,
+        *,
+        workers: int = 0,
+        progress: Callable[[Record], None] | None = None,
+    ) -> Report:
+        """Outline the tissue of every slide, and write the coordinates file of those that could be outlined."""
+        outlines = job.root / FOLDER
+        model = load_tissue_model(self.weights, choose_device(self.device))
+        drawn = outline_slides(slides, model, outlines, run_json=job.run_json)
+        lost = {record.slide_id for record in drawn.failed}
+        rest = [slide for slide in slides if slide.slide_id not in lost]
+        return drawn.then(replace(self.tiles, contours=outlines).write(rest, job, workers=workers, progress=progress))

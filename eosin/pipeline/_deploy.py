@@ -13,6 +13,7 @@ from eosin.errors import ConfigError
 from eosin.features._bag import FeatureSpec
 from eosin.features._encoders import Precision, find_encoder, folder_name
 from eosin.features._extract import extract
+from eosin.features._tissue_model import NetworkTiles
 from eosin.mil._checkpoint import load_card
 from eosin.mil._flow import Flow
 from eosin.mil._predict import Predictions, predict
@@ -180,6 +181,7 @@ def predict_slides(
     slide_mpp: float | Path | str | None = None,
     scene: SceneChoice = None,
     plane: int | None = None,
+    tissue_weights: Path | str | None = None,
     machine: Machine | None = None,
     progress: ProgressBar = no_progress,
 ) -> Predictions:
@@ -203,6 +205,8 @@ def predict_slides(
         As of `eosin.mil._predict.predict`.
     slide_mpp, scene, plane : optional
         As of `eosin.wsi._slide_file.find_slides`.
+    tissue_weights : Path, optional
+        Weights of a network that finds the tissue, see `eosin.features._tissue_model`.
     machine : Machine, optional
     progress : callable, optional
 
@@ -221,7 +225,10 @@ def predict_slides(
     out = Path(out)
     machine, spec = machine or Machine(), load_card(Models.open(paths_of(models)).folders[0]).features
     found = find_slides(slides, slide_mpp=slide_mpp, scene=scene, plane=plane)
-    encoded = encode_slides(found, job, tiles_like(spec), spec.encoder, machine=machine, progress=progress)
+    tiles: Tiler = tiles_like(spec)
+    if tissue_weights is not None:
+        tiles = NetworkTiles(tiles_like(spec), Path(tissue_weights), machine.device)
+    encoded = encode_slides(found, job, tiles, spec.encoder, machine=machine, progress=progress)
     with progress("predict", len(encoded.files)) as advance:
         predicted = predict(
             models,

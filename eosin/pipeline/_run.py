@@ -22,6 +22,7 @@ from eosin.errors import EosinError, LabelError, SlideError
 from eosin.features._encoders import EncoderSpec, find_encoder, folder_name
 from eosin.features._inference import require_encoder
 from eosin.features._store import read_bag
+from eosin.features._tissue_model import NetworkTiles, load_tissue_model
 from eosin.features._weights import find_weights
 from eosin.mil._checkpoint import load_card
 from eosin.mil._crossval import PREDICTIONS
@@ -132,6 +133,14 @@ class Inputs:
     missing: Missing = "error"
     ids: Ids = "ask"
     study: str | None = None
+    tissue_weights: Path | None = None
+
+    @property
+    def tiles(self) -> Tiler:
+        """Which tiles are taken: those with tissue, by our own rules or by a network."""
+        options = self.options
+        tiles = TissueTiles(options.tiling, options.tissue, options.quality)
+        return tiles if self.tissue_weights is None else NetworkTiles(tiles, self.tissue_weights, self.machine.device)
 
     def question(self) -> Question:
         """Return what is asked of the labels."""
@@ -163,6 +172,7 @@ def run_pipeline(
     missing: Missing = "error",
     ids: Ids = "ask",
     study: str | None = None,
+    tissue_weights: Path | str | None = None,
     report: bool = True,
     problems: Problems | None = None,
     progress: ProgressBar | None = None,
@@ -192,6 +202,8 @@ def run_pipeline(
         What becomes of ids that look alike, see `eosin._names.unify`.
     study : str, optional
         Name of the study, see `eosin.pipeline._studies.place_study`.
+    tissue_weights : Path, optional
+        Weights of a network that finds the tissue, see `eosin.features._tissue_model`.
     report : bool
         Whether ``report.html`` is written; a caller that writes another one from the result says no.
     problems : Problems, optional
@@ -229,6 +241,7 @@ def run_pipeline(
         missing,
         ids,
         study,
+        None if tissue_weights is None else Path(tissue_weights),
     )
     return run_inputs(inputs, report=report, problems=problems, progress=progress)
 
@@ -281,8 +294,7 @@ def run_checked(
         Studies that the report names.
     """
     options, machine, progress = inputs.options, inputs.machine, progress or no_progress
-    tiles = tiles or TissueTiles(options.tiling, options.tissue, options.quality)
-    encoded = encode_slides(files, job, tiles, options.encoder, machine=machine, progress=progress)
+    encoded = encode_slides(files, job, tiles or inputs.tiles, options.encoder, machine=machine, progress=progress)
     study = _open_study(inputs, files, encoded)
     parts = study.splits(
         inputs.splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
@@ -372,6 +384,8 @@ def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | No
     headers = check_headers(problems, files, machine.workers)
     labelled = check_labels(problems, inputs.question(), {file.slide_id for file in files}, bad=headers.bad)
     encoder = check_options(problems, options, job.root, machine)
+    if inputs.tissue_weights is not None:
+        problems.attempt(load_tissue_model, inputs.tissue_weights, choose_device("cpu"))
     if labelled is not None:
         problems.attempt(require_fitting, options.recipe.training, labelled.task)
     place = None
@@ -386,6 +400,7 @@ def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | No
             picture=(inputs.scene, inputs.plane),
             splits=inputs.splits,
             second=second,
+            tissue_weights=inputs.tissue_weights,
         )
         place = None if key is None else problems.attempt(place_study, job, key, inputs.study)
     tiles, space = job if place is None else place.tiles, ""
@@ -405,9 +420,12 @@ def study_key(
     picture: tuple[SceneChoice, int | None] = (None, None),
     splits: Path | None = None,
     second: Mapping[str, Any] | None = None,
+    tissue_weights: Path | None = None,
 ) -> StudyKey:
     """Return what decides the results of a study."""
     plain = options.model_dump(mode="json", exclude={"formats", "maps"})
+    if tissue_weights is not None:  # without a network the key stays as it was
+        plain["tissue"] = {**plain["tissue"], "network": file_fingerprint(find_weights(tissue_weights))}
     chosen = plain if second is None else {**plain, "second": dict(second)}
     rows, given = labelled.hash_rows(), None if splits is None else _hash_splits(splits)
     mpp: object = content_hash(slide_mpp) if isinstance(slide_mpp, Path) else slide_mpp

@@ -99,3 +99,64 @@ def test_the_command_cuts_tiles_from_what_the_network_found(tmp_path, monkeypatc
     both = tile("--tissue-weights", "w.ckpt", "--contours", tmp_path)
     assert both.exit_code == 2
     assert "--contours and --tissue-weights" in both.stderr
+
+
+def cohort_with_labels(tmp_path, n_slides=6):
+    make_cohort(tmp_path / "c", Cohort(n_slides=n_slides, size_um=(300.0, 300.0)))
+    slides = find_slides([tmp_path / "c/slides"])
+    rows = [f"{slide.slide_id},p{number},{'ab'[number % 2]}" for number, slide in enumerate(slides)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,patient,label", *rows, ""]))
+    return slides
+
+
+def test_a_run_takes_the_tissue_of_the_network_and_its_weights_are_part_of_the_study(tmp_path, monkeypatch):
+    from eosin.pipeline import _run as run_module
+    from eosin.pipeline._preflight import Problems
+    from eosin.pipeline._run import Inputs, Pipeline, check_run
+    from eosin.wsi._coordinates import read_grid
+    from eosin.wsi._grid import Tiling
+    from eosin.wsi._job import JobFolder
+
+    slides = cohort_with_labels(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.ckpt").write_text(name)
+    everywhere = replace(DARK, network=Dark())
+    everywhere.network.forward = lambda pixels: {"out": torch.cat([0 * pixels[:, :1], 0 * pixels[:, :1] + 9], dim=1)}
+    for module in (_tissue_model, run_module):
+        monkeypatch.setattr(module, "load_tissue_model", lambda path, device: everywhere)
+    job, options = JobFolder(tmp_path / "job"), Pipeline(tiling=Tiling(patch_size=64), folds=2)
+
+    def inputs(weights):
+        return Inputs([tmp_path / "c/slides"], tmp_path / "labels.csv", job, options, tissue_weights=weights)
+
+    tiles = inputs(tmp_path / "one.ckpt").tiles
+    report = tiles.write(slides, job)
+    assert not report.failed
+    with slides[0].open() as slide:
+        wanted = np.prod([side * slide.mpp // 32 for side in slide.size_px0])
+    assert read_grid(job.patches(tiles.folder, slides[0].slide_id)).n_tiles == wanted  # glass, too: the network says so
+    keys = []
+    for weights in (None, tmp_path / "one.ckpt", tmp_path / "two.ckpt"):
+        problems = Problems()
+        checked = check_run(problems, inputs(weights))
+        problems.require()
+        keys.append(checked.study.key.fingerprint)
+    assert len(set(keys)) == 3
+
+
+def test_weights_that_are_none_are_found_by_check_and_by_a_study_file(tmp_path):
+    from typer.testing import CliRunner
+
+    from eosin.cli.app import app
+
+    cohort_with_labels(tmp_path)
+    (tmp_path / "none.ckpt").write_text("no weights")
+    (tmp_path / "study.yaml").write_text(
+        "slides: c/slides\nlabels: labels.csv\njob: job\nfolds: 2\ntissue_weights: none.ckpt\n"
+    )
+    options = ["--labels", tmp_path / "labels.csv", "--job", tmp_path / "job", "--folds", 2]
+    flags = ["check", "--slides", tmp_path / "c/slides", *options, "--tissue-weights", tmp_path / "none.ckpt"]
+    for arguments in (flags, ["check", "--config", tmp_path / "study.yaml"]):
+        result = CliRunner().invoke(app, [str(one) for one in arguments])
+        assert result.exit_code == 2, result.output
+        assert "none.ckpt" in result.stderr
