@@ -13,7 +13,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -150,6 +149,8 @@ def run(name: str, variant: str, n: int, note: str = "") -> Row:
 def _row(name: str, variant: str, n: int, measured: dict[str, float], note: str) -> Row:
     from importlib.metadata import version
 
+    from eosin.kernels._rates import processor
+
     def rounded(field: str, digits: int) -> float | None:
         return round(measured[field], digits) if field in measured else None
 
@@ -163,17 +164,10 @@ def _row(name: str, variant: str, n: int, measured: dict[str, float], note: str)
         bag_mb=round(n * WIDTH * 4 / 1e6, 1),
         note=note,
         threads=int(measured.get("threads", os.cpu_count() or 1)),
-        device=_processor(),
+        device=processor(),
         torch=version("torch"),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def names() -> list[str]:
@@ -203,7 +197,7 @@ def write(rows: list[Row], path: Path) -> None:
 def main() -> int:
     """Measure the chosen cases, one process each, and write the table after every one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--names", nargs="+")
+    parser.add_argument("--names", nargs="+", choices=names(), metavar="NAME", help=", ".join(names()))
     parser.add_argument("--variants", nargs="+", default=["plain", "eosin"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[200_000])
     parser.add_argument("--note", default="", help="what the rows say, for instance why a bag is smaller")

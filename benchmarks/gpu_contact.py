@@ -10,9 +10,11 @@ import argparse
 import csv
 import datetime
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,10 @@ class Place:
 
     def facts(self) -> Row:
         """Return what every row says of the machine."""
-        gpu = {} if self.rehearse else {"device": torch.cuda.get_device_name()}
+        gpu = {} if self.rehearse else {"device": torch.cuda.get_device_name(), "driver": _driver()}
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        return {"device": f"{platform.machine()}, rehearsal"} | gpu | {"torch": torch.__version__, "date": date}
+        versions = {"torch": torch.__version__, "triton": _version("triton"), "date": date}
+        return {"device": f"{platform.machine()}, rehearsal", "driver": ""} | gpu | versions
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Return the time of one call, the device's work included."""
@@ -66,6 +69,21 @@ class Place:
             return facts | measure() | {"note": ""}
         except Exception as error:  # noqa: BLE001 (one row must not end the stage)
             return facts | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def kernels(place: Place) -> Iterator[Row]:

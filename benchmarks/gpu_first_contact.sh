@@ -9,6 +9,8 @@
 # d extraction   tiles per second of two networks                    extraction.csv                     90 s
 # e parallel     two processes on one GPU                            parallel.csv                       30 s
 #
+# Stages a and b need torch, Triton, pytest and hypothesis. The others need the packages of eosin: `gpu_wheels.sh` fetches
+# those that a machine for PyTorch seldom has into .whl, and this script installs what is there, without a network.
 # A stage that fails or runs out of time does not stop the others; its rows so far are in its file, and summary.txt says
 # how each ended. With --rehearse everything runs small on the CPU, where Triton's kernels are interpreted.
 set -uo pipefail
@@ -26,6 +28,15 @@ done
 [ ${#stages[@]} -gt 0 ] || stages=(a b c d e)
 mkdir -p "$out" || exit 2
 python=${PYTHON:-python3}
+if compgen -G ".whl/*.whl" >/dev/null; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  if "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .whl/*.whl; then
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  else
+    echo "wheels not installed, stages c to e may fail" | tee -a "$out/summary.txt"
+  fi
+fi
 export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 declare -A seconds=([a]=60 [b]=120 [c]=120 [d]=90 [e]=30)
 failed=0
@@ -53,7 +64,7 @@ for stage in "${stages[@]}"; do
       else
         tests=(tests/kernels/test_triton.py tests/kernels/test_triton_mixes.py -m "gpu or not gpu")
       fi
-      run a "$python" -m pytest -q -p no:cacheprovider -o addopts= "${tests[@]}" --junitxml "$out/correctness.xml"
+      run a "$python" -m pytest -q -p no:cacheprovider -o addopts= --confcutdir tests/kernels "${tests[@]}" --junitxml "$out/correctness.xml"
       ;;
     b) run b "$python" benchmarks/gpu_contact.py kernels "${rehearse[@]}" --out "$out/kernels.csv" --seconds 100 ;;
     c) run c "$python" benchmarks/gpu_contact.py training "${rehearse[@]}" --out "$out/training.csv" --seconds 100 ;;

@@ -205,6 +205,7 @@ def clam_step(n: int, device: torch.device) -> Case:
             variants[f"torch.compile {label}"] = _step(torch.compile(eager), weights)
         budget = n * 2 * hidden * 4  # 0.41 GB at 200,000 instances, what the embedding takes in fp32
         variants[f"eosin {label}"] = _step(lambda run=ours, budget=budget: run(budget=budget), weights)
+        variants[f"eosin {label}, all kept"] = _step(lambda run=ours: run(budget=None), weights)
         variants[f"eosin {label}, nothing kept"] = _step(ours, weights)
     flop = 2.0 * n * (2 * width * embedded + 3 * 2 * hidden * embedded)
     return Case("clam step", n, flop, torch.float32, variants, {})

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from aggregators import OUTPUTS, _processor, names
+from aggregators import OUTPUTS, names
 
+from eosin.kernels._rates import processor
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import AGGREGATORS
 
@@ -55,7 +56,7 @@ def row(name: str, lengths: tuple[int, ...]) -> dict[str, object]:
         "forward_ms": round(forward, 1),
         "backward_ms": round(backward, 1),
         "threads": torch.get_num_threads(),
-        "device": _processor(),
+        "device": processor(),
         "torch": torch.__version__.partition("+")[0],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -77,7 +78,7 @@ def write(lines: list[dict[str, object]]) -> None:
 def main() -> int:
     """Measure the chosen aggregators."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--names", nargs="+")
+    parser.add_argument("--names", nargs="+", choices=names(), metavar="NAME")
     for name in parser.parse_args().names or names():
         lines = [row(name, lengths) for lengths in PACKS]
         for line in lines:

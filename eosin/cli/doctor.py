@@ -90,13 +90,17 @@ def _devices() -> str:
 
 def _products() -> str:
     """Return what the probe of the machine chose, measured now if it never was."""
+    import torch
+
     from eosin.kernels._rates import of_this_machine, processor
 
     found = of_this_machine()
     gradients = "convolution" if found.convolves else "BLAS"
+    wide, half = max(found.fp32, found.fp32_blas), max(found.bf16, found.bf16_blas)
+    layers = "BLAS" if found.layers_by_blas(torch.float32) else "oneDNN"
     return (
-        f"{processor()}: {found.fp32:.0f} GFLOP/s a core in fp32, {found.bf16:.0f} in bf16; "
-        f"gradients by {gradients}, --precision auto is {found.precision}"
+        f"{processor()}: {wide:.0f} GFLOP/s a core in fp32, {half:.0f} in bf16; "
+        f"layers by {layers}, gradients by {gradients}, --precision auto is {found.precision}"
     )
 
 

@@ -6,7 +6,7 @@ two entries of a row (Dietzfelbinger, "Universal hashing and k-wise independent 
 without primes", STACS 1996). A multiplication and an addition per entry is all that a mask costs.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ GATE_BRANCH, EMBEDDING_BRANCH = 0, 1
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # the second as a signed 32-bit integer
 _SHIFTS = (16, 15, 16)
 _COLUMN_SALT = 0x5BD1E995
-_CACHED = 1 << 15  # entries hashed at once on a CPU: they stay in its cache, and no thread waits for another
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,15 +43,41 @@ def keep_mask(
     (n_rows, n_columns) bool
         True where kept.
     """
-    factors, addends, columns = _hashes(seed, shape, branch, device, first_row)
-    return (factors * columns).add_(addends) >= threshold(probability)
+    return Kept.of(seed, shape, probability, branch=branch, device=device, first_row=first_row)[:].bool()
 
 
-def drop_(values: Tensor, seed: int, probability: float, *, branch: int, first_row: int = 0) -> Tensor:
-    """Set the dropped entries of a block of rows to 0 in place: (n, A); what scales the rest is the caller's."""
+@dataclass(frozen=True)
+class Kept:
+    """The mask of a block of rows, computed for the rows that are asked for: `kept[rows]` is 1 where kept, int32."""
+
+    factors: Tensor
+    addends: Tensor
+    columns: Tensor
+    threshold: int
+
+    @classmethod
+    def of(
+        cls,
+        seed: int,
+        shape: tuple[int, ...],
+        probability: float,
+        *,
+        branch: int,
+        device: torch.device,
+        first_row: int = 0,
+    ) -> "Kept":
+        """Return the mask that `keep_mask` describes."""
+        return cls(*_hashes(seed, shape, branch, device, first_row), threshold(probability))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return some rows: (n, A) int32."""
+        return (self.factors[rows] * self.columns).add_(self.addends[rows]).ge_(self.threshold)
+
+
+def drop_(values: Tensor, kept: Tensor) -> Tensor:
+    """Set the entries that are not kept to 0 in place: (n, A), (n, A); what scales the rest is the caller's."""
     bits = values.view(_SAME_SIZE[values.itemsize])  # an integer times 0 or 1 is the fastest mask, and exact
-    for part, kept in _tiles(seed, values.shape, probability, branch, values.device, first_row):
-        bits[part].mul_(kept.to(bits.dtype))
+    bits.mul_(kept.to(bits.dtype))
     return values
 
 
@@ -78,20 +103,6 @@ def draw_seed(generator: torch.Generator | None) -> int:
     """Draw a 31-bit seed; a generator on a GPU costs a synchronisation, one on the CPU does not."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(1 << 31, (), generator=generator, device=device).item())
-
-
-def _tiles(
-    seed: int, shape: tuple[int, ...], probability: float, branch: int, device: torch.device, first_row: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some rows at a time and 1 for each entry that is kept, int32, valid until the next."""
-    factors, addends, columns = _hashes(seed, shape, branch, device, first_row)
-    n_rows, n_columns = shape
-    at_once = max(1, _CACHED // max(1, n_columns)) if device.type == "cpu" else max(1, n_rows)
-    place = factors.new_empty(min(at_once, n_rows), n_columns)
-    for first in range(0, n_rows, at_once):
-        part = slice(first, first + at_once)
-        mixed = torch.mul(factors[part], columns, out=place[: len(factors[part])])
-        yield part, mixed.add_(addends[part]).ge_(threshold(probability))
 
 
 def _hashes(

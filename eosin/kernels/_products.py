@@ -42,23 +42,24 @@ def transposed_product(left: Tensor, right: Tensor, plus: Tensor | None = None) 
     return product(left.T, right.contiguous(), plus)  # of rows with gaps oneDNN makes a product a hundred times slower
 
 
-def convolution_gradients(upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return upstreamᵀ rows and the sum of upstream by oneDNN's convolution: (n, A), (n, D) -> (A, D), (A,).
+def convolution_gradient(upstream: Tensor, rows: Tensor) -> Tensor:
+    """Return upstreamᵀ rows by oneDNN's convolution: (n, A), (n, D) -> (A, D).
 
     Rows must be a multiple of 64, both tensors contiguous.
     """
     size = (upstream.shape[1], rows.shape[1])
-    _, weight, bias = torch.ops.aten.convolution_backward(
-        *(_picture(upstream), _picture(rows), rows.new_empty(*size, 1, 1), size[:1]),
+    _, weight, _ = torch.ops.aten.convolution_backward(
+        *(_picture(upstream), _picture(rows), rows.new_empty(*size, 1, 1), None),
         stride=[1, 1],
         padding=[0, 0],
         dilation=[1, 1],
         transposed=False,
         output_padding=[0, 0],
         groups=1,
-        output_mask=[False, True, True],
+        output_mask=[False, True, False],
     )
-    return weight.view(size), bias
+    gradient: Tensor = weight.view(size)
+    return gradient
 
 
 def _picture(rows: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from eosin.kernels._products import affine, convolution_gradients, uses_onednn
+from eosin.kernels._products import affine, convolution_gradient, uses_onednn
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _ROWS, _HIDDEN, _WIDTH, _ROUNDS = 3072, 128, 512, 4
@@ -27,10 +28,12 @@ _WORTH_ROUNDING = 1.5  # how much faster products must be in half precision, whi
 class Rates:
     """Operations per second of a core in products, in billions."""
 
-    fp32: float
+    fp32: float  # of a layer by oneDNN, which returns a new tensor; 0 without it
+    fp32_blas: float  # of a layer by the BLAS, which writes where the result is kept
     fp32_gradient: float  # of a weight, by the BLAS
     fp32_convolution: float  # the same, by oneDNN
-    bf16: float  # 0 without instructions for it
+    bf16: float  # the same in bfloat16; 0 without instructions for it
+    bf16_blas: float
     bf16_gradient: float
 
     @property
@@ -38,13 +41,17 @@ class Rates:
         """Whether a weight's gradient is faster as that of a convolution."""
         return self.fp32_convolution > self.fp32_gradient
 
+    def layers_by_blas(self, dtype: torch.dtype) -> bool:
+        """Return whether a layer is faster by the BLAS than by oneDNN."""
+        return self.bf16_blas > self.bf16 if dtype == torch.bfloat16 else self.fp32_blas > self.fp32
+
     @property
     def precision(self) -> str:
         """The faster of ``fp32`` and ``bf16`` for a training step."""
-        if not self.bf16:
+        if not self.bf16_gradient:
             return "fp32"
-        wide = 1 / self.fp32 + 1 / max(self.fp32_gradient, self.fp32_convolution)
-        narrow = 1 / self.bf16 + 1 / self.bf16_gradient
+        wide = 1 / max(self.fp32, self.fp32_blas) + 1 / max(self.fp32_gradient, self.fp32_convolution)
+        narrow = 1 / max(self.bf16, self.bf16_blas) + 1 / self.bf16_gradient
         return "bf16" if wide > _WORTH_ROUNDING * narrow else "fp32"
 
 
@@ -88,13 +95,15 @@ def measure() -> Rates:
         rows, weight, upstream = (
             torch.ones(size, dtype=dtype) for size in ((_ROWS, _WIDTH), (_HIDDEN, _WIDTH), (_ROWS, _HIDDEN))
         )
-        place = torch.empty_like(weight)
+        layer, place = torch.empty_like(upstream), torch.empty_like(weight)
         if name == "bf16" and not _has_bf16():
             continue
-        work[name] = partial(affine, rows, weight)
+        if uses_onednn(rows):
+            work[name] = partial(_kept_affine, layer, rows, weight)
+        work[f"{name}_blas"] = partial(torch.mm, rows, weight.T, out=layer)
         work[f"{name}_gradient"] = partial(torch.mm, upstream.T, rows, out=place)
         if name == "fp32" and uses_onednn(rows):
-            work["fp32_convolution"] = partial(convolution_gradients, upstream, rows)
+            work["fp32_convolution"] = partial(convolution_gradient, upstream, rows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other, and for what else the machine does
     try:
@@ -105,6 +114,10 @@ def measure() -> Rates:
     operations = 2.0 * _ROWS * _HIDDEN * _WIDTH / 1e9
     names = Rates.__dataclass_fields__
     return Rates(**{name: round(operations / times[name], 1) if name in times else 0.0 for name in names})
+
+
+def _kept_affine(place: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return place.copy_(affine(rows, weight))
 
 
 def _has_bf16() -> bool:

@@ -5,7 +5,7 @@ import torch
 from kernel_packs import error, normal
 
 from eosin import kernels
-from eosin.kernels import _affine_gradient, _products, _rows
+from eosin.kernels import _layers, _products, _rows
 from eosin.kernels._rates import Rates
 
 SIZES = [0, 1, 7, 8, 9, 23]
@@ -41,11 +41,9 @@ def test_blocks_compute_the_definition(n_rows, bias, dropout, small_blocks):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_whole_blocks_sum_gradients_by_convolution(dtype, tolerance, monkeypatch):
     ways = []
-    convolves = _affine_gradient._convolves
-    monkeypatch.setattr(
-        _affine_gradient.rates, "of_this_machine", lambda: Rates(1, 1, 2, 0, 0)
-    )  # convolution is faster
-    monkeypatch.setattr(_affine_gradient, "_convolves", lambda *factors: ways.append(convolves(*factors)) or ways[-1])
+    convolves = _layers._convolves
+    monkeypatch.setattr(_layers.rates, "of_this_machine", lambda: Rates(2, 1, 1, 2, 0, 0, 0))  # convolution is faster
+    monkeypatch.setattr(_layers, "_convolves", lambda *factors: ways.append(convolves(*factors)) or ways[-1])
     tensors = layer(_rows.ROWS + 100, dtype)
     dropout = 0.5  # a power of two, by which bfloat16 weights are scaled without being rounded again
     exact = run("reference", [tensor.detach().double().requires_grad_() for tensor in tensors], dropout)

@@ -5,7 +5,7 @@ from kernel_packs import LENGTHS, error, gate_parameters, normal, offsets
 
 from eosin import kernels
 from eosin.kernels import _rows
-from eosin.kernels._dropout import drop_, keep_mask
+from eosin.kernels._dropout import Kept, drop_, keep_mask
 
 BACKENDS = ["reference", "torch"]
 
@@ -177,9 +177,9 @@ def test_dropout_mask_is_statistically_independent():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropping_in_place_follows_the_mask(dtype):
-    values = normal(300, 200, dtype=dtype)  # more entries than are hashed at once
+    values = normal(300, 200, dtype=dtype)
     keep = keep_mask(3, (300, 200), 0.4, branch=1, device=values.device, first_row=7)
-    found = drop_(values.clone(), 3, 0.4, branch=1, first_row=7)
+    found = drop_(values.clone(), Kept.of(3, (300, 200), 0.4, branch=1, device=values.device, first_row=7)[:])
     assert torch.equal(found, values * keep)
 
 

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from eosin.kernels import _affine_gradient
+from eosin.kernels import _layers
 from eosin.kernels import _rates as rates
-from eosin.kernels._affine_gradient import AffineGradient, product_into
+from eosin.kernels._layers import AffineGradient, product_into
 from eosin.kernels._rates import Rates
 
-AMD = Rates(fp32=60, fp32_gradient=30, fp32_convolution=55, bf16=0, bf16_gradient=0)
-INTEL = Rates(fp32=110, fp32_gradient=110, fp32_convolution=90, bf16=120, bf16_gradient=100)
-WITH_AMX = Rates(fp32=110, fp32_gradient=110, fp32_convolution=90, bf16=480, bf16_gradient=340)
+AMD = Rates(60, 30, fp32_gradient=30, fp32_convolution=55, bf16=0, bf16_blas=0, bf16_gradient=0)
+INTEL = Rates(105, 110, fp32_gradient=110, fp32_convolution=90, bf16=120, bf16_blas=115, bf16_gradient=100)
+WITH_AMX = Rates(105, 110, fp32_gradient=110, fp32_convolution=90, bf16=480, bf16_blas=500, bf16_gradient=340)
 
 
 @pytest.fixture
@@ -61,12 +61,13 @@ def test_the_probe_measures_every_way_and_leaves_the_threads_alone():
 @pytest.mark.parametrize("found", [AMD, INTEL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_the_same_by_either_library(found, dtype, monkeypatch):
-    monkeypatch.setattr(_affine_gradient.rates, "of_this_machine", lambda: found)
+    monkeypatch.setattr(_layers.rates, "of_this_machine", lambda: found)
     generator = torch.Generator().manual_seed(0)
     upstream, rows = (torch.randn(3072, n, generator=generator).to(dtype) for n in (6, 10))
     total = AffineGradient(torch.zeros(6, 10), torch.float32)
     for _ in range(2):
         total.add(upstream, rows)
+        total.add_bias(upstream)
     exact = 2 * (upstream.double().T @ rows.double())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (total.weight - exact).norm() <= tolerance * exact.norm()

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eosin.kernels._affine_gradient import AffineGradient
 from eosin.kernels._checks import accumulation_dtype
-from eosin.kernels._dropout import EMBEDDING_BRANCH, drop_
+from eosin.kernels._dropout import EMBEDDING_BRANCH, Kept, drop_
+from eosin.kernels._layers import AffineGradient, layers_by_blas
 from eosin.kernels._memory import new_tensor
 from eosin.kernels._products import affine, product
-from eosin.kernels._rows import blocks, longest_block
+from eosin.kernels._rows import blocks, longest_block, tiles
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,36 @@ class Embedding:
         scaled_bias = None if bias is None else bias.to(wide) * scale
         return cls((weight.to(wide) * scale).to(dtype), scaled_bias, dropout, seed, dtype)
 
-    def rows(self, values: Tensor, first: int) -> Tensor:
-        """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E)."""
+    def rows(self, values: Tensor, first: int, place: Tensor | None = None) -> Tensor:
+        """Return the instances of a block whose first row is ``first`` in the pack: (n, D) -> (n, E).
+
+        What is computed is written to the place, if one is given.
+        """
         values = values.to(self.dtype)
         if self.weight is None:
             return values
-        embedded = affine(values, self.weight, self.bias).relu_()  # oneDNN's own relu would turn NaN into 0
-        if self.dropout:
-            drop_(embedded, self.seed, self.dropout, branch=EMBEDDING_BRANCH, first_row=first)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        if layers_by_blas(values):
+            place = values.new_empty(len(values), len(self.weight)) if place is None else place
+            embedded = torch.mm(values, self.weight.T, out=place)
+        else:
+            embedded, bias = affine(values, self.weight, bias), None
+            embedded = embedded if place is None else place.copy_(embedded)
+        kept = self._kept(embedded, first)
+        for tile in tiles(embedded):
+            part = embedded[tile]
+            if bias is not None:
+                part += bias
+            part.relu_()  # oneDNN's own relu would turn NaN into 0
+            if kept is not None:
+                drop_(part, kept[tile])
         return embedded
+
+    def _kept(self, embedded: Tensor, first: int) -> Kept | None:
+        if not self.dropout:
+            return None
+        shape, device = embedded.shape, embedded.device
+        return Kept.of(self.seed, shape, self.dropout, branch=EMBEDDING_BRANCH, device=device, first_row=first)
 
     def backward(self, d_embedded: Tensor, embedded: Tensor, *, out: Tensor) -> Tensor:
         """Turn the gradient of h into that of what relu reads; where h is 0 it was cut off or dropped, and it is 0."""
@@ -80,7 +101,7 @@ def forward(values: Tensor, embedding: Embedding) -> Tensor:
     assert embedding.weight is not None
     embedded = new_tensor(values, (len(values), len(embedding.weight)), embedding.dtype)
     for block in blocks(len(values)):
-        embedded[block] = embedding.rows(values[block], block.start)
+        embedding.rows(values[block], block.start, embedded[block])
     return embedded
 
 
@@ -96,6 +117,7 @@ def backward(
     for block in blocks(len(values)):
         rows = values[block].to(embedding.dtype)
         through = embedding.backward(grad[block], embedded[block], out=place[: len(rows)])
+        total.add_bias(through)
         total.add(through, rows)
         if d_values is not None:
             d_values[block] = embedding.to_values(through)

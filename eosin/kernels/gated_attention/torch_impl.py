@@ -9,17 +9,19 @@ the softmax and all sums over instances in float32 at least.
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from eosin.kernels._affine_gradient import AffineGradient, product_into
 from eosin.kernels._bags import NEVER
 from eosin.kernels._checks import accumulation_dtype, host_offsets
 from eosin.kernels._dropout import GATE_BRANCH, drop_, gate_probability
+from eosin.kernels._dropout import Kept as KeptEntries
+from eosin.kernels._layers import AffineGradient, layers_by_blas, product_into
 from eosin.kernels._memory import new_tensor
 from eosin.kernels._products import affine, product, transposed_product
-from eosin.kernels._rows import Rows, blocks, longest_block
+from eosin.kernels._rows import Rows, blocks, longest_block, tiles
 from eosin.kernels.embedding.torch_impl import Embedding
 
 
@@ -59,16 +61,56 @@ class Gate:
         assert w_weight is not None
         return cls(v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, dropout, seed, activation)
 
+    @cached_property
+    def projections(self) -> Tensor:
+        """V and U, one below the other: (A or 2A, E)."""
+        return self.v_weight if self.u_weight is None else torch.cat([self.v_weight, self.u_weight])
+
     def branches(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return act(V h + b) and σ(U h + b) before dropout, in the type of the products: -> (n, A), (n, A)."""
-        hidden = affine(rows, self.v_weight, self.v_bias, self.activation)
-        return hidden, None if self.u_weight is None else affine(rows, self.u_weight, self.u_bias, "sigmoid")
+        hidden, opening, is_done = self._projected(rows, None)
+        for tile in tiles(hidden) if not is_done else ():
+            self._finish(hidden[tile], None if opening is None else opening[tile])
+        return hidden, opening
 
-    def scores(self, hidden: Tensor, gate: Tensor | None, first: int) -> Tensor:
-        """Return the raw scores of a block from its branches: (n, A), (n, A) -> (n, H)."""
-        layer = self.layer(hidden, gate, torch.empty_like(hidden), first)
-        scores = layer.to(self.w_weight.dtype) @ self.scaled_w.T
+    def scored(self, rows: Tensor, first: int, place: Tensor | None) -> Tensor:
+        """Return the raw scores of a block, its branches left in the place (n, A or 2A), if one is given: -> (n, H)."""
+        hidden, opening, is_done = self._projected(rows, place)
+        weight, wide = self.scaled_w.T, self.w_weight.dtype
+        scores = hidden.new_empty((len(hidden), weight.shape[1]), dtype=wide)
+        kept, room = self.kept(hidden, first), torch.empty_like(hidden)
+        for tile in tiles(hidden):
+            gate = None if opening is None else opening[tile]
+            if not is_done:
+                self._finish(hidden[tile], gate)
+            layer = self.layer(hidden[tile], gate, None if kept is None else kept[tile], room)
+            torch.mm(layer.to(wide), weight, out=scores[tile])
         return scores if self.w_bias is None else scores.add_(self.w_bias)
+
+    def _projected(self, rows: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+        """Return both products, and whether biases and activations are applied already, as oneDNN does."""
+        if layers_by_blas(rows):
+            place = rows.new_empty(len(rows), len(self.projections)) if place is None else place
+            return *self.split(torch.mm(rows, self.projections.T, out=place)), False
+        hidden = affine(rows, self.v_weight, self.v_bias, self.activation)
+        opening = None if self.u_weight is None else affine(rows, self.u_weight, self.u_bias, "sigmoid")
+        if place is not None:
+            there, gate = self.split(place)
+            there.copy_(hidden)
+            if opening is not None and gate is not None:
+                gate.copy_(opening)
+        return hidden, opening, True
+
+    def _finish(self, hidden: Tensor, opening: Tensor | None) -> None:
+        """Add the biases to the products of a tile and apply the activations, in place: (n, A), (n, A)."""
+        _finish_(hidden, self.v_bias, self.activation)
+        if opening is not None:
+            _finish_(opening, self.u_bias, "sigmoid")
+
+    def split(self, branches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return both branches from where they lie side by side; the second is None where there is no gate."""
+        width = len(self.v_weight)
+        return branches[:, :width], None if self.u_weight is None else branches[:, width:]
 
     def through_activation(self, gradient: Tensor, hidden: Tensor) -> Tensor:
         """Turn the gradient of act(x) into that of x, in place, from act(x): (n, A), (n, A) -> (n, A)."""
@@ -88,17 +130,34 @@ class Gate:
         """w times what dropout scales kept entries with."""
         return self.w_weight / (1 - self.drop_probability)
 
-    def layer(self, hidden: Tensor, gate: Tensor | None, place: Tensor, first: int) -> Tensor:
-        """Return what w reads, in the place given unless it is there: (n, A), (n, A) -> (n, A)."""
-        if gate is not None:
-            return self.drop_(torch.mul(hidden, gate, out=place), first)
-        return self.drop_(place.copy_(hidden), first) if self.dropout else hidden
+    def kept(self, hidden: Tensor, first: int) -> KeptEntries | None:
+        """Return which entries of a block dropout keeps, None where it keeps all."""
+        if not self.dropout:
+            return None
+        shape, chance, device = hidden.shape, self.drop_probability, hidden.device
+        return KeptEntries.of(self.seed, shape, chance, branch=GATE_BRANCH, device=device, first_row=first)
 
-    def drop_(self, layer: Tensor, first: int) -> Tensor:
-        """Drop entries of a block of what w reads, in place and without scaling the others: (n, A)."""
-        if self.dropout:
-            drop_(layer, self.seed, self.drop_probability, branch=GATE_BRANCH, first_row=first)
-        return layer
+    def layer(self, hidden: Tensor, gate: Tensor | None, kept: Tensor | None, place: Tensor) -> Tensor:
+        """Return what w reads, dropped entries 0 and the others not scaled: (n, A), (n, A) -> (n, A).
+
+        It lies in the first rows of the place, unless it is ``hidden`` itself.
+        """
+        place = place[: len(hidden)]
+        layer = torch.mul(hidden, gate, out=place) if gate is not None else hidden
+        if kept is None:
+            return layer
+        return drop_(place.copy_(layer) if gate is None else layer, kept)
+
+
+def _finish_(part: Tensor, bias: Tensor | None, activation: str) -> None:
+    """Add the bias and apply tanh, sigmoid or relu in place; halves are widened, torch's own way is slow."""
+    is_half = part.dtype in (torch.float16, torch.bfloat16)
+    wide = part.float() if is_half else part
+    if bias is not None:
+        wide += bias
+    getattr(torch, activation + "_")(wide)
+    if is_half:
+        part.copy_(wide)
 
 
 @dataclass(frozen=True)
@@ -137,7 +196,7 @@ class GateGradients:
     """Running sums of the gradients of a gate's parameters, V and U in one matrix (2A, E).
 
     What a block needs beside its branches has its place for all blocks: memory that is new for each costs as much as
-    the arithmetic.
+    the arithmetic. The passes between the products go by tiles, whose few tensors stay in the cache.
 
     Parameters
     ----------
@@ -149,41 +208,55 @@ class GateGradients:
 
     def __init__(self, gate: Gate, n_rows: int) -> None:
         self.gate = gate
-        self.projections = gate.v_weight if gate.u_weight is None else torch.cat([gate.v_weight, gate.u_weight])
-        self.sums = AffineGradient(self.projections, gate.w_weight.dtype)
+        self.sums = AffineGradient(gate.projections, gate.w_weight.dtype)
         self._w_weight = torch.zeros_like(gate.w_weight)
         self._narrow_w = gate.scaled_w.to(gate.v_weight.dtype)
         self._layer, self._d_layer = (gate.v_weight.new_empty(n_rows, len(gate.v_weight)) for _ in range(2))
-        self._d_branches = gate.v_weight.new_empty(n_rows, len(self.projections))
-        self._d_rows = gate.v_weight.new_empty(n_rows, self.projections.shape[1])
+        self._d_branches = gate.v_weight.new_empty(n_rows, len(gate.projections))
+        self._d_rows = gate.v_weight.new_empty(n_rows, gate.projections.shape[1])
 
     def add(self, d_scores: Tensor, rows: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
         """Add a block; return the gradients of V h + b and U h + b side by side: (n, A or 2A), valid until the next."""
-        d_layer = self._through_scores(d_scores.to(hidden.dtype), hidden, opening, first)
-        d_branches = self._d_branches[: len(rows)]
-        if opening is None:
-            self.gate.through_activation(d_branches.copy_(d_layer), hidden)
-        else:
-            d_hidden, d_opening = d_branches.chunk(2, dim=1)
-            torch.mul(d_layer, hidden, out=d_opening)
-            torch.ops.aten.sigmoid_backward.grad_input(d_opening, opening, grad_input=d_opening)
-            self.gate.through_activation(torch.mul(d_layer, opening, out=d_hidden), hidden)
+        d_scores, d_branches = d_scores.to(hidden.dtype), self._d_branches[: len(rows)]
+        kept = self.gate.kept(hidden, first)
+        for tile in tiles(hidden):
+            gate = None if opening is None else opening[tile]
+            mask = None if kept is None else kept[tile]
+            self._through_layer(d_scores[tile], hidden[tile], gate, mask, d_branches[tile])
+            self.sums.add_bias(d_branches[tile])
         self.sums.add(d_branches, rows)
         return d_branches
 
-    def _through_scores(self, d_scores: Tensor, hidden: Tensor, opening: Tensor | None, first: int) -> Tensor:
-        """Add the gradient of w; return that of the layer that w reads: (n, H), (n, A), (n, A) -> (n, A)."""
-        layer, d_layer = self._layer[: len(hidden)], self._d_layer[: len(hidden)]
-        if len(self._narrow_w) == 1:
-            torch.mul(d_scores, self._narrow_w, out=d_layer)
+    def _through_layer(
+        self, d_scores: Tensor, hidden: Tensor, opening: Tensor | None, kept: Tensor | None, d_branches: Tensor
+    ) -> None:
+        """Write the gradients of both branches of a tile; add that of w: (n, H), (n, A), (n, A), to (n, A or 2A)."""
+        layer = self.gate.layer(hidden, opening, kept, self._layer)
+        if len(self._w_weight) == 1 and layer.dtype == self._w_weight.dtype:
+            self._w_weight[0].addmv_(layer.T, d_scores[:, 0])
         else:
-            d_layer.copy_(product(d_scores, self._narrow_w))
-        self._w_weight += transposed_product(d_scores, self.gate.layer(hidden, opening, layer, first))
-        return self.gate.drop_(d_layer, first)
+            self._w_weight += transposed_product(d_scores, layer)
+        d_layer = self._through_w(d_scores)
+        if kept is not None:
+            drop_(d_layer, kept)
+        d_hidden, d_opening = self.gate.split(d_branches)
+        if opening is None or d_opening is None:
+            self.gate.through_activation(d_hidden.copy_(d_layer), hidden)
+            return
+        torch.mul(d_layer, hidden, out=d_opening)
+        torch.ops.aten.sigmoid_backward.grad_input(d_opening, opening, grad_input=d_opening)
+        self.gate.through_activation(torch.mul(d_layer, opening, out=d_hidden), hidden)
+
+    def _through_w(self, d_scores: Tensor) -> Tensor:
+        """Return the gradient of what w reads, valid until the next: (n, H) -> (n, A)."""
+        place = self._d_layer[: len(d_scores)]
+        if len(self._narrow_w) == 1:
+            return torch.mul(d_scores, self._narrow_w, out=place)
+        return place.copy_(product(d_scores, self._narrow_w))
 
     def to_rows(self, d_branches: Tensor) -> Tensor:
         """Return the gradient of a block's instances, valid until the next: (n, A or 2A) -> (n, E)."""
-        return product_into(self._d_rows[: len(d_branches)], d_branches, self.projections)
+        return product_into(self._d_rows[: len(d_branches)], d_branches, self.gate.projections)
 
     def parameters(self) -> tuple[Tensor, ...]:
         """Return the gradients of v_weight, v_bias, u_weight, u_bias and w_weight."""
@@ -219,17 +292,13 @@ class Kept:
         sizes = ((len(source) if instances else 0, width), (len(source) if branches else 0, n_branches))
         return cls(*(new_tensor(source.values, size, gate.v_weight.dtype) for size in sizes))
 
-    def put_instances(self, block: slice, rows: Tensor) -> None:
-        """Store a block's instances if they are kept."""
-        if len(self.instances):
-            self.instances[block] = rows
+    def place_of_instances(self, block: slice) -> Tensor | None:
+        """Return where a block's instances are kept."""
+        return self.instances[block] if len(self.instances) else None
 
-    def put_branches(self, block: slice, hidden: Tensor, opening: Tensor | None) -> None:
-        """Store a block's branches if they are kept."""
-        if len(self.branches):
-            self.branches[block, : hidden.shape[1]] = hidden
-            if opening is not None:
-                self.branches[block, hidden.shape[1] :] = opening
+    def place_of_branches(self, block: slice) -> Tensor | None:
+        """Return where a block's branches are kept."""
+        return self.branches[block] if len(self.branches) else None
 
     def instances_of(self, block: slice, values: Rows, embedding: Embedding) -> Tensor:
         """Return a block's instances, kept or computed again."""
@@ -237,23 +306,35 @@ class Kept:
 
     def branches_of(self, block: slice, rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
         """Return a block's branches, kept or computed again."""
-        if not len(self.branches):
-            return gate.branches(rows)
-        width = len(gate.v_weight)
-        return self.branches[block, :width], None if gate.u_weight is None else self.branches[block, width:]
+        return gate.split(self.branches[block]) if len(self.branches) else gate.branches(rows)
 
 
 class Widened:
-    """Rows in the type of the sums; one place serves every block, as new memory costs more than the conversion."""
+    """Products of rows in the type of the sums: rows of another type are converted a tile at a time, into one place."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._place = torch.empty(0)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the rows in the type of the sums, valid until the next call: (n, E)."""
+    def product(self, rows: Tensor, right: Tensor) -> Tensor:
+        """Return rows right: (n, E), (E, H) -> (n, H)."""
         if rows.dtype == self.dtype:
-            return rows
+            return rows @ right
+        result = right.new_empty(len(rows), right.shape[1])
+        for tile in tiles(rows):
+            torch.mm(self._widen(rows[tile]), right, out=result[tile])
+        return result
+
+    def transposed_product(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Return weightsᵀ rows: (n, H), (n, E) -> (H, E)."""
+        if rows.dtype == self.dtype:
+            return weights.T @ rows
+        result = weights.new_zeros(weights.shape[1], rows.shape[1])
+        for tile in tiles(rows):
+            result.addmm_(weights[tile].T, self._widen(rows[tile]))
+        return result
+
+    def _widen(self, rows: Tensor) -> Tensor:
         if len(self._place) < len(rows):
             self._place = torch.empty_like(rows, dtype=self.dtype)
         return self._place[: len(rows)].copy_(rows)
@@ -282,7 +363,7 @@ class SoftmaxGradient:
         """Return the gradient of scores of one bag: (n, H), (n, E) -> (n, H)."""
         weights = (scores - self.lse[bag]).exp_()
         surprise = torch.where(weights > 0, scores + self.middle[bag], 0)
-        projected = self._widened(rows) @ self.d_pooled[bag].T
+        projected = self._widened.product(rows, self.d_pooled[bag].T)
         return weights * (projected + self.level[bag] - self.d_entropy[bag] * surprise)
 
     def add_rows(self, bag: int, scores: Tensor, d_rows: Tensor) -> None:
@@ -323,7 +404,7 @@ class BagStates:
         lowered = torch.where(decay > 0, old - shift, 0)
         self.spread[bag] = (self.spread[bag] + lowered * self.total[bag]) * decay + (weights * relative).sum(0)
         self.total[bag] = self.total[bag] * decay + weights.sum(0)
-        self.weighted[bag].mul_(decay[:, None]).add_(weights.T @ self._widened(rows))
+        self.weighted[bag].mul_(decay[:, None]).add_(self._widened.transposed_product(weights, rows))
         self.top[bag] = top
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,9 +430,8 @@ def score_forward(values: Rows, gate: Gate, keep_branches: bool) -> tuple[Tensor
     kept = Kept.make(values, gate, instances=False, branches=keep_branches)
     scores = gate.w_weight.new_empty((len(values), len(gate.w_weight)))
     for block in blocks(len(values)):
-        branches = gate.branches(values[block].to(gate.v_weight.dtype))
-        scores[block] = gate.scores(*branches, block.start)
-        kept.put_branches(block, *branches)
+        rows = values[block].to(gate.v_weight.dtype)
+        scores[block] = gate.scored(rows, block.start, kept.place_of_branches(block))
     return scores, kept.branches
 
 
@@ -401,13 +481,10 @@ def pool_forward(pooling: Pooling) -> tuple[Tensor, ...]:
     scores = gate.w_weight.new_empty((len(values), heads))
     states = BagStates(len(offsets) - 1, heads, width, like=scores)
     for block in blocks(len(values)):
-        rows = embedding.rows(values[block], block.start)
-        hidden, opening = gate.branches(rows)
-        scores[block] = masks.scores(gate.scores(hidden, opening, block.start), block)
+        rows = embedding.rows(values[block], block.start, kept.place_of_instances(block))
+        scores[block] = masks.scores(gate.scored(rows, block.start, kept.place_of_branches(block)), block)
         for bag, part in pieces(offsets, block):
             states.add(bag, scores[block][part], rows[part])
-        kept.put_instances(block, rows)
-        kept.put_branches(block, hidden, opening)
     return scores, *states.finish(), kept.instances, kept.branches
 
 
@@ -436,10 +513,13 @@ def pool_backward(
         if not needs_rows:
             continue
         d_rows = gradients.to_rows(d_branches)
-        for bag, part in pieces(offsets, block):
-            softmax.add_rows(bag, results[0][block][part], d_rows[part])
+        for tile in tiles(d_rows):
+            here = slice(block.start + tile.start, block.start + tile.stop)
+            for bag, part in pieces(offsets, here):
+                softmax.add_rows(bag, results[0][here][part], d_rows[tile][part])
+            if embedder is not None:
+                embedder.add_bias(embedding.backward(d_rows[tile], rows[tile], out=d_rows[tile]))
         if embedder is not None:
-            d_rows = embedding.backward(d_rows, rows, out=d_rows)
             embedder.add(d_rows, values[block].to(embedding.dtype))
         if d_values is not None:
             values.add_gradient(d_values, block, embedding.to_values(d_rows))

@@ -1,18 +1,24 @@
-"""Gradients of a linear layer, summed over blocks of rows by the library that is faster on this machine.
+"""Linear layers of blocks of rows, and their gradients, by the library that is faster on this machine.
 
-The gradient of a weight sums over instances, and oneDNN's layer would have to transpose the upstream gradient first.
-A convolution of one pixel is the same layer, its weight's gradient reads both factors as they lie, and the bias comes
-with it. Where the BLAS is the faster of the two, as Intel's is on Intel's processors, it multiplies into a place that
-all blocks share. Which is faster, `rates` measures once per machine.
+oneDNN returns a new tensor with the activation applied; the BLAS writes where the result is kept, and the activation
+follows in tiles. The gradient of a weight sums over instances, and oneDNN's layer would have to transpose the upstream
+gradient first. A convolution of one pixel is the same layer, and its weight's gradient reads both factors as they lie.
+Where the BLAS is the faster of the two, as Intel's is on Intel's processors, it multiplies into a place that all blocks
+share. Which is faster, `rates` measures once per machine.
 """
 
 import torch
 from torch import Tensor
 
 from eosin.kernels import _rates as rates
-from eosin.kernels._products import LINES, PICTURES, convolution_gradients, product, uses_onednn
+from eosin.kernels._products import LINES, PICTURES, convolution_gradient, product, uses_onednn
 
 _ENOUGH_ROWS = 3072  # from where on a convolution can be the faster way
+
+
+def layers_by_blas(rows: Tensor) -> bool:
+    """Return whether layers of rows like these go to the BLAS, or to torch where oneDNN cannot take them."""
+    return not uses_onednn(rows) or rates.of_this_machine().layers_by_blas(rows.dtype)
 
 
 class AffineGradient:
@@ -32,19 +38,17 @@ class AffineGradient:
         self._place = torch.empty(0)
 
     def add(self, upstream: Tensor, rows: Tensor) -> None:
-        """Add a block of rows: (n, A), (n, D)."""
+        """Add a block of rows to the gradient of W: (n, A), (n, D)."""
         if _convolves(upstream, rows):
-            weight, bias = convolution_gradients(upstream, rows)
-            self.weight += weight
-            self.bias += bias
+            self.weight += convolution_gradient(upstream, rows)
             return
         if self._place.dtype != upstream.dtype or self._place.shape != self.weight.shape:
             self._place = torch.empty_like(self.weight, dtype=upstream.dtype)
         self.weight += torch.mm(upstream.T, rows, out=self._place)
-        if upstream.dtype == self.bias.dtype:
-            self.bias += upstream.sum(0)
-        else:  # a sum would convert each entry first
-            self.bias += upstream.T @ upstream.new_ones(len(upstream))
+
+    def add_bias(self, upstream: Tensor) -> None:
+        """Add some rows to the gradient of b, best while they are in the cache: (n, A)."""
+        self.bias += upstream.sum(0)
 
 
 def _convolves(upstream: Tensor, rows: Tensor) -> bool:
@@ -55,6 +59,4 @@ def _convolves(upstream: Tensor, rows: Tensor) -> bool:
 
 def product_into(place: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return left right, in the place given unless another library is faster: (n, A), (A, D) -> (n, D)."""
-    if uses_onednn(left) and rates.of_this_machine().convolves:
-        return product(left, right)
-    return torch.mm(left, right, out=place)
+    return torch.mm(left, right, out=place) if layers_by_blas(left) else product(left, right)
