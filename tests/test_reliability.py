@@ -20,7 +20,7 @@ import pytest
 import tifffile
 from bokeh.models import Div
 from numpy.typing import NDArray
-from scaling import scaled
+from scaling import SEED, scaled
 from typer.testing import CliRunner
 
 from eosin._files import append_line
@@ -176,7 +176,7 @@ def molest(start: Callable[[], int], rng: random.Random, count: int = 4) -> int:
 
 
 def test_four_processes_on_one_job_that_are_stopped_and_killed(painted: Path, tmp_path: Path) -> None:
-    rounds, slides, rng = scaled(50, 2), tmp_path / "slides", random.Random(0)
+    rounds, slides, rng = scaled(50, 2), tmp_path / "slides", random.Random(SEED)
     slides.mkdir()
     for number, source in enumerate(sorted((painted / "slides").iterdir()) * 3):
         os.link(source, slides / f"s{number:02d}.tiff")
@@ -193,6 +193,7 @@ def test_four_processes_on_one_job_that_are_stopped_and_killed(painted: Path, tm
         assert not [path for path in job.rglob(".*") if path.is_file()]
         done = log.read_text().split()
         twice += len(done) - len(set(done))
+        print(f"round {turn + 1}: {kills} kills, {twice} slides made twice", flush=True)  # noqa: T201
     assert kills > rounds
     assert twice < 0.01 * rounds * len(whole)
 
@@ -217,6 +218,7 @@ def test_ten_thousand_slides_in_one_process_leak_nothing(painted: Path, tmp_path
         assert not report.failed
         if turn == 1:
             before = resident_mib(), descriptors()
+        print(f"{100 * (turn + 1)} slides, {resident_mib() - before[0]:.1f} MiB more", flush=True)  # noqa: T201
     grown = resident_mib() - before[0]
     print(f"{100 * rounds} slides, {grown:.1f} MiB, {descriptors() - before[1]} descriptors")  # noqa: T201
     assert grown < LEAK_MIB
@@ -252,6 +254,7 @@ def test_the_same_inputs_give_the_same_bytes(painted: Path, tmp_path: Path) -> N
         digest.update((job / "model/model.safetensors").read_bytes())
         digest.update((job / "p.csv").read_bytes())
         made.add(digest.hexdigest())
+        print(f"run {turn + 1}: {len(made)} digests", flush=True)  # noqa: T201
     assert len(made) == 1
 
 

@@ -274,8 +274,8 @@ def read_rows_hash(path: Path) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def verify_bag(path: Path) -> None:
-    """Check every byte and every rule of the format.
+def verify_bag(path: Path) -> FeatureBag:
+    """Read a file and check every byte and every rule of the format.
 
     Parameters
     ----------
@@ -290,6 +290,7 @@ def verify_bag(path: Path) -> None:
     bag = read_bag(path, verify=True)
     if not np.isfinite(bag.features).all():
         raise FeatureFileError(path, "holds infinite or NaN values; extract the slide again")
+    return bag
 
 
 def find_bags(folder: Path | str) -> dict[str, Path]:

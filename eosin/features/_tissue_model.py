@@ -18,6 +18,7 @@ from eosin._batch import Outcome, Record, Report, run_batch
 from eosin._devices import choose_device
 from eosin._files import write_text
 from eosin._fingerprints import fingerprint
+from eosin._seals import is_intact, read_json, sealed
 from eosin.errors import SlideError
 from eosin.features._weights import find_weights, hash_state, load_strictly, read_tensors
 from eosin.wsi._geojson import outline_to_geojson, qupath_origin
@@ -118,7 +119,8 @@ def outline_slides(
     run_json: Path | None = None,
     progress: Callable[[Record], None] | None = None,
 ) -> Report:
-    """Write the outline of the tissue of every slide, ``<slide>.geojson``; those that are there already stay.
+    """Write the outline of the tissue of every slide, ``<slide>.geojson``; those that are there already stay
+    unless they were changed.
 
     Parameters
     ----------
@@ -139,8 +141,9 @@ def outline_slides(
 
     def is_done(slide: SlideFile) -> bool:
         try:
-            return bool(json.loads(output(slide).read_text(encoding="utf-8"))[MADE_FROM] == made_from(slide))
-        except (OSError, ValueError, KeyError, TypeError):
+            outline = read_json(output(slide))
+            return bool(is_intact(outline) and outline[MADE_FROM] == made_from(slide))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def work(slide: SlideFile) -> Outcome:
@@ -149,7 +152,7 @@ def outline_slides(
             mask = segment_slide(opened, model)
             corner = qupath_origin(opened.bounds_px0)
         text = outline_to_geojson(mask.contours(), slide_id=slide.slide_id, qupath_origin_px0=corner)
-        write_text(output(slide), json.dumps({**json.loads(text), MADE_FROM: origin}))
+        write_text(output(slide), json.dumps(sealed({**json.loads(text), MADE_FROM: origin})))
         return Outcome(message=f"{mask.area_um2 / 1e6:.3g} mm² of tissue by the network of --tissue-weights")
 
     return run_batch(

@@ -13,7 +13,7 @@ from eosin._seals import read_json
 from eosin._spread import FOLDERS, whole_folder
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features._bag import FeatureSpec
-from eosin.features._store import read_bag, read_spec, verify_bag
+from eosin.features._store import read_spec, verify_bag
 from eosin.wsi._coordinates import read_footer, read_grid, read_quality
 from eosin.wsi._grid import TileGrid
 from eosin.wsi._job import STUDIES, JobFolder
@@ -87,8 +87,7 @@ def _verify_file(path: Path, firsts: Firsts) -> Outcome:
 
 
 def _verify_features(path: Path, firsts: Firsts) -> Outcome:
-    verify_bag(path)
-    bag = read_bag(path)
+    bag = verify_bag(path)
     if bag.slide_id != path.stem:
         raise FeatureFileError(path, f"holds slide {bag.slide_id}; it was renamed or copied", code="mismatch")
     first, expected = _first_readable(path, firsts)

@@ -455,5 +455,5 @@ def gradient_map(
         if single_logit_is_second_class:
             logits = torch.cat([torch.zeros_like(logits), logits])
         (gradient,) = torch.autograd.grad(target.of_tensor(logits), values)
-    shares = as_array((values.detach() * gradient).sum(1))
+    shares = as_array(gradient.mul_(values.detach()).sum(1))
     return Heatmap(shares, require_grid(bag), "gradient", f"gradient times input of {of}", of=of, signed=True)

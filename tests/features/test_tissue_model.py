@@ -1,6 +1,7 @@
 """Tissue by a network: fields are laid edge to edge, and their answers become the outlines that tiles are cut from."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def test_outlines_are_kept_and_made_again_when_weights_change(tmp_path):
         file.write(b"x")
     assert outline(replace(slide, mpp=0.6), other) == ""
     (file,) = (tmp_path / "out").iterdir()
-    assert json.loads(file.read_text())["features"]
+    sound = file.read_text()
+    assert json.loads(sound)["features"]
+    moved = re.sub(r'("coordinates":[^0-9]*)[0-9]', r"\g<1>12", sound, count=1)
+    for changed in (moved, sound[:-9], "[" * 100_000, "[]"):
+        file.write_text(changed)
+        assert outline(replace(slide, mpp=0.6), other) == ""
+        assert file.read_text() == sound
 
 
 def test_the_command_cuts_tiles_from_what_the_network_found(tmp_path, monkeypatch):

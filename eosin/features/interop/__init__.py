@@ -3,19 +3,15 @@
 Each module knows one tool's layout; this one opens a file safely and finds the module that knows it.
 """
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from eosin._files import locked, write_text
 from eosin.errors import ConfigError, FeatureFileError
 from eosin.features._foreign_hdf5 import Group, read_foreign
-from eosin.features._store import FREE_EXPANSION_BYTES, MAX_BYTES, MAX_EXPANSION, read_bag
+from eosin.features._store import read_bag
 from eosin.features.interop import _clam as clam
 from eosin.features.interop import _npz as npz
 from eosin.features.interop import _others as others
@@ -212,7 +208,7 @@ def _read_places(options: ImportOptions) -> Places | None:
 
 
 def _import_npz(path: Path, out: Path, options: ImportOptions) -> Imported:
-    arrays = _read_npz(path)
+    arrays = npz.read_npz(path)
     if npz.is_bags(arrays):
         return Imported("data set of bags", tuple(npz.import_bags(arrays, path, out)))
     if {"x", "y", "tile_index"} <= set(arrays):
@@ -223,23 +219,6 @@ def _import_npz(path: Path, out: Path, options: ImportOptions) -> Imported:
     raise FeatureFileError(
         path, f"has the arrays {', '.join(arrays)}; a data set of bags has {', '.join(npz.REQUIRED)}"
     )
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            declared = sum(member.file_size for member in archive.infolist())
-        expanded = declared > FREE_EXPANSION_BYTES and declared > MAX_EXPANSION * path.stat().st_size
-        if declared > MAX_BYTES or expanded:
-            raise FeatureFileError(
-                path, f"would unpack to {declared} bytes, more than eosin reads; check the file's source", code="unsafe"
-            )
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, FeatureFileError):
-            raise
-        raise FeatureFileError(path, f"cannot be read as .npz ({error})") from error
 
 
 def export_bag(path: Path | str, out: Path | str, layout: Layout) -> list[Path]:

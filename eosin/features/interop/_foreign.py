@@ -1,6 +1,5 @@
 """What every foreign file is reduced to, what only the user can add, and how the result is written."""
 
-import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from eosin._files import file_fingerprint
 from eosin._names import match_slides
-from eosin._tables import csv_text, unshielded
+from eosin._tables import TextFile, csv_text
 from eosin.errors import FeatureFileError, UnknownNameError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._encoders import find_encoder
@@ -324,8 +323,7 @@ def _read_labels(table: Path) -> dict[str, tuple[str, str]]:
     """Return patient and label by slide."""
     if not table.is_file():
         return {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = [[unshielded(cell) for cell in row] for row in csv.reader(file)] or [[]]
+    header, *rows = [row for _, row in TextFile(table).rows()] or [[]]
     if tuple(header) != LABEL_COLUMNS or any(len(row) != len(LABEL_COLUMNS) for row in rows):
         raise FeatureFileError(
             table, f"already exists with other columns; expected only {', '.join(LABEL_COLUMNS)}; choose another --out"

@@ -4,6 +4,7 @@ Read are the arrays ``instances`` (n, d), ``bag_index`` (n,), ``bag_label`` (bag
 ``cv_train_mask`` (repeats, folds, bags), True where a bag belongs to the training part.
 """
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,43 @@ from eosin._files import write_text
 from eosin._filesets import begin_set, finish_set
 from eosin.errors import FeatureFileError
 from eosin.features._bag import FeatureBag, FeatureSpec
-from eosin.features._store import MAX_BYTES, MAX_DIM, MAX_ROWS, SUFFIX, write_bag
+from eosin.features._store import (
+    FREE_EXPANSION_BYTES,
+    MAX_BYTES,
+    MAX_DIM,
+    MAX_EXPANSION,
+    MAX_ROWS,
+    SUFFIX,
+    write_bag,
+)
 from eosin.features.interop._foreign import merged_labels, require_same_kind, table_text
 
 REQUIRED = ("instances", "bag_index", "bag_label")
+
+
+def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Read the arrays of an archive that is measured before it is unpacked.
+
+    Raises
+    ------
+    FeatureFileError
+        If it would unpack to more than eosin reads, is damaged, or holds objects.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+        expanded = declared > FREE_EXPANSION_BYTES and declared > MAX_EXPANSION * path.stat().st_size
+        if declared > MAX_BYTES or expanded:
+            raise FeatureFileError(
+                path, f"would unpack to {declared} bytes, more than eosin reads; check the file's source", code="unsafe"
+            )
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FeatureFileError:
+        raise
+    except Exception as error:  # archives and the headers in them fail in a dozen ways
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise FeatureFileError(path, f"cannot be read as .npz ({words}); make it again") from error
 
 
 def is_bags(names: Mapping[str, object]) -> bool:

@@ -1,6 +1,5 @@
 """Tools with one small layout each: ACMIL, wsinfer, hs2p, luna, DSMIL, slideflow, bare tensors."""
 
-import json
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from eosin._seals import read_json
 from eosin._tables import TextFile
 from eosin.errors import FeatureFileError
 from eosin.features._foreign_hdf5 import Group
 from eosin.features.interop._foreign import Foreign, Numbers, Places, SlideFacts, safe_id
+from eosin.features.interop._npz import read_npz
 
 MAX_TABLE_BYTES = 2 * 2**30
 LUNA_COLUMNS = ("x_coord", "y_coord", "xy_extent", "tile_size")
@@ -69,7 +70,7 @@ def read_hs2p(arrays: Mapping[str, Numbers], path: Path) -> tuple[Foreign, float
             mpp=spacing,
         )
         return Foreign(safe_id(facts["provenance"]["sample_id"], path), places=where), spacing
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise FeatureFileError(meta, f"does not have the fields that hs2p writes ({error})") from error
 
 
@@ -79,8 +80,8 @@ def _read_json(meta: Path, path: Path) -> dict[str, Any]:
             path, f"needs {meta.name} in the same folder, which states the tile size", code="incomplete"
         )
     try:
-        facts: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
-    except ValueError as error:
+        facts: dict[str, Any] = read_json(meta)
+    except (OSError, ValueError) as error:
         raise FeatureFileError(meta, f"is not valid JSON ({error})") from error
     return facts
 
@@ -137,9 +138,8 @@ def _slideflow(rows: Numbers, index: Path, config: Mapping[str, Any], path: Path
     try:
         side_um, side_px = float(config["tile_um"]), int(config["tile_px"])
         encoder = str(config["extractor"]["class"])
-        with np.load(index, allow_pickle=False) as file:
-            centres = file["arr_0"]
-    except (KeyError, ValueError, TypeError, OSError) as error:
+        centres = np.asarray(read_npz(index)["arr_0"], np.int64)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise FeatureFileError(path, f"the other slideflow files in its folder cannot be used ({error})") from error
     side = round(side_um / slide.require_mpp(path))
     return Foreign(path.stem, rows, Places(np.maximum(centres - side // 2, 0), side, side_px), encoder)

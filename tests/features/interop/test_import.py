@@ -182,6 +182,35 @@ def test_slideflow(tmp_path: Path) -> None:
     assert (bag.grid.tile_px0, bag.spec.encoder, bag.spec.mpp) == (512, "uni_v1", 0.5)
 
 
+def deep_config(folder: Path) -> None:
+    (folder / "bags_config.json").write_text("[" * 100_000)
+
+
+def broken_index(folder: Path) -> None:
+    (folder / "s.index.npz").write_bytes(b"PK\x03\x04 and no more")
+
+
+def large_index(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "s.index.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", bytes(64 * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(deep_config, "64 levels"), (broken_index, "cannot be read"), (large_index, "would unpack to")],
+)
+def test_the_files_beside_a_tensor_are_measured_too(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    torch.save(torch.from_numpy(ROWS), tmp_path / "s.pt")
+    np.savez(tmp_path / "s.index.npz", CORNERS + 256)
+    config = {"extractor": {"class": "uni"}, "tile_px": 256, "tile_um": 128.0}
+    (tmp_path / "bags_config.json").write_text(json.dumps(config))
+    spoil(tmp_path)
+    with pytest.raises(FeatureFileError, match=message):
+        import_file(tmp_path / "s.pt", tmp_path / "out", ImportOptions(slide_mpp=0.25))
+
+
 @pytest.mark.parametrize("with_header", [True, False])
 def test_dsmil_table(tmp_path: Path, with_header: bool) -> None:
     lines = [",".join(f"{value:.4f}" for value in row) for row in ROWS]

@@ -1,6 +1,10 @@
 """Data sets of bags."""
 
+import contextlib
 import csv
+import io
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 from eosin.errors import FeatureFileError
 from eosin.features._store import find_bags, read_bag, read_common_spec
 from eosin.features.interop import import_file
+from eosin.features.interop._npz import read_npz
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -78,6 +83,35 @@ def test_contradictions_are_named(tmp_path: Path, name: str, value: np.ndarray, 
     np.savez(tmp_path / "toy.npz", **(arrays() | {name: value}))
     with pytest.raises(FeatureFileError, match=message):
         import_file(tmp_path / "toy.npz", tmp_path / "out")
+
+
+def damaged_archives(data: bytes) -> Iterator[bytes]:
+    """Yield an archive with each kind of damage that its readers call by different names."""
+    yield data[: len(data) // 2]
+    for place in range(0, len(data), 7):
+        for bit in (1, 64):
+            yield data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+
+
+def test_a_damaged_archive_is_refused_or_reads_as_before(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", x=np.arange(40), tile_index=np.arange(40))
+    sound = read_npz(tmp_path / "a.npz")
+    for data in damaged_archives((tmp_path / "a.npz").read_bytes()):
+        (tmp_path / "b.npz").write_bytes(data)
+        found = {}
+        with contextlib.suppress(FeatureFileError):
+            found = read_npz(tmp_path / "b.npz")
+        for name in set(found) & set(sound):
+            np.testing.assert_array_equal(found[name], sound[name])
+
+
+def test_an_array_that_claims_more_than_the_archive_holds_is_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**14,)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(FeatureFileError, match=r"cannot be read as \.npz"):
+        read_npz(tmp_path / "a.npz")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
