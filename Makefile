@@ -38,7 +38,7 @@ campaign: $(STAMP)
 	    tests/features/test_faults.py tests/features/test_store.py tests/wsi/test_fuzz.py tests/wsi/test_job.py \
 	    tests/mil/test_kill.py tests/mil/test_splits.py tests/mil/test_convert_authors.py
 	$(BIN)/python tests/mutants.py
-	$(BIN)/python benchmarks/scale.py --slides $(if $(EOSIN_CAMPAIGN),50 200,100 1000 20000)
+	$(BIN)/python benchmarks/all_files.py --slides $(if $(EOSIN_CAMPAIGN),50 200,100 1000 20000)
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

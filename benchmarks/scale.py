@@ -1,112 +1,193 @@
-"""How long commands take that go over all files of a cohort: time must grow with their number, not with its square.
+"""What large cohorts cost: time must grow with the number of slides, not with its square.
 
-Each number of slides gets a job folder with coordinates and features of 4 tiles per slide. Measured: `verify` of the
-job, `export` to TRIDENT's layout, `import` of what was exported, the list of slides of a folder, and `tile` once more,
-which skips every slide. All slides are one small picture under many names, tiled once; nothing is synced to the disk.
-``per_slide_ms`` is the time divided by the number; ``growth`` compares it with that of the smallest number:
-1 is linear.
+Each number of slides gets a job folder with coordinates and features of 4 tiles per slide, a table of labels, and a
+folder of as many empty pictures. `measure` says what is timed. ``per_slide_ms`` is processor time, children included,
+divided by the number; other work on the machine hardly lengthens it. ``growth`` compares it with that of the smallest
+number: 1 is linear, less is a fixed cost that is shared. With ``--linked`` the files are hard links to one, in a job as
+it is and in one that is spread over 256 folders each: they are made in seconds, but only their names are many.
 
-Run: ``python benchmarks/scale.py --slides 100 1000 20000 --out benchmarks/results/scale.csv``
+Run: ``python benchmarks/scale.py --slides 100 1000 5000 20000 --linked 200000 --out benchmarks/results/scale.csv``
 """
 
 import argparse
 import csv
 import os
-import shutil
+import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from eosin.features._bag import FeatureBag, FeatureSpec
+from eosin._claims import Claims
+from eosin._records import Log, Record, merge, read_run_json
+from eosin.features._devices import EncoderChoice
+from eosin.features._encoding import Extraction
 from eosin.features._store import find_bags, write_bag
-from eosin.features._verify import verify_job
-from eosin.features.interop import ImportOptions, export_bag, find_files, import_file
+from eosin.mil._crossval import PREDICTIONS, crossval
+from eosin.mil._predict import predict
+from eosin.mil._recipe import Recipe
+from eosin.mil._splits import make_splits
+from eosin.mil._study import Study, open_study
+from eosin.report._evaluation import report_crossval
+from eosin.wsi._coordinates import read_footer, write_grid
 from eosin.wsi._grid import TileGrid, Tiling
-from eosin.wsi._job import JobFolder, tile_slides
-from eosin.wsi._slide_file import find_slides
-from eosin.wsi._synthetic import Cohort, make_cohort
+from eosin.wsi._job import JobFolder
+from eosin.wsi._slide_file import SlideFile, find_slides
 
 TILING = Tiling(mpp=0.5, patch_size=256)
 GRID = TileGrid(np.array([[0, 0], [256, 0], [0, 256], [256, 256]], np.int64), 256, TILING, (2048, 2048), 0.5)
-SPEC = FeatureSpec(encoder="he_texture", dim=8, mpp=0.5, patch_size=256)
+ENCODER = "he_texture"
+RECIPE = {"aggregator": {"name": "mean"}, "training": {"epochs": 1, "select": "last", "patience": 0, "refit": False}}
 
 
-def make_job(folder: Path, n_slides: int) -> JobFolder:
-    """Write coordinates, pictures and features of so many slides, which are one slide under other names."""
-    job, rows = JobFolder(folder / "job"), np.ones((4, SPEC.dim), np.float32)
-    make_cohort(folder / "one", Cohort(n_slides=2, slides_per_patient=1, size_um=(200.0, 200.0)))
-    source, _ = find_slides([folder / "one" / "slides"])
-    tile_slides([source], job, TILING)
-    made = sorted(job.root.rglob(f"{source.slide_id}*"))
-    (folder / "slides").mkdir()
-    for number in range(n_slides):
-        name = f"S{number:06d}"
-        os.link(source.path, folder / "slides" / f"{name}.tiff")
-        for path in made:
-            shutil.copy(path, path.with_name(path.name.replace(source.slide_id, name)))
-        write_bag(job.features(TILING.folder, SPEC.encoder, name), FeatureBag(rows, SPEC, name, GRID))
-    return job
+class Made:
+    """A job of so many slides."""
 
+    def __init__(self, folder: Path, n_slides: int, *, spread: bool = False) -> None:
+        self.folder, self.job = folder, JobFolder(folder / "job")
+        if spread:
+            self.job.spread()
+        self.run = Extraction(self.job, TILING.folder, EncoderChoice(ENCODER, None, "fp32", compiled=False).load("cpu"))
+        (folder / "slide.tiff").touch()
+        self.slides = [SlideFile(folder / "slide.tiff", f"S{number:06d}") for number in range(n_slides)]
+        self.labels = folder / "labels.csv"
+        lines = (f"P{i // 2:06d},S{i:06d},{'ab'[i // 2 % 2]}" for i in range(n_slides))
+        self.labels.write_text("\n".join(chain(["patient_id,slide_id,label"], lines)))
 
-def export_all(job: JobFolder, out: Path) -> None:
-    """Export every feature file as TRIDENT's."""
-    for path in find_bags(job.features_dir(TILING.folder, SPEC.encoder)).values():
-        export_bag(path, out, "trident")
+    @property
+    def features(self) -> Path:
+        """Folder of the feature files."""
+        return self.job.features_dir(TILING.folder, ENCODER)
 
+    def write(self, slide: SlideFile) -> None:
+        """Write coordinates and features of a slide."""
+        path, name = self.job.patches(TILING.folder, slide.slide_id), slide.slide_id
+        write_grid(path, GRID, slide_id=name, mpp_source="user", fingerprint="f")
+        value = float(int(name[1:]) // 2 % 2)  # by the label, with a little noise
+        rows = np.random.default_rng(int(name[1:])).normal(value, 1, (4, self.run.encoder.dim)).astype(np.float32)
+        write_bag(self.run.output(slide), self.run.bag(slide, GRID, read_footer(path), rows))
 
-def import_all(folder: Path, out: Path) -> None:
-    """Import what was exported."""
-    for path in find_files([folder / "20x_256px_0px_overlap" / f"features_{SPEC.encoder}"]):
-        import_file(path, out, ImportOptions(slide_mpp=0.5))
+    def write_all(self) -> None:
+        """Write all files."""
+        for slide in self.slides:
+            self.write(slide)
+
+    def link_all(self) -> None:
+        """Write the files of one slide, and links to them for the others."""
+        first, *others = self.slides
+        self.write(first)
+        for slide in others:
+            for find in (self.run.patches, self.run.output):
+                path = find(slide)
+                path.parent.mkdir(exist_ok=True)
+                os.link(find(first), path)
+
+    def claim_all(self) -> None:
+        """Claim and release every slide."""
+        claims = Claims()
+        for slide in self.slides:
+            claims.take(self.run.output(slide))
+            claims.release(self.run.output(slide))
+
+    def record_all(self) -> None:
+        """Append two lines for every slide, as a worker does."""
+        log = Log(self.job.run_json)
+        for slide in self.slides:
+            log.begin(slide.slide_id, "extract")
+            log.add(Record(slide.slide_id, "extract", "ok", "", "4 tiles", 1.0))
+
+    def skip_all(self) -> None:
+        """Look whether every slide is done, as a command that is run again does."""
+        assert all(map(self.run.is_done, self.slides))
+
+    def open(self) -> Study:
+        """Open the study of features and labels."""
+        return open_study(self.features, self.labels)
 
 
 def seconds(function: Callable[..., object], *args: object) -> float:
     """Return the processor time of a call, children included."""
-    before = os.times()
+    before = spent()
     function(*args)
-    return sum(os.times()[:4]) - sum(before[:4])
+    return spent() - before
 
 
-def tile_again(job: JobFolder, slides: Path) -> None:
-    """Tile slides that are done."""
-    report = tile_slides(find_slides([slides]), job, TILING)
-    assert {record.status for record in report.records} == {"skipped"}
+def spent() -> float:
+    """Return the processor time of this process and its children so far."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def measure(n_slides: int, commands: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Yield each command with its seconds of processor time, which other work on the machine does not lengthen."""
+def measure_store(made: Made) -> Iterator[tuple[str, float]]:
+    """Yield what a stage costs besides its work."""
+    yield "list features", seconds(find_bags, made.features)
+    yield "claims", seconds(made.claim_all)
+    yield "append records", seconds(made.record_all)
+    yield "merge records", seconds(merge, made.job.run_json)
+    yield "read all records", seconds(read_run_json, made.job.run_json)
+    yield "open the records", seconds(Log, made.job.run_json)
+    yield "skip checks", seconds(made.skip_all)
+
+
+def measure_study(made: Made) -> Iterator[tuple[str, float]]:
+    """Yield what a study costs: opening, splits, one epoch on one of two folds, prediction, report."""
+    yield "open the study", seconds(made.open)
+    study, recipe, out = made.open(), Recipe.parse(RECIPE), made.folder / "cv"
+    yield "splits", seconds(lambda: make_splits(study.cohort, folds=5))
+    splits, metrics = make_splits(study.cohort, folds=2), {}
+    train = lambda: crossval(recipe, study.task, study.examples, splits, cohort=study.cohort, out=out, device="cpu")  # noqa: E731
+    yield "2 folds of 1 epoch", seconds(lambda: metrics.update(train()))
+    yield "report", seconds(report_crossval, made.folder / "report.html", metrics, out / PREDICTIONS, study)
+    files = find_bags(made.features)
+    yield "prediction", seconds(lambda: predict(out / "fold_0", files, made.folder / "p.csv", device="cpu"))
+
+
+def measure(n_slides: int) -> Iterator[tuple[str, float]]:
+    """Yield each step with its seconds."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = make_job(folder, n_slides)
-        steps: dict[str, tuple[Callable[..., object], *tuple[object, ...]]] = {
-            "list slides": (find_slides, [folder / "slides"]),
-            "tile again": (tile_again, job, folder / "slides"),
-            "verify": (verify_job, job),
-            "export": (export_all, job, folder / "trident"),
-            "import": (import_all, folder / "trident", folder / "imported"),
-        }
-        for command in commands or steps:
-            yield command, seconds(*steps[command])
+        made = Made(Path(name), n_slides)
+        yield "write", seconds(made.write_all)
+        pictures = Path(name) / "slides"
+        pictures.mkdir()
+        for slide in made.slides:
+            (pictures / f"{slide.slide_id}.tiff").touch()
+        yield "list slides", seconds(find_slides, [pictures])
+        yield from measure_store(made)
+        yield from measure_study(made)
+
+
+def measure_linked(n_slides: int) -> Iterator[tuple[str, float]]:
+    """Yield the steps that only look at files, for a job as it is and one that is spread."""
+    for spread in (False, True):
+        with tempfile.TemporaryDirectory() as name:
+            made = Made(Path(name), n_slides, spread=spread)
+            made.link_all()
+            for step, taken in chain(measure_store(made), [("open the study", seconds(made.open))]):
+                yield f"{step} ({'spread' if spread else 'one folder'})", taken
 
 
 def main() -> None:
     """Measure and print; write a table with ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--slides", type=int, nargs="+", default=[100, 400, 1600])
-    parser.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="`import` needs `export` before it")
+    parser.add_argument("--slides", type=int, nargs="*", default=[100, 400, 1600])
+    parser.add_argument("--linked", type=int, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    os.fsync = lambda fd: None  # which is the disk's time, and most of the time that making the files takes
-    table: list[list[object]] = [["command", "slides", "seconds", "per_slide_ms", "growth"]]
+    table: list[list[object]] = [["step", "slides", "seconds", "per_slide_ms", "growth"]]
     print(*table[0], sep=",", flush=True)
     first: dict[str, float] = {}
-    for n_slides in arguments.slides:
-        for command, spent in measure(n_slides, arguments.only):
-            each = 1e3 * spent / n_slides
-            first.setdefault(command, each)
-            table.append([command, n_slides, f"{spent:.2f}", f"{each:.2f}", f"{each / first[command]:.2f}"])
+    runs: Sequence[tuple[int, Iterator[tuple[str, float]]]] = [
+        *((number, measure(number)) for number in arguments.slides),
+        *((number, measure_linked(number)) for number in arguments.linked),
+    ]
+    for n_slides, steps in runs:
+        for step, taken in steps:
+            each = 1e3 * taken / n_slides
+            before = first.setdefault(step.partition(" (")[0], each)
+            growth = f"{each / before:.2f}" if before else ""
+            table.append([step, n_slides, f"{taken:.2f}", f"{each:.3f}", growth])
             print(*table[-1], sep=",", flush=True)
             if arguments.out:
                 with arguments.out.open("w", newline="") as file:

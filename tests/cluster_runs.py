@@ -44,10 +44,10 @@ def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-def eosin(*arguments: object, code: int = 0, **environment: str) -> str:
+def eosin(*arguments: object, code: int = 0, timeout_s: float = 400, **environment: str) -> str:
     """Run a command to its end; return what it said."""
     process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == code, err
     return out + err
 

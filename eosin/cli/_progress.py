@@ -1,6 +1,7 @@
 """How far a command is: a bar on a terminal, a line a minute without one, with failures and the time that is left."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60.0
 REDRAW_S = 0.2
+WATCH_S = 5.0
 
 
 at_work: list[Folders] = []
@@ -45,7 +47,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[object], None] 
     pace = Pace(what, total)
     if not sys.stderr.isatty():
         show = LineAMinute(pace)
-        with metered(show.measure):
+        with metered(show.measure), show.watching():
             yield show.note
         return
     from rich.console import Console
@@ -129,22 +131,43 @@ class LineAMinute:
 
     def __init__(self, pace: Pace) -> None:
         self.pace, self.said = pace, pace.begun
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Say it in the block, too, while nothing comes: slides that other processes work on may take an hour each."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(WATCH_S):
+                self._say()
+
+        thread = threading.Thread(target=watch, name="eosin-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def note(self, item: object) -> None:
         """Count an item."""
-        self.pace.note(item)
-        self._say()
+        with self._lock:
+            self.pace.note(item)
+            self._say()
 
     def measure(self, slide_id: str, done: int, of: int) -> None:
         """Count tiles."""
-        self.pace.measure(slide_id, done, of)
-        self._say()
+        with self._lock:
+            self.pace.measure(slide_id, done, of)
+            self._say()
 
     def _say(self) -> None:
-        now = time.monotonic()
-        if now - self.said >= MINUTE_S:
-            self.said = now
-            say(f"{self.pace.what}: {self.pace.words(now)}")
+        with self._lock:
+            now = time.monotonic()
+            if now - self.said >= MINUTE_S:
+                self.said = now
+                say(f"{self.pace.what}: {self.pace.words(now)}")
 
 
 class Bar:

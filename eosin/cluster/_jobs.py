@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from eosin._files import is_running, write_text
 from eosin._records import Begun, Record, process_name, read_begun, read_run_json
 from eosin._seals import read_json
-from eosin.cluster._place import DRIVER, FOLDER, STOP
+from eosin.cluster._place import FOLDER, driver_file, stop_file
 from eosin.errors import ConfigError
 
 RECENT_S = 3600.0
@@ -57,14 +58,16 @@ def view_job(folder: Path) -> list[StageView]:
         begun += read_begun(run_json)
     if not records and not begun:
         raise ConfigError(f"{folder}: is not a job folder, or has no records yet; pass the --job of `eosin run`")
-    driver = read_driver(folder) or read_driver(folder / "crossval")
+    drivers = [driver for one in (folder, folder / "crossval") for driver in read_drivers(one)]
     now = time.time()
     first = sorted([(one.at, one.stage) for one in records] + [(one.at, one.stage) for one in begun])
     names = dict.fromkeys(stage for _, stage in first)
-    return [_view(name, records, begun, driver, now) for name in names]
+    return [_view(name, records, begun, drivers, now) for name in names]
 
 
-def _view(name: str, records: Sequence[Record], begun: Sequence[Begun], driver: Any, now: float) -> StageView:
+def _view(
+    name: str, records: Sequence[Record], begun: Sequence[Begun], drivers: Sequence[Any], now: float
+) -> StageView:
     own = [record for record in records if record.stage == name]
     running = sorted((one for one in begun if one.stage == name and _may_run(one)), key=lambda one: one.at)
     made = [record.at for record in own if record.at > now - RECENT_S and record.status != "skipped"]
@@ -72,8 +75,9 @@ def _view(name: str, records: Sequence[Record], begun: Sequence[Begun], driver: 
     if len(made) > 1:
         per_hour = 3600 * len(made) / max(1.0, now - min(made))
     left = None
-    if driver and driver["stage"] == name and driver["jobs"] and per_hour:
-        left = max(0, driver["total"] - len(own)) / per_hour * 3600
+    totals = [driver["total"] for driver in drivers if driver["stage"] == name and driver["jobs"]]
+    if totals and per_hour:
+        left = max(0, max(totals) - len(own)) / per_hour * 3600
     return StageView(name, Counter(record.status for record in own), tuple(running), per_hour, left)
 
 
@@ -83,17 +87,19 @@ def _may_run(begun: Begun) -> bool:
     return host != process_name().rpartition("-")[0] or not number.isdecimal() or is_running(int(number))
 
 
-def read_driver(folder: Path) -> dict[str, Any] | None:
-    """Return what the last run on a cluster said of itself: driver, stage, total, provider, jobs."""
-    try:
-        data = read_json(folder / FOLDER / DRIVER)
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
+def read_drivers(folder: Path) -> list[dict[str, Any]]:
+    """Return what runs on a cluster said of themselves: driver, stage, total, provider, jobs."""
+    found = []
+    for path in sorted((folder / FOLDER).glob("driver*.json")):
+        with suppress(OSError, ValueError):
+            data = read_json(path)
+            if isinstance(data, dict):
+                found.append(data)
+    return found
 
 
 def stop(folder: Path) -> list[str]:
-    """Ask the driver of a job to end, and cancel the jobs of one that is gone.
+    """Ask the drivers of a job to end, and cancel the jobs of those that are gone.
 
     Returns
     -------
@@ -105,21 +111,26 @@ def stop(folder: Path) -> list[str]:
     ConfigError
         If no run on a cluster was ever started with this folder.
     """
-    found = [one for one in (folder, folder / "crossval") if read_driver(one)]
+    found = [(one / FOLDER, driver) for one in (folder, folder / "crossval") for driver in read_drivers(one)]
     if not found:
         raise ConfigError(f"{folder}: no run with --cluster was started there")
-    lines = []
-    for one in found:
-        driver = read_driver(one)
-        assert driver is not None
-        write_text(one / FOLDER / STOP, "")
-        host, _, number = str(driver["driver"]).rpartition("-")
-        here = process_name().rpartition("-")[0] == host
-        if here and number.isdecimal() and not is_running(int(number)):
-            lines += _cancel(driver)
-        else:
-            lines.append(f"the run of {driver['driver']} ends within seconds; what is finished is kept")
-    return lines
+    running = [(logs, driver) for logs, driver in found if driver["jobs"] or _lives(driver)]
+    return [line for logs, driver in running for line in _stop(logs, driver)] or ["no run with --cluster is going on"]
+
+
+def _stop(logs: Path, driver: dict[str, Any]) -> list[str]:
+    if _lives(driver) is False:
+        lines = _cancel(driver)
+        driver_file(logs, driver["driver"]).unlink(missing_ok=True)
+        return lines
+    write_text(stop_file(logs, driver["driver"]), "")
+    return [f"the run of {driver['driver']} ends within seconds; what is finished is kept"]
+
+
+def _lives(driver: dict[str, Any]) -> bool | None:
+    """Return whether a driver runs; None where that cannot be asked, because it is one of another machine."""
+    host, _, number = str(driver["driver"]).rpartition("-")
+    return is_running(int(number)) if host == process_name().rpartition("-")[0] and number.isdecimal() else None
 
 
 def _cancel(driver: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FOLDER, DRIVER, STOP = "cluster", "driver.json", "stop"
+FOLDER = "cluster"
 POLL_S = 1.0
 BUSY_S = 10.0
 AHEAD = 4
@@ -55,6 +55,9 @@ class Cluster:
     say: Callable[[str], None] = field(default=lambda _: None)
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        stop_file(self.logs, process_name()).unlink(missing_ok=True)  # of an earlier process of this number
+
     @property
     def logs(self) -> Path:
         """Where scripts and logs go."""
@@ -73,21 +76,22 @@ class Cluster:
         item_type = type(next(iter(todo.items.values())))
         folder = self._make_folder(stage.name)
         write_stage(folder / "stage.json", stage, item_type, run_json)
-        with self._submitter(site, stage.name, number, folder) as submit:
-            yield from self._gather(site, todo, submit)
+        with self._driver(site, stage.name, number, folder) as driver:
+            yield from self._gather(site, todo, driver)
 
-    def _gather(self, site: Site, todo: Todo[T], submit: Callable[[str], "Future[str]"]) -> Results:
+    def _gather(self, site: Site, todo: Todo[T], driver: "_Driver") -> Results:
         ends_at = None if site.limit is None else time.monotonic() + site.seconds(site.limit)
         room = AHEAD * site.workers * site.jobs
         running: dict[Future[str], T] = {}
         refused: list[tuple[float, T]] = []
         while len(todo) or running or refused:
             self._require_running()
+            driver.tell()
             if ends_at is not None and time.monotonic() > ends_at:
                 todo.drain()
                 refused.clear()
             while len(running) < room and (item := self._next(todo, refused)) is not None:
-                running[submit(item_to_json(item))] = item
+                running[driver.submit(item_to_json(item))] = item
             done, _ = wait(running, POLL_S, FIRST_COMPLETED)
             if not running:
                 time.sleep(POLL_S)
@@ -110,7 +114,7 @@ class Cluster:
 
     def _require_running(self) -> None:
         require_running()
-        if (self.logs / STOP).exists():
+        if stop_file(self.logs, process_name()).exists():
             raise OutputError(self.folder, "the run was ended by `eosin jobs --stop`; what was finished is kept")
 
     def _make_folder(self, name: str) -> Path:
@@ -123,11 +127,10 @@ class Cluster:
             folder.chmod(0o700)
         except OSError as error:
             raise OutputError(folder, f"cannot be written to ({error.strerror})") from error
-        (self.logs / STOP).unlink(missing_ok=True)
         return folder
 
     @contextmanager
-    def _submitter(self, site: Site, name: str, number: int, folder: Path) -> Iterator[Callable[[str], "Future[str]"]]:
+    def _driver(self, site: Site, name: str, number: int, folder: Path) -> Iterator["_Driver"]:
         """Start the executor of a stage, and end it with the block, well or badly."""
         executor = site.executor(_label(name), number, folder / "logs")
         import parsl
@@ -145,13 +148,23 @@ class Cluster:
         kernel = parsl.DataFlowKernel(config)
         plan = str(folder / "stage.json")
         app = parsl.python_app(perform, data_flow_kernel=kernel)
-        note = _Driver(self.logs / DRIVER, name, number, executor)
+        driver = _Driver(driver_file(self.logs, process_name()), name, number, executor, lambda item: app(plan, item))
         try:
-            yield lambda item: note.watch(app(plan, item))
+            yield driver
         finally:
             kernel.cleanup()
-            note.end()
+            driver.end()
             shutil.rmtree(folder / "000" / _label(name) / "certificates", ignore_errors=True)
+
+
+def driver_file(logs: Path, driver: str) -> Path:
+    """Return where a driver, named as by `process_name`, says what it does: several may work on one job."""
+    return logs / f"driver-{driver}.json"
+
+
+def stop_file(logs: Path, driver: str) -> Path:
+    """Return the file whose being there ends a driver."""
+    return logs / f"stop-{driver}"
 
 
 class DryRun(Exception):
@@ -186,20 +199,22 @@ def _result(future: "Future[str]", retries: int) -> Result | None:
 
 
 class _Driver:
-    """What `eosin jobs` reads of a run that goes on: which process it is, and its jobs."""
+    """Hands items to Parsl, and writes what `eosin jobs` reads of a run that goes on: which process, and its jobs."""
 
     EVERY_S = 5.0
 
-    def __init__(self, path: Path, stage: str, total: int, executor: Any) -> None:
-        self.path, self.stage, self.total, self.executor = path, stage, total, executor
+    def __init__(
+        self, path: Path, stage: str, total: int, executor: Any, submit: Callable[[str], "Future[str]"]
+    ) -> None:
+        self.path, self.stage, self.total, self.executor, self.submit = path, stage, total, executor, submit
         self.written = 0.0
         self.begun_at = round(time.time(), 3)
         self.write()
 
-    def watch(self, future: "Future[str]") -> "Future[str]":
+    def tell(self) -> None:
+        """Write which jobs there are now: lost ones are replaced while nothing is handed out."""
         if time.monotonic() - self.written > self.EVERY_S:
             self.write()
-        return future
 
     def write(self, *, ended: bool = False) -> None:
         self.written = time.monotonic()

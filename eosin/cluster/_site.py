@@ -1,5 +1,6 @@
 """What a user says of the machines: a YAML file about the site, and nothing about the work."""
 
+import re
 import shlex
 import sys
 import sysconfig
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from parsl.executors import HighThroughputExecutor
 
 WALLTIME = r"^\d{1,3}:[0-5]\d:[0-5]\d$"
+SECRET = re.compile(r"(?i)\b(\w*(?:token|passw|secret|api_?key|credential)\w*)=[\"']?[^\"'$`\s]")
+"""A variable that is called after a secret, with a value that is not read from elsewhere."""
 DRAIN_SHARE, DRAIN_MOST_S = 0.1, 900
 HEARTBEAT_S, LOST_S = 10, 40
 FEW_CORES = 1e-3
@@ -80,6 +83,12 @@ class Site(Options):
     def _check(self) -> "Site":
         if self.provider == "kubernetes" and not self.image:
             raise ValueError("provider kubernetes needs the option image")
+        for line in (*self.worker_init.splitlines(), *self.options):
+            if found := SECRET.search(line):
+                raise ValueError(
+                    f"{found[1]} is written out, and batch systems show scripts to others; set it in your environment, "
+                    f"or read it from a file that only you can read: {found[1]}=$(cat FILE)"
+                )
         for name in self.stages:
             self.of_stage(name)
         return self

@@ -2,12 +2,14 @@
 
 import io
 import sys
+import threading
 import time
 
 import pytest
 
 from eosin._batch import tell_tiles
 from eosin._records import Record
+from eosin.cli import _progress
 from eosin.cli._progress import Pace, duration, progress
 
 
@@ -89,3 +91,17 @@ def test_a_bar_shows_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_duration_is_said_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_line_comes_while_nothing_is_finished(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "MINUTE_S", 0.2)
+    monkeypatch.setattr(_progress, "WATCH_S", 0.02)
+    before = threading.active_count()
+    with progress("extract", 4):
+        time.sleep(0.7)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3
+    assert set(lines) == {"extract: 0 of 4 done, time left not known yet"}
+    assert threading.active_count() == before

@@ -2,16 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from cluster_runs import POISON, arrays_of, eosin
+from cluster_runs import POISON, arrays_of, eosin, start
 from pydantic import TypeAdapter
 
 from eosin._claims import Claims
-from eosin._records import Record, read_run_json
+from eosin._records import Record, process_name, read_run_json
 from eosin.cluster import _jobs as jobs
-from eosin.cluster._place import FOLDER
+from eosin.cluster._place import FOLDER, Cluster, driver_file
 from eosin.cluster._site import Site
 from eosin.cluster._worker import BUSY, _class_of, _open, gpus_of_worker, item_to_json, perform, write_stage
 from eosin.errors import ConfigError
@@ -42,12 +44,38 @@ def test_every_example_is_understood_and_says_what_it_would_submit(path: Path) -
         ("provider: kubernetes", "image"),
         ("stages: {extract: {gpu: 1}}", "gpus"),
         ("workers: 0", "at least 1"),
+        ("worker_init: export HF_TOKEN=hf_abc", r"HF_TOKEN=\$\(cat FILE\)"),
+        ("options: ['#SBATCH --export=DB_PASSWORD=abc']", "DB_PASSWORD"),
+        ("slides: /data", "slides"),
     ],
 )
 def test_a_wrong_site_is_refused_before_any_work(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "site.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told) as caught:
         Site.read(tmp_path / "site.yaml")
+    assert "abc" not in str(caught.value)
+
+
+def test_a_secret_that_is_read_from_elsewhere_is_allowed() -> None:
+    assert Site(worker_init='export HF_TOKEN=$(cat ~/.token)\nexport API_KEY="$KEY"').worker_init
+
+
+def test_the_drivers_of_a_job_are_seen_and_ended_each(tmp_path: Path) -> None:
+    logs = tmp_path / FOLDER
+    logs.mkdir()
+    host = process_name().rpartition("-")[0]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    found = {process_name(): [], f"{host}-{dead.pid}": ["17"], "elsewhere-1": ["18"], "past-2": []}
+    for name, numbers in found.items():
+        said = {"driver": name, "stage": "tile", "total": 9, "provider": "local", "jobs": numbers}
+        driver_file(logs, name).write_text(json.dumps(said))
+    lines = jobs.stop(tmp_path)
+    assert [line for line in lines if "17" in line] == ["the driver is gone; end its jobs yourself: 17"]
+    assert len(lines) == 3
+    assert {path.name for path in logs.glob("stop-*")} == {f"stop-{process_name()}", "stop-elsewhere-1"}
+    Cluster(Site(), tmp_path)  # a new process of that number
+    assert {path.name for path in logs.glob("stop-*")} == {"stop-elsewhere-1"}
 
 
 def test_a_job_takes_no_new_slide_towards_its_end() -> None:
@@ -153,6 +181,20 @@ def test_local_workers_make_what_one_process_makes_and_a_poisonous_slide_stops_n
     assert not list((tmp_path / "far" / FOLDER).rglob("*.key_secret"))
     (view,) = jobs.view_job(tmp_path / "far")
     assert (view.name, view.counts["ok"], view.counts["failed"], view.running) == ("tile", 8, 1, ())
+
+
+@pytest.mark.long
+def test_two_drivers_on_one_job_make_each_slide_once(tmp_path: Path, cohort: Path) -> None:
+    (tmp_path / "site.yaml").write_text("provider: local\nworkers: 1\n")
+    arguments = ("tile", "--slides", cohort / "slides", "--patch-size", 128, "--job", tmp_path / "job")
+    both = [start(*arguments, "--cluster", tmp_path / "site.yaml") for _ in range(2)]
+    for driver in both:
+        _, err = driver.communicate(timeout=300)
+        assert driver.returncode == 0, err
+        assert "8 slides: " in err
+    records = read_run_json(tmp_path / "job/run.json")
+    assert [record.status for record in records] == ["ok"] * 8
+    assert not list((tmp_path / "job").rglob("*.lock"))
 
 
 def test_a_limit_of_the_whole_run_ends_it_with_exit_code_4(tmp_path: Path, cohort: Path) -> None:
