@@ -119,7 +119,8 @@ def _one_pass(place: Place, method: str, n_instances: int, *, cached: bool, bags
     from eosin.mil.tasks._classification import Classification
 
     dim, n_bags = (16, 4) if place.rehearse else (1024, max(4, 400_000 // n_instances))
-    made = {f"s{i}": torch.randn(n_instances, dim).half() for i in range(n_bags)}
+    generator = torch.Generator().manual_seed(0)  # processes that train together must hold the same bags
+    made = {f"s{i}": torch.randn(n_instances, dim, generator=generator).half() for i in range(n_bags)}
     bags = MemoryBags(made, FeatureSpec(encoder="bench", dim=dim))
     examples = Examples(bags, tuple(made), tuple(made), torch.arange(n_bags) % 2)
     settings = {"epochs": passes, "select": "last", "standardize": False, "bags_per_step": bags_per_step}
