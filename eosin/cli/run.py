@@ -186,6 +186,7 @@ def run(asked: Plan) -> Done:
 
     A run with other options in the same job is a study of its own, in JOB/studies. Nothing is overwritten.
     """
+    from eosin.mil._train import settled_precision
     from eosin.pipeline._run import run_inputs
     from eosin.pipeline._two_stage import STAGES, run_both
     from eosin.report._measures import headline
@@ -199,5 +200,6 @@ def run(asked: Plan) -> Done:
         result = run_inputs(asked.inputs, problems=asked.problems, progress=progress)
         report = result.report
     paths += [result.crossval / "metrics.json", result.model, result.heatmaps, result.out / "report.html"]
-    ending = (*result.flow.lines(), headline(result.metrics), f"open {paths[-1]} in a browser")
+    computed = f"models were trained in {settled_precision('auto', asked.inputs.machine.device, result.out)}"
+    ending = (*result.flow.lines(), headline(result.metrics), computed, f"open {paths[-1]} in a browser")
     return Done(paths, report, lines=ending)

@@ -33,7 +33,7 @@ from eosin.mil._seen import Models
 from eosin.mil._splits import write_splits
 from eosin.mil._study import Study, crossval_study, fit_study, open_labels, open_study
 from eosin.mil._tables import Missing
-from eosin.mil._train import require_fitting
+from eosin.mil._train import require_fitting, settled_precision
 from eosin.options import Options
 from eosin.pipeline._deploy import (
     Advance,
@@ -300,13 +300,20 @@ def run_checked(
         inputs.splits, folds=options.folds, val_fraction=options.val_fraction, seed=options.recipe.training.seed
     )
     write_splits(out / "splits", parts, study.cohort)
+    device, precision = machine.device, settled_precision("auto", machine.device, out)
     with progress("cross-validate", len(parts)) as advance:
         metrics = crossval_study(
-            study, options.recipe, out / "crossval", splits=parts, device=machine.device, progress=advance
+            study,
+            options.recipe,
+            out / "crossval",
+            splits=parts,
+            device=device,
+            precision=precision,
+            progress=advance,
         )
     write_baseline(study, parts, out / "crossval" / BASELINE)
     with progress("train", options.recipe.training.epochs) as advance:
-        fit_study(study, options.recipe, out / "model", device=machine.device, progress=advance)
+        fit_study(study, options.recipe, out / "model", device=device, precision=precision, progress=advance)
     result = Result(
         job=job,
         out=out,
