@@ -32,6 +32,7 @@ MAX_JSON_DEPTH = 64
 CHUNK_BYTES = 2**20
 NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 TOO_MANY_OPEN = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))
+HUGE_NUMBER = re.compile(rb"[0-9]{309}")  # such a whole number is larger than any float: no use of it is foreseen
 JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
@@ -78,13 +79,21 @@ def _require_few_values(file: BinaryIO, most: int) -> None:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """Parse JSON; `ValueError`, too, for NaN, infinity, half a surrogate pair and more levels than `MAX_JSON_DEPTH`."""
+    """Parse JSON.
+
+    Raises
+    ------
+    ValueError
+        Also for NaN, infinity, whole numbers beyond the largest float, half a surrogate pair, and more levels than
+        `MAX_JSON_DEPTH`.
+    """
     data = data.encode() if isinstance(data, str) else data
     too_deep = ValueError(f"it has more than {MAX_JSON_DEPTH} levels, the limit")
     if _is_deep(data) and _is_deep(JSON_TEXT.sub(b"", data)):  # brackets inside texts do not count
         raise too_deep
+    parse_int = _parse_int if HUGE_NUMBER.search(data) else None
     try:
-        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_int=parse_int)
     except RecursionError:  # levels that are never closed are not counted above
         raise too_deep from None
     if b"\\u" in data:
@@ -106,6 +115,12 @@ def _is_deep(data: bytes) -> bool:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 308:
+        raise ValueError(f"{digits[:9]}... is too large a number")
+    return int(digits)
 
 
 def seal_image(image: bytearray, *, rows_at: int, rows_bytes: int) -> None:

@@ -280,7 +280,8 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
         if not found:
             raise ConfigError(f"{path}: no slide in this folder (looked for {', '.join(SLIDE_SUFFIXES)} and pictures)")
         for file in found:
-            files.setdefault(file.resolve(), file)
+            # links that lead nowhere, or to themselves, are a slide each, which fails under its own name
+            files.setdefault(file.resolve() if file.exists() else file.absolute(), file)
     if not files:
         raise ConfigError("no slides were given")
     return list(files.values())

@@ -80,6 +80,16 @@ def test_links_that_lead_back_end(tmp_path):
     assert ids(find_slides([tmp_path])) == ["x"]
 
 
+def test_links_that_lead_nowhere_are_a_slide_each(tmp_path):
+    touch(tmp_path, "a.svs")
+    for name, target in (("b", tmp_path / "a.svs"), ("c", "/nowhere/x.svs"), ("d", "/nowhere/x.svs"), ("e", "e.svs")):
+        (tmp_path / f"{name}.svs").symlink_to(target)
+    assert ids(find_slides([tmp_path])) == ["a", "c", "d", "e"]
+    reasons = tile_slides(find_slides([tmp_path]), JobFolder(tmp_path / "job")).records
+    assert {record.slide_id: record.reason for record in reasons}["c"] == "missing"
+    assert {record.slide_id: record.status for record in reasons}["e"] == "failed"
+
+
 def test_one_mpp_for_all_or_a_table(tmp_path):
     touch(tmp_path, "s/a.svs", "s/b.svs", "s/c.svs")
     assert {slide.mpp for slide in find_slides([tmp_path / "s"], slide_mpp=0.25)} == {0.25}
