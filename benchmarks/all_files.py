@@ -12,6 +12,7 @@ Run: ``python benchmarks/all_files.py --slides 100 1000 20000 --out benchmarks/r
 import argparse
 import csv
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -64,9 +65,14 @@ def import_all(folder: Path, out: Path) -> None:
 
 def seconds(function: Callable[..., object], *args: object) -> float:
     """Return the processor time of a call, children included."""
-    before = os.times()
+    before = _spent()
     function(*args)
-    return sum(os.times()[:4]) - sum(before[:4])
+    return _spent() - before
+
+
+def _spent() -> float:
+    mine, of_children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return mine.ru_utime + mine.ru_stime + of_children.ru_utime + of_children.ru_stime
 
 
 def tile_again(job: JobFolder, slides: Path) -> None:
