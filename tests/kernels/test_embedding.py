@@ -14,6 +14,7 @@ SIZES = [0, 1, 7, 8, 9, 23]
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(_rows, "ROWS", 8)
+    monkeypatch.setattr(_rows, "cached_entries", lambda: 10)  # tiles of one or two rows
 
 
 def layer(n_rows, dtype=torch.float64, *, bias=True):

@@ -13,6 +13,7 @@ BACKENDS = ["reference", "torch"]
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(_rows, "ROWS", 4)
+    monkeypatch.setattr(_rows, "cached_entries", lambda: 10)  # tiles of one or two rows
 
 
 @pytest.mark.parametrize("name", ["abmil_plain", "abmil_gated", "aem"])

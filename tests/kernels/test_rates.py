@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from kernel_packs import error, gate_parameters, normal, offsets
 
-from eosin.kernels import _layers
+from eosin import kernels
+from eosin.kernels import _layers, _rows
 from eosin.kernels import _rates as rates
 from eosin.kernels._layers import AffineGradient, product_into
 from eosin.kernels._rates import Rates
@@ -74,3 +76,33 @@ def test_gradients_are_the_same_by_either_library(found, dtype, monkeypatch):
     assert (total.bias - 2 * upstream.double().sum(0)).norm() <= tolerance * upstream.double().sum(0).norm() * 4
     product = product_into(torch.empty(3072, 10, dtype=dtype), upstream, total.weight.to(dtype))
     assert torch.allclose(product.float(), upstream.float() @ total.weight.to(dtype).float(), rtol=2e-2, atol=2)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("found", [AMD, INTEL], ids=["oneDNN", "BLAS"])
+def test_attention_is_the_same_by_either_library(found, dtype, tolerance, dropout, budget, monkeypatch):
+    asked = []
+    layers = _layers.layers_by_blas
+    monkeypatch.setattr(_layers.rates, "of_this_machine", lambda: found)
+    for module in (kernels.gated_attention.torch_impl, kernels.embedding.torch_impl):
+        monkeypatch.setattr(module, "layers_by_blas", lambda rows: asked.append(layers(rows)) or asked[-1])
+    monkeypatch.setattr(_rows, "ROWS", 16)
+    monkeypatch.setattr(_rows, "cached_entries", lambda: 60)
+    tensors = {"values": normal(45, 12), **gate_parameters(10, 8, 1)}
+    tensors |= {"embed_weight": normal(10, 12, seed=11, scale=0.3), "embed_bias": normal(10, seed=12)}
+    results = []
+    for backend, kind in (("torch", dtype), ("reference", torch.float64)):
+        leaves = {name: tensor.to(dtype).to(kind).requires_grad_() for name, tensor in tensors.items()}
+        options = {"gate_dropout": dropout, "embed_dropout": dropout, "generator": torch.Generator().manual_seed(4)}
+        with kernels.use_backend(backend):
+            pool = kernels.gated_attention_pool(
+                **leaves, cu_seqlens=offsets((20, 0, 25)), memory_budget=budget, **options
+            )
+        grads = torch.autograd.grad(pool.pooled.square().sum() + pool.scores.sum(), list(leaves.values()))
+        results.append([pool.scores, pool.pooled, *grads])
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) <= tolerance or (got - exact).abs().max() < tolerance
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        assert set(asked) == {found is INTEL}
