@@ -60,7 +60,7 @@ for name in ("auc", "balanced_accuracy"):
 # ## Predict and look
 #
 # Of a cross-validation, the fold answers that has not seen the patient (`seen` is `no`). A slide's map shows what the model
-# says of each tile alone: evidence for the second class is orange, evidence against it is purple.
+# says of each tile alone: evidence for the second class is dark red, evidence against it is light blue.
 
 # %%
 files = eosin.find_bags(features)

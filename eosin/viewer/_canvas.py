@@ -43,7 +43,7 @@ REMOVED_COLOUR = "#c2185b"
 REMOVED_VEIL = np.array([255, 255, 255, 200], dtype=np.uint8)
 COLOURS = 256
 MAX_EDGES = 20_000
-OPACITY = 0.5
+OPACITY = 0.6
 LEAST_VIEW_UM = 50.0
 FOOT = {"font-size": "13px", "min-height": "20px"}
 
@@ -255,7 +255,7 @@ def palette(scale: ColourScale) -> list[str]:
     alpha = np.round(255 * scale.strength(values)).astype(int)
     return [
         f"#{r:02x}{g:02x}{b:02x}{a:02x}"
-        for (r, g, b), a in zip(scale.rgb(values).tolist(), alpha.tolist(), strict=True)
+        for (r, g, b), a in zip(scale.pure(values).astype(int).tolist(), alpha.tolist(), strict=True)
     ]
 
 

@@ -139,8 +139,8 @@ def scalings_of(heatmap: Heatmap) -> tuple[str, ...]:
 
 
 def default_scaling(heatmap: Heatmap) -> str:
-    """Return the scaling that shows a map best: ranks for weights, which span decades; signed effects as they are."""
-    return PLAIN if heatmap.signed else PERCENTILE
+    """Return the scaling that shows a map best: weights by the average tile, which no slide can have more of."""
+    return PLAIN if heatmap.signed else TIMES if heatmap.is_weight else PERCENTILE
 
 
 def choose(layers: Layers, family: str, class_name: str) -> Choice:

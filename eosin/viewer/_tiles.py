@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.errors import SlideError
+from eosin.heatmaps._colour import pale_grey
 from eosin.wsi._cache import SegmentCache
 from eosin.wsi._slide import Slide
 from eosin.wsi._slide_file import SlideFile
@@ -24,7 +25,6 @@ TILE_PX = 512
 JPEG_QUALITY = 85
 CACHE_BYTES = 128 * 2**20
 MAX_OPEN = 16
-GREY_WEIGHTS = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 LOOKS = ("colour", "grey")
 NO_PIXELS = (214, 214, 214)
 
@@ -79,8 +79,8 @@ def encode_jpeg(rgb: NDArray[np.uint8]) -> bytes:
 
 
 def to_grey(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the picture without colour, so that every colour over it belongs to the map."""
-    return np.repeat((rgb @ GREY_WEIGHTS).round().astype(np.uint8)[..., None], 3, axis=2)
+    """Return the pale grey picture that maps lie on, so that every colour over it belongs to the map."""
+    return np.repeat(pale_grey(rgb).round().astype(np.uint8), 3, axis=2)
 
 
 @cache

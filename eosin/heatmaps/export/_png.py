@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 
-from eosin.heatmaps._colour import ColourScale, scale_of
+from eosin.heatmaps._colour import BRIGHT_TISSUE, ColourScale, pale_grey, scale_of
 from eosin.heatmaps._heatmap import Heatmap, Window
 from eosin.wsi._picture import write_picture
 from eosin.wsi._slide import Slide
@@ -26,13 +26,12 @@ from eosin.wsi._tissue import TissueMask
 DPI = 100
 TISSUE_COLOUR = "#2f6fb5"
 TRUTH_COLOUR = "#000000"
-OPACITY = 0.6
+OPACITY = 0.7
 MARGIN_PX = 12
 TITLE_PX = 30
 COLOUR_BAR_PX = 190
 LEGEND_PX = 24
 LINE_PX = 17  # of words in 10 points
-BRIGHT_TISSUE = 0.85  # colour bars show the colours as they look over tissue of this brightness
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +105,14 @@ def blend(
     tissue: TissueMask | None = None,
     opacity: float = OPACITY,
 ) -> NDArray[np.uint8]:
-    """Lay the colours of a map over a grey copy of the view, so that every colour belongs to the map.
+    """Lay the colours of a map over a pale grey copy of the view, so that every colour belongs to the map.
 
     Blank where no tile lies and, when `tissue` is given, where none is: tiles reach over the edge of the tissue.
     """
     plane = heatmap.raster(view.mpp, window_px0=view.window_px0)
     if tissue is not None:
         plane = np.where(view.show_mask(tissue), plane, np.nan)
-    # weights of Rec. 709
-    grey = np.asarray(view.image @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32), np.float64)[..., None]
+    grey = pale_grey(view.image)
     mixed = scale.over(grey, plane, opacity=opacity)
     return np.where(np.isnan(plane)[..., None], grey, mixed).round().astype(np.uint8)
 
