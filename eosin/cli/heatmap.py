@@ -28,6 +28,7 @@ from eosin.errors import SlideError
 
 if TYPE_CHECKING:
     from eosin._batch import Outcome
+    from eosin._records import Report
     from eosin.mil._jury import Jury
     from eosin.wsi._slide_file import SlideFile
 
@@ -115,11 +116,18 @@ def heatmap(
         ]
         with progress("heat maps", len(items)) as advance:
             drawn = run_stage(stage, items, run_json=JobFolder(out).run_json, progress=advance)
-        return Done([path for item in items for path in stage.files(item)], before.then(drawn), notes)
+        return _ended([path for item in items for path in stage.files(item)], out, before, drawn, notes)
     written: dict[str, list[Path]] = {}
     work = partial(_explain, jury, files, out, formats=formats, maps=_chosen(maps), written=written)
     drawn = apply_to_each(usable, work, key=lambda file: file.slide_id, stage="heat maps")
-    return Done([path for paths in written.values() for path in paths], before.then(drawn), notes)
+    return _ended([path for one in written.values() for path in one], out, before, drawn, notes)
+
+
+def _ended(paths: list[Path], out: Path, before: "Report", drawn: "Report", notes: Sequence[str]) -> Done:
+    """Return the files, what became of the slides, and what to open."""
+    count = drawn.count("ok")
+    where = [f"heat maps of {count} {'slide' if count == 1 else 'slides'}: open {out}"] if count else []
+    return Done(paths, before.then(drawn), [*notes, *where])
 
 
 def _formats(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -117,15 +117,15 @@ def train(
             device_cache_bytes=device_bytes,
             progress=advance,
         )
-    told = (
-        []
+    told, ending = (
+        ([], [])
         if continue_from is not None
         else _report(fitted, study, split, out, features=features, labels=labels, device=device)
     )
     source = Source.of(features, labels, study, group=owner(group), level=level, slide_table=slide_table)
     account = study.account([split])
     made = [out, *told, *_judge(out, study, source, split, continue_from=continue_from, device=device)]
-    return Done([*made, account.write(out)], lines=tuple(account.lines()))
+    return Done([*made, account.write(out)], lines=(*account.lines(), *ending))
 
 
 def _recipe(
@@ -145,16 +145,19 @@ def _recipe(
 
 def _report(
     fitted: "Fitted", study: "Study", split: "Split", out: Path, *, features: Path, labels: Path, device: str
-) -> list[Path]:
-    """Test the model on slides that have not trained it, when there are some."""
+) -> tuple[list[Path], list[str]]:
+    """Test the model on slides that have not trained it, when there are some; return files and closing lines."""
     from eosin._files import file_fingerprint
     from eosin.mil._crossval import METRICS, PREDICTIONS
     from eosin.mil._holdout import judge, unseen_part
     from eosin.report._evaluation import Context, report_crossval
+    from eosin.report._measures import headline
 
     name, ids = unseen_part(split, fitted.card.recipe)
-    if not ids or os.environ.get("RANK", "0") != "0":
-        return []
+    if os.environ.get("RANK", "0") != "0":
+        return [], []
+    if not ids:
+        return [], ["not tested: the split has no slide that the model was not trained on"]
     part: Part = "validated" if name == "validation" else "no"
     metrics = judge(fitted, study.task, study.examples.subset(ids), out, part=part, device=device)
     chosen_by = "" if name == "test" else ", which chose the epoch and any threshold, so that the figures flatter"
@@ -168,7 +171,8 @@ def _report(
         },
     )
     report_crossval(out / REPORT, metrics, out / PREDICTIONS, study, context)
-    return [out / METRICS, out / PREDICTIONS, out / REPORT]
+    ending = [f"{name} part: {headline(metrics)}", f"open {out / REPORT} in a browser"]
+    return [out / METRICS, out / PREDICTIONS, out / REPORT], ending
 
 
 def _judge(

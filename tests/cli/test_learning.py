@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def model(features: Path, labels: Path, splits: Path, run: Run, tmp_path_factory
     result = run("train", *arguments, "--recipe", "abmil", *QUICK)
     results = [out, *(out / name for name in ("metrics.json", "predictions.csv", "report.html", "cohort.csv"))]
     assert (result.exit_code, result.stdout.split()) == (0, list(map(str, results)))
+    assert re.search(r"test part: Area under the ROC curve: (0\.\d+|1\.000|undefined)", result.stderr), result.stderr
+    assert f"open {out / 'report.html'} in a browser" in result.stderr
     return out
 
 
