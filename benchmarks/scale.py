@@ -3,10 +3,10 @@
 Each number of slides gets a job folder with coordinates and features of 4 tiles per slide, a table of labels, and a
 folder of as many empty pictures. `measure` says what is timed. ``per_slide_ms`` is processor time, children included,
 divided by the number; other work on the machine hardly lengthens it. ``growth`` compares it with that of the smallest
-number: 1 is linear, less is a fixed cost that is shared. With ``--linked`` the files are hard links to one, in a job as
-it is and in one that is spread over 256 folders each: they are made in seconds, but only their names are many.
+number: 1 is linear, less is a fixed cost that is shared. With ``--linked`` the files are hard links to one, so that
+they are made in seconds. ``--spread`` compares one folder with the 256 folders of a job that is spread, by links, too.
 
-Run: ``python benchmarks/scale.py --slides 100 1000 5000 20000 --linked 200000 --out benchmarks/results/scale.csv``
+Run: ``python benchmarks/scale.py --slides 100 1000 5000 --linked 20000 --spread 200000 --out scale.csv``
 """
 
 import argparse
@@ -39,6 +39,7 @@ from eosin.wsi._slide_file import SlideFile, find_slides
 TILING = Tiling(mpp=0.5, patch_size=256)
 GRID = TileGrid(np.array([[0, 0], [256, 0], [0, 256], [256, 256]], np.int64), 256, TILING, (2048, 2048), 0.5)
 ENCODER = "he_texture"
+SOME, MOST_LINKS = 5_000, 50_000
 RECIPE = {"aggregator": {"name": "mean"}, "training": {"epochs": 1, "select": "last", "patience": 0, "refit": False}}
 
 
@@ -75,10 +76,12 @@ class Made:
             self.write(slide)
 
     def link_all(self) -> None:
-        """Write the files of one slide, and links to them for the others."""
-        first, *others = self.slides
-        self.write(first)
-        for slide in others:
+        """Write the files of one slide in so many as a file may have names, and links to them for the others."""
+        for number, slide in enumerate(self.slides):
+            if number % MOST_LINKS == 0:
+                first = slide
+                self.write(first)
+                continue
             for find in (self.run.patches, self.run.output):
                 path = find(slide)
                 path.parent.mkdir(exist_ok=True)
@@ -124,11 +127,15 @@ def measure_store(made: Made) -> Iterator[tuple[str, float]]:
     """Yield what a stage costs besides its work."""
     yield "list features", seconds(find_bags, made.features)
     yield "claims", seconds(made.claim_all)
+    yield from measure_records(made)
+
+
+def measure_records(made: Made) -> Iterator[tuple[str, float]]:
+    """Yield what the records of a stage cost: one by one, and once in a run."""
     yield "append records", seconds(made.record_all)
     yield "merge records", seconds(merge, made.job.run_json)
     yield "read all records", seconds(read_run_json, made.job.run_json)
     yield "open the records", seconds(Log, made.job.run_json)
-    yield "skip checks", seconds(made.skip_all)
 
 
 def measure_study(made: Made) -> Iterator[tuple[str, float]]:
@@ -155,17 +162,35 @@ def measure(n_slides: int) -> Iterator[tuple[str, float]]:
             (pictures / f"{slide.slide_id}.tiff").touch()
         yield "list slides", seconds(find_slides, [pictures])
         yield from measure_store(made)
+        yield "skip checks", seconds(made.skip_all)
         yield from measure_study(made)
 
 
 def measure_linked(n_slides: int) -> Iterator[tuple[str, float]]:
-    """Yield the steps that only look at files, for a job as it is and one that is spread."""
+    """Yield the steps for files that are links."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Made(Path(name), n_slides)
+        made.link_all()
+        yield from measure_store(made)
+        yield "skip checks", seconds(made.skip_all)
+        yield from measure_study(made)
+
+
+def measure_spread(n_slides: int) -> Iterator[tuple[str, float]]:
+    """Yield the steps that look at entries, in one folder and in 256; some slides stand for all of them."""
     for spread in (False, True):
         with tempfile.TemporaryDirectory() as name:
             made = Made(Path(name), n_slides, spread=spread)
             made.link_all()
-            for step, taken in chain(measure_store(made), [("open the study", seconds(made.open))]):
-                yield f"{step} ({'spread' if spread else 'one folder'})", taken
+            layout = "256 folders" if spread else "one folder"
+            yield f"list features ({layout})", seconds(find_bags, made.features)
+            if spread:
+                yield f"open the study ({layout})", seconds(made.open)
+                yield from ((f"{step} ({layout})", taken) for step, taken in measure_records(made))
+            made.slides = made.slides[:: max(1, n_slides // SOME)]
+            share = n_slides / len(made.slides)
+            yield f"claims ({layout})", share * seconds(made.claim_all)
+            yield f"skip checks ({layout})", share * seconds(made.skip_all)
 
 
 def main() -> None:
@@ -173,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--slides", type=int, nargs="*", default=[100, 400, 1600])
     parser.add_argument("--linked", type=int, nargs="*", default=[])
+    parser.add_argument("--spread", type=int, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     table: list[list[object]] = [["step", "slides", "seconds", "per_slide_ms", "growth"]]
@@ -181,6 +207,7 @@ def main() -> None:
     runs: Sequence[tuple[int, Iterator[tuple[str, float]]]] = [
         *((number, measure(number)) for number in arguments.slides),
         *((number, measure_linked(number)) for number in arguments.linked),
+        *((number, measure_spread(number)) for number in arguments.spread),
     ]
     for n_slides, steps in runs:
         for step, taken in steps:

@@ -330,13 +330,28 @@ def read_common_spec(bags: Mapping[str, Path]) -> FeatureSpec:
     ConfigError
         When there is no file.
     """
+    return read_headers(bags)[0]
+
+
+def read_headers(bags: Mapping[str, Path]) -> tuple[FeatureSpec, dict[str, int]]:
+    """Read the one specification of all files, and how many rows each has, opening each once.
+
+    Raises
+    ------
+    FeatureMismatchError, ConfigError
+        As `read_common_spec`.
+    """
     if not bags:
         raise ConfigError("there are no feature files; pass a folder with at least one .h5 file")
-    first, *others = bags.values()
-    spec = read_spec(first)
-    for path in others:
-        spec.require_match(read_spec(path), path, expected_by=str(first))
-    return spec
+    first, spec, n_rows = next(iter(bags.values())), None, {}
+    for slide_id, path in bags.items():
+        with _open_own(path) as (file, _):
+            own, footer = _read_header(file, path)
+        spec = spec or own
+        spec.require_match(own, path, expected_by=str(first))
+        n_rows[slide_id] = footer.n_rows
+    assert spec is not None
+    return spec, n_rows
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from eosin._fingerprints import DIGITS
 from eosin.errors import LabelError
 from eosin.features._bag import FeatureSpec
-from eosin.features._store import read_bag, read_common_spec, read_footer, read_rows_hash
+from eosin.features._store import read_bag, read_headers, read_rows_hash
 from eosin.mil._tables import LabelTable, shown
 from eosin.mil.bags import side_by_side
 from eosin.mil.task import Task
@@ -109,17 +109,14 @@ class FeatureFolder:
     """
 
     def __init__(self, files: Mapping[str, Path], *, cache_bytes: int = 2 * 2**30) -> None:
-        self.spec = read_common_spec(files)
+        self.spec, self._lengths = read_headers(files)
         self.ids: Sequence[str] = tuple(files)
         self._files = dict(files)
-        self._lengths: dict[str, int] = {}
         self._cache: dict[str, Tensor] = {}
         self._free_bytes = cache_bytes
 
     def length(self, bag_id: str) -> int:
         """Return the number of instances."""
-        if bag_id not in self._lengths:
-            self._lengths[bag_id] = read_footer(self._files[bag_id]).n_rows
         return self._lengths[bag_id]
 
     def load(self, bag_id: str, rows: Tensor | None = None) -> Tensor:
