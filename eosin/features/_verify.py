@@ -1,6 +1,7 @@
 """Every file of a job against what it says about itself."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from eosin._batch import Outcome, run_batch
+from eosin._fingerprints import content_hash
 from eosin._records import Record, Report
 from eosin._seals import read_json
 from eosin._spread import FOLDERS, whole_folder
@@ -36,8 +38,8 @@ def verify_job(job: JobFolder, *, progress: Callable[[Record], None] | None = No
     """Check all files of a job.
 
     Feature files: every byte, every rule of the format, one specification per folder, and the tiles of today's
-    coordinates file. Coordinates files: structure, and checksums of rows and quality scores. Pictures and outlines:
-    that they can be read.
+    coordinates file. Coordinates files: structure, and checksums of rows and quality scores. Pictures: that they can be
+    read and are those that a coordinates file of the slide names. Outlines, which people edit: that they can be read.
 
     Parameters
     ----------
@@ -136,7 +138,19 @@ def _verify_picture(path: Path) -> Outcome:
             picture.load()
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise FeatureFileError(path, f"cannot be decoded ({error}); tile the slide again", code="damaged") from error
+    stated = _stated_pictures(path)
+    if stated and content_hash(path) not in stated:
+        raise FeatureFileError(path, "is not the picture that eosin wrote; tile the slide again", code="damaged")
     return Outcome()
+
+
+def _stated_pictures(path: Path) -> set[str]:
+    """Return the hashes of the pictures that were written with the slide's coordinates, of any tiling."""
+    job, stated = JobFolder(whole_folder(path).parent), set[str]()
+    for folder in job.root.glob("*/patches"):
+        with suppress(FeatureFileError):
+            stated.update(read_footer(job.patches(folder.parent.name, path.stem)).pictures.split())
+    return stated
 
 
 def _verify_outline(path: Path) -> Outcome:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eosin._fingerprints import content_hash
 from eosin.errors import ConfigError
 from eosin.features._bag import FeatureBag, FeatureSpec
 from eosin.features._store import write_bag
@@ -55,6 +56,16 @@ def test_a_sound_job(job: JobFolder) -> None:
     assert report.failed == []
     assert len(report.records) == 9
     assert report.count("empty") == 2
+
+
+def test_a_picture_of_another_slide_is_named(job: JobFolder) -> None:
+    stated = " ".join(content_hash(path) for path in (job.thumbnail("a"), job.contours("a")))
+    write_grid(
+        job.patches(FOLDER, "a"), make_grid(5), slide_id="a", mpp_source="user", fingerprint="f", pictures=stated
+    )
+    assert verify_job(job).failed == []
+    Image.new("RGB", (64, 64)).save(job.contours("a"))
+    assert reasons(job) == {"contours/a.jpg": "damaged"}
 
 
 def test_each_damage_is_named(job: JobFolder) -> None:
