@@ -127,7 +127,7 @@ def test_the_slide_is_grey_below_the_map_and_in_colour_without_it(reader):
 def test_other_maps_classes_and_scales_can_be_chosen(reader):
     low = f"{reader.model('map')}.glyph.color_mapper.low"
     reader.choose("family", "attention")
-    reader.wait(f"{low} == 0")
+    reader.wait(f"{low} == 1")
     reader.choose("family", "effect of each tile")
     reader.wait(f"{low} < 0")
     values = f"Array.from({reader.model('map')}.data_source.data.plain[0])"
@@ -359,7 +359,7 @@ def test_two_views_stand_side_by_side_and_move_together(reader, catalogue):
     assert "slide-1" in reader.text("second_words")
     reader.choose("second_map", "attention")
     reader.wait(
-        f"{reader.model('second')}.children[0].renderers.find((one) => one.name == 'map').glyph.color_mapper.low == 0"
+        f"{reader.model('second')}.children[0].renderers.find((one) => one.name == 'map').glyph.color_mapper.low == 1"
     )
     reader.choose("beside", catalogue.shown[1].key)
     reader.wait_for_text("second_words", "slide-2")
