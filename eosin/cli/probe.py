@@ -66,13 +66,14 @@ def probe(
 ) -> Done:
     """Fit and test a linear probe, or nearest neighbours, on one vector per slide: the baseline of every model.
 
-    The folds, predictions, metrics and the report are those of `eosin crossval`.
+    The folds, predictions, metrics and the report are those of `eosin crossval`. The linear probe of all slides, on the
+    mean or maximum of their tiles, is a model in OUT/model for `eosin predict` and `eosin heatmap`.
     """
     from eosin._files import file_fingerprint
     from eosin.cli._study import read_study, require_one_source
     from eosin.mil._compare import require_comparable
     from eosin.mil._crossval import METRICS, PREDICTIONS, read_predictions, tested_slides
-    from eosin.mil._probe import FEW_SHOT, Probe, probe_study, require_no_models, require_shots
+    from eosin.mil._probe import FEW_SHOT, MODEL, Probe, can_be_saved, probe_study, require_no_models, require_shots
     from eosin.pipeline._preflight import Problems
     from eosin.report._evaluation import Context, report_crossval
     from eosin.report._measures import compare_runs, shots_table
@@ -121,7 +122,8 @@ def probe(
         provenance={"labels": f"{labels.name} ({file_fingerprint(labels)})"},
     )
     report_crossval(out / REPORT, metrics, out / PREDICTIONS, study, context)
-    paths = [out / METRICS, out / PREDICTIONS, *([out / FEW_SHOT] if shots else []), out / REPORT]
+    more = [*([out / FEW_SHOT] if shots else []), *([out / MODEL] if can_be_saved(chosen) else [])]
+    paths = [out / METRICS, out / PREDICTIONS, *more, out / REPORT]
     return Done(paths, lines=tuple(flow.lines()))
 
 

@@ -21,6 +21,7 @@ from eosin._files import write_text
 from eosin._filesets import begin_set, finish_set
 from eosin._tables import csv_text
 from eosin.errors import ConfigError, EosinError, LabelError
+from eosin.mil._checkpoint import CARD, WEIGHTS, ModelCard, build_model, save_model
 from eosin.mil._cohort import Cohort, deal
 from eosin.mil._crossval import (
     METRICS,
@@ -32,11 +33,13 @@ from eosin.mil._crossval import (
     write_folds,
     write_predictions,
 )
-from eosin.mil._data import BagSource, Examples
+from eosin.mil._data import BagSource, Examples, PatientBags
 from eosin.mil._evaluate import RESAMPLES
 from eosin.mil._flow import Flow
 from eosin.mil._linear import fit_linear, logits_of
 from eosin.mil._metrics import Floats, Metrics
+from eosin.mil._recipe import Component, Recipe, Training
+from eosin.mil._seen import SEEN, write_seen
 from eosin.mil._splits import check_splits
 from eosin.mil._study import Study
 from eosin.mil.task import Task
@@ -50,7 +53,9 @@ INNER_FOLDS = 5
 FEW_SHOT = "few_shot.csv"
 BASELINE = "baseline"
 NO_FOLDER = r"(?!)"
-"""Matches no name: a probe has no folders of models, and deletes none."""
+"""Matches no name: nothing here has folders of folds, and deletes none."""
+MODEL = "model"
+"""Folder of the probe of all slides, where it is a model of tiles."""
 LINEAR = {
     "classification": "logistic",
     "binary": "logistic",
@@ -172,10 +177,13 @@ class Fitted:
         With what its training part taught.
     predict : callable
         Returns activated outputs (n, outputs) of vectors (n, E).
+    layer : tuple of Tensor, optional
+        Weight (K, E) and bias (K,) of the logits, float64, by which a linear probe reads vectors as they are.
     """
 
     task: Task
     predict: Callable[[Floats], Floats]
+    layer: tuple[Tensor, Tensor] | None = None
 
 
 def fit_probe(probe: Probe, task: Task, train: Vectors) -> Fitted:
@@ -204,7 +212,36 @@ def fit_probe(probe: Probe, task: Task, train: Vectors) -> Fitted:
     rotated = replace(train, rows=scaled(train.rows) @ basis.T)
     strength = probe.strength or _best_strength(own, rotated, probe.seed)
     weights = fit_linear(own, rotated.rows, train.targets, strength)
-    return Fitted(own, lambda rows: own.activate(logits_of(torch.from_numpy(scaled(rows) @ basis.T), weights)))
+    weight = (weights[:-1].T @ torch.from_numpy(basis)) / torch.from_numpy(scale)
+    layer = weight, weights[-1] - weight @ torch.from_numpy(center)
+    return Fitted(own, lambda rows: own.activate(logits_of(torch.from_numpy(scaled(rows) @ basis.T), weights)), layer)
+
+
+def save_probe(probe: Probe, study: Study, vectors: Vectors, folder: Path) -> None:
+    """Write the model folder of a linear probe of all slides: the mean or the maximum of the tiles, and one layer.
+
+    What is fitted is the probe that the folds have tested; its strength is chosen on inner folds of all slides.
+    """
+    fitted = fit_probe(probe, study.task, vectors)
+    assert fitted.layer is not None  # as `can_be_saved` says
+    spec = study.examples.bags.spec
+    network = Component(name=probe.pool, options={"embed_dims": (), "level": "embedding"})
+    recipe = Recipe(aggregator=network, training=Training(standardize=False))
+    model = build_model(recipe, fitted.task, spec.dim)
+    weight, bias = (part.to(torch.float32) for part in fitted.layer)
+    model.load_state_dict({"classifier.weight": weight, "classifier.bias": bias})
+    level = "patient" if isinstance(study.examples.bags, PatientBags) else "slide"
+    facts = {"probe": probe.in_words(study.task), "level": level, "n_train": len(vectors.rows)}
+    files = {SEEN: write_seen(folder, study.examples, None)}
+    card = ModelCard(
+        recipe=recipe, task=fitted.task.model_dump(mode="json"), features=spec, training=facts, files=files
+    )
+    save_model(folder, model.eval(), card)
+
+
+def can_be_saved(probe: Probe) -> bool:
+    """Return whether a probe is a model of tiles: it is linear in their mean or maximum."""
+    return probe.method != "knn" and probe.pool != "mean_sd"
 
 
 def _best_strength(task: Task, train: Vectors, seed: int) -> float:
@@ -256,7 +293,8 @@ def probe_study(
     study : Study
         See `eosin.mil._study.open_study`; of vectors of slides, or of tiles that are pooled here.
     out : Path
-        Receives ``predictions.csv`` and ``metrics.json`` as a cross-validation does, and ``few_shot.csv``.
+        Receives ``predictions.csv`` and ``metrics.json`` as a cross-validation does, ``few_shot.csv``, and in
+        ``model`` the linear probe of all slides, for `eosin.mil._predict.predict`, unless it reads deviations.
     probe : Probe, optional
     splits : sequence of Split, or of sequences of Split, optional
         As `eosin.mil._study.Study.splits` returns; five new folds by patient unless given. The validation part, with
@@ -289,14 +327,18 @@ def probe_study(
     require_shots(study.task, study.cohort, parts, shots)
     require_no_models(folder)
     vectors = Vectors.of(study.examples, study.cohort, chosen.pool)
-    begin_set(folder, [PREDICTIONS, METRICS, *([FEW_SHOT] if shots else [])], pattern=NO_FOLDER)
+    saved = [f"{MODEL}/{name}" for name in (CARD, WEIGHTS, SEEN)] if can_be_saved(chosen) else []
+    more = [*saved, *([FEW_SHOT] if shots else [])]
+    begin_set(folder, [PREDICTIONS, METRICS, *more], pattern=MODEL)
     folds = [_fold(chosen, study.task, vectors, number, fold) for number, fold in enumerate(parts)]
     summary = write_folds(chosen, study.task, folds, folder, resamples=resamples, flow=flow)
     if shots:
         few = few_shot(chosen, study.task, vectors, parts, shots=shots, repeats=repeats)
         write_text(folder / FEW_SHOT, csv_text([list(few[0]), *(list(row.values()) for row in few)]))
         summary["few_shot"] = summarise_shots(few)
-    finish_set(folder, [*result_files(summary), *([FEW_SHOT] if shots else [])])
+    if saved:
+        save_probe(chosen, study, vectors, folder / MODEL)
+    finish_set(folder, [*result_files(summary), *more])
     return summary
 
 

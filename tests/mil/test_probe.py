@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from eosin.errors import ConfigError, LabelError
 from eosin.features._bag import FeatureBag, FeatureSpec, vector_name
 from eosin.features._store import write_bag
+from eosin.mil._checkpoint import load_model
 from eosin.mil._cohort import Cohort
 from eosin.mil._crossval import PREDICTIONS
 from eosin.mil._linear import fit_linear
@@ -26,8 +27,10 @@ from eosin.mil._probe import (
     summarise_shots,
     write_baseline,
 )
+from eosin.mil._seen import read_seen
 from eosin.mil._splits import Split
 from eosin.mil._study import open_study
+from eosin.mil.bags import PackedBags
 from eosin.mil.task import Task, make_task
 from eosin.mil.tasks._classification import Binary, Classification
 from eosin.mil.tasks._cox import Cox
@@ -150,6 +153,37 @@ def test_a_study_is_probed_with_the_files_of_a_cross_validation(files, toy, tmp_
     assert [(line["k"], line["n"]) for line in summary["few_shot"]] == [(1, 9), (2, 9)]
     again = probe_study(study, tmp_path / "again", splits=splits, shots=(1, 2), repeats=3, resamples=50)
     assert again == summary
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_the_probe_of_all_slides_is_a_model_with_exact_evidence(files, tmp_path: Path, pool) -> None:
+    study = open_study(*files)
+    probe_study(study, tmp_path / "out", probe=Probe(pool=pool), splits=study.splits(folds=3), resamples=50)
+    model, card = load_model(tmp_path / "out/model")
+    vectors = Vectors.of(study.examples, study.cohort, pool)
+    wanted = fit_probe(Probe(pool=pool), study.task, vectors).predict(vectors.rows)
+    packs = [PackedBags.pack([study.examples.bags.load(name).float()]) for name in study.examples.ids]
+    with torch.no_grad():
+        said = np.concatenate([card.load_task().activate(model(pack).logits).numpy() for pack in packs])
+        form = model.readout(packs[0], model(packs[0]))
+        rest = PackedBags.pack([packs[0].values[1:]])
+        change = model(rest).logits - model(packs[0]).logits
+    np.testing.assert_allclose(said, wanted, atol=1e-5)
+    np.testing.assert_allclose(form.leave_one_out()[0], change[0], atol=1e-5)
+    assert read_seen(tmp_path / "out/model").has(study.examples.ids[0])
+
+
+def test_a_probe_that_is_no_model_removes_the_model_before_it(files, tmp_path: Path) -> None:
+    study = open_study(*files)
+    splits = study.splits(folds=3)
+    for probe, saved in (
+        (Probe(), True),
+        (Probe(pool="mean_sd"), False),
+        (Probe(), True),
+        (Probe(method="knn"), False),
+    ):
+        probe_study(study, tmp_path / "out", probe=probe, splits=splits, resamples=50)
+        assert (tmp_path / "out/model").exists() == saved
 
 
 def test_no_test_slide_changes_what_is_fitted(files, toy, tmp_path: Path) -> None:
