@@ -29,7 +29,18 @@ def test_a_probe_answers_for_slides_and_draws_maps(features: Path, cohort: Path,
     with (tmp_path / "said.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(list(features.glob("*.h5")))
-    result = run("heatmap", *given, "--out", tmp_path / "maps", "--maps", "effect", "--format", "png")
+    result = run(
+        "heatmap",
+        *given,
+        "--slides",
+        cohort / "slides",
+        "--out",
+        tmp_path / "maps",
+        "--maps",
+        "effect",
+        "--format",
+        "png",
+    )
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "maps").rglob("*.png"))) == len(rows)
 

@@ -164,7 +164,7 @@ def test_the_probe_of_all_slides_is_a_model_with_exact_evidence(files, tmp_path:
     wanted = fit_probe(Probe(pool=pool), study.task, vectors).predict(vectors.rows)
     packs = [PackedBags.pack([study.examples.bags.load(name).float()]) for name in study.examples.ids]
     with torch.no_grad():
-        said = np.concatenate([card.load_task().activate(model(pack).logits).numpy() for pack in packs])
+        said = np.concatenate([card.load_task().activate(model(pack).logits) for pack in packs])
         form = model.readout(packs[0], model(packs[0]))
         rest = PackedBags.pack([packs[0].values[1:]])
         change = model(rest).logits - model(packs[0]).logits
