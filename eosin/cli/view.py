@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "slide_mpp",
         "scene",
         "plane",
+        "replay",
     ),
     of_job={"model": "model", "features": ""},
     bare="model",
