@@ -1,6 +1,7 @@
 """Are the maps of real tissue made by what was learnt? Randomisation, deletion and insertion on the UCSB images.
 
     python benchmarks/maps_tissue.py --job ucsb [--encoder effnet_lite0] [--recipes abmil transmil] [--shuffles 10]
+        [--draws 5] [--seeds 2] [--epochs 20]
 
 `maps.py` asks this of painted slides, whose truth is known. Nobody has marked the tissue of UCSB, so a map is compared
 with the map of the same held-out image by another model, as in Adebayo et al. (2018,
@@ -8,7 +9,7 @@ https://arxiv.org/abs/1810.03292): ``agreement`` is the mean rank correlation ov
 ``agreement_sd`` its standard deviation over models. The other model is
 
 - ``other seed``: trained on the same images with another seed; what a map that shows the learnt reaches;
-- ``classifier random``, ``all random``: the model itself with those weights shuffled, five times per fold;
+- ``classifier random``, ``all random``: the model itself with those weights shuffled, --draws times per fold;
 - ``labels shuffled``: trained on labels that were shuffled among the images.
 
 ``reached`` is the share of such models that agree at least as well as those of another seed do on average. Deletion and
@@ -48,7 +49,7 @@ from eosin.mil.slots import Aggregator
 RESULTS = Path(__file__).parent / "results" / "maps_tissue.csv"
 RECIPES = ("abmil", "clam_mb", "dsmil", "mean", "transmil")
 KINDS = ("other seed", "classifier random", "all random", "labels shuffled")
-FOLDS, DRAWS, EPOCHS = 4, 5, 20
+FOLDS = 4
 Maps = dict[str, list[NDArray[np.float64]]]
 
 
@@ -70,10 +71,10 @@ class Images:
         tests = [[read_bag(folder / f"{name}.h5") for name in split.test] for split in splits]
         return cls(study, splits, tests)
 
-    def train(self, name: str, *, seed: int = 0, shuffle: int | None = None) -> list[Aggregator]:
+    def train(self, name: str, epochs: int, *, seed: int = 0, shuffle: int | None = None) -> list[Aggregator]:
         """Return the models of a cross-validation; with `shuffle`, on labels shuffled with this seed."""
         training = Training(
-            lr=1e-3, weight_decay=1e-2, epochs=EPOCHS, bags_per_step=4, select="last", clip_norm=1.0, warmup=2.0,
+            lr=1e-3, weight_decay=1e-2, epochs=epochs, bags_per_step=4, select="last", clip_norm=1.0, warmup=2.0,
             seed=seed,
         )  # fmt: skip
         examples, task = self.study.examples, self.study.task
@@ -124,19 +125,19 @@ def curves(model: Aggregator, bags: list[FeatureBag], order: Maps, seed: int) ->
     return {name: np.array(rows) for name, rows in found.items()}
 
 
-def compared(name: str, images: Images, shuffles: int) -> Iterator[Row]:
+def compared(name: str, images: Images, given: argparse.Namespace) -> Iterator[Row]:
     """Yield a row per map and kind of other model."""
-    models = images.train(name)
+    models = images.train(name, given.epochs)
     own = [maps(model, bags) for model, bags in zip(models, images.tests, strict=True)]
     gaps = [curves(models[fold], images.tests[fold], own[fold], fold) for fold in range(FOLDS)]
     others: dict[str, list[tuple[int, Maps]]] = {kind: [] for kind in KINDS}
     for fold, model in enumerate(models):
-        for seed in range(DRAWS):
+        for seed in range(given.draws):
             for kind in KINDS[1:3]:
                 fresh = randomised(model, classifier_only=kind == KINDS[1], seed=10 * fold + seed)
                 others[kind].append((fold, maps(fresh, images.tests[fold])))
-    trained = {KINDS[0]: [images.train(name, seed=100 * seed) for seed in (1, 2)]}
-    trained[KINDS[3]] = [images.train(name, shuffle=seed) for seed in range(shuffles)]
+    trained = {KINDS[0]: [images.train(name, given.epochs, seed=100 + 100 * seed) for seed in range(given.seeds)]}
+    trained[KINDS[3]] = [images.train(name, given.epochs, shuffle=seed) for seed in range(given.shuffles)]
     for kind, runs in trained.items():
         others[kind] = [(fold, maps(run[fold], images.tests[fold])) for run in runs for fold in range(FOLDS)]
     for map_name in own[0]:
@@ -149,6 +150,7 @@ def compared(name: str, images: Images, shuffles: int) -> Iterator[Row]:
                 "map": map_name,
                 "other": kind,
                 "models": len(found[kind]),
+                "epochs": given.epochs,
                 "agreement": f"{np.mean(found[kind]):.3f}",
                 "agreement_sd": f"{np.std(found[kind]):.3f}",
                 "reached": "" if kind == KINDS[0] else f"{np.mean(np.array(found[kind]) >= goal):.2f}",
@@ -163,6 +165,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--encoder", default="effnet_lite0")
     parser.add_argument("--shuffles", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--job", type=Path, default=Path("ucsb"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -174,7 +179,7 @@ def main() -> None:
             line["models"] for key, line in table.items() if key[::2] == (name, KINDS[3])
         }:
             continue
-        for line in compared(name, images, arguments.shuffles):
+        for line in compared(name, images, arguments):
             print(*line.values(), flush=True)
             table[line["recipe"], line["map"], line["other"]] = line
         write_table(arguments.out, [table[key] for key in sorted(table)])
