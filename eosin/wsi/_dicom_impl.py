@@ -28,11 +28,14 @@ KINDS: Mapping[str, Kind] = {"LABEL": "label", "OVERVIEW": "macro", "LOCALIZER":
 HEADER = [
     "SOPClassUID", "ImageType", "NumberOfFrames", "Rows", "Columns", "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
     "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated", "BitsStored",
-    "DimensionOrganizationType", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationUID",
+    "PixelRepresentation", "DimensionOrganizationType", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationUID",
     "ConcatenationFrameOffsetNumber", "TotalPixelMatrixFocalPlanes", "NumberOfOpticalPaths", "ImagedVolumeWidth",
     "ImagedVolumeHeight", "ContainerIdentifier", "OpticalPathSequence", "SharedFunctionalGroupsSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+PARTIAL = ("YBR_PARTIAL_422", "YBR_PARTIAL_420")
+"""Retired, and ambiguous but for JPEG, which says itself how it is stored."""
 ITEM, SEQUENCE_END, UNDEFINED = 0xFFFEE000, 0xFFFEE0DD, 0xFFFFFFFF
 STARTS = (
     b"\xff\xd8",
@@ -248,6 +251,11 @@ def _fault(instance: Instance) -> tuple[str, str]:
     if int(header.get("SamplesPerPixel", 1)) != 3 or int(header.get("BitsAllocated", 8)) not in (8, 16):
         samples, bits = header.get("SamplesPerPixel"), header.get("BitsAllocated")
         return f"it holds {samples} channel(s) of {bits} bits; eosin reads bright-field RGB", "unsupported-pixels"
+    colours = str(header.get("PhotometricInterpretation", "nothing"))
+    if colours not in COLOURS and not (colours in PARTIAL and instance.syntax in JPEG):
+        return f"its pixels are stated to be {colours}; eosin reads RGB and YBR_FULL, ICT and RCT", "unsupported-pixels"
+    if int(header.get("PixelRepresentation") or 0):
+        return "its pixels are signed numbers; eosin reads unsigned ones", "unsupported-pixels"
     known = {*JPEG, *DECODERS, *RAW, RLE, DEFLATED_FRAMES}
     if instance.syntax not in known:
         name = header.file_meta.TransferSyntaxUID.name

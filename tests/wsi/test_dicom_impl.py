@@ -246,6 +246,18 @@ def test_what_is_not_a_slide_is_said_to_be_none(tmp_path, picture):
     assert caught.value.code == "unsupported"
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [{"PhotometricInterpretation": name} for name in ("HSV", "MONOCHROME2", "PALETTE COLOR", "CMYK", "YBR_PARTIAL_420")]
+    + [{"PixelRepresentation": 1}, {"PhotometricInterpretation": None}],
+)
+def test_pixels_that_are_not_stated_to_be_rgb_or_full_ycbcr_are_refused(tmp_path, picture, stated):
+    write_dicom(tmp_path / "a.dcm", picture, **stated)
+    with pytest.raises(SlideOpenError) as caught:
+        open_slide(tmp_path / "a.dcm")
+    assert caught.value.code == "unsupported-pixels"
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["dicom-jpeg-YBR_FULL.dcm", "sm_image_jpegls.dcm"])
 def test_real_files_against_pydicom(shared, name):
