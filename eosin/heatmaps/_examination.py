@@ -25,7 +25,7 @@ from eosin.heatmaps._counterfactual import (
     transplant,
 )
 from eosin.heatmaps._findings import Counterfactuals, describe_method
-from eosin.heatmaps._subject import Look, class_choices, look
+from eosin.heatmaps._subject import Look, class_choices, look, require_classes
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._reevaluation import BUDGET
 from eosin.mil.slots import Aggregator
@@ -145,9 +145,7 @@ def examine(
         If the task has no classes, the class is unknown, the bag has fewer than two tiles, or what random sets are to
         be matched by is not known.
     """
-    classes = class_choices(card)
-    if not classes:
-        raise ConfigError(f"counterfactuals need a model of classes; this model has the task {card.load_task().kind}")
+    classes = require_classes(card)
     if bag.n_instances < 2:
         raise ConfigError(f"{bag.slide_id}: counterfactuals need at least two tiles, the slide has {bag.n_instances}")
     wide = model.n_outputs < len(classes)

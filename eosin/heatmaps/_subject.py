@@ -182,3 +182,11 @@ def class_choices(card: ModelCard) -> tuple[str, ...]:
     """Return the classes of a model that chooses one of them, or nothing for other tasks."""
     task = card.load_task()
     return task.classes if isinstance(task, Classification | Binary) else ()
+
+
+def require_classes(card: ModelCard) -> tuple[str, ...]:
+    """Return the classes of a model; `ConfigError` for one of another task, which no counterfactual is about."""
+    classes = class_choices(card)
+    if not classes:
+        raise ConfigError(f"counterfactuals need a model of classes; this model has the task {card.load_task().kind}")
+    return classes

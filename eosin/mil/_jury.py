@@ -1,8 +1,8 @@
 """Who answers for a slide: one model, the fold of a cross-validation that has not seen its patient, or all folds."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from eosin.kernels import segment_softmax
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._ensemble import Ensemble, load_ensemble
 from eosin.mil._prediction_table import Row
-from eosin.mil._seen import Choice, Models, Sight
+from eosin.mil._seen import Choice, Models, Sight, donor_notes, worst
 from eosin.mil.bags import PackedBags
 from eosin.mil.slots import Aggregator, AggregatorOutput, AttentionOutput
 from eosin.mil.task import Task
@@ -30,11 +30,28 @@ class Asked:
     card : ModelCard
     choice : Choice, optional
         Which models it stands for, and what they have seen of the slide; None where a caller made the model itself.
+    jury : Jury, optional
+        Who chose them.
+    donors : mapping of str to Sight
+        What they have seen of other slides whose tiles are added to this one, see `with_donors`.
     """
 
     model: Aggregator
     card: ModelCard
     choice: Choice | None = None
+    jury: "Jury | None" = None
+    donors: Mapping[str, Sight] = field(default_factory=dict)
+
+    def with_donors(self, slides: Iterable[str]) -> "Asked":
+        """Return who is asked when tiles of other slides are added to this one."""
+        return replace(self, donors={slide: self._sight_of(slide) for slide in slides})
+
+    def _sight_of(self, slide: str) -> Sight:
+        if self.choice is None or self.jury is None:
+            return Sight()
+        folders, jury = self.choice.folders, self.jury
+        patient = jury.patient_of.get(slide)
+        return worst(run.sight(folders, slide, patient, ids=jury.ids) for run in jury.models.runs)
 
     @property
     def sight(self) -> Sight:
@@ -45,7 +62,8 @@ class Asked:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the answer: that it flatters the model, and whose it is."""
         seen = self.sight.words
-        caution = (f"Caution: {seen}.",) if seen else ()
+        words = [*([seen] if seen else []), *donor_notes(self.donors)]
+        caution = tuple(f"Caution: {one}." for one in words)
         several = self.choice is not None and self.choice.how != "model"
         return (*caution, f"Answered by: {self.choice.how}.") if several and self.choice else caution
 
@@ -178,7 +196,7 @@ class Jury:
             chosen = self.of(choice)
             single = len(chosen.models) == 1
             self._asked[choice.folders] = (chosen.models[0], chosen.cards[0]) if single else _committee(chosen)
-        return Asked(*self._asked[choice.folders], choice)
+        return Asked(*self._asked[choice.folders], choice, self)
 
     def cells(self, choice: Choice) -> Row:
         """Return what a row of a table says of the models that answer: which they are, and what they have seen."""

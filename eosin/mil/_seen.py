@@ -304,6 +304,10 @@ class Run:
             return Choice(new, Sight(), f"out-of-fold: {names}")
         return Choice(self.folders, worst(sights.values()), _all(len(sights)))
 
+    def sight(self, folders: Collection[Path], slide: str, patient: str | None = None, *, ids: Ids = "ask") -> Sight:
+        """Return what those of the models that lie in some folders have seen of a slide."""
+        return worst(one for folder, one in self.sights(slide, patient, ids=ids).items() if folder in folders)
+
     def unbiased(self, slide_id: str) -> tuple[Path, ...]:
         """Return the models that have seen neither the slide nor, as far as the run knows, its patient."""
         return tuple(folder for folder, sight in self.sights(slide_id).items() if sight.is_new)
@@ -344,6 +348,23 @@ class Models:
             each = [f"{run.root.name} {choice.how}" for run, choice in zip(self.runs, made, strict=True)]
             how = made[0].how if len(made) == 1 else "; ".join(each)
         return Choice(folders, worst(choice.sight for choice in made), how)
+
+
+def donor_notes(sights: Mapping[str, Sight]) -> list[str]:
+    """Return what a reader must know of donors whose tiles are added to other slides; nothing where all are new."""
+    named = {part: [name for name, sight in sights.items() if sight.part == part] for part in PARTS}
+    told: dict[Part, str] = {
+        "trained": "trained the model that is asked, so the effect of their tiles flatters it",
+        "validated": "chose the model that is asked, so the effect of their tiles flatters it",
+        "unknown": f"may have trained the model that is asked, which does not say (no {SEEN})",
+    }
+    return [f"donors that, or whose patients, {words}: {shown(named[part])}"
+            for part, words in told.items() if named[part]]  # fmt: skip
+
+
+def donor_parts(sets: Iterable[str], sights: Mapping[str, Sight]) -> list[str]:
+    """Return for sets of tiles, named after their slide, what was done with that slide; empty for others."""
+    return [next((one.part for name, one in sights.items() if what.endswith(f" of {name}")), "") for what in sets]
 
 
 def _all(number: int) -> str:

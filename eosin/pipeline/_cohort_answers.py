@@ -1,7 +1,7 @@
 """What each slide of a cohort answers: a stage of its own, so that a killed run goes on and a cluster can share it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from eosin.heatmaps._findings import Counterfactuals, effects_table
 from eosin.heatmaps._subject import look, predict_bag, require_same_slide
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._jury import Asked, Jury
-from eosin.mil._seen import Sight
+from eosin.mil._seen import Sight, donor_parts
 from eosin.mil._shuffled import shuffle_weights
 from eosin.mil.slots import Aggregator
 from eosin.pipeline._question import DonorFile, open_donor, open_optional, read_sets, tissue_shares, write_findings
@@ -46,6 +46,8 @@ class Answers:
         What the models that answered have seen of the slide.
     answered_by : str
         Which models; empty for a model that does not say what it has seen.
+    donors : mapping of str to Sight
+        What they have seen of the slides whose tiles were added.
     """
 
     prediction: Mapping[str, str]
@@ -54,10 +56,13 @@ class Answers:
     shuffled: list[list[Effect]]
     sight: Sight
     answered_by: str
+    donors: Mapping[str, Sight] = field(default_factory=dict)
 
     def table(self, slide_id: str, class_name: str) -> pd.DataFrame:
         """Return one row per intervention, with what the model has seen of the slide where that is known."""
         table = effects_table(self.effects, {"slide": slide_id, "class": class_name})
+        if self.donors:
+            table = table.assign(donor_seen=donor_parts(table["tiles"], self.donors))
         return table.assign(seen=self.sight.part, answered_by=self.answered_by) if self.answered_by else table
 
 
@@ -188,6 +193,7 @@ class AskStage:
 
     def _answers(self, item: Question, asked: Asked, bag: FeatureBag) -> Answers:
         donors = [donor for donor in self._donors_of(asked) if donor.bag.slide_id != item.slide_id]
+        asked = asked.with_donors(donor.bag.slide_id for donor in donors)
         with open_optional(item.slide) as slide:
             if slide is not None:
                 require_same_slide(slide, bag)
@@ -219,6 +225,7 @@ class AskStage:
             shuffled,
             asked.sight,
             "" if asked.choice is None else asked.choice.how,
+            asked.donors,
         )
 
     def _donors_of(self, asked: Asked) -> list[Donor]:

@@ -17,11 +17,11 @@ from eosin.errors import ConfigError
 from eosin.heatmaps._cohort import CohortEffect, Interval, holm, mean_change, summarise_cohort
 from eosin.heatmaps._counterfactual import Effect, Origin
 from eosin.heatmaps._examination import Questions
-from eosin.heatmaps._subject import class_choices
+from eosin.heatmaps._subject import require_classes
 from eosin.heatmaps.export._png import DPI, render
 from eosin.heatmaps.export._table import write_frame
 from eosin.mil._checkpoint import ModelCard
-from eosin.mil._seen import seen_notes
+from eosin.mil._seen import Sight, donor_notes, donor_parts, seen_notes, worst
 from eosin.mil._tables import LabelTable
 from eosin.mil.slots import Aggregator
 from eosin.pipeline._cohort_answers import Answers, AskInMemory, AskStage, Question
@@ -127,7 +127,7 @@ def question_cohort(
         raise ConfigError(
             f"{len(asked)} of {len(cohort.features)} slides could be examined ({reasons}); a cohort needs more"
         )
-    for note in seen_notes({name: answers.sight for name, answers in asked.items()}):
+    for note in _notes_on_seen(asked):
         logger.warning("%s", note)
     summary = _summaries(asked, cohort, card, class_name)
     unseen = {name: answers for name, answers in asked.items() if answers.sight.is_new}
@@ -139,9 +139,19 @@ def question_cohort(
 
 
 def _require_class(card: ModelCard, class_name: str) -> None:
-    classes = class_choices(card)
+    classes = require_classes(card)
     if class_name not in classes:
-        raise ConfigError(f"the model has no class {class_name!r}; it has {', '.join(classes) or 'none'}")
+        raise ConfigError(f"the model has no class {class_name!r}; it has {', '.join(classes)}")
+
+
+def _donors(asked: Mapping[str, Answers]) -> dict[str, Sight]:
+    """Return the worst that any of the models that answered has seen of each donor."""
+    names = dict.fromkeys(name for answers in asked.values() for name in answers.donors)
+    return {name: worst(answers.donors.get(name, Sight()) for answers in asked.values()) for name in names}
+
+
+def _notes_on_seen(asked: Mapping[str, Answers]) -> list[str]:
+    return [*seen_notes({name: answers.sight for name, answers in asked.items()}), *donor_notes(_donors(asked))]
 
 
 def _summaries(asked: Mapping[str, Answers], cohort: Cohort, card: ModelCard, class_name: str) -> list[CohortEffect]:
@@ -292,6 +302,9 @@ def _write_cohort(
     for name in (name for name in formats if name in ("csv", "parquet")):
         tables = [cohort_table(summary).assign(slides="all")]
         tables += [cohort_table(unseen).assign(slides="unseen")] if unseen else []
+        donors = _donors(asked)
+        if donors:
+            tables = [table.assign(donor_seen=donor_parts(table["what"], donors)) for table in tables]
         for stem, frame in (("interventions", every), ("cohort", pd.concat(tables, ignore_index=True))):
             paths.append(out_dir / f"{stem}.{name}")
             write_frame(paths[-1], frame)
@@ -323,7 +336,7 @@ def _cohort_report(
         summary=" ".join(
             (
                 f"{len(asked)} slides were asked what they would be called without, or with only, some of their tiles.",
-                *(f"Caution: {note}." for note in seen_notes({name: answers.sight for name, answers in asked.items()})),
+                *(f"Caution: {note}." for note in _notes_on_seen(asked)),
             )
         ),
         slides=(together, *cards),

@@ -1,5 +1,6 @@
 """The counterfactual examination of one slide as files: table, QuPath tiles, picture and report."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from eosin.heatmaps.export._png import DPI, render, take_view, write_png
 from eosin.heatmaps.export._table import write_frame
 from eosin.mil._checkpoint import ModelCard
 from eosin.mil._jury import Asked, Model, ask
+from eosin.mil._seen import donor_notes, donor_parts
 from eosin.mil.subsets import Indices
 from eosin.report._page import Picture, ReportData, SlideCard, slide_pictures, write_report
 from eosin.wsi._picture import write_picture
 from eosin.wsi._slide import Slide
 from eosin.wsi._slide_file import SlideFile
 from eosin.wsi._tissue import find_tissue
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("csv", "parquet", "geojson", "png", "figure.png", "html")
 
@@ -146,6 +150,9 @@ def question_slide(
         bounds = None if slide is None else slide.bounds_px0
         regions = {} if annotation is None else read_sets(annotation, bag, bounds, region_classes)
         given = [open_donor(donor, card, region_classes) for donor in donors]
+        asked = asked.with_donors(donor.bag.slide_id for donor in given)
+        for note in donor_notes(asked.donors):
+            logger.warning("%s", note)
         found = examine(
             aggregator,
             card,
@@ -267,6 +274,8 @@ def _write(
 def seen_table(found: Counterfactuals, asked: Asked) -> pd.DataFrame:
     """Return the table of a slide's effects, with what the model has seen of it where that is known."""
     table = found.table()
+    if asked.donors:
+        table = table.assign(donor_seen=donor_parts(table["tiles"], asked.donors))
     return table if asked.choice is None else table.assign(seen=asked.sight.part, answered_by=asked.choice.how)
 
 

@@ -62,6 +62,7 @@ from eosin.pipeline._studies import (
     DIGITS,
     StudyFolder,
     StudyKey,
+    begin_study,
     earlier_studies,
     flat,
     place_study,
@@ -252,7 +253,7 @@ def run_inputs(
     """Do what `run_pipeline` does, with its arguments in one object."""
     problems = problems or Problems()
     checked = check_run(problems, inputs)
-    chosen = checked.begin(problems)
+    chosen = checked.begin(problems, inputs.study)
     return run_checked(
         inputs,
         checked.files,
@@ -372,12 +373,12 @@ class Checked:
             resumed = ", which has begun" if self.study.begun else ""
             yield f"study: {self.study.name}{resumed}, in {self.study.path}"
 
-    def begin(self, problems: Problems) -> StudyFolder:
-        """Raise the problems; without any, write the key of the study."""
+    def begin(self, problems: Problems, name: str | None = None) -> StudyFolder:
+        """Raise the problems; without any, begin the study, which has this name if one was given."""
         problems.require()
         assert self.study is not None  # whatever leaves it out is a problem
-        self.study.begin()
-        return self.study
+        assert self.study.key is not None
+        return begin_study(self.study.job, self.study.key, name)
 
 
 def check_run(problems: Problems, inputs: Inputs, second: Mapping[str, Any] | None = None) -> Checked:

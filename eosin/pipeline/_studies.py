@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eosin import __version__
-from eosin._files import write_json
+from eosin._files import locked, write_json
 from eosin._seals import is_intact, read_json, sealed
 from eosin.errors import ConfigError, EosinError, UnknownNameError
 from eosin.features._bag import FeatureSpec
@@ -31,6 +31,7 @@ from eosin.pipeline._result import Earlier
 from eosin.wsi._job import STUDIES, JobFolder
 
 STUDY = "study.json"
+LOCK = f".{STUDY}.lock"
 FIRST = "first"
 METRICS, PREDICTIONS, MODEL = "crossval/metrics.json", "crossval/predictions.csv", "model/model.json"
 NAME = re.compile(r"[\w][\w .+-]*")
@@ -192,6 +193,17 @@ def place_study(job: JobFolder, key: StudyKey, name: str | None = None) -> Study
         f"--study {name}: holds a study with other options ({others or 'of another version of eosin'}); "
         "choose another name, or remove --study to start a new one"
     )
+
+
+def begin_study(job: JobFolder, key: StudyKey, name: str | None = None) -> StudyFolder:
+    """Return the study of a key once its key is written; arguments and errors as of `place_study`.
+
+    Of runs that begin in one job at the same moment one is the first study, and the others see it.
+    """
+    with locked(job.root / LOCK):
+        study = place_study(job, key, name)
+        study.begin()
+    return study
 
 
 def require_name(name: str | None) -> None:

@@ -146,7 +146,7 @@ def run_both(
     """Do what `run_two_stage` does, with its arguments in one object."""
     options, problems = inputs.options, problems or Problems()
     checked = check_two_stage(problems, inputs, second)
-    chosen = checked.begin(problems)
+    chosen = checked.begin(problems, inputs.study)
     first = run_checked(
         inputs, checked.files, JobFolder(chosen.tiles.root / FIRST), chosen.path / FIRST, progress=progress
     )

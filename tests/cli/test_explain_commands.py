@@ -407,6 +407,42 @@ def test_a_what_if_of_one_slide_says_what_its_model_has_seen(
     assert "Caution: the model was trained on this slide" in (tmp_path / "s0_counterfactual.html").read_text()
 
 
+def test_donors_that_a_model_has_seen_are_named_beside_the_numbers(
+    study: Path, crossval: Path, run: Run, tmp_path: Path
+) -> None:
+    donors = ("--donor", study / "features/s0.h5", "--donor", study / "features/s4.h5")
+    common = ("--model", crossval / "fold_0", *donors, *QUICK, "--format", "csv,html")
+    one = tmp_path / "one"
+    result = run("counterfactual", *common, "--features", study / "features/s5.h5", "--out", one)
+    assert result.exit_code == 0, result.output
+    told = (
+        "donors that, or whose patients, trained the model that is asked, so the effect of their tiles flatters it: s0"
+    )
+    assert f"warning: {told}" in result.stderr
+    assert f"Caution: {told}." in (one / "s5_counterfactual.html").read_text(encoding="utf-8")
+    table = pd.read_csv(one / "s5_counterfactual.csv", keep_default_na=False).set_index("tiles").donor_seen
+    assert table["5 % most attended tiles of s0"] == "trained"
+    assert table["5 % most attended tiles of s4"] == "no"
+    assert set(table["5 % most attended tiles"]) == {""}
+    every = tmp_path / "every"
+    cohort = ("--features", study / "features", "--class", "tumour")
+    result = run("counterfactual", *common, *cohort, "--set", "questions.shuffles=2", "--out", every)
+    assert result.exit_code == 0, result.output
+    assert told in result.stderr
+    assert told in (every / "report.html").read_text(encoding="utf-8")
+    rows = pd.read_csv(every / "cohort.csv").set_index(["slides", "what"]).donor_seen
+    assert rows["all", "5 % most attended tiles of s0"] == "trained"
+    rows = pd.read_csv(every / "interventions.csv", keep_default_na=False)
+    assert set(rows[rows.tiles.str.endswith("of s0")].donor_seen) == {"trained"}
+    # of a cross-validation s0 trained the fold that answers for s4, and not the one that answers for s1
+    result = run("counterfactual", *common[2:], *cohort, "--set", "questions.shuffles=2", "--model", crossval,
+                 "--out", tmp_path / "folds")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = pd.read_csv(tmp_path / "folds/interventions.csv", keep_default_na=False)
+    seen = rows[rows.tiles.str.endswith("of s0")].groupby("slide").donor_seen.first()
+    assert (seen["s4"], seen["s1"]) == ("trained", "no")
+
+
 def test_a_committee_says_the_mean_of_its_models(study: Path, crossval: Path) -> None:
     jury = Jury.open([crossval], device="cpu")
     asked = jury.ask("s5")
@@ -494,7 +530,7 @@ def test_a_job_stands_where_a_model_does_with_the_folds_and_features_of_its_newe
 
 @pytest.mark.parametrize("kind", ["regression", "ordinal", "multilabel", "survival", "cox"])
 def test_folds_of_every_task_answer_together_in_maps_and_in_the_viewer(
-    study: Path, run: Run, tmp_path: Path, kind: str
+    study: Path, run: Run, refused: Run, tmp_path: Path, kind: str
 ) -> None:
     """Two folds of a task, with their own scales: the page says the mean that the table of predictions has."""
     spec = read_spec(study / "features/s0.h5")
@@ -524,6 +560,10 @@ def test_folds_of_every_task_answer_together_in_maps_and_in_the_viewer(
     viewed = run("view", *given, *slide, "--html", tmp_path / "v.html")
     assert viewed.exit_code == 0, viewed.output
     assert "mean of all 2 models" in (tmp_path / "v.html").read_text(encoding="utf-8")
+    for features in ("features", "features/s5.h5"):
+        asked = ("--model", tmp_path / "cv", "--features", study / features, "--class", "x", "--out", tmp_path / "c")
+        told = refused("counterfactual", *asked)
+        assert f"counterfactuals need a model of classes; this model has the task {kind}" in told
 
 
 def test_figures_of_an_external_cohort_are_over_slides_that_the_models_have_not_seen(

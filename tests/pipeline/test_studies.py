@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from eosin.pipeline._deploy import Machine
 from eosin.pipeline._preflight import Labelled
 from eosin.pipeline._result import Result
 from eosin.pipeline._run import Pipeline, run_pipeline, study_key
-from eosin.pipeline._studies import StudyFolder, StudyKey, differing, find_study, place_study, studies_of
+from eosin.pipeline._studies import StudyFolder, StudyKey, begin_study, differing, find_study, place_study, studies_of
 from eosin.wsi._grid import Tiling
 from eosin.wsi._job import JobFolder
 from eosin.wsi._synthetic import Cohort, make_cohort
@@ -138,6 +140,22 @@ def test_a_question_finds_its_study_and_a_name_is_never_taken_twice(tmp_path: Pa
         with pytest.raises(ConfigError, match="cannot be the name of a folder"):
             place_study(job, a_question("d" * 16), name)
     assert differing(studies_of(job)) == {"recipe.training.lr": [1e-4, 1e-3, 1e-4]}
+
+
+def test_of_two_first_runs_at_one_moment_one_is_the_first_study(tmp_path: Path) -> None:
+    for attempt in range(10):
+        job = JobFolder(tmp_path / str(attempt))
+        together = threading.Barrier(3)
+
+        def begin(letter: str, job: JobFolder = job, together: threading.Barrier = together) -> StudyFolder:
+            together.wait()
+            return begin_study(job, a_question(letter * 16))
+
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(begin, "abc"))
+        names = {study.name: study.key for study in studies_of(job)}
+        assert len(names) == 3
+        assert all(names[study.name] == study.key for study in made)
 
 
 def test_tiles_and_features_are_shared_where_they_are_made_alike(tmp_path: Path) -> None:
