@@ -1,13 +1,14 @@
 """The flow diagram of a cohort, as STARD and CONSORT ask for: how many slides were given, lost and used, and why."""
 
+import textwrap
 from collections.abc import Iterator
 from html import escape
 
 from eosin.mil._flow import STEPS, Count, Flow
 
-BOX_W, SIDE_W, GAP_X, GAP_Y, LINE_H, PAD = 250, 330, 48, 30, 19, 12
-CHARACTERS = 46
-"""About as many fit into a line of a side box."""
+BOX_W, SIDE_W, GAP_X, GAP_Y, LINE_H, PAD = 230, 300, 30, 24, 19, 12
+CHARACTERS = 38
+"""As many fit into a line of a side box, also in a wide font."""
 
 
 def flow_svg(flow: Flow) -> str:
@@ -50,15 +51,18 @@ def _title(count: Count, *, last: bool) -> str:
 
 
 def _amount(count: Count) -> str:
-    of = f", {count.patients} patients" if count.patients else ""
-    return f"{count.slides} slides{of}"
+    of = f", {_counted(count.patients, 'patient')}" if count.patients else ""
+    return f"{_counted(count.slides, 'slide')}{of}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _reasons(count: Count) -> Iterator[str]:
-    yield f"{sum(count.lost.values())} lost"
+    yield f"{sum(count.lost.values()):,} lost"
     for reason, number in count.lost.items():
-        text = f"{number}: {reason}"
-        yield text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"
+        yield from textwrap.wrap(f"{number:,}: {reason}", CHARACTERS, subsequent_indent="\N{NO-BREAK SPACE}" * 4)
 
 
 def _box(x: int, y: int, width: int, lines: list[str], *, bold: bool = False) -> Iterator[str]:

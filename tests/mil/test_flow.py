@@ -3,6 +3,7 @@
 import csv
 import itertools
 import random
+import re
 
 from eosin._records import Record
 from eosin.mil._flow import COHORT, STEPS, Flow
@@ -97,3 +98,11 @@ def test_the_diagram_shows_every_step_and_escapes_what_it_is_given():
     assert "Used in the analysis" in picture
     assert "<script" not in picture
     assert "Slides given and used" in flow_svg(Flow.of(["a"]))
+    assert ">1 slide, 1 patient<" in flow_svg(Flow.of(["a"], patient_of={"a": "P"}))
+
+
+def test_a_long_reason_is_shown_to_its_end():
+    reason = "has no value in column Diagnosis of the first biopsy before therapy (central review)"
+    picture = flow_svg(Flow.of(["a", "b"]).lose("labelled", {"a": reason}))
+    shown = " ".join(re.findall(r"<text[^>]*>([^<]*)", picture)).replace("\N{NO-BREAK SPACE}", " ")
+    assert reason in " ".join(shown.split())

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 
@@ -150,3 +152,32 @@ def test_sites_that_tell_the_class_are_reported(tmp_path):
     assert "site and class cannot be separated" in notes(lambda i: f"site{i % 2}")[0]
     assert not notes(lambda i: f"site{i % 3}")
     assert not notes(lambda i: f"site{i}")
+
+
+@pytest.mark.long
+def test_a_thousand_cohorts_add_up_from_files_and_rows_to_the_splits(tmp_path):
+    rng = random.Random(0)
+    names = [f"s{number:02d}" for number in range(24)]
+    for name in names[:20]:
+        n_tiles = 0 if name in ("s03", "s11") else 2
+        write_bag(tmp_path / "f" / f"{name}.h5", FeatureBag(np.ones((n_tiles, 2), np.float32), SPEC, name))
+    for _ in range(1000):
+        files = {name: tmp_path / "f" / f"{name}.h5" for name in names[:20] if rng.random() < 0.9}
+        rows = [name for name in names if rng.random() < 0.9]
+        blank = {name for name in rows if rng.random() < 0.1}
+        cells = [
+            f"p{int(name[1:]) // 2},{name},{'' if name in blank else 'ab'[int(name[1:]) // 2 % 2]}" for name in rows
+        ]
+        (tmp_path / "t.csv").write_text("\n".join(("patient_id,slide_id,label", *cells)))
+        study = open_study(files, tmp_path / "t.csv", missing="drop")
+        asked = [name for name in rows if rng.random() < 0.9]
+        part = {name: rng.randrange(3) for name in {int(one[1:]) // 2 for one in asked}}
+        parts = [tuple(name for name in asked if part[int(name[1:]) // 2] == number) for number in range(3)]
+        flow = study.account([Split(*(tuple(n for n in names if n not in study.left_out) for names in parts))])
+        fit = {name for name in rows if name in files and name not in blank and name not in ("s03", "s11")}
+        assert set(flow.slide_ids) == {*files, *rows}
+        assert set(flow.used) == fit & set(asked)
+        assert set(flow.losses) == set(flow.slide_ids) - set(flow.used)
+        steps = flow.counts()
+        assert steps[0].slides - sum(sum(step.lost.values()) for step in steps) == steps[-1].slides == len(flow.used)
+        assert {flow.losses[name].step for name in rows if name not in files} <= {"features", "labelled"}
