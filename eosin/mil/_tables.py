@@ -230,7 +230,8 @@ def read_labels(
     if patients is None or patients not in frame:
         raise LabelError(
             f"{path}: no column of patients{_named(patients)}; {found}; expected patient_id or case_id, "
-            "or say that each slide is its own patient (--group slide)"
+            "or say that each slide is its own patient (--group slide; for eosin run a copy of the column of slides "
+            "under the name patient_id)"
         )
     id_columns = dict.fromkeys((slides, patients))
     notes = [f"slides: column {slides!r}", f"patients: column {patients!r}"]

@@ -68,7 +68,7 @@ def test_real_tables_are_understood(shared, name, rows, patients, target):
     ("text", "message"),
     [
         ("patient_id,label\n1,x\n", "no column of slide ids; found patient_id, label; expected slide_id"),
-        ("slide_id,label\n1,x\n", r"no column of patients; .*\(--group slide\)"),
+        ("slide_id,label\n1,x\n", r"no column of patients; .*\(--group slide; for eosin run a copy"),
         ("patient_id,slide_id,label\n1,a.svs,x\n2,a,y\n", "slides with more than one row: a;"),
         ("patient_id,slide_id,label\n1,a,x\n2,,y\n", "row 3 has no id"),
         ("patient_id,slide_id,label\n", "the table has no rows"),

@@ -203,6 +203,9 @@ class Places:
     def _about_corners(self, slide: SlideFacts) -> list[str]:
         corners = np.asarray(self.origins_px0, np.float64).reshape(-1, 2)
         size, found = slide.size_px0 or self.slide_size_px0, []
+        nowhere = ~np.isfinite(corners).all(axis=1)
+        if nowhere.any():
+            return [f"has {nowhere.sum()} of {len(corners)} tiles whose coordinates are not numbers"]
         between = (np.abs(corners - np.rint(corners)) > BETWEEN_PX).any(axis=1)
         if between.any():
             x, y = corners[between][0]
@@ -233,6 +236,8 @@ class Places:
             When sizes make no sense or the slide's mpp is unknown.
         """
         corners = np.asarray(self.origins_px0, np.float64).reshape(-1, 2)
+        if not np.isfinite(corners).all():
+            raise FeatureFileError(path, "has coordinates that are not numbers, so its tiles lie nowhere")
         if self.tile_px0 < 1 or self.patch_size < 1 or not (corners >= 0).all():
             raise FeatureFileError(path, f"has tiles of {self.tile_px0} px, or corners below 0, which cannot be")
         origins = np.rint(corners).astype(np.int64)
@@ -384,13 +389,15 @@ def store(foreign: Foreign, path: Path, out: Path, options: ImportOptions) -> St
         foreign, notes = replace(foreign, places=found), [note]
     _require_as_many_rows(foreign, path)
     faults = [] if foreign.places is None else foreign.places.contradictions(slide)
-    faults += _about_encoder(options.encoder, foreign.encoder)
+    faults += _about_encoder(options.encoder, foreign.encoder) + _about_tile(options.tile_size, foreign.places)
     if faults and not options.force:
         advice = "correct the file or the option, or pass --force to import it all the same"
         raise FeatureFileError(path, f"{'; '.join(faults)}; {advice}", code="contradiction")
     if faults:
         foreign = replace(foreign, facts={**foreign.facts, "forced": "; ".join(faults)})
         notes.append(f"imported with --force although it {'; it '.join(faults)}")
+        if foreign.places is not None and options.tile_size is not None:
+            foreign = replace(foreign, places=replace(foreign.places, tile_px0=options.tile_size))
     if foreign.features is None:
         return Stored(_store_coordinates(foreign, path, out, slide), tuple(notes))
     grid = foreign.places.grid(slide, path) if foreign.places else None
@@ -438,6 +445,12 @@ def _distance(corners: Numbers) -> int | None:
     steps = {int(np.gcd.reduce(np.diff(np.unique(axis)).astype(np.int64))) for axis in corners.reshape(-1, 2).T}
     steps.discard(0)
     return steps.pop() if len(steps) == 1 else None
+
+
+def _about_tile(asked: int | None, places: Places | None) -> list[str]:
+    if asked is None or places is None or asked == places.tile_px0:
+        return []
+    return [f"states tiles of {places.tile_px0} px of level 0, but --tile-size says {asked}"]
 
 
 def _about_encoder(asked: str | None, stated: str | None) -> list[str]:

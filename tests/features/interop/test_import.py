@@ -494,6 +494,21 @@ def test_an_encoder_that_contradicts_the_file_is_refused(tmp_path: Path) -> None
     import_file(trident(tmp_path), tmp_path / "same", ImportOptions(slide_mpp=0.25, encoder="uni"))
 
 
+def test_a_tile_size_that_contradicts_the_file_is_refused_and_wins_where_it_is_forced(tmp_path: Path) -> None:
+    asked = {"slide_mpp": 0.25, "tile_size": 300}
+    message = contradiction(trident(tmp_path), tmp_path / "out", **asked)
+    assert "states tiles of 512 px of level 0, but --tile-size says 300" in message
+    assert read_bag(tmp_path / "out/features/s.1.h5").grid.tile_px0 == 300
+    import_file(trident(tmp_path), tmp_path / "same", ImportOptions(slide_mpp=0.25, tile_size=512))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_coordinates_that_are_not_numbers_are_refused(tmp_path: Path, force: bool) -> None:
+    path = trident(tmp_path, np.where(np.arange(len(CORNERS))[:, None] == 1, np.nan, CORNERS))
+    with pytest.raises(FeatureFileError, match="coordinates (are not|that are not) numbers"):
+        import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25, force=force))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
