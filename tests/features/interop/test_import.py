@@ -505,7 +505,7 @@ def test_a_tile_size_that_contradicts_the_file_is_refused_and_wins_where_it_is_f
 @pytest.mark.parametrize("force", [False, True])
 def test_coordinates_that_are_not_numbers_are_refused(tmp_path: Path, force: bool) -> None:
     path = trident(tmp_path, np.where(np.arange(len(CORNERS))[:, None] == 1, np.nan, CORNERS))
-    with pytest.raises(FeatureFileError, match="coordinates (are not|that are not) numbers"):
+    with pytest.raises(FeatureFileError, match=r"coordinates (are not|that are not) numbers"):
         import_file(path, tmp_path / "out", ImportOptions(slide_mpp=0.25, force=force))
 
 
