@@ -56,6 +56,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STAGE = "check"
+READINGS = ("sheet:", "encoding:", "header:", "columns:", "hidden rows:", "rows:")
+"""How notes on a table begin that say more than which columns were taken."""
+
 HEADERS_S = 30.0
 """After so many seconds no further header is opened: a check of 10,000 slides on a slow disk still ends."""
 
@@ -325,8 +328,9 @@ def check_labels(
         problems.warnings += label_notes(asked, known, task)
     count = None if task is None else problems.attempt(_count_splits, asked, known, task, [*absent, *blank, *bad])
     if task is None or count is None or len(problems.errors) > before:
-        if table.notes:  # a table that is read in another way than was meant shows here
-            problems.warnings.append(f"{asked.labels.name} was read so: {'; '.join(table.notes)}")
+        read_so = [note for note in table.notes if note.startswith(READINGS)]
+        if read_so:  # a table that is read in another way than was meant shows here
+            problems.warnings.append(f"{asked.labels.name} was read so: {'; '.join(read_so)}")
         return None
     named = table.select(set(table.slide_ids) - {*absent, *blank})
     return Labelled(named, task, "drop" if drop else "error", count)
@@ -473,6 +477,7 @@ def rough_table(path: Path, there: Collection[str] = ()) -> LabelTable | None:
         tuple(rows),
         tuple(patients[row] for row in rows.values()),
         {name: tuple(values[row] for row in rows.values()) for name, values in rest.items()},
+        table.notes,
     )
 
 
