@@ -45,7 +45,7 @@ def test_a_probe_answers_for_slides_and_draws_maps(features: Path, cohort: Path,
     assert len(list((tmp_path / "maps").rglob("*.png"))) == len(rows)
 
 
-def test_refusals_are_one_line(features: Path, cohort: Path, refused: Run, tmp_path: Path) -> None:
+def test_refusals_are_one_line(features: Path, cohort: Path, run: Run, refused: Run, tmp_path: Path) -> None:
     def line(*arguments: object) -> str:
         given = ("--features", features, "--labels", cohort / "labels.csv", "--folds", 2, "--out", tmp_path / "out")
         return refused("probe", *given, *arguments)
@@ -54,5 +54,8 @@ def test_refusals_are_one_line(features: Path, cohort: Path, refused: Run, tmp_p
     assert "whole numbers" in line("--few-shot", "0,two")
     assert "method" in line("--method", "svm")
     assert "does not fit task classification" in line("--method", "cox")
-    assert "pass --task survival, cox or multilabel" in line("--target", "label,patient_id")
+    given = ("--features", features, "--labels", cohort / "labels.csv", "--folds", 2, "--out", tmp_path / "out")
+    result = run("probe", *given, "--target", "label,patient_id")
+    assert result.exit_code == 2
+    assert "pass --task survival, cox or multilabel" in result.stderr.splitlines()[-1]  # behind what was understood
     assert not (tmp_path / "out").exists()
