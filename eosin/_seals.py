@@ -9,6 +9,7 @@ CRC-32 of every byte outside the rows of features, and their place; the rows hav
 
 import hashlib
 import json
+import math
 import re
 import struct
 import zlib
@@ -32,7 +33,7 @@ MAX_JSON_DEPTH = 64
 CHUNK_BYTES = 2**20
 NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 TOO_MANY_OPEN = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))
-HUGE_NUMBER = re.compile(rb"[0-9]{309}")  # such a whole number is larger than any float: no use of it is foreseen
+MAYBE_HUGE = re.compile(rb"[0-9]{309}|[eE][+]?[0-9]{3}")  # perhaps a number larger than any float, which is refused
 JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
@@ -84,16 +85,17 @@ def parse_json(data: str | bytes) -> Any:
     Raises
     ------
     ValueError
-        Also for NaN, infinity, whole numbers beyond the largest float, half a surrogate pair, and more levels than
+        Also for NaN, infinity, numbers beyond the largest float, half a surrogate pair, and more levels than
         `MAX_JSON_DEPTH`.
     """
     data = data.encode() if isinstance(data, str) else data
     too_deep = ValueError(f"it has more than {MAX_JSON_DEPTH} levels, the limit")
     if _is_deep(data) and _is_deep(JSON_TEXT.sub(b"", data)):  # brackets inside texts do not count
         raise too_deep
-    parse_int = _parse_int if HUGE_NUMBER.search(data) else None
+    parse_int, parse_float = (_parse_int, _parse_float) if MAYBE_HUGE.search(data) else (None, None)
     try:
-        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_int=parse_int)
+        text = data.decode("utf-8-sig")
+        parsed = json.loads(text, parse_constant=_refuse_constant, parse_int=parse_int, parse_float=parse_float)
     except RecursionError:  # levels that are never closed are not counted above
         raise too_deep from None
     if b"\\u" in data:
@@ -118,9 +120,15 @@ def _refuse_constant(name: str) -> float:
 
 
 def _parse_int(digits: str) -> int:
-    if len(digits) > 308:
-        raise ValueError(f"{digits[:9]}... is too large a number")
+    _parse_float(digits)
     return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:9]}... is too large a number")
+    return value
 
 
 def seal_image(image: bytearray, *, rows_at: int, rows_bytes: int) -> None:

@@ -49,7 +49,20 @@ def test_brackets_in_texts_and_siblings_are_not_levels() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "[1", '{"a"', "[NaN]", "[Infinity]", "[" + "9" * 309 + "]", '["\\ud800"]', "\xff\xfe", "[1]]", "[" * 200],
+    [
+        "",
+        "[",
+        "[1",
+        '{"a"',
+        "[NaN]",
+        "[Infinity]",
+        "[" + "9" * 309 + "]",
+        "[1e999]",
+        '["\\ud800"]',
+        "\xff\xfe",
+        "[1]]",
+        "[" * 200,
+    ],
 )
 def test_what_is_not_json_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

@@ -98,7 +98,7 @@ def _chosen_areas(path: Path, classes: Sequence[str]) -> tuple[list[BaseGeometry
         raise ConfigError(
             f"{path}: cannot be read as GeoJSON (it has more levels than {MAX_LEVELS}, the limit)"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, AttributeError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: cannot be read as GeoJSON ({error})") from None
@@ -139,7 +139,7 @@ def areas_of(feature: Mapping[str, Any], path: Path) -> list[BaseGeometry]:
         return []
     try:
         drawn = shapely.geometry.shape(geometry)
-    except (GEOSException, ValueError, TypeError, KeyError, IndexError) as error:
+    except (GEOSException, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         name = name_of(feature) or feature.get("id", "")
         raise ConfigError(f"{path}: region {name!r} is damaged ({error})") from None
     return list(drawn.geoms) if isinstance(drawn, MultiPolygon) else [drawn]

@@ -9,7 +9,6 @@ import atexit
 import base64
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 from eosin._files import locked, open_part, write_json
 from eosin._processes import require_running
+from eosin._seals import read_json
 from eosin.errors import ConfigError, MissingPackageError, SlideOpenError
 from eosin.wsi._slide import Slide
 
@@ -226,8 +226,8 @@ class Copy:
     def origin(self) -> dict[str, Any]:
         """Return the note; empty where there is none."""
         try:
-            return dict(json.loads(self.note.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return dict(read_json(self.note))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def is_of(self, version: Version) -> bool:

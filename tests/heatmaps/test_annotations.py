@@ -78,6 +78,27 @@ def test_other_files_are_refused_in_one_line(tmp_path, text):
         read_regions(path)
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"properties": [1]},
+        {"properties": "a"},
+        {"geometry": "Polygon"},
+        {"properties": {"classification": {"names": 1}}},
+    ],
+)
+def test_features_built_otherwise_are_refused_in_one_line(tmp_path, spoiled):
+    with pytest.raises(ConfigError, match=r"a\.geojson: cannot be read as GeoJSON"):
+        read_regions(write(tmp_path / "a.geojson", [feature(box(0, 0, 9, 9)) | spoiled]))
+
+
+def test_a_number_beyond_all_floats_is_refused_in_one_line(tmp_path):
+    text = json.dumps(feature(box(0, 0, 777, 9))).replace("777", "9" * 400)
+    (tmp_path / "a.geojson").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.geojson"):
+        read_regions(tmp_path / "a.geojson")
+
+
 def test_damaged_geometry_and_missing_file(tmp_path):
     broken = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], ["x", 1]]]}, "properties": {}}
     with pytest.raises(ConfigError, match="damaged"):
