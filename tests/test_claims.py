@@ -14,7 +14,7 @@ import pytest
 from features.test_extract import TILING, Stub, add_slide
 
 from eosin import _claims as claims
-from eosin._claims import DONE_ELSEWHERE, LEASE_S, Claims, Lease, Todo, claimed
+from eosin._claims import DONE_ELSEWHERE, LEASE_S, Claims, Lease, Todo, check_claims, claimed
 from eosin.errors import OutputError
 from eosin.features import _inference as inference
 from eosin.features._extract import extract
@@ -227,3 +227,20 @@ def test_two_runs_at_the_same_time_do_not_do_the_work_twice(tmp_path: Path, monk
     made = [record for record in records if record.status == "ok" and record.message != DONE_ELSEWHERE]
     assert sorted(record.slide_id for record in made) == [slide.slide_id for slide in slides]
     assert not list(tmp_path.rglob("*.lock")) or all(path.name == ".run.json.lock" for path in tmp_path.rglob("*.lock"))
+
+
+def test_two_processes_try_whether_claims_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_claims(tmp_path) == "locks; two processes on this machine exclude each other"
+    monkeypatch.setenv(claims.FORCE, "1")
+    assert check_claims(tmp_path) == "leases, because EOSIN_LEASES=1 is set"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("answers", "told"), [([True], "same slide"), ([False, False], "outlives")])
+def test_claims_that_do_not_work_are_told(
+    answers: list[bool], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter(answers)
+    monkeypatch.setattr(claims, "call_apart", lambda *_, **__: next(given))
+    with pytest.raises(OutputError, match=told):
+        check_claims(tmp_path)

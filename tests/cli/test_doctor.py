@@ -37,3 +37,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(run: Run, tmp_path: Path) -
     result = run("doctor", tmp_path / "missing")
     assert result.exit_code == 3
     assert "write to missing" in result.stderr
+
+
+def test_the_claims_of_a_job_are_tried(run: Run, tmp_path: Path) -> None:
+    result = run("doctor", "--job", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "two processes" in result.stdout

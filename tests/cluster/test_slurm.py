@@ -197,7 +197,7 @@ def test_sweep_prediction_and_maps_on_the_cluster_are_those_of_one_machine(
     job, slides = tmp_path / "job", cohort / "slides"
     common = ("--slides", slides, "--job", job)
     eosin("tile", *common, "--patch-size", 128)
-    eosin("extract", *common)
+    eosin("extract", *common, "--encoder", "he_texture")
     features = next(job.rglob("features_*"))
     (tmp_path / "sweep.yaml").write_text("recipes: [abmil]\ngrid: {training.lr: [1.0e-3, 1.0e-4]}\n")
     learn = ("--features", features, "--labels", cohort / "labels.csv", "--folds", 2, *settings)
