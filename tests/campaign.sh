@@ -37,7 +37,11 @@ run() {
   case $line in *failed* | *error*) failed=1 ;; *passed*) ;; *) failed=1 ;; esac
   printf '%-75.75s %4d s  %s\n' "${1//PATH=$fake:$PATH/a fake srun on PATH} ${*:2}" $((SECONDS - started)) "$line"
 }
-for machine in "${machines[@]}"; do run "$machine" -n "${WORKERS:-2}"; done
+for machine in "${machines[@]}"; do
+  workers=${WORKERS:-2}
+  case $machine in *OMP_NUM_THREADS=2*) workers=$(((workers + 1) / 2)) ;; esac  # as many threads as cores, not twice as many
+  run "$machine" -n "$workers"
+done
 for seed in $seeds; do
   run OMP_NUM_THREADS=1 -n "${WORKERS:-2}" --random-order --random-order-seed="$seed"
 done
