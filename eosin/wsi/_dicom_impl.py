@@ -139,7 +139,7 @@ class DicomReader(Reader):
             instances = [instance for file in files if (instance := _read_instance(file)) is not None]
             if not instances:
                 raise SlideOpenError(path, "the DICOM file is not a whole-slide image", code="unsupported")
-            self._pyramids = list(_pyramids(instances))
+            self._instances, self._pyramids = instances, list(_pyramids(instances))
             with disable_value_validation():  # values are checked when they are first asked for
                 self.pictures = [_picture(levels) for levels in self._pyramids]
         except DAMAGE as error:
@@ -160,7 +160,7 @@ class DicomReader(Reader):
         try:
             levels = [_level(index, level, files, plane, picture.planes) for index, level in enumerate(pyramid)]
             path = pyramid[0][0].header.get("OpticalPathSequence") or [{}]
-            return TiledSlide(
+            slide = TiledSlide(
                 self.path, picture, levels, reader=self.name, files=list(files.values()),
                 sparse=_is_sparse(pyramid[0][0]), icc_profile=path[0].get("ICCProfile"), mpp=mpp,
             )  # fmt: skip
@@ -170,6 +170,8 @@ class DicomReader(Reader):
             if isinstance(error, EosinError):
                 raise
             raise SlideOpenError(self.path, f"the DICOM file is damaged: {error}") from error
+        slide.notes += _left_out(self._instances, pyramid)
+        return slide
 
 
 def _series_of(path: Path) -> list[Path]:
@@ -200,16 +202,30 @@ def _lacks_order(header: Any) -> bool:
     return header.get("DimensionOrganizationType") is None and int(header.get("NumberOfFrames") or 1) > 1
 
 
+def _left_out(instances: Sequence[Instance], pyramid: Sequence[Sequence[Instance]]) -> list[str]:
+    """Return a note on the files of the slide that another file of the same size stands for."""
+    used = {part.path for level in pyramid for part in level}
+    slide = _slide_of(pyramid[0][0])
+    left_out = [one.path.name for one in instances if one.path not in used and _slide_of(one) == slide]
+    if not left_out or slide[0] != "slide":
+        return []
+    more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
+    return [f"left out: {left_out[0]}{more}, of the size of a file that is used (copies, or focal planes of their own)"]
+
+
+def _slide_of(instance: Instance) -> tuple[str, str]:
+    """Return what levels of one slide have in common."""
+    return instance.kind, f"{instance.header.get('FrameOfReferenceUID')} {instance.header.get('ContainerIdentifier')}"
+
+
 def _pyramids(instances: Sequence[Instance]) -> Iterator[list[list[Instance]]]:
     """Yield each picture as levels, finest first; the parts of a level are those of a concatenation, in order."""
     groups: dict[tuple[str, str], dict[str, list[Instance]]] = defaultdict(lambda: defaultdict(list))
     for number, instance in enumerate(instances):
-        header = instance.header
         # label, macro and thumbnail are pictures of their own; what is a slide is a level of its pyramid
-        single = "" if instance.kind == "slide" else str(number)
-        place = f"{header.get('FrameOfReferenceUID')} {header.get('ContainerIdentifier')}"
-        part = str(header.get("ConcatenationUID") or number)
-        groups[instance.kind, single or place][part].append(instance)
+        group = _slide_of(instance) if instance.kind == "slide" else (instance.kind, str(number))
+        part = str(instance.header.get("ConcatenationUID") or number)
+        groups[group][part].append(instance)
     for parts in groups.values():
         levels = [sorted(part, key=lambda one: int(one.header.get("ConcatenationFrameOffsetNumber") or 0))
                   for part in parts.values()]  # fmt: skip

@@ -186,6 +186,19 @@ def test_levels_and_beside_pictures_of_a_series_are_one_slide(tmp_path, picture)
         assert sorted(one.kind for one in reader.pictures) == ["label", "macro", "slide"]
 
 
+def test_files_of_one_size_that_are_left_out_are_named(tmp_path, picture):
+    for name, shown in (("a", picture), ("b", picture[::-1].copy()), ("c", picture)):
+        write_dicom(tmp_path / f"{name}.dcm", shown)
+    write_dicom(tmp_path / "small.dcm", np.asarray(Image.fromarray(picture).reduce(2)), mpp=1.0)
+    with open_slide(tmp_path / "a.dcm") as slide:
+        assert [note for note in slide.notes if note.startswith("left out: b.dcm and 1 more")]
+        assert np.array_equal(slide.read((0, 0), (500, 350), 0.5), picture)
+    (tmp_path / "b.dcm").unlink()
+    (tmp_path / "c.dcm").unlink()
+    with open_slide(tmp_path / "a.dcm") as slide:
+        assert not [note for note in slide.notes if note.startswith("left out")]
+
+
 def test_slides_of_two_containers_in_one_series_are_two_scenes(tmp_path, picture):
     write_dicom(tmp_path / "a.dcm", picture)
     write_dicom(tmp_path / "b.dcm", picture[::-1, :300].copy(), container="S2")
