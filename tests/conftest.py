@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup starts it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ["EOSIN_PRECISION"] = "fp32"  # what is faster here must not decide what a test finds
 

@@ -190,6 +190,36 @@ def test_plain_array_jobs_share_the_slides(tmp_path: Path, cohort: Path, slurm: 
 
 
 @pytest.mark.slow
+def test_sweep_prediction_and_maps_on_the_cluster_are_those_of_one_machine(
+    tmp_path: Path, slurm: dict[str, str], site: Path
+) -> None:
+    make_cohort(tmp_path, Cohort(n_slides=12, size_um=(320.0, 360.0), fine_fraction=0, pen_fraction=0, seed=5))
+    job, slides = tmp_path / "job", tmp_path / "slides"
+    common = ("--slides", slides, "--job", job)
+    eosin("tile", *common, "--patch-size", 128)
+    eosin("extract", *common, "--encoder", "he_texture")
+    features = next(job.rglob("features_*"))
+    (tmp_path / "sweep.yaml").write_text(
+        "recipes: [abmil]\ngrid: {training.lr: [1.0e-3, 1.0e-4], training.epochs: [1]}\n"
+    )
+    learn = ("--features", features, "--labels", tmp_path / "labels.csv", "--folds", 2)
+    sweep = ("crossval", *learn, "--sweep", tmp_path / "sweep.yaml")
+    eosin(*sweep, "--out", tmp_path / "near")
+    eosin(*sweep, "--out", tmp_path / "far", "--cluster", site, **slurm)
+    near, far = (sorted((tmp_path / name).rglob("model.safetensors")) for name in ("near", "far"))
+    assert [path.read_bytes() for path in far] == [path.read_bytes() for path in near] != []
+    model = near[0].parent
+    for name, where in (("near", ()), ("far", ("--cluster", site))):
+        out = tmp_path / f"{name}_use"
+        eosin("predict", "--model", model, "--slides", slides, "--job", out, "--out", out / "p.csv", *where, **slurm)
+        eosin("heatmap", "--model", model, "--slides", slides, "--features", features, "--format", "png", "--out",
+              out / "maps", *where, **slurm)  # fmt: skip
+    assert (tmp_path / "far_use/p.csv").read_bytes() == (tmp_path / "near_use/p.csv").read_bytes()
+    maps = {name: sorted((tmp_path / f"{name}_use/maps").glob("*.png")) for name in ("near", "far")}
+    assert [path.read_bytes() for path in maps["far"]] == [path.read_bytes() for path in maps["near"]] != []
+
+
+@pytest.mark.slow
 def test_two_hundred_slides_to_folds_through_a_killed_driver_and_a_cancelled_job(
     tmp_path: Path, slurm: dict[str, str], site: Path
 ) -> None:
