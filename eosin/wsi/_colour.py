@@ -23,7 +23,8 @@ FLAT = 4.0  # levels of standard deviation, below which a picture is of glass al
 # nearly all, below 0.55
 LEAST_RISE_OF_GREEN_AND_BLUE, LEAST_RISE_OF_GREEN = 0.3, 0.65
 BRIGHT = 0.7
-TINT = 0.05
+TINT, MOST_TINT = 0.05, 0.3
+MOST_CHROMA = 40  # levels that the chroma of a slide differs from grey, on average and in spread
 SHOWN_AS_RGB = "YCbCr pixels are stated to be RGB"
 READ_AS_YCBCR = "RGB pixels are stated to be YCbCr"
 NO_CACHE = 0x0040  # cmsFLAGS_NOCACHE: threads share the transform
@@ -114,8 +115,11 @@ def _looks_like_ycbcr(planes: NDArray[np.uint8]) -> bool:
     """Return whether a picture shows YCbCr as if it were RGB."""
     red, green, blue = planes.astype(np.float32)
     if red.std() > FLAT:
-        apart = _rise((green + blue) / 2, red) < LEAST_RISE_OF_GREEN_AND_BLUE
-        return apart and red.std() > max(green.std(), blue.std()) and _undoing_helps(ycbcr_to_rgb, planes)
+        apart = _rise_of_green_and_blue(planes) < LEAST_RISE_OF_GREEN_AND_BLUE and red.std() > max(
+            green.std(), blue.std()
+        )
+        undone = _converted(ycbcr_to_rgb, planes)
+        return apart and _rise_of_green_and_blue(undone) >= LEAST_RISE_OF_GREEN_AND_BLUE and _is_calmer(undone, planes)
     neutral = (np.abs(green - NEUTRAL) <= CAST_TOLERANCE) & (np.abs(blue - NEUTRAL) <= CAST_TOLERANCE)
     return _is_common(neutral & (red >= LEAST_LIGHT), planes)
 
@@ -123,23 +127,40 @@ def _looks_like_ycbcr(planes: NDArray[np.uint8]) -> bool:
 def _looks_like_converted_rgb(planes: NDArray[np.uint8]) -> bool:
     """Return whether a picture shows RGB that was converted as if it were YCbCr."""
     red, green, blue = planes.astype(np.float32)
-    ends = (red + blue) / 2
-    if ends.std() > FLAT and _rise(green, ends) < LEAST_RISE_OF_GREEN and _undoing_helps(rgb_to_ycbcr, planes):
-        return True
+    if ((red + blue) / 2).std() > FLAT and _rise_of_green(planes) < LEAST_RISE_OF_GREEN:
+        undone = _converted(rgb_to_ycbcr, planes)
+        if _rise_of_green(undone) >= LEAST_RISE_OF_GREEN and _is_calmer(undone, planes):
+            return True
     magenta = (red >= CLIPPED) & (blue >= CLIPPED) & (np.abs(green - NEUTRAL) <= MAGENTA_TOLERANCE)
     return _is_common(magenta, planes)
 
 
+def _rise_of_green_and_blue(planes: NDArray[np.uint8]) -> float:
+    red, green, blue = planes.astype(np.float32)
+    return _rise((green + blue) / 2, red)
+
+
+def _rise_of_green(planes: NDArray[np.uint8]) -> float:
+    red, green, blue = planes.astype(np.float32)
+    return _rise(green, (red + blue) / 2)
+
+
 def _rise(values: NDArray[np.float32], along: NDArray[np.float32]) -> float:
-    """Return the slope of the line through values."""
+    """Return the slope of the line through values; 0 along a constant."""
     centred = along - along.mean()
-    return float((centred * values).mean() / (centred**2).mean())
+    spread = float((centred**2).mean())
+    return float((centred * values).mean()) / spread if spread else 0.0
 
 
-def _undoing_helps(convert: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], planes: NDArray[np.uint8]) -> bool:
-    """Return whether the brighter pixels become no more colourful by a conversion."""
-    undone = convert(planes.transpose(1, 2, 0)).transpose(2, 0, 1)
-    return _cast_of(undone) <= _cast_of(planes) + TINT
+def _converted(
+    convert: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], planes: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    return convert(planes.transpose(1, 2, 0)).transpose(2, 0, 1)
+
+
+def _is_calmer(undone: NDArray[np.uint8], planes: NDArray[np.uint8]) -> bool:
+    """Return whether the brighter pixels may be glass, and are no more colourful than before."""
+    return _cast_of(undone) <= min(_cast_of(planes) + TINT, MOST_TINT)
 
 
 def _cast_of(planes: NDArray[np.uint8]) -> float:

@@ -159,3 +159,17 @@ def test_glass_of_a_plausible_tint_passes(tmp_path, picture, glass):
     path = write_tiff(tmp_path / "a.tif", tinted, jfif, 6)
     record = tile_slides([SlideFile(path, "a")], JobFolder(tmp_path / "job")).records[0]
     assert record.status == "ok", record
+
+
+@pytest.mark.parametrize("kind", ["noise", "blocks", "gradients", "one grey"])
+def test_pictures_that_say_nothing_of_their_colours_pass(tmp_path, kind):
+    random, ramp = np.random.default_rng(0), np.tile(np.linspace(0, 255, 512), (512, 1))
+    pictures = {
+        "noise": random.integers(0, 255, (512, 512, 3)),
+        "blocks": random.integers(0, 255, (8, 8, 3)).repeat(64, 0).repeat(64, 1),
+        "gradients": np.stack([ramp, ramp.T, np.full_like(ramp, 128)], -1),
+        "one grey": np.full((512, 512, 3), 90),
+    }
+    tifffile.imwrite(tmp_path / "a.tif", pictures[kind].astype(np.uint8), tile=(256, 256), photometric="rgb", **CM)
+    record = tile_slides([SlideFile(tmp_path / "a.tif", "a")], JobFolder(tmp_path / "job")).records[0]
+    assert record.reason != "false-colours"
