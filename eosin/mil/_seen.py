@@ -15,6 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eosin._files import write_text
 from eosin._filesets import members_of
 from eosin._names import Ids, clean, is_missing, look_alike, same_patient, slide_id
@@ -362,9 +365,10 @@ def donor_notes(sights: Mapping[str, Sight]) -> list[str]:
             for part, words in told.items() if named[part]]  # fmt: skip
 
 
-def donor_parts(sets: Iterable[str], sights: Mapping[str, Sight]) -> list[str]:
-    """Return for sets of tiles, named after their slide, what was done with that slide; empty for others."""
-    return [next((one.part for name, one in sights.items() if what.endswith(f" of {name}")), "") for what in sets]
+def donor_parts(sets: Iterable[str], sights: Mapping[str, Sight]) -> NDArray[np.object_]:
+    """Return for sets of tiles, named after their slide, what was done with that slide; None for others."""
+    found = [next((one.part for name, one in sights.items() if what.endswith(f" of {name}")), None) for what in sets]
+    return np.array(found, object)
 
 
 def _all(number: int) -> str:

@@ -492,7 +492,7 @@ def twelve(*values: str) -> list[str]:
 @pytest.mark.parametrize(
     ("lines", "header", "task", "told"),
     [
-        (["p0,S000,tumour", "p1,S000,normal"], "label", "binary", "slides with more than one row: S000"),
+        ([*twelve("a", "b"), "p0,S000,b"], "label", "binary", "slides with more than one row: S000"),
         (
             twelve("a", "b", "nan", "a"),
             "label",
@@ -543,7 +543,7 @@ def rewrite_with_nan(path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "told"),
     [
-        ("patient_id,scan,label", "slide_id"),
+        ("patient_id,object,label", "slide_id"),
         ("who,slide_id,label", "--group slide"),
         ("patient_id,slide_id,x,y", "2 columns could be it: x (0: 4, 1: 4); y (0: 4, 1: 4)"),
     ],

@@ -20,7 +20,7 @@ from eosin.mil.task import make_task
 from eosin.pipeline._explain import FORMATS, Explanation, _write
 from eosin.wsi._slide_file import open_slide
 
-LIT = (165, 151, 35)  # the last yellow of the scale over the grey of the mark
+LIT = (213, 198, 62)  # the last yellow of the scale over the pale grey of the mark
 SIZE = (903, 707)
 
 

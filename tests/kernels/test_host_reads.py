@@ -9,6 +9,7 @@ from eosin import kernels
 from eosin.mil._objective import Objective
 from eosin.mil._recipe import RECIPES
 from eosin.mil.bags import PackedBags
+from eosin.mil.methods import patch_gcn, wikg
 from eosin.mil.slots import AGGREGATORS
 from eosin.mil.tasks._classification import Classification
 from eosin.mil.tasks._survival import DiscreteSurvival
@@ -50,6 +51,8 @@ def test_no_step_reads_a_value_on_the_host(name, monkeypatch):
     selected = []
     select = may_wait(PackedBags.select)  # how many are left is known to the device alone; its docstring says so
     monkeypatch.setattr(PackedBags, "select", lambda *given: selected.append(1) or select(*given))
+    for module in (patch_gcn, wikg):  # places are searched by a tree, on the host, once per step
+        monkeypatch.setattr(module, "nearest_tiles", may_wait(module.nearest_tiles))
     task = task_of(recipe)
     objective = objective_of(recipe, task)
     targets = (

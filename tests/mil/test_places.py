@@ -120,6 +120,33 @@ def test_what_ifs_keep_the_places_of_what_remains_and_put_a_donor_aside():
     assert together == pytest.approx(side_by_side([places, places[[5]]]).sum().item())
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("patch_gcn", {"width": 8}),
+        ("wikg", {"edges": "near", "width": 8}),
+        ("transformer", {"positions": "alibi", "heads": 2}),
+    ],
+)
+def test_what_ifs_of_methods_that_read_places_are_the_model_on_what_remains(name, options):
+    tiles, _ = grid(0.5)
+    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    known = AGGREGATORS.defaults(name)
+    model = AGGREGATORS.build(
+        name, 4, 2, options={key: value for key, value in options.items() if key in known}
+    ).double()
+    subsets = look(model.eval(), FeatureBag(rows, SPEC, "s", tiles, {})).subsets
+    places = torch.from_numpy(tiles.places()).double()
+
+    def answer(kept):
+        with torch.no_grad():
+            return model(PackedBags.pack([torch.from_numpy(rows[kept]).double()], places=[places[kept]])).logits[0]
+
+    np.testing.assert_allclose(subsets.remove([0, 3]), answer([1, 2, 4, 5]), rtol=1e-9)
+    np.testing.assert_allclose(subsets.only_one()[2], answer([2]), rtol=1e-9)
+    np.testing.assert_allclose(subsets.logits() + subsets.leave_one_out()[5], answer([0, 1, 2, 3, 4]), rtol=1e-9)
+
+
 def test_features_without_coordinates_are_refused_before_training():
     bags = {name: torch.randn(5, 4) for name in "abcd"}
     table = LabelTable(tuple("abcd"), tuple("abcd"), {"label": ("n", "p", "n", "p")})

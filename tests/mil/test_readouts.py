@@ -20,7 +20,8 @@ SMALL = {
 HEADS = {"acmil_mha", "gdat", "ilra", "set_transformer", "transformer", "transmil"}
 HOST = {"host": "abmil", "host_options": {"embed_dims": (8,), "hidden": 6}}
 CASES = [
-    *((name, {}) for name in AGGREGATORS),
+    # what a method that reads places answers depends on them, see test_places.py
+    *((name, {}) for name in AGGREGATORS if not AGGREGATORS[name].reads_places),
     ("ins", {"pooling": "max"}),
     ("ins", {"pooling": "noisy_or"}),
     ("mean", {"level": "instance"}),

@@ -119,6 +119,11 @@ class PackMil(Strategy):
         own_classifier: bool = False,
     ) -> None:
         super().__init__(model, task)
+        if residual_weight and model.reads_places:
+            raise ConfigError(
+                f"the residual branch of packmil mixes tiles of several slides, but {type(model).__name__} reads where "
+                "tiles lie; pass residual_weight=0, or another aggregator"
+            )
         self.labels = choose_labels(task, labels) if residual_weight else labels
         self.main_fraction = main_fraction
         self.pack_length = pack_length
