@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy
-from matplotlib import colormaps
 from numpy.typing import NDArray
 
 from eosin.heatmaps._heatmap import Heatmap
@@ -60,6 +59,8 @@ class ColourScale:
             mixed = self.over(np.full(1, 255 * BRIGHT_TISSUE), values, opacity=1.0)
             mixed[np.isnan(np.asarray(values))] = 255
             return mixed.round().astype(np.uint8)
+        from matplotlib import colormaps  # an extra; whoever draws needs it, whoever asks for a scale does not
+
         table = (np.asarray(colormaps[self.colormap].resampled(256)(np.arange(256)))[:, :3] * 255 + 0.5).astype(
             np.uint8
         )
