@@ -47,6 +47,7 @@ def test_run_goes_the_whole_way_and_again_in_no_time(run: Run, small: Path, tmp_
     assert (job / "model/model.safetensors").read_bytes() == model
 
 
+@pytest.mark.long
 def test_run_names_the_slides_that_failed(run: Run, small: Path, tmp_path: Path) -> None:
     slides = tmp_path / "slides"
     slides.mkdir()

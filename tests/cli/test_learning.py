@@ -351,6 +351,7 @@ def test_a_checkpoint_of_clam_becomes_a_model(run: Run, refused: Run, shared: Pa
     assert (card.features.encoder, card.features.dim, card.task["classes"]) == ("resnet50", 1024, ["normal", "tumour"])
 
 
+@pytest.mark.long
 @pytest.mark.shared
 def test_a_part_of_musk1_is_imported_and_trained_on(run: Run, shared: Path, tmp_path: Path) -> None:
     first, last = 27, 67  # 20 positive and 20 negative bags
@@ -394,6 +395,7 @@ def test_every_kind_of_split_is_made_for_clam_and_stamp(labels: Path, run: Run, 
         assert {"splits_0.csv", "splits_1.csv", "splits.json"} <= names
 
 
+@pytest.mark.long
 def test_splits_of_stamp_and_nested_ones_are_trained_on(
     features: Path, labels: Path, splits: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -427,6 +429,7 @@ def test_several_targets_from_two_tables_of_stamp_at_patient_level(features: Pat
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.long
 def test_two_cross_validations_are_compared(
     features: Path, labels: Path, splits: Path, run: Run, tmp_path: Path
 ) -> None:

@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from .conftest import Run
 
 
@@ -21,6 +23,7 @@ def test_vectors_are_probed_with_a_report(features: Path, cohort: Path, run: Run
     assert "mean of the tiles, logistic regression" in page
 
 
+@pytest.mark.long
 def test_a_probe_answers_for_slides_and_draws_maps(features: Path, cohort: Path, run: Run, tmp_path: Path) -> None:
     labels = ("--labels", cohort / "labels.csv", "--folds", 2)
     assert run("probe", "--features", features, *labels, "--out", tmp_path / "out").exit_code == 0

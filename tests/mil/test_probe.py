@@ -173,6 +173,7 @@ def test_the_probe_of_all_slides_is_a_model_with_exact_evidence(files, tmp_path:
     assert read_seen(tmp_path / "out/model").has(study.examples.ids[0])
 
 
+@pytest.mark.long
 def test_a_probe_that_is_no_model_removes_the_model_before_it(files, tmp_path: Path) -> None:
     study = open_study(*files)
     splits = study.splits(folds=3)
