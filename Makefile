@@ -27,7 +27,7 @@ lint: $(STAMP)
 scverse:
 	test -x .venv-scverse/bin/python || $(PYTHON) -m venv .venv-scverse
 	$(subst $(BIN),.venv-scverse/bin,$(INSTALL)) -e '.[report,spatialdata]' pytest
-	OMP_NUM_THREADS=1 .venv-scverse/bin/python -m pytest -m scverse -W default tests/pipeline
+	OMP_NUM_THREADS=1 .venv-scverse/bin/python -m pytest -m scverse -W default tests/pipeline/test_scverse.py
 
 check: lint test long
 
