@@ -49,7 +49,7 @@ class Store:
     checksum: str
 
     def find(self, stage: str, slide_id: str) -> Row | None:
-        """Return the record of a slide in a stage; `sqlite3.Error` or `OSError` where there is no such store."""
+        """Return the record of a slide in a stage, or None; a missing store raises `sqlite3.Error` or `OSError`."""
         with closing(_open(self.path)) as database:
             row: Row | None = database.execute(FIND, (stage, slide_id)).fetchone()
             return row
@@ -62,7 +62,7 @@ class Store:
         ValueError
             If the file is damaged.
         OSError, sqlite3.Error
-            If there is no such store.
+            If the store is missing.
         """
         if _checksum(self.path) != self.checksum:
             raise ValueError(f"{self.path.name} is damaged or was changed by hand")

@@ -300,7 +300,7 @@ def rows_without_id(path: Path, names: Sequence[str], what: str, numbers: Sequen
 
 
 def slides_named_twice(slide_ids: Iterable[str]) -> list[str]:
-    """Return a sentence about the slides that several rows name; none where there are no such slides."""
+    """Return a sentence about the slides that several rows name, if any."""
     twice = [slide for slide, count in Counter(slide_ids).items() if count > 1]
     return [f"slides with more than one row: {shown(twice)}; keep one row per slide"] if twice else []
 

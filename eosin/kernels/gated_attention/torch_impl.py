@@ -108,7 +108,7 @@ class Gate:
             _finish_(opening, self.u_bias, "sigmoid")
 
     def split(self, branches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return both branches from where they lie side by side; the second is None where there is no gate."""
+        """Return both branches from where they lie side by side; without a gate the second is None."""
         width = len(self.v_weight)
         return branches[:, :width], None if self.u_weight is None else branches[:, width:]
 
