@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote
@@ -49,7 +50,8 @@ class Store:
     checksum: str
 
     def find(self, stage: str, slide_id: str) -> Row | None:
-        """Return the record of a slide in a stage, or None; a missing store raises `sqlite3.Error` or `OSError`."""
+        """Return the record of a slide in a stage, or None; raises what `rows` does."""
+        _require_intact_once(self)
         with closing(_open(self.path)) as database:
             row: Row | None = database.execute(FIND, (stage, slide_id)).fetchone()
             return row
@@ -64,10 +66,22 @@ class Store:
         OSError, sqlite3.Error
             If the store is missing.
         """
-        if _checksum(self.path) != self.checksum:
-            raise ValueError(f"{self.path.name} is damaged or was changed by hand")
+        self.require_intact()
         with closing(_open(self.path)) as database:
             yield from database.execute("SELECT * FROM records ORDER BY stage, slide_id")
+
+    def require_intact(self) -> None:
+        """Compare the file with its checksum, before SQLite parses it or a copy of it gets a new one.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged.
+        OSError
+            If the store is missing.
+        """
+        if _checksum(self.path) != self.checksum:
+            raise ValueError(f"{self.path.name} is damaged or was changed by hand")
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of slides by stage and status."""
@@ -124,6 +138,11 @@ def _put(path: Path, rows: Iterable[Row], replaces: Callable[[Row, Row], bool], 
             if other is None or replaces(row, other):
                 database.execute(PUT, row)
         database.execute("COMMIT")
+
+
+@cache  # of a million lookups in a process one compares the whole file
+def _require_intact_once(store: Store) -> None:
+    store.require_intact()
 
 
 def _open(path: Path) -> sqlite3.Connection:

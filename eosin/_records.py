@@ -232,6 +232,9 @@ def merge(run_json: Path) -> None:
 
 def _write_store(run_json: Path, before: "Merged") -> None:
     """Write a new store, let `run.json` name it, and remove the one that it named before."""
+    if before.store is not None:
+        with _understood(run_json):
+            before.store.require_intact()
     folder = run_json.with_name(PARTS)
     rows = map(astuple, chain(before.records.values(), _appended(folder)))
     path = folder / f"all-{secrets.token_hex(4)}{STORE_SUFFIX}"

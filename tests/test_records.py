@@ -267,8 +267,13 @@ def test_a_damaged_store_is_refused(damage: str, large: Path) -> None:
     store.write_bytes(data if damage == "flip" else data[:-100])
     if damage == "gone":
         store.unlink()
-    with pytest.raises(ConfigError, match=r"run\.json: is not a run\.json of eosin"):
-        read_run_json(large)
+    named = json.loads(large.read_text())["store"]
+    log = Log(large)
+    log.add(Record("Y", "tile", "ok"))
+    for read in (lambda: read_run_json(large), lambda: log.knows("S03", "tile"), lambda: merge(large)):
+        with pytest.raises(ConfigError, match=r"run\.json: is not a run\.json of eosin"):
+            read()
+    assert json.loads(large.read_text())["store"] == named  # no copy of the damage under a new checksum
 
 
 def test_a_small_job_that_grows_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
