@@ -346,7 +346,7 @@ def _read_table(problems: Problems, asked: Question, there: Collection[str]) -> 
 
 
 def _left_out(lost: Sequence[str]) -> list[str]:
-    """Return a sentence about rows that are left out; none where there are no such rows."""
+    """Return a sentence about rows that are left out, if any."""
     rows = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
     return [f"{rows} no slide or no label and will be left out: {first_few(lost, most=10)}"] if lost else []
 
